@@ -1,0 +1,122 @@
+"""Documents: what is retrieved. Read from JSONL or from LocalRQA's pickles, written as JSONL."""
+
+import pickle
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class Document:
+    """A passage of the database.
+
+    Attributes:
+        page_content: The passage itself.
+        metadata: At least `source`, usually `title`; whatever else the file had.
+        fmt_content: The text that models read and the index holds; derived from source, title and content when empty.
+    """
+
+    page_content: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    fmt_content: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.fmt_content:
+            object.__setattr__(self, "fmt_content", format_content(self.page_content, self.metadata))
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Two documents are the same when source and content are."""
+        return str(self.metadata.get("source", "")), self.page_content
+
+    def to_json(self) -> dict[str, Any]:
+        return {"page_content": self.page_content, "metadata": self.metadata, "fmt_content": self.fmt_content}
+
+
+def format_content(page_content: str, metadata: dict[str, Any]) -> str:
+    """Source, title and content as one text, a missing field left out."""
+    header = [f"{name.capitalize()}: {metadata[name]}\n" for name in ("source", "title") if metadata.get(name)]
+    return "".join(header) + ("Content:\n" if header else "") + page_content
+
+
+def parse_document(value: Any, where: str) -> Document:
+    """Check one decoded document.
+
+    Args:
+        value: What the file holds: an object with `page_content`, `metadata` and `fmt_content`.
+        where: File, line and field, for the error.
+
+    Raises:
+        UserError: a field is missing or of the wrong type.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a document object, found {type(value).__name__}")
+    content = value.get("page_content")
+    if not isinstance(content, str) or not content.strip():
+        raise UserError(f"{where}: field 'page_content' must be a non-empty string")
+    metadata = value.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: field 'metadata' must be an object")
+    formatted = value.get("fmt_content") or ""
+    if not isinstance(formatted, str):
+        raise UserError(f"{where}: field 'fmt_content' must be a string")
+    return Document(content, metadata, formatted)
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once.
+
+    Raises:
+        UserError: the file is missing, empty, of another format, or holds something that is not a document.
+    """
+    path = Path(path)
+    if path.suffix in (".pkl", ".pickle"):
+        documents = _read_pickle(path)
+    else:
+        documents = [parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path)]
+    if not documents:
+        raise UserError(f"{path}: holds no documents")
+    return list({document.key: document for document in reversed(documents)}.values())[::-1]
+
+
+def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
+    """Write a document database as JSONL, atomically."""
+    write_jsonl(path, (document.to_json() for document in documents))
+
+
+class _PickledDocument:
+    """Receives the attributes of a pickled document, whatever library's class it was."""
+
+
+class _DocumentUnpickler(pickle.Unpickler):
+    """Builds documents, dicts, lists, strings and numbers; refuses every other class by name."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
+            return _PickledDocument
+        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
+
+
+def _read_pickle(path: Path) -> list[Document]:
+    try:
+        with path.open("rb") as file:
+            values = _DocumentUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
+    documents = []
+    for number, value in enumerate(values, start=1):
+        attributes = vars(value) if isinstance(value, _PickledDocument) else value
+        if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
+            attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
+        documents.append(parse_document(attributes, f"{path}: item {number}"))
+    return documents

@@ -1,0 +1,9 @@
+"""What the user did wrong: one line, exit status 2, no traceback."""
+
+
+class UserError(Exception):
+    """A mistake that its reader can mend.
+
+    The message is one line that names the file and line, flag or path, says what is wrong and what to do.
+    `rqa.runtime.cli.run` prints it and exits with status 2.
+    """
