@@ -1,0 +1,188 @@
+"""The structure of a docstring: numpy's and Google's sections and their entries, as clean one-line paragraphs."""
+
+import inspect
+import re
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+PROSE = ""
+SECTIONS = {
+    "args": "parameters",
+    "arguments": "parameters",
+    "params": "parameters",
+    "other parameters": "parameters",
+    "keyword args": "parameters",
+    "keyword arguments": "parameters",
+    "parameters for training": "parameters",
+    "return": "returns",
+    "yields": "returns",
+    "raise": "raises",
+    "warns": "raises",
+    "seealso": "see also",
+    "example": "examples",
+    "for example": "examples",
+    "usage": "examples",
+}
+ENTRY_SECTIONS = {"parameters", "returns", "raises", "see also", "attributes", "methods"}
+KEPT_DIRECTIVES = {"note", "warning", "tip", "important", "attention", "caution", "hint", "admonition"}
+
+_UNDERLINE = re.compile(r"([-=~])\1{2,}\s*$")
+_GOOGLE_HEADING = re.compile(r"([A-Z][\w ]{1,30}?)\s*::?\s*$")
+_GOOGLE_ENTRY = re.compile(r"(?P<name>[`*]*[\w.]+`*)\s*(?P<type>\(.*?\))?\s*:(?:\s+(?P<rest>.*)|$)")
+_DIRECTIVE = re.compile(r"(\s*)\.\. ([\w-]+)::\s*(.*)")
+_SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`*'\"(\[])")
+_MARKUP = (
+    (re.compile(r":(?:[\w-]+:)+`~?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"`\1`"),  # a role and its target
+    (re.compile(r"``([^`]+)``"), r"`\1`"),
+    (re.compile(r"\[(`[^`]+`)\](?:\([^)]*\))?"), r"\1"),  # transformers' link to an object
+    (re.compile(r"`~(?=\w)"), "`"),
+    (re.compile(r"`([^`<]+?)\s*<[^>`]*>`_+"), r"\1"),
+    (re.compile(r"(?<=`)_+(?!\w)"), ""),
+    (re.compile(r"</?Tip[^>]*>|\[\d+\]_|\|version\|"), ""),
+    (re.compile(r"(?<![\w*])\*{1,2}(\w[\w -]*)\*{1,2}(?![\w*])"), r"\1"),
+    (re.compile(r"::\s*$"), ":"),
+    (re.compile(r"\\ |\s+"), " "),
+)
+
+
+@dataclass(frozen=True)
+class Block:
+    """What a passage keeps together: a paragraph, or one entry of a section.
+
+    Attributes:
+        section: "parameters", "returns", "raises", "see also", another heading in lower case, or `PROSE`.
+        name: The entry's name, or names with commas between; empty for a paragraph.
+        kind: The entry's type, empty if none is given.
+        description: The paragraph, or what the entry says, on one line.
+    """
+
+    section: str
+    name: str
+    kind: str
+    description: str
+
+    @property
+    def text(self) -> str:
+        header = f"{self.name} ({self.kind})" if self.name and self.kind else self.name or self.kind
+        return ": ".join(filter(None, (header, self.description)))
+
+
+def parse(docstring: str, names: Iterable[str] = ()) -> list[Block]:
+    """Cut a docstring into blocks, in its order; code, doctests and formulas are left out.
+
+    Args:
+        docstring: As the object has it, indented or not.
+        names: What the object is called: leading lines that only repeat its signature are left out.
+    """
+    text = re.sub(r"```.*?(```|\Z)", "", inspect.cleandoc(docstring), flags=re.DOTALL)
+    lines = _without_signature(_without_directives(text.splitlines()), names)
+    return [
+        block
+        for section, google, body in _sections(lines)
+        for block in (_entries if section in ENTRY_SECTIONS else _paragraphs)(section, body, google)
+        if block.text
+    ]
+
+
+def sentences(text: str) -> list[str]:
+    """Cut a paragraph behind its full stops, not behind those of "e.g." and "i.e."."""
+    return [sentence for sentence in _SENTENCE_END.split(text) if sentence]
+
+
+def plain(text: str) -> str:
+    """Text on one line, reStructuredText and Markdown roles, links and emphasis reduced to what they show."""
+    for pattern, replacement in _MARKUP:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _without_directives(lines: list[str]) -> list[str]:
+    """A note's mark goes and its text stays; formulas, code and versions go whole."""
+    kept: list[str] = []
+    skipped_indent: int | None = None
+    for line in lines:
+        indent = len(line) - len(line.lstrip())
+        if skipped_indent is not None and (not line.strip() or indent > skipped_indent):
+            continue
+        skipped_indent = None
+        directive = _DIRECTIVE.match(line)
+        if directive and directive[2] in KEPT_DIRECTIVES:
+            kept += ["", directive[1] + directive[3]]
+        elif directive or line.lstrip().startswith(".. "):
+            skipped_indent = indent
+            kept.append("")
+        else:
+            kept.append(line)
+    return kept
+
+
+def _without_signature(lines: list[str], names: Iterable[str]) -> list[str]:
+    called = "|".join(map(re.escape, names))
+    signature = re.compile(rf"(?:[\w.]+\.)?(?:{called})\(.*(?:\)|-> ?[^.]*)\s*$")
+    start = 0
+    while called and start < len(lines) and (signature.match(lines[start]) or not lines[start].strip()):
+        start += 1
+    return lines[start:]
+
+
+def _sections(lines: list[str]) -> Iterator[tuple[str, bool, list[str]]]:
+    """Yield (section, whether its heading is Google's, its lines without common indentation)."""
+    section, google, body = PROSE, False, []
+    for number, line in enumerate(lines):
+        following = lines[number + 1 :]
+        heading = _GOOGLE_HEADING.match(line)
+        underlined = bool(line.strip() and following and _UNDERLINE.match(following[0].strip()))
+        opens_google = bool(heading) and _is_indented(next(filter(str.strip, following), ""))
+        ends_google = google and bool(line.strip()) and not _is_indented(line)
+        if underlined or opens_google or ends_google:
+            yield section, google, _dedent(body)
+            section, google, body = PROSE, False, [] if underlined or opens_google else [line]
+            if underlined or opens_google:
+                title = (heading[1] if opens_google and heading else line).strip().rstrip(":").lower()
+                section, google = SECTIONS.get(title, title), not underlined
+        elif not _UNDERLINE.match(line):
+            body.append(line)
+    yield section, google, _dedent(body)
+
+
+def _is_indented(line: str) -> bool:
+    return line[:1].isspace()
+
+
+def _dedent(lines: list[str]) -> list[str]:
+    return textwrap.dedent("\n".join(lines)).splitlines()
+
+
+def _paragraphs(section: str, lines: list[str], _google: bool = False) -> list[Block]:
+    paragraphs = re.split(r"\n\s*\n", "\n".join(lines))
+    return [Block(section, "", "", plain(paragraph)) for paragraph in paragraphs if ">>>" not in paragraph]
+
+
+def _entries(section: str, lines: list[str], google: bool) -> list[Block]:
+    """An unindented line opens an entry; in Google's style only when it has a colon."""
+    opens = [
+        bool(line) and not _is_indented(line) and (not google or bool(_GOOGLE_ENTRY.match(line))) for line in lines
+    ]
+    starts = [number for number, opening in enumerate(opens) if opening]
+    if not starts or not (google or any(map(_is_indented, lines)) or section == "see also"):
+        return _paragraphs(section, lines)
+    entries = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
+    return _paragraphs(section, lines[: starts[0]]) + [
+        _entry(section, header, rest, google) for header, *rest in entries
+    ]
+
+
+def _entry(section: str, header: str, rest: list[str], google: bool) -> Block:
+    match = _GOOGLE_ENTRY.match(header) if google else None
+    if match:
+        name, kind, first = match["name"], (match["type"] or "()")[1:-1], match["rest"] or ""
+    else:
+        name, _, kind = (part.strip() for part in header.partition(" :" if " :" in header else ": "))
+        first = ""
+    if section == "see also":
+        kind, first = "", kind
+    if section == "returns" and (google or not kind):  # the only thing said before the colon is a type
+        name, kind = "", name
+    description = "\n".join([first, *(line for line in _dedent(rest) if not line.startswith((">>>", "...")))])
+    return Block(section, plain(name).strip("`"), plain(kind), plain(description))

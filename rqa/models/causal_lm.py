@@ -1,0 +1,94 @@
+"""Decoder language models: logits of answers alone, and batched generation."""
+
+import inspect
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.models.loading import evaluating, load_model
+from rqa.packing import AnswerBatch, pad, token_budget_batches
+from rqa.prompts import DoesNotFit, Prompter
+
+log = logging.getLogger(__name__)
+
+
+def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
+    """A decoder from a directory or hub name; options are those of `load_model`."""
+    return load_model(AutoModelForCausalLM, path, **options)
+
+
+def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """Next-token logits at the answers' positions only; the output layer runs on no other token. -> [N, V]"""
+    inputs = batch.tokens.inputs
+    width = inputs["input_ids"].shape[1]
+    columns, rows = batch.positions % width, batch.positions // width  # [N], [N]
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False).logits[rows, columns]
+    if inputs["input_ids"].shape[0] == 1:
+        return model(**inputs, use_cache=False, logits_to_keep=columns).logits[0]
+    kept, columns = columns.unique(return_inverse=True)
+    return model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, columns]
+
+
+class CausalLMReader:
+    """Answers questions over passages with a decoder.
+
+    Attributes:
+        model: The decoder; may be in training, its mode is restored.
+        max_batch_tokens: Prompt and answer tokens of one generation batch, padding included.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompter: Prompter, max_batch_tokens: int = 16384) -> None:
+        self.model = model
+        self.prompter = prompter
+        self.max_batch_tokens = max_batch_tokens
+
+    def answer(
+        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
+    ) -> list[str]:
+        """One greedy answer for each question, from prompts of similar length together. [Q] -> [Q]
+
+        A question that does not fit by itself is reported and answered by nothing.
+        """
+        prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
+        new_tokens = self.prompter.arguments.max_new_tokens
+        answers = [""] * len(prompts)
+        batches = token_budget_batches([len(prompt) + new_tokens for prompt in prompts], self.max_batch_tokens)
+        with tqdm(total=len(prompts), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+            for batch in batches:
+                batch = [index for index in batch if prompts[index]]
+                for index, ids in zip(batch, self.generate([prompts[i] for i in batch]), strict=True):
+                    answers[index] = self.prompter.decode(ids)
+                bar.update(len(batch))
+        return answers
+
+    def _prompt(self, example: Example, passages: Sequence[Document]) -> list[int]:
+        try:
+            return self.prompter.encode(example, passages).ids
+        except DoesNotFit as error:
+            log.warning("%s; it is left unanswered", error)
+            return []
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Greedy continuations of one batch of prompts, up to the stop token. [B] -> [B]"""
+        stop = self.prompter.stop_ids
+        # Right-padding the reversed prompts and reversing again pads on the left.
+        reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
+        inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
+        config = GenerationConfig(
+            max_new_tokens=self.prompter.arguments.max_new_tokens,
+            do_sample=False,
+            eos_token_id=stop,
+            pad_token_id=stop[0],
+        )
+        with evaluating(self.model):
+            output = self.model.generate(**inputs, generation_config=config)  # [B, L + new]
+        new = output[:, inputs["input_ids"].shape[1] :].tolist()
+        return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in new]

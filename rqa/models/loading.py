@@ -1,0 +1,128 @@
+"""Checkpoints in, models and tokenizers out; and whether a model may be packed."""
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import is_flash_attn_2_available
+from transformers.utils.logging import disable_progress_bar
+
+from rqa.models.attention import PACKED_ATTENTION
+from rqa.packing import Collate, TokenBatch, pack, pad
+from rqa.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+disable_progress_bar()
+
+
+def load_model(
+    auto_class: Any,
+    path: str,
+    flash: bool = False,
+    dtype: torch.dtype = torch.float32,
+    trust_remote_code: bool = False,
+    **options: Any,
+) -> PreTrainedModel:
+    """Load a checkpoint with packed attention: flash-attn's kernel when asked, ours otherwise.
+
+    Args:
+        auto_class: A class of `transformers` with `from_pretrained`, such as `AutoModelForCausalLM`.
+        path: A directory, or a hub name.
+        flash: Whether to use the flash-attn package.
+
+    Raises:
+        UserError: the checkpoint cannot be found or read, or flash-attn is asked for and missing.
+    """
+    if flash and not is_flash_attn_2_available():
+        raise UserError(
+            "--use_flash_attention true: flash-attn is not installed or finds no CUDA device; "
+            'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
+        )
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    for attention in ("flash_attention_2" if flash else PACKED_ATTENTION, "eager"):
+        try:
+            return auto_class.from_pretrained(path, attn_implementation=attention, **options)
+        except ValueError as error:
+            if attention == "eager" or "attention" not in str(error).lower():
+                raise _unreadable(path, error) from None
+        except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+            raise _unreadable(path, error) from None
+    raise AssertionError("unreachable")
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Load a tokenizer.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())[:300]
+    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        reason = "no such directory"
+    elif "offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
+        reason = f"no such directory, and no model hub can be reached ({reason})"
+    return UserError(f"model {path}: cannot be loaded: {reason}")
+
+
+def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
+    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
+
+    A few tokens are run both ways; relative position biases, positions that do not start at 0 and state-space layers
+    show up as a difference. Nothing is assumed from the architecture's name.
+    """
+    if _packing_is_exact(model):
+        return pack
+    log.info("%s cannot be packed; padded batches of similar length serve instead", type(model).__name__)
+    return partial(pad, pad_id=pad_id or 0)
+
+
+@torch.no_grad()
+def _packing_is_exact(model: PreTrainedModel) -> bool:
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
+                 for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
+    dtype = torch.bfloat16 if "flash" in model.config._attn_implementation else model.dtype
+    with evaluating(model), torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+        try:
+            packed = hidden_states(model, pack(sequences).to(model.device))
+        except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError):
+            return False
+        single = [hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences]
+    expected = torch.cat(single)
+    if packed.shape != expected.shape:
+        return False
+    tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().std()
+    return bool((packed - expected).abs().max() <= tolerance)
+
+
+def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
+    """The last layer's output, flattened. -> [rows, D]"""
+    output = model.base_model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+    return output.last_hidden_state.flatten(0, 1)
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module in eval mode and afterwards back in the mode it was in."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)

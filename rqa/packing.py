@@ -1,0 +1,140 @@
+"""Token batches: sequences laid end to end in one row, with no padding computed.
+
+`transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
+borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in
+the flattened output through `TokenBatch.starts`.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rqa.prompts import TokenSequence
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """B sequences as a model's keyword arguments.
+
+    Attributes:
+        inputs: `input_ids [1, T]` and the borders (packed), or `input_ids [B, L]` and a mask (padded).
+        starts: The row of each sequence's first token in the output flattened to `[rows, width]`. [B]
+        lengths: Real tokens of each sequence. [B]
+    """
+
+    inputs: dict[str, Any]
+    starts: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> "TokenBatch":
+        return TokenBatch(
+            {name: _move(value, device) for name, value in self.inputs.items()},
+            _move(self.starts, device),
+            _move(self.lengths, device),
+        )
+
+
+Collate = Callable[[Sequence[Sequence[int]]], TokenBatch]
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
+    """Lay sequences end to end in one row. [B] lists -> input_ids [1, T]"""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
+    total, longest = int(borders[-1]), int(lengths.max())
+    cu_seq_lens = borders.to(torch.int32)
+    inputs = {
+        "input_ids": torch.tensor([token for sequence in sequences for token in sequence]).unsqueeze(0),
+        "position_ids": (torch.arange(total) - borders[:-1].repeat_interleave(lengths)).unsqueeze(0),
+        "cu_seq_lens_q": cu_seq_lens,
+        "cu_seq_lens_k": cu_seq_lens,
+        "max_length_q": longest,
+        "max_length_k": longest,
+    }
+    return TokenBatch(inputs, borders[:-1], lengths)
+
+
+def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
+    """Pad sequences on the right. [B] lists -> input_ids [B, L]"""
+    lengths = torch.tensor([len(sequence) for sequence in sequences])
+    longest = int(lengths.max())
+    mask = torch.arange(longest) < lengths[:, None]  # [B, L]
+    input_ids = torch.full(mask.shape, pad_id)
+    input_ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
+    return TokenBatch(
+        {"input_ids": input_ids, "attention_mask": mask.long()}, torch.arange(len(sequences)) * longest, lengths
+    )
+
+
+@dataclass(frozen=True)
+class AnswerBatch:
+    """Prompts with answers, and where the answers' logits are.
+
+    Attributes:
+        tokens: The sequences.
+        positions: Rows of the flattened output that predict an answer token. [N]
+        targets: The answer tokens. [N]
+        owners: The sequence that each answer token belongs to. [N]
+        indices: The examples' numbers in their file, for messages.
+    """
+
+    tokens: TokenBatch
+    positions: Tensor
+    targets: Tensor
+    owners: Tensor
+    indices: tuple[int, ...] = ()
+
+    @property
+    def weight(self) -> int:
+        """Target tokens: what the loss sum is divided by, over all micro-batches and processes."""
+        return self.targets.numel()
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens, the unit of throughput."""
+        return int(self.tokens.lengths.sum())
+
+    def to(self, device: torch.device) -> "AnswerBatch":
+        moved = (_move(tensor, device) for tensor in (self.positions, self.targets, self.owners))
+        return AnswerBatch(self.tokens.to(device), *moved, indices=self.indices)
+
+
+def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:
+    """Collate prompts with answers; the logits wanted stand one before each answer token."""
+    tokens = collate([sequence.ids for sequence in sequences])
+    positions = [
+        torch.arange(sequence.answer_start - 1, len(sequence.ids) - 1) + start
+        for sequence, start in zip(sequences, tokens.starts, strict=True)
+    ]
+    answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
+    counts = torch.tensor([len(answer) for answer in answers])
+    return AnswerBatch(
+        tokens,
+        torch.cat(positions),
+        torch.tensor([token for answer in answers for token in answer]),
+        torch.arange(len(sequences)).repeat_interleave(counts),
+        tuple(indices),
+    )
+
+
+def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
+
+    Longest first makes an out-of-memory error come at once, and neighbours of similar length.
+    """
+    batches: list[list[int]] = []
+    room = 0
+    for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if lengths[index] > room:
+            batches.append([])
+            room = max(max_tokens, lengths[index])
+        batches[-1].append(index)
+        room -= lengths[index]
+    return batches
+
+
+def _move(value: Any, device: torch.device) -> Any:
+    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -1,0 +1,196 @@
+"""The one place where passages, chat history and question become text, and text becomes token ids.
+
+Training and generation build the prompt through `Prompter.encode`: what a trained model sees at inference is,
+token for token, what it saw in training.
+"""
+
+import re
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from jinja2.exceptions import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example, Turn
+from rqa.runtime.errors import UserError
+
+INSTRUCTION = """\
+Use the passages to answer the question. Reply with the answer alone.
+
+{passages}
+
+Question: {question}"""
+
+ASSISTANT_SPEAKERS = ("assistant", "ai", "bot", "system", "agent", "gpt")
+
+
+class DoesNotFit(UserError):
+    """Question and answer alone are longer than the sequence may be."""
+
+
+@dataclass
+class PromptArguments:
+    """How a question and its passages become a prompt."""
+
+    chat_format: str = field(
+        default="prefix",
+        metadata={"help": "prefix: the four flags below; template: the tokenizer's own", "choices": ["prefix", "template"]},
+    )  # fmt: skip
+    user_prefix: str = field(default="USER:", metadata={"help": "Text before a user's turn."})
+    assistant_prefix: str = field(default="ASSISTANT:", metadata={"help": "Text before an assistant's turn."})
+    sep_user: str = field(default="\n", metadata={"help": "Text behind a user's turn."})
+    sep_sys: str = field(default="", metadata={"help": "Text behind an assistant's turn; empty: the end token alone."})
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "A text file with {passages} and {question} that replaces the instruction."}
+    )
+    max_seq_length: int = field(default=2048, metadata={"help": "Tokens of prompt and answer together."})
+    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a generated answer, at most."})
+
+
+@dataclass(frozen=True)
+class TokenSequence:
+    """Token ids of a prompt, and of the answer behind it: `ids[answer_start:]` is answer + end of turn."""
+
+    ids: list[int]
+    answer_start: int
+
+
+def retrieval_query(example: Example) -> str:
+    """The text that a retriever is asked with: what was said before, then the question."""
+    return "\n".join([*(turn.message for turn in example.chat_history), example.question])
+
+
+class Prompter:
+    """Builds prompts for one tokenizer in one format.
+
+    Attributes:
+        end_of_turn: Token ids behind every answer; the last one is a special token.
+        stop_ids: Token ids at which generation ends.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments) -> None:
+        self.tokenizer = tokenizer
+        self.arguments = arguments
+        self.instruction = _read_instruction(arguments.prompt_template)
+        if arguments.chat_format == "template" and not tokenizer.chat_template:
+            raise UserError("--chat_format template: this tokenizer has no chat template; use --chat_format prefix")
+        self.end_of_turn = self._find_end_of_turn()
+        self.stop_ids = sorted({self.end_of_turn[-1], tokenizer.eos_token_id} - {None})
+
+    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:
+        """Token ids of the prompt and, when given, of the answer and its end of turn.
+
+        Room for the answer is kept whether it is given or not, so that a prompt is cut alike in training and
+        generation. Passages are cut first, at word boundaries and to one common length; then the oldest turns go.
+
+        Raises:
+            DoesNotFit: question and answer alone exceed `max_seq_length`.
+        """
+        target = [] if answer is None else self.encode_answer(answer)
+        limit = self.arguments.max_seq_length
+        reserved = max(len(target), self.arguments.max_new_tokens)
+        history = example.chat_history
+        while len(bare := self._prompt(example, history, [])) > limit - reserved and history:
+            history = history[1:]
+        if len(bare) + len(target) > limit:
+            raise DoesNotFit(
+                f"{example.where or 'question'}: question and answer alone take {len(bare) + len(target)} tokens, "
+                f"more than --max_seq_length {limit}"
+            )
+        budget = max(limit - reserved, len(bare))
+        prompt = self._prompt(example, history, passages)
+        if len(prompt) > budget:
+            caps = range(max((len(passage.fmt_content) for passage in passages), default=0))
+            fitting = bisect_right(caps, budget, key=lambda cap: len(self._prompt(example, history, passages, cap)))
+            # Token counts are only nearly monotone in the cut, hence the walk down at the end.
+            cap = max(fitting - 1, 0)
+            while len(prompt := self._prompt(example, history, passages, cap)) > budget and cap:
+                cap -= 1
+        return TokenSequence(prompt + target, len(prompt))
+
+    def encode_answer(self, answer: str) -> list[int]:
+        """Token ids of the answer and the end of turn."""
+        space = " " if self.arguments.chat_format == "prefix" else ""
+        return self.tokenizer.encode(space + answer.strip(), add_special_tokens=False) + self.end_of_turn
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer's text from generated ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+
+    def _prompt(
+        self, example: Example, history: Sequence[Turn], passages: Sequence[Document], cap: int | None = None
+    ) -> list[int]:
+        texts = [_cut(passage.fmt_content, cap) for passage in passages]
+        numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
+        fields = {"passages": numbered, "question": example.question}
+        request = re.sub(r"\{(passages|question)\}", lambda match: fields[match[1]], self.instruction)
+        turns = [(_role(turn.speaker), turn.message) for turn in history] + [("user", request)]
+        text = self._render_template(turns) if self.arguments.chat_format == "template" else self._render_prefix(turns)
+        ids = self.tokenizer.encode(text, add_special_tokens=False)
+        bos = self.tokenizer.bos_token_id
+        starts_with_bos = self.tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
+        return ids if not starts_with_bos or ids[:1] == [bos] else [bos, *ids]
+
+    def _render_prefix(self, turns: Sequence[tuple[str, str]]) -> str:
+        style = self.arguments
+        parts = [
+            f"{style.user_prefix} {text}{style.sep_user}"
+            if role == "user"
+            else f"{style.assistant_prefix} {text}{style.sep_sys}"
+            for role, text in turns
+        ]
+        return "".join(parts) + style.assistant_prefix
+
+    def _render_template(self, turns: Sequence[tuple[str, str]], reply: str | None = None) -> str:
+        messages = [{"role": role, "content": text} for role, text in turns]
+        if reply is not None:
+            messages.append({"role": "assistant", "content": reply})
+        try:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply is None)
+        except TemplateError as error:
+            raise UserError(
+                f"--chat_format template: the tokenizer's template refuses a conversation ({error})"
+            ) from None
+
+    def _find_end_of_turn(self) -> list[int]:
+        """What stands behind an answer, up to its first special token."""
+        if self.arguments.chat_format == "template":
+            reply = "An answer."
+            suffix = self._render_template([("user", "A question?")], reply).rpartition(reply)[2]
+        else:
+            suffix = self.arguments.sep_sys
+        ids = self.tokenizer.encode(suffix, add_special_tokens=False) if suffix else []
+        special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
+        for position, token in enumerate(ids):
+            if token in special:
+                return ids[: position + 1]
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("--sep_sys: the tokenizer has no end token; name a special token that ends an answer")
+        return [*ids, self.tokenizer.eos_token_id]
+
+
+def _read_instruction(path: str | None) -> str:
+    if path is None:
+        return INSTRUCTION
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
+    for name in ("{passages}", "{question}"):
+        if name not in text:
+            raise UserError(f"--prompt_template {path}: the placeholder {name} is missing")
+    return text.rstrip("\n")
+
+
+def _role(speaker: str) -> str:
+    return "assistant" if speaker.strip().lower().startswith(ASSISTANT_SPEAKERS) else "user"
+
+
+def _cut(text: str, cap: int | None) -> str:
+    """At most `cap` characters, ending at a word's end."""
+    if cap is None or len(text) <= cap:
+        return text
+    return re.sub(r"\s*\S*$", "", text[: cap + 1])

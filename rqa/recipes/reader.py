@@ -1,0 +1,226 @@
+"""Training a decoder reader, from files to scores. SFT and SwR differ only in the passages of a training prompt."""
+
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, set_seed
+
+from rqa.data.documents import Document, read_documents
+from rqa.data.examples import Example, read_examples
+from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages, write_results
+from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.loading import choose_collate, evaluating, load_tokenizer
+from rqa.objectives.answer import AnswerLikelihood
+from rqa.packing import AnswerBatch, answer_batch
+from rqa.prompts import DoesNotFit, PromptArguments, Prompter, TokenSequence
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
+from rqa.runtime.cli import log_to_file
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.precision import autocast, compute_dtype
+from rqa.training.arguments import LoopArguments
+from rqa.training.batches import Batches
+from rqa.training.checkpoint import checkpoint_to_resume
+from rqa.training.loop import train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class DataArguments:
+    """Where everything comes from."""
+
+    model_name_or_path: str = field(metadata={"help": "The decoder to train: a directory or a hub name."})
+    train_file: str = field(metadata={"help": "Training examples, JSONL."})
+    full_dataset_file_path: str = field(metadata={"help": "The document database: .jsonl, or LocalRQA's .pkl."})
+    eval_file: str | None = field(default=None, metadata={"help": "Examples that choose the best model."})
+    test_file: str | None = field(default=None, metadata={"help": "Examples for the final scores."})
+    full_dataset_index_path: str | None = field(
+        default=None, metadata={"help": "The index: built there if absent or stale; by default in memory."}
+    )
+
+
+SHARED_ARGUMENTS = (
+    DataArguments,
+    LoopArguments,
+    PromptArguments,
+    EvaluationArguments,
+    EncoderArguments,
+    IndexArguments,
+)
+
+ChoosePassages = Callable[[Sequence[Example], Retriever | None], list[list[Document]]]
+
+
+def train_reader(
+    data: DataArguments,
+    loop: LoopArguments,
+    prompt: PromptArguments,
+    evaluation: EvaluationArguments,
+    encoder: EncoderArguments,
+    index: IndexArguments,
+    embedding_model: str | None,
+    choose_passages: ChoosePassages,
+    all_arguments: Sequence[Any],
+) -> dict[str, float]:
+    """Train, choose the best model by the eval file, score it on the test file.
+
+    Args:
+        embedding_model: The frozen retriever; None: nothing is retrieved, and evaluation is the loss on gold passages.
+        choose_passages: The passages of each training prompt.
+        all_arguments: Every dataclass, for `all_args.json`.
+
+    Returns:
+        The test file's scores; empty without one, or if a signal ended the run.
+
+    Raises:
+        UserError: what a user can mend.
+    """
+    device = distributed.start()
+    checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
+    set_seed(loop.seed)
+    documents = read_documents(data.full_dataset_file_path)
+    train_examples = read_examples(data.train_file, answers=True)
+    eval_examples = _subset(_optional(data.eval_file), loop.eval_max_examples, loop.seed)
+    test_examples = _optional(data.test_file)
+    open_output(loop.output_dir, all_arguments)
+
+    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
+    dtype = compute_dtype(loop.bf16, loop.fp16, device)
+    source = str(checkpoint or data.model_name_or_path)
+    prompter = Prompter(load_tokenizer(source, loop.trust_remote_code), prompt)
+    model = load_causal_lm(source, **options).to(device)
+    retriever = None
+    if embedding_model:
+        retriever = Retriever(load_encoder(embedding_model, encoder, **options).to(device), documents, index)
+    with autocast(device, dtype):
+        if retriever:
+            retriever.open(data.full_dataset_index_path)
+        passages = choose_passages(train_examples, retriever)
+        evaluate = ReaderEvaluation(model, prompter, retriever, eval_examples, evaluation, loop)
+        test = ReaderEvaluation(model, prompter, retriever, test_examples, evaluation, loop)
+
+    sequences = encode_examples(prompter, train_examples, passages)
+    collate = choose_collate(model, prompter.stop_ids[0])
+
+    def micro_batch(indices: Sequence[int]) -> AnswerBatch:
+        return answer_batch([sequences[i] for i in indices], collate, indices)
+
+    def evaluate_and_keep(step: int) -> dict[str, float]:
+        with autocast(device, dtype):
+            metrics, rows = evaluate()
+        if loop.write_predictions and distributed.is_main():
+            write_jsonl(Path(loop.output_dir) / f"step-{step}-eval-predictions.jsonl", rows)
+        return {f"eval_{name}": value for name, value in metrics.items()}
+
+    state = train(
+        AnswerLikelihood(model, prompter),
+        Batches(len(sequences), micro_batch, loop),
+        loop,
+        device,
+        evaluate=evaluate_and_keep if eval_examples else None,
+        checkpoint=checkpoint,
+    )
+    if state.interrupted or not test_examples:
+        return {}
+    model.load_state_dict(load_causal_lm(loop.output_dir, **options).state_dict())
+    with autocast(device, dtype):
+        metrics, rows = test()
+    scores = {f"test_{name}": value for name, value in metrics.items()}
+    write_results(loop.output_dir, scores, rows)
+    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    return scores
+
+
+class ReaderEvaluation:
+    """Measures a reader on one file: the loss of the gold answers, and answers over what the retriever finds.
+
+    Passages are found once, when this is made: the retriever is frozen. Without one, only the loss is measured, over
+    the gold passages.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompter: Prompter,
+        retriever: Retriever | None,
+        examples: Sequence[Example],
+        arguments: EvaluationArguments,
+        loop: LoopArguments,
+    ) -> None:
+        self.reader = CausalLMReader(model, prompter)
+        self.objective = AnswerLikelihood(model, prompter)
+        self.examples = examples
+        self.arguments = arguments
+        self.batch_size = loop.per_device_eval_batch_size
+        self.found = find_passages(retriever, examples, arguments) if retriever and examples else None
+
+    def __call__(self) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics by name, and one row a question."""
+        if self.found is None:
+            return {"loss": self.loss([list(example.gold_docs) for example in self.examples])}, []
+        k = self.arguments.embedding_max_num_to_retrieve
+        metrics, rows = evaluate_answers(self.reader, self.examples, self.found, self.arguments)
+        return {"loss": self.loss([documents[:k] for documents in self.found]), **metrics}, rows
+
+    @torch.no_grad()
+    def loss(self, passages: Sequence[Sequence[Document]]) -> float:
+        """Mean negative log-likelihood of the gold answers' tokens."""
+        sequences = distributed.share(encode_examples(self.reader.prompter, self.examples, passages))
+        collate = choose_collate(self.reader.model, self.reader.prompter.stop_ids[0])
+        sums = [0.0, 0.0]
+        with evaluating(self.objective):
+            for start in range(0, len(sequences), self.batch_size):
+                batch = answer_batch(sequences[start : start + self.batch_size], collate).to(self.reader.model.device)
+                sums[0] += float(self.objective(batch)[0])
+                sums[1] += batch.weight
+        loss, weight = distributed.total(sums)
+        return loss / weight
+
+
+def encode_examples(
+    prompter: Prompter, examples: Sequence[Example], passages: Sequence[Sequence[Document]]
+) -> list[TokenSequence]:
+    """Prompts with their gold answers; an example whose question and answer do not fit is reported and left out.
+
+    Raises:
+        UserError: none fits.
+    """
+    sequences = []
+    for example, documents in zip(examples, passages, strict=True):
+        try:
+            sequences.append(prompter.encode(example, documents, example.gold_answer))
+        except DoesNotFit as error:
+            log.warning("%s; the example is left out", error)
+    if not sequences:
+        raise UserError("--max_seq_length: no example fits; raise it")
+    return sequences
+
+
+def open_output(output_dir: str, all_arguments: Sequence[Any]) -> None:
+    """Make the output directory, keep the arguments in it and log to it."""
+    if distributed.is_main():
+        Path(output_dir).mkdir(parents=True, exist_ok=True)
+        merged = {name: value for part in all_arguments for name, value in asdict(part).items()}
+        write_json(Path(output_dir) / "all_args.json", merged)
+        log_to_file(str(Path(output_dir) / "train.log"))
+    distributed.barrier()
+
+
+def _optional(path: str | None) -> list[Example]:
+    return read_examples(path, answers=True) if path else []
+
+
+def _subset(examples: list[Example], size: int, seed: int) -> list[Example]:
+    """A fixed seeded subset in file order; size 0: all."""
+    if not 0 < size < len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]

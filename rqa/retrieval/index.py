@@ -1,0 +1,113 @@
+"""The FAISS index over passage embeddings: built, searched, replaced in memory, saved and loaded."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import faiss
+import numpy as np
+
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import atomic_directory, is_complete
+
+
+@dataclass
+class IndexArguments:
+    """How the index is built and searched."""
+
+    index_factory: str = field(
+        default="Flat", metadata={"help": "A FAISS factory string: Flat, HNSW32, IVF4096,Flat ..."}
+    )
+    index_search_parameters: str = field(
+        default="", metadata={"help": "FAISS search parameters, such as nprobe=32 or efSearch=128."}
+    )
+
+
+class Index:
+    """Inner-product search over N embeddings.
+
+    Attributes:
+        stamp: The fingerprint of documents, encoder and settings that the embeddings were made from.
+    """
+
+    def __init__(self, arguments: IndexArguments) -> None:
+        self.arguments = arguments
+        self.stamp = ""
+        self._faiss: faiss.Index | None = None
+
+    def __len__(self) -> int:
+        return self._faiss.ntotal if self._faiss else 0
+
+    def replace(self, embeddings: np.ndarray, stamp: str = "") -> None:
+        """Index these embeddings instead of the present ones. [N, D]
+
+        Raises:
+            UserError: FAISS does not know the factory string, or it needs more documents than there are.
+        """
+        factory = self.arguments.index_factory
+        try:
+            index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
+            index.train(embeddings)
+            index.add(embeddings)
+            self._search_with(index)
+        except RuntimeError as error:
+            raise UserError(
+                f"--index_factory {factory}: FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
+            ) from None
+        self._faiss, self.stamp = index, stamp
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best documents, best first. [Q, D] -> scores [Q, k], ids [Q, k]; id -1 where none was found."""
+        assert self._faiss is not None, "the index is empty"
+        return self._faiss.search(queries, min(k, len(self)))
+
+    def save(self, directory: str | Path) -> None:
+        """Write index and stamp as one directory, atomically."""
+        directory = Path(directory)
+        refuse_foreign_directory(directory)
+        with atomic_directory(directory) as temporary:
+            faiss.write_index(self._faiss, str(temporary / "index.faiss"))
+            state = {"stamp": self.stamp, "index_factory": self.arguments.index_factory, "documents": len(self)}
+            (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+
+    def load(self, directory: str | Path) -> bool:
+        """Read what `save` wrote; False, and nothing changed, if it is absent, half-written or damaged."""
+        directory = Path(directory)
+        if not is_complete(directory):
+            return False
+        try:
+            state = json.loads((directory / "index.json").read_text(encoding="utf-8"))
+            index = faiss.read_index(str(directory / "index.faiss"))
+        except (OSError, ValueError, RuntimeError):
+            return False
+        if index.ntotal != state.get("documents"):
+            return False
+        self._search_with(index)
+        self._faiss, self.stamp = index, state.get("stamp", "")
+        return True
+
+    def _search_with(self, index: faiss.Index) -> None:
+        parameters = self.arguments.index_search_parameters
+        if not parameters:
+            return
+        try:
+            faiss.ParameterSpace().set_index_parameters(index, parameters)
+        except RuntimeError as error:
+            raise UserError(f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})") from None
+
+
+def refuse_foreign_directory(directory: Path) -> None:
+    """Saving replaces a whole directory: it must be an index, empty or absent.
+
+    Raises:
+        UserError: it holds something else.
+    """
+    if directory.is_file() or (
+        directory.is_dir() and any(directory.iterdir()) and not (directory / "index.json").is_file()
+    ):
+        raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS puts the source location in front of the reason."""
+    return str(error).rpartition(": ")[2].strip() or type(error).__name__

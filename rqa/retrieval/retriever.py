@@ -1,0 +1,96 @@
+"""Questions in, documents and scores out, always a batch at a time."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rqa.data.documents import Document
+from rqa.models.encoder import Encoder
+from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
+from rqa.runtime import distributed
+from rqa.runtime.files import atomic_directory, cache_root, fingerprint, is_complete
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The documents found for Q questions, best first.
+
+    Attributes:
+        ids: Positions in the database, -1 where fewer than k were found. [Q, k]
+        scores: Inner products. [Q, k]
+    """
+
+    ids: np.ndarray
+    scores: np.ndarray
+
+
+class Retriever:
+    """An encoder, an index and the documents behind it.
+
+    The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
+    """
+
+    def __init__(self, encoder: Encoder, documents: Sequence[Document], arguments: IndexArguments) -> None:
+        self.encoder = encoder
+        self.documents = documents
+        self.index = Index(arguments)
+
+    def open(self, path: str | Path | None) -> None:
+        """Load the index at `path`, or build it there; without a path it is built in memory.
+
+        An index made from other documents, weights or settings is rebuilt, with one line that says so.
+        """
+        stamp = self.stamp()
+        if path is not None:
+            refuse_foreign_directory(Path(path))
+            if self.index.load(path) and self.index.stamp == stamp:
+                log.info("index %s: %d documents", path, len(self.index))
+                return
+            if Path(path).is_dir() and any(Path(path).iterdir()):
+                log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
+        distributed.barrier()
+        self.refresh(stamp)
+        if path is not None and distributed.is_main():
+            self.index.save(path)
+            log.info("index %s: built over %d documents", path, len(self.index))
+
+    def refresh(self, stamp: str = "") -> None:
+        """Encode every document with the current weights, each process its share, and replace the index in memory."""
+        texts = distributed.share([document.fmt_content for document in self.documents])
+        embeddings = self.encoder.embed(self.encoder.tokenize_passages(texts), desc="encode documents")
+        self.index.replace(np.stack(distributed.gather(embeddings)), stamp)
+
+    def retrieve(self, queries: Sequence[str], k: int) -> Hits:
+        """The k best documents for each query."""
+        scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)
+        return Hits(ids, scores)
+
+    def retrieve_once(self, queries: Sequence[str], k: int) -> Hits:
+        """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
+        key = fingerprint(
+            self.index.stamp or self.stamp(), self.index.arguments.index_search_parameters, str(k), *queries
+        )
+        directory = cache_root() / "passages" / key
+        if distributed.from_main(is_complete(directory)):
+            log.info("passages for %d questions: read from %s", len(queries), directory)
+            return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
+        hits = self.retrieve(queries, k)
+        if distributed.is_main():
+            with atomic_directory(directory) as temporary:
+                np.save(temporary / "ids.npy", hits.ids)
+                np.save(temporary / "scores.npy", hits.scores)
+        return hits
+
+    def documents_of(self, hits: Hits) -> list[list[Document]]:
+        """The documents behind the hits. [Q, k] -> [Q] lists"""
+        return [[self.documents[i] for i in row if i >= 0] for row in hits.ids.tolist()]
+
+    def stamp(self) -> str:
+        """A fingerprint of all that decides the index."""
+        texts = [document.fmt_content for document in self.documents]
+        return fingerprint(self.encoder.fingerprint(), self.index.arguments.index_factory, *texts)

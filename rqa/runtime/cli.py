@@ -1,0 +1,62 @@
+"""How every executable starts and ends: allocator, process group, log; errors as one line and an exit status."""
+
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from rqa.runtime.allocator import tune_allocator
+from rqa.runtime.errors import UserError
+
+
+class _OnlyMainProcess(logging.Filter):
+    def filter(self, record: logging.LogRecord) -> bool:
+        return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
+
+
+def start_logging() -> None:
+    """Messages of `rqa` on the standard error stream, from the main process."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
+    handler.addFilter(_OnlyMainProcess())
+    logger = logging.getLogger("rqa")
+    logger.handlers = [handler]
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+def log_to_file(path: str) -> None:
+    """Send the same messages to a file, too; appended, so that a resumed run keeps its log."""
+    handler = logging.FileHandler(path, encoding="utf-8")
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+    handler.addFilter(_OnlyMainProcess())
+    logging.getLogger("rqa").addHandler(handler)
+
+
+def run(main: Callable[[], Any]) -> None:
+    """Run an executable's main function and exit.
+
+    Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; anything else is our mistake and
+    shows its traceback.
+    """
+    tune_allocator()
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    start_logging()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(_report(str(error)))
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        sys.exit(_report(f"{error.filename}: {error.strerror}"))
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _report(message: str) -> int:
+    print(f"error: {message}", file=sys.stderr)
+    return 2

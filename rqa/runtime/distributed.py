@@ -1,0 +1,78 @@
+"""One process or many: rank, device, sums over processes, work shared out and gathered."""
+
+import os
+from collections.abc import Sequence
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+
+T = TypeVar("T")
+
+
+def start() -> torch.device:
+    """Join the process group when started by torchrun; choose this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return device
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def total(values: Sequence[float]) -> list[float]:
+    """Each value summed over all processes."""
+    if world_size() == 1:
+        return list(values)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return tensor.tolist()
+
+
+def share(items: Sequence[T]) -> list[T]:
+    """This process's part of the items: every world_size-th, from its rank on."""
+    return list(items[rank() :: world_size()])
+
+
+def gather(part: Sequence[T]) -> list[T]:
+    """The items that `share` dealt out, each exactly once and in their first order, on every process."""
+    if world_size() == 1:
+        return list(part)
+    parts: list[list[T]] = [[] for _ in range(world_size())]
+    dist.all_gather_object(parts, list(part))
+    size = sum(map(len, parts))
+    return [parts[i % world_size()][i // world_size()] for i in range(size)]
+
+
+def from_main(value: T) -> T:
+    """The main process's value, on every process."""
+    if world_size() == 1:
+        return value
+    box = [value]
+    dist.broadcast_object_list(box, src=0)
+    return box[0]

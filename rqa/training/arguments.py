@@ -1,0 +1,160 @@
+"""The loop's flags, named as in Hugging Face's TrainingArguments, and the parser of every executable."""
+
+import difflib
+import json
+import sys
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+from transformers.hf_argparser import HfArg
+
+from rqa.runtime.errors import UserError
+
+STRATEGIES = ["no", "steps", "epoch"]
+REFUSED = {"deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard"}
+
+
+@dataclass
+class LoopArguments:
+    """What the training loop needs to know; no algorithm in sight."""
+
+    output_dir: str = field(metadata={"help": "Where checkpoints, logs, scores and the best model go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in an output_dir that holds a run."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: the newest complete checkpoint of output_dir; or a checkpoint's path."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and new weights."})
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass."})
+    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass in evaluation."})
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training file."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: the epochs decide."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that collate batches ahead."})
+
+    learning_rate: float = field(default=5e-5, metadata={"help": "The schedule's peak."})
+    lr_scheduler_type: str = field(
+        default="linear",
+        metadata={"help": "After the warm-up.", "choices": ["linear", "cosine", "constant", "constant_with_warmup"]},
+    )
+    warmup_ratio: float = field(default=0.0, metadata={"help": "Share of all steps that warm up."})
+    warmup_steps: int = field(default=0, metadata={"help": "Steps that warm up; replaces the ratio when positive."})
+    weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only."})
+    adam_beta1: float = field(default=0.9)
+    adam_beta2: float = field(default=0.999)
+    adam_epsilon: float = field(default=1e-8)
+    max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: never."})
+
+    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16, on CUDA and on CPUs that have it."})
+    fp16: bool = field(default=False, metadata={"help": "Autocast to float16 with a loss scaler, on CUDA."})
+    gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: slower, smaller."})
+    torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
+
+    logging_steps: int = field(default=10, metadata={"help": "Steps between two log lines."})
+    eval_strategy: str = HfArg(
+        default="steps",
+        aliases=["--evaluation_strategy"],
+        help="When to evaluate on eval_file.",
+        metadata={"choices": STRATEGIES},
+    )
+    eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
+    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate once before the first step."})
+    eval_max_examples: int = field(
+        default=0, metadata={"help": "Evaluate in training on this many questions, a fixed seeded subset; 0: all."}
+    )
+    save_strategy: str = field(default="steps", metadata={"help": "When to save.", "choices": STRATEGIES})
+    save_steps: int = field(default=500, metadata={"help": "Steps between two checkpoints."})
+    save_total_limit: int | None = field(
+        default=None, metadata={"help": "Checkpoints to keep, newest first; the best one is always kept."}
+    )
+    metric_for_best_model: str = field(
+        default="loss", metadata={"help": "The evaluation metric that chooses the best."}
+    )
+    greater_is_better: bool | None = field(
+        default=None, metadata={"help": "Of that metric; by default true unless it is a loss."}
+    )
+    load_best_model_at_end: bool = field(default=True, metadata={"help": "Put the best model, not the last, on top."})
+    write_predictions: bool = field(default=False, metadata={"help": "Keep each evaluation's predictions as JSONL."})
+    report_to: str = field(
+        default="none", metadata={"help": "A tracker.", "choices": ["none", "tensorboard", "wandb", "trackio"]}
+    )
+    run_project: str = field(default="rqa", metadata={"help": "The tracker's project."})
+    run_group: str | None = field(default=None, metadata={"help": "The tracker's group of runs."})
+
+    def __post_init__(self) -> None:
+        positive = (
+            "per_device_train_batch_size",
+            "per_device_eval_batch_size",
+            "gradient_accumulation_steps",
+            "logging_steps",
+            "eval_steps",
+            "save_steps",
+        )
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.save_total_limit is not None and self.save_total_limit < 1:
+            raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
+        if self.max_steps < 1 and self.num_train_epochs <= 0:
+            raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
+        if not 0 <= self.warmup_ratio <= 1:
+            raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
+        if Path(self.output_dir).is_file():
+            raise UserError(f"--output_dir {self.output_dir}: is a file")
+        if self.greater_is_better is None:
+            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+
+
+class _Parser(HfArgumentParser):
+    """One line for what is wrong, and the nearest flag for an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
+
+
+def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None = None) -> tuple[Any, ...]:
+    """Dataclasses filled from the command line, or from a single `.json` file.
+
+    Args:
+        kinds: The dataclasses; their fields are the flags.
+        description: What the executable does, for `-h`.
+        arguments: The command line; by default the process's.
+
+    Raises:
+        UserError: an unknown flag, a bad value or a missing one.
+    """
+    arguments = sys.argv[1:] if arguments is None else arguments
+    parser = _Parser(kinds, description=description, allow_abbrev=False)
+    if len(arguments) == 1 and arguments[0].endswith(".json"):
+        arguments = _from_json(arguments[0], kinds)
+    known = {field.name for kind in kinds for field in fields(kind)} | {"evaluation_strategy"}
+    for argument in arguments:
+        name = argument[2:].partition("=")[0]
+        if argument.startswith("--") and name and name not in known | {"help"}:
+            if name in REFUSED:
+                raise UserError(f"--{name}: {REFUSED[name]}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
+    """A JSON object of flags as a command line."""
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected an object of flags, found {type(values).__name__}")
+    line: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            parts = value if isinstance(value, list) else [value]
+            line += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
+    return line

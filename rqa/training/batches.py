@@ -1,0 +1,52 @@
+"""Which examples an optimizer step sees: a pure function of seed and step, whatever the number of processes."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from rqa.runtime import distributed
+from rqa.training.arguments import LoopArguments
+
+
+class Batches:
+    """The training data by optimizer step: `batches[step]` is this process's list of micro-batches.
+
+    The examples form one endless stream of permutations, the one of each epoch seeded by (seed, epoch). A step takes
+    the next `step_size` of them, dealt out over processes and micro-batches, so that all steps are full and all
+    processes run equally often. A resumed run needs its step number and nothing else to see the very same batches.
+    """
+
+    def __init__(self, size: int, collate: Callable[[Sequence[int]], Any], arguments: LoopArguments) -> None:
+        """
+        Args:
+            size: The number of examples.
+            collate: Example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
+            arguments: Batch size, accumulation, epochs or steps, and seed.
+        """
+        self.size = size
+        self.collate = collate
+        self.width = arguments.per_device_train_batch_size
+        self.step_size = self.width * arguments.gradient_accumulation_steps * distributed.world_size()
+        self.seed = arguments.seed
+        epochs = arguments.num_train_epochs
+        self.steps = arguments.max_steps if arguments.max_steps > 0 else math.ceil(epochs * size / self.step_size)
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def epoch(self, step: int) -> float:
+        """Passes over the data after so many steps."""
+        return step * self.step_size / self.size
+
+    def __getitem__(self, step: int) -> list[Any]:
+        stream = range(step * self.step_size, (step + 1) * self.step_size)
+        orders = {epoch: self._order(epoch) for epoch in {position // self.size for position in stream}}
+        examples = [orders[position // self.size][position % self.size] for position in stream]
+        mine = distributed.share(examples)
+        return [self.collate(mine[start : start + self.width]) for start in range(0, len(mine), self.width)]
+
+    def _order(self, epoch: int) -> list[int]:
+        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
+        return torch.randperm(self.size, generator=generator).tolist()

@@ -1,0 +1,90 @@
+"""What a run tells: progress bar, log lines, `trainer_state.json` and the tracker."""
+
+import logging
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from rqa.runtime import distributed
+from rqa.runtime.files import write_json
+from rqa.runtime.tracking import start_tracker
+from rqa.training.arguments import LoopArguments
+from rqa.training.checkpoint import STATE_FILE, RunState
+
+log = logging.getLogger(__name__)
+
+
+class Journal:
+    """Sums since the last log line live in `state.window`, so that a resumed run's lines are the same."""
+
+    def __init__(self, state: RunState, steps: int, arguments: LoopArguments) -> None:
+        self.state = state
+        self.arguments = arguments
+        self.steps = steps
+        self.path = Path(arguments.output_dir) / STATE_FILE
+        main = distributed.is_main()
+        self.bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not main)
+        self.track = start_tracker(
+            arguments.report_to if main else "none",
+            arguments.output_dir,
+            arguments.run_project,
+            arguments.run_group,
+            asdict(arguments),
+        )
+        self.started = time.perf_counter()
+
+    def step_done(
+        self, loss: float, tokens: int, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
+    ) -> None:
+        """Count one optimizer step; after the first and every `logging_steps`, tell.
+
+        Args:
+            loss: This process's loss sum over the weight of the whole step.
+            tokens: Real tokens of this process.
+            statistics: Of each micro-batch; their mean is told.
+        """
+        state, window = self.state, self.state.window
+        counts = {"loss": loss, "tokens": tokens, "steps": 1.0}
+        for values in statistics:
+            for name, value in {"micro_batches": 1.0, **values}.items():
+                counts[name] = counts.get(name, 0.0) + value
+        for name, value in counts.items():
+            window[name] = window.get(name, 0.0) + value
+        self.bar.update()
+        if state.step == 1 or state.step % self.arguments.logging_steps == 0 or state.step == self.steps:
+            sums = dict(zip(window, distributed.total(list(window.values())), strict=True))
+            loss, tokens, steps, micro_batches = (sums.pop(k) for k in ("loss", "tokens", "steps", "micro_batches"))
+            entry = {
+                "loss": loss / steps * distributed.world_size(),
+                "grad_norm": norm,
+                "learning_rate": rate,
+                "tokens_per_second": tokens / (time.perf_counter() - self.started),
+                **{name: value / micro_batches for name, value in sums.items()},
+            }
+            window.clear()
+            self.bar.set_postfix(loss=f"{entry['loss']:.4f}", tok_s=f"{entry['tokens_per_second']:.0f}")
+            self.record(entry)
+
+    def record(self, metrics: Mapping[str, float]) -> None:
+        """One entry of the history; the clock starts anew behind it."""
+        self.state.log_history.append({"step": self.state.step, **metrics})
+        text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
+        with tqdm.external_write_mode():
+            log.info("step %d/%d  %s", self.state.step, self.steps, text)
+        if distributed.is_main():
+            self.track(metrics, self.state.step)
+            self.save()
+        self.started = time.perf_counter()
+
+    def save(self) -> None:
+        """Write `trainer_state.json`."""
+        if distributed.is_main():
+            write_json(self.path, asdict(self.state))
+
+    def close(self) -> None:
+        self.bar.close()
+        self.save()

@@ -1,0 +1,172 @@
+"""The training loop, the only one: it knows no algorithm.
+
+An objective is a module whose `forward(batch)` returns the loss summed over the batch, and statistics. Batches state
+their `weight` beforehand, so that the loop can divide by the weight of the whole optimizer step: any split into
+micro-batches and processes gives the same gradient.
+"""
+
+import logging
+from collections.abc import Callable
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
+from rqa.runtime.interruption import deferred_signals
+from rqa.runtime.parallelize import gradient_sync, parallelize
+from rqa.runtime.precision import autocast, compute_dtype
+from rqa.training.arguments import LoopArguments
+from rqa.training.batches import Batches
+from rqa.training.checkpoint import (
+    RunState,
+    delete_old_checkpoints,
+    load_checkpoint,
+    promote,
+    save_checkpoint,
+)
+from rqa.training.journal import Journal
+from rqa.training.optim import Optimization
+
+log = logging.getLogger(__name__)
+
+
+def train(
+    objective: nn.Module,
+    batches: Batches,
+    arguments: LoopArguments,
+    device: torch.device,
+    before_step: Callable[[int], None] | None = None,
+    evaluate: Callable[[int], dict[str, float]] | None = None,
+    checkpoint: Path | None = None,
+) -> RunState:
+    """Train the objective's parameters and leave the best model at the top of the output directory.
+
+    Args:
+        objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
+        batches: The micro-batches of each optimizer step.
+        before_step: Called with the number of steps done, before the batch of the next one is made.
+        evaluate: Called with the number of steps done; returns metrics by name.
+        checkpoint: Where to continue; the objective already holds its weights.
+
+    Returns:
+        The run's state; `interrupted` if a signal ended it early.
+
+    Raises:
+        UserError: the loss or the gradient is not finite; the last checkpoint stands.
+    """
+    output = Path(arguments.output_dir)
+    dtype = compute_dtype(arguments.bf16, arguments.fp16, device)
+    module = parallelize(objective, device, arguments.gradient_checkpointing, arguments.torch_compile)
+    optimization = Optimization(objective, arguments, len(batches), device)
+    state = load_checkpoint(checkpoint, optimization, device) if checkpoint else RunState()
+    # Without workers a batch is made when it is asked for, behind `before_step`.
+    feed = iter(
+        DataLoader(
+            batches,
+            batch_size=None,
+            sampler=range(state.step, len(batches)),
+            num_workers=arguments.dataloader_num_workers,
+        )
+    )
+    journal = Journal(state, len(batches), arguments)
+
+    def evaluate_now() -> bool:
+        metrics = evaluate(state.step)
+        objective.train()
+        journal.record(metrics)
+        return is_best(metrics, state, arguments)
+
+    objective.train()
+    with deferred_signals() as interruption:
+        if evaluate and arguments.eval_on_start and state.step == 0:
+            evaluate_now()
+        while state.step < len(batches):
+            if before_step:
+                before_step(state.step)
+            micro_batches = next(feed)
+            weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
+            losses, statistics = [], []
+            for number, batch in enumerate(micro_batches, start=1):
+                with gradient_sync(module, enabled=number == len(micro_batches)):
+                    with autocast(device, dtype):
+                        loss, values = module(batch.to(device))
+                    optimization.backward(loss * (distributed.world_size() / weight))
+                losses.append(loss.detach())
+                statistics.append(values)
+            require_finite(losses, micro_batches, state.step)
+            norm, rate = optimization.step(), optimization.learning_rate
+            state.step += 1
+            tokens = sum(batch.num_tokens for batch in micro_batches)
+            journal.step_done(float(sum(losses)) / weight, tokens, statistics, norm, rate)
+
+            last = state.step == len(batches)
+            state.interrupted = bool(stop) and not last
+            save = last or due(arguments.save_strategy, arguments.save_steps, state.step, batches)
+            if (
+                evaluate
+                and not stop
+                and (last or due(arguments.eval_strategy, arguments.eval_steps, state.step, batches))
+            ):
+                save = evaluate_now() or save
+            if (save and arguments.save_strategy != "no") or state.interrupted:
+                save_checkpoint(output, objective, optimization, state)
+                delete_old_checkpoints(output, arguments.save_total_limit, state.best_model_checkpoint)
+            if state.interrupted:
+                log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
+                break
+    journal.close()
+    if not state.interrupted:
+        finish(output, objective, state, arguments)
+    return state
+
+
+def due(strategy: str, every: int, step: int, batches: Batches) -> bool:
+    """Whether a strategy (no, steps, epoch) acts after this step."""
+    if strategy == "epoch":
+        return int(batches.epoch(step)) > int(batches.epoch(step - 1))
+    return strategy == "steps" and step % every == 0
+
+
+def is_best(metrics: dict[str, float], state: RunState, arguments: LoopArguments) -> bool:
+    """Whether these metrics are the best so far; if so, the state remembers.
+
+    Raises:
+        UserError: `metric_for_best_model` is not among them.
+    """
+    name = arguments.metric_for_best_model
+    value = next((metrics[key] for key in (name, f"eval_{name}") if key in metrics), None)
+    if value is None:
+        raise UserError(f"--metric_for_best_model {name}: not measured; choose one of {', '.join(sorted(metrics))}")
+    best = state.best_metric
+    if best is not None and not (value > best if arguments.greater_is_better else value < best):
+        return False
+    state.best_metric = value
+    state.best_model_checkpoint = f"checkpoint-{state.step}" if state.step and arguments.save_strategy != "no" else None
+    return True
+
+
+def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:
+    """Raises:
+    UserError: a loss is NaN or infinite; names the step and the examples.
+    """
+    finite = torch.stack(losses).isfinite().tolist()
+    guilty = [index for batch, ok in zip(micro_batches, finite, strict=True) if not ok for index in batch.indices]
+    if not all(finite):
+        raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
+
+
+def finish(output: Path, objective: nn.Module, state: RunState, arguments: LoopArguments) -> None:
+    """Put the best model, or the last, at the top of the output directory."""
+    if distributed.is_main():
+        if arguments.load_best_model_at_end and state.best_model_checkpoint:
+            promote(output / state.best_model_checkpoint, output)
+        else:
+            with TemporaryDirectory(dir=output) as directory:
+                objective.save_pretrained(directory)
+                promote(Path(directory), output)
+    distributed.barrier()

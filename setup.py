@@ -1,0 +1,55 @@
+"""Packaging: ranges here, the tested versions in requirements.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+REQUIRED = [
+    "torch>=2.8",  # the models' arithmetic, the optimizer, distributed training
+    "numpy>=2.0",  # embeddings between torch and FAISS
+    "safetensors>=0.5",  # checkpoints that cannot execute code
+    "tokenizers>=0.21",  # fast tokenizers behind transformers
+    "transformers>=5.20,<6",  # architectures, chat templates, flags from dataclasses
+    "faiss-cpu>=1.9",  # nearest-neighbour search
+    "tqdm>=4.66",  # progress with time left
+    "sacrebleu>=2.4",  # BLEU as published
+    "rouge-score>=0.1.2",  # ROUGE as published
+    "openai>=1.50",  # readers and judges behind an OpenAI-compatible server
+    "Jinja2>=3.1",  # chat templates; transformers renders them with it but does not require it
+]
+
+EXTRAS = {
+    "quickstart": [
+        "gguf>=0.17",  # the quickstart's language model comes as GGUF
+        "accelerate>=1.10",  # transformers needs it to read GGUF
+    ],
+    "test": [
+        "pytest>=8",  # the test suite
+        "ruff>=0.14",  # the linter of .ci/run
+        "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
+    ],
+    "bench": [
+        "sentence-transformers>=5",  # the peer of encoding and of retriever training
+        "trl>=0.24",  # the peer of reader training
+        "datasets>=4",  # what trl reads
+        "accelerate>=1.10",  # transformers.Trainer and trl run on it
+        "psutil>=6",  # peak memory of the peers' processes
+    ],
+    "flash": ["flash-attn>=2.7"],  # variable-length attention kernels on CUDA
+    "lora": ["peft>=0.17"],  # low-rank adapters
+    "tracking": ["tensorboard>=2.18", "wandb>=0.19", "trackio>=0.5"],  # --report_to
+}
+
+setup(
+    name="rqa",
+    version="0.1.0",
+    description="Train retrieval-augmented question answering systems on your own documents",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.10",
+    packages=find_packages(include=["rqa", "rqa.*"]),
+    scripts=sorted(str(path) for path in Path("bin").iterdir() if path.is_file()),
+    install_requires=REQUIRED,
+    extras_require=EXTRAS,
+)
