@@ -120,19 +120,25 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
     )
 
 
-def token_budget_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def token_budget_batches(lengths: Sequence[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
     """Indices, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
 
     Longest first makes an out-of-memory error come at once, and neighbours of similar length.
+
+    Args:
+        lengths: Tokens of each sequence.
+        padded: Whether every sequence costs as much as the longest one of its batch.
     """
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if lengths[index] > room:
+        cost = lengths[batches[-1][0]] if batches and padded else lengths[index]
+        if not batches or cost > room:
             batches.append([])
-            room = max(max_tokens, lengths[index])
+            cost = lengths[index]
+            room = max(max_tokens, cost)
         batches[-1].append(index)
-        room -= lengths[index]
+        room -= cost
     return batches
 
 

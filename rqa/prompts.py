@@ -37,8 +37,8 @@ class PromptArguments:
 
     chat_format: str = field(
         default="prefix",
-        metadata={"help": "prefix: the four flags below; template: the tokenizer's own", "choices": ["prefix", "template"]},
-    )  # fmt: skip
+        metadata={"help": "The four flags below, or the tokenizer's template.", "choices": ["prefix", "template"]},
+    )
     user_prefix: str = field(default="USER:", metadata={"help": "Text before a user's turn."})
     assistant_prefix: str = field(default="ASSISTANT:", metadata={"help": "Text before an assistant's turn."})
     sep_user: str = field(default="\n", metadata={"help": "Text behind a user's turn."})
@@ -94,7 +94,7 @@ class Prompter:
         reserved = max(len(target), self.arguments.max_new_tokens)
         history = example.chat_history
         while len(bare := self._prompt(example, history, [])) > limit - reserved and history:
-            history = history[1:]
+            history = _without_oldest(history)
         if len(bare) + len(target) > limit:
             raise DoesNotFit(
                 f"{example.where or 'question'}: question and answer alone take {len(bare) + len(target)} tokens, "
@@ -187,6 +187,12 @@ def _read_instruction(path: str | None) -> str:
 
 def _role(speaker: str) -> str:
     return "assistant" if speaker.strip().lower().startswith(ASSISTANT_SPEAKERS) else "user"
+
+
+def _without_oldest(history: Sequence[Turn]) -> Sequence[Turn]:
+    """The turns from the second one of a user on: many chat templates refuse a reply that nobody asked for."""
+    later = (place for place, turn in enumerate(history) if place and _role(turn.speaker) == "user")
+    return history[next(later, len(history)) :]
 
 
 def _cut(text: str, cap: int | None) -> str:

@@ -3,8 +3,9 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
+from itertools import dropwhile
 
 PROSE = ""
 SECTIONS = {
@@ -31,6 +32,7 @@ _UNDERLINE = re.compile(r"([-=~])\1{2,}\s*$")
 _GOOGLE_HEADING = re.compile(r"([A-Z][\w ]{1,30}?)\s*::?\s*$")
 _GOOGLE_ENTRY = re.compile(r"(?P<name>[`*]*[\w.]+`*)\s*(?P<type>\(.*?\))?\s*:(?:\s+(?P<rest>.*)|$)")
 _DIRECTIVE = re.compile(r"(\s*)\.\. ([\w-]+)::\s*(.*)")
+_SIGNATURE = re.compile(r"(?:[\w.]+\.)?(\w+)\(.*(?:\)|-> ?[^.]*)\s*$")
 _SENTENCE_END = re.compile(r"(?<=[.!?])(?<!e\.g\.)(?<!i\.e\.)(?<!cf\.)(?<!etc\.)(?<!vs\.)\s+(?=[A-Z`*'\"(\[])")
 _MARKUP = (
     (re.compile(r":(?:[\w-]+:)+`~?([^`<]+?)(?:\s*<[^>`]*>)?`"), r"`\1`"),  # a role and its target
@@ -41,7 +43,9 @@ _MARKUP = (
     (re.compile(r"(?<=`)_+(?!\w)"), ""),
     (re.compile(r"</?Tip[^>]*>|\[\d+\]_|\|version\|"), ""),
     (re.compile(r"(?<![\w*])\*{1,2}(\w[\w -]*)\*{1,2}(?![\w*])"), r"\1"),
+    (re.compile(r"[-=~]{3,}"), ""),  # the rules of a table
     (re.compile(r"::\s*$"), ":"),
+    (re.compile(r"\\ (?=\w)"), ""),
     (re.compile(r"\\ |\s+"), " "),
 )
 
@@ -68,7 +72,7 @@ class Block:
         return ": ".join(filter(None, (header, self.description)))
 
 
-def parse(docstring: str, names: Iterable[str] = ()) -> list[Block]:
+def parse(docstring: str, names: Collection[str] = ()) -> list[Block]:
     """Cut a docstring into blocks, in its order; code, doctests and formulas are left out.
 
     Args:
@@ -117,33 +121,39 @@ def _without_directives(lines: list[str]) -> list[str]:
     return kept
 
 
-def _without_signature(lines: list[str], names: Iterable[str]) -> list[str]:
-    called = "|".join(map(re.escape, names))
-    signature = re.compile(rf"(?:[\w.]+\.)?(?:{called})\(.*(?:\)|-> ?[^.]*)\s*$")
-    start = 0
-    while called and start < len(lines) and (signature.match(lines[start]) or not lines[start].strip()):
-        start += 1
-    return lines[start:]
+def _without_signature(lines: list[str], names: Collection[str]) -> list[str]:
+    def repeats(line: str) -> bool:
+        signature = _SIGNATURE.match(line)
+        return bool(signature and signature[1] in names)
+
+    return list(dropwhile(lambda line: not line.strip() or repeats(line), lines))
 
 
 def _sections(lines: list[str]) -> Iterator[tuple[str, bool, list[str]]]:
     """Yield (section, whether its heading is Google's, its lines without common indentation)."""
     section, google, body = PROSE, False, []
     for number, line in enumerate(lines):
-        following = lines[number + 1 :]
-        heading = _GOOGLE_HEADING.match(line)
-        underlined = bool(line.strip() and following and _UNDERLINE.match(following[0].strip()))
-        opens_google = bool(heading) and _is_indented(next(filter(str.strip, following), ""))
-        ends_google = google and bool(line.strip()) and not _is_indented(line)
-        if underlined or opens_google or ends_google:
+        heading = _heading(line, lines[number + 1 :])
+        if heading or (google and line.strip() and not _is_indented(line)):
             yield section, google, _dedent(body)
-            section, google, body = PROSE, False, [] if underlined or opens_google else [line]
-            if underlined or opens_google:
-                title = (heading[1] if opens_google and heading else line).strip().rstrip(":").lower()
-                section, google = SECTIONS.get(title, title), not underlined
+            section, google = heading or (PROSE, False)
+            body = [] if heading else [line]
         elif not _UNDERLINE.match(line):
             body.append(line)
     yield section, google, _dedent(body)
+
+
+def _heading(line: str, following: list[str]) -> tuple[str, bool] | None:
+    """The section that a line opens: underlined, or in Google's style with a colon before indented lines."""
+    google = _GOOGLE_HEADING.match(line)
+    if google and _is_indented(next(filter(str.strip, following), "")):
+        title = google[1]
+    elif line.strip() and following and _UNDERLINE.match(following[0].strip()):
+        title, google = line, None
+    else:
+        return None
+    title = title.strip().rstrip(":").lower()
+    return SECTIONS.get(title, title), google is not None
 
 
 def _is_indented(line: str) -> bool:
@@ -161,16 +171,16 @@ def _paragraphs(section: str, lines: list[str], _google: bool = False) -> list[B
 
 def _entries(section: str, lines: list[str], google: bool) -> list[Block]:
     """An unindented line opens an entry; in Google's style only when it has a colon."""
-    opens = [
-        bool(line) and not _is_indented(line) and (not google or bool(_GOOGLE_ENTRY.match(line))) for line in lines
+    starts = [
+        number
+        for number, line in enumerate(lines)
+        if line and not _is_indented(line) and (not google or _GOOGLE_ENTRY.match(line))
     ]
-    starts = [number for number, opening in enumerate(opens) if opening]
     if not starts or not (google or any(map(_is_indented, lines)) or section == "see also"):
         return _paragraphs(section, lines)
     entries = [lines[start:end] for start, end in zip(starts, [*starts[1:], len(lines)], strict=True)]
-    return _paragraphs(section, lines[: starts[0]]) + [
-        _entry(section, header, rest, google) for header, *rest in entries
-    ]
+    before = _paragraphs(section, lines[: starts[0]])
+    return before + [_entry(section, header, rest, google) for header, *rest in entries]
 
 
 def _entry(section: str, header: str, rest: list[str], google: bool) -> Block:

@@ -80,7 +80,10 @@ def read_documents(path: str | Path) -> list[Document]:
         documents = [parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path)]
     if not documents:
         raise UserError(f"{path}: holds no documents")
-    return list({document.key: document for document in reversed(documents)}.values())[::-1]
+    unique: dict[tuple[str, str], Document] = {}
+    for document in documents:
+        unique.setdefault(document.key, document)
+    return list(unique.values())
 
 
 def write_documents(path: str | Path, documents: Iterable[Document]) -> None:

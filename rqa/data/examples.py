@@ -54,6 +54,10 @@ class Example:
             row["gold_answer"] = self.gold_answer
         if self.hard_neg_docs:
             row["hard_neg_docs"] = [document.to_json() for document in self.hard_neg_docs]
+        if self.ctxs:
+            row["ctxs"] = [document.to_json() for document in self.ctxs]
+            for context, score in zip(row["ctxs"], self.ctx_scores or (), strict=False):
+                context["score"] = score
         return row
 
 
@@ -93,7 +97,8 @@ def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
     if not isinstance(questions, list) or not questions:
         raise UserError(f"{where}: field 'questions' must be a list of questions")
     if not all(isinstance(question, str) for question in questions):
-        raise UserError(f"{where}: field 'question' must be a string")
+        name = "questions" if "questions" in row else "question"
+        raise UserError(f"{where}: field '{name}' must be a string")
     answer = row.get("gold_answer")
     if not isinstance(answer, str) and (answers or answer is not None):
         raise UserError(f"{where}: field 'gold_answer' must be a string")

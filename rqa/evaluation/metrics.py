@@ -44,7 +44,8 @@ def score_answer(answer: str, reference: str) -> dict[str, float]:
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     """sacreBLEU over all answers together, divided by 100."""
-    return sacrebleu.corpus_bleu(list(answers), [list(references)]).score / 100
+    # sacreBLEU's geometric mean of four ones comes out a rounding error above one.
+    return min(sacrebleu.corpus_bleu(list(answers), [list(references)]).score / 100, 1.0)
 
 
 def recall_at(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> float:

@@ -10,6 +10,7 @@ from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.metrics import corpus_bleu, score_answer
 from rqa.evaluation.retrieval import score_retrieval
+from rqa.models.causal_lm import Answer
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
@@ -21,7 +22,7 @@ RANKING_DEPTH = 10
 class Reader(Protocol):
     """Whatever answers questions over passages."""
 
-    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[str]: ...
+    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]: ...
 
 
 @dataclass
@@ -52,14 +53,16 @@ def evaluate_answers(
     read = [list(documents[:k]) for documents in found]
     mine = distributed.share(range(len(examples)))
     started = time.perf_counter()
-    answers = distributed.gather(reader.answer([examples[i] for i in mine], [read[i] for i in mine]))
+    generated = distributed.gather(reader.answer([examples[i] for i in mine], [read[i] for i in mine]))
     seconds = time.perf_counter() - started
+    answers = [answer.text for answer in generated]
     references = [example.gold_answer or "" for example in examples]
     scores = [score_answer(*pair) for pair in zip(answers, references, strict=True)]
     metrics = score_retrieval(found, examples, arguments.recall_at)
     metrics |= {f"gen/{name}": sum(score[name] for score in scores) / len(scores) for name in scores[0]}
     metrics["gen/bleu"] = corpus_bleu(answers, references)
     metrics["gen/questions_per_second"] = len(answers) / seconds
+    metrics["gen/tokens_per_second"] = sum(answer.num_tokens for answer in generated) / seconds
     rows = [
         example.to_json()
         | {

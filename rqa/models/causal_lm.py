@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,6 +37,19 @@ def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     return model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, columns]
 
 
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer and what it took.
+
+    Attributes:
+        text: The answer.
+        num_tokens: Tokens generated.
+    """
+
+    text: str
+    num_tokens: int
+
+
 class CausalLMReader:
     """Answers questions over passages with a decoder.
 
@@ -51,20 +65,21 @@ class CausalLMReader:
 
     def answer(
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
-    ) -> list[str]:
+    ) -> list[Answer]:
         """One greedy answer for each question, from prompts of similar length together. [Q] -> [Q]
 
         A question that does not fit by itself is reported and answered by nothing.
         """
         prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
         new_tokens = self.prompter.arguments.max_new_tokens
-        answers = [""] * len(prompts)
-        batches = token_budget_batches([len(prompt) + new_tokens for prompt in prompts], self.max_batch_tokens)
-        with tqdm(total=len(prompts), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-            for batch in batches:
-                batch = [index for index in batch if prompts[index]]
+        answers = [Answer("", 0)] * len(prompts)
+        asked = [index for index, prompt in enumerate(prompts) if prompt]
+        lengths = [len(prompts[index]) + new_tokens for index in asked]
+        with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+            for chosen in token_budget_batches(lengths, self.max_batch_tokens, padded=True):
+                batch = [asked[number] for number in chosen]
                 for index, ids in zip(batch, self.generate([prompts[i] for i in batch]), strict=True):
-                    answers[index] = self.prompter.decode(ids)
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids))
                 bar.update(len(batch))
         return answers
 

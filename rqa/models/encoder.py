@@ -13,7 +13,7 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models.loading import choose_collate, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.packing import TokenBatch, token_budget_batches
+from rqa.packing import TokenBatch, pack, token_budget_batches
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 
@@ -26,8 +26,8 @@ class EncoderArguments:
     """How texts become vectors. What is not given is taken from the checkpoint."""
 
     pooling_type: str | None = field(
-        default=None, metadata={"help": "mean or cls; by default the checkpoint's, else mean.", "choices": ["mean", "cls"]}
-    )  # fmt: skip
+        default=None, metadata={"help": "By default the checkpoint's, else mean.", "choices": ["mean", "cls"]}
+    )
     normalize: bool | None = field(
         default=None, metadata={"help": "L2-normalise embeddings; by default the checkpoint's, else true."}
     )
@@ -82,10 +82,7 @@ class Encoder(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
         hidden = hidden_states(self.backbone, batch)  # [rows, D]
-        if self.settings.pooling_type == "cls":
-            pooled = hidden[batch.starts].float()
-        else:
-            pooled = _mean(hidden, batch)
+        pooled = hidden[batch.starts].float() if self.settings.pooling_type == "cls" else _mean(hidden, batch)
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     @torch.no_grad()
@@ -105,7 +102,8 @@ class Encoder(nn.Module):
             evaluating(self),
             tqdm(total=len(sequences), desc=desc, unit="text", disable=desc is None, leave=False) as bar,
         ):
-            for indices in token_budget_batches([len(sequence) for sequence in sequences], max_batch_tokens):
+            lengths = [len(sequence) for sequence in sequences]
+            for indices in token_budget_batches(lengths, max_batch_tokens, padded=self.collate is not pack):
                 batch = self.collate([sequences[index] for index in indices]).to(device)
                 embeddings[indices] = self(batch).cpu().numpy()
                 bar.update(len(indices))
@@ -115,8 +113,8 @@ class Encoder(nn.Module):
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
         tensors = (tensor.detach().contiguous().cpu() for tensor in self.state_dict().values())
         weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]
-        tokens = self.tokenizer.backend_tokenizer.to_str() if self.tokenizer.is_fast else str(self.tokenizer)
-        return fingerprint(json.dumps(asdict(self.settings), sort_keys=True), tokens, *weights)
+        settings = json.dumps(asdict(self.settings), sort_keys=True)
+        return fingerprint(settings, _tokenizer_state(self.tokenizer), *weights)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save in the layout that `sentence_transformers.SentenceTransformer` loads."""
@@ -163,8 +161,8 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     backbone = load_model(AutoModel, path, **options)
     stored = dict(_stored_settings(Path(path)))
     given = {name: value for name, value in asdict(arguments or EncoderArguments()).items() if value is not None}
-    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 512), 512)
-    lengths = {name: min(stored.get(name, limit), limit) for name in ("max_query_length", "max_passage_length")}
+    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 512))
+    lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     return Encoder(backbone, tokenizer, EncoderSettings(**(stored | lengths | given)))
 
 
@@ -209,6 +207,14 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
+
+
+def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
+    """All that decides a text's token ids, without the last call's truncation and padding, which it remembers."""
+    if not tokenizer.is_fast:
+        return str(tokenizer)
+    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    return json.dumps(state, sort_keys=True)
 
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:

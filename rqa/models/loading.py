@@ -75,7 +75,7 @@ def _unreadable(path: str, error: Exception) -> UserError:
     reason = " ".join(str(error).split())[:300]
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         reason = "no such directory"
-    elif "offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1":
+    elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):
         reason = f"no such directory, and no model hub can be reached ({reason})"
     return UserError(f"model {path}: cannot be loaded: {reason}")
 

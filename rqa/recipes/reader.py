@@ -126,7 +126,7 @@ def train_reader(
         Batches(len(sequences), micro_batch, loop),
         loop,
         device,
-        evaluate=evaluate_and_keep if eval_examples else None,
+        evaluate=evaluate_and_keep if eval_examples and loop.eval_strategy != "no" else None,
         checkpoint=checkpoint,
     )
     if state.interrupted or not test_examples:

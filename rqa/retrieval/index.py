@@ -8,7 +8,9 @@ import faiss
 import numpy as np
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import atomic_directory, is_complete
+from rqa.runtime.files import COMPLETION_MARK, atomic_directory, is_complete
+
+INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
 
 
 @dataclass
@@ -80,7 +82,7 @@ class Index:
             index = faiss.read_index(str(directory / "index.faiss"))
         except (OSError, ValueError, RuntimeError):
             return False
-        if index.ntotal != state.get("documents"):
+        if not isinstance(state, dict) or index.ntotal != state.get("documents"):
             return False
         self._search_with(index)
         self._faiss, self.stamp = index, state.get("stamp", "")
@@ -102,9 +104,8 @@ def refuse_foreign_directory(directory: Path) -> None:
     Raises:
         UserError: it holds something else.
     """
-    if directory.is_file() or (
-        directory.is_dir() and any(directory.iterdir()) and not (directory / "index.json").is_file()
-    ):
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
         raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")
 
 

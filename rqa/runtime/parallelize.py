@@ -16,7 +16,7 @@ def parallelize(module: nn.Module, device: torch.device, gradient_checkpointing:
     module.to(device)
     for model in module.modules():
         if gradient_checkpointing and isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
+            model.activation_checkpointing_enable({"use_reentrant": False})
     if compile:
         module.compile(dynamic=True)
     if distributed.world_size() == 1:

@@ -107,8 +107,13 @@ class LoopArguments:
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir}: is a file")
+
+    @property
+    def maximize(self) -> bool:
+        """Whether a greater value of `metric_for_best_model` is a better one."""
         if self.greater_is_better is None:
-            self.greater_is_better = not self.metric_for_best_model.endswith("loss")
+            return not self.metric_for_best_model.endswith("loss")
+        return self.greater_is_better
 
 
 class _Parser(HfArgumentParser):

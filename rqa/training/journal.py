@@ -5,7 +5,6 @@ import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -27,7 +26,6 @@ class Journal:
         self.steps = steps
         self.path = Path(arguments.output_dir) / STATE_FILE
         main = distributed.is_main()
-        self.bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not main)
         self.track = start_tracker(
             arguments.report_to if main else "none",
             arguments.output_dir,
@@ -35,7 +33,14 @@ class Journal:
             arguments.run_group,
             asdict(arguments),
         )
+        self.bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not main)
         self.started = time.perf_counter()
+
+    def __enter__(self) -> "Journal":
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.bar.close()
 
     def step_done(
         self, loss: float, tokens: int, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
@@ -84,7 +89,3 @@ class Journal:
         """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.path, asdict(self.state))
-
-    def close(self) -> None:
-        self.bar.close()
-        self.save()

@@ -59,21 +59,22 @@ def train(
     Raises:
         UserError: the loss or the gradient is not finite; the last checkpoint stands.
     """
-    output = Path(arguments.output_dir)
+    output, saving = Path(arguments.output_dir), arguments.save_strategy != "no"
     dtype = compute_dtype(arguments.bf16, arguments.fp16, device)
     module = parallelize(objective, device, arguments.gradient_checkpointing, arguments.torch_compile)
     optimization = Optimization(objective, arguments, len(batches), device)
     state = load_checkpoint(checkpoint, optimization, device) if checkpoint else RunState()
-    # Without workers a batch is made when it is asked for, behind `before_step`.
+    # Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its
+    # workers: from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
     feed = iter(
         DataLoader(
             batches,
             batch_size=None,
             sampler=range(state.step, len(batches)),
             num_workers=arguments.dataloader_num_workers,
+            generator=torch.Generator(),
         )
     )
-    journal = Journal(state, len(batches), arguments)
 
     def evaluate_now() -> bool:
         metrics = evaluate(state.step)
@@ -81,10 +82,14 @@ def train(
         journal.record(metrics)
         return is_best(metrics, state, arguments)
 
+    def save_now() -> None:
+        save_checkpoint(output, objective, optimization, state)
+        delete_old_checkpoints(output, arguments.save_total_limit, state.best_model_checkpoint)
+
     objective.train()
-    with deferred_signals() as interruption:
-        if evaluate and arguments.eval_on_start and state.step == 0:
-            evaluate_now()
+    with deferred_signals() as interruption, Journal(state, len(batches), arguments) as journal:
+        if evaluate and arguments.eval_on_start and state.step == 0 and evaluate_now() and saving:
+            save_now()
         while state.step < len(batches):
             if before_step:
                 before_step(state.step)
@@ -112,14 +117,13 @@ def train(
                 and not stop
                 and (last or due(arguments.eval_strategy, arguments.eval_steps, state.step, batches))
             ):
-                save = evaluate_now() or save
-            if (save and arguments.save_strategy != "no") or state.interrupted:
-                save_checkpoint(output, objective, optimization, state)
-                delete_old_checkpoints(output, arguments.save_total_limit, state.best_model_checkpoint)
+                save |= evaluate_now()
+            if save and saving or state.interrupted:
+                save_now()
             if state.interrupted:
                 log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
                 break
-    journal.close()
+    journal.save()
     if not state.interrupted:
         finish(output, objective, state, arguments)
     return state
@@ -143,10 +147,10 @@ def is_best(metrics: dict[str, float], state: RunState, arguments: LoopArguments
     if value is None:
         raise UserError(f"--metric_for_best_model {name}: not measured; choose one of {', '.join(sorted(metrics))}")
     best = state.best_metric
-    if best is not None and not (value > best if arguments.greater_is_better else value < best):
+    if best is not None and not (value > best if arguments.maximize else value < best):
         return False
     state.best_metric = value
-    state.best_model_checkpoint = f"checkpoint-{state.step}" if state.step and arguments.save_strategy != "no" else None
+    state.best_model_checkpoint = f"checkpoint-{state.step}" if arguments.save_strategy != "no" else None
     return True
 
 

@@ -1,0 +1,340 @@
+#!/usr/bin/env python
+"""How fast does a reader train? Real tokens a second and peak memory, beside what a user would pick instead.
+
+    python benchmarks/train_throughput.py --model_name_or_path M --embedding_model E                # pydocs
+    python benchmarks/train_throughput.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
+    python benchmarks/train_throughput.py ... --precision float32
+
+Every system trains on the same SwR prompts (gold + 3 retrieved passages) in a process of its own, peers once as a
+user starts them and once with rqa's allocator setting. A real token is one that is neither padding nor cut off.
+Peers: `transformers.Trainer` as LocalRQA uses it (labels = inputs, padded to 2,048), and trl's SFTTrainer, padding-free
+or packed, with the loss on the completion only. Needs `pip install -e ".[bench]"`.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+PASSAGES = 3
+PADDED_LENGTH = 2048
+SYSTEMS = {  # name -> allocator settings it is measured with
+    "rqa": ["tuned"],
+    "Trainer": ["default", "tuned"],
+    "trl padding-free": ["default", "tuned"],
+    "trl packed": ["default", "tuned"],
+}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    with TemporaryDirectory() as directory:
+        arguments.sequences = str(Path(directory) / "sequences.json")
+        Path(arguments.sequences).write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
+        rows = [
+            run_alone(arguments, system, allocator)
+            for system, allocators in SYSTEMS.items()
+            if not arguments.only or system in arguments.only
+            for allocator in allocators
+        ]
+        report(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--embedding_model", required=True)
+    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
+    parser.add_argument("--document_path", help="their documents")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps of two examples")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
+    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    parser.add_argument("--sequences", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
+    """Token ids of prompt and answer, and where the answer starts; the same for every system."""
+    from rqa.data.documents import read_documents
+    from rqa.data.examples import read_examples
+    from rqa.data.pydocs import QUICKSTART, build_corpus
+    from rqa.models.encoder import load_encoder
+    from rqa.models.loading import load_tokenizer
+    from rqa.objectives.passages import PassageArguments, gold_and_retrieved
+    from rqa.prompts import PromptArguments, Prompter
+    from rqa.retrieval.index import IndexArguments
+    from rqa.retrieval.retriever import Retriever
+
+    if arguments.train_file:
+        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file, answers=True)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, examples = corpus.documents, corpus.train
+    examples = examples[: 2 * (arguments.steps + arguments.warmup)]
+    retriever = Retriever(load_encoder(arguments.embedding_model), documents, IndexArguments())
+    retriever.open(None)
+    prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments(max_seq_length=PADDED_LENGTH))
+    found = retriever.documents_of(retriever.retrieve([example.question for example in examples], PASSAGES))
+    sequences = []
+    for example, retrieved in zip(examples, found, strict=True):
+        passages = gold_and_retrieved(example, retrieved, PASSAGES + 1, PassageArguments(), "0")
+        sequence = prompter.encode(example, passages, example.gold_answer)
+        sequences.append((sequence.ids, sequence.answer_start))
+    return sequences
+
+
+def run_alone(arguments: argparse.Namespace, system: str, allocator: str) -> dict[str, Any]:
+    """Measure one system in a process of its own."""
+    flags = {**vars(arguments), "system": system, "allocator": allocator}
+    flags.pop("only")
+    line = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    print(f"{system}, {allocator} allocator ...", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, __file__, *line], stdout=subprocess.PIPE, env=environment, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of each measured step, and the process's peak memory."""
+    if arguments.allocator == "tuned":
+        from rqa.runtime.allocator import tune_allocator
+
+        tune_allocator()
+    sequences = [tuple(pair) for pair in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
+    with TemporaryDirectory() as directory:
+        train = {"rqa": train_rqa, "Trainer": train_trainer}.get(arguments.system, train_trl)
+        steps = list(train(arguments, sequences, directory))[arguments.warmup :]
+    rates = [tokens / seconds for tokens, seconds in steps]
+    return {
+        "system": arguments.system,
+        "allocator": arguments.allocator,
+        "tokens_per_second": sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps),
+        "median": statistics.median(rates),
+        "spread": [min(rates), max(rates)],
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+class Clock:
+    """Real tokens and seconds of each step."""
+
+    def __init__(self) -> None:
+        self.tokens: list[int] = []
+        self.moments: list[float] = []
+
+    def steps(self) -> Iterator[tuple[int, float]]:
+        seconds = [after - before for before, after in zip(self.moments, self.moments[1:], strict=False)]
+        return zip(self.tokens, seconds, strict=False)
+
+
+def train_rqa(
+    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
+) -> Iterator[tuple[int, float]]:
+    """The product's own loop and objective."""
+    from rqa.models.causal_lm import load_causal_lm
+    from rqa.models.loading import choose_collate, load_tokenizer
+    from rqa.objectives.answer import AnswerLikelihood
+    from rqa.packing import answer_batch
+    from rqa.prompts import PromptArguments, Prompter, TokenSequence
+    from rqa.runtime import distributed
+    from rqa.training.arguments import LoopArguments
+    from rqa.training.batches import Batches
+    from rqa.training.loop import train
+
+    device = distributed.start()
+    model = load_causal_lm(arguments.model_name_or_path).to(device)
+    prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments())
+    collate, clock = choose_collate(model, 0), Clock()
+
+    def batch(indices: list[int]) -> Any:
+        chosen = answer_batch([TokenSequence(*sequences[i]) for i in indices], collate, indices)
+        clock.tokens.append(chosen.num_tokens)
+        return chosen
+
+    loop = LoopArguments(
+        directory,
+        per_device_train_batch_size=2,
+        max_steps=len(sequences) // 2,
+        bf16=arguments.precision == "bf16",
+        save_strategy="no",
+    )
+    objective = AnswerLikelihood(model, prompter)
+    train(
+        objective,
+        Batches(len(sequences), batch, loop),
+        loop,
+        device,
+        before_step=lambda _: clock.moments.append(time.perf_counter()),
+    )
+    return clock.steps()
+
+
+def train_trainer(
+    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
+) -> Iterator[tuple[int, float]]:
+    """`transformers.Trainer` as LocalRQA uses it: everything padded to one length, the loss on every token."""
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    clock = Clock()
+
+    def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
+        lengths = [len(row["input_ids"]) for row in rows]
+        clock.tokens.append(sum(lengths))
+        ids = torch.tensor([row["input_ids"] + [0] * (PADDED_LENGTH - len(row["input_ids"])) for row in rows])
+        mask = torch.tensor([[1] * length + [0] * (PADDED_LENGTH - length) for length in lengths])
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
+
+    trainer = Trainer(
+        AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
+        TrainingArguments(directory, **peer_settings(arguments, sequences)),
+        data_collator=collate,
+        train_dataset=[{"input_ids": ids} for ids, _ in sequences],
+        callbacks=[step_callback(clock)],
+    )
+    trainer.train()
+    return clock.steps()
+
+
+def train_trl(
+    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
+) -> Iterator[tuple[int, float]]:
+    """trl at its best: no padding, the loss on the completion alone."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    packed, clock = arguments.system == "trl packed", Clock()
+    rows = [
+        {"input_ids": ids, "completion_mask": [int(i >= start) for i in range(len(ids))]} for ids, start in sequences
+    ]
+    settings = peer_settings(arguments, sequences)
+    if packed:  # a row of packed sequences stands for the batch
+        settings |= {"per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1}
+    trainer = SFTTrainer(
+        AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
+        SFTConfig(
+            directory,
+            **settings,
+            packing=packed,
+            padding_free=True,
+            max_length=2 * max(len(ids) for ids, _ in sequences) if packed else None,
+            completion_only_loss=True,
+            gradient_checkpointing=False,
+        ),
+        train_dataset=Dataset.from_list(rows),
+        callbacks=[step_callback(clock)],
+    )
+    collate = trainer.data_collator
+
+    def counting(rows: list[dict[str, Any]]) -> Any:
+        clock.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        return collate(rows)
+
+    trainer.data_collator = counting
+    trainer.train()
+    return clock.steps()
+
+
+def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[str, Any]:
+    return {
+        "per_device_train_batch_size": 2,
+        "max_steps": len(sequences) // 2,
+        "bf16": arguments.precision == "bf16",
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+    }
+
+
+def step_callback(clock: Clock) -> Any:
+    from transformers import TrainerCallback
+
+    class Recorder(TrainerCallback):
+        def on_step_begin(self, *_: Any, **__: Any) -> None:
+            if not clock.moments:
+                clock.moments.append(time.perf_counter())
+
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.moments.append(time.perf_counter())
+
+    return Recorder()
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """One JSON line, and a table with the ratios at equal settings."""
+    from rqa.runtime.precision import cpu_has_bf16
+
+    rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
+    lengths = [len(ids) for ids, _ in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
+    ours = next((row for row in rows if row["system"] == "rqa"), None)
+    result = {
+        "benchmark": "train_throughput",
+        "precision": arguments.precision,
+        "cpu_has_bf16": cpu_has_bf16(),
+        "threads": torch.get_num_threads(),
+        "mean_length": statistics.mean(lengths),
+        "matmul_gflops": rates,
+        "rows": rows,
+    }
+    print(f"{'':<18}{'allocator':>10}{'tokens/s':>10}{'median':>9}{'spread':>16}{'peak GiB':>10}{'rqa is':>9}")
+    for row in rows:
+        spread = "{:.0f}-{:.0f}".format(*row["spread"])
+        ratio = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f}x" if ours else ""
+        print(
+            f"{row['system']:<18}{row['allocator']:>10}{row['tokens_per_second']:>10.0f}{row['median']:>9.0f}"
+            f"{spread:>16}{row['peak_gib']:>10.1f}{ratio:>9}"
+        )
+    print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
+    if ours:
+        used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
+        share = ours["tokens_per_second"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
+        result["share_of_matmul_rate"] = share
+        print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
+    print(json.dumps(result))
+
+
+def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:
+    """Forward and backward of the layers and of causal attention; the output layer, on answers alone, is left out."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+    width, layers = config.hidden_size, config.num_hidden_layers
+    head = width // config.num_attention_heads
+    keys = config.num_key_value_heads * head
+    weights = layers * (2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size)
+    mean_context = sum(length**2 for length in lengths) / sum(lengths)
+    return 6 * weights + 6 * layers * width * mean_context
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
+    """GFLOP/s of this machine's matrix product, the median of several."""
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return statistics.median(2 * size**3 / seconds(lambda: left @ right) / 1e9 for _ in range(5))
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,269 @@
+"""The corpus of docstrings: of a module written here, whose questions are known, and of real ones."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from rqa.data import pydocs
+from rqa.data.documents import read_documents
+from rqa.data.examples import Example, read_examples
+from rqa.data.pydocs import SPLITS, Corpus, build_corpus, count_tokens, write_corpus
+from rqa.runtime.errors import UserError
+
+REAL = ("json", "textwrap", "statistics", "numpy.linalg", "numpy.fft")
+
+TINY = '''
+"""Module."""
+
+def ascend(values, key, again):
+    """Put the numbers of a list in order without changing the list itself.
+
+    Parameters
+    ----------
+    values : list of float
+        The numbers that are to be ordered. None of them may be missing.
+    key : callable
+        See `middle`.
+    again : int
+        A number.
+
+    Raises
+    ------
+    TypeError
+        If two of the numbers cannot be compared.
+
+    See Also
+    --------
+    middle : Find what has as many above it as below.
+    Scale.widen : Equivalent method.
+    """
+
+sort_upwards = ascend
+
+def ascending(values, key, again):
+    """Put the numbers of a list in order without changing the list itself!
+
+    Parameters
+    ----------
+    values : list of float
+        The numbers that are to be ordered. None of them may be missing.
+    key : callable
+        See `middle`.
+    again : int
+        A number.
+
+    Raises
+    ------
+    TypeError
+        If two of the numbers cannot be compared.
+    """
+
+def middle(data):
+    """Compute the median of the given observations, whatever their order is.
+
+    Args:
+        data (list): the observations, at least one of them
+
+    Returns:
+        float: the value that divides the observations into halves
+
+    Example::
+
+        >>> middle([3, 1, 2])
+        2
+    """
+
+def _hidden():
+    """This docstring is long enough for a passage, but nobody outside should ever see it here."""
+
+class _Instrument:
+    def tare(self):
+        """Reset whatever it is that an instrument of this kind measures, and forget what was measured before."""
+
+class Scale(_Instrument):
+    """A scale on which weights are compared, with a beam, two pans and a pointer between them."""
+
+    def widen(self, step):
+        """Make the marks of the dial stand further apart. Raises ValueError if no marks are left on it."""
+
+    def tare(self):
+        """Call the present weight nothing, so that all that is put on later counts alone from now on."""
+
+class Balance(Scale):
+    """An older name under which a scale was sold in shops that dealt in weights of brass only."""
+'''
+
+
+@pytest.fixture
+def tiny(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Corpus:
+    (tmp_path / "tinydocs.py").write_text(TINY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "tinydocs", raising=False)
+    return build_corpus(["tinydocs"])
+
+
+@pytest.fixture(scope="module")
+def real() -> Corpus:
+    return build_corpus(REAL)
+
+
+def examples_of(corpus: Corpus) -> list[Example]:
+    return [example for split in SPLITS for example in getattr(corpus, split)]
+
+
+def serialized(corpus: Corpus) -> str:
+    return json.dumps([row.to_json() for row in [*corpus.documents, *examples_of(corpus)]])
+
+
+def test_public_objects_become_one_document_each_under_their_shortest_names(tiny: Corpus) -> None:
+    titles = [document.metadata["title"] for document in tiny.documents]
+    expected = [
+        "ascend",
+        "middle",
+        "Scale",
+        "Scale.tare",
+        "Scale.widen",
+        "Balance",
+    ]  # no alias, near-duplicate, inherited, hidden
+    assert sorted(titles) == sorted(f"tinydocs.{name}" for name in expected)
+
+
+def test_questions_of_a_module_are_those_made_by_hand(tiny: Corpus) -> None:
+    answers = {(example.gold_docs[0].metadata["title"], example.gold_answer) for example in examples_of(tiny)}
+    assert answers == {
+        ("tinydocs.ascend", "The numbers that are to be ordered. None of them may be missing."),
+        ("tinydocs.ascend", "If two of the numbers cannot be compared."),
+        ("tinydocs.middle", "the observations, at least one of them"),
+        ("tinydocs.middle", "the value that divides the observations into halves"),
+        (
+            "tinydocs.middle",
+            "`tinydocs.middle`: Compute the median of the given observations, whatever their order is.",
+        ),
+        ("tinydocs.Scale.widen", "Raises ValueError if no marks are left on it."),
+    }
+
+
+def test_what_others_say_of_a_function_is_a_question_and_in_no_passage(tiny: Corpus) -> None:
+    said = "find what has as many above it as below"
+    asked = [example for example in examples_of(tiny) if example.question == f"What should I use for this: {said}?"]
+    assert [example.gold_docs[0].metadata["title"] for example in asked] == ["tinydocs.middle"]
+    assert not any(said in document.fmt_content.lower() for document in tiny.documents)
+
+
+def test_each_form_of_a_question_is_used(tiny: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    questions = {
+        example.question for seed in range(12) for example in examples_of(build_corpus(["tinydocs"], seed=seed))
+    }
+    assert {question for question in questions if "`values`" in question} == {
+        "What does the parameter `values` of `tinydocs.ascend` do?",
+        "What is the parameter `values` of `ascend`?",
+        "What is the parameter `values` when I want this: "
+        "put the numbers of a list in order without changing the list itself?",
+    }
+
+
+def test_a_passage_holds_the_parts_of_a_docstring_under_their_headings(tiny: Corpus) -> None:
+    (passage,) = (document for document in tiny.documents if document.metadata["title"] == "tinydocs.middle")
+    assert passage.fmt_content == (
+        "Title: tinydocs.middle\nContent:\n"
+        "Compute the median of the given observations, whatever their order is.\n"
+        "Parameters\ndata (list): the observations, at least one of them\n"
+        "Returns\nfloat: the value that divides the observations into halves"
+    )
+
+
+def test_no_docstring_is_asked_about_in_two_splits(real: Corpus) -> None:
+    titles = [{example.gold_docs[0].metadata["title"] for example in getattr(real, split)} for split in SPLITS]
+    assert all(titles)
+    assert sum(map(len, titles)) == len(set.union(*titles))
+
+
+@pytest.mark.parametrize("chunk_tokens", [16, 128])
+def test_gold_passages_hold_the_answer_and_are_in_the_corpus(chunk_tokens: int) -> None:
+    corpus = build_corpus(REAL, chunk_tokens)
+    examples = examples_of(corpus)
+    assert len(examples) > 30
+    assert {passage for example in examples for passage in example.gold_docs} <= set(corpus.documents)
+    for example in examples:
+        for passage in example.gold_docs:
+            words = [*passage.page_content.split(), f"`{passage.metadata['title']}`:"]
+            assert set(example.gold_answer.split()) <= set(words)
+
+
+def test_no_question_and_no_answer_of_an_entry_occurs_twice(real: Corpus) -> None:
+    examples = examples_of(real)
+    assert len({example.question for example in examples}) == len(examples)
+    answers = Counter(
+        example.gold_answer for example in examples if not example.question.startswith("What should I use")
+    )
+    assert set(answers.values()) == {1}
+
+
+def test_answers_are_short_and_whole(real: Corpus) -> None:
+    for example in examples_of(real):
+        quoted = example.gold_answer.partition("`: ")[2] or example.gold_answer  # behind the name of what is described
+        assert 3 <= len(quoted.split()) <= pydocs.LONGEST_ANSWER
+        assert all(re.search(re.escape(quoted) + r"(?=\s|$)", passage.page_content) for passage in example.gold_docs)
+
+
+def test_passages_are_as_long_as_asked(real: Corpus) -> None:
+    short = build_corpus(REAL, chunk_tokens=64)
+    headings = 20
+    assert max(count_tokens(document.page_content) for document in real.documents) <= 128 + headings
+    assert max(count_tokens(document.page_content) for document in short.documents) <= 64 + headings
+    assert len(short.documents) > 1.5 * len(real.documents)
+
+
+def test_keys_of_passages_are_unique(real: Corpus) -> None:
+    assert len({document.key for document in real.documents}) == len(real.documents)
+
+
+def test_two_builds_are_equal_and_another_seed_is_not(real: Corpus) -> None:
+    assert serialized(build_corpus(REAL)) == serialized(real)
+    assert serialized(build_corpus(REAL, seed=1)) != serialized(real)
+
+
+@pytest.mark.parametrize("hash_seed", ["1", "2"])
+def test_the_order_of_hashes_does_not_matter(real: Corpus, hash_seed: str, tmp_path: Path) -> None:
+    script = "import sys; from rqa.data.pydocs import *; write_corpus(build_corpus(sys.argv[2:]), sys.argv[1])"
+    environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
+    subprocess.run([sys.executable, "-c", script, str(tmp_path / "there"), *REAL], env=environment, check=True)
+    write_corpus(real, tmp_path / "here")
+    for file in ("documents.jsonl", *(f"{split}_w_qa.jsonl" for split in SPLITS)):
+        assert (tmp_path / "there" / file).read_bytes() == (tmp_path / "here" / file).read_bytes()
+
+
+def test_what_this_process_did_to_docstrings_does_not_matter(real: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "statistics.mean.__doc__", "Return what scipy might have written here, in twelve words or more."
+    )
+    assert serialized(build_corpus(REAL)) == serialized(real)
+
+
+def test_what_is_written_is_read_back(real: Corpus, tmp_path: Path) -> None:
+    write_corpus(real, tmp_path)
+    assert read_documents(tmp_path / "documents.jsonl") == real.documents
+    for split in SPLITS:
+        assert read_examples(tmp_path / f"{split}_w_qa.jsonl", answers=True) == getattr(real, split)
+
+
+def test_a_module_that_is_not_installed_is_named() -> None:
+    with pytest.raises(UserError, match="no_such_module"):
+        build_corpus(["no_such_module"])
+
+
+def test_a_module_that_documents_nothing_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "emptydocs.py").write_text('"""Not twelve words."""')
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match="emptydocs"):
+        build_corpus(["emptydocs"])
+
+
+def test_tokens_are_counted_like_word_pieces() -> None:
+    assert count_tokens("sort the_axis, 1234!") == 8  # sort the _ axis , 123 4 !

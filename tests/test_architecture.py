@@ -1,0 +1,83 @@
+"""The one-way street, the shape of the repository, and what a wheel contains."""
+
+import ast
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+STREET = ["data", "prompts", "packing", "models", "retrieval", "objectives", "training", "evaluation", "recipes"]
+OPTIONAL = [
+    "flash_attn",
+    "peft",
+    "wandb",
+    "tensorboard",
+    "trackio",
+    "gguf",
+    "accelerate",
+    "sentence_transformers",
+    "trl",
+]
+
+
+def imports(path: Path) -> set[str]:
+    """The modules of rqa that a file imports, below the package."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+        found |= {name.split(".")[1] for name in names if name.startswith("rqa.")}
+    return found
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "rqa").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_imports_only_from_its_left(path: Path) -> None:
+    place = path.relative_to(ROOT / "rqa").parts[0].removesuffix(".py")
+    allowed = {"runtime"} if place in ("runtime", "__init__") else {"runtime", *STREET[: STREET.index(place) + 1]}
+    assert imports(path) <= allowed
+
+
+def test_no_executable_imports_another() -> None:
+    for path in (ROOT / "bin").iterdir():
+        assert not re.search(r"^(from|import) bin", path.read_text(encoding="utf-8"), re.MULTILINE)
+        assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
+
+
+def test_importing_rqa_loads_no_heavy_and_no_optional_package() -> None:
+    code = f"import rqa, sys; print([m for m in {[*OPTIONAL, 'torch', 'transformers']!r} if m in sys.modules])"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+
+
+def test_no_module_of_rqa_needs_an_optional_package() -> None:
+    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "rqa").rglob("*.py")]
+    code = (
+        f"import sys\nfor name in {OPTIONAL!r}: sys.modules[name] = None\n"
+        f"import importlib\nfor name in {modules!r}: importlib.import_module(name)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_wheel_contains_every_package_and_executable(tmp_path: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "-q",
+        "-w",
+        str(tmp_path),
+        str(ROOT),
+    ]
+    subprocess.run(command, check=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    for path in (ROOT / "rqa").rglob("*.py"):
+        assert str(path.relative_to(ROOT)) in names
+    for path in (ROOT / "bin").iterdir():
+        assert any(name.endswith(f"scripts/{path.name}") for name in names)

@@ -1,0 +1,231 @@
+"""The executables as a user runs them."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+BIN = Path(__file__).parents[1] / "bin"
+SMALL = {
+    "max_steps": 4,
+    "per_device_train_batch_size": 2,
+    "per_device_eval_batch_size": 2,
+    "logging_steps": 1,
+    "max_new_tokens": 8,
+    "max_seq_length": 256,
+}
+
+
+def run(name: str, flags: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> int:
+    """Run an executable in this process; its exit status."""
+    line = [
+        part
+        for flag, value in flags.items()
+        for part in (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
+    ]
+    monkeypatch.setattr(sys, "argv", [str(BIN / name), *line])
+    try:
+        runpy.run_path(str(BIN / name), run_name="__main__")
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+@pytest.fixture
+def swr(data: Path, lm_path: str, encoder_path: str, tmp_path: Path) -> dict[str, object]:
+    """A complete set of flags for train_swr."""
+    return {
+        "model_name_or_path": lm_path,
+        "embedding_model": encoder_path,
+        "train_file": data / "train_w_qa.jsonl",
+        "eval_file": data / "eval_w_qa.jsonl",
+        "test_file": data / "test_w_qa.jsonl",
+        "full_dataset_file_path": data / "documents.jsonl",
+        "full_dataset_index_path": tmp_path / "index",
+        "output_dir": tmp_path / "out",
+        **SMALL,
+    }
+
+
+def test_train_swr_writes_all_that_the_architecture_promises(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {**swr, "eval_steps": 2, "save_steps": 2, "write_predictions": "true", "embedding_max_num_to_retrieve": 2,
+             "gold_position": "random", "drop_gold_prob": 0.3, "gradient_accumulation_steps": 2,
+             "gradient_checkpointing": "true"}  # fmt: skip
+    assert run("train_swr", flags, monkeypatch) == 0
+    output = Path(str(swr["output_dir"]))
+    for name in ("all_args.json", "train.log", "trainer_state.json", "checkpoint-2", "checkpoint-4", "score.json",
+                 "test-predictions.jsonl", "step-2-eval-predictions.jsonl", "model.safetensors"):  # fmt: skip
+        assert (output / name).exists(), name
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    evaluations = [entry for entry in history if "eval_loss" in entry]
+    assert [entry["step"] for entry in evaluations] == [2, 4]
+    scores = json.loads((output / "score.json").read_text())
+    assert {"test_loss", "test_retr/recall@4", "test_retr/document_recall/recall4", "test_gen/rougeL", "test_gen/bleu",
+            "test_gen/f1", "test_gen/exact_match"} <= set(scores)  # fmt: skip
+    rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
+    assert len(rows) == 4
+    assert all(len(row["retrieved_docs"]) == 2 for row in rows)
+    AutoModelForCausalLM.from_pretrained(output)
+    AutoTokenizer.from_pretrained(output)
+
+
+def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = {
+        **swr,
+        "max_steps": 30,
+        "learning_rate": 1e-2,
+        "eval_on_start": "true",
+        "eval_steps": 30,
+        "save_strategy": "no",
+    }
+    assert run("train_swr", flags, monkeypatch) == 0
+    output = Path(str(swr["output_dir"]))
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
+    assert after < 0.7 * before
+    evaluated = {"qa_model_name_or_path": output, "embedding_model_name_or_path": swr["embedding_model"],
+                 "document_path": swr["full_dataset_file_path"], "eval_data_path": swr["test_file"],
+                 "output_dir": output / "again", "max_new_tokens": 8, "max_seq_length": 256}  # fmt: skip
+    assert run("evaluate_rqa", evaluated, monkeypatch) == 0
+    first, second = (json.loads((path / "score.json").read_text()) for path in (output, output / "again"))
+    for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@1"):
+        assert first[name] == second[name]
+
+
+def test_train_sft_with_and_without_a_retriever_for_evaluation(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = {name: value for name, value in swr.items() if name != "embedding_model"}
+    assert run("train_sft", {**flags, "chat_format": "template"}, monkeypatch) == 0
+    scores = json.loads((tmp_path / "out/score.json").read_text())
+    assert list(scores) == ["test_loss"]
+    flags |= {"output_dir": tmp_path / "with", "eval_embedding_model": swr["embedding_model"]}
+    assert run("train_sft", flags, monkeypatch) == 0
+    assert "test_gen/rougeL" in json.loads((tmp_path / "with/score.json").read_text())
+
+
+def test_a_single_json_file_replaces_the_flags(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = {name: value if isinstance(value, int) else str(value) for name, value in swr.items()}
+    (tmp_path / "flags.json").write_text(json.dumps(flags | {"bf16": False, "recall_at": [1, 2]}))
+    monkeypatch.setattr(sys, "argv", ["train_swr", str(tmp_path / "flags.json")])
+    runpy.run_path(str(BIN / "train_swr"), run_name="__main__")
+    assert "test_retr/recall@2" in json.loads((tmp_path / "out/score.json").read_text())
+
+
+def test_resuming_an_interrupted_executable_gives_the_very_same_model(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    flags = {**swr, "save_steps": 2, "eval_strategy": "no"}
+    del flags["eval_file"], flags["test_file"]
+    assert run("train_swr", flags, monkeypatch) == 0
+    whole = (tmp_path / "out/model.safetensors").read_bytes()
+    half = {**flags, "output_dir": tmp_path / "half"}
+    assert run("train_swr", half, monkeypatch) == 0
+    for path in ("checkpoint-4/COMPLETE", "model.safetensors"):
+        (tmp_path / "half" / path).unlink()
+    assert run("train_swr", {**half, "resume_from_checkpoint": "true"}, monkeypatch) == 0
+    assert (tmp_path / "half/model.safetensors").read_bytes() == whole
+
+
+def _set(name: str, value: object) -> Callable[[dict[str, object], Path], None]:
+    return lambda flags, path: flags.update({name: value})
+
+
+def _file(name: str, text: str) -> Callable[[dict[str, object], Path], None]:
+    def change(flags: dict[str, object], path: Path) -> None:
+        bad = path / "bad.jsonl"
+        bad.write_text(text, encoding="utf-8")
+        flags[name] = bad
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (_set("learning_rat", 1), "--learning_rat: unknown flag; did you mean --learning_rate?"),
+        (_set("deepspeed", "ds.json"), "--deepspeed: rqa shards with PyTorch's own FSDP2; use --fsdp full_shard"),
+        (_set("learning_rate", "fast"), "--learning_rate"),
+        (_set("eval_strategy", "often"), "--eval_strategy"),
+        (_set("max_seq_length", 8), "--max_seq_length"),
+        (_set("per_device_train_batch_size", 0), "--per_device_train_batch_size 0: must be at least 1"),
+        (_set("train_file", "/nowhere/train.jsonl"), "/nowhere/train.jsonl: no such file"),
+        (_set("full_dataset_file_path", "/nowhere/documents.pkl"), "/nowhere/documents.pkl: no such file"),
+        (_set("model_name_or_path", "/nowhere/model"), "model /nowhere/model: cannot be loaded: no such directory"),
+        (_set("embedding_model", "/nowhere/model"), "model /nowhere/model: cannot be loaded: no such directory"),
+        (_set("resume_from_checkpoint", "/nowhere/checkpoint-1"), "--resume_from_checkpoint /nowhere/checkpoint-1"),
+        (_set("use_flash_attention", "true"), "--use_flash_attention true: flash-attn is not installed"),
+        (_set("index_factory", "Flatt"), "--index_factory Flatt"),
+        (_set("prompt_template", "/nowhere/template.txt"), "--prompt_template /nowhere/template.txt"),
+        (_set("report_to", "trackio"), "--report_to trackio: the package is not installed"),
+        (_set("metric_for_best_model", "blue"), "--metric_for_best_model blue: not measured; choose one of"),
+        (_file("train_file", '{"question": "a", "gold_answer": 3}'), "jsonl:1: field 'gold_answer' must be"),
+        (_file("train_file", '{"question": "a", "gold_docs": [{}], "gold_answer": "b"}'), "1: field 'gold_docs'"),
+        (_file("full_dataset_file_path", '{"page_content": "a"}\n{"page_content": 1}'), "2: field 'page_content'"),
+        (_file("full_dataset_file_path", "{"), "bad.jsonl:1: not valid JSON"),
+        (_file("eval_file", ""), "bad.jsonl: holds no examples"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_line_and_status_2(
+    change: Callable[[dict[str, object], Path], None],
+    message: str,
+    swr: dict[str, object],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    change(swr, tmp_path)
+    assert run("train_swr", swr, monkeypatch) == 2
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_error_shows_no_traceback_and_leaves_no_output_directory(swr: dict[str, object], tmp_path: Path) -> None:
+    swr["full_dataset_file_path"] = "/nowhere/documents.jsonl"
+    line = [str(part) for flag, value in swr.items() for part in (f"--{flag}", value)]
+    done = subprocess.run([sys.executable, str(BIN / "train_swr"), *line], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.strip() == "error: /nowhere/documents.jsonl: no such file"
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_processes_under_torchrun_train_the_model_of_one(swr: dict[str, object], tmp_path: Path) -> None:
+    flags = {**swr, "lr_scheduler_type": "constant", "eval_steps": 4}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    models, scores = [], []
+    for processes in (1, 2):
+        flags |= {"output_dir": tmp_path / str(processes), "per_device_train_batch_size": 4 // processes}
+        line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        subprocess.run([*torchrun, str(BIN / "train_swr"), *line], check=True, env=environment, capture_output=True)
+        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(processes)).state_dict())
+        scores.append(json.loads((tmp_path / str(processes) / "score.json").read_text()))
+    for name, weight in models[0].items():
+        assert (weight - models[1][name]).abs().max() < 1e-4, name
+    for name in ("test_loss", "test_retr/recall@4", "test_retr/mrr@10"):
+        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3)
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in BIN.iterdir()))
+def test_every_executable_explains_itself(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "-h"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(BIN / name), run_name="__main__")
+    assert not end.value.code
+    assert f"bin/{name}" in capsys.readouterr().out
