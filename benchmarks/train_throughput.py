@@ -148,9 +148,8 @@ def train_rqa(
 ) -> Iterator[tuple[int, float]]:
     """The product's own loop and objective."""
     from rqa.models.causal_lm import load_causal_lm
-    from rqa.models.loading import choose_collate, load_tokenizer
+    from rqa.models.loading import load_tokenizer
     from rqa.objectives.answer import AnswerLikelihood
-    from rqa.packing import answer_batch
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
     from rqa.runtime import distributed
     from rqa.training.arguments import LoopArguments
@@ -160,10 +159,10 @@ def train_rqa(
     device = distributed.start()
     model = load_causal_lm(arguments.model_name_or_path).to(device)
     prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments())
-    collate, clock = choose_collate(model, 0), Clock()
+    objective, clock = AnswerLikelihood(model, prompter), Clock()
 
     def batch(indices: list[int]) -> Any:
-        chosen = answer_batch([TokenSequence(*sequences[i]) for i in indices], collate, indices)
+        chosen = objective.batch([TokenSequence(*sequences[i]) for i in indices], indices)
         clock.tokens.append(chosen.num_tokens)
         return chosen
 
@@ -174,7 +173,6 @@ def train_rqa(
         bf16=arguments.precision == "bf16",
         save_strategy="no",
     )
-    objective = AnswerLikelihood(model, prompter)
     train(
         objective,
         Batches(len(sequences), batch, loop),

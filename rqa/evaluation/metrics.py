@@ -60,7 +60,8 @@ def reciprocal_rank(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 1
 
 def ndcg(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
     """Discounted cumulative gain over the best possible one, relevance 0 or 1 (Järvelin & Kekäläinen 2002)."""
-    gain = sum(1 / math.log2(rank + 1) for rank, document in enumerate(ranking[:k], start=1) if document in gold)
+    found = {document: rank for rank, document in reversed(list(enumerate(ranking[:k], start=1)))}  # its first rank
+    gain = sum(1 / math.log2(rank + 1) for rank in sorted(found[document] for document in gold & found.keys()))
     ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(gold)) + 1))
     return gain / ideal
 

@@ -100,6 +100,9 @@ class CausalLMReader:
         config = GenerationConfig(
             max_new_tokens=self.prompter.arguments.max_new_tokens,
             do_sample=False,
+            num_beams=1,  # what is not set here comes from the checkpoint's generation_config.json
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
             eos_token_id=stop,
             pad_token_id=stop[0],
         )

@@ -1,12 +1,12 @@
 """Checkpoints in, models and tokenizers out; and whether a model may be packed."""
 
-import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -54,7 +54,7 @@ def load_model(
         except ValueError as error:
             if attention == "eager" or "attention" not in str(error).lower():
                 raise _unreadable(path, error) from None
-        except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise _unreadable(path, error) from None
     raise AssertionError("unreachable")
 

@@ -1,14 +1,16 @@
 """SFT and SwR: the likelihood of the answer after its prompt. The two differ only in whose passages stand in it."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.models.causal_lm import answer_logits
+from rqa.models.loading import choose_collate
 from rqa.objectives.losses import answer_nll
-from rqa.packing import AnswerBatch
-from rqa.prompts import Prompter
+from rqa.packing import AnswerBatch, answer_batch
+from rqa.prompts import Prompter, TokenSequence
 
 
 class AnswerLikelihood(nn.Module):
@@ -18,6 +20,11 @@ class AnswerLikelihood(nn.Module):
         super().__init__()
         self.model = model
         self.prompter = prompter
+        self._collate = choose_collate(model, prompter.stop_ids[0])
+
+    def batch(self, sequences: Sequence[TokenSequence], indices: Sequence[int] = ()) -> AnswerBatch:
+        """Prompts with answers as this model takes them; `indices` are the examples' numbers."""
+        return answer_batch(sequences, self._collate, indices)
 
     def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, float]]:
         """The sum of the answer tokens' negative log-likelihoods; the batch's `weight` is their number. -> []"""

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, set_seed
+from transformers import set_seed
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
 from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages, write_results
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
-from rqa.models.loading import choose_collate, evaluating, load_tokenizer
+from rqa.models.loading import evaluating, load_tokenizer
 from rqa.objectives.answer import AnswerLikelihood
-from rqa.packing import AnswerBatch, answer_batch
+from rqa.packing import AnswerBatch
 from rqa.prompts import DoesNotFit, PromptArguments, Prompter, TokenSequence
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
@@ -98,6 +98,7 @@ def train_reader(
     source = str(checkpoint or data.model_name_or_path)
     prompter = Prompter(load_tokenizer(source, loop.trust_remote_code), prompt)
     model = load_causal_lm(source, **options).to(device)
+    objective = AnswerLikelihood(model, prompter)
     retriever = None
     if embedding_model:
         retriever = Retriever(load_encoder(embedding_model, encoder, **options).to(device), documents, index)
@@ -105,14 +106,13 @@ def train_reader(
         if retriever:
             retriever.open(data.full_dataset_index_path)
         passages = choose_passages(train_examples, retriever)
-        evaluate = ReaderEvaluation(model, prompter, retriever, eval_examples, evaluation, loop)
-        test = ReaderEvaluation(model, prompter, retriever, test_examples, evaluation, loop)
+        evaluate = ReaderEvaluation(objective, retriever, eval_examples, evaluation, loop)
+        test = ReaderEvaluation(objective, retriever, test_examples, evaluation, loop)
 
     sequences = encode_examples(prompter, train_examples, passages)
-    collate = choose_collate(model, prompter.stop_ids[0])
 
     def micro_batch(indices: Sequence[int]) -> AnswerBatch:
-        return answer_batch([sequences[i] for i in indices], collate, indices)
+        return objective.batch([sequences[i] for i in indices], indices)
 
     def evaluate_and_keep(step: int) -> dict[str, float]:
         with autocast(device, dtype):
@@ -122,7 +122,7 @@ def train_reader(
         return {f"eval_{name}": value for name, value in metrics.items()}
 
     state = train(
-        AnswerLikelihood(model, prompter),
+        objective,
         Batches(len(sequences), micro_batch, loop),
         loop,
         device,
@@ -149,15 +149,14 @@ class ReaderEvaluation:
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        prompter: Prompter,
+        objective: AnswerLikelihood,
         retriever: Retriever | None,
         examples: Sequence[Example],
         arguments: EvaluationArguments,
         loop: LoopArguments,
     ) -> None:
-        self.reader = CausalLMReader(model, prompter)
-        self.objective = AnswerLikelihood(model, prompter)
+        self.objective = objective
+        self.reader = CausalLMReader(objective.model, objective.prompter)
         self.examples = examples
         self.arguments = arguments
         self.batch_size = loop.per_device_eval_batch_size
@@ -174,12 +173,11 @@ class ReaderEvaluation:
     @torch.no_grad()
     def loss(self, passages: Sequence[Sequence[Document]]) -> float:
         """Mean negative log-likelihood of the gold answers' tokens."""
-        sequences = distributed.share(encode_examples(self.reader.prompter, self.examples, passages))
-        collate = choose_collate(self.reader.model, self.reader.prompter.stop_ids[0])
+        sequences = distributed.share(encode_examples(self.objective.prompter, self.examples, passages))
         sums = [0.0, 0.0]
         with evaluating(self.objective):
             for start in range(0, len(sequences), self.batch_size):
-                batch = answer_batch(sequences[start : start + self.batch_size], collate).to(self.reader.model.device)
+                batch = self.objective.batch(sequences[start : start + self.batch_size]).to(self.reader.model.device)
                 sums[0] += float(self.objective(batch)[0])
                 sums[1] += batch.weight
         loss, weight = distributed.total(sums)

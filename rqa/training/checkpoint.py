@@ -61,14 +61,11 @@ def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
         if not is_complete(wanted):
             raise UserError(f"--resume_from_checkpoint {wanted}: is not a complete checkpoint")
         return Path(wanted)
-    if (output / STATE_FILE).exists() or checkpoints(output):
-        if not arguments.overwrite_output_dir:
-            raise UserError(
-                f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
-                "start afresh with --overwrite_output_dir true, or choose another directory"
-            )
-        for old in checkpoints(output):
-            shutil.rmtree(old)
+    if not arguments.overwrite_output_dir and ((output / STATE_FILE).exists() or checkpoints(output)):
+        raise UserError(
+            f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
+            "start afresh with --overwrite_output_dir true, or choose another directory"
+        )
     return None
 
 
@@ -108,11 +105,12 @@ def load_checkpoint(directory: Path, optimization: Optimization, device: torch.d
     return replace(state, interrupted=False)
 
 
-def delete_old_checkpoints(output: Path, limit: int | None, best: str | None) -> None:
-    """Keep the newest `limit` checkpoints, and the best one whatever its age."""
-    if limit is None or not distributed.is_main():
+def delete_old_checkpoints(output: Path, keep: int | None, best: str | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one; None: keep all."""
+    if keep is None or not distributed.is_main():
         return
-    for old in checkpoints(output)[:-limit]:
+    found = checkpoints(output)
+    for old in found[: len(found) - keep]:
         if old.name != best:
             shutil.rmtree(old)
 

@@ -63,7 +63,11 @@ def train(
     dtype = compute_dtype(arguments.bf16, arguments.fp16, device)
     module = parallelize(objective, device, arguments.gradient_checkpointing, arguments.torch_compile)
     optimization = Optimization(objective, arguments, len(batches), device)
-    state = load_checkpoint(checkpoint, optimization, device) if checkpoint else RunState()
+    if checkpoint:
+        state = load_checkpoint(checkpoint, optimization, device)
+    else:
+        state = RunState()
+        delete_old_checkpoints(output, keep=0)  # those of a run that --overwrite_output_dir gave up
     # Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its
     # workers: from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
     feed = iter(
@@ -118,7 +122,7 @@ def train(
                 and (last or due(arguments.eval_strategy, arguments.eval_steps, state.step, batches))
             ):
                 save |= evaluate_now()
-            if save and saving or state.interrupted:
+            if (save and saving) or state.interrupted:
                 save_now()
             if state.interrupted:
                 log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
