@@ -24,7 +24,8 @@ Use the passages to answer the question. Reply with the answer alone.
 
 Question: {question}"""
 
-ASSISTANT_SPEAKERS = ("assistant", "ai", "bot", "system", "agent", "gpt")
+ASSISTANT_SPEAKERS = {"assistant", "ai", "bot", "chatbot", "system", "agent", "gpt", "chatgpt", "model"}
+LONGEST_WORD = 40  # characters taken back to cut at a word's end; text without spaces is cut where it is
 
 
 class DoesNotFit(UserError):
@@ -186,7 +187,7 @@ def _read_instruction(path: str | None) -> str:
 
 
 def _role(speaker: str) -> str:
-    return "assistant" if speaker.strip().lower().startswith(ASSISTANT_SPEAKERS) else "user"
+    return "assistant" if re.split(r"[^a-z]", speaker.strip().lower())[0] in ASSISTANT_SPEAKERS else "user"
 
 
 def _without_oldest(history: Sequence[Turn]) -> Sequence[Turn]:
@@ -199,4 +200,5 @@ def _cut(text: str, cap: int | None) -> str:
     """At most `cap` characters, ending at a word's end."""
     if cap is None or len(text) <= cap:
         return text
-    return re.sub(r"\s*\S*$", "", text[: cap + 1])
+    end = re.search(rf"\s\S{{0,{LONGEST_WORD}}}$", text[: cap + 1])
+    return text[: end.start() if end else cap].rstrip()

@@ -44,6 +44,7 @@ CHAT_TEMPLATE = (
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ["HF_HUB_OFFLINE"] = "1"
+    torch.set_num_threads(1)  # tiny matrices gain nothing from more, and threads of parallel processes get in the way
     os.environ["RQA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
 
 

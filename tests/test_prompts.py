@@ -1,5 +1,6 @@
 """Prompts: one function for training and generation, what is cut, what never is."""
 
+import itertools
 import re
 from pathlib import Path
 
@@ -26,7 +27,9 @@ ALTERNATING = (
 )
 
 
-def clone(tokenizer: PreTrainedTokenizerBase, template: str | None = None, **options: object) -> PreTrainedTokenizerBase:
+def clone(
+    tokenizer: PreTrainedTokenizerBase, template: str | None = None, **options: object
+) -> PreTrainedTokenizerBase:
     """A tokenizer of our own to change."""
     core = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     made = PreTrainedTokenizerFast(
@@ -97,8 +100,7 @@ def test_the_template_format_is_the_tokenizers_own(
         "{question}", talked.question
     )
     messages = [
-        {"role": role, "content": turn.message}
-        for role, turn in zip(["user", "assistant"] * 2, HISTORY, strict=True)
+        {"role": role, "content": turn.message} for role, turn in zip(["user", "assistant"] * 2, HISTORY, strict=True)
     ] + [{"role": "user", "content": request}]
     theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == theirs
@@ -169,7 +171,7 @@ def test_at_every_length_question_and_answer_stay_whole_and_only_passages_are_cu
     assert kept_turns == sorted(kept_turns)
     assert shown[0] == (0, 0)
     assert shown[-1] == (len(asked.chat_history), sum(len(p.fmt_content) for p in passages))
-    for (turns, before), (more_turns, after) in zip(shown, shown[1:], strict=False):
+    for (turns, before), (more_turns, after) in itertools.pairwise(shown):
         assert turns != more_turns or after >= before - 3  # token counts are only nearly monotone in the cut
 
 
@@ -350,9 +352,9 @@ def test_a_directory_is_no_prompt_template(tmp_path: Path, tokenizer: PreTrained
 def test_a_template_that_refuses_is_a_users_error(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
     strict = clone(tokenizer, ALTERNATING)
     asked = Example(example.question, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
-    with pytest.raises(UserError, match="--chat_format template.*roles must alternate"):
+    with pytest.raises(UserError, match=r"--chat_format template.*roles must alternate"):
         Prompter(strict, arguments("template")).encode(asked, [])
-    with pytest.raises(UserError, match="--chat_format template.*never"):
+    with pytest.raises(UserError, match=r"--chat_format template.*never"):
         Prompter(clone(tokenizer, "{{ raise_exception('never') }}"), arguments("template"))
 
 

@@ -2,7 +2,8 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import cached_file
 
-from rqa.models.loading import choose_collate, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.packing import TokenBatch, pack, token_budget_batches
+from rqa.models.loading import (
+    choose_collate,
+    evaluating,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
+from rqa.packing import Collate, TokenBatch, pack, token_budget_batches
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 
@@ -59,7 +68,11 @@ class Encoder(nn.Module):
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
-        self.collate = choose_collate(backbone, tokenizer.pad_token_id)
+
+    @cached_property
+    def collate(self) -> Collate:
+        """How batches are built; found out at the first use, when the model is where it will run."""
+        return choose_collate(self.backbone, self.tokenizer.pad_token_id)
 
     @property
     def dimension(self) -> int:
@@ -111,10 +124,8 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
-        tensors = (tensor.detach().contiguous().cpu() for tensor in self.state_dict().values())
-        weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]
         settings = json.dumps(asdict(self.settings), sort_keys=True)
-        return fingerprint(settings, _tokenizer_state(self.tokenizer), *weights)
+        return fingerprint(settings, model_fingerprint(self.backbone, self.tokenizer))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save in the layout that `sentence_transformers.SentenceTransformer` loads."""
@@ -159,37 +170,42 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     """
     tokenizer = load_tokenizer(path, trust_remote_code=options.get("trust_remote_code", False))
     backbone = load_model(AutoModel, path, **options)
-    stored = dict(_stored_settings(Path(path)))
+    stored = dict(_stored_settings(path))
     given = {name: value for name, value in asdict(arguments or EncoderArguments()).items() if value is not None}
-    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", 512))
+    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
+    for name in lengths:
+        if given.get(name, limit) > limit:
+            raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
     return Encoder(backbone, tokenizer, EncoderSettings(**(stored | lengths | given)))
 
 
-def _stored_settings(directory: Path) -> Iterator[tuple[str, Any]]:
+def _stored_settings(path: str) -> Iterator[tuple[str, Any]]:
     """The settings that a checkpoint's own files state."""
-    if (directory / "rqa_encoder.json").is_file():
-        yield from _read_json(directory / "rqa_encoder.json").items()
+    known = {field.name for field in fields(EncoderSettings)}
+    if ours := _read_json(path, "rqa_encoder.json"):
+        yield from ((name, value) for name, value in ours.items() if name in known)
         return
-    if not (directory / "modules.json").is_file():
+    listed = _read_json(path, "modules.json")
+    if not listed:
         return
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(directory / "modules.json")}
+    modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
     if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{directory / 'modules.json'}: module {sorted(unknown)[0]} is not supported")
+        raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
     yield "normalize", "Normalize" in modules
     if "Pooling" in modules:
-        yield "pooling_type", _stored_pooling(directory / modules["Pooling"] / "config.json")
-    config = _read_json(directory / "sentence_bert_config.json")
+        yield "pooling_type", _stored_pooling(path, f"{modules['Pooling']}/config.json")
+    config = _read_json(path, "sentence_bert_config.json")
     if config.get("max_seq_length"):
         yield "max_query_length", config["max_seq_length"]
         yield "max_passage_length", config["max_seq_length"]
-    prompts = _read_json(directory / "config_sentence_transformers.json").get("prompts") or {}
+    prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
     yield "query_prefix", prompts.get("query") or ""
     yield "passage_prefix", prompts.get("document") or prompts.get("passage") or ""
 
 
-def _stored_pooling(path: Path) -> str:
-    config = _read_json(path)
+def _stored_pooling(path: str, name: str) -> str:
+    config = _read_json(path, name)
     modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
              if key.startswith("pooling_mode_") and value is True]  # fmt: skip
     if isinstance(config.get("pooling_mode"), str):
@@ -197,24 +213,18 @@ def _stored_pooling(path: Path) -> str:
     names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
     if len(modes) != 1 or modes[0] not in names:
         raise UserError(
-            f"{path}: pooling {'+'.join(modes) or 'none'} is not supported; choose --pooling_type mean or cls"
+            f"{path}/{name}: pooling {'+'.join(modes) or 'none'} is not supported; choose --pooling_type mean or cls"
         )
     return names[modes[0]]
 
 
-def _read_json(path: Path) -> Any:
+def _read_json(path: str, name: str) -> Any:
+    """A JSON file of a directory or of a hub repository; empty if there is none."""
     try:
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
+        return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-
-
-def _tokenizer_state(tokenizer: PreTrainedTokenizerBase) -> str:
-    """All that decides a text's token ids, without the last call's truncation and padding, which it remembers."""
-    if not tokenizer.is_fast:
-        return str(tokenizer)
-    state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-    return json.dumps(state, sort_keys=True)
+        raise UserError(f"{path}/{name}: cannot be read ({error})") from None
 
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:

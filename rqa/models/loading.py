@@ -1,5 +1,6 @@
 """Checkpoints in, models and tokenizers out; and whether a model may be packed."""
 
+import json
 import logging
 import os
 from collections.abc import Iterator
@@ -19,6 +20,7 @@ from transformers.utils.logging import disable_progress_bar
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
@@ -50,7 +52,10 @@ def load_model(
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     for attention in ("flash_attention_2" if flash else PACKED_ATTENTION, "eager"):
         try:
-            return auto_class.from_pretrained(path, attn_implementation=attention, **options)
+            model = auto_class.from_pretrained(path, attn_implementation=attention, **options)
+            # A model that computes attention itself adds the mask to its scores, and ours is true and false.
+            if attention != PACKED_ATTENTION or model._supports_attention_backend:
+                return model
         except ValueError as error:
             if attention == "eager" or "attention" not in str(error).lower():
                 raise _unreadable(path, error) from None
@@ -115,6 +120,17 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The last layer's output, flattened. -> [rows, D]"""
     output = model.base_model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
     return output.last_hidden_state.flatten(0, 1)
+
+
+def model_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+    """A hash of a model's weights and of its tokenizer."""
+    tensors = (tensor.detach().contiguous().cpu() for tensor in model.state_dict().values())
+    weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]
+    rules = str(tokenizer)
+    if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
+        state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+        rules = json.dumps(state, sort_keys=True)
+    return fingerprint(rules, *weights)
 
 
 @contextmanager

@@ -7,3 +7,41 @@ from torch.nn import functional
 def answer_nll(logits: Tensor, targets: Tensor) -> Tensor:
     """Negative log-likelihood of each answer token, in float32. [N, V], [N] -> [N]"""
     return functional.cross_entropy(logits.float(), targets, reduction="none")
+
+
+def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Tensor) -> tuple[Tensor, Tensor]:
+    """Negative log-softmax of each question's positive among the documents (Karpukhin et al. 2020, eq. 2).
+
+    A document that is gold for a question is never its negative, and a document that stands twice counts once.
+
+    Args:
+        similarity: Divided by the temperature. [B, P]
+        documents: The number of each column's document. [P]
+        targets: The number of each question's positive. [B]
+        gold: Numbers of all gold documents of each question, padded with -1. [B, G]
+
+    Returns:
+        The loss of each question, and whether its positive scores highest. [B], [B]
+    """
+    same = documents[:, None] == documents[None, :]  # [P, P]
+    repeated = same.tril(-1).any(1)  # [P]
+    target = (documents == targets[:, None]).int().argmax(1)  # [B], the first column of the positive
+    gold_columns = (documents[None, :, None] == gold[:, None, :]).any(-1)  # [B, P]
+    excluded = (gold_columns | repeated).scatter(1, target[:, None], False)
+    logits = similarity.float().masked_fill(excluded, float("-inf"))
+    return functional.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
+
+
+def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_student") -> Tensor:
+    """KL divergence of each question's distribution over its K documents, summed over documents. [B, K] x 2 -> [B]
+
+    Args:
+        teacher: Logits of the target, which gets no gradient; -inf where a question has fewer than K documents.
+        student: Logits of the retriever, -inf at the same places.
+        direction: `teacher_to_student` is KL(teacher || student); `student_to_teacher` the reverse (Shi et al. 2023).
+    """
+    target, ours = teacher.detach().float().log_softmax(-1), student.float().log_softmax(-1)
+    left, right = (target, ours) if direction == "teacher_to_student" else (ours, target)
+    present = target.isfinite()
+    terms = left.exp() * (left.masked_fill(~present, 0.0) - right.masked_fill(~present, 0.0))
+    return terms.masked_fill(~present, 0.0).sum(-1)

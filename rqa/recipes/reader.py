@@ -1,9 +1,7 @@
 """Training a decoder reader, from files to scores. SFT and SwR differ only in the passages of a training prompt."""
 
 import logging
-import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,12 @@ from rqa.models.loading import evaluating, load_tokenizer
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.packing import AnswerBatch
 from rqa.prompts import DoesNotFit, PromptArguments, Prompter, TokenSequence
+from rqa.recipes.files import DataArguments, open_output, optional_examples, subset
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.cli import log_to_file
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.files import write_jsonl
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -32,20 +30,6 @@ from rqa.training.checkpoint import checkpoint_to_resume
 from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
-
-
-@dataclass
-class DataArguments:
-    """Where everything comes from."""
-
-    model_name_or_path: str = field(metadata={"help": "The decoder to train: a directory or a hub name."})
-    train_file: str = field(metadata={"help": "Training examples, JSONL."})
-    full_dataset_file_path: str = field(metadata={"help": "The document database: .jsonl, or LocalRQA's .pkl."})
-    eval_file: str | None = field(default=None, metadata={"help": "Examples that choose the best model."})
-    test_file: str | None = field(default=None, metadata={"help": "Examples for the final scores."})
-    full_dataset_index_path: str | None = field(
-        default=None, metadata={"help": "The index: built there if absent or stale; by default in memory."}
-    )
 
 
 SHARED_ARGUMENTS = (
@@ -89,9 +73,10 @@ def train_reader(
     set_seed(loop.seed)
     documents = read_documents(data.full_dataset_file_path)
     train_examples = read_examples(data.train_file, answers=True)
-    eval_examples = _subset(_optional(data.eval_file), loop.eval_max_examples, loop.seed)
-    test_examples = _optional(data.test_file)
+    eval_examples = subset(optional_examples(data.eval_file, answers=True), loop.eval_max_examples, loop.seed)
+    test_examples = optional_examples(data.test_file, answers=True)
     open_output(loop.output_dir, all_arguments)
+    loop.metric_for_best_model = loop.metric_for_best_model or "loss"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
@@ -201,24 +186,3 @@ def encode_examples(
     if not sequences:
         raise UserError("--max_seq_length: no example fits; raise it")
     return sequences
-
-
-def open_output(output_dir: str, all_arguments: Sequence[Any]) -> None:
-    """Make the output directory, keep the arguments in it and log to it."""
-    if distributed.is_main():
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        merged = {name: value for part in all_arguments for name, value in asdict(part).items()}
-        write_json(Path(output_dir) / "all_args.json", merged)
-        log_to_file(str(Path(output_dir) / "train.log"))
-    distributed.barrier()
-
-
-def _optional(path: str | None) -> list[Example]:
-    return read_examples(path, answers=True) if path else []
-
-
-def _subset(examples: list[Example], size: int, seed: int) -> list[Example]:
-    """A fixed seeded subset in file order; size 0: all."""
-    if not 0 < size < len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]

@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.nn.functional import all_gather
 
 T = TypeVar("T")
 
@@ -76,3 +77,24 @@ def from_main(value: T) -> T:
     box = [value]
     dist.broadcast_object_list(box, src=0)
     return box[0]
+
+
+def gather_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The rows of all processes, in order of rank, each with gradient to its process. [N, ...] -> [sum N, ...]"""
+    if world_size() == 1:
+        return rows
+    sizes = [int(size) for size in total_by_rank(len(rows))]
+    padded = torch.nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(sizes) - len(rows)))
+    if rows.requires_grad:
+        parts = list(all_gather(padded))
+    else:
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded)
+    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+
+
+def total_by_rank(value: float) -> list[float]:
+    """The value of each process, in order of rank."""
+    values: list[float] = [0.0] * world_size()
+    values[rank()] = value
+    return total(values)

@@ -94,8 +94,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     path = Path(path)
     number = 0
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            for number, line in enumerate(file, start=1):
+        with path.open("rb") as file:
+            for number, data in enumerate(file, start=1):
+                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
                     continue
                 row = json.loads(line)
@@ -105,9 +106,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number + 1}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+    except (ValueError, RecursionError) as error:  # a number may be too long, too
+        reason = getattr(error, "msg", None) or str(error)
         raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None

@@ -73,8 +73,8 @@ class LoopArguments:
     save_total_limit: int | None = field(
         default=None, metadata={"help": "Checkpoints to keep, newest first; the best one is always kept."}
     )
-    metric_for_best_model: str = field(
-        default="loss", metadata={"help": "The evaluation metric that chooses the best."}
+    metric_for_best_model: str | None = field(
+        default=None, metadata={"help": "The evaluation metric that chooses the best; by default the algorithm's."}
     )
     greater_is_better: bool | None = field(
         default=None, metadata={"help": "Of that metric; by default true unless it is a loss."}
@@ -112,7 +112,7 @@ class LoopArguments:
     def maximize(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""
         if self.greater_is_better is None:
-            return not self.metric_for_best_model.endswith("loss")
+            return not (self.metric_for_best_model or "").endswith("loss")
         return self.greater_is_better
 
 

@@ -58,9 +58,7 @@ def payloads(target: Path) -> dict[str, Call]:
 
 @pytest.mark.parametrize("protocol", [2, 3, 4, 5])
 @pytest.mark.parametrize("module", ["local_rqa.schema.document", "langchain.schema", "langchain_core.documents.base"])
-def test_localrqa_pickles_are_read(
-    module: str, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_localrqa_pickles_are_read(module: str, protocol: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = foreign_class(monkeypatch, module)
     values = [
         instance(made, page_content="one", metadata={"source": "a", "title": "T"}, fmt_content="as it was"),
@@ -303,7 +301,7 @@ def test_repeated_documents_are_kept_once_where_they_first_stand(tmp_path: Path)
 
 def test_what_is_written_is_read_back_the_same(tmp_path: Path, documents: list[Document]) -> None:
     difficult = [
-        Document("line one\nline two\r\n\ttab \\ \" \u2028 \u0085 \x00", {"source": "ctrl", "title": "a\nb"}),
+        Document('line one\nline two\r\n\ttab \\ " \u2028 \u0085 \x00', {"source": "ctrl", "title": "a\nb"}),
         Document("日本語 العربية 😀 é", {"source": "ünï/😀", "deep": {"list": [1, 2.5, None, True, "ß"]}}),
         Document("plain", {}, "a formatted text of its own"),
         *documents,

@@ -71,9 +71,7 @@ def test_a_batch_generates_what_one_prompt_at_a_time_does(
     assert len({tuple(ids) for ids in expected}) > 1
 
 
-def test_one_prompt_is_a_batch_too(
-    reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]
-) -> None:
+def test_one_prompt_is_a_batch_too(reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]) -> None:
     assert reader.generate(prompts[:1]) == [until(greedy(theirs, prompts[0]), reader.prompter.stop_ids)]
 
 

@@ -275,7 +275,7 @@ def test_the_fingerprint_is_the_same_for_the_same_embeddings(
     assert load_encoder(str(tmp_path)).fingerprint() == before
 
 
-@pytest.mark.parametrize("name", [field for field in EncoderSettings.__dataclass_fields__])
+@pytest.mark.parametrize("name", list(EncoderSettings.__dataclass_fields__))
 def test_the_fingerprint_changes_with_every_setting(name: str, encoder: Encoder) -> None:
     value = getattr(encoder.settings, name)
     other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")

@@ -70,7 +70,13 @@ def make(kind: str, vocab_size: int) -> Any:
 
 @pytest.mark.parametrize(
     ("kind", "packed"),
-    [("bert", True), ("distilbert", None), ("roberta", False), ("mpnet", False), ("modernbert", None)],
+    [
+        ("bert", True),
+        ("distilbert", None),
+        ("roberta", False),
+        ("mpnet", False),
+        ("modernbert", None),
+    ],
 )
 def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_time(
     kind: str, packed: bool | None, wordpiece: PreTrainedTokenizerBase, documents: list[Document], tmp_path: Path
@@ -238,7 +244,7 @@ def test_flash_attention_without_its_package_is_a_clear_error(lm_path: str) -> N
 
     if is_flash_attn_2_available():
         pytest.skip("flash-attn is installed here")
-    with pytest.raises(UserError, match="^--use_flash_attention true: flash-attn is not installed") as caught:
+    with pytest.raises(UserError, match=r"^--use_flash_attention true: flash-attn is not installed") as caught:
         load_model(AutoModelForCausalLM, lm_path, flash=True)
     assert "\n" not in str(caught.value)
 

@@ -69,9 +69,7 @@ def expected_ranking(encoder: Encoder, documents: list[Document], queries: list[
 # ---------------------------------------------------------------- what is found
 
 
-def test_retrieving_ranks_the_formatted_documents_by_inner_product(
-    encoder: Encoder, documents: list[Document]
-) -> None:
+def test_retrieving_ranks_the_formatted_documents_by_inner_product(encoder: Encoder, documents: list[Document]) -> None:
     encoder.settings = replace(encoder.settings, query_prefix="query: ", passage_prefix="passage: ")
     hits = opened(encoder, documents).retrieve(QUESTIONS, 5)
     products = expected_ranking(encoder, documents, QUESTIONS)
@@ -80,9 +78,7 @@ def test_retrieving_ranks_the_formatted_documents_by_inner_product(
     np.testing.assert_allclose(np.take_along_axis(products, hits.ids, axis=1), best, atol=1e-5)
 
 
-def test_all_questions_are_encoded_in_one_call(
-    encoder: Encoder, documents: list[Document], encoded: list[int]
-) -> None:
+def test_all_questions_are_encoded_in_one_call(encoder: Encoder, documents: list[Document], encoded: list[int]) -> None:
     opened(encoder, documents).retrieve(QUESTIONS, 2)
     assert encoded == [len(documents), len(QUESTIONS)]
 

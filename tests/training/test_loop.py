@@ -88,6 +88,7 @@ def arguments(tmp_path: Path) -> LoopArguments:
         per_device_train_batch_size=4,
         learning_rate=0.05,
         logging_steps=2,
+        metric_for_best_model="loss",
     )
 
 

@@ -1,0 +1,130 @@
+"""Frozen teachers are asked once: a score is a function of question, answer and document, and is kept."""
+
+import logging
+import sqlite3
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.models.causal_lm import answer_logits
+from rqa.models.loading import choose_collate, evaluating
+from rqa.objectives.losses import answer_nll
+from rqa.packing import answer_batch, token_budget_batches
+from rqa.prompts import DoesNotFit, Prompter, TokenSequence
+from rqa.runtime.files import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class Pair(NamedTuple):
+    """A question with its answer, and a document that may help."""
+
+    example: Example
+    document: Document
+
+
+Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]
+
+
+class Teacher:
+    """A scorer whose scores are kept in memory and in a database that runs share.
+
+    Each batch of scores is one transaction: an interruption loses at most the batch in work.
+
+    Args:
+        score: Pairs -> (position, score), a few at a time, in any order.
+        identity: What, beside the pair, decides a score: model, prompt, settings.
+        path: The SQLite file.
+    """
+
+    def __init__(self, score: Score, identity: str, path: str | Path) -> None:
+        self._score = score
+        self._identity = identity
+        self._kept: dict[str, float] = {}
+        self.asked = self.known = 0
+        Path(path).parent.mkdir(parents=True, exist_ok=True)
+        self._database = sqlite3.connect(path, timeout=60)
+        self._database.execute("PRAGMA journal_mode=WAL")
+        self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
+
+    def __call__(self, pairs: Sequence[Pair]) -> list[float]:
+        """The score of each pair; only those never seen before are computed."""
+        keys = [self._key(pair) for pair in pairs]
+        self._recall({key for key in keys if key not in self._kept})
+        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._kept}
+        self.asked += len(pairs)
+        self.known += sum(key in self._kept for key in keys)
+        names = list(missing)
+        pending = []
+        for position, value in self._score(list(missing.values())):
+            self._kept[names[position]] = value
+            pending.append((names[position], value))
+            if len(pending) >= 16:
+                self._write(pending)
+                pending = []
+        self._write(pending)
+        return [self._kept[key] for key in keys]
+
+    @property
+    def hit_rate(self) -> float:
+        """Share of the pairs asked for so far that were known already."""
+        return self.known / max(self.asked, 1)
+
+    def _key(self, pair: Pair) -> str:
+        example, document = pair
+        turns = [text for turn in example.chat_history for text in (turn.speaker, turn.message)]
+        return fingerprint(self._identity, example.question, example.gold_answer or "", document.fmt_content, *turns)
+
+    def _recall(self, keys: Iterable[str]) -> None:
+        names = list(keys)
+        for start in range(0, len(names), 500):
+            part = names[start : start + 500]
+            query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))})"
+            self._kept.update(self._database.execute(query, part))
+
+    def _write(self, rows: Sequence[tuple[str, float]]) -> None:
+        with self._database:
+            self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
+
+
+class AnswerScorer:
+    """log p(answer | document, question): the mean over the answer's tokens, by a frozen decoder (Shi et al. 2023).
+
+    Prompts are packed, many to a forward pass, and only the answers' positions pass through the output layer. A prompt
+    that is too long loses passage tokens; a question and answer that do not fit by themselves score alike for every
+    document.
+    """
+
+    def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:
+        self.model = model.requires_grad_(False)
+        self.prompter = prompter
+        self.tokens_per_batch = tokens_per_batch
+        self._collate = choose_collate(model, prompter.stop_ids[0])
+
+    @torch.no_grad()
+    def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
+        sequences = [self._encode(pair) for pair in pairs]
+        batches = token_budget_batches([len(sequence.ids) for sequence in sequences], self.tokens_per_batch)
+        with evaluating(self.model):
+            for indices in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=len(batches) < 8):
+                chosen = [sequences[i] for i in indices]
+                batch = answer_batch(chosen, self._collate).to(self.model.device)
+                nll = answer_nll(answer_logits(self.model, batch), batch.targets)  # [N]
+                sums = nll.new_zeros(len(chosen)).index_add(0, batch.owners, nll)  # [B]
+                means = -sums / batch.owners.bincount(minlength=len(chosen)).clamp(min=1)
+                yield from zip(indices, means.tolist(), strict=True)
+
+    def _encode(self, pair: Pair) -> TokenSequence:
+        """The prompt and the answer's own tokens, without the end of the turn."""
+        try:
+            sequence = self.prompter.encode(pair.example, [pair.document], pair.example.gold_answer)
+        except DoesNotFit as error:
+            log.warning("%s; its documents are not told apart", error)
+            return TokenSequence(self.prompter.end_of_turn * 2, 1)
+        return TokenSequence(sequence.ids[: len(sequence.ids) - len(self.prompter.end_of_turn)], sequence.answer_start)

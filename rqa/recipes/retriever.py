@@ -1,0 +1,127 @@
+"""Training an encoder, from files to scores; an algorithm brings its objective, its batches, what precedes a step."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from transformers import set_seed
+
+from rqa.data.documents import Document, read_documents
+from rqa.data.examples import Example, read_examples
+from rqa.evaluation.retrieval import score_retrieval
+from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
+from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.recipes.files import DataArguments, open_output, optional_examples, subset
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
+from rqa.runtime.precision import autocast, compute_dtype
+from rqa.training.arguments import LoopArguments
+from rqa.training.batches import Batches
+from rqa.training.checkpoint import checkpoint_to_resume
+from rqa.training.loop import train
+
+log = logging.getLogger(__name__)
+
+SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments)
+
+
+@dataclass
+class Training:
+    """What an algorithm brings.
+
+    Attributes:
+        objective: The module to train; it holds the retriever's encoder.
+        collate: Numbers of training examples -> one micro-batch.
+        before_step: Called with the number of steps done.
+    """
+
+    objective: nn.Module
+    collate: Callable[[Sequence[int]], Any]
+    before_step: Callable[[int], None] | None = None
+
+
+def train_retriever(
+    data: DataArguments,
+    loop: LoopArguments,
+    evaluation: EvaluationArguments,
+    encoder: EncoderArguments,
+    index: IndexArguments,
+    prepare: Callable[[Sequence[Example], Retriever], Training],
+    all_arguments: Sequence[Any],
+    answers: bool = False,
+) -> dict[str, float]:
+    """Train, choose the best encoder by the eval file, score it on the test file.
+
+    Args:
+        prepare: The algorithm, made from the training examples and the live retriever.
+        answers: Whether the training file must have answers.
+
+    Returns:
+        The test file's scores; empty without one, or if a signal ended the run.
+
+    Raises:
+        UserError: what a user can mend.
+    """
+    device = distributed.start()
+    checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
+    set_seed(loop.seed)
+    documents = read_documents(data.full_dataset_file_path)
+    train_examples = read_examples(data.train_file, answers=answers)
+    eval_examples = subset(optional_examples(data.eval_file), loop.eval_max_examples, loop.seed)
+    test_examples = optional_examples(data.test_file)
+    open_output(loop.output_dir, all_arguments)
+    loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
+
+    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
+    dtype = compute_dtype(loop.bf16, loop.fp16, device)
+    source = str(checkpoint or data.model_name_or_path)
+    retriever = Retriever(load_encoder(source, encoder, **options).to(device), documents, index)
+    with autocast(device, dtype):
+        training = prepare(train_examples, retriever)
+
+    def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
+        with autocast(device, dtype):
+            # An index of its own, so that to evaluate changes nothing in training.
+            current = Retriever(retriever.encoder, documents, index)
+            current.refresh()
+            found = find_passages(current, examples, evaluation)
+        scores = score_retrieval(found, examples, evaluation.recall_at)
+        return {f"{prefix}_{name}": value for name, value in scores.items()}
+
+    def before_step(step: int) -> None:
+        if training.before_step:
+            with autocast(device, dtype):
+                training.before_step(step)
+
+    measured = eval_examples and loop.eval_strategy != "no"
+    state = train(
+        training.objective,
+        Batches(len(train_examples), training.collate, loop),
+        loop,
+        device,
+        before_step=before_step,
+        evaluate=(lambda step: measure(eval_examples, "eval")) if measured else None,
+        checkpoint=checkpoint,
+    )
+    if state.interrupted or not test_examples:
+        return {}
+    retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **options).state_dict())
+    scores = measure(test_examples, "test")
+    write_results(loop.output_dir, scores, [])
+    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    return scores
+
+
+class DocumentNumbers:
+    """Numbers documents by identity: those of the database first, then whatever else examples bring."""
+
+    def __init__(self, documents: Sequence[Document], examples: Sequence[Example]) -> None:
+        extra = (document for example in examples for document in (*example.gold_docs, *example.hard_neg_docs))
+        self.documents = list({document.key: document for document in (*reversed(list(extra)), *documents)}.values())
+        self._numbers = {document.key: number for number, document in enumerate(self.documents)}
+
+    def __getitem__(self, document: Document) -> int:
+        return self._numbers[document.key]

@@ -1,0 +1,216 @@
+"""A packed row is attended to as its sequences would be one by one, and anything else as sdpa does."""
+
+from itertools import pairwise
+from types import SimpleNamespace
+
+import pytest
+import torch
+import transformers
+from torch import Tensor
+
+from rqa.models import attention
+from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
+from rqa.packing import pack
+
+WIDTH, VOCABULARY = 16, 50
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": WIDTH,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "pad_token_id": 0,
+    "attention_dropout": 0.0,
+}
+GROUPED = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+DECODERS = {
+    "Llama": transformers.LlamaConfig(**SIZES, **GROUPED),
+    "Qwen2": transformers.Qwen2Config(**SIZES, **GROUPED),
+    "Qwen3": transformers.Qwen3Config(**SIZES, **GROUPED, head_dim=4),
+    "GPTNeoX": transformers.GPTNeoXConfig(**SIZES, hidden_dropout=0.0, bos_token_id=1, eos_token_id=2),
+    "Mistral": transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=4),
+}
+ENCODERS = {
+    "Bert": transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
+    "ModernBert": transformers.ModernBertConfig(
+        **SIZES, local_attention=6, global_attn_every_n_layers=2, bos_token_id=1, eos_token_id=2, cls_token_id=1
+    ),
+}
+SEQUENCES = [[5 + (7 * step + shift) % 40 for step in range(length)] for shift, length in enumerate((9, 1, 12, 9, 5))]
+
+
+def build(
+    config: transformers.PreTrainedConfig, implementation: str, head: str = "Model"
+) -> transformers.PreTrainedModel:
+    torch.manual_seed(0)
+    model_class = getattr(transformers, type(config).__name__.replace("Config", head))
+    return model_class._from_config(config, attn_implementation=implementation).float()
+
+
+def states(model: transformers.PreTrainedModel, **inputs: Tensor | int) -> Tensor:
+    return model(**inputs, **({} if "Bert" in type(model).__name__ else {"use_cache": False})).last_hidden_state[0]
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_packed_row_gives_the_states_and_gradients_of_its_sequences(name: str) -> None:
+    config = (DECODERS | ENCODERS)[name]
+    ours, theirs = build(config, PACKED_ATTENTION), build(config, "eager")
+    packed = states(ours, **pack(SEQUENCES).inputs)
+    single = torch.cat([states(theirs, input_ids=torch.tensor([sequence])) for sequence in SEQUENCES])
+    torch.testing.assert_close(packed, single, atol=2e-6, rtol=1e-5)
+    weights = torch.randn_like(single)
+    (packed * weights).sum().backward()
+    (single * weights).sum().backward()
+    for (parameter, our), (_, their) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
+        if their.grad is not None:
+            torch.testing.assert_close(our.grad, their.grad, atol=2e-5, rtol=1e-4, msg=parameter)
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, borders: list[int], causal: bool, window: int | None) -> Tensor:
+    """One query and one head at a time, in float64. -> [1, T, H, d]"""
+    group = query.shape[1] // key.shape[1]
+    rows = []
+    for start, end in pairwise(borders):
+        for at in range(start, end):
+            seen = [
+                other for other in range(start, at + 1 if causal else end) if window is None or abs(at - other) < window
+            ]
+            heads = []
+            for head in range(query.shape[1]):
+                scores = key[0, head // group, seen] @ query[0, head, at] / query.shape[-1] ** 0.5
+                heads.append(scores.softmax(0) @ value[0, head // group, seen])
+            rows.append(torch.stack(heads))
+    return torch.stack(rows)[None]
+
+
+def attend(
+    inputs: list[Tensor], lengths: list[int], causal: bool, window: int | None = None, **kwargs: object
+) -> Tensor:
+    borders = torch.tensor([0, *lengths]).cumsum(0).int()
+    return packed_attention(
+        SimpleNamespace(is_causal=causal),
+        *inputs,
+        attention_mask=None,
+        sliding_window=window,
+        cu_seq_lens_q=borders,
+        max_length_q=max(lengths),
+        **kwargs,
+    )[0]
+
+
+def random_inputs(lengths: list[int], key_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """Query, key and value as models make them: views of [1, T, H, d]."""
+    heads = (4, key_heads, key_heads)
+    return [torch.randn(1, sum(lengths), H, 8, dtype=dtype).transpose(1, 2).requires_grad_() for H in heads]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("key_heads", [4, 2])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_is_the_naive_loop_in_float64_forward_and_backward(
+    causal: bool, key_heads: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attention, "QUERY_ROWS", 4)  # lengths below, at, and across a block's border
+    monkeypatch.setattr(attention, "LONGEST_WRITTEN_OUT", 10)
+    lengths = [5, 1, 4, 11, 5, 9]
+    ours = random_inputs(lengths, key_heads, dtype)
+    theirs = [x.detach().double().requires_grad_() for x in ours]
+    output = attend(ours, lengths, causal, window)
+    expected = naive(*theirs, torch.tensor([0, *lengths]).cumsum(0).tolist(), causal, window)
+    weights = torch.randn_like(output)
+    output.backward(weights)
+    expected.backward(weights.double())
+    tolerance = 5e-6 if dtype == torch.float32 else 6e-2
+    for our, their in zip([output, *(x.grad for x in ours)], [expected, *(x.grad for x in theirs)], strict=True):
+        assert our.dtype == dtype
+        torch.testing.assert_close(our.double(), their, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_dropout_keeps_the_mean_of_the_probabilities(dtype: torch.dtype) -> None:
+    query, key, _ = random_inputs([64] * 8, 4)
+    ones = torch.ones_like(key)
+    output = attend([query.to(dtype), key.to(dtype), ones.to(dtype)], [64] * 8, causal=False, dropout=0.5)
+    assert output.mean().item() == pytest.approx(1, abs=0.05)
+    assert output.std() > 0.05
+
+
+def test_autocast_decides_the_dtype() -> None:
+    inputs = random_inputs([3, 4], 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = attend([*inputs[:2], inputs[2].bfloat16()], [3, 4], causal=True)
+    assert mixed.dtype == torch.bfloat16
+    torch.testing.assert_close(mixed.float(), attend(inputs, [3, 4], causal=True), atol=5e-2, rtol=5e-2)
+
+
+@pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", DECODERS)
+def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
+    prompts = torch.tensor([[7, 9, 11, 13, 15, 17], [0, 0, 0, 21, 23, 25]] if padded else [[7, 9, 11, 13, 15, 17]])
+    mask = (prompts != 0).long()
+    tokens = [
+        build(DECODERS[name], implementation, "ForCausalLM")
+        .eval()
+        .generate(prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
+        for implementation in (PACKED_ATTENTION, "sdpa")
+    ]
+    assert tokens[0].shape[1] == 14
+    assert tokens[0].tolist() == tokens[1].tolist()
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+@pytest.mark.parametrize("padded", [True, False])
+def test_a_batch_that_is_not_packed_is_that_of_sdpa(name: str, padded: bool) -> None:
+    ids = torch.randint(3, VOCABULARY, (3 if padded else 1, 12))
+    mask = {"attention_mask": (torch.arange(12) < torch.tensor([12, 7, 1])[:, None]).long()} if padded else {}
+    ours, theirs = (
+        states(build((DECODERS | ENCODERS)[name], kind), input_ids=ids, **mask) for kind in (PACKED_ATTENTION, "sdpa")
+    )
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
+def test_a_packed_row_never_has_a_mask_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+
+    def spy(module: torch.nn.Module, *args: Tensor | None, **kwargs: object) -> tuple[Tensor, None]:
+        seen.append(args[3] if len(args) > 3 else kwargs["attention_mask"])
+        return packed_attention(module, *args, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKED_ATTENTION, spy)
+    states(build((DECODERS | ENCODERS)[name], PACKED_ATTENTION), **pack(SEQUENCES).inputs)
+    assert len(seen) == 2
+    assert all(mask is None or mask.untyped_storage().nbytes() == 1 for mask in seen)
+
+
+@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "cache"])
+def test_what_would_change_scores_is_refused(argument: str) -> None:
+    with pytest.raises(NotImplementedError, match=argument):
+        attend(random_inputs([3, 4], 2), [3, 4], causal=True, **{argument: 1.0})
+
+
+def test_a_pattern_that_only_the_mask_knows_is_refused() -> None:
+    mask = packed_mask(batch_size=1, q_length=7, kv_length=7, local_size=3, allow_is_causal_skip=False)
+    with pytest.raises(NotImplementedError, match="only its mask knows"):
+        packed_attention(
+            SimpleNamespace(is_causal=True),
+            *random_inputs([3, 4], 2),
+            attention_mask=mask,
+            cu_seq_lens_q=torch.tensor([0, 3, 7]).int(),
+            max_length_q=4,
+        )
+
+
+def test_restarting_positions_without_borders_are_refused() -> None:
+    inputs = {name: pack(SEQUENCES).inputs[name] for name in ("input_ids", "position_ids")}
+    with pytest.raises(NotImplementedError, match="without cu_seq_lens_q"):
+        states(build(DECODERS["Llama"], PACKED_ATTENTION), **inputs)
+
+
+def test_compiling_gives_the_same() -> None:
+    model = build(DECODERS["Llama"], PACKED_ATTENTION)
+    inputs = pack(SEQUENCES).inputs
+    compiled = torch.compile(model, backend="aot_eager")
+    torch.testing.assert_close(states(compiled, **inputs), states(model, **inputs), atol=1e-6, rtol=1e-5)
