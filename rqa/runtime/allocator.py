@@ -9,7 +9,7 @@ import os
 import platform
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-LARGEST_INT = 2**31 - 1
+NEVER = -1
 THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 
 
@@ -25,4 +25,4 @@ def tune_allocator() -> None:
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, LARGEST_INT)
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER)

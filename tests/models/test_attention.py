@@ -1,5 +1,6 @@
 """A packed row is attended to as its sequences would be one by one, and anything else as sdpa does."""
 
+import copy
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -45,7 +46,7 @@ def build(
 ) -> transformers.PreTrainedModel:
     torch.manual_seed(0)
     model_class = getattr(transformers, type(config).__name__.replace("Config", head))
-    return model_class._from_config(config, attn_implementation=implementation).float()
+    return model_class._from_config(copy.deepcopy(config), attn_implementation=implementation).float()
 
 
 def states(model: transformers.PreTrainedModel, **inputs: Tensor | int) -> Tensor:
