@@ -16,13 +16,15 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from rqa.runtime.precision import cpu_has_bf16
+
 PACKED_ATTENTION = "rqa_packed"
 
 # A packed row's mask would hold T x T values. One byte expanded to that shape stands for it, of a dtype that says
 # whether the pattern also has a window, and that sdpa refuses should it ever get there.
 PACKED_MASK, WINDOWED_MASK = torch.uint8, torch.int8
 
-CHANGES_SCORES = ("softcap", "s_aux", "position_bias", "cache")
+CHANGES_SCORES = ("softcap", "position_bias", "cache")
 QUERY_ROWS = 256  # of a written-out causal block, which meets only the keys before its end
 LONGEST_WRITTEN_OUT = 1024  # tokens; their probabilities are kept for the backward pass
 
@@ -60,7 +62,10 @@ def packed_attention(
     if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's mask cannot tell: a row of one sequence
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
-    if cu_seq_lens_q is None and not stands_in:
+    if kwargs.get("s_aux") is not None:
+        raise NotImplementedError("attention sinks (s_aux): sdpa would leave them out; load the model with eager")
+    one_sequence = cu_seq_lens_q is None or (attention_mask is not None and cu_seq_lens_q.numel() == 2)
+    if one_sequence and not stands_in:  # or a batch: the mask, if any, says it all
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -151,11 +156,11 @@ def _one_by_one(
 ) -> Tensor:
     """Attend in one sequence after the other. -> [1, H, T, d]
 
-    In bfloat16 on a CPU, sdpa takes 1.5 (long) to 8 times (16 tokens) as long as its formula written out; in float32
-    it is as fast or faster, and keeps no probabilities.
+    With bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 (864 tokens, causal) to 3 times (190, full) as long as its
+    formula written out. Elsewhere, and in float32, it is as fast or faster, and keeps no probabilities.
     """
     lengths = cu_seq_lens.diff().tolist()
-    slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16
+    slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     outputs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         if window is not None or (slow_kernel and q.shape[2] <= LONGEST_WRITTEN_OUT):

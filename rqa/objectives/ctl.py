@@ -10,7 +10,9 @@ from torch.utils.checkpoint import checkpoint
 
 from rqa.models.encoder import Encoder
 from rqa.objectives.losses import contrastive
+from rqa.packing import TokenBatch
 from rqa.runtime.distributed import gather_rows
+from rqa.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,8 @@ class Contrastive(nn.Module):
         queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)  # [B, D]
         passages = gather_rows(embed_in_chunks(self.encoder, batch.passages, self.chunk_size))  # [P, D]
         documents = gather_rows(batch.documents)  # [P]
-        similarity = queries @ passages.T / self.temperature  # [B, P]
+        with autocast(queries.device, torch.float32):  # the index compares in float32, too
+            similarity = queries @ passages.T / self.temperature  # [B, P]
         losses, first = contrastive(similarity, documents, batch.targets, batch.gold)
         return losses.sum(), {"accuracy": float(first.float().mean())}
 
@@ -93,5 +96,11 @@ def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: 
     if len(batches) == 1:
         embeddings = encoder(batches[0])
     else:
-        embeddings = torch.cat([checkpoint(encoder, batch, use_reentrant=False) for batch in batches])
+        embeddings = torch.cat([_embed_again_in_backward(encoder, batch) for batch in batches])
     return embeddings[torch.tensor(order, device=device).argsort()]
+
+
+def _embed_again_in_backward(encoder: Encoder, batch: TokenBatch) -> Tensor:
+    # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
+    # arguments that are tensors, and does not see those inside a batch.
+    return checkpoint(lambda _: encoder(batch), batch.starts, use_reentrant=False)

@@ -2,7 +2,7 @@
 Izacard & Grave 2020). The two differ only in who is asked."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from rqa.models.encoder import Encoder
 from rqa.objectives.ctl import embed_in_chunks
 from rqa.objectives.losses import distillation
+from rqa.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class DistillationBatch:
         columns: Which of `passages` each document is. [B, K]
         teacher: The teacher's logits, -inf where a question has fewer than K documents. [B, K]
         indices: The examples' numbers in their file.
+        hit_rate: Share of the teacher's scores, so far in this run, that did not have to be computed.
     """
 
     queries: Sequence[Sequence[int]]
@@ -30,6 +32,7 @@ class DistillationBatch:
     columns: Tensor
     teacher: Tensor
     indices: Sequence[int]
+    hit_rate: float = 1.0
 
     @property
     def weight(self) -> int:
@@ -41,8 +44,7 @@ class DistillationBatch:
         return sum(map(len, self.queries)) + sum(map(len, self.passages))
 
     def to(self, device: torch.device) -> "DistillationBatch":
-        columns, teacher = self.columns.to(device), self.teacher.to(device)
-        return DistillationBatch(self.queries, self.passages, columns, teacher, self.indices)
+        return replace(self, columns=self.columns.to(device), teacher=self.teacher.to(device))
 
 
 class Distillation(nn.Module):
@@ -65,10 +67,12 @@ class Distillation(nn.Module):
         """The divergence summed over questions, and how often both rank the same document first. -> []"""
         queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)  # [B, D]
         passages = embed_in_chunks(self.encoder, batch.passages, self.chunk_size)  # [P, D]
-        similarity = torch.einsum("bd,bkd->bk", queries.float(), passages.float()[batch.columns]) / self.temperature
+        with autocast(queries.device, torch.float32):  # the index compares in float32, too
+            similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
         similarity = similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
         agreement = (similarity.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-        return distillation(batch.teacher, similarity, self.direction).sum(), {"agreement": float(agreement)}
+        statistics = {"agreement": float(agreement), "teacher_hit_rate": batch.hit_rate}
+        return distillation(batch.teacher, similarity, self.direction).sum(), statistics
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save the encoder in the layout of `sentence-transformers`."""

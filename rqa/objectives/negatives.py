@@ -18,9 +18,10 @@ class MinedNegatives:
     Args:
         from_rank: Better-ranked non-gold documents, counted from 1, are left out.
         margin: A document that scores within this of the gold passage may well answer the question; it is left out.
+            None: no document is.
     """
 
-    def __init__(self, examples: Sequence[Example], retriever: Retriever, from_rank: int, margin: float) -> None:
+    def __init__(self, examples: Sequence[Example], retriever: Retriever, from_rank: int, margin: float | None) -> None:
         self.examples = examples
         self.retriever = retriever
         self.from_rank = from_rank
@@ -47,4 +48,5 @@ class MinedNegatives:
                 for i, score in zip(ids[number].tolist(), scores[number].tolist(), strict=True)
                 if i >= 0 and self.retriever.documents[i].key not in keys
             ]
-            self._found.append([d for d, score in others[self.from_rank - 1 :] if score <= best - self.margin])
+            highest = np.inf if self.margin is None else best - self.margin
+            self._found.append([document for document, score in others[self.from_rank - 1 :] if score <= highest])

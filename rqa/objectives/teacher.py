@@ -17,6 +17,7 @@ from rqa.models.loading import choose_collate, evaluating
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, TokenSequence
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 
 log = logging.getLogger(__name__)
@@ -41,6 +42,9 @@ class Teacher:
         score: Pairs -> (position, score), a few at a time, in any order.
         identity: What, beside the pair, decides a score: model, prompt, settings.
         path: The SQLite file.
+
+    Raises:
+        UserError: the file is damaged or cannot be written.
     """
 
     def __init__(self, score: Score, identity: str, path: str | Path) -> None:
@@ -49,9 +53,12 @@ class Teacher:
         self._kept: dict[str, float] = {}
         self.asked = self.known = 0
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        self._database = sqlite3.connect(path, timeout=60)
-        self._database.execute("PRAGMA journal_mode=WAL")
-        self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
+        try:
+            self._database = sqlite3.connect(path, timeout=60)
+            self._database.execute("PRAGMA journal_mode=WAL")
+            self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
+        except sqlite3.Error as error:
+            raise UserError(f"{path}: cannot keep scores ({error}); delete it or set another $RQA_CACHE") from None
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """The score of each pair; only those never seen before are computed."""
@@ -85,7 +92,7 @@ class Teacher:
         names = list(keys)
         for start in range(0, len(names), 500):
             part = names[start : start + 500]
-            query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))})"
+            query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))}) AND score IS NOT NULL"
             self._kept.update(self._database.execute(query, part))
 
     def _write(self, rows: Sequence[tuple[str, float]]) -> None:

@@ -31,7 +31,6 @@ from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
 
-
 SHARED_ARGUMENTS = (
     DataArguments,
     LoopArguments,
@@ -95,9 +94,11 @@ def train_reader(
         test = ReaderEvaluation(objective, retriever, test_examples, evaluation, loop)
 
     sequences = encode_examples(prompter, train_examples, passages)
+    kept = list(sequences)
 
     def micro_batch(indices: Sequence[int]) -> AnswerBatch:
-        return objective.batch([sequences[i] for i in indices], indices)
+        numbers = [kept[i] for i in indices]
+        return objective.batch([sequences[number] for number in numbers], numbers)
 
     def evaluate_and_keep(step: int) -> dict[str, float]:
         with autocast(device, dtype):
@@ -158,7 +159,8 @@ class ReaderEvaluation:
     @torch.no_grad()
     def loss(self, passages: Sequence[Sequence[Document]]) -> float:
         """Mean negative log-likelihood of the gold answers' tokens."""
-        sequences = distributed.share(encode_examples(self.objective.prompter, self.examples, passages))
+        encoded = encode_examples(self.objective.prompter, self.examples, passages)
+        sequences = distributed.share(list(encoded.values()))
         sums = [0.0, 0.0]
         with evaluating(self.objective):
             for start in range(0, len(sequences), self.batch_size):
@@ -171,16 +173,16 @@ class ReaderEvaluation:
 
 def encode_examples(
     prompter: Prompter, examples: Sequence[Example], passages: Sequence[Sequence[Document]]
-) -> list[TokenSequence]:
-    """Prompts with their gold answers; an example whose question and answer do not fit is reported and left out.
+) -> dict[int, TokenSequence]:
+    """Prompts with their gold answers, by the example's number; one that does not fit is reported and left out.
 
     Raises:
         UserError: none fits.
     """
-    sequences = []
-    for example, documents in zip(examples, passages, strict=True):
+    sequences = {}
+    for number, (example, documents) in enumerate(zip(examples, passages, strict=True)):
         try:
-            sequences.append(prompter.encode(example, documents, example.gold_answer))
+            sequences[number] = prompter.encode(example, documents, example.gold_answer)
         except DoesNotFit as error:
             log.warning("%s; the example is left out", error)
     if not sequences:

@@ -119,9 +119,12 @@ class DocumentNumbers:
     """Numbers documents by identity: those of the database first, then whatever else examples bring."""
 
     def __init__(self, documents: Sequence[Document], examples: Sequence[Example]) -> None:
-        extra = (document for example in examples for document in (*example.gold_docs, *example.hard_neg_docs))
-        self.documents = list({document.key: document for document in (*reversed(list(extra)), *documents)}.values())
-        self._numbers = {document.key: number for number, document in enumerate(self.documents)}
+        unique = {document.key: document for document in documents}
+        for example in examples:
+            for document in (*example.gold_docs, *example.hard_neg_docs):
+                unique.setdefault(document.key, document)
+        self.documents = list(unique.values())
+        self._numbers = {key: number for number, key in enumerate(unique)}
 
     def __getitem__(self, document: Document) -> int:
         return self._numbers[document.key]

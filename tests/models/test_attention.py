@@ -68,6 +68,14 @@ def test_a_packed_row_gives_the_states_and_gradients_of_its_sequences(name: str)
             torch.testing.assert_close(our.grad, their.grad, atol=2e-5, rtol=1e-4, msg=parameter)
 
 
+@pytest.mark.parametrize("name", ["Mistral", "ModernBert"])
+def test_one_sequence_longer_than_the_window_is_a_packed_row_too(name: str) -> None:
+    ours, theirs = (build((DECODERS | ENCODERS)[name], kind) for kind in (PACKED_ATTENTION, "eager"))
+    ids = SEQUENCES[2]
+    expected = states(theirs, input_ids=torch.tensor([ids]))
+    torch.testing.assert_close(states(ours, **pack([ids]).inputs), expected, atol=2e-6, rtol=1e-5)
+
+
 def naive(query: Tensor, key: Tensor, value: Tensor, borders: list[int], causal: bool, window: int | None) -> Tensor:
     """One query and one head at a time, in float64. -> [1, T, H, d]"""
     group = query.shape[1] // key.shape[1]
@@ -115,6 +123,7 @@ def test_attention_is_the_naive_loop_in_float64_forward_and_backward(
 ) -> None:
     monkeypatch.setattr(attention, "QUERY_ROWS", 4)  # lengths below, at, and across a block's border
     monkeypatch.setattr(attention, "LONGEST_WRITTEN_OUT", 10)
+    monkeypatch.setattr(attention, "cpu_has_bf16", lambda: True)
     lengths = [5, 1, 4, 11, 5, 9]
     ours = random_inputs(lengths, key_heads, dtype)
     theirs = [x.detach().double().requires_grad_() for x in ours]
@@ -130,7 +139,8 @@ def test_attention_is_the_naive_loop_in_float64_forward_and_backward(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dropout_keeps_the_mean_of_the_probabilities(dtype: torch.dtype) -> None:
+def test_dropout_keeps_the_mean_of_the_probabilities(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attention, "cpu_has_bf16", lambda: True)
     query, key, _ = random_inputs([64] * 8, 4)
     ones = torch.ones_like(key)
     output = attend([query.to(dtype), key.to(dtype), ones.to(dtype)], [64] * 8, causal=False, dropout=0.5)
