@@ -2,7 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+import runpy
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,24 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def run_executable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, object]], int]:
+    """Run an executable of bin/ in this process, flags by name; its exit status."""
+
+    def run(name: str, flags: dict[str, object]) -> int:
+        path = str(Path(__file__).parents[1] / "bin" / name)
+        values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
+        line = [part for flag, parts in values.items() for part in (f"--{flag}", *map(str, parts))]
+        monkeypatch.setattr(sys, "argv", [path, *line])
+        try:
+            runpy.run_path(path, run_name="__main__")
+        except SystemExit as end:
+            return int(end.code or 0)
+        return 0
+
+    return run
 
 
 @pytest.fixture(scope="session")

@@ -55,7 +55,6 @@ class Teacher:
         Path(path).parent.mkdir(parents=True, exist_ok=True)
         try:
             self._database = sqlite3.connect(path, timeout=60)
-            self._database.execute("PRAGMA journal_mode=WAL")
             self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
         except sqlite3.Error as error:
             raise UserError(f"{path}: cannot keep scores ({error}); delete it or set another $RQA_CACHE") from None

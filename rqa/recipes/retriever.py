@@ -79,6 +79,8 @@ def train_retriever(
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
     retriever = Retriever(load_encoder(source, encoder, **options).to(device), documents, index)
+    if pooler := getattr(retriever.encoder.backbone, "pooler", None):
+        pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
         training = prepare(train_examples, retriever)
 

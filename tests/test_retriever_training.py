@@ -1,0 +1,352 @@
+"""train_ctl and train_rpg as a user runs them."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from safetensors.torch import load_file
+from sentence_transformers import SentenceTransformer
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example, write_examples
+from rqa.models.encoder import load_encoder
+
+BIN = Path(__file__).parents[1] / "bin"
+Run = Callable[[str, dict[str, object]], int]
+
+
+@pytest.fixture
+def ctl(data: Path, encoder_path: str, tmp_path: Path) -> dict[str, object]:
+    """A complete set of flags for train_ctl."""
+    return {
+        "model_name_or_path": encoder_path,
+        "train_file": data / "train_w_qa.jsonl",
+        "eval_file": data / "eval_w_qa.jsonl",
+        "test_file": data / "test_w_qa.jsonl",
+        "full_dataset_file_path": data / "documents.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 4,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+    }
+
+
+@pytest.fixture
+def rpg(ctl: dict[str, object], lm_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """A complete set of flags for train_rpg, with a cache of its own."""
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    return {**ctl, "lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
+
+
+def history(output: object, name: str) -> list[float]:
+    """A logged value, by step."""
+    state = json.loads((Path(str(output)) / "trainer_state.json").read_text())
+    return [entry[name] for entry in state["log_history"] if name in entry]
+
+
+def without(flags: dict[str, object], *names: str) -> dict[str, object]:
+    return {name: value for name, value in flags.items() if name not in names}
+
+
+def changed(flags: dict[str, object]) -> bool:
+    """Whether training gave finite losses and other weights than the model it began with."""
+    before = load_file(Path(str(flags["model_name_or_path"])) / "model.safetensors")
+    after = load_file(Path(str(flags["output_dir"])) / "model.safetensors")
+    losses = history(flags["output_dir"], "loss")
+    return bool(np.isfinite(losses).all()) and any((after[name] != weight).any() for name, weight in before.items())
+
+
+def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
+    ctl: dict[str, object], run_executable: Run, documents: list[Document], examples: list[Example], tmp_path: Path
+) -> None:
+    flags = {**ctl, "max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_on_start": "true",
+             "eval_steps": 20, "save_strategy": "no", "query_prefix": "query: ", "passage_prefix": "passage: "}  # fmt: skip
+    assert run_executable("train_ctl", flags) == 0
+    output = tmp_path / "out"
+    mrr = history(output, "eval_retr/mrr@10")
+    assert len(mrr) == 3  # before the first step, in the middle and at the end
+    assert mrr[-1] > 2 * mrr[0]
+    assert history(output, "eval_retr/recall@4")[-1] == 1
+    assert history(output, "eval_retr/recall@4") == history(output, "eval_retr/document_recall/recall4")
+    losses = history(output, "loss")
+    assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
+    scores = json.loads((output / "score.json").read_text())
+    assert scores["test_retr/recall@4"] == 1
+    assert json.loads((output / "trainer_state.json").read_text())["best_metric"] == max(mrr)
+
+    theirs, ours = SentenceTransformer(str(output), device="cpu"), load_encoder(str(output))
+    texts, questions = [d.fmt_content for d in documents], [example.question for example in examples]
+    passages, queries = ours.embed(ours.tokenize_passages(texts)), ours.embed(ours.tokenize_queries(questions))
+    np.testing.assert_allclose(theirs.encode(texts, prompt_name="document"), passages, atol=1e-5)
+    np.testing.assert_allclose(theirs.encode(questions, prompt_name="query"), queries, atol=1e-5)
+    # The test score is that of the saved model: recomputed here by plain matrix products.
+    ranking = (-(queries[20:] @ passages.T)).argsort(1)
+    assert scores["test_retr/recall@1"] == np.mean(ranking[:, 0] == np.arange(20, 24))
+
+
+def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs(
+    rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**rpg, "max_steps": 30, "learning_rate": 3e-3, "eval_steps": 30, "num_docs": 24, "lm_temperature": 0.02,
+             "weight_decay": 0.01, "save_strategy": "no"}  # fmt: skip
+    assert run_executable("train_rpg", flags) == 0
+    losses, rates = history(tmp_path / "out", "loss"), history(tmp_path / "out", "teacher_hit_rate")
+    assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
+    assert rates[0] == 0
+    assert all(earlier <= later for earlier, later in zip(rates, rates[1:], strict=False))
+    assert rates[-1] == pytest.approx(1 - 16 / (4 * 30))  # 16 questions, each with all documents, were new once
+    assert (tmp_path / "cache/teacher.sqlite").is_file()
+    first = (tmp_path / "out/model.safetensors").read_bytes()
+    assert run_executable("train_rpg", {**flags, "output_dir": tmp_path / "again"}) == 0
+    assert set(history(tmp_path / "again", "teacher_hit_rate")) == {1}
+    assert (tmp_path / "again/model.safetensors").read_bytes() == first
+    assert history(tmp_path / "again", "loss") == losses
+
+
+def test_another_prompt_or_language_model_asks_the_teacher_anew(
+    rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**without(rpg, "eval_file", "test_file"), "max_steps": 1}
+    assert run_executable("train_rpg", flags) == 0
+    again = {**flags, "output_dir": tmp_path / "again", "text_maxlength": 255}
+    assert run_executable("train_rpg", again) == 0
+    assert history(tmp_path / "again", "teacher_hit_rate") == [0]
+    third = {**again, "output_dir": tmp_path / "third", "lm_temperature": 1.0, "lm_tokens_per_batch": 64}
+    assert run_executable("train_rpg", third) == 0  # neither decides a score
+    assert history(tmp_path / "third", "teacher_hit_rate") == [1]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"chunk_size": 3},
+        {"kl_direction": "retriever_to_lm"},
+        {"include_gold": "false", "num_docs": 2},
+        {"num_docs": 40, "refresh_step": "0-2:1,2-9:2"},  # more than there are documents
+        {"retrieve_temperature": 0.5, "lm_temperature": 1.0, "gradient_accumulation_steps": 2},
+        {"bf16": "true"},
+    ],
+    ids=lambda own: "-".join(own),
+)
+def test_train_rpg_trains_with_each_of_its_options(
+    own: dict[str, object], rpg: dict[str, object], run_executable: Run
+) -> None:
+    flags = {**without(rpg, "test_file"), "max_steps": 2, **own}
+    assert run_executable("train_rpg", flags) == 0
+    assert changed(flags)
+
+
+@pytest.fixture
+def hard(
+    ctl: dict[str, object], examples: list[Example], documents: list[Document], tmp_path: Path
+) -> dict[str, object]:
+    """Flags with a training file that has two hard negatives a question, one of them not in the database."""
+    stranger = Document("A market of nowhere.", {"source": "elsewhere"})
+    rows = [replace(e, hard_neg_docs=(documents[(i + 3) % 24], stranger)) for i, e in enumerate(examples[:16])]
+    write_examples(tmp_path / "hard.jsonl", rows)
+    return {**without(ctl, "test_file"), "train_file": tmp_path / "hard.jsonl", "max_steps": 2}
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"hard_neg_ratio": 0.5},
+        {"hard_neg_ratio": 100},
+        {"num_hard_negatives": 1},
+        {"num_hard_negatives": 9},
+        {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1},
+        {"mine_negatives": "true", "hard_neg_ratio": 1, "negatives_from_rank": 2, "negatives_margin": 0.01},
+        {"grad_cache_chunk_size": 2, "num_hard_negatives": 1, "gradient_accumulation_steps": 2},
+        {"bf16": "true", "gradient_checkpointing": "true"},
+        {"dataloader_num_workers": 1},
+    ],
+    ids=lambda own: "-".join(map(str, (part for pair in own.items() for part in pair))) or "no hard negatives",
+)
+def test_train_ctl_trains_with_each_of_its_options(
+    own: dict[str, object], hard: dict[str, object], run_executable: Run
+) -> None:
+    flags = {**hard, **own}
+    assert run_executable("train_ctl", flags) == 0
+    assert changed(flags)
+
+
+def test_hard_negatives_make_the_contrast_harder(hard: dict[str, object], run_executable: Run, tmp_path: Path) -> None:
+    """Before the first update the model is the same: more documents to tell the positive from, a greater loss."""
+    found = []
+    options = (
+        {},
+        {"hard_neg_ratio": 0.5},
+        {"num_hard_negatives": 2},
+        {"num_hard_negatives": 2, "mine_negatives": "true"},
+    )
+    for number, own in enumerate(options):
+        flags = {**without(hard, "eval_file"), **own, "max_steps": 1, "output_dir": tmp_path / str(number), "seed": 3}
+        assert run_executable("train_ctl", flags) == 0
+        found.append(history(tmp_path / str(number), "loss")[0])
+    none, half, two, mined = found
+    assert none < half < two
+    assert none < mined
+
+
+@pytest.mark.parametrize("metric", ["retr/recall@4", "eval_retr/recall@4", "retr/document_recall/recall4",
+                                    "eval_retr/document_recall/recall4", "retr/ndcg@10"])  # fmt: skip
+def test_the_best_model_is_chosen_by_either_name_of_a_metric(
+    metric: str, ctl: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {
+        **without(ctl, "test_file"),
+        "metric_for_best_model": metric,
+        "max_steps": 2,
+        "eval_steps": 1,
+        "save_steps": 1,
+    }
+    assert run_executable("train_ctl", flags) == 0
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    values = history(tmp_path / "out", f"eval_{metric.removeprefix('eval_')}")
+    assert state["best_metric"] == max(values)
+    assert state["best_model_checkpoint"] == f"checkpoint-{values.index(max(values)) + 1}"
+    best = tmp_path / "out" / state["best_model_checkpoint"] / "model.safetensors"
+    assert (tmp_path / "out/model.safetensors").read_bytes() == best.read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [
+        ("train_ctl", {"grad_cache_chunk_size": 3}),
+        ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 2}),
+        ("train_rpg", {}),
+    ],
+)
+def test_a_run_that_is_resumed_gives_the_very_same_model_as_one_that_is_not(
+    name: str, own: dict[str, object], rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    """With dropout; where an index is refreshed, the checkpoint stands at a refresh."""
+    flags = without(rpg, "eval_file", "test_file") | {"save_steps": 2, "learning_rate": 1e-3} | own
+    if name == "train_ctl":
+        flags = without(flags, "lm_model_path", "num_docs", "text_maxlength")
+    assert run_executable(name, flags) == 0
+    whole, losses = (tmp_path / "out/model.safetensors").read_bytes(), history(tmp_path / "out", "loss")
+    half = {**flags, "output_dir": tmp_path / "half"}
+    assert run_executable(name, half) == 0
+    for path in ("checkpoint-4/COMPLETE", "model.safetensors"):
+        (tmp_path / "half" / path).unlink()
+    assert run_executable(name, {**half, "resume_from_checkpoint": "true"}) == 0
+    assert (tmp_path / "half/model.safetensors").read_bytes() == whole
+    assert history(tmp_path / "half", "loss") == losses
+
+
+def test_evaluation_in_between_changes_nothing_in_training(
+    rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**without(rpg, "test_file"), "refresh_step": 3, "load_best_model_at_end": "false"}
+    for number, own in enumerate(({"eval_strategy": "no"}, {"eval_steps": 1, "eval_on_start": "true"})):
+        assert run_executable("train_rpg", {**flags, **own, "output_dir": tmp_path / str(number)}) == 0
+    assert len({(tmp_path / str(number) / "model.safetensors").read_bytes() for number in (0, 1)}) == 1
+
+
+@pytest.mark.parametrize(
+    ("name", "flag", "value", "message"),
+    [
+        ("train_ctl", "temperature", 0, "--temperature 0.0: must be positive"),
+        ("train_ctl", "refresh_step", "x", "--refresh_step x: write a number of steps"),
+        ("train_ctl", "num_hard_negatives", -1, "--num_hard_negatives -1: must be at least 0"),
+        ("train_ctl", "hard_neg_ratio", -0.5, "--hard_neg_ratio -0.5: must be at least 0"),
+        ("train_ctl", "negatives_from_rank", 0, "--negatives_from_rank 0: must be at least 1"),
+        ("train_ctl", "mine_negatives", "true", "--mine_negatives true: say how many"),
+        ("train_ctl", "metric_for_best_model", "blue", "--metric_for_best_model blue: not measured"),
+        ("train_ctl", "model_name_or_path", "/nowhere/model", "model /nowhere/model: cannot be loaded"),
+        ("train_ctl", "temprature", 1, "--temprature: unknown flag; did you mean --temperature?"),
+        ("train_rpg", "num_docs", 1, "--num_docs 1: at least 2 documents"),
+        ("train_rpg", "lm_temperature", 0, "--lm_temperature 0.0: must be positive"),
+        ("train_rpg", "retrieve_temperature", -1, "--retrieve_temperature -1.0: must be positive"),
+        ("train_rpg", "refresh_step", "x", "--refresh_step x: write a number of steps"),
+        ("train_rpg", "kl_direction", "both", "--kl_direction"),
+        ("train_rpg", "dataloader_num_workers", 2, "--dataloader_num_workers"),
+        ("train_rpg", "lm_model_path", "/nowhere/lm", "model /nowhere/lm: cannot be loaded"),
+    ],
+)
+def test_bad_flags_are_one_line_and_status_2(
+    name: str,
+    flag: str,
+    value: object,
+    message: str,
+    rpg: dict[str, object],
+    run_executable: Run,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    flags = rpg if name == "train_rpg" else without(rpg, "lm_model_path", "num_docs", "text_maxlength")
+    assert run_executable(name, {**flags, flag: value}) == 2
+    assert_one_error(capsys, message, tmp_path)
+
+
+def test_mining_refuses_workers_that_would_not_see_what_is_mined(
+    ctl: dict[str, object], run_executable: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = {"mine_negatives": "true", "num_hard_negatives": 1, "dataloader_num_workers": 1}
+    assert run_executable("train_ctl", {**ctl, **own}) == 2
+    assert_one_error(capsys, "--dataloader_num_workers", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("name", "part", "message"),
+    [
+        ("train_ctl", {"gold_docs": ()}, "train.jsonl:2: field 'gold_docs' is empty; CTL needs a gold passage"),
+        ("train_rpg", {"gold_answer": None}, "train.jsonl:2: field 'gold_answer' must be a string"),
+    ],
+)
+def test_an_example_that_an_algorithm_cannot_use_is_named(
+    name: str,
+    part: dict[str, Any],
+    message: str,
+    rpg: dict[str, object],
+    examples: list[Example],
+    run_executable: Run,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+) -> None:
+    write_examples(tmp_path / "train.jsonl", [examples[0], replace(examples[1], **part), examples[2]])
+    flags = rpg if name == "train_rpg" else without(rpg, "lm_model_path", "num_docs", "text_maxlength")
+    assert run_executable(name, {**flags, "train_file": tmp_path / "train.jsonl"}) == 2
+    assert_one_error(capsys, message, tmp_path)
+
+
+def assert_one_error(capsys: pytest.CaptureFixture[str], message: str, path: Path) -> None:
+    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1
+    assert message in errors[0]
+    assert not (path / "out" / "model.safetensors").exists()
+
+
+def test_two_processes_under_torchrun_train_the_encoder_of_one(ctl: dict[str, object], tmp_path: Path) -> None:
+    """Same questions in a step, same negatives: the other process's documents count."""
+    settings = json.loads((Path(str(ctl["model_name_or_path"])) / "config.json").read_text())
+    calm = tmp_path / "calm"  # without dropout, which no two splits share
+    load_encoder(str(ctl["model_name_or_path"])).save_pretrained(calm)
+    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (calm / "config.json").write_text(json.dumps(settings))
+    weights, losses = [], []
+    for processes in (1, 2):
+        output = tmp_path / str(processes)
+        flags = {**without(ctl, "test_file"), "model_name_or_path": calm, "learning_rate": 1e-3, "output_dir": output,
+                 "per_device_train_batch_size": 8 // processes, "grad_cache_chunk_size": 3}  # fmt: skip
+        line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run(
+            [*torchrun, str(BIN / "train_ctl"), *line],
+            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-3000:]
+        weights.append(load_file(output / "model.safetensors"))
+        losses.append(history(output, "loss"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+    for name, weight in weights[0].items():
+        assert (weight - weights[1][name]).abs().max() < 1e-4, name
