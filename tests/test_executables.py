@@ -11,6 +11,10 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.prompts import Prompter, TokenSequence
+
 BIN = Path(__file__).parents[1] / "bin"
 SMALL = {
     "max_steps": 4,
@@ -75,6 +79,30 @@ def test_train_swr_writes_all_that_the_architecture_promises(
     assert all(len(row["retrieved_docs"]) == 2 for row in rows)
     AutoModelForCausalLM.from_pretrained(output)
     AutoTokenizer.from_pretrained(output)
+
+
+def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(
+    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, data: Path
+) -> None:
+    shown: list[tuple[bool, Example, list[tuple[str, str]]]] = []
+    original = Prompter.encode
+
+    def spy(self: Prompter, example: Example, passages: list[Document], answer: str | None = None) -> TokenSequence:
+        shown.append((answer is None, example, [document.key for document in passages]))
+        return original(self, example, passages, answer)
+
+    monkeypatch.setattr(Prompter, "encode", spy)
+    flags = {**swr, "embedding_max_num_to_retrieve": 3, "max_steps": 1, "eval_strategy": "no"}
+    assert run("train_swr", flags, monkeypatch) == 0
+    training = [(example, keys) for generates, example, keys in shown[:16]]
+    gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
+    assert {key for _, keys in training for key in keys} - gold_of_split
+    assert all(keys[0] == example.gold_docs[0].key and len(keys) <= 4 for example, keys in training)
+    tested = [(example, keys) for generates, example, keys in shown if generates]
+    rows = [json.loads(line) for line in (Path(str(swr["output_dir"])) / "test-predictions.jsonl").open()]
+    found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
+    assert [[content for _, content in keys] for _, keys in tested] == found
+    assert any(example.gold_docs[0].key not in keys for example, keys in tested)
 
 
 def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(

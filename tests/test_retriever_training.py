@@ -15,8 +15,14 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 
 from rqa.data.documents import Document
-from rqa.data.examples import Example, write_examples
+from rqa.data.examples import Example, read_examples, write_examples
+from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
+from rqa.models.loading import load_tokenizer
+from rqa.objectives.ctl import Contrastive
+from rqa.objectives.distillation import Distillation
+from rqa.objectives.teacher import AnswerScorer, Pair
+from rqa.prompts import PromptArguments, Prompter
 
 BIN = Path(__file__).parents[1] / "bin"
 Run = Callable[[str, dict[str, object]], int]
@@ -66,8 +72,8 @@ def changed(flags: dict[str, object]) -> bool:
 def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     ctl: dict[str, object], run_executable: Run, documents: list[Document], examples: list[Example], tmp_path: Path
 ) -> None:
-    flags = {**ctl, "max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_on_start": "true",
-             "eval_steps": 20, "save_strategy": "no", "query_prefix": "query: ", "passage_prefix": "passage: "}  # fmt: skip
+    flags = {**ctl, "max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_steps": 20,
+             "eval_on_start": "true", "save_strategy": "no", "query_prefix": "query: ", "passage_prefix": "passage: "}  # fmt: skip
     assert run_executable("train_ctl", flags) == 0
     output = tmp_path / "out"
     mrr = history(output, "eval_retr/mrr@10")
@@ -100,7 +106,7 @@ def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs(
     losses, rates = history(tmp_path / "out", "loss"), history(tmp_path / "out", "teacher_hit_rate")
     assert np.mean(losses[-5:]) < 0.8 * np.mean(losses[:5])
     assert rates[0] == 0
-    assert all(earlier <= later for earlier, later in zip(rates, rates[1:], strict=False))
+    assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(1 - 16 / (4 * 30))  # 16 questions, each with all documents, were new once
     assert (tmp_path / "cache/teacher.sqlite").is_file()
     first = (tmp_path / "out/model.safetensors").read_bytes()
@@ -121,6 +127,72 @@ def test_another_prompt_or_language_model_asks_the_teacher_anew(
     third = {**again, "output_dir": tmp_path / "third", "lm_temperature": 1.0, "lm_tokens_per_batch": 64}
     assert run_executable("train_rpg", third) == 0  # neither decides a score
     assert history(tmp_path / "third", "teacher_hit_rate") == [1]
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The micro-batches that the objectives were given."""
+    seen: list[Any] = []
+    for kind in (Contrastive, Distillation):
+        forward = kind.forward
+        monkeypatch.setattr(
+            kind, "forward", lambda self, batch, forward=forward: seen.append(batch) or forward(self, batch)
+        )
+    return seen
+
+
+def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
+    rpg: dict[str, object],
+    run_executable: Run,
+    batches: list[Any],
+    documents: list[Document],
+    examples: list[Example],
+) -> None:
+    """Against the same question and document scored alone, and the first encoder's own ranking."""
+    flags = {**without(rpg, "eval_file", "test_file"), "max_steps": 1, "num_docs": 5, "lm_temperature": 0.5}
+    assert run_executable("train_rpg", flags) == 0
+    lm, encoder = str(rpg["lm_model_path"]), load_encoder(str(rpg["model_name_or_path"]))
+    prompter = Prompter(load_tokenizer(lm), PromptArguments(max_seq_length=256, max_new_tokens=1))
+    scorer = AnswerScorer(load_causal_lm(lm), prompter, 256)
+    texts = encoder.tokenize_passages([document.fmt_content for document in documents])
+    (batch,) = batches
+    assert len(batch.passages) == len({tuple(ids) for ids in batch.passages})
+    for row, index in enumerate(batch.indices):
+        example = examples[index]
+        (query,) = encoder.tokenize_queries([example.question])
+        assert batch.queries[row] == query
+        shown = [documents[texts.index(batch.passages[column])] for column in batch.columns[row]]
+        scores = [score for document in shown for _, score in scorer([Pair(example, document)])]
+        assert (batch.teacher[row] * 0.5).tolist() == pytest.approx(scores, abs=1e-5)
+        ranking = [documents[i] for i in (-(encoder.embed([query]) @ encoder.embed(texts).T)[0]).argsort()[:5]]
+        gold = example.gold_docs[0]
+        assert shown == (ranking if gold in ranking else [*ranking[:4], gold])
+
+
+@pytest.mark.parametrize("own", [{"num_hard_negatives": 1}, {"hard_neg_ratio": 0.5}, {}])
+def test_a_ctl_batch_holds_each_question_s_gold_and_the_negatives_asked_for(
+    own: dict[str, object], hard: dict[str, object], run_executable: Run, batches: list[Any], documents: list[Document]
+) -> None:
+    assert run_executable("train_ctl", {**without(hard, "eval_file"), **own}) == 0
+    encoder = load_encoder(str(hard["model_name_or_path"]))
+    asked = read_examples(str(hard["train_file"]))
+    known = [*documents, asked[0].hard_neg_docs[1]]
+    texts = encoder.tokenize_passages([document.fmt_content for document in known])
+    assert len(batches) == 2
+    for batch in batches:
+        shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, batch.passages, strict=True)}
+        assert len(shown) == len(batch.passages)
+        golds, allowed = [], []
+        for row, index in enumerate(batch.indices):
+            assert batch.queries[row] == encoder.tokenize_queries([asked[index].question])[0]
+            assert shown[int(batch.targets[row])] in asked[index].gold_docs
+            assert [shown[int(n)] for n in batch.gold[row] if n >= 0] == list(asked[index].gold_docs)
+            golds += asked[index].gold_docs
+            allowed += asked[index].hard_neg_docs
+        negatives = [document for document in shown.values() if document not in golds]
+        assert all(document in allowed for document in negatives)
+        assert len(negatives) <= (4 if "num_hard_negatives" in own else 2 if own else 0)
+        assert bool(negatives) == bool(own)
 
 
 @pytest.mark.parametrize(

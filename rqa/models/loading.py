@@ -21,6 +21,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
+from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
@@ -103,7 +104,7 @@ def _packing_is_exact(model: PreTrainedModel) -> bool:
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
     dtype = torch.bfloat16 if "flash" in model.config._attn_implementation else model.dtype
-    with evaluating(model), torch.autocast(model.device.type, dtype=dtype, enabled=dtype != torch.float32):
+    with evaluating(model), autocast(model.device, dtype):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError):

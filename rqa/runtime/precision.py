@@ -45,5 +45,6 @@ def cpu_has_bf16() -> bool:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to `dtype`; nothing for float32."""
-    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+    """Autocast to bfloat16 or float16; nothing for wider formats."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device.type, dtype=dtype if half else None, enabled=half)

@@ -205,9 +205,9 @@ def test_two_processes_with_unequal_shares_have_the_gradient_of_one(
         part = ContrastiveBatch(
             queries=[batch.queries[i] for i in rows],
             passages=[batch.passages[i] for i in columns],
-            documents=batch.documents[columns],
-            targets=batch.targets[rows],
-            gold=batch.gold[rows],
+            documents=batch.documents[columns] + 100,  # no number that rows of padding might have
+            targets=batch.targets[rows] + 100,
+            gold=(batch.gold + 100).masked_fill(batch.gold < 0, -1)[rows],
             indices=rows,
         )
         (tmp_path / f"{rank}.pkl").write_bytes(pickle.dumps(part))

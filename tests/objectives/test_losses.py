@@ -193,5 +193,7 @@ def test_distillation_is_finite_in_bf16_with_extreme_logits(direction: str) -> N
 
 def test_answer_nll_is_minus_the_log_of_the_targets_probability() -> None:
     logits, targets = 3 * torch.randn(4, 5), [0, 4, 2, 2]
-    expected = [-math.log(math.exp(row[t]) / sum(map(math.exp, row))) for row, t in zip(logits.tolist(), targets)]
+    expected = [
+        -math.log(math.exp(row[t]) / sum(map(math.exp, row))) for row, t in zip(logits.tolist(), targets, strict=True)
+    ]
     assert answer_nll(logits, torch.tensor(targets)).tolist() == pytest.approx(expected, rel=1e-5)

@@ -93,7 +93,8 @@ def test_scores_in_bf16_are_finite_and_near(
 def test_scoring_leaves_the_models_mode_and_asks_for_no_gradient(
     lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair]
 ) -> None:
-    lm.config.attention_dropout = 0.5
+    for layer in lm.model.layers:
+        layer.self_attn.attention_dropout = 0.5
     lm.train()
     first, second = (in_order(AnswerScorer(lm, prompter, 400)(pairs)) for _ in range(2))
     assert first == second
