@@ -72,8 +72,9 @@ def changed(flags: dict[str, object]) -> bool:
 def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     ctl: dict[str, object], run_executable: Run, documents: list[Document], examples: list[Example], tmp_path: Path
 ) -> None:
-    flags = {**ctl, "max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8, "eval_steps": 20,
-             "eval_on_start": "true", "save_strategy": "no", "query_prefix": "query: ", "passage_prefix": "passage: "}  # fmt: skip
+    prefixes = {"query_prefix": "query: ", "passage_prefix": "passage: "}
+    rate = {"max_steps": 40, "learning_rate": 3e-3, "per_device_train_batch_size": 8}
+    flags = {**ctl, **prefixes, **rate, "eval_on_start": "true", "eval_steps": 20, "save_strategy": "no"}
     assert run_executable("train_ctl", flags) == 0
     output = tmp_path / "out"
     mrr = history(output, "eval_retr/mrr@10")

@@ -103,7 +103,7 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
                 parameter -= step * first[name]
     torch.manual_seed(1)
     lower, _ = Contrastive(encoder, TEMPERATURE, 2)(batch.to(torch.device(device)))
-    assert float(loss - lower) == pytest.approx(step * slope, rel=0.1)
+    assert (loss - lower).item() == pytest.approx(step * slope, rel=0.1)
 
 
 def test_the_gradient_reaches_the_whole_encoder_and_nothing_else(encoder: Encoder, batch: ContrastiveBatch) -> None:
