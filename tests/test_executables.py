@@ -26,19 +26,7 @@ SMALL = {
 }
 
 
-def run(name: str, flags: dict[str, object], monkeypatch: pytest.MonkeyPatch) -> int:
-    """Run an executable in this process; its exit status."""
-    line = [
-        part
-        for flag, value in flags.items()
-        for part in (f"--{flag}", *map(str, value if isinstance(value, list) else [value]))
-    ]
-    monkeypatch.setattr(sys, "argv", [str(BIN / name), *line])
-    try:
-        runpy.run_path(str(BIN / name), run_name="__main__")
-    except SystemExit as end:
-        return int(end.code or 0)
-    return 0
+Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
@@ -57,13 +45,11 @@ def swr(data: Path, lm_path: str, encoder_path: str, tmp_path: Path) -> dict[str
     }
 
 
-def test_train_swr_writes_all_that_the_architecture_promises(
-    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_train_swr_writes_all_that_the_architecture_promises(swr: dict[str, object], run_executable: Run) -> None:
     flags = {**swr, "eval_steps": 2, "save_steps": 2, "write_predictions": "true", "embedding_max_num_to_retrieve": 2,
              "gold_position": "random", "drop_gold_prob": 0.3, "gradient_accumulation_steps": 2,
              "gradient_checkpointing": "true"}  # fmt: skip
-    assert run("train_swr", flags, monkeypatch) == 0
+    assert run_executable("train_swr", flags) == 0
     output = Path(str(swr["output_dir"]))
     for name in ("all_args.json", "train.log", "trainer_state.json", "checkpoint-2", "checkpoint-4", "score.json",
                  "test-predictions.jsonl", "step-2-eval-predictions.jsonl", "model.safetensors"):  # fmt: skip
@@ -82,7 +68,7 @@ def test_train_swr_writes_all_that_the_architecture_promises(
 
 
 def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(
-    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, data: Path
+    swr: dict[str, object], run_executable: Run, monkeypatch: pytest.MonkeyPatch, data: Path
 ) -> None:
     shown: list[tuple[bool, Example, list[tuple[str, str]]]] = []
     original = Prompter.encode
@@ -93,7 +79,7 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(
 
     monkeypatch.setattr(Prompter, "encode", spy)
     flags = {**swr, "embedding_max_num_to_retrieve": 3, "max_steps": 1, "eval_strategy": "no"}
-    assert run("train_swr", flags, monkeypatch) == 0
+    assert run_executable("train_swr", flags) == 0
     training = [(example, keys) for generates, example, keys in shown[:16]]
     gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
     assert {key for _, keys in training for key in keys} - gold_of_split
@@ -106,7 +92,7 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(
 
 
 def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
-    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch
+    swr: dict[str, object], run_executable: Run
 ) -> None:
     flags = {
         **swr,
@@ -116,7 +102,7 @@ def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
         "eval_steps": 30,
         "save_strategy": "no",
     }
-    assert run("train_swr", flags, monkeypatch) == 0
+    assert run_executable("train_swr", flags) == 0
     output = Path(str(swr["output_dir"]))
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
     before, after = (entry["eval_loss"] for entry in history if "eval_loss" in entry)
@@ -124,21 +110,21 @@ def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
     evaluated = {"qa_model_name_or_path": output, "embedding_model_name_or_path": swr["embedding_model"],
                  "document_path": swr["full_dataset_file_path"], "eval_data_path": swr["test_file"],
                  "output_dir": output / "again", "max_new_tokens": 8, "max_seq_length": 256}  # fmt: skip
-    assert run("evaluate_rqa", evaluated, monkeypatch) == 0
+    assert run_executable("evaluate_rqa", evaluated) == 0
     first, second = (json.loads((path / "score.json").read_text()) for path in (output, output / "again"))
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@1"):
         assert first[name] == second[name]
 
 
 def test_train_sft_with_and_without_a_retriever_for_evaluation(
-    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    swr: dict[str, object], run_executable: Run, tmp_path: Path
 ) -> None:
     flags = {name: value for name, value in swr.items() if name != "embedding_model"}
-    assert run("train_sft", {**flags, "chat_format": "template"}, monkeypatch) == 0
+    assert run_executable("train_sft", {**flags, "chat_format": "template"}) == 0
     scores = json.loads((tmp_path / "out/score.json").read_text())
     assert list(scores) == ["test_loss"]
     flags |= {"output_dir": tmp_path / "with", "eval_embedding_model": swr["embedding_model"]}
-    assert run("train_sft", flags, monkeypatch) == 0
+    assert run_executable("train_sft", flags) == 0
     assert "test_gen/rougeL" in json.loads((tmp_path / "with/score.json").read_text())
 
 
@@ -153,17 +139,17 @@ def test_a_single_json_file_replaces_the_flags(
 
 
 def test_resuming_an_interrupted_executable_gives_the_very_same_model(
-    swr: dict[str, object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    swr: dict[str, object], run_executable: Run, tmp_path: Path
 ) -> None:
     flags = {**swr, "save_steps": 2, "eval_strategy": "no"}
     del flags["eval_file"], flags["test_file"]
-    assert run("train_swr", flags, monkeypatch) == 0
+    assert run_executable("train_swr", flags) == 0
     whole = (tmp_path / "out/model.safetensors").read_bytes()
     half = {**flags, "output_dir": tmp_path / "half"}
-    assert run("train_swr", half, monkeypatch) == 0
+    assert run_executable("train_swr", half) == 0
     for path in ("checkpoint-4/COMPLETE", "model.safetensors"):
         (tmp_path / "half" / path).unlink()
-    assert run("train_swr", {**half, "resume_from_checkpoint": "true"}, monkeypatch) == 0
+    assert run_executable("train_swr", {**half, "resume_from_checkpoint": "true"}) == 0
     assert (tmp_path / "half/model.safetensors").read_bytes() == whole
 
 
@@ -210,12 +196,12 @@ def test_bad_input_is_one_line_and_status_2(
     change: Callable[[dict[str, object], Path], None],
     message: str,
     swr: dict[str, object],
-    monkeypatch: pytest.MonkeyPatch,
+    run_executable: Run,
     capsys: pytest.CaptureFixture[str],
     tmp_path: Path,
 ) -> None:
     change(swr, tmp_path)
-    assert run("train_swr", swr, monkeypatch) == 2
+    assert run_executable("train_swr", swr) == 2
     errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1
     assert message in errors[0]

