@@ -6,10 +6,12 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
+from rqa.training.arguments import LoopArguments
 
 
 @dataclass
@@ -26,9 +28,33 @@ class DataArguments:
     )
 
 
-def optional_examples(path: str | None, answers: bool = False) -> list[Example]:
-    """The examples of a file that need not be given."""
-    return read_examples(path, answers) if path else []
+@dataclass(frozen=True)
+class Inputs:
+    """The document database and the examples of each split; empty where no file was given."""
+
+    documents: list[Document]
+    train: list[Example]
+    eval: list[Example]
+    test: list[Example]
+
+
+def read_inputs(data: DataArguments, loop: LoopArguments, train_answers: bool, eval_answers: bool) -> Inputs:
+    """Read every file of a run, before anything slow starts.
+
+    Args:
+        train_answers: Whether training examples must have answers.
+        eval_answers: Whether those of the other files must.
+
+    Raises:
+        UserError: a file is missing or malformed.
+    """
+    held_out = [read_examples(path, eval_answers) if path else [] for path in (data.eval_file, data.test_file)]
+    return Inputs(
+        documents=read_documents(data.full_dataset_file_path),
+        train=read_examples(data.train_file, train_answers),
+        eval=subset(held_out[0], loop.eval_max_examples, loop.seed),
+        test=held_out[1],
+    )
 
 
 def subset(examples: list[Example], size: int, seed: int) -> list[Example]:

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from transformers import set_seed
 
-from rqa.data.documents import Document, read_documents
-from rqa.data.examples import Example, read_examples
+from rqa.data.documents import Document
+from rqa.data.examples import Example
 from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages, write_results
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
@@ -17,7 +17,7 @@ from rqa.models.loading import evaluating, load_tokenizer
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.packing import AnswerBatch
 from rqa.prompts import DoesNotFit, PromptArguments, Prompter, TokenSequence
-from rqa.recipes.files import DataArguments, open_output, optional_examples, subset
+from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
@@ -70,10 +70,7 @@ def train_reader(
     device = distributed.start()
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
-    documents = read_documents(data.full_dataset_file_path)
-    train_examples = read_examples(data.train_file, answers=True)
-    eval_examples = subset(optional_examples(data.eval_file, answers=True), loop.eval_max_examples, loop.seed)
-    test_examples = optional_examples(data.test_file, answers=True)
+    inputs = read_inputs(data, loop, train_answers=True, eval_answers=True)
     open_output(loop.output_dir, all_arguments)
     loop.metric_for_best_model = loop.metric_for_best_model or "loss"
 
@@ -85,15 +82,15 @@ def train_reader(
     objective = AnswerLikelihood(model, prompter)
     retriever = None
     if embedding_model:
-        retriever = Retriever(load_encoder(embedding_model, encoder, **options).to(device), documents, index)
+        retriever = Retriever(load_encoder(embedding_model, encoder, **options).to(device), inputs.documents, index)
     with autocast(device, dtype):
         if retriever:
             retriever.open(data.full_dataset_index_path)
-        passages = choose_passages(train_examples, retriever)
-        evaluate = ReaderEvaluation(objective, retriever, eval_examples, evaluation, loop)
-        test = ReaderEvaluation(objective, retriever, test_examples, evaluation, loop)
+        passages = choose_passages(inputs.train, retriever)
+        evaluate = ReaderEvaluation(objective, retriever, inputs.eval, evaluation, loop)
+        test = ReaderEvaluation(objective, retriever, inputs.test, evaluation, loop)
 
-    sequences = encode_examples(prompter, train_examples, passages)
+    sequences = encode_examples(prompter, inputs.train, passages)
     kept = list(sequences)
 
     def micro_batch(indices: Sequence[int]) -> AnswerBatch:
@@ -112,10 +109,10 @@ def train_reader(
         Batches(len(sequences), micro_batch, loop),
         loop,
         device,
-        evaluate=evaluate_and_keep if eval_examples and loop.eval_strategy != "no" else None,
+        evaluate=evaluate_and_keep if inputs.eval and loop.eval_strategy != "no" else None,
         checkpoint=checkpoint,
     )
-    if state.interrupted or not test_examples:
+    if state.interrupted or not inputs.test:
         return {}
     model.load_state_dict(load_causal_lm(loop.output_dir, **options).state_dict())
     with autocast(device, dtype):

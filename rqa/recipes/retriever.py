@@ -8,12 +8,12 @@ from typing import Any
 from torch import nn
 from transformers import set_seed
 
-from rqa.data.documents import Document, read_documents
-from rqa.data.examples import Example, read_examples
+from rqa.data.documents import Document
+from rqa.data.examples import Example
 from rqa.evaluation.retrieval import score_retrieval
 from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
 from rqa.models.encoder import EncoderArguments, load_encoder
-from rqa.recipes.files import DataArguments, open_output, optional_examples, subset
+from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
@@ -68,26 +68,23 @@ def train_retriever(
     device = distributed.start()
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
-    documents = read_documents(data.full_dataset_file_path)
-    train_examples = read_examples(data.train_file, answers=answers)
-    eval_examples = subset(optional_examples(data.eval_file), loop.eval_max_examples, loop.seed)
-    test_examples = optional_examples(data.test_file)
+    inputs = read_inputs(data, loop, train_answers=answers, eval_answers=False)
     open_output(loop.output_dir, all_arguments)
     loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
-    retriever = Retriever(load_encoder(source, encoder, **options).to(device), documents, index)
+    retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
-        training = prepare(train_examples, retriever)
+        training = prepare(inputs.train, retriever)
 
     def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
         with autocast(device, dtype):
             # An index of its own, so that to evaluate changes nothing in training.
-            current = Retriever(retriever.encoder, documents, index)
+            current = Retriever(retriever.encoder, inputs.documents, index)
             current.refresh()
             found = find_passages(current, examples, evaluation)
         scores = score_retrieval(found, examples, evaluation.recall_at)
@@ -98,20 +95,20 @@ def train_retriever(
             with autocast(device, dtype):
                 training.before_step(step)
 
-    measured = eval_examples and loop.eval_strategy != "no"
+    measured = inputs.eval and loop.eval_strategy != "no"
     state = train(
         training.objective,
-        Batches(len(train_examples), training.collate, loop),
+        Batches(len(inputs.train), training.collate, loop),
         loop,
         device,
         before_step=before_step,
-        evaluate=(lambda step: measure(eval_examples, "eval")) if measured else None,
+        evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
         checkpoint=checkpoint,
     )
-    if state.interrupted or not test_examples:
+    if state.interrupted or not inputs.test:
         return {}
     retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **options).state_dict())
-    scores = measure(test_examples, "test")
+    scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
