@@ -3,6 +3,7 @@
 import json
 import os
 import runpy
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -114,6 +115,24 @@ def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
     first, second = (json.loads((path / "score.json").read_text()) for path in (output, output / "again"))
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@1"):
         assert first[name] == second[name]
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_trains_alike(swr: dict[str, object], run_executable: Run, tmp_path: Path) -> None:
+    losses = []
+    for compiled in ("false", "true"):
+        flags = {
+            **swr,
+            "max_steps": 2,
+            "eval_strategy": "no",
+            "torch_compile": compiled,
+            "output_dir": tmp_path / compiled,
+        }
+        del flags["test_file"]
+        assert run_executable("train_swr", flags) == 0
+        history = json.loads((tmp_path / compiled / "trainer_state.json").read_text())["log_history"]
+        losses.append([entry["loss"] for entry in history])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_train_sft_with_and_without_a_retriever_for_evaluation(
