@@ -254,6 +254,7 @@ def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[s
         "per_device_train_batch_size": 2,
         "max_steps": len(sequences) // 2,
         "bf16": arguments.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),  # or the Trainer refuses bf16
         "optim": "adamw_torch_fused",
         "save_strategy": "no",
         "report_to": "none",
