@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -44,10 +45,12 @@ class Answer:
     Attributes:
         text: The answer.
         num_tokens: Tokens generated.
+        seconds: How long its batch took: what a user who asked it would have waited.
     """
 
     text: str
     num_tokens: int
+    seconds: float = 0.0
 
 
 class CausalLMReader:
@@ -78,8 +81,11 @@ class CausalLMReader:
         with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
             for chosen in token_budget_batches(lengths, self.max_batch_tokens, padded=True):
                 batch = [asked[number] for number in chosen]
-                for index, ids in zip(batch, self.generate([prompts[i] for i in batch]), strict=True):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids))
+                started = time.perf_counter()
+                continuations = self.generate([prompts[i] for i in batch])
+                seconds = time.perf_counter() - started
+                for index, ids in zip(batch, continuations, strict=True):
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
                 bar.update(len(batch))
         return answers
 
