@@ -2,8 +2,9 @@
 
 import inspect
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +18,8 @@ from rqa.packing import AnswerBatch, pad, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter
 
 log = logging.getLogger(__name__)
+
+Prompt = TypeVar("Prompt")
 
 
 def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
@@ -50,6 +53,31 @@ class Answer:
     num_tokens: int
 
 
+def answer_in_batches(
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    generate: Callable[[Sequence[Prompt]], list[list[int]]],
+    decode: Callable[[Sequence[int]], str],
+    progress: bool,
+) -> list[Answer]:
+    """One answer for each prompt, those of similar length together; an empty prompt is answered by nothing. [Q] -> [Q]
+
+    Args:
+        lengths: Tokens that each prompt costs.
+        generate: A batch of prompts -> the answers' token ids.
+    """
+    answers = [Answer("", 0)] * len(prompts)
+    asked = [index for index, prompt in enumerate(prompts) if prompt]
+    with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+        for chosen in token_budget_batches([lengths[index] for index in asked], max_batch_tokens, padded=True):
+            batch = [asked[number] for number in chosen]
+            for index, ids in zip(batch, generate([prompts[i] for i in batch]), strict=True):
+                answers[index] = Answer(decode(ids), len(ids))
+            bar.update(len(batch))
+    return answers
+
+
 class CausalLMReader:
     """Answers questions over passages with a decoder.
 
@@ -71,17 +99,8 @@ class CausalLMReader:
         A question that does not fit by itself is reported and answered by nothing.
         """
         prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
-        new_tokens = self.prompter.arguments.max_new_tokens
-        answers = [Answer("", 0)] * len(prompts)
-        asked = [index for index, prompt in enumerate(prompts) if prompt]
-        lengths = [len(prompts[index]) + new_tokens for index in asked]
-        with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-            for chosen in token_budget_batches(lengths, self.max_batch_tokens, padded=True):
-                batch = [asked[number] for number in chosen]
-                for index, ids in zip(batch, self.generate([prompts[i] for i in batch]), strict=True):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids))
-                bar.update(len(batch))
-        return answers
+        lengths = [len(prompt) + self.prompter.arguments.max_new_tokens for prompt in prompts]
+        return answer_in_batches(prompts, lengths, self.max_batch_tokens, self.generate, self.prompter.decode, progress)
 
     def _prompt(self, example: Example, passages: Sequence[Document]) -> list[int]:
         try:

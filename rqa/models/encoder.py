@@ -232,7 +232,6 @@ def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
     lengths = batch.lengths
     owners = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)  # [tokens]
     if len(owners) != len(hidden):
-        offsets = torch.arange(len(owners), device=hidden.device) - (lengths.cumsum(0) - lengths)[owners]
-        hidden = hidden[batch.starts[owners] + offsets]
+        hidden = hidden[batch.rows]
     sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
     return sums.index_add(0, owners, hidden.float()) / lengths[:, None]
