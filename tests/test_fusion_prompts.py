@@ -52,9 +52,7 @@ def test_the_oldest_turns_go_first_and_a_question_that_is_too_long_is_refused(pr
     example = Example("What does it trade in?", gold_answer="Salt.", chat_history=turns, where="train.jsonl:3")
     (ids,) = prompter.encode(example, [Document("Wool.")]).passages
     assert ids == prompter.tokenizer("question: Salt.\nWhat does it trade in? context: Wool.")["input_ids"]
-    with pytest.raises(
-        DoesNotFit, match=r"train.jsonl:3: the question takes \d+ tokens, more than .*encoder"
-    ):
+    with pytest.raises(DoesNotFit, match=r"train.jsonl:3: the question takes \d+ tokens, more than .*encoder"):
         prompter.encode(replace(example, question="Why? " * 40), [])
     with pytest.raises(DoesNotFit, match=r"the answer takes \d+ tokens, more than --max_decoder_seq_length 12"):
         prompter.encode(example, [], "Because. " * 12)

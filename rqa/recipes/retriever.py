@@ -1,7 +1,8 @@
-"""Training an encoder, from files to scores; an algorithm brings its objective, its batches, what precedes a step."""
+"""Training an encoder, from files to scores; an algorithm brings its objective and its batches."""
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments
 from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
@@ -33,12 +35,12 @@ class Training:
     Attributes:
         objective: The module to train; it holds the retriever's encoder.
         collate: Numbers of training examples -> one micro-batch.
-        before_step: Called with the number of steps done.
+        refresher: Keeps the live retriever's index fresh; None where nothing is retrieved in training.
     """
 
     objective: nn.Module
     collate: Callable[[Sequence[int]], Any]
-    before_step: Callable[[int], None] | None = None
+    refresher: Refresher | None = None
 
 
 def train_retriever(
@@ -71,30 +73,27 @@ def train_retriever(
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
 
+    judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
+
     def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
         with autocast(device, dtype):
-            # An index of its own, so that to evaluate changes nothing in training.
-            current = Retriever(retriever.encoder, inputs.documents, index)
-            current.refresh()
-            found = find_passages(current, examples, evaluation)
+            if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
+                judged.refresh()
+            found = find_passages(judged, examples, evaluation)
         scores = score_retrieval(found, examples, evaluation.recall_at)
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 
-    def before_step(step: int) -> None:
-        if training.before_step:
-            with autocast(device, dtype):
-                training.before_step(step)
-
     measured = inputs.eval and loop.eval_strategy != "no"
-    state = train(
-        training.objective,
-        Batches(len(inputs.train), training.collate, loop),
-        loop,
-        device,
-        before_step=before_step,
-        evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
-        checkpoint=run.checkpoint,
-    )
+    with closing(training.refresher) if training.refresher else nullcontext():
+        state = train(
+            training.objective,
+            Batches(len(inputs.train), training.collate, loop),
+            loop,
+            device,
+            before_step=training.refresher,
+            evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
+            checkpoint=run.checkpoint,
+        )
     if state.interrupted or not inputs.test:
         return {}
     retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **run.options).state_dict())
