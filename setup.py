@@ -11,6 +11,7 @@ REQUIRED = [
     "tokenizers>=0.21",  # fast tokenizers behind transformers
     "transformers>=5.23,<6",  # architectures, chat templates, flags from dataclasses
     "faiss-cpu>=1.9",  # nearest-neighbour search
+    "bm25s>=0.3",  # lexical retrieval
     "tqdm>=4.66",  # progress with time left
     "sacrebleu>=2.4",  # BLEU as published
     "rouge-score>=0.1.2",  # ROUGE as published
@@ -35,6 +36,7 @@ EXTRAS = {
         "langchain-text-splitters>=1",  # the oracle of chunking
         "trafilatura>=2",  # what the extra `documents` brings
         "pypdf>=5",
+        "pytrec_eval-terrier>=0.5.6",  # the oracle for the metrics of rankings
     ],
     "bench": [
         "sentence-transformers>=5",  # the peer of encoding and of retriever training
