@@ -71,7 +71,7 @@ def train_reader(
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
     inputs = read_inputs(data, loop, train_answers=True, eval_answers=True)
-    open_output(loop.output_dir, all_arguments)
+    open_output(loop.output_dir, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or "loss"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}

@@ -11,7 +11,7 @@ from rqa.data.documents import Document
 from rqa.models.encoder import Encoder
 from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_directory, cache_root, fingerprint, is_complete
+from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ class Retriever:
             self.index.stamp or self.stamp(), self.index.arguments.index_search_parameters, str(k), *queries
         )
         directory = cache_root() / "passages" / key
-        if distributed.from_main(is_complete(directory)):
+        if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(queries), directory)
             return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
         hits = self.retrieve(queries, k)
