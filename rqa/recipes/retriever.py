@@ -17,6 +17,7 @@ from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -75,7 +76,8 @@ def train_retriever(
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
-    retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+    with distributed.in_turn():
+        retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -107,7 +109,8 @@ def train_retriever(
     )
     if state.interrupted or not inputs.test:
         return {}
-    retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **options).state_dict())
+    with distributed.in_turn():
+        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
     scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -47,20 +47,23 @@ def parallelize(
 
 
 def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Layer by layer, then what is left of each model that the objective calls.
-
-    Evaluation calls the models without the objective, so the models and not the objective are FSDP's roots.
-    """
+    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
-    for model in module.children():
-        if any(True for _ in model.parameters()):
-            # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
-            fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    for model in _roots(module):
+        # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     return module
+
+
+def _roots(module: nn.Module) -> list[nn.Module]:
+    """The models, and outside of them whatever else owns parameters, such as a projection."""
+    if isinstance(module, PreTrainedModel) or any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [root for child in module.children() for root in _roots(child)]
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
