@@ -19,6 +19,7 @@ from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -71,13 +72,14 @@ def train_retriever(
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
     inputs = read_inputs(data, loop, train_answers=answers, eval_answers=False)
-    open_output(loop.output_dir, all_arguments)
+    open_output(loop.output_dir, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
-    retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+    with distributed.in_turn():
+        retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -109,7 +111,8 @@ def train_retriever(
     )
     if state.interrupted or not inputs.test:
         return {}
-    retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **options).state_dict())
+    with distributed.in_turn():
+        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
     scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
