@@ -16,6 +16,7 @@ from rqa.prompts import DoesNotFit
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.parallelize import in_step
 
 log = logging.getLogger(__name__)
 
@@ -68,12 +69,15 @@ class ReaderEvaluation:
         """Mean negative log-likelihood of the gold answers' tokens."""
         encoded = encode_examples(objective.prompter, self.examples, passages)
         sequences = distributed.share(list(encoded.values()))
+        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        filler = list(encoded.values())[:1]
         sums = [0.0, 0.0]
         with evaluating(objective):
-            for start in range(0, len(sequences), self.batch_size):
-                batch = objective.batch(sequences[start : start + self.batch_size]).to(self.device)
-                sums[0] += float(objective(batch)[0])
-                sums[1] += batch.weight
+            for part in in_step(objective, parts, filler):
+                batch = objective.batch(part).to(self.device)
+                loss = float(objective(batch)[0])
+                if part is not filler:
+                    sums = [sums[0] + loss, sums[1] + batch.weight]
         loss, weight = distributed.total(sums)
         return loss / weight
 

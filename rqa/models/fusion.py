@@ -170,7 +170,17 @@ class FusionReader:
         """
         prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
         lengths = [sum(map(len, prompt.passages)) if prompt else 0 for prompt in prompts]
-        return answer_in_batches(prompts, lengths, self.max_batch_tokens, self.generate, self.prompter.decode, progress)
+        end = [self.prompter.end_token]
+        return answer_in_batches(
+            self.model,
+            prompts,
+            lengths,
+            self.max_batch_tokens,
+            self.generate,
+            self.prompter.decode,
+            FusionSequence([end], end),
+            progress,
+        )
 
     def _prompt(self, example: Example, passages: Sequence[Document]) -> FusionSequence | None:
         try:

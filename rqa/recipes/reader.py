@@ -6,10 +6,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedModel
+
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.reader import ReaderEvaluation, TrainableReader, encode_examples
-from rqa.evaluation.rqa import EvaluationArguments, write_results
+from rqa.evaluation.results import write_results
+from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
@@ -17,13 +20,14 @@ from rqa.models.loading import load_tokenizer
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.objectives.passages import PassageArguments, gold_and_retrieved
-from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter, retrieval_query
+from rqa.prompts import FusionPromptArguments, FusionPrompter, PromptArguments, Prompter, retrieval_query
 from rqa.recipes.files import DataArguments
 from rqa.recipes.run import Run, begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.files import write_jsonl
+from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -33,8 +37,20 @@ log = logging.getLogger(__name__)
 
 SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments)
 
-BuildReader = Callable[[str, Run], TrainableReader]
 ChoosePassages = Callable[[Sequence[Example], Retriever | None], list[list[Document]]]
+
+
+@dataclass(frozen=True)
+class ReaderKind:
+    """How a kind of reader is built.
+
+    Attributes:
+        load: A directory or hub name -> its model, on the CPU, and what builds the model's inputs.
+        assemble: Both, the model where it will run -> what is trained and evaluated.
+    """
+
+    load: Callable[[str, Run], tuple[PreTrainedModel, Any]]
+    assemble: Callable[[PreTrainedModel, Any], TrainableReader]
 
 
 def train_reader(
@@ -43,7 +59,7 @@ def train_reader(
     evaluation: EvaluationArguments,
     encoder: EncoderArguments,
     index: IndexArguments,
-    build: BuildReader,
+    kind: ReaderKind,
     embedding_model: str | None,
     choose_passages: ChoosePassages,
     all_arguments: Sequence[Any],
@@ -51,7 +67,7 @@ def train_reader(
     """Train, choose the best model by the eval file, score it on the test file.
 
     Args:
-        build: A directory or hub name -> the reader of that checkpoint, on the run's device.
+        kind: What kind of reader is trained.
         embedding_model: The frozen retriever; None: nothing is retrieved, and evaluation is the loss on gold passages.
         choose_passages: The passages of each training prompt.
         all_arguments: Every dataclass, for `all_args.json`.
@@ -64,7 +80,10 @@ def train_reader(
     """
     run = begin(data, loop, all_arguments, "loss")
     device, dtype, inputs = run.device, run.dtype, run.inputs
-    trained = build(run.source, run)
+    with distributed.in_turn():
+        model, prompter = kind.load(run.source, run)
+        model.to(device)
+    trained = kind.assemble(model, prompter)
     retriever = None
     if embedding_model:
         embedder = load_encoder(embedding_model, encoder, **run.options).to(device)
@@ -101,7 +120,8 @@ def train_reader(
     )
     if state.interrupted or not inputs.test:
         return {}
-    trained = build(loop.output_dir, run)  # the best one
+    with distributed.in_turn():
+        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
     with autocast(device, dtype):
         metrics, rows = test(trained)
     scores = {f"test_{name}": value for name, value in metrics.items()}
@@ -110,27 +130,32 @@ def train_reader(
     return scores
 
 
-def decoder(prompt: PromptArguments) -> BuildReader:
+def decoder(prompt: PromptArguments) -> ReaderKind:
     """Readers that are decoders: passages, question and answer are one sequence."""
 
-    def build(source: str, run: Run) -> TrainableReader:
-        prompter = Prompter(load_tokenizer(source, run.options["trust_remote_code"]), prompt)
-        model = load_causal_lm(source, **run.options).to(run.device)
+    def load(path: str, run: Run) -> tuple[PreTrainedModel, Prompter]:
+        prompter = Prompter(load_tokenizer(path, run.options["trust_remote_code"]), prompt)
+        return load_causal_lm(path, **run.options), prompter
+
+    def assemble(model: PreTrainedModel, prompter: Prompter) -> TrainableReader:
         return TrainableReader(AnswerLikelihood(model, prompter), CausalLMReader(model, prompter))
 
-    return build
+    return ReaderKind(load, assemble)
 
 
-def fusion(prompt: FusionPromptArguments, generation: GenerationArguments) -> BuildReader:
+def fusion(prompt: FusionPromptArguments, generation: GenerationArguments) -> ReaderKind:
     """Readers that are encoder-decoders: passages are encoded one by one."""
 
-    def build(source: str, run: Run) -> TrainableReader:
-        model, prompter = load_fusion(source, prompt, **run.options)
+    def load(path: str, run: Run) -> tuple[PreTrainedModel, FusionPrompter]:
+        model, prompter = load_fusion(path, prompt, **run.options)
         refuse_overflow(model, run.dtype)
-        objective = FusionLikelihood(model.to(run.device), prompter)
+        return model, prompter
+
+    def assemble(model: PreTrainedModel, prompter: FusionPrompter) -> TrainableReader:
+        objective = FusionLikelihood(model, prompter)
         return TrainableReader(objective, FusionReader(model, prompter, generation, objective.collate))
 
-    return build
+    return ReaderKind(load, assemble)
 
 
 @dataclass

@@ -10,14 +10,17 @@ from torch import nn
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
-from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
+from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments
 from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
+from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -67,7 +70,8 @@ def train_retriever(
     """
     run = begin(data, loop, all_arguments, "retr/mrr@10", train_answers=answers, eval_answers=False)
     device, dtype, inputs = run.device, run.dtype, run.inputs
-    retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
+    with distributed.in_turn():
+        retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -96,7 +100,8 @@ def train_retriever(
         )
     if state.interrupted or not inputs.test:
         return {}
-    retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **run.options).state_dict())
+    with distributed.in_turn():
+        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
     scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
