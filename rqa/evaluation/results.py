@@ -15,19 +15,24 @@ from rqa.runtime.files import write_json, write_jsonl
 SCORES, DETAILS, PREDICTIONS = "score.json", "score_details.json", "test-predictions.jsonl"
 
 
-def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> None:
+def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> str:
     """`score.json`, `score_details.json` and `test-predictions.jsonl`, by the main process.
 
     Args:
         scores: Numbers by name, `test_gen/f1` and so on.
         rows: One a question, with its `scores` by name, `gen/f1` and so on.
+
+    Returns:
+        The scores with their intervals as a Markdown table.
     """
+    intervals = with_intervals(rows)
     if distributed.is_main():
         Path(directory).mkdir(parents=True, exist_ok=True)
         write_json(Path(directory) / SCORES, scores)
-        details = {"scores": with_intervals(rows), "peak_memory_gib": peak_memory(), "machine": machine()}
+        details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
         write_json(Path(directory) / DETAILS, details)
         write_jsonl(Path(directory) / PREDICTIONS, rows)
+    return markdown_table(scores, intervals)
 
 
 def with_intervals(rows: Sequence[dict[str, Any]], prefix: str = "test_") -> dict[str, dict[str, Any]]:
@@ -54,6 +59,16 @@ def answer_statistics(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         for row in rows
         if "generated_answer" in row and "gold_answer" in row
     ]
+
+
+def markdown_table(scores: dict[str, float], details: dict[str, dict[str, Any]]) -> str:
+    """Every score in a table to paste: rates with their interval and number of questions, then the other figures."""
+    lines = ["| metric | value | 95 % interval | questions |", "|---|---:|---:|---:|"]
+    for name, row in details.items():
+        lines.append(f"| {name} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['n']} |")
+    others = [name for name in scores if name not in details and "/document_recall/" not in name]
+    lines += [f"| {name} | {scores[name]:.4g} | | |" for name in others]
+    return "\n".join(lines)
 
 
 def _by_scores(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[dict[str, Any]]]]:
