@@ -7,16 +7,15 @@ from typing import Any
 import numpy as np
 
 from rqa.evaluation.metrics import bleu, bleu_statistics
+from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
 
-SCORES, DETAILS, PREDICTIONS = "score.json", "score_details.json", "test-predictions.jsonl"
-
 
 def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> str:
-    """`score.json`, `score_details.json` and `test-predictions.jsonl`, by the main process.
+    """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process.
 
     Args:
         scores: Numbers by name, `test_gen/f1` and so on.
@@ -32,6 +31,7 @@ def write_results(directory: str | Path, scores: dict[str, float], rows: Sequenc
         details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
         write_json(Path(directory) / DETAILS, details)
         write_jsonl(Path(directory) / PREDICTIONS, rows)
+        write_report(directory)
     return markdown_table(scores, intervals)
 
 
