@@ -14,7 +14,8 @@ from rqa.evaluation.runtime import machine_line
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_jsonl
 
-SCORES, DETAILS, PREDICTIONS, REPORT = "score.json", "score_details.json", "test-predictions.jsonl", "report.html"
+SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
+PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
 EXAMPLES = 200  # questions that a page holds
 PASSAGE = 700  # characters of a passage
 RIGHT = 0.5  # a question is right from this score on
@@ -56,7 +57,7 @@ def write_report(directory: str | Path) -> None:
         charts=_charts(_read(directory / "trainer_state.json"), directory),
         examples=[_example(row) for row in rows[:EXAMPLES]],
         questions=len(rows),
-        arguments=_read(directory / "all_args.json"),
+        arguments=_read(directory / ARGUMENTS),
     )
     with atomic_file(directory / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -1,25 +1,29 @@
 """The files that an evaluation leaves: scores, their intervals, and what was answered to every question."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rqa.evaluation.metrics import bleu, bleu_statistics
-from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
+from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
 
 
-def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> str:
+def write_results(
+    directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]], arguments: Sequence[Any] = ()
+) -> str:
     """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process.
 
     Args:
         scores: Numbers by name, `test_gen/f1` and so on.
         rows: One a question, with its `scores` by name, `gen/f1` and so on.
+        arguments: Every dataclass, for `all_args.json`; a trainer wrote its own. API keys are left out.
 
     Returns:
         The scores with their intervals as a Markdown table.
@@ -27,6 +31,9 @@ def write_results(directory: str | Path, scores: dict[str, float], rows: Sequenc
     intervals = with_intervals(rows)
     if distributed.is_main():
         Path(directory).mkdir(parents=True, exist_ok=True)
+        given = {name: value for part in arguments for name, value in asdict(part).items() if "api_key" not in name}
+        if given:
+            write_json(Path(directory) / ARGUMENTS, given)
         write_json(Path(directory) / SCORES, scores)
         details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
         write_json(Path(directory) / DETAILS, details)

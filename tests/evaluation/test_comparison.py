@@ -186,6 +186,8 @@ def test_retrievers_are_evaluated_and_compared(
         assert {"test_retr/recall@1", "test_retr/recall@3", "test_retr/document_recall/recall3", "test_retr/mrr@10",
                 "test_retr/ndcg@10", "test_retr/map@10", "test_retr/latency_p50_ms", "test_retr/latency_p99_ms",
                 "test_retr/questions_per_second"} <= set(scores)  # fmt: skip
+        assert json.loads((output / "all_args.json").read_text())["recall_at"] == [1, 3]
+        assert "--fusion_weight" in (output / "report.html").read_text()
         assert len((output / "qrels.trec").read_text().splitlines()) == 16
     assert json.loads((outputs[0] / "score.json").read_text())["test_retr/recall@3"] > 0.9
     capsys.readouterr()
