@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,30 +86,27 @@ def train_retriever(
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
 
+    judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
+
     def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
         with autocast(device, dtype):
-            # An index of its own, so that to evaluate changes nothing in training.
-            current = Retriever(retriever.encoder, inputs.documents, index)
-            current.refresh()
-            found = find_passages(current, examples, evaluation)
+            if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
+                judged.refresh()
+            found = find_passages(judged, examples, evaluation)
         scores = score_retrieval(found, examples, evaluation.recall_at)
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 
-    def before_step(step: int) -> None:
-        if training.refresher:
-            with autocast(device, dtype):
-                training.refresher(step)
-
     measured = inputs.eval and loop.eval_strategy != "no"
-    state = train(
-        training.objective,
-        Batches(len(inputs.train), training.collate, loop),
-        loop,
-        device,
-        before_step=before_step,
-        evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
-        checkpoint=checkpoint,
-    )
+    with closing(training.refresher) if training.refresher else nullcontext():
+        state = train(
+            training.objective,
+            Batches(len(inputs.train), training.collate, loop),
+            loop,
+            device,
+            before_step=training.refresher,
+            evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
+            checkpoint=checkpoint,
+        )
     if state.interrupted or not inputs.test:
         return {}
     with distributed.in_turn():

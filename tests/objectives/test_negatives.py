@@ -26,6 +26,10 @@ class Numbers:
     def tokenize_passages(self, texts: Sequence[str]) -> list[float]:
         return [float(text.split()[-1]) for text in texts]
 
+    @property
+    def passage_side(self) -> "Numbers":
+        return self
+
     def embed(self, sequences: Sequence[float], desc: str | None = None) -> np.ndarray:
         return np.array(sequences, dtype=np.float32).reshape(-1, 1)
 
@@ -46,10 +50,11 @@ def mined(
     from_rank: int = 1,
     margin: float | None = None,
     database: Sequence[Document] = DATABASE,
+    count: int = 1,
 ) -> list[list[float]]:
     retriever = Retriever(Numbers(), database, IndexArguments())  # type: ignore[arg-type]
     retriever.refresh()
-    negatives = MinedNegatives(examples, retriever, from_rank, margin)
+    negatives = MinedNegatives(examples, retriever, count, from_rank, margin)
     negatives.mine()
     return [[score_of(found) for found in negatives[number]] for number in range(len(examples))]
 
@@ -108,7 +113,7 @@ def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
     retriever = Retriever(encoder, documents, IndexArguments())
     retriever.refresh()
     asked = [*examples[:5], replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
-    negatives = MinedNegatives(asked, retriever, from_rank=2, margin=None)
+    negatives = MinedNegatives(asked, retriever, count=1, from_rank=2, margin=None)
     negatives.mine()
     for number, example in enumerate(asked):
         (found,) = retriever.documents_of(retriever.retrieve([retrieval_query(example)], DEPTH + 2))
