@@ -371,6 +371,14 @@ def test_bad_flags_are_one_line_and_status_2(
     assert_one_error(capsys, message, tmp_path)
 
 
+@pytest.mark.parametrize("flag", ["refresh_async", "train_query_encoder_only"])
+def test_a_sharded_encoder_cannot_be_copied(
+    flag: str, rpg: dict[str, object], run_executable: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_executable("train_rpg", {**rpg, flag: "true", "fsdp": "full_shard"}) == 2
+    assert_one_error(capsys, f"--{flag} true: needs the whole encoder on every process", tmp_path)
+
+
 def test_mining_refuses_workers_that_would_not_see_what_is_mined(
     ctl: dict[str, object], run_executable: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
