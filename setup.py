@@ -11,6 +11,7 @@ REQUIRED = [
     "tokenizers>=0.21",  # fast tokenizers behind transformers
     "transformers>=5.23,<6",  # architectures, chat templates, flags from dataclasses
     "faiss-cpu>=1.9",  # nearest-neighbour search
+    "bm25s>=0.3",  # lexical retrieval
     "tqdm>=4.66",  # progress with time left
     "sacrebleu>=2.4",  # BLEU as published
     "rouge-score>=0.1.2",  # ROUGE as published
@@ -27,6 +28,7 @@ EXTRAS = {
         "pytest>=8",  # the test suite
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
+        "pytrec_eval-terrier>=0.5.6",  # the oracle for the metrics of rankings
     ],
     "bench": [
         "sentence-transformers>=5",  # the peer of encoding and of retriever training

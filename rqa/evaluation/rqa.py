@@ -38,7 +38,7 @@ def find_passages(
 ) -> list[list[Document]]:
     """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
     depth = max(RANKING_DEPTH, arguments.embedding_max_num_to_retrieve, *arguments.recall_at)
-    return retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], depth))
+    return retriever.documents_of(retriever.retrieve_shared([retrieval_query(example) for example in examples], depth))
 
 
 def evaluate_answers(

@@ -1,4 +1,4 @@
-"""Training an encoder, from files to scores; an algorithm brings its objective, its batches, what precedes a step."""
+"""Training an encoder, from files to scores; an algorithm brings its objective and its batches."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -15,6 +15,7 @@ from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.parallelize import load_whole_weights
@@ -36,12 +37,12 @@ class Training:
     Attributes:
         objective: The module to train; it holds the retriever's encoder.
         collate: Numbers of training examples -> one micro-batch.
-        before_step: Called with the number of steps done.
+        refresher: Keeps the live retriever's index fresh; None where nothing is retrieved in training.
     """
 
     objective: nn.Module
     collate: Callable[[Sequence[int]], Any]
-    before_step: Callable[[int], None] | None = None
+    refresher: Refresher | None = None
 
 
 def train_retriever(
@@ -93,9 +94,9 @@ def train_retriever(
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 
     def before_step(step: int) -> None:
-        if training.before_step:
+        if training.refresher:
             with autocast(device, dtype):
-                training.before_step(step)
+                training.refresher(step)
 
     measured = inputs.eval and loop.eval_strategy != "no"
     state = train(

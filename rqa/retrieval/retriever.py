@@ -1,35 +1,22 @@
-"""Questions in, documents and scores out, always a batch at a time."""
+"""Dense retrieval: questions in, documents and scores out, always a batch at a time."""
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from rqa.data.documents import Document
 from rqa.models.encoder import Encoder
+from rqa.retrieval.hits import Hits, PassageRetriever
 from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
+from rqa.runtime.files import fingerprint
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Hits:
-    """The documents found for Q questions, best first.
-
-    Attributes:
-        ids: Positions in the database, -1 where fewer than k were found. [Q, k]
-        scores: Inner products. [Q, k]
-    """
-
-    ids: np.ndarray
-    scores: np.ndarray
-
-
-class Retriever:
+class Retriever(PassageRetriever):
     """An encoder, an index and the documents behind it.
 
     The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
@@ -66,29 +53,11 @@ class Retriever:
         self.index.replace(np.stack(distributed.gather(embeddings)), stamp)
 
     def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        """The k best documents for each query."""
         scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)
         return Hits(ids, scores)
 
-    def retrieve_once(self, queries: Sequence[str], k: int) -> Hits:
-        """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
-        key = fingerprint(
-            self.index.stamp or self.stamp(), self.index.arguments.index_search_parameters, str(k), *queries
-        )
-        directory = cache_root() / "passages" / key
-        if distributed.from_main(damage(directory) is None):
-            log.info("passages for %d questions: read from %s", len(queries), directory)
-            return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
-        hits = self.retrieve(queries, k)
-        if distributed.is_main():
-            with atomic_directory(directory) as temporary:
-                np.save(temporary / "ids.npy", hits.ids)
-                np.save(temporary / "scores.npy", hits.scores)
-        return hits
-
-    def documents_of(self, hits: Hits) -> list[list[Document]]:
-        """The documents behind the hits. [Q, k] -> [Q] lists"""
-        return [[self.documents[i] for i in row if i >= 0] for row in hits.ids.tolist()]
+    def identity(self) -> str:
+        return fingerprint(self.index.stamp or self.stamp(), self.index.arguments.index_search_parameters)
 
     def stamp(self) -> str:
         """A fingerprint of all that decides the index."""
