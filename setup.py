@@ -24,10 +24,18 @@ EXTRAS = {
         "gguf>=0.17",  # the quickstart's language model comes as GGUF
         "accelerate>=1.10",  # transformers needs it to read GGUF
     ],
+    "documents": [
+        "trafilatura>=2",  # the text of a web page without its menus, headings kept
+        "pypdf>=5",  # the text of a PDF; pure Python under a BSD licence, where PyMuPDF is AGPL
+    ],
     "test": [
         "pytest>=8",  # the test suite
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
+        "hypothesis>=6",  # properties of chunking and of file formats
+        "langchain-text-splitters>=1",  # the oracle of chunking
+        "trafilatura>=2",  # what the extra `documents` brings
+        "pypdf>=5",
         "pytrec_eval-terrier>=0.5.6",  # the oracle for the metrics of rankings
     ],
     "bench": [
@@ -35,6 +43,8 @@ EXTRAS = {
         "trl>=0.24",  # the peer of reader training
         "datasets>=4",  # what trl reads
         "accelerate>=1.10",  # transformers.Trainer and trl run on it
+        "langchain-text-splitters>=1",  # a peer of chunking
+        "semchunk>=3",  # another
         "psutil>=6",  # peak memory of the peers' processes
     ],
     "flash": ["flash-attn>=2.7"],  # variable-length attention kernels on CUDA

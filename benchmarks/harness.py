@@ -8,11 +8,12 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+
+from rqa.evaluation.runtime import seconds
 
 
 def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> dict[str, Any]:
@@ -86,23 +87,6 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were measured on."""
-    from rqa.runtime.precision import cpu_has_bf16
-
-    names = [line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")]
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else (names or ["CPU"])[0],
-        "threads": torch.get_num_threads(),
-        "cpu_has_bf16": cpu_has_bf16(),
-        "torch": torch.__version__,
-    }
-
-
-def _lines(path: str) -> Iterator[str]:
-    yield from Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else ()
-
-
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Columns as wide as they must be; the first one to the left, figures to the right."""
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
@@ -116,10 +100,3 @@ def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
     """GFLOP/s of this machine's matrix product, the median of several."""
     left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
     return statistics.median(2 * size**3 / seconds(lambda: left @ right) / 1e9 for _ in range(5))
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    """How long it takes."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started

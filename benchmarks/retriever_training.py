@@ -19,7 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, machine, peak_gib, print_table, run_alone, summary, use_allocator
+from harness import Clock, peak_gib, print_table, run_alone, summary, use_allocator
+
+from rqa.evaluation.runtime import machine
 
 TEMPERATURE = 0.05  # the peers' scale is its inverse, 20, by default
 CHUNK = 32

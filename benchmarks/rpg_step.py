@@ -20,11 +20,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, machine, peak_gib, print_table, run_alone, use_allocator
+from harness import Clock, peak_gib, print_table, run_alone, use_allocator
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
 from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.evaluation.runtime import machine
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_tokenizer

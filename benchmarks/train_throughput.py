@@ -19,7 +19,9 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, machine, matmul_rate, peak_gib, print_table, run_alone, summary, use_allocator
+from harness import Clock, matmul_rate, peak_gib, print_table, run_alone, summary, use_allocator
+
+from rqa.evaluation.runtime import machine
 
 PASSAGES = 3
 PADDED_LENGTH = 2048
@@ -234,6 +236,8 @@ def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[s
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios at equal settings, and one JSON line."""
+    from rqa.runtime.precision import cpu_has_bf16
+
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
     lengths = [len(ids) for ids, _ in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
@@ -262,7 +266,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     )
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
-        used = "bf16" if arguments.precision == "bf16" and result["cpu_has_bf16"] else "float32"
+        used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
         share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
         result["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")

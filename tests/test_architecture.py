@@ -21,6 +21,8 @@ OPTIONAL = [
     "accelerate",
     "sentence_transformers",
     "trl",
+    "trafilatura",
+    "pypdf",
 ]
 
 

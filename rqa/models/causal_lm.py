@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -45,10 +46,12 @@ class Answer:
     Attributes:
         text: The answer.
         num_tokens: Tokens generated.
+        seconds: How long its batch took: what a user who asked it would have waited.
     """
 
     text: str
     num_tokens: int
+    seconds: float = 0.0
 
 
 class CausalLMReader:
@@ -80,9 +83,11 @@ class CausalLMReader:
             batches = token_budget_batches(lengths, self.max_batch_tokens, padded=True)
             for chosen in in_step(self.model, batches, filler=[]):
                 batch = [asked[number] for number in chosen]
-                generated = self.generate([prompts[i] for i in batch] or [self.prompter.stop_ids])
-                for index, ids in zip(batch, generated, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids))
+                started = time.perf_counter()
+                continuations = self.generate([prompts[i] for i in batch] or [self.prompter.stop_ids])
+                seconds = time.perf_counter() - started
+                for index, ids in zip(batch, continuations, strict=bool(batch)):
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
                 bar.update(len(batch))
         return answers
 

@@ -10,7 +10,8 @@ from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages, write_results
+from rqa.evaluation.results import write_results
+from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import evaluating, load_tokenizer

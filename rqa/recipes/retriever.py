@@ -10,8 +10,9 @@ from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
-from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
+from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments

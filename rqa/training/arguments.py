@@ -1,5 +1,6 @@
 """The loop's flags, named as in Hugging Face's TrainingArguments, and the parser of every executable."""
 
+import argparse
 import difflib
 import json
 import sys
@@ -125,6 +126,10 @@ class LoopArguments:
         return self.greater_is_better
 
 
+class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The examples line by line as they are written, and each flag with its default."""
+
+
 class _Parser(HfArgumentParser):
     """One line for what is wrong, and the nearest flag for an unknown one."""
 
@@ -144,7 +149,7 @@ def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None
         UserError: an unknown flag, a bad value or a missing one.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(kinds, description=description, allow_abbrev=False)
+    parser = _Parser(kinds, description=description, allow_abbrev=False, formatter_class=_Help)
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         arguments = _from_json(arguments[0], kinds)
     known = {field.name for kind in kinds for field in fields(kind)} | {"evaluation_strategy"}

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from rqa.data import pydocs
 from rqa.data.documents import read_documents
 from rqa.data.examples import Example, read_examples
 from rqa.data.pydocs import SPLITS, Corpus, build_corpus, count_tokens, write_corpus
+from rqa.data.pydocs_questions import LONGEST_ANSWER
 from rqa.runtime.errors import UserError
 
 REAL = ("json", "textwrap", "statistics", "numpy.linalg", "numpy.fft")
@@ -208,7 +208,7 @@ def test_no_question_and_no_answer_of_an_entry_occurs_twice(real: Corpus) -> Non
 def test_answers_are_short_and_whole(real: Corpus) -> None:
     for example in examples_of(real):
         quoted = example.gold_answer.partition("`: ")[2] or example.gold_answer  # behind the name of what is described
-        assert 3 <= len(quoted.split()) <= pydocs.LONGEST_ANSWER
+        assert 3 <= len(quoted.split()) <= LONGEST_ANSWER
         assert all(re.search(re.escape(quoted) + r"(?=\s|$)", passage.page_content) for passage in example.gold_docs)
 
 

@@ -1,0 +1,149 @@
+"""What passages are cut from: text, Markdown, HTML and PDF files, and JSONL, as source, title and text."""
+
+import importlib.util
+import io
+import logging
+import os
+import re
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_jsonl
+
+_TITLE = re.compile(r"\A\s*#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Source:
+    """One text to cut.
+
+    Attributes:
+        source: Where it comes from: a path or an address.
+        title: Its title, else its file's name.
+        text: The text; headings as Markdown has them.
+        where: File, and line of a JSONL file, for messages.
+        metadata: Whatever else the file had; passages inherit it.
+    """
+
+    source: str
+    title: str
+    text: str
+    where: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+class Unreadable(Exception):
+    """A file that cannot be turned into text; the message says why."""
+
+
+def find_files(path: str | Path) -> list[Path]:
+    """The file, or all files of a folder that can be read, in order; hidden ones are left out.
+
+    Raises:
+        UserError: there is nothing to read, or what reads it is not installed.
+    """
+    path = Path(path)
+    if path.is_dir():
+        inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        files = sorted(file for file in inside
+                       if file.suffix.lower() in READERS
+                       and not any(part.startswith(".") for part in file.relative_to(path).parts))  # fmt: skip
+        if not files:
+            raise UserError(f"{path}: holds no file that ends in {', '.join(READERS)}")
+    elif path.is_file():
+        files = [path]
+        if path.suffix.lower() not in READERS:
+            raise UserError(f"{path}: cannot be read; write files that end in {', '.join(READERS)}")
+    else:
+        raise UserError(f"{path}: no such file or folder")
+    for file in files:
+        package = PACKAGES.get(file.suffix.lower())
+        if package and importlib.util.find_spec(package) is None:
+            raise UserError(f'{file}: reading it needs {package}; pip install "rqa[documents]"')
+    return files
+
+
+def read_sources(file: Path, name: str) -> Iterator[Source]:
+    """The texts of one file; a JSONL file has one a line, and any other file one.
+
+    Args:
+        name: What passages call the file.
+
+    Raises:
+        Unreadable: the file is damaged, encrypted, or in an unknown encoding.
+        UserError: a JSONL line is malformed.
+    """
+    return READERS[file.suffix.lower()](file, name)
+
+
+def _read_text(file: Path, name: str) -> Iterator[Source]:
+    text = _decode(_bytes(file))
+    title = _TITLE.match(text)
+    yield Source(name, title[1] if title else file.stem, text, str(file))
+
+
+def _read_html(file: Path, name: str) -> Iterator[Source]:
+    import trafilatura
+
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is said here
+    data = _bytes(file)
+    text = trafilatura.extract(data, output_format="markdown", favor_recall=True, include_comments=False)
+    about = trafilatura.extract_metadata(data) if text else None
+    yield Source(name, (about and about.title) or file.stem, text or "", str(file))
+
+
+def _read_pdf(file: Path, name: str) -> Iterator[Source]:
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    try:
+        reader = pypdf.PdfReader(io.BytesIO(_bytes(file)))
+        pages = [page.extract_text() for page in reader.pages]
+        title = (reader.metadata and reader.metadata.title) or file.stem
+    except Unreadable:
+        raise
+    except Exception as error:  # a damaged PDF raises nearly anything
+        raise Unreadable(f"not a readable PDF ({' '.join(str(error).split()) or type(error).__name__})") from None
+    yield Source(name, str(title), "\n\n".join(pages), str(file))
+
+
+def _read_rows(file: Path, name: str) -> Iterator[Source]:
+    for line, row in read_jsonl(file):
+        for key in ("source", "title", "text"):
+            if not isinstance(row.get(key, None if key == "text" else ""), str):
+                raise UserError(f"{file}:{line}: field '{key}' must be a string")
+        rest = {key: value for key, value in row.items() if key not in ("source", "title", "text")}
+        where = f"{file}:{line}"
+        yield Source(row.get("source") or f"{name}:{line}", row.get("title", ""), row["text"], where, rest)
+
+
+def _bytes(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise Unreadable(error.strerror or str(error)) from None
+
+
+def _decode(data: bytes) -> str:
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        return data.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+
+
+READERS: dict[str, Callable[[Path, str], Iterator[Source]]] = {
+    ".txt": _read_text,
+    ".md": _read_text,
+    ".markdown": _read_text,
+    ".rst": _read_text,
+    ".html": _read_html,
+    ".htm": _read_html,
+    ".pdf": _read_pdf,
+    ".jsonl": _read_rows,
+}
+PACKAGES = {".html": "trafilatura", ".htm": "trafilatura", ".pdf": "pypdf"}
+"""What the extra `documents` installs, by what needs it."""

@@ -1,0 +1,162 @@
+"""Chunking, against langchain's splitter with the same tokenizer, and by the properties of passages."""
+
+from collections.abc import Callable
+from itertools import pairwise
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from langchain_text_splitters import RecursiveCharacterTextSplitter
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerBase
+
+from rqa.data import chunking
+from rqa.data.chunking import LEVELS, ChunkArguments, Chunker
+from rqa.data.documents import Document
+from rqa.data.sources import Source
+from rqa.runtime.errors import UserError
+
+Cut = Callable[..., list[str]]
+WORDS = ["copper", "a", "harbour's", "1,100", "ships", "Arlen", "sold-on", "spring"]
+TEXTS = st.lists(
+    st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join), min_size=1, max_size=4).map(
+        "\n".join
+    ),
+    min_size=1,
+    max_size=5,
+).map("\n\n".join)
+
+
+def word_tokenizer() -> Tokenizer:
+    """A token a word, and one in front and one behind where special tokens are asked for."""
+    core = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
+    )
+    return core
+
+
+def documents_of(text: str, tokenizer: Tokenizer | None = None, **flags: object) -> list[Document]:
+    chunker = Chunker(tokenizer or word_tokenizer(), ChunkArguments(**flags))
+    ((_, documents),) = chunker.passages([Source("s", "t", text, "file:1")])
+    return documents
+
+
+def cut(text: str, tokenizer: Tokenizer | None = None, **flags: object) -> list[str]:
+    return [document.page_content for document in documents_of(text, tokenizer, **flags)]
+
+
+@pytest.mark.parametrize("special", [False, True])
+@settings(max_examples=150, deadline=None)
+@given(text=TEXTS, size=st.integers(10, 60), overlap=st.integers(0, 9))
+def test_the_passages_are_langchains_where_the_places_are(special: bool, text: str, size: int, overlap: int) -> None:
+    tokenizer = word_tokenizer()
+    if special:  # langchain charges the blank line between paragraphs as a piece of its own
+        text = text.replace("\n\n", "\n")
+    # langchain splits again what fits exactly, and joining it again then charges it more.
+    lengths = {len(piece.split()) + 2 * special for end in ("\n", "\n\n") for piece in text.split(end)}
+    assume(size not in lengths)
+    theirs = RecursiveCharacterTextSplitter(
+        chunk_size=size,
+        chunk_overlap=overlap,
+        separators=["\n\n", "\n", " "],
+        length_function=lambda piece: len(tokenizer.encode(piece, add_special_tokens=special).ids),
+    )
+    flags = {"split_at": ["paragraph", "line", "word"], "count_special_tokens": special}
+    assert cut(text, chunk_size=size, chunk_overlap=overlap, **flags) == theirs.split_text(text)
+
+
+@settings(max_examples=150, deadline=None)
+@given(text=st.text(alphabet=st.sampled_from("ab. \n#!?`é世。😀\t"), max_size=200), size=st.integers(1, 12))
+def test_nothing_is_lost_nothing_added_and_no_passage_is_too_long(text: str, size: int) -> None:
+    passages = cut(text, chunk_size=size, chunk_overlap=0)
+    assert "".join("".join(passages).split()) == "".join(text.split())
+    assert all(len(passage.split()) <= size for passage in passages)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ends=st.lists(st.sampled_from([" ", ". ", "\n", "\n\n"]), max_size=60), size=st.integers(2, 12), data=st.data())
+def test_neighbours_share_no_more_than_the_overlap(ends: list[str], size: int, data: st.DataObject) -> None:
+    overlap = data.draw(st.integers(0, size - 1))
+    text = "".join(f"{number}{end}" for number, end in enumerate(ends))
+    words = [passage.replace(".", "").split() for passage in cut(text, chunk_size=size, chunk_overlap=overlap)]
+    assert list(dict.fromkeys(word for passage in words for word in passage)) == [str(n) for n in range(len(ends))]
+    assert all(len(set(one) & set(other)) <= overlap for one, other in pairwise(words))
+    assert all(len(passage) <= size for passage in words)
+
+
+def test_no_passage_of_word_pieces_is_longer_than_asked(wordpiece: PreTrainedTokenizerBase) -> None:
+    text = "The harbour of Arlen is known. It sells copper each spring! " * 40 + "x" * 500
+    core = wordpiece.backend_tokenizer
+    for size in (1, 7, 50):
+        passages = cut(text, core, chunk_size=size, chunk_overlap=0)
+        assert max(len(core.encode(passage, add_special_tokens=False).ids) for passage in passages) <= size
+        assert "".join("".join(passages).split()) == "".join(text.split())
+
+
+@pytest.mark.parametrize(
+    ("text", "size", "expected"),
+    [
+        ("# A\none two\n\n# B\nthree four", 4, ["# A\none two", "# B\nthree four"]),
+        ("one two\n\nthree\nfour", 3, ["one two", "three\nfour"]),
+        ("one two\nthree four", 3, ["one two", "three four"]),
+        ("One two. Three four! Five six?", 4, ["One two. Three four!", "Five six?"]),
+        ('He said "one." Then two.', 3, ['He said "one."', "Then two."]),
+        ("one two three", 2, ["one two", "three"]),
+        ("one two three", 3, ["one two three"]),
+        (" \n\n ", 3, []),
+    ],
+)
+def test_a_text_is_cut_where_it_keeps_most_together(text: str, size: int, expected: list[str]) -> None:
+    assert cut(text, chunk_size=size, chunk_overlap=0) == expected
+
+
+def test_the_overlap_repeats_whole_sentences_only() -> None:
+    text = "One two. Three four five. Six seven. Eight nine ten."
+    assert cut(text, chunk_size=5, chunk_overlap=2) == ["One two. Three four five.", "Six seven. Eight nine ten."]
+    assert cut(text, chunk_size=5, chunk_overlap=3) == [
+        "One two. Three four five.",
+        "Three four five. Six seven.",
+        "Six seven. Eight nine ten.",
+    ]
+
+
+def test_a_passage_knows_its_source_its_title_and_the_heading_above_it() -> None:
+    text = "intro words\n# First #\none two three\n```\n# a comment\n```\n## Second\nfour five"
+    documents = documents_of(text, chunk_size=6, chunk_overlap=0)
+    assert [document.metadata.get("subtitle") for document in documents] == [None, "First", "First", "Second"]
+    assert {(d.metadata["source"], d.metadata["title"]) for d in documents} == {("s", "t")}
+
+
+def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, documents: list[Document]) -> None:
+    sources = [Source(str(n), "", d.page_content, "") for n, d in enumerate(documents)]
+    chunker = Chunker(word_tokenizer(), ChunkArguments(chunk_size=5, chunk_overlap=1))
+    expected = list(chunker.passages(sources))
+    monkeypatch.setattr(chunking, "BATCH_CHARACTERS", 100)
+    assert list(chunker.passages(iter(sources))) == expected
+
+
+def test_the_callers_tokenizer_is_left_as_it_was(wordpiece: PreTrainedTokenizerBase) -> None:
+    core = Tokenizer.from_str(wordpiece.backend_tokenizer.to_str())
+    core.enable_truncation(4)
+    assert len(" ".join(cut("one two three four five six seven", core, chunk_size=400)).split()) == 7
+    assert core.truncation["max_length"] == 4
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"chunk_size": 0}, "--chunk_size 0"),
+        ({"chunk_size": 5, "chunk_overlap": 5}, "--chunk_overlap 5"),
+        ({"chunk_overlap": -1}, "--chunk_overlap -1"),
+        ({"chunk_size": 2, "chunk_overlap": 0, "count_special_tokens": True}, "--chunk_size 2"),
+    ],
+)
+def test_lengths_that_cannot_be_are_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        cut("text", **flags)
+
+
+def test_every_level_has_its_cut() -> None:
+    assert set(LEVELS) == {"heading", *chunking._CUTS}

@@ -1,0 +1,153 @@
+"""Files to passages, as bin/chunk_documents does it."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from pypdf import PdfWriter
+from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+
+from rqa.data import sources
+from rqa.data.documents import read_documents
+from rqa.data.duplicates import Seen
+
+Run = Callable[[str, dict[str, object]], int]
+
+HTML = """<html><head><title>Arlen | Guide</title></head><body><nav><a href="/">Home</a> <a href="/x">Shop</a></nav>
+<article><h1>Arlen</h1><p>Arlen is a town by the sea, and its harbour is known for the copper that is sold there.</p>
+<h2>Market</h2><p>The market opens in spring, when the settlers bring their wares from the hills around.</p></article>
+</body></html>"""
+
+
+def write_pdf(path: Path, text: str, title: str = "", password: str = "") -> None:
+    writer = PdfWriter()
+    page = writer.add_blank_page(300, 300)
+    font = DictionaryObject({NameObject("/Type"): NameObject("/Font"), NameObject("/Subtype"): NameObject("/Type1"),
+                             NameObject("/BaseFont"): NameObject("/Helvetica")})  # fmt: skip
+    fonts = DictionaryObject({NameObject("/F1"): writer._add_object(font)})
+    page[NameObject("/Resources")] = DictionaryObject({NameObject("/Font"): fonts})
+    content = DecodedStreamObject()
+    content.set_data(f"BT /F1 12 Tf 20 200 Td ({text}) Tj ET".encode())
+    page[NameObject("/Contents")] = writer._add_object(content)
+    if title:
+        writer.add_metadata({"/Title": title})
+    if password:
+        writer.encrypt(password)
+    writer.write(path)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    root = tmp_path / "docs"
+    (root / "deep" / ".git").mkdir(parents=True)
+    (root / "guide.md").write_bytes("\ufeff# Brask\r\n\r\nBrask trades in wool.\r\n".encode())
+    (root / "deep" / "copy.md").write_text("# Brask\n\nBrask  trades in WOOL.\n")
+    (root / "notes.txt").write_text("Ünï and 日本語", encoding="utf-16")
+    (root / "page.html").write_text(HTML)
+    write_pdf(root / "deep" / "report.pdf", "Corvo sells amber.", "Annual report")
+    write_pdf(root / "locked.pdf", "secret", password="x")
+    write_pdf(root / "scan.pdf", "")
+    (root / "broken.pdf").write_bytes(b"%PDF-1.4 nothing")
+    (root / "latin.txt").write_bytes(b"caf\xe9")
+    (root / "empty.txt").write_text(" \n")
+    (root / "deep" / ".git" / "hidden.txt").write_text("hidden")
+    (root / "image.png").write_bytes(b"\x89PNG")
+    (root / "rows.jsonl").write_text(
+        "\n".join(
+            map(
+                json.dumps,
+                [
+                    {"source": "http://x/1", "title": "One", "text": "Dunmore sells salt.", "lang": "en"},
+                    {"text": " "},
+                    {"text": "Untitled."},
+                ],
+            )
+        )
+    )
+    return root
+
+
+def test_a_folder_of_all_kinds_becomes_one_database(
+    folder: Path, encoder_path: str, run_executable: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "documents.jsonl"
+    flags = {"document_path": folder, "model_name_or_path": encoder_path, "output_path": output}
+    assert run_executable("chunk_documents", flags) == 0
+    found = {(d.metadata["source"], d.metadata["title"]): d for d in read_documents(output)}
+    assert set(found) == {
+        ("deep/copy.md", "Brask"), ("deep/report.pdf", "Annual report"), ("notes.txt", "notes"), ("rows.jsonl:3", ""),
+        ("page.html", "Arlen"), ("http://x/1", "One"),
+    }  # fmt: skip
+    page = found["page.html", "Arlen"]
+    assert "# Arlen" in page.page_content
+    assert "Home" not in page.page_content
+    assert found["deep/report.pdf", "Annual report"].page_content == "Corvo sells amber."
+    assert found["notes.txt", "notes"].page_content == "Ünï and 日本語"
+    assert found["http://x/1", "One"].metadata["lang"] == "en"
+    printed = capsys.readouterr().out
+    assert "6 passages of 7 texts" in printed
+    assert "1 duplicates and 6 empty or unreadable texts left out" in printed
+    for reason in ("locked.pdf: not a readable PDF", "broken.pdf: not a readable PDF", "latin.txt: not UTF-8 text",
+                   "empty.txt: holds no text", "scan.pdf: holds no text", "rows.jsonl:2: holds no text"):  # fmt: skip
+        assert reason in printed
+
+
+def test_two_runs_write_the_same_bytes(folder: Path, encoder_path: str, run_executable: Run, tmp_path: Path) -> None:
+    written = []
+    for name in ("a.jsonl", "b.jsonl"):
+        flags = {"document_path": [folder / "guide.md", folder], "model_name_or_path": encoder_path,
+                 "chunk_size": 8, "chunk_overlap": 2, "output_path": tmp_path / name}  # fmt: skip
+        assert run_executable("chunk_documents", flags) == 0
+        written.append((tmp_path / name).read_bytes())
+    assert written[0] == written[1]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", '{"text": "x"}\n{"text": 3}', "a.jsonl:2: field 'text' must be a string"),
+        ("a.jsonl", '{"text": "x"}\n{"text"', "a.jsonl:2: not valid JSON"),
+        ("a.jsonl", '{"text": "x", "title": 1}', "a.jsonl:1: field 'title' must be a string"),
+        ("a.docx", "x", "a.docx: cannot be read; write files that end in .txt, .md"),
+        ("a.txt", " ", "a.txt: holds no text; no passage to write"),
+        ("a.pdf", "x", "a.pdf: not a readable PDF"),
+    ],
+)
+def test_what_cannot_be_read_is_one_line_and_writes_nothing(
+    name: str,
+    content: str,
+    message: str,
+    encoder_path: str,
+    run_executable: Run,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / name).write_text(content)
+    flags = {
+        "document_path": tmp_path / name,
+        "model_name_or_path": encoder_path,
+        "output_path": tmp_path / "out.jsonl",
+    }
+    assert run_executable("chunk_documents", flags) == 2
+    (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+    assert message in line
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_parser_that_is_not_installed_is_asked_for(
+    folder: Path, encoder_path: str, run_executable: Run, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    find = sources.importlib.util.find_spec
+    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
+    flags = {"document_path": folder / "scan.pdf", "model_name_or_path": encoder_path}
+    assert run_executable("chunk_documents", flags) == 2
+    assert 'scan.pdf: reading it needs pypdf; pip install "rqa[documents]"' in capsys.readouterr().err
+
+
+def test_seen_texts_are_told_from_new_ones_with_the_boundaries_of_their_parts() -> None:
+    seen = Seen()
+    assert [seen.add("a", "bc"), seen.add("ab", "c"), seen.add("a", "bc"), seen.add("\ud800")] == [
+        True, True, False, True,
+    ]  # fmt: skip
