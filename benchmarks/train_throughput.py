@@ -13,18 +13,15 @@ or packed, with the loss on the completion only. Needs `pip install -e ".[bench]
 
 import argparse
 import json
-import os
-import resource
 import statistics
-import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from harness import Clock, matmul_rate, peak_gib, print_table, run_alone, summary, use_allocator
+
+from rqa.evaluation.runtime import machine
 
 PASSAGES = 3
 PADDED_LENGTH = 2048
@@ -44,10 +41,11 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         arguments.sequences = str(Path(directory) / "sequences.json")
         Path(arguments.sequences).write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
+        only = vars(arguments).pop("only")
         rows = [
-            run_alone(arguments, system, allocator)
+            run_alone(__file__, arguments, system=system, allocator=allocator)
             for system, allocators in SYSTEMS.items()
-            if not arguments.only or system in arguments.only
+            if not only or system in only
             for allocator in allocators
         ]
         report(arguments, rows)
@@ -99,53 +97,22 @@ def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]
     return sequences
 
 
-def run_alone(arguments: argparse.Namespace, system: str, allocator: str) -> dict[str, Any]:
-    """Measure one system in a process of its own."""
-    flags = {**vars(arguments), "system": system, "allocator": allocator}
-    flags.pop("only")
-    line = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    print(f"{system}, {allocator} allocator ...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, __file__, *line], stdout=subprocess.PIPE, env=environment, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Tokens a second of each measured step, and the process's peak memory."""
-    if arguments.allocator == "tuned":
-        from rqa.runtime.allocator import tune_allocator
-
-        tune_allocator()
+    use_allocator(arguments.allocator)
     sequences = [tuple(pair) for pair in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
     with TemporaryDirectory() as directory:
         train = {"rqa": train_rqa, "Trainer": train_trainer}.get(arguments.system, train_trl)
-        steps = list(train(arguments, sequences, directory))[arguments.warmup :]
-    rates = [tokens / seconds for tokens, seconds in steps]
+        clock = train(arguments, sequences, directory)
     return {
         "system": arguments.system,
         "allocator": arguments.allocator,
-        "tokens_per_second": sum(tokens for tokens, _ in steps) / sum(seconds for _, seconds in steps),
-        "median": statistics.median(rates),
-        "spread": [min(rates), max(rates)],
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        **summary(clock.steps(skip=arguments.warmup)),
+        "peak_gib": peak_gib(),
     }
 
 
-class Clock:
-    """Real tokens and seconds of each step."""
-
-    def __init__(self) -> None:
-        self.tokens: list[int] = []
-        self.moments: list[float] = []
-
-    def steps(self) -> Iterator[tuple[int, float]]:
-        seconds = [after - before for before, after in zip(self.moments, self.moments[1:], strict=False)]
-        return zip(self.tokens, seconds, strict=False)
-
-
-def train_rqa(
-    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
-) -> Iterator[tuple[int, float]]:
+def train_rqa(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
     """The product's own loop and objective."""
     from rqa.models.causal_lm import load_causal_lm
     from rqa.models.loading import load_tokenizer
@@ -163,7 +130,7 @@ def train_rqa(
 
     def batch(indices: list[int]) -> Any:
         chosen = objective.batch([TokenSequence(*sequences[i]) for i in indices], indices)
-        clock.tokens.append(chosen.num_tokens)
+        clock.units.append(chosen.num_tokens)
         return chosen
 
     loop = LoopArguments(
@@ -177,7 +144,7 @@ def train_rqa(
     )
 
     def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
-        clock.moments.append(time.perf_counter())
+        clock.tick()
         return {"eval_loss": 0.0}
 
     train(
@@ -185,15 +152,13 @@ def train_rqa(
         Batches(len(sequences), batch, loop),
         loop,
         device,
-        before_step=lambda _: clock.moments.append(time.perf_counter()),
+        before_step=clock.tick,
         evaluate=last_moment,
     )
-    return clock.steps()
+    return clock
 
 
-def train_trainer(
-    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
-) -> Iterator[tuple[int, float]]:
+def train_trainer(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
     """`transformers.Trainer` as LocalRQA uses it: everything padded to one length, the loss on every token."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -201,7 +166,7 @@ def train_trainer(
 
     def collate(rows: list[dict[str, list[int]]]) -> dict[str, torch.Tensor]:
         lengths = [len(row["input_ids"]) for row in rows]
-        clock.tokens.append(sum(lengths))
+        clock.units.append(sum(lengths))
         ids = torch.tensor([row["input_ids"] + [0] * (PADDED_LENGTH - len(row["input_ids"])) for row in rows])
         mask = torch.tensor([[1] * length + [0] * (PADDED_LENGTH - length) for length in lengths])
         return {"input_ids": ids, "attention_mask": mask, "labels": ids.clone()}
@@ -211,15 +176,13 @@ def train_trainer(
         TrainingArguments(directory, **peer_settings(arguments, sequences)),
         data_collator=collate,
         train_dataset=[{"input_ids": ids} for ids, _ in sequences],
-        callbacks=[step_callback(clock)],
+        callbacks=[clock.callback()],
     )
     trainer.train()
-    return clock.steps()
+    return clock
 
 
-def train_trl(
-    arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str
-) -> Iterator[tuple[int, float]]:
+def train_trl(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
     """trl at its best: no padding, the loss on the completion alone."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -244,17 +207,17 @@ def train_trl(
             gradient_checkpointing=False,
         ),
         train_dataset=Dataset.from_list(rows),
-        callbacks=[step_callback(clock)],
+        callbacks=[clock.callback()],
     )
     collate = trainer.data_collator
 
     def counting(rows: list[dict[str, Any]]) -> Any:
-        clock.tokens.append(sum(len(row["input_ids"]) for row in rows))
+        clock.units.append(sum(len(row["input_ids"]) for row in rows))
         return collate(rows)
 
     trainer.data_collator = counting
     trainer.train()
-    return clock.steps()
+    return clock
 
 
 def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[str, Any]:
@@ -271,22 +234,8 @@ def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[s
     }
 
 
-def step_callback(clock: Clock) -> Any:
-    from transformers import TrainerCallback
-
-    class Recorder(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            if not clock.moments:
-                clock.moments.append(time.perf_counter())
-
-        def on_step_end(self, *_: Any, **__: Any) -> None:
-            clock.moments.append(time.perf_counter())
-
-    return Recorder()
-
-
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """One JSON line, and a table with the ratios at equal settings."""
+    """A table with the ratios at equal settings, and one JSON line."""
     from rqa.runtime.precision import cpu_has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
@@ -295,24 +244,30 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     result = {
         "benchmark": "train_throughput",
         "precision": arguments.precision,
-        "cpu_has_bf16": cpu_has_bf16(),
-        "threads": torch.get_num_threads(),
+        **machine(),
         "mean_length": statistics.mean(lengths),
         "matmul_gflops": rates,
         "rows": rows,
     }
-    print(f"{'':<18}{'allocator':>10}{'tokens/s':>10}{'median':>9}{'spread':>16}{'peak GiB':>10}{'rqa is':>9}")
-    for row in rows:
-        spread = "{:.0f}-{:.0f}".format(*row["spread"])
-        ratio = f"{ours['tokens_per_second'] / row['tokens_per_second']:.2f}x" if ours else ""
-        print(
-            f"{row['system']:<18}{row['allocator']:>10}{row['tokens_per_second']:>10.0f}{row['median']:>9.0f}"
-            f"{spread:>16}{row['peak_gib']:>10.1f}{ratio:>9}"
-        )
+    print_table(
+        ["", "allocator", "tokens/s", "median", "spread", "peak GiB", "rqa is"],
+        [
+            (
+                row["system"],
+                row["allocator"],
+                f"{row['rate']:.0f}",
+                f"{row['median']:.0f}",
+                "{:.0f}-{:.0f}".format(*row["spread"]),
+                f"{row['peak_gib']:.1f}",
+                f"{ours['rate'] / row['rate']:.2f}x" if ours else "",
+            )
+            for row in rows
+        ],
+    )
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
         used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
-        share = ours["tokens_per_second"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
+        share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
         result["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
     print(json.dumps(result))
@@ -329,18 +284,6 @@ def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:
     weights = layers * (2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size)
     mean_context = sum(length**2 for length in lengths) / sum(lengths)
     return 6 * weights + 6 * layers * width * mean_context
-
-
-def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
-    """GFLOP/s of this machine's matrix product, the median of several."""
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return statistics.median(2 * size**3 / seconds(lambda: left @ right) / 1e9 for _ in range(5))
-
-
-def seconds(work: Callable[[], Any]) -> float:
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 if __name__ == "__main__":

@@ -32,8 +32,18 @@ def exact_match(answer: str, reference: str) -> float:
     return float(normalize_answer(answer) == normalize_answer(reference))
 
 
+def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
+    """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none.
+
+    Words are those of `token_f1`, without articles and punctuation. A run never spans two passages.
+    """
+    ours = _runs(answer, size)
+    theirs = sum((_runs(passage, size) for passage in passages), Counter())
+    return (ours & theirs).total() / ours.total() if ours else 0.0
+
+
 def score_answer(answer: str, reference: str) -> dict[str, float]:
-    """The scores of one answer that can be averaged over answers."""
+    """The scores of one answer beside its reference that can be averaged over answers."""
     rouge = _ROUGE.score(reference, answer)
     return {
         **{kind: rouge[kind].fmeasure for kind in ROUGE_KINDS},
@@ -42,10 +52,26 @@ def score_answer(answer: str, reference: str) -> dict[str, float]:
     }
 
 
+def bleu_statistics(answer: str, reference: str) -> list[int]:
+    """What `bleu` needs of one answer: matches and totals of runs of 1 to 4 words, both lengths. -> [10]"""
+    score = _BLEU.sentence_score(answer, [reference])
+    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
+
+
+def bleu(statistics: Sequence[int]) -> float:
+    """sacreBLEU, divided by 100, from statistics summed over answers. [10]"""
+    counts, totals, (answer_length, reference_length) = statistics[:4], statistics[4:8], statistics[8:]
+    score = sacrebleu.BLEU.compute_bleu(
+        list(counts), list(totals), int(answer_length), int(reference_length), smooth_method="exp"
+    )
+    # sacreBLEU's geometric mean of four ones comes out a rounding error above one.
+    return min(score.score / 100, 1.0)
+
+
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     """sacreBLEU over all answers together, divided by 100."""
-    # sacreBLEU's geometric mean of four ones comes out a rounding error above one.
-    return min(sacrebleu.corpus_bleu(list(answers), [list(references)]).score / 100, 1.0)
+    rows = [bleu_statistics(*pair) for pair in zip(answers, references, strict=True)]
+    return bleu([sum(column) for column in zip(*rows, strict=True)])
 
 
 def recall_at(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> float:
@@ -66,4 +92,33 @@ def ndcg(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float
     return gain / ideal
 
 
+def average_precision(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
+    """The precision at each gold document's rank among the first k, summed and divided by the number of gold ones.
+
+    Source: trec_eval's `map_cut`.
+    """
+    found, precisions = set(), 0.0
+    for rank, document in enumerate(ranking[:k], start=1):
+        if document in gold and document not in found:
+            found.add(document)
+            precisions += len(found) / rank
+    return precisions / len(gold)
+
+
+def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Sequence[int]) -> dict[str, float]:
+    """The scores of one ranking that can be averaged over questions."""
+    return {
+        **{f"recall@{k}": recall_at(ranking, gold, k) for k in cutoffs},
+        "mrr@10": reciprocal_rank(ranking, gold),
+        "ndcg@10": ndcg(ranking, gold),
+        "map@10": average_precision(ranking, gold),
+    }
+
+
+def _runs(text: str, size: int) -> Counter[tuple[str, ...]]:
+    words = normalize_answer(text)
+    return Counter(zip(*(words[start:] for start in range(size)), strict=False))
+
+
 _ROUGE = RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
+_BLEU = sacrebleu.BLEU(effective_order=True)  # of its sentence scores only the counts are used

@@ -1,20 +1,19 @@
 """End to end: retrieve for all questions, answer over what was retrieved, score."""
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.metrics import corpus_bleu, score_answer
-from rqa.evaluation.retrieval import score_retrieval
+from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
+from rqa.evaluation.retrieval import mean_scores, retrieval_rows
+from rqa.evaluation.runtime import latencies, seconds
 from rqa.models.causal_lm import Answer
 from rqa.prompts import retrieval_query
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.hits import PassageRetriever
 from rqa.runtime import distributed
-from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.errors import UserError
 
 RANKING_DEPTH = 10
 
@@ -32,9 +31,15 @@ class EvaluationArguments:
     embedding_max_num_to_retrieve: int = field(default=3, metadata={"help": "Passages retrieved for a question."})
     recall_at: list[int] = field(default_factory=lambda: [1, 4, 10], metadata={"help": "The k of Recall@k."})
 
+    def __post_init__(self) -> None:
+        if self.embedding_max_num_to_retrieve < 0:
+            raise UserError(f"--embedding_max_num_to_retrieve {self.embedding_max_num_to_retrieve}: must be at least 0")
+        if min(self.recall_at, default=1) < 1:
+            raise UserError(f"--recall_at {min(self.recall_at)}: must be at least 1")
+
 
 def find_passages(
-    retriever: Retriever, examples: Sequence[Example], arguments: EvaluationArguments
+    retriever: PassageRetriever, examples: Sequence[Example], arguments: EvaluationArguments
 ) -> list[list[Document]]:
     """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
     depth = max(RANKING_DEPTH, arguments.embedding_max_num_to_retrieve, *arguments.recall_at)
@@ -49,35 +54,28 @@ def evaluate_answers(
     Returns:
         Metrics by name, and one row a question: what was asked, found, answered and scored.
     """
-    k = arguments.embedding_max_num_to_retrieve
-    read = [list(documents[:k]) for documents in found]
+    read = [list(documents[: arguments.embedding_max_num_to_retrieve]) for documents in found]
     mine = distributed.share(range(len(examples)))
-    started = time.perf_counter()
-    generated = distributed.gather(reader.answer([examples[i] for i in mine], [read[i] for i in mine]))
-    seconds = time.perf_counter() - started
+    part: list[Answer] = []
+    duration = seconds(lambda: part.extend(reader.answer([examples[i] for i in mine], [read[i] for i in mine])))
+    generated, duration = distributed.gather(part), max(distributed.total_by_rank(duration))
+    rows = retrieval_rows(found, examples, arguments.recall_at)
+    for row, answer, passages in zip(rows, generated, read, strict=True):
+        row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}
+        row["scores"] |= answer_scores(answer.text, row["gold_answer"], passages)
+    metrics = mean_scores([row["scores"] for row in rows])
     answers = [answer.text for answer in generated]
-    references = [example.gold_answer or "" for example in examples]
-    scores = [score_answer(*pair) for pair in zip(answers, references, strict=True)]
-    metrics = score_retrieval(found, examples, arguments.recall_at)
-    metrics |= {f"gen/{name}": sum(score[name] for score in scores) / len(scores) for name in scores[0]}
-    metrics["gen/bleu"] = corpus_bleu(answers, references)
-    metrics["gen/questions_per_second"] = len(answers) / seconds
-    metrics["gen/tokens_per_second"] = sum(answer.num_tokens for answer in generated) / seconds
-    rows = [
-        example.to_json()
-        | {
-            "retrieved_docs": [document.to_json() for document in documents],
-            "generated_answer": answer,
-            "scores": score,
-        }
-        for example, documents, answer, score in zip(examples, read, answers, scores, strict=True)
-    ]
+    metrics["gen/bleu"] = corpus_bleu(answers, [row["gold_answer"] for row in rows])
+    metrics["gen/answer_words"] = sum(len(answer.split()) for answer in answers) / len(answers)
+    metrics["gen/questions_per_second"] = len(answers) / duration
+    metrics["gen/tokens_per_second"] = sum(answer.num_tokens for answer in generated) / duration
+    metrics |= {f"gen/{name}": value for name, value in latencies([answer.seconds for answer in generated]).items()}
     return metrics, rows
 
 
-def write_results(directory: str | Path, metrics: dict[str, float], rows: Sequence[dict[str, Any]]) -> None:
-    """`score.json` and `test-predictions.jsonl`, by the main process."""
-    if distributed.is_main():
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        write_json(Path(directory) / "score.json", metrics)
-        write_jsonl(Path(directory) / "test-predictions.jsonl", rows)
+def answer_scores(answer: str, reference: str, passages: Sequence[Document]) -> dict[str, float]:
+    """The scores of one answer, beside the reference and beside the passages that it was given."""
+    texts = [passage.fmt_content for passage in passages]
+    scores = score_answer(answer, reference)
+    scores |= {"faithfulness": faithfulness(answer, texts), "faithfulness_bigrams": faithfulness(answer, texts, 2)}
+    return {f"gen/{name}": value for name, value in scores.items()}

@@ -2,6 +2,7 @@
 
 import inspect
 import logging
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from rqa.data.examples import Example
 from rqa.models.loading import evaluating, load_model
 from rqa.packing import AnswerBatch, pad, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter
+from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +46,12 @@ class Answer:
     Attributes:
         text: The answer.
         num_tokens: Tokens generated.
+        seconds: How long its batch took: what a user who asked it would have waited.
     """
 
     text: str
     num_tokens: int
+    seconds: float = 0.0
 
 
 class CausalLMReader:
@@ -76,10 +80,14 @@ class CausalLMReader:
         asked = [index for index, prompt in enumerate(prompts) if prompt]
         lengths = [len(prompts[index]) + new_tokens for index in asked]
         with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-            for chosen in token_budget_batches(lengths, self.max_batch_tokens, padded=True):
+            batches = token_budget_batches(lengths, self.max_batch_tokens, padded=True)
+            for chosen in in_step(self.model, batches, filler=[]):
                 batch = [asked[number] for number in chosen]
-                for index, ids in zip(batch, self.generate([prompts[i] for i in batch]), strict=True):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids))
+                started = time.perf_counter()
+                continuations = self.generate([prompts[i] for i in batch] or [self.prompter.stop_ids])
+                seconds = time.perf_counter() - started
+                for index, ids in zip(batch, continuations, strict=bool(batch)):
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
                 bar.update(len(batch))
         return answers
 
@@ -107,6 +115,7 @@ class CausalLMReader:
             pad_token_id=stop[0],
         )
         with evaluating(self.model):
-            output = self.model.generate(**inputs, generation_config=config)  # [B, L + new]
+            synced = is_sharded(self.model)  # then a process that is done steps on until all are
+            output = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)  # [B, L + new]
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in new]

@@ -25,6 +25,7 @@ from rqa.models.loading import (
 from rqa.packing import Collate, TokenBatch, pack, token_budget_batches
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
+from rqa.runtime.parallelize import in_step
 
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 MAX_BATCH_TOKENS = 16384
@@ -116,8 +117,9 @@ class Encoder(nn.Module):
             tqdm(total=len(sequences), desc=desc, unit="text", disable=desc is None, leave=False) as bar,
         ):
             lengths = [len(sequence) for sequence in sequences]
-            for indices in token_budget_batches(lengths, max_batch_tokens, padded=self.collate is not pack):
-                batch = self.collate([sequences[index] for index in indices]).to(device)
+            batches = token_budget_batches(lengths, max_batch_tokens, padded=self.collate is not pack)
+            for indices in in_step(self, batches, filler=[]):
+                batch = self.collate([sequences[index] for index in indices] or [[0]]).to(device)
                 embeddings[indices] = self(batch).cpu().numpy()
                 bar.update(len(indices))
         return embeddings

@@ -36,7 +36,7 @@ class DistillationBatch:
 
     @property
     def weight(self) -> int:
-        """Questions: the divergence is averaged over them, not over documents."""
+        """Questions, not documents; one without any document counts, and its loss is zero."""
         return len(self.queries)
 
     @property

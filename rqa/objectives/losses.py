@@ -35,12 +35,15 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_student") -> Tensor:
     """KL divergence of each question's distribution over its K documents, summed over documents. [B, K] x 2 -> [B]
 
+    A question without any document contributes zero, and no gradient.
+
     Args:
         teacher: Logits of the target, which gets no gradient; -inf where a question has fewer than K documents.
         student: Logits of the retriever, -inf at the same places.
         direction: `teacher_to_student` is KL(teacher || student); `student_to_teacher` the reverse (Shi et al. 2023).
     """
-    target, ours = teacher.detach().float().log_softmax(-1), student.float().log_softmax(-1)
+    empty = teacher.isneginf().all(-1, keepdim=True)  # [B, 1]; two uniform distributions stand in, which agree
+    target, ours = (logits.float().masked_fill(empty, 0.0).log_softmax(-1) for logits in (teacher.detach(), student))
     left, right = (target, ours) if direction == "teacher_to_student" else (ours, target)
     present = target.isfinite()
     terms = left.exp() * (left.masked_fill(~present, 0.0) - right.masked_fill(~present, 0.0))

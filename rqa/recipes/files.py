@@ -1,7 +1,9 @@
 """What a training run reads and where it writes."""
 
+import json
+import logging
 import random
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,11 @@ from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
 from rqa.training.arguments import LoopArguments
+from rqa.training.checkpoint import ARGUMENTS_FILE
+
+log = logging.getLogger(__name__)
+
+ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
 
 
 @dataclass
@@ -64,11 +71,25 @@ def subset(examples: list[Example], size: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
 
 
-def open_output(output_dir: str, all_arguments: Sequence[Any]) -> None:
-    """Make the output directory, keep the arguments in it and log to it."""
+def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path | None = None) -> None:
+    """Make the output directory, keep the arguments in it and log to it; say which differ from the checkpoint's."""
     if distributed.is_main():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
         merged = {name: value for part in all_arguments for name, value in asdict(part).items()}
-        write_json(Path(output_dir) / "all_args.json", merged)
+        write_json(Path(output_dir) / ARGUMENTS_FILE, merged)
         log_to_file(str(Path(output_dir) / "train.log"))
+        if checkpoint:
+            tell_changed_arguments(checkpoint, merged)
     distributed.barrier()
+
+
+def tell_changed_arguments(checkpoint: Path, now: Mapping[str, Any]) -> None:
+    """One line for the arguments that are not those which the checkpoint was made with."""
+    try:
+        then = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+        names = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
+    except (OSError, ValueError, TypeError):
+        return
+    if names:
+        changes = ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in names)
+        log.warning("other arguments than those of %s: %s; the command line wins", checkpoint, changes)

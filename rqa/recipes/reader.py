@@ -10,7 +10,8 @@ from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages, write_results
+from rqa.evaluation.results import write_results
+from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import evaluating, load_tokenizer
@@ -23,6 +24,7 @@ from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_jsonl
+from rqa.runtime.parallelize import in_step, load_whole_weights
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -71,14 +73,15 @@ def train_reader(
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
     inputs = read_inputs(data, loop, train_answers=True, eval_answers=True)
-    open_output(loop.output_dir, all_arguments)
+    open_output(loop.output_dir, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or "loss"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
     prompter = Prompter(load_tokenizer(source, loop.trust_remote_code), prompt)
-    model = load_causal_lm(source, **options).to(device)
+    with distributed.in_turn():
+        model = load_causal_lm(source, **options).to(device)
     objective = AnswerLikelihood(model, prompter)
     retriever = None
     if embedding_model:
@@ -114,7 +117,8 @@ def train_reader(
     )
     if state.interrupted or not inputs.test:
         return {}
-    model.load_state_dict(load_causal_lm(loop.output_dir, **options).state_dict())
+    with distributed.in_turn():
+        load_whole_weights(model, load_causal_lm(loop.output_dir, **options).state_dict())
     with autocast(device, dtype):
         metrics, rows = test()
     scores = {f"test_{name}": value for name, value in metrics.items()}
@@ -158,12 +162,15 @@ class ReaderEvaluation:
         """Mean negative log-likelihood of the gold answers' tokens."""
         encoded = encode_examples(self.objective.prompter, self.examples, passages)
         sequences = distributed.share(list(encoded.values()))
+        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        filler = list(encoded.values())[:1]
         sums = [0.0, 0.0]
         with evaluating(self.objective):
-            for start in range(0, len(sequences), self.batch_size):
-                batch = self.objective.batch(sequences[start : start + self.batch_size]).to(self.reader.model.device)
-                sums[0] += float(self.objective(batch)[0])
-                sums[1] += batch.weight
+            for part in in_step(self.objective, parts, filler):
+                batch = self.objective.batch(part).to(self.reader.model.device)
+                loss = float(self.objective(batch)[0])
+                if part is not filler:
+                    sums = [sums[0] + loss, sums[1] + batch.weight]
         loss, weight = distributed.total(sums)
         return loss / weight
 

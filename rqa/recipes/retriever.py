@@ -1,4 +1,4 @@
-"""Training an encoder, from files to scores; an algorithm brings its objective, its batches, what precedes a step."""
+"""Training an encoder, from files to scores; an algorithm brings its objective and its batches."""
 
 import logging
 from collections.abc import Callable, Sequence
@@ -10,13 +10,16 @@ from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
-from rqa.evaluation.rqa import EvaluationArguments, find_passages, write_results
+from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
@@ -35,12 +38,12 @@ class Training:
     Attributes:
         objective: The module to train; it holds the retriever's encoder.
         collate: Numbers of training examples -> one micro-batch.
-        before_step: Called with the number of steps done.
+        refresher: Keeps the live retriever's index fresh; None where nothing is retrieved in training.
     """
 
     objective: nn.Module
     collate: Callable[[Sequence[int]], Any]
-    before_step: Callable[[int], None] | None = None
+    refresher: Refresher | None = None
 
 
 def train_retriever(
@@ -69,13 +72,14 @@ def train_retriever(
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
     inputs = read_inputs(data, loop, train_answers=answers, eval_answers=False)
-    open_output(loop.output_dir, all_arguments)
+    open_output(loop.output_dir, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
 
     options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
     source = str(checkpoint or data.model_name_or_path)
-    retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+    with distributed.in_turn():
+        retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -91,9 +95,9 @@ def train_retriever(
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 
     def before_step(step: int) -> None:
-        if training.before_step:
+        if training.refresher:
             with autocast(device, dtype):
-                training.before_step(step)
+                training.refresher(step)
 
     measured = inputs.eval and loop.eval_strategy != "no"
     state = train(
@@ -107,7 +111,8 @@ def train_retriever(
     )
     if state.interrupted or not inputs.test:
         return {}
-    retriever.encoder.load_state_dict(load_encoder(loop.output_dir, **options).state_dict())
+    with distributed.in_turn():
+        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
     scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))

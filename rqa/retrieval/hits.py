@@ -9,7 +9,7 @@ import numpy as np
 
 from rqa.data.documents import Document
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_directory, cache_root, fingerprint, is_complete
+from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +43,7 @@ class PassageRetriever(ABC):
     def retrieve_once(self, queries: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
         directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *queries)
-        if distributed.from_main(is_complete(directory)):
+        if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(queries), directory)
             return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
         hits = self.retrieve(queries, k)

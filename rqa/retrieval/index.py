@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import COMPLETION_MARK, atomic_directory, is_complete
+from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage
 
 INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
 
@@ -75,7 +75,7 @@ class Index:
     def load(self, directory: str | Path) -> bool:
         """Read what `save` wrote; False, and nothing changed, if it is absent, half-written or damaged."""
         directory = Path(directory)
-        if not is_complete(directory):
+        if damage(directory):
             return False
         try:
             state = json.loads((directory / "index.json").read_text(encoding="utf-8"))

@@ -24,6 +24,7 @@ def start_logging() -> None:
     logger.handlers = [handler]
     logger.setLevel(logging.INFO)
     logger.propagate = False
+    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
 
 
 def log_to_file(path: str) -> None:

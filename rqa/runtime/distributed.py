@@ -1,7 +1,8 @@
 """One process or many: rank, device, sums over processes, work shared out and gathered."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -38,6 +39,19 @@ def world_size() -> int:
 
 def is_main() -> bool:
     return rank() == 0
+
+
+@contextmanager
+def in_turn() -> Iterator[None]:
+    """Let the processes of a node do something one after another, such as holding a whole model in its memory."""
+    rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+    for _ in range(rank):
+        barrier()
+    try:
+        yield
+    finally:
+        for _ in range(size - rank):
+            barrier()
 
 
 def barrier() -> None:

@@ -1,4 +1,4 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+"""Files and directories that are either whole or absent: temporary name, sync, rename; checksums for directories."""
 
 import hashlib
 import json
@@ -36,40 +36,99 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync(temporary)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _naming(path):
+            yield temporary
+            sync(temporary)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary directory; on success it is marked complete, synced and replaces `path`."""
+    """Yield an empty temporary directory; on success it is marked complete, synced and replaces `path`.
+
+    The completion mark holds the sha256 of each file, for `damage`.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
     temporary.chmod(0o755)
     retired = temporary.with_suffix(".old")
     try:
-        yield temporary
-        (temporary / COMPLETION_MARK).touch()
-        for child in sorted(temporary.rglob("*")):
-            sync(child)
-        sync(temporary)
-        if path.exists():
-            os.replace(path, retired)
-        os.replace(temporary, path)
-        sync(path.parent)
+        with _naming(path):
+            yield temporary
+            files = sorted(child for child in temporary.rglob("*") if child.is_file())
+            sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
+            (temporary / COMPLETION_MARK).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+            for child in sorted(temporary.rglob("*")):
+                sync(child)
+            sync(temporary)
+            if path.exists():
+                os.replace(path, retired)
+            os.replace(temporary, path)
+            sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether `atomic_directory` finished this directory."""
+    """Whether `atomic_directory` finished this directory; cheap, its files are not read."""
     return (Path(directory) / COMPLETION_MARK).is_file()
+
+
+def damage(directory: str | Path) -> str | None:
+    """What is wrong with a directory that `atomic_directory` should have written; None if every file is as it was."""
+    directory = Path(directory)
+    if not is_complete(directory):
+        return "it is incomplete" if directory.is_dir() else "no such directory"
+    try:
+        sums = json.loads((directory / COMPLETION_MARK).read_text(encoding="utf-8"))
+        for name, expected in sums.items():
+            if _sha256(directory / name) != expected:
+                return f"{name} is damaged"
+    except (OSError, ValueError, AttributeError, TypeError) as error:
+        name = getattr(error, "filename", None)
+        return f"{Path(name).name} cannot be read" if name else f"{COMPLETION_MARK} is damaged"
+    return None
+
+
+def remove_leftovers(directory: str | Path) -> None:
+    """Delete what a crash left of `atomic_file` and `atomic_directory`; no process may be writing there.
+
+    A crash between the two renames of `atomic_directory` leaves only the old content: it gets its name back.
+    """
+    for path in sorted(Path(directory).rglob(".*.tmp")) + sorted(Path(directory).rglob(".*.old")):
+        original = path.with_name(path.name[1:].rsplit(".", 2)[0])
+        if not path.exists():  # it lay in one that is gone
+            continue
+        if path.suffix == ".old" and not original.exists():
+            os.replace(path, original)
+        elif path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it refused; the user needs to know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_json(path: str | Path, value: Any) -> None:

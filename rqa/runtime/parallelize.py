@@ -1,34 +1,176 @@
-"""How a module runs: gradient checkpointing, then compile, then data parallelism. Always in that order."""
+"""How a module runs: gradient checkpointing, then compile, then DDP or FSDP2. Always in that order."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from rqa.runtime import distributed
 
+T = TypeVar("T")
 
-def parallelize(module: nn.Module, device: torch.device, gradient_checkpointing: bool, compile: bool) -> nn.Module:
-    """Move a module to its device and wrap it for training; its parameters stay those of `module`."""
+
+def parallelize(
+    module: nn.Module,
+    device: torch.device,
+    gradient_checkpointing: bool,
+    compile: bool,
+    shard: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> nn.Module:
+    """Move a module to its device and wrap it for training; its parameters stay those of `module`.
+
+    Args:
+        shard: FSDP2 instead of DDP: parameters, gradients and optimizer state divided among processes.
+        dtype: What sharded parameters are gathered in; gradients are reduced in float32.
+    """
     module.to(device)
     for model in module.modules():
         if gradient_checkpointing and isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
+    several = distributed.world_size() > 1
     if compile:
-        module.compile(dynamic=True)
-    if distributed.world_size() == 1:
+        for part in _layers(module) if shard and several else [module]:  # a compiled layer lies inside its sharding
+            part.compile(dynamic=True)
+    if not several:
         return module
+    if shard:
+        return _shard(module, device, dtype)
     return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
+    mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
+    for layer in _layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=policy)
+    for model in _roots(module):
+        # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
+        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+    return module
+
+
+def _roots(module: nn.Module) -> list[nn.Module]:
+    """The models, and outside of them whatever else owns parameters, such as a projection."""
+    if isinstance(module, PreTrainedModel) or any(True for _ in module.parameters(recurse=False)):
+        return [module]
+    return [root for child in module.children() for root in _roots(child)]
+
+
+def _layers(module: nn.Module) -> list[nn.Module]:
+    """The repeated layers of decoders, encoders and both together: the children of each outermost `ModuleList`."""
+    if isinstance(module, nn.ModuleList):
+        return list(module)
+    return [layer for child in module.children() for layer in _layers(child)]
 
 
 @contextmanager
 def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
-    """Exchange gradients in this backward pass, or only accumulate them."""
+    """Exchange gradients in this backward pass, or only accumulate them.
+
+    FSDP2 always exchanges: an accumulated whole gradient would take the memory that sharding saves.
+    """
     if enabled or not isinstance(module, DistributedDataParallel):
         yield
     else:
         with module.no_sync():
             yield
+
+
+def is_sharded(module: nn.Module) -> bool:
+    """Whether a forward pass of this module needs all processes."""
+    return any(isinstance(part, FSDPModule) for part in module.modules())
+
+
+def in_step(module: nn.Module, batches: Sequence[Sequence[T]], filler: Sequence[T]) -> Iterator[Sequence[T]]:
+    """The batches of this process, then as many fillers as the longest list of any process needs.
+
+    A sharded module runs forward on all processes or on none; any other gets its batches and no filler.
+    """
+    yield from batches
+    if is_sharded(module):
+        longest = max(distributed.total_by_rank(len(batches)))
+        yield from (filler for _ in range(int(longest) - len(batches)))
+
+
+@contextmanager
+def whole_weights(module: nn.Module) -> Iterator[None]:
+    """Inside, `state_dict` of a sharded module and of its parts holds whole tensors, in CPU memory.
+
+    Every process enters; only the main process gets the tensors, one copy of them. Tied weights stay tied.
+    """
+    whole: dict[int, Tensor] = {}
+    for parameter in module.parameters():
+        if isinstance(parameter, DTensor):
+            tensor = parameter.detach().full_tensor()
+            if distributed.is_main():
+                whole[id(parameter)] = tensor.cpu()
+
+    def replace(part: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+        for name, parameter in part.named_parameters(recurse=False):
+            if id(parameter) in whole and prefix + name in state:
+                state[prefix + name] = whole[id(parameter)]
+
+    handles = [part.register_state_dict_post_hook(replace) for part in module.modules()] if whole else []
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
+    """`module.load_state_dict`, each process keeping its part; every process has the whole weights."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    module.load_state_dict({name: shard_like(parameters.get(name), value) for name, value in weights.items()})
+
+
+def shard_like(parameter: Tensor | None, value: Tensor) -> Tensor:
+    """This process's part of a whole tensor, divided as the parameter is; the tensor if the parameter is whole."""
+    if not isinstance(parameter, DTensor):
+        return value
+    value = value.to(parameter.device)
+    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
+
+
+def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """`optimizer.state_dict()` with whole tensors in CPU memory, on the main process; every process calls this."""
+    state = optimizer.state_dict()
+    moments = {number: dict(_gather_values(values.items())) for number, values in state["state"].items()}
+    return {**state, "state": moments if distributed.is_main() else {}}
+
+
+def _gather_values(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
+    for name, value in values:
+        if isinstance(value, DTensor):
+            value = value.full_tensor()
+        if distributed.is_main():
+            yield name, value.cpu() if isinstance(value, Tensor) else value
+
+
+def shard_optimizer_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
+    """The inverse of `whole_optimizer_state`, for parameters in the order of the optimizer's groups.
+
+    Raises:
+        ValueError: a moment has another shape than its parameter.
+    """
+    moments = {}
+    for number, values in state["state"].items():
+        parameter = parameters[number]
+        for value in values.values():
+            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
+                raise ValueError("the optimizer's state is of a model with other parameters")
+        moments[number] = {
+            name: shard_like(parameter, value) if isinstance(value, Tensor) and value.ndim else value
+            for name, value in values.items()
+        }
+    return {**state, "state": moments}

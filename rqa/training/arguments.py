@@ -54,6 +54,13 @@ class LoopArguments:
     fp16: bool = field(default=False, metadata={"help": "Autocast to float16 with a loss scaler, on CUDA."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: slower, smaller."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
+    fsdp: str = field(
+        default="no",
+        metadata={
+            "help": "full_shard: divide weights, gradients and optimizer state among torchrun's processes (FSDP2).",
+            "choices": ["no", "full_shard"],
+        },
+    )
     use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
     trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
 
@@ -102,6 +109,8 @@ class LoopArguments:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
+        if self.fsdp != "no" and self.fp16:
+            raise UserError("--fp16 true: sharded training scales no loss; use --bf16 true with --fsdp full_shard")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
         if not 0 <= self.warmup_ratio <= 1:

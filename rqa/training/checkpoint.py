@@ -2,27 +2,62 @@
 
 import json
 import logging
-import os
-import pickle
-import random
 import re
 import shutil
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from pickle import UnpicklingError
+from typing import Any, Protocol, runtime_checkable
 
 import torch
+from safetensors import SafetensorError
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import COMPLETION_MARK, atomic_directory, is_complete, write_json
+from rqa.runtime.files import (
+    COMPLETION_MARK,
+    atomic_directory,
+    atomic_file,
+    damage,
+    is_complete,
+    remove_leftovers,
+    write_json,
+)
+from rqa.runtime.parallelize import whole_weights
+from rqa.runtime.randomness import random_state, restore_random_state
 from rqa.training.arguments import LoopArguments
 from rqa.training.optim import Optimization
 
 log = logging.getLogger(__name__)
 
-STATE_FILE, TENSORS_FILE = "trainer_state.json", "training_state.pt"
-NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, COMPLETION_MARK}
+UNREADABLE = (
+    OSError,
+    ValueError,
+    TypeError,
+    KeyError,
+    IndexError,
+    AttributeError,
+    RuntimeError,
+    EOFError,
+    UnpicklingError,
+)
+STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE = "trainer_state.json", "training_state.pt", "all_args.json"
+LIVE_STATE = "live_state"
+NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, LIVE_STATE, COMPLETION_MARK}
+
+
+@runtime_checkable
+class LiveState(Protocol):
+    """What steps depend on besides weights and optimizer, such as an index between two refreshes.
+
+    A `before_step` that has these methods is saved with every checkpoint, in a directory of its own.
+    """
+
+    def save(self, directory: Path) -> None:
+        """Write it to a new directory. Only the main process calls this."""
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote. Every process calls this."""
 
 
 @dataclass
@@ -30,7 +65,8 @@ class RunState:
     """How far a run is. Small and readable: `trainer_state.json`.
 
     Attributes:
-        step: Optimizer steps done; with the seed it fixes the next batch.
+        step: Optimizer steps done.
+        examples: Examples that these steps took from the stream; with the seed it fixes the next batch.
         log_history: Every log line and evaluation, oldest first.
         best_metric: The best value of the metric that chooses the best model.
         best_model_checkpoint: The name of the checkpoint that reached it, inside the output directory.
@@ -38,6 +74,7 @@ class RunState:
     """
 
     step: int = 0
+    examples: int = 0
     log_history: list[dict[str, float]] = field(default_factory=list)
     best_metric: float | None = None
     best_model_checkpoint: str | None = None
@@ -48,92 +85,158 @@ class RunState:
 def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
     """The checkpoint that the arguments ask to continue from; None for a new run.
 
+    What a crash left half-written in the output directory is deleted.
+
     Raises:
-        UserError: it does not exist or is incomplete, or the output directory already holds a run.
+        UserError: it does not exist, is incomplete or damaged, or the output directory already holds a run.
     """
     output, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
     if wanted and wanted.lower() != "false":
+        remove_leftovers(output)
         if wanted.lower() == "true":
-            found = checkpoints(output)
-            if not found:
-                log.info("%s holds no complete checkpoint: starting from step 0", output)
-            return found[-1] if found else None
-        if not is_complete(wanted):
-            raise UserError(f"--resume_from_checkpoint {wanted}: is not a complete checkpoint")
+            return _newest_good(output)
+        if problem := damage(wanted):
+            raise UserError(
+                f"--resume_from_checkpoint {wanted}: is not a complete checkpoint ({problem}); "
+                "true takes the newest good one of output_dir"
+            )
         return Path(wanted)
     if not arguments.overwrite_output_dir and ((output / STATE_FILE).exists() or checkpoints(output)):
         raise UserError(
             f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
             "start afresh with --overwrite_output_dir true, or choose another directory"
         )
+    if arguments.overwrite_output_dir:
+        remove_leftovers(output)
     return None
+
+
+def _newest_good(output: Path) -> Path | None:
+    for path in reversed(_all_checkpoints(output)):
+        problem = damage(path)
+        if not problem:
+            return path
+        log.warning("%s cannot be used (%s): looking for the one before it", path, problem)
+    log.info("%s holds no complete checkpoint: starting from step 0", output)
+    return None
+
+
+def _all_checkpoints(output: Path) -> list[Path]:
+    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=_step)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.partition("-")[2])
 
 
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    found = [path for path in output.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
-    return sorted(filter(is_complete, found), key=lambda path: int(path.name.partition("-")[2]))
+    return list(filter(is_complete, _all_checkpoints(output)))
 
 
-def save_checkpoint(output: Path, objective: Any, optimization: Optimization, state: RunState) -> None:
-    """Write `checkpoint-<step>`, whole or not at all. Every process calls this."""
-    generators = distributed.gather([_random_state()])
-    if distributed.is_main():
-        with atomic_directory(output / f"checkpoint-{state.step}") as directory:
-            objective.save_pretrained(directory)
-            torch.save({"optimization": optimization.state_dict(), "random": generators}, directory / TENSORS_FILE)
-            write_json(directory / STATE_FILE, asdict(state))
-    distributed.barrier()
+def save_checkpoint(
+    output: Path, objective: Any, optimization: Optimization, state: RunState, live: LiveState | None = None
+) -> None:
+    """Write `checkpoint-<step>`, whole or not at all. Every process calls this.
+
+    Raises:
+        UserError: the disk is full or cannot be written; on every process, and the checkpoints before it stand.
+    """
+    generators = distributed.gather([random_state()])
+    path, failure = output / f"checkpoint-{state.step}", None
+    tensors = {"optimization": optimization.state_dict(), "random": generators}
+    with whole_weights(objective):
+        if distributed.is_main():
+            try:
+                with atomic_directory(path) as directory:
+                    _write(directory, output, objective, tensors, state, live)
+            except (OSError, RuntimeError, SafetensorError) as error:  # libraries do not agree on a full disk
+                failure = f"checkpoint {path}: cannot be written ({_one_line(error)}); {_what_stands(output)}"
+    if failure := distributed.from_main(failure):
+        raise UserError(failure)
 
 
-def load_checkpoint(directory: Path, optimization: Optimization, device: torch.device) -> RunState:
+def _write(
+    directory: Path, output: Path, objective: Any, tensors: dict[str, Any], state: RunState, live: LiveState | None
+) -> None:
+    objective.save_pretrained(directory)
+    torch.save(tensors, directory / TENSORS_FILE)
+    write_json(directory / STATE_FILE, asdict(state))
+    if (output / ARGUMENTS_FILE).exists():
+        shutil.copyfile(output / ARGUMENTS_FILE, directory / ARGUMENTS_FILE)
+    if live:
+        (directory / LIVE_STATE).mkdir()
+        live.save(directory / LIVE_STATE)
+
+
+def _what_stands(output: Path) -> str:
+    found = checkpoints(output)
+    return f"make room and continue from {found[-1]}" if found else "make room; no earlier checkpoint exists"
+
+
+def load_state(directory: Path) -> RunState:
+    """How far the run was.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        state = RunState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
+    return replace(state, interrupted=False)
+
+
+def load_checkpoint(directory: Path, optimization: Optimization, state: RunState, live: LiveState | None) -> None:
     """Restore all but the model's weights, which the caller loaded from the same directory.
 
     Raises:
         UserError: the files do not fit the model or cannot be read.
     """
     try:
-        state = RunState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
-        tensors = torch.load(directory / TENSORS_FILE, map_location=device, weights_only=True)
-        optimization.load_state_dict(tensors["optimization"])
-    except (OSError, ValueError, TypeError, KeyError, RuntimeError, pickle.UnpicklingError) as error:
-        raise UserError(f"checkpoint {directory}: cannot be resumed ({error})") from None
-    generators = tensors["random"]
-    if len(generators) == distributed.world_size():
-        _restore_random_state(generators[distributed.rank()])
+        tensors = torch.load(directory / TENSORS_FILE, map_location="cpu", mmap=True, weights_only=True)
+        generators = tensors["random"]
+        optimization.load_state_dict(tensors["optimization"], state.step)
+        if live and (directory / LIVE_STATE).is_dir():
+            live.load(directory / LIVE_STATE)
+        if len(generators) == distributed.world_size():
+            restore_random_state(generators[distributed.rank()])
+    except UNREADABLE as error:
+        raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
     log.info("continuing from %s, step %d", directory, state.step)
-    return replace(state, interrupted=False)
+    if len(generators) != distributed.world_size():
+        log.info("%d processes saved it, %d continue: dropout draws anew", len(generators), distributed.world_size())
 
 
-def delete_old_checkpoints(output: Path, keep: int | None, best: str | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one; None: keep all."""
-    if keep is None or not distributed.is_main():
+def delete_old_checkpoints(output: Path, keep: int | None, state: RunState) -> None:
+    """Delete all but the newest `keep` checkpoints and the best one; None: keep all.
+
+    Those of later steps than the run's go in any case: they belong to a past that this run does not continue, and
+    would be taken for its newest.
+    """
+    if not distributed.is_main():
         return
-    found = checkpoints(output)
-    for old in found[: len(found) - keep]:
-        if old.name != best:
-            shutil.rmtree(old)
+    found = _all_checkpoints(output)
+    past = [path for path in found if _step(path) <= state.step]
+    old = [] if keep is None else past[: max(len(past) - keep, 0)]
+    for path in [*old, *found[len(past) :]]:
+        if path.name != state.best_model_checkpoint:
+            shutil.rmtree(path)
 
 
 def promote(source: Path, output: Path) -> None:
     """Put a model's files at the top of the output directory, each file whole at any moment."""
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
+        if relative.parts[0] in NOT_MODEL_FILES:
+            continue
         if path.is_dir():
             (output / relative).mkdir(exist_ok=True)
-        elif relative.name not in NOT_MODEL_FILES:
-            temporary = output / relative.parent / f".{path.name}.tmp"
-            shutil.copyfile(path, temporary)
-            os.replace(temporary, output / relative)
+        else:
+            with atomic_file(output / relative) as temporary:
+                shutil.copyfile(path, temporary)
 
 
-def _random_state() -> dict[str, Any]:
-    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
-    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
-
-
-def _restore_random_state(state: dict[str, Any]) -> None:
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"].cpu())
-    random.setstate(state["python"])
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]

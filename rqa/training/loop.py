@@ -17,15 +17,18 @@ from torch.utils.data import DataLoader
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import damage
 from rqa.runtime.interruption import deferred_signals
-from rqa.runtime.parallelize import gradient_sync, parallelize
+from rqa.runtime.parallelize import gradient_sync, parallelize, whole_weights
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
 from rqa.training.checkpoint import (
+    LiveState,
     RunState,
     delete_old_checkpoints,
     load_checkpoint,
+    load_state,
     promote,
     save_checkpoint,
 )
@@ -49,7 +52,8 @@ def train(
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         batches: The micro-batches of each optimizer step.
-        before_step: Called with the number of steps done, before the batch of the next one is made.
+        before_step: Called with the number of steps done, before the batch of the next one is made; a `LiveState`
+            is saved with each checkpoint.
         evaluate: Called with the number of steps done; returns metrics by name.
         checkpoint: Where to continue; the objective already holds its weights.
 
@@ -61,13 +65,22 @@ def train(
     """
     output, saving = Path(arguments.output_dir), arguments.save_strategy != "no"
     dtype = compute_dtype(arguments.bf16, arguments.fp16, device)
-    module = parallelize(objective, device, arguments.gradient_checkpointing, arguments.torch_compile)
+    module = parallelize(
+        objective,
+        device,
+        arguments.gradient_checkpointing,
+        arguments.torch_compile,
+        shard=arguments.fsdp == "full_shard",
+        dtype=dtype,
+    )
+    live = before_step if isinstance(before_step, LiveState) else None
+    state = load_state(checkpoint) if checkpoint else RunState()
+    batches.start_at(state.step, state.examples)
     optimization = Optimization(objective, arguments, len(batches), device)
     if checkpoint:
-        state = load_checkpoint(checkpoint, optimization, device)
+        load_checkpoint(checkpoint, optimization, state, live)
     else:
-        state = RunState()
-        delete_old_checkpoints(output, keep=0)  # those of a run that --overwrite_output_dir gave up
+        delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
     # Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its
     # workers: from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
     feed = iter(
@@ -87,8 +100,8 @@ def train(
         return is_best(metrics, state, arguments)
 
     def save_now() -> None:
-        save_checkpoint(output, objective, optimization, state)
-        delete_old_checkpoints(output, arguments.save_total_limit, state.best_model_checkpoint)
+        save_checkpoint(output, objective, optimization, state, live)
+        delete_old_checkpoints(output, arguments.save_total_limit, state)
 
     objective.train()
     with deferred_signals() as interruption, Journal(state, len(batches), arguments) as journal:
@@ -110,6 +123,7 @@ def train(
             require_finite(losses, micro_batches, state.step)
             norm, rate = optimization.step(), optimization.learning_rate
             state.step += 1
+            state.examples = batches.position(state.step)
             tokens = sum(batch.num_tokens for batch in micro_batches)
             journal.step_done(float(sum(losses)) / weight, tokens, statistics, norm, rate)
 
@@ -170,11 +184,16 @@ def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: i
 
 def finish(output: Path, objective: nn.Module, state: RunState, arguments: LoopArguments) -> None:
     """Put the best model, or the last, at the top of the output directory."""
-    if distributed.is_main():
-        if arguments.load_best_model_at_end and state.best_model_checkpoint:
-            promote(output / state.best_model_checkpoint, output)
-        else:
-            with TemporaryDirectory(dir=output) as directory:
-                objective.save_pretrained(directory)
-                promote(Path(directory), output)
+    best = output / state.best_model_checkpoint if state.best_model_checkpoint else None
+    with whole_weights(objective):
+        if distributed.is_main():
+            problem = damage(best) if best and arguments.load_best_model_at_end else "it is not wanted"
+            if best and not problem:
+                promote(best, output)
+            else:
+                if best and arguments.load_best_model_at_end:
+                    log.warning("%s, the best, cannot be used (%s): the last model takes its place", best, problem)
+                with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
+                    objective.save_pretrained(directory)
+                    promote(Path(directory), output)
     distributed.barrier()

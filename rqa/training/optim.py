@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
 from rqa.runtime.errors import UserError
+from rqa.runtime.parallelize import shard_optimizer_state, whole_optimizer_state
 from rqa.training.arguments import LoopArguments
 
 
@@ -43,7 +45,8 @@ class Optimization:
             UserError: the gradient is not finite; the weights are as before.
         """
         self.scaler.unscale_(self.optimizer)
-        norm = float(nn.utils.clip_grad_norm_(self.trained, self.max_norm))
+        norm = nn.utils.clip_grad_norm_(self.trained, self.max_norm)
+        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
         self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
@@ -53,13 +56,30 @@ class Optimization:
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {"optimizer": self.optimizer, "schedule": self.schedule, "scaler": self.scaler}
-        return {name: part.state_dict() for name, part in parts.items()}
+        """The optimizer's moments, whole and on the CPU, and the loss scale. Every process calls this."""
+        return {"optimizer": whole_optimizer_state(self.optimizer), "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.schedule.load_state_dict(state["schedule"])
+    def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
+        """Restore moments and loss scale after so many steps; rates and decay stay those of the present arguments.
+
+        Raises:
+            ValueError: they are not of these parameters.
+        """
+        present = self.optimizer.state_dict()["param_groups"]
+        saved = state["optimizer"]["param_groups"]
+        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in present]:
+            raise ValueError("the optimizer's state is of a model with other parameters")
+        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        moments = shard_optimizer_state(state["optimizer"], ordered)["state"]
+        self.optimizer.load_state_dict({"state": moments, "param_groups": present})
         self.scaler.load_state_dict(state["scaler"])
+        self.schedule.last_epoch = steps
+        rates = [
+            base * factor(steps) for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
+        ]
+        self.schedule._last_lr = rates
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
 
 
 def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:

@@ -12,8 +12,10 @@ from sklearn.metrics import ndcg_score
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.metrics import (
+    average_precision,
     corpus_bleu,
     exact_match,
+    faithfulness,
     ndcg,
     normalize_answer,
     recall_at,
@@ -102,6 +104,43 @@ def test_rouge_worked_out_by_hand() -> None:
     assert scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
 
 
+@pytest.mark.parametrize(
+    ("answer", "passages", "words", "pairs"),
+    [
+        ("Copper and wool.", ["They sell copper.", "and some wool"], 1.0, 0.0),
+        ("copper and wool", ["The copper and wool!"], 1.0, 1.0),
+        ("copper copper copper wool", ["copper, copper"], 0.5, 1 / 3),
+        ("the copper", ["a copper"], 1.0, 0.0),
+        ("amber", ["copper"], 0.0, 0.0),
+        ("", ["copper"], 0.0, 0.0),
+        ("copper", [], 0.0, 0.0),
+    ],
+)
+def test_faithfulness_is_the_share_of_the_answer_that_the_passages_hold(
+    answer: str, passages: list[str], words: float, pairs: float
+) -> None:
+    assert faithfulness(answer, passages) == pytest.approx(words)
+    assert faithfulness(answer, passages, 2) == pytest.approx(pairs)
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_faithfulness_is_a_rate_that_counting_one_by_one_gives(seed: int) -> None:
+    chance = random.Random(seed)
+    answer = chance.choices("bcdef", k=chance.randint(1, 9))
+    passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
+    for size in (1, 2):
+        runs = [answer[i : i + size] for i in range(len(answer) - size + 1)]
+        left = [passage[i : i + size] for passage in passages for i in range(len(passage) - size + 1)]
+        held = 0
+        for run in runs:
+            if run in left:
+                left.remove(run)
+                held += 1
+        ours = faithfulness(" ".join(answer), [" ".join(passage) for passage in passages], size)
+        assert ours == pytest.approx(held / len(runs) if runs else 0.0)
+        assert 0 <= ours <= 1
+
+
 @pytest.mark.parametrize("size", range(1, len(PAIRS) + 1))
 def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus(size: int) -> None:
     answers, references = zip(*PAIRS[:size], strict=True)
@@ -163,6 +202,21 @@ def test_ndcg_is_the_value_worked_out_by_hand(ranking: str, gold: str, k: int, e
     assert ndcg(ranking, set(gold), k) == pytest.approx(expected, abs=1e-12)
 
 
+@pytest.mark.parametrize(
+    ("ranking", "gold", "k", "expected"),
+    [
+        ("abcd", "a", 10, 1.0),
+        ("abcd", "bd", 10, (1 / 2 + 2 / 4) / 2),
+        ("abcd", "bx", 10, (1 / 2) / 2),
+        ("abcd", "bd", 3, (1 / 2) / 2),
+        ("abab", "b", 10, 1 / 2),
+        ("", "b", 10, 0.0),
+    ],
+)
+def test_average_precision_is_the_value_worked_out_by_hand(ranking: str, gold: str, k: int, expected: float) -> None:
+    assert average_precision(ranking, set(gold), k) == pytest.approx(expected, abs=1e-12)
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_ndcg_is_that_of_scikit_learn(seed: int) -> None:
     chance = random.Random(seed)
@@ -216,7 +270,7 @@ def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give(seed:
     assert ours["retr/mrr@10"] == pytest.approx(np.mean(mrr), abs=1e-12)
     assert ours["retr/ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-12)
     assert all(0 <= value <= 1 for value in ours.values())
-    assert len(ours) == 8
+    assert len(ours) == 9
 
 
 def test_documents_are_gold_by_source_and_content() -> None:

@@ -1,0 +1,102 @@
+"""What every benchmark shares: each system alone in a process, a clock, the allocator, peak memory, one table."""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from rqa.evaluation.runtime import seconds
+
+
+def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> dict[str, Any]:
+    """Run a benchmark's script for one system in a process of its own; the last line it prints is its result.
+
+    Args:
+        arguments: The flags to pass on.
+        hidden: Further flags, that only this call sets.
+    """
+    flags = {**vars(arguments), **hidden}
+    line = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    print(", ".join(hidden.values()), "...", file=sys.stderr, flush=True)
+    done = subprocess.run([sys.executable, script, *line], stdout=subprocess.PIPE, env=environment, check=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def use_allocator(name: str) -> None:
+    """`tuned`: the setting that rqa's executables make for themselves; `default`: as a user starts a peer."""
+    if name == "tuned":
+        from rqa.runtime.allocator import tune_allocator
+
+        tune_allocator()
+
+
+def peak_gib() -> float:
+    """The most memory that this process has held so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Clock:
+    """Units of work and seconds of each step; the loop and the peers' callbacks feed it."""
+
+    def __init__(self) -> None:
+        self.units: list[int] = []
+        self.moments: list[float] = []
+
+    def tick(self, *_: Any) -> None:
+        """One step ends, the next begins."""
+        self.moments.append(time.perf_counter())
+
+    def steps(self, skip: int = 0) -> list[tuple[int, float]]:
+        """(units, seconds) of each step but the first ones."""
+        seconds = [after - before for before, after in zip(self.moments, self.moments[1:], strict=False)]
+        return list(zip(self.units, seconds, strict=False))[skip:]
+
+    def callback(self) -> Any:
+        """For `transformers.Trainer` and what is built on it."""
+        from transformers import TrainerCallback
+
+        clock = self
+
+        class Recorder(TrainerCallback):
+            def on_step_begin(self, *_: Any, **__: Any) -> None:
+                if not clock.moments:
+                    clock.tick()
+
+            def on_step_end(self, *_: Any, **__: Any) -> None:
+                clock.tick()
+
+        return Recorder()
+
+
+def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
+    """The rate over all steps, and the median and spread of single ones."""
+    rates = [units / seconds for units, seconds in steps]
+    return {
+        "rate": sum(units for units, _ in steps) / sum(seconds for _, seconds in steps),
+        "median": statistics.median(rates),
+        "spread": [min(rates), max(rates)],
+    }
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Columns as wide as they must be; the first one to the left, figures to the right."""
+    cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    for first, *others in cells:
+        figures = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        print("  ".join([first.ljust(widths[0]), *figures]))
+
+
+def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
+    """GFLOP/s of this machine's matrix product, the median of several."""
+    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
+    return statistics.median(2 * size**3 / seconds(lambda: left @ right) / 1e9 for _ in range(5))

@@ -1,0 +1,240 @@
+#!/usr/bin/env python
+"""How fast does an encoder train by contrast? Questions a second and peak memory, beside sentence-transformers.
+
+    python benchmarks/retriever_training.py --model_name_or_path M                                  # pydocs
+    python benchmarks/retriever_training.py ... --train_file train_w_q.jsonl --document_path documents.pkl
+    python benchmarks/retriever_training.py ... --precision float32 --batch_size 16
+
+A batch is 64 questions, each with its passage and one hard negative of up to 256 tokens. Every system trains on the
+same texts in a process of its own, with the allocator as a user starts it and as rqa sets it. Peers:
+sentence-transformers with MultipleNegativesRankingLoss, and its cached form with the same chunks as rqa's. The loss of
+the first batch, without dropout, must be one and the same. Needs `pip install -e ".[bench]"`.
+"""
+
+import argparse
+import json
+import random
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness import Clock, peak_gib, print_table, run_alone, summary, use_allocator
+
+from rqa.evaluation.runtime import machine
+
+TEMPERATURE = 0.05  # the peers' scale is its inverse, 20, by default
+CHUNK = 32
+SYSTEMS = {  # name -> allocator settings it is measured with
+    "rqa": ["tuned"],
+    "rqa in chunks": ["tuned"],
+    "sentence-transformers": ["default", "tuned"],
+    "sentence-transformers cached": ["default", "tuned"],
+}
+
+Triple = tuple[str, str, str]  # question, passage, hard negative
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    with TemporaryDirectory() as directory:
+        arguments.triples = str(Path(directory) / "triples.json")
+        Path(arguments.triples).write_text(json.dumps(make_triples(arguments)), encoding="utf-8")
+        only = vars(arguments).pop("only")
+        rows = [
+            run_alone(__file__, arguments, system=system, allocator=allocator)
+            for system, allocators in SYSTEMS.items()
+            if not only or system in only
+            for allocator in allocators
+        ]
+    report(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True)
+    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
+    parser.add_argument("--document_path", help="their documents")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--batch_size", type=int, default=64, help="questions of a step")
+    parser.add_argument("--max_length", type=int, default=256, help="tokens of a passage")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    parser.add_argument("--triples", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def make_triples(arguments: argparse.Namespace) -> list[Triple]:
+    """A batch of triples, no passage twice, so that all systems mean the same by a negative."""
+    from rqa.data.documents import read_documents
+    from rqa.data.examples import read_examples
+    from rqa.data.pydocs import QUICKSTART, build_corpus
+
+    if arguments.train_file:
+        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, examples = corpus.documents, corpus.train
+    numbers = {document.key: number for number, document in enumerate(documents)}
+    first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
+    chosen = sorted(first)[: arguments.batch_size]
+    if len(chosen) < arguments.batch_size:
+        raise SystemExit(f"error: --batch_size {arguments.batch_size}: only {len(chosen)} passages have questions")
+    others = random.Random(0).sample(sorted(set(range(len(documents))) - set(chosen)), len(chosen))
+
+    def text(number: int) -> str:  # short passages are continued by their neighbours, so that a batch has full length
+        return "\n".join(document.fmt_content for document in documents[number : number + 8])[:4000]
+
+    return [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Questions a second of each measured step, the process's peak memory, and the loss of the first batch."""
+    use_allocator(arguments.allocator)
+    triples = [tuple(triple) for triple in json.loads(Path(arguments.triples).read_text(encoding="utf-8"))]
+    with TemporaryDirectory() as directory:
+        train = train_rqa if arguments.system.startswith("rqa") else train_sentence_transformers
+        loss, clock = train(arguments, triples, directory)
+    return {
+        "system": arguments.system,
+        "allocator": arguments.allocator,
+        "first_loss": loss,
+        **summary(clock.steps(skip=arguments.warmup)),
+        "peak_gib": peak_gib(),
+    }
+
+
+def train_rqa(arguments: argparse.Namespace, triples: list[Triple], directory: str) -> tuple[float, Clock]:
+    """The product's own loop and objective."""
+    from rqa.models.encoder import EncoderArguments, load_encoder
+    from rqa.models.loading import evaluating
+    from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+    from rqa.runtime import distributed
+    from rqa.runtime.precision import autocast, compute_dtype
+    from rqa.training.arguments import LoopArguments
+    from rqa.training.batches import Batches
+    from rqa.training.loop import train
+
+    device, size = distributed.start(), len(triples)
+    encoder = load_encoder(arguments.model_name_or_path, EncoderArguments(max_passage_length=arguments.max_length)).to(
+        device
+    )
+    queries = encoder.tokenize_queries([question for question, _, _ in triples])
+    passages = encoder.tokenize_passages([triple[1] for triple in triples] + [triple[2] for triple in triples])
+    clock = Clock()
+
+    def batch(indices: list[int]) -> ContrastiveBatch:
+        clock.units.append(size)
+        documents, targets = torch.arange(2 * size), torch.arange(size)
+        return ContrastiveBatch(queries, passages, documents, targets, targets[:, None], indices)
+
+    loop = LoopArguments(
+        directory,
+        per_device_train_batch_size=size,
+        max_steps=arguments.warmup + arguments.steps,
+        bf16=arguments.precision == "bf16",
+        save_strategy="no",
+        eval_strategy="no",
+        metric_for_best_model="loss",
+    )
+    objective = Contrastive(encoder, TEMPERATURE, CHUNK if arguments.system == "rqa in chunks" else 0)
+    with torch.no_grad(), evaluating(objective), autocast(device, compute_dtype(loop.bf16, False, device)):
+        chunked = Contrastive(encoder, TEMPERATURE, CHUNK)  # not to count memory that training would not need
+        loss = float(chunked(batch([]).to(device))[0]) / size
+    clock.units.clear()
+
+    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
+        clock.tick()
+        return {"eval_loss": 0.0}
+
+    train(objective, Batches(size, batch, loop), loop, device, before_step=clock.tick, evaluate=last_moment)
+    return loss, clock
+
+
+def train_sentence_transformers(
+    arguments: argparse.Namespace, triples: list[Triple], directory: str
+) -> tuple[float, Clock]:
+    """Their trainer as their documentation starts it."""
+    from datasets import Dataset
+    from sentence_transformers import (
+        SentenceTransformer,
+        SentenceTransformerTrainer,
+        SentenceTransformerTrainingArguments,
+    )
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss, MultipleNegativesRankingLoss
+
+    model = SentenceTransformer(arguments.model_name_or_path, device=None if torch.cuda.is_available() else "cpu")
+    model.max_seq_length = arguments.max_length
+    if arguments.system == "sentence-transformers cached":
+        objective = CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
+    else:
+        objective = MultipleNegativesRankingLoss(model)
+    loss = first_loss(model, triples)
+    clock, steps = Clock(), arguments.warmup + arguments.steps
+    clock.units = [len(triples)] * steps
+    columns = dict(zip(("anchor", "positive", "negative"), zip(*triples, strict=True), strict=True))
+    trainer = SentenceTransformerTrainer(
+        model,
+        SentenceTransformerTrainingArguments(
+            directory,
+            per_device_train_batch_size=len(triples),
+            max_steps=steps,
+            bf16=arguments.precision == "bf16",
+            use_cpu=not torch.cuda.is_available(),
+            optim="adamw_torch_fused",
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        ),
+        train_dataset=Dataset.from_dict({name: list(texts) for name, texts in columns.items()}),
+        loss=objective,
+        callbacks=[clock.callback()],
+    )
+    trainer.train()
+    return loss, clock
+
+
+def first_loss(model: Any, triples: list[Triple]) -> float:
+    """The peer's embeddings and its loss over them, without dropout."""
+    from sentence_transformers.losses import MultipleNegativesRankingLoss
+
+    embeddings = [model.encode(list(texts), convert_to_tensor=True) for texts in zip(*triples, strict=True)]
+    return float(MultipleNegativesRankingLoss(model).compute_loss_from_embeddings(embeddings, None))
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table with the ratios, and one JSON line."""
+    ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
+
+    def ratio(row: dict[str, Any]) -> str:
+        peer = ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa")
+        return f"{peer['rate'] / row['rate']:.2f}x" if peer and row["system"] not in ours else ""
+
+    print_table(
+        ["", "allocator", "questions/s", "median", "spread", "peak GiB", "first loss", "rqa is"],
+        [
+            (
+                row["system"],
+                row["allocator"],
+                f"{row['rate']:.2f}",
+                f"{row['median']:.2f}",
+                "{:.2f}-{:.2f}".format(*row["spread"]),
+                f"{row['peak_gib']:.1f}",
+                f"{row['first_loss']:.4f}",
+                ratio(row),
+            )
+            for row in rows
+        ],
+    )
+    result = {"benchmark": "retriever_training", "precision": arguments.precision, "batch_size": arguments.batch_size}
+    print(json.dumps({**result, **machine(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""How long does a step of RPG take? Beside the usual way: one document a forward pass, padded to 512, full logits.
+
+    python benchmarks/rpg_step.py --model_name_or_path E --lm_model_path L                          # pydocs
+    python benchmarks/rpg_step.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
+    python benchmarks/rpg_step.py ... --precision float32 --num_docs 4 --steps 1
+
+A step retrieves K documents for each of 4 questions, asks the language model about every pair, and trains the encoder.
+Cold: no pair was ever scored before; warm: all were, as in a second epoch. Both ways see the same questions and the
+same index in processes of their own, with rqa's allocator setting.
+"""
+
+import argparse
+import json
+import os
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness import Clock, peak_gib, print_table, run_alone, use_allocator
+
+from rqa.data.documents import Document, read_documents
+from rqa.data.examples import Example, read_examples
+from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.evaluation.runtime import machine
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.encoder import load_encoder
+from rqa.models.loading import load_tokenizer
+from rqa.objectives.candidates import CandidateArguments, RetrievedCandidates, ScoredCandidates
+from rqa.objectives.distillation import Distillation
+from rqa.prompts import PromptArguments, Prompter
+from rqa.recipes.teacher import LanguageModelArguments, load_teacher
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
+from rqa.runtime.precision import autocast, compute_dtype
+from rqa.training.arguments import LoopArguments
+from rqa.training.batches import Batches
+from rqa.training.loop import train
+
+QUESTIONS, MAX_LENGTH, TEMPERATURE = 4, 512, 0.1
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    with TemporaryDirectory() as directory:
+        arguments.index_path = str(Path(directory) / "index")
+        depths = vars(arguments).pop("num_docs")
+        open_retriever(arguments, read_inputs(arguments)[0])
+        rows = []
+        for depth in depths:
+            for system in ("rqa", "the usual way"):
+                rows += run_alone(__file__, arguments, system=system, num_docs=str(depth))["rows"]
+    report(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="the encoder")
+    parser.add_argument("--lm_model_path", required=True, help="the language model")
+    parser.add_argument("--train_file", help="examples with answers; by default those of rqa.data.pydocs")
+    parser.add_argument("--document_path", help="their documents")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--num_docs", type=int, nargs="+", default=[4, 20])
+    parser.add_argument("--steps", type=int, default=2, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--index_path", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequence[Example]]:
+    """The documents, and the questions of all steps."""
+    if arguments.train_file:
+        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file, answers=True)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, examples = corpus.documents, corpus.train
+    return documents, examples[: QUESTIONS * (arguments.steps + arguments.warmup)]
+
+
+def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document]) -> Retriever:
+    retriever = Retriever(load_encoder(arguments.model_name_or_path), documents, IndexArguments())
+    retriever.open(arguments.index_path)
+    return retriever
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each measured step, and the process's peak memory."""
+    use_allocator("tuned")
+    documents, examples = read_inputs(arguments)
+    retriever = open_retriever(arguments, documents)
+    depth = int(arguments.num_docs[0])
+    if arguments.system == "rqa":
+        times = rqa_steps(arguments, retriever, examples, depth)
+    else:
+        times = {"the usual way": usual_steps(arguments, retriever, examples, depth)}
+    common = {"num_docs": depth, "peak_gib": peak_gib()}
+    return {"rows": [{"system": name, "seconds": seconds, **common} for name, seconds in times.items()]}
+
+
+def rqa_steps(
+    arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
+) -> dict[str, list[float]]:
+    """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
+    device, encoder = distributed.start(), retriever.encoder
+    epoch = arguments.warmup + arguments.steps
+    with TemporaryDirectory() as directory:
+        loop = LoopArguments(
+            directory,
+            per_device_train_batch_size=QUESTIONS,
+            max_steps=2 * epoch,
+            learning_rate=0.0,  # so that the second epoch finds the documents of the first
+            bf16=arguments.precision == "bf16",
+            save_strategy="no",
+            eval_strategy="no",
+            metric_for_best_model="loss",
+        )
+        os.environ["RQA_CACHE"] = directory  # nothing is known from an earlier run
+        teacher = load_teacher(LanguageModelArguments(arguments.lm_model_path, MAX_LENGTH), loop, device)
+        choose = RetrievedCandidates(
+            examples, retriever, CandidateArguments(depth), compute_dtype(loop.bf16, False, device)
+        )
+        collate = ScoredCandidates(examples, retriever.documents, encoder.to(device), choose, teacher, TEMPERATURE)
+        objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
+
+        def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
+            clock.tick()
+            return {"eval_loss": 0.0}
+
+        batches = Batches(len(examples), collate, loop)
+        train(objective, batches, loop, device, before_step=clock.tick, evaluate=last_moment)
+    clock.units = [QUESTIONS] * 2 * epoch
+    seconds = [seconds for _, seconds in clock.steps()]
+    return {"rqa, cold": seconds[arguments.warmup : epoch], "rqa, warm": seconds[epoch + arguments.warmup :]}
+
+
+def usual_steps(
+    arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
+) -> list[float]:
+    """RPG as released trainers write it, step by step."""
+    device, encoder = distributed.start(), retriever.encoder
+    dtype = compute_dtype(arguments.precision == "bf16", False, device)
+    backbone = encoder.to(device).backbone.train()
+    tokenizer = load_tokenizer(arguments.lm_model_path)
+    prompter = Prompter(tokenizer, PromptArguments(max_seq_length=MAX_LENGTH, max_new_tokens=1))
+    model = load_causal_lm(arguments.lm_model_path, dtype=dtype).to(device).eval()
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)
+    clock = Clock()
+
+    def embed(texts: Sequence[str]) -> torch.Tensor:
+        batch = encoder.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
+        hidden = backbone(**batch.to(device)).last_hidden_state  # [B, L, D]
+        mask = batch["attention_mask"][..., None]
+        return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
+
+    @torch.no_grad()
+    def likelihood(example: Example, document: Document) -> torch.Tensor:
+        sequence = prompter.encode(example, [document], example.gold_answer)
+        padding = MAX_LENGTH - len(sequence.ids)
+        ids = torch.tensor([sequence.ids + [0] * padding], device=device)
+        mask = torch.tensor([[1] * len(sequence.ids) + [0] * padding], device=device)
+        logits = model(input_ids=ids, attention_mask=mask).logits[0].float()  # [L, V]
+        answer = torch.arange(sequence.answer_start, len(sequence.ids), device=device)
+        return logits.log_softmax(-1)[answer - 1, ids[0, answer]].mean()
+
+    for start in range(0, len(examples), QUESTIONS):
+        clock.tick()
+        clock.units.append(QUESTIONS)
+        losses = []
+        with autocast(device, dtype):
+            for example in examples[start : start + QUESTIONS]:
+                (documents,) = retriever.documents_of(retriever.retrieve([example.question], depth))
+                scores = torch.stack([likelihood(example, document) for document in documents])
+                similarity = embed([example.question]) @ embed([d.fmt_content for d in documents]).T / TEMPERATURE
+                target = (scores / TEMPERATURE).softmax(-1)
+                losses.append(torch.nn.functional.kl_div(similarity[0].log_softmax(-1), target, reduction="sum"))
+            (sum(losses) / len(losses)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    clock.tick()
+    return [seconds for _, seconds in clock.steps(skip=arguments.warmup)]
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table with the ratios, and one JSON line."""
+    usual = {row["num_docs"]: statistics.median(row["seconds"]) for row in rows if row["system"] == "the usual way"}
+
+    def cells(row: dict[str, Any]) -> tuple[str, ...]:
+        median = statistics.median(row["seconds"])
+        spread = f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f}"
+        ratio = f"{usual[row['num_docs']] / median:.1f}x" if row["system"] != "the usual way" else ""
+        return row["system"], str(row["num_docs"]), f"{median:.2f}", spread, f"{row['peak_gib']:.1f}", ratio
+
+    print_table(["", "documents", "s a step", "spread", "peak GiB", "as fast"], [cells(row) for row in rows])
+    print(json.dumps({"benchmark": "rpg_step", "precision": arguments.precision, **machine(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

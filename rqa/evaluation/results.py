@@ -1,0 +1,72 @@
+"""The files that an evaluation leaves: scores, their intervals, and what was answered to every question."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rqa.evaluation.metrics import bleu, bleu_statistics
+from rqa.evaluation.runtime import machine, peak_memory
+from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
+from rqa.runtime import distributed
+from rqa.runtime.files import write_json, write_jsonl
+
+SCORES, DETAILS, PREDICTIONS = "score.json", "score_details.json", "test-predictions.jsonl"
+
+
+def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> None:
+    """`score.json`, `score_details.json` and `test-predictions.jsonl`, by the main process.
+
+    Args:
+        scores: Numbers by name, `test_gen/f1` and so on.
+        rows: One a question, with its `scores` by name, `gen/f1` and so on.
+    """
+    if distributed.is_main():
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        write_json(Path(directory) / SCORES, scores)
+        details = {"scores": with_intervals(rows), "peak_memory_gib": peak_memory(), "machine": machine()}
+        write_json(Path(directory) / DETAILS, details)
+        write_jsonl(Path(directory) / PREDICTIONS, rows)
+
+
+def with_intervals(rows: Sequence[dict[str, Any]], prefix: str = "test_") -> dict[str, dict[str, Any]]:
+    """Each rate's value, number of questions and 95 % bootstrap interval.
+
+    Args:
+        rows: One a question, with its `scores`; those without one of the scores do not count for it.
+    """
+    details: dict[str, dict[str, Any]] = {}
+    for names, chosen in _by_scores(rows):
+        values = np.array([[row["scores"][name] for name in names] for row in chosen], dtype=np.float64)  # [n, M]
+        for name, mean, ends in zip(names, values.mean(axis=0), mean_intervals(values), strict=True):
+            details[prefix + name] = _detail(float(mean), len(chosen), ends.tolist())
+    if statistics := answer_statistics(rows):
+        samples = statistic_samples(np.array(statistics), bleu)
+        details[f"{prefix}gen/bleu"] = _detail(bleu(np.sum(statistics, axis=0)), len(statistics), interval(samples))
+    return details
+
+
+def answer_statistics(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
+    """What BLEU needs of each generated answer. [n, 10]"""
+    return [
+        bleu_statistics(row["generated_answer"], row["gold_answer"])
+        for row in rows
+        if "generated_answer" in row and "gold_answer" in row
+    ]
+
+
+def _by_scores(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[dict[str, Any]]]]:
+    """Rates that the same questions have, with those questions: each group is resampled together."""
+    holders: dict[str, tuple[int, ...]] = {}
+    for number, row in enumerate(rows):
+        for name in row.get("scores", {}):
+            holders[name] = (*holders.get(name, ()), number)
+    groups: dict[tuple[int, ...], list[str]] = {}
+    for name, numbers in holders.items():
+        groups.setdefault(numbers, []).append(name)
+    return [(names, [rows[number] for number in numbers]) for numbers, names in groups.items()]
+
+
+def _detail(value: float, questions: int, ends: Sequence[float]) -> dict[str, Any]:
+    return {"value": value, "n": questions, "low": ends[0], "high": ends[1]}

@@ -1,0 +1,78 @@
+"""How long work takes, how much memory, and on which machine."""
+
+import os
+import platform
+import resource
+import sys
+import time
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from rqa.runtime import distributed
+
+PERCENTILES = (50, 95, 99)
+PACKAGES = ("torch", "transformers", "faiss-cpu", "numpy")
+
+
+def seconds(work: Callable[[], Any]) -> float:
+    """The seconds that `work` takes, until the device has finished it, too."""
+    synchronize()
+    started = time.perf_counter()
+    work()
+    synchronize()
+    return time.perf_counter() - started
+
+
+def synchronize() -> None:
+    """Wait until the device has done all that it was given."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def latencies(durations: Sequence[float]) -> dict[str, float]:
+    """Percentiles of durations in seconds, in milliseconds: `latency_p50_ms` and so on."""
+    values = np.percentile(np.asarray(durations) * 1000, PERCENTILES)
+    return {f"latency_p{percentile}_ms": float(value) for percentile, value in zip(PERCENTILES, values, strict=True)}
+
+
+def peak_memory() -> dict[str, float]:
+    """The most memory that this process held so far, in GiB: of the host and, with one, of the GPU."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
+    if torch.cuda.is_available():
+        peak["gpu"] = torch.cuda.max_memory_allocated() / 2**30
+    return peak
+
+
+def machine() -> dict[str, Any]:
+    """What a figure was measured on."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": os.cpu_count(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "processes": distributed.world_size(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        **{package: version(package) for package in PACKAGES},
+    }
+
+
+def machine_line(machine: dict[str, Any]) -> str:
+    """The machine in one line."""
+    processor = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    return f"{processor}; {machine['processes']} process(es) of {machine['threads']} thread(s); {versions}"
+
+
+def _cpu_name() -> str:
+    """`platform.processor` is empty or only the architecture on Linux."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
