@@ -47,7 +47,7 @@ def find_passages(
     retriever: PassageRetriever, examples: Sequence[Example], arguments: EvaluationArguments
 ) -> list[list[Document]]:
     """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
-    hits = retriever.retrieve([retrieval_query(example) for example in examples], arguments.depth)
+    hits = retriever.retrieve_shared([retrieval_query(example) for example in examples], arguments.depth)
     return retriever.documents_of(hits)
 
 

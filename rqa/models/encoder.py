@@ -1,8 +1,9 @@
-"""The retriever's encoder: backbone, pooling, normalisation, prefixes; sentence-transformers' layout on disk."""
+"""The retriever's encoder: backbone, pooling, normalisation, prefixes."""
 
+import copy
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
-from transformers.utils import cached_file
 
 from rqa.models.loading import (
     choose_collate,
@@ -22,12 +22,19 @@ from rqa.models.loading import (
     load_tokenizer,
     model_fingerprint,
 )
+from rqa.models.projection import Projection, load_projection
+from rqa.models.sentence_layout import (
+    PASSAGE_ENCODER,
+    EncoderSettings,
+    has_two_encoders,
+    stored_settings,
+    write_layout,
+)
 from rqa.packing import Collate, TokenBatch, pack, token_budget_batches
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.parallelize import in_step
 
-POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 MAX_BATCH_TOKENS = 16384
 
 
@@ -47,28 +54,45 @@ class EncoderArguments:
     max_passage_length: int | None = field(default=None, metadata={"help": "Tokens of a passage."})
 
 
-@dataclass(frozen=True)
-class EncoderSettings:
-    """What, beside the weights, decides an embedding."""
-
-    pooling_type: str = "mean"
-    normalize: bool = True
-    query_prefix: str = ""
-    passage_prefix: str = ""
-    max_query_length: int = 512
-    max_passage_length: int = 512
-
-
 class Encoder(nn.Module):
-    """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings."""
+    """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings.
+
+    Attributes:
+        passage_encoder: A frozen encoder of passages; None where this one encodes questions and passages.
+        projection: From the pooled embedding to the one that is compared; None where that is the same.
+    """
 
     def __init__(
-        self, backbone: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, settings: EncoderSettings
+        self,
+        backbone: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: EncoderSettings,
+        passage_encoder: "Encoder | None" = None,
+        projection: Projection | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        self.projection = projection
+        self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
+
+    @property
+    def passage_side(self) -> "Encoder":
+        """Whatever encodes passages, in the loss as in the index."""
+        return self.passage_encoder or self
+
+    def freeze_passages(self) -> None:
+        """From now on passages are encoded by a frozen copy of what the encoder is now; none if there is one."""
+        if not self.passage_encoder:
+            self.passage_encoder = copy.deepcopy(self).requires_grad_(False).eval()
+
+    def train(self, mode: bool = True) -> "Encoder":
+        """Set the mode of what is trained: what is frozen has no dropout."""
+        super().train(mode)
+        if self.passage_encoder:
+            self.passage_encoder.eval()
+        return self
 
     @cached_property
     def collate(self) -> Collate:
@@ -78,7 +102,19 @@ class Encoder(nn.Module):
     @property
     def dimension(self) -> int:
         """D, the embedding's width."""
-        return self.backbone.config.hidden_size
+        return self.settings.projection or self.backbone.config.hidden_size
+
+    def project(self, dimension: int) -> None:
+        """Compare embeddings behind a new projection from now on, unless there is one already.
+
+        Raises:
+            UserError: the one that there is has another dimension.
+        """
+        if not self.projection:
+            self.projection = Projection(self.dimension, dimension).to(self.backbone.device)
+            self.settings = replace(self.settings, projection=dimension)
+        elif self.dimension != dimension:
+            raise UserError(f"--indexing_dimension {dimension}: the model's projection has {self.dimension} dimensions")
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed questions, special tokens included. [N] -> [N]"""
@@ -97,6 +133,8 @@ class Encoder(nn.Module):
         """Embeddings of a batch, in float32. -> [B, D]"""
         hidden = hidden_states(self.backbone, batch)  # [rows, D]
         pooled = hidden[batch.starts].float() if self.settings.pooling_type == "cls" else _mean(hidden, batch)
+        if self.projection:
+            pooled = self.projection(pooled).float()
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     @torch.no_grad()
@@ -127,36 +165,25 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
         settings = json.dumps(asdict(self.settings), sort_keys=True)
-        return fingerprint(settings, model_fingerprint(self.backbone, self.tokenizer))
+        sides = [self, *([self.passage_encoder] if self.passage_encoder else [])]
+        models = [model for side in sides for model in (side.backbone, side.projection) if model]
+        return fingerprint(settings, *(model_fingerprint(model, self.tokenizer) for model in models))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save in the layout that `sentence_transformers.SentenceTransformer` loads."""
+        """Save in the layout that `sentence_transformers.SentenceTransformer` loads.
+
+        With a passage encoder the encoder of questions stands on top, and that of passages in `passage_encoder/`.
+        """
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        settings = self.settings
-        modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * settings.normalize
-        files: dict[str, Any] = {
-            "modules.json": [
-                {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
-                for index, (path, kind) in enumerate(modules)
-            ],
-            "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
-            "config_sentence_transformers.json": {
-                "prompts": {"query": settings.query_prefix, "document": settings.passage_prefix},
-                "default_prompt_name": None,
-                "similarity_fn_name": "cosine" if settings.normalize else "dot",
-            },
-            "1_Pooling/config.json": {
-                "word_embedding_dimension": self.dimension,
-                **{key: settings.pooling_type == name for name, key in POOLING_KEYS.items()},
-            },
-            "rqa_encoder.json": asdict(settings),
-        }
-        for name, value in files.items():
-            (directory / name).parent.mkdir(exist_ok=True)
-            (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-        (directory / "2_Normalize").mkdir(exist_ok=True)
+        write_layout(
+            directory, self.settings, self.backbone.config.hidden_size, two_encoders=self.passage_encoder is not None
+        )
+        if self.projection:
+            self.projection.save_pretrained(directory)
+        if self.passage_encoder:
+            self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
 
 def load_encoder(path: str, arguments: EncoderArguments | None = None, **options: Any) -> Encoder:
@@ -172,61 +199,25 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     """
     tokenizer = load_tokenizer(path, trust_remote_code=options.get("trust_remote_code", False))
     backbone = load_model(AutoModel, path, **options)
-    stored = dict(_stored_settings(path))
+    stored = dict(stored_settings(path))
     given = {name: value for name, value in asdict(arguments or EncoderArguments()).items() if value is not None}
     limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     for name in lengths:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
-    return Encoder(backbone, tokenizer, EncoderSettings(**(stored | lengths | given)))
+    settings = EncoderSettings(**(stored | lengths | given))
+    passages = None
+    if has_two_encoders(path):
+        model = load_model(AutoModel, path, subfolder=PASSAGE_ENCODER, **options)
+        passages = Encoder(model, tokenizer, settings, projection=_projection(path, model, settings, PASSAGE_ENCODER))
+    return Encoder(backbone, tokenizer, settings, passages, _projection(path, backbone, settings))
 
 
-def _stored_settings(path: str) -> Iterator[tuple[str, Any]]:
-    """The settings that a checkpoint's own files state."""
-    known = {field.name for field in fields(EncoderSettings)}
-    if ours := _read_json(path, "rqa_encoder.json"):
-        yield from ((name, value) for name, value in ours.items() if name in known)
-        return
-    listed = _read_json(path, "modules.json")
-    if not listed:
-        return
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in listed}
-    if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
-    yield "normalize", "Normalize" in modules
-    if "Pooling" in modules:
-        yield "pooling_type", _stored_pooling(path, f"{modules['Pooling']}/config.json")
-    config = _read_json(path, "sentence_bert_config.json")
-    if config.get("max_seq_length"):
-        yield "max_query_length", config["max_seq_length"]
-        yield "max_passage_length", config["max_seq_length"]
-    prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
-    yield "query_prefix", prompts.get("query") or ""
-    yield "passage_prefix", prompts.get("document") or prompts.get("passage") or ""
-
-
-def _stored_pooling(path: str, name: str) -> str:
-    config = _read_json(path, name)
-    modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
-             if key.startswith("pooling_mode_") and value is True]  # fmt: skip
-    if isinstance(config.get("pooling_mode"), str):
-        modes = [config["pooling_mode"]]
-    names = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}
-    if len(modes) != 1 or modes[0] not in names:
-        raise UserError(
-            f"{path}/{name}: pooling {'+'.join(modes) or 'none'} is not supported; choose --pooling_type mean or cls"
-        )
-    return names[modes[0]]
-
-
-def _read_json(path: str, name: str) -> Any:
-    """A JSON file of a directory or of a hub repository; empty if there is none."""
-    try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}/{name}: cannot be read ({error})") from None
+def _projection(path: str, backbone: PreTrainedModel, settings: EncoderSettings, folder: str = "") -> Projection | None:
+    if not settings.projection:
+        return None
+    return load_projection(path, backbone.config.hidden_size, settings.projection, folder)
 
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -234,7 +225,6 @@ def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
     lengths = batch.lengths
     owners = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)  # [tokens]
     if len(owners) != len(hidden):
-        offsets = torch.arange(len(owners), device=hidden.device) - (lengths.cumsum(0) - lengths)[owners]
-        hidden = hidden[batch.starts[owners] + offsets]
+        hidden = hidden[batch.rows]
     sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
     return sums.index_add(0, owners, hidden.float()) / lengths[:, None]

@@ -67,7 +67,7 @@ class Contrastive(nn.Module):
     def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over questions, and how often the positive ranks first. -> []"""
         queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)  # [B, D]
-        passages = gather_rows(embed_in_chunks(self.encoder, batch.passages, self.chunk_size))  # [P, D]
+        passages = gather_rows(embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size))  # [P, D]
         documents = gather_rows(batch.documents)  # [P]
         with autocast(queries.device, torch.float32):  # the index compares in float32, too
             similarity = queries @ passages.T / self.temperature  # [B, P]

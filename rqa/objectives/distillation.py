@@ -66,7 +66,7 @@ class Distillation(nn.Module):
     def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
         """The divergence summed over questions, and how often both rank the same document first. -> []"""
         queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)  # [B, D]
-        passages = embed_in_chunks(self.encoder, batch.passages, self.chunk_size)  # [P, D]
+        passages = embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size)  # [P, D]
         with autocast(queries.device, torch.float32):  # the index compares in float32, too
             similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
         similarity = similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))

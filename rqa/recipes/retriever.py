@@ -2,28 +2,29 @@
 
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
-from rqa.models.encoder import EncoderArguments, load_encoder
-from rqa.recipes.files import DataArguments, open_output, read_inputs
+from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.recipes.files import DataArguments
+from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import load_whole_weights
-from rqa.runtime.precision import autocast, compute_dtype
+from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
-from rqa.training.checkpoint import checkpoint_to_resume
 from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
@@ -68,55 +69,57 @@ def train_retriever(
     Raises:
         UserError: what a user can mend.
     """
-    device = distributed.start()
-    checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
-    set_seed(loop.seed)
-    inputs = read_inputs(data, loop, train_answers=answers, eval_answers=False)
-    open_output(loop.output_dir, all_arguments, checkpoint)
-    loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
-
-    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
-    dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    source = str(checkpoint or data.model_name_or_path)
+    run = begin(data, loop, all_arguments, "retr/mrr@10", train_answers=answers, eval_answers=False)
+    device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
-        retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+        retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
+    refuse_sharding(loop, training.refresher, retriever.encoder)
+
+    judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
     def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
         with autocast(device, dtype):
-            # An index of its own, so that to evaluate changes nothing in training.
-            current = Retriever(retriever.encoder, inputs.documents, index)
-            current.refresh()
-            found = find_passages(current, examples, evaluation)
+            if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
+                judged.refresh()
+            found = find_passages(judged, examples, evaluation)
         scores = score_retrieval(found, examples, evaluation.recall_at)
         return {f"{prefix}_{name}": value for name, value in scores.items()}
 
-    def before_step(step: int) -> None:
-        if training.refresher:
-            with autocast(device, dtype):
-                training.refresher(step)
-
     measured = inputs.eval and loop.eval_strategy != "no"
-    state = train(
-        training.objective,
-        Batches(len(inputs.train), training.collate, loop),
-        loop,
-        device,
-        before_step=before_step,
-        evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
-        checkpoint=checkpoint,
-    )
+    with closing(training.refresher) if training.refresher else nullcontext():
+        state = train(
+            training.objective,
+            Batches(len(inputs.train), training.collate, loop),
+            loop,
+            device,
+            before_step=training.refresher,
+            evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
+            checkpoint=run.checkpoint,
+        )
     if state.interrupted or not inputs.test:
         return {}
     with distributed.in_turn():
-        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
+        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
     scores = measure(inputs.test, "test")
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
+
+
+def refuse_sharding(loop: LoopArguments, refresher: Refresher | None, encoder: Encoder) -> None:
+    """Some ways to keep the index cheap need the whole encoder on every process.
+
+    Raises:
+        UserError: `--fsdp` divides it.
+    """
+    in_background = refresher is not None and refresher.arguments.refresh_async
+    flag = "refresh_async" if in_background else "train_query_encoder_only" if encoder.passage_encoder else ""
+    if flag and loop.fsdp != "no":
+        raise UserError(f"--{flag} true: needs the whole encoder on every process; leave out --fsdp")
 
 
 class DocumentNumbers:

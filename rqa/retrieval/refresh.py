@@ -1,45 +1,181 @@
 """The index follows the encoder: documents encoded again inside the loop, every so many steps."""
 
 import logging
+import math
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
+import numpy as np
+import torch
+
+from rqa.models.encoder import Encoder
+from rqa.retrieval.background import BackgroundEncoding
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
+
+
+@dataclass
+class RefreshArguments:
+    """When documents are encoded again in training, how many of them, and whether training waits."""
+
+    refresh_step: str = field(
+        default="10", metadata={"help": 'Steps between two refreshes of the index, or "0-100:10,100-900:50".'}
+    )
+    refresh_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the documents that a refresh encodes: up to one half those found most often since the "
+            "last one, otherwise those whose embeddings are oldest."
+        },
+    )
+    refresh_async: bool = field(
+        default=False,
+        metadata={"help": "Encode on a copy of the weights while training goes on; swap the index when ready."},
+    )
+    train_query_encoder_only: bool = field(
+        default=False,
+        metadata={"help": "Passages keep the initial encoder, which is saved beside the trained one; no refresh."},
+    )
+
+    def __post_init__(self) -> None:
+        parse_schedule(self.refresh_step)
+        if not 0 < self.refresh_fraction <= 1:
+            raise UserError(f"--refresh_fraction {self.refresh_fraction}: must be above 0 and at most 1")
+        if self.train_query_encoder_only and self.cheaper:
+            raise UserError(f"--train_query_encoder_only true: documents never change; leave out --{self.cheaper}")
+
+    @property
+    def cheaper(self) -> str:
+        """The flag that makes a refresh cheaper; empty if there is none."""
+        return "refresh_async" if self.refresh_async else "refresh_fraction" if self.refresh_fraction < 1 else ""
+
+    def freeze_passages(self, encoder: Encoder) -> None:
+        """Let passages keep the encoder that they have now, if that is asked for.
+
+        Raises:
+            UserError: the model's passages are frozen already, and all of it is to be trained.
+        """
+        if self.train_query_encoder_only:
+            encoder.freeze_passages()
+        elif encoder.passage_encoder:
+            raise UserError(
+                "--model_name_or_path: holds a passage encoder of its own, which stays as it is; "
+                "train its encoder of questions with --train_query_encoder_only true"
+            )
 
 
 class Refresher:
     """`before_step` of the loop: an index with the current weights at the first step and then on schedule.
 
     Args:
-        schedule: Steps between two refreshes: `10`, or `0-100:10,100-1000:100` for spans of steps.
-        then: Called after each refresh.
-
-    Raises:
-        UserError: the schedule cannot be read.
+        dtype: In which documents are encoded.
+        then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
     """
 
-    def __init__(self, retriever: Retriever, schedule: str, then: Callable[[], None] | None = None) -> None:
+    def __init__(
+        self,
+        retriever: Retriever,
+        arguments: RefreshArguments,
+        dtype: torch.dtype = torch.float32,
+        then: Callable[[], None] | None = None,
+    ) -> None:
         self.retriever = retriever
+        self.arguments = arguments
+        self.dtype = dtype
         self.then = then
-        self._spans = parse_schedule(schedule)
+        self.made_at = np.zeros(len(retriever.documents), dtype=np.int64)  # the step of each embedding's weights
+        self._spans = parse_schedule(arguments.refresh_step)
+        self._embeddings: np.ndarray | None = None  # [N, D], kept where a refresh replaces a part of them
+        self._work: BackgroundEncoding | None = None
+        self._wanted = False
 
-    def __call__(self, step: int) -> None:
-        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet."""
-        if len(self.retriever.index) and not self.due(step):
-            return
-        started = time.perf_counter()
-        self.retriever.refresh()
-        if self.then:
-            self.then()
-        log.info("step %d  index refreshed in %.1f s", step, time.perf_counter() - started)
+    def __call__(self, step: int) -> dict[str, float]:
+        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet.
+
+        Returns:
+            `index_staleness`: steps since the weights of the index's embeddings, the mean over documents.
+        """
+        with autocast(self.retriever.encoder.backbone.device, self.dtype):
+            if not len(self.retriever.index):
+                self._refresh(np.arange(len(self.made_at)), step)
+            elif self._frozen:
+                if self.due(step) and self.then:
+                    self.then()
+            elif self.arguments.refresh_async:
+                self._refresh_in_background(step)
+            elif self.due(step):
+                self._refresh(self._chosen(), step)
+        return {"index_staleness": step - float(self.made_at.mean())} if not self._frozen else {}
 
     def due(self, step: int) -> bool:
         """Whether the schedule refreshes after so many steps."""
         return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
+
+    def close(self) -> None:
+        """Give up what is being encoded in the background."""
+        if self._work:
+            self._work.close()
+            self._work = None
+
+    @property
+    def _frozen(self) -> bool:
+        return self.retriever.encoder.passage_encoder is not None
+
+    def _refresh(self, numbers: np.ndarray, step: int) -> None:
+        started = time.perf_counter()
+        self._replace(numbers, self.retriever.encode(distributed.share(numbers)), step)
+        log.info("step %d  %d documents encoded in %.1f s", step, len(numbers), time.perf_counter() - started)
+
+    def _refresh_in_background(self, step: int) -> None:
+        """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
+        self._wanted |= self.due(step)
+        if self._work and self._work.finished():
+            work, self._work = self._work, None
+            self._replace(work.numbers, work.result(), work.step)
+            log.info("step %d  index of step %d swapped in after %.1f s", step, work.step, work.seconds)
+        if self._wanted and not self._work:
+            self._work, self._wanted = BackgroundEncoding(self.retriever, self._chosen(), step, self.dtype), False
+
+    def _replace(self, numbers: np.ndarray, share: np.ndarray, step: int) -> None:
+        embeddings = np.stack(distributed.gather(share))
+        if self.arguments.refresh_fraction < 1:
+            if self._embeddings is None:
+                self._embeddings = embeddings
+            self._embeddings[numbers] = embeddings
+            embeddings = self._embeddings
+        self.retriever.index.replace(embeddings)
+        self.made_at[numbers] = step
+        if self.then:
+            self.then()
+
+    def _chosen(self) -> np.ndarray:
+        found = np.array(distributed.total(self.retriever.found.tolist()))
+        self.retriever.found[:] = 0
+        return documents_to_encode(self.arguments.refresh_fraction, found, self.made_at)
+
+
+def documents_to_encode(fraction: float, found: np.ndarray, made_at: np.ndarray) -> np.ndarray:
+    """Which of N documents a refresh encodes: ceil(fraction * N) of them, in order. -> [n]
+
+    At most half are documents found since the last refresh, the most often found first; the others are those with the
+    oldest embeddings. So every document comes round within ceil(2 / fraction) refreshes, however many are found, and
+    within ceil(1 / fraction) if none is.
+
+    Args:
+        found: How often each document was found. [N]
+        made_at: When each document's embedding was made. [N]
+    """
+    n = math.ceil(fraction * len(found))
+    lately = np.argsort(-found, kind="stable")[: min(n // 2, np.count_nonzero(found))]
+    oldest = np.argsort(made_at, kind="stable")
+    oldest = oldest[~np.isin(oldest, lately)][: n - len(lately)]
+    return np.sort(np.concatenate([lately, oldest]))
 
 
 def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:

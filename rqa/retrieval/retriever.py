@@ -20,12 +20,16 @@ class Retriever(PassageRetriever):
     """An encoder, an index and the documents behind it.
 
     The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
+
+    Attributes:
+        found: How often this process found each document. [N]
     """
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], arguments: IndexArguments) -> None:
         self.encoder = encoder
         self.documents = documents
         self.index = Index(arguments)
+        self.found = np.zeros(len(documents), dtype=np.int64)
 
     def open(self, path: str | Path | None) -> None:
         """Load the index at `path`, or build it there; without a path it is built in memory.
@@ -48,12 +52,28 @@ class Retriever(PassageRetriever):
 
     def refresh(self, stamp: str = "") -> None:
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
-        texts = distributed.share([document.fmt_content for document in self.documents])
-        embeddings = self.encoder.embed(self.encoder.tokenize_passages(texts), desc="encode documents")
-        self.index.replace(np.stack(distributed.gather(embeddings)), stamp)
+        numbers = range(len(self.documents))
+        self.index.replace(np.stack(distributed.gather(self.encode(distributed.share(numbers)))), stamp)
+
+    def encode(self, numbers: Sequence[int], encoder: Encoder | None = None) -> np.ndarray:
+        """Embeddings of some documents, in this process alone. [n] -> float32 [n, D]
+
+        Args:
+            numbers: Positions in the database.
+            encoder: A copy that encodes them without a progress bar; by default whatever encodes passages now.
+        """
+        bar = None if encoder else "encode documents"
+        encoder = encoder or self.encoder.passage_side
+        texts = [self.documents[number].fmt_content for number in numbers]
+        return encoder.embed(encoder.tokenize_passages(texts), desc=bar)
 
     def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)
+        return self.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)
+
+    def search(self, queries: np.ndarray, k: int) -> Hits:
+        """The k best documents for each query's embedding, fewer if the database holds fewer. [Q, D] -> [Q, k]"""
+        scores, ids = self.index.search(queries, k)
+        self.found += np.bincount(ids[ids >= 0], minlength=len(self.found))
         return Hits(ids, scores)
 
     def identity(self) -> str:

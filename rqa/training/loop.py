@@ -6,7 +6,7 @@ micro-batches and processes gives the same gradient.
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -43,7 +43,7 @@ def train(
     batches: Batches,
     arguments: LoopArguments,
     device: torch.device,
-    before_step: Callable[[int], None] | None = None,
+    before_step: Callable[[int], Mapping[str, float] | None] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     checkpoint: Path | None = None,
 ) -> RunState:
@@ -52,8 +52,8 @@ def train(
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         batches: The micro-batches of each optimizer step.
-        before_step: Called with the number of steps done, before the batch of the next one is made; a `LiveState`
-            is saved with each checkpoint.
+        before_step: Called with the number of steps done, before the batch of the next one is made; it may return
+            statistics. A `LiveState` is saved with each checkpoint.
         evaluate: Called with the number of steps done; returns metrics by name.
         checkpoint: Where to continue; the objective already holds its weights.
 
@@ -108,8 +108,7 @@ def train(
         if evaluate and arguments.eval_on_start and state.step == 0 and evaluate_now() and saving:
             save_now()
         while state.step < len(batches):
-            if before_step:
-                before_step(state.step)
+            news = (before_step(state.step) if before_step else None) or {}
             micro_batches = next(feed)
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
             losses, statistics = [], []
@@ -119,7 +118,7 @@ def train(
                         loss, values = module(batch.to(device))
                     optimization.backward(loss * (distributed.world_size() / weight))
                 losses.append(loss.detach())
-                statistics.append(values)
+                statistics.append({**news, **values})
             require_finite(losses, micro_batches, state.step)
             norm, rate = optimization.step(), optimization.learning_rate
             state.step += 1
