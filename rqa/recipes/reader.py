@@ -15,10 +15,11 @@ from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passa
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import evaluating, load_tokenizer
+from rqa.models.lora import train_adapters
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.packing import AnswerBatch
 from rqa.prompts import DoesNotFit, PromptArguments, Prompter, TokenSequence
-from rqa.recipes.files import DataArguments, open_output, read_inputs
+from rqa.recipes.files import DataArguments, merge_adapters, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
@@ -82,6 +83,7 @@ def train_reader(
     prompter = Prompter(load_tokenizer(source, loop.trust_remote_code), prompt)
     with distributed.in_turn():
         model = load_causal_lm(source, **options).to(device)
+    train_adapters(model, loop)
     objective = AnswerLikelihood(model, prompter)
     retriever = None
     if embedding_model:
@@ -115,15 +117,18 @@ def train_reader(
         evaluate=evaluate_and_keep if inputs.eval and loop.eval_strategy != "no" else None,
         checkpoint=checkpoint,
     )
-    if state.interrupted or not inputs.test:
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(model, load_causal_lm(loop.output_dir, **options).state_dict())
-    with autocast(device, dtype):
-        metrics, rows = test()
-    scores = {f"test_{name}": value for name, value in metrics.items()}
-    write_results(loop.output_dir, scores, rows)
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(model, load_causal_lm(loop.output_dir, **options).state_dict())
+        with autocast(device, dtype):
+            metrics, rows = test()
+        scores = {f"test_{name}": value for name, value in metrics.items()}
+        write_results(loop.output_dir, scores, rows)
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(model))
     return scores
 
 

@@ -15,7 +15,8 @@ from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
-from rqa.recipes.files import DataArguments, open_output, read_inputs
+from rqa.models.lora import train_adapters
+from rqa.recipes.files import DataArguments, merge_adapters, open_output, read_inputs
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
@@ -82,6 +83,7 @@ def train_retriever(
     source = str(checkpoint or data.model_name_or_path)
     with distributed.in_turn():
         retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+    train_adapters(retriever.encoder.backbone, loop)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -109,13 +111,16 @@ def train_retriever(
             evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
             checkpoint=checkpoint,
         )
-    if state.interrupted or not inputs.test:
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
-    scores = measure(inputs.test, "test")
-    write_results(loop.output_dir, scores, [])
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
+        scores = measure(inputs.test, "test")
+        write_results(loop.output_dir, scores, [])
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(retriever.encoder.backbone))
     return scores
 
 
