@@ -1,10 +1,11 @@
 """Documents: what is retrieved. Read from JSONL or from LocalRQA's pickles, written as JSONL."""
 
 import pickle
+import pickletools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl, write_jsonl
@@ -112,9 +113,18 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
 
 
+def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
+    """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > size:
+            raise UserError(f"not a readable pickle (it numbers an object {number})")
+    file.seek(0)
+
+
 def _read_pickle(path: Path) -> list[Document]:
     try:
         with path.open("rb") as file:
+            _refuse_huge_memo(file, path.stat().st_size)
             values = _DocumentUnpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -18,11 +18,12 @@ from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments
 from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
 from rqa.models.loading import load_tokenizer
+from rqa.models.lora import train_adapters
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.objectives.passages import PassageArguments, gold_and_retrieved
 from rqa.prompts import FusionPromptArguments, FusionPrompter, PromptArguments, Prompter, retrieval_query
-from rqa.recipes.files import DataArguments
+from rqa.recipes.files import DataArguments, merge_adapters
 from rqa.recipes.run import Run, begin
 from rqa.retrieval.hits import PassageRetriever
 from rqa.retrieval.index import IndexArguments
@@ -96,6 +97,7 @@ def train_reader(
     with distributed.in_turn():
         model, prompter = kind.load(run.source, run)
         model.to(device)
+    train_adapters(model, loop)
     trained = kind.assemble(model, prompter)
     retriever, path = None, data.full_dataset_index_path
     with autocast(device, dtype):
@@ -132,14 +134,18 @@ def train_reader(
     )
     if state.interrupted or not inputs.test:
         write_report(loop.output_dir)
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
-    with autocast(device, dtype):
-        metrics, rows = test(trained)
-    scores = {f"test_{name}": value for name, value in metrics.items()}
-    scores = judge_results(loop.output_dir, scores, rows, judge)
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores: dict[str, float] = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
+        with autocast(device, dtype):
+            metrics, rows = test(trained)
+        scores = {f"test_{name}": value for name, value in metrics.items()}
+        scores = judge_results(loop.output_dir, scores, rows, judge)
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(model))
     return scores
 
 

@@ -15,7 +15,8 @@ from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
-from rqa.recipes.files import DataArguments
+from rqa.models.lora import train_adapters
+from rqa.recipes.files import DataArguments, merge_adapters
 from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
@@ -74,6 +75,7 @@ def train_retriever(
     device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
         retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
+    train_adapters(retriever.encoder.backbone, loop)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -104,12 +106,16 @@ def train_retriever(
         )
     if state.interrupted or not inputs.test:
         write_report(loop.output_dir)
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
-    scores, rows = measure(inputs.test, "test")
-    write_results(loop.output_dir, scores, rows)
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores: dict[str, float] = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
+        scores, rows = measure(inputs.test, "test")
+        write_results(loop.output_dir, scores, rows)
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(retriever.encoder.backbone))
     return scores
 
 
