@@ -75,7 +75,8 @@ def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path 
     """Make the output directory, keep the arguments in it and log to it; say which differ from the checkpoint's."""
     if distributed.is_main():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        merged = {name: value for part in all_arguments for name, value in asdict(part).items()}
+        named = {name: value for part in all_arguments for name, value in asdict(part).items()}
+        merged = {name: value for name, value in named.items() if not name.endswith("api_key")}
         write_json(Path(output_dir) / ARGUMENTS_FILE, merged)
         log_to_file(str(Path(output_dir) / "train.log"))
         if checkpoint:

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.judge import JudgeArguments, judge_results
 from rqa.evaluation.reader import ReaderEvaluation, TrainableReader, encode_examples
-from rqa.evaluation.results import write_results
 from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
@@ -35,7 +35,7 @@ from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
 
-SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments)
+SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments, JudgeArguments)
 
 ChoosePassages = Callable[[Sequence[Example], Retriever | None], list[list[Document]]]
 
@@ -59,6 +59,7 @@ def train_reader(
     evaluation: EvaluationArguments,
     encoder: EncoderArguments,
     index: IndexArguments,
+    judge: JudgeArguments,
     kind: ReaderKind,
     embedding_model: str | None,
     choose_passages: ChoosePassages,
@@ -125,7 +126,7 @@ def train_reader(
     with autocast(device, dtype):
         metrics, rows = test(trained)
     scores = {f"test_{name}": value for name, value in metrics.items()}
-    write_results(loop.output_dir, scores, rows)
+    scores = judge_results(loop.output_dir, scores, rows, judge)
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
 
