@@ -79,9 +79,7 @@ def load_fusion(
         model = load_model(AutoModelForSeq2SeqLM, name, flash=flash, **options)
     encoder = model.get_encoder()
     if not flash:
-        model.set_attn_implementation("sdpa")
-        if encoder._supports_attention_backend:
-            encoder.set_attn_implementation(PACKED_ATTENTION)
+        _set_attention(model)
     if pooler := getattr(encoder, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that nothing depends on, and DDP would wait for its gradient
     for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
@@ -89,6 +87,17 @@ def load_fusion(
         if limit and asked > limit:
             raise UserError(f"--max_{flag}_seq_length {asked}: {name} takes at most {limit} tokens")
     return model, FusionPrompter(tokenizer, arguments, start_token(model))
+
+
+def _set_attention(model: PreTrainedModel) -> None:
+    """Packed in the encoder, sdpa elsewhere; whatever cannot run so computes attention itself."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # T5Gemma caps its scores
+        model.set_attn_implementation("eager")
+        return
+    if model.get_encoder()._supports_attention_backend:
+        model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
 
 
 def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
