@@ -2,6 +2,7 @@
 
 import copy
 import json
+import logging
 import os
 import runpy
 import sys
@@ -63,6 +64,9 @@ def _seeded() -> None:
 @pytest.fixture
 def run_executable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, object]], int]:
     """Run an executable of bin/ in this process, flags by name; its exit status."""
+    logger = logging.getLogger("rqa")
+    for name in ("handlers", "level", "propagate"):  # an executable sets them, and the next test is no executable
+        monkeypatch.setattr(logger, name, getattr(logger, name))
 
     def run(name: str, flags: dict[str, object]) -> int:
         path = str(Path(__file__).parents[1] / "bin" / name)

@@ -205,6 +205,9 @@ def test_a_ctl_batch_holds_each_question_s_gold_and_the_negatives_asked_for(
         {"num_docs": 40, "refresh_step": "0-2:1,2-9:2"},  # more than there are documents
         {"retrieve_temperature": 0.5, "lm_temperature": 1.0, "gradient_accumulation_steps": 2},
         {"bf16": "true"},
+        {"refresh_fraction": 0.3, "refresh_step": 1},
+        {"refresh_async": "true", "refresh_step": 1, "bf16": "true"},
+        {"train_query_encoder_only": "true"},
     ],
     ids=lambda own: "-".join(own),
 )
@@ -240,6 +243,9 @@ def hard(
         {"grad_cache_chunk_size": 2, "num_hard_negatives": 1, "gradient_accumulation_steps": 2},
         {"bf16": "true", "gradient_checkpointing": "true"},
         {"dataloader_num_workers": 1},
+        {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1, "refresh_fraction": 0.3},
+        {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1, "refresh_async": "true"},
+        {"num_hard_negatives": 1, "train_query_encoder_only": "true", "dataloader_num_workers": 1},
     ],
     ids=lambda own: "-".join(map(str, (part for pair in own.items() for part in pair))) or "no hard negatives",
 )
@@ -296,6 +302,7 @@ def test_the_best_model_is_chosen_by_either_name_of_a_metric(
         ("train_ctl", {"grad_cache_chunk_size": 3}),
         ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 2}),
         ("train_rpg", {}),
+        ("train_rpg", {"train_query_encoder_only": "true"}),
     ],
 )
 def test_a_run_that_is_resumed_gives_the_very_same_model_as_one_that_is_not(
@@ -334,6 +341,8 @@ def test_evaluation_in_between_changes_nothing_in_training(
         ("train_ctl", "hard_neg_ratio", -0.5, "--hard_neg_ratio -0.5: must be at least 0"),
         ("train_ctl", "negatives_from_rank", 0, "--negatives_from_rank 0: must be at least 1"),
         ("train_ctl", "mine_negatives", "true", "--mine_negatives true: say how many"),
+        ("train_ctl", "refresh_async", "true", "--refresh_async: nothing is refreshed without --mine_negatives true"),
+        ("train_ctl", "refresh_fraction", 0.5, "--refresh_fraction: nothing is refreshed without"),
         ("train_ctl", "metric_for_best_model", "blue", "--metric_for_best_model blue: not measured"),
         ("train_ctl", "model_name_or_path", "/nowhere/model", "model /nowhere/model: cannot be loaded"),
         ("train_ctl", "temprature", 1, "--temprature: unknown flag; did you mean --temperature?"),
@@ -341,6 +350,7 @@ def test_evaluation_in_between_changes_nothing_in_training(
         ("train_rpg", "lm_temperature", 0, "--lm_temperature 0.0: must be positive"),
         ("train_rpg", "retrieve_temperature", -1, "--retrieve_temperature -1.0: must be positive"),
         ("train_rpg", "refresh_step", "x", "--refresh_step x: write a number of steps"),
+        ("train_rpg", "refresh_fraction", 0, "--refresh_fraction 0.0: must be above 0"),
         ("train_rpg", "kl_direction", "both", "--kl_direction"),
         ("train_rpg", "dataloader_num_workers", 2, "--dataloader_num_workers"),
         ("train_rpg", "lm_model_path", "/nowhere/lm", "model /nowhere/lm: cannot be loaded"),
@@ -359,6 +369,14 @@ def test_bad_flags_are_one_line_and_status_2(
     flags = rpg if name == "train_rpg" else without(rpg, "lm_model_path", "num_docs", "text_maxlength")
     assert run_executable(name, {**flags, flag: value}) == 2
     assert_one_error(capsys, message, tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["refresh_async", "train_query_encoder_only"])
+def test_a_sharded_encoder_cannot_be_copied(
+    flag: str, rpg: dict[str, object], run_executable: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run_executable("train_rpg", {**rpg, flag: "true", "fsdp": "full_shard"}) == 2
+    assert_one_error(capsys, f"--{flag} true: needs the whole encoder on every process", tmp_path)
 
 
 def test_mining_refuses_workers_that_would_not_see_what_is_mined(
@@ -399,8 +417,19 @@ def assert_one_error(capsys: pytest.CaptureFixture[str], message: str, path: Pat
     assert not (path / "out" / "model.safetensors").exists()
 
 
+def torchrun(name: str, flags: dict[str, object], processes: int) -> None:
+    """Run an executable on several processes."""
+    line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    done = subprocess.run(
+        [*launcher, str(BIN / name), *line],
+        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
 def test_two_processes_under_torchrun_train_the_encoder_of_one(ctl: dict[str, object], tmp_path: Path) -> None:
-    """Same questions in a step, same negatives: the other process's documents count."""
+    """Same questions in a step, same mined negatives, all of a question's: the other process's documents count."""
     settings = json.loads((Path(str(ctl["model_name_or_path"])) / "config.json").read_text())
     calm = tmp_path / "calm"  # without dropout, which no two splits share
     load_encoder(str(ctl["model_name_or_path"])).save_pretrained(calm)
@@ -410,16 +439,62 @@ def test_two_processes_under_torchrun_train_the_encoder_of_one(ctl: dict[str, ob
     for processes in (1, 2):
         output = tmp_path / str(processes)
         flags = {**without(ctl, "test_file"), "model_name_or_path": calm, "learning_rate": 1e-3, "output_dir": output,
-                 "per_device_train_batch_size": 8 // processes, "grad_cache_chunk_size": 3}  # fmt: skip
-        line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        done = subprocess.run(
-            [*torchrun, str(BIN / "train_ctl"), *line],
-            env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
+                 "per_device_train_batch_size": 8 // processes, "grad_cache_chunk_size": 3, "mine_negatives": "true",
+                 "num_hard_negatives": 99, "negatives_from_rank": 18, "negatives_margin": -1, "refresh_step": 2,
+                 "refresh_fraction": 0.5}  # fmt: skip
+        torchrun("train_ctl", flags, processes)
         weights.append(load_file(output / "model.safetensors"))
         losses.append(history(output, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
     for name, weight in weights[0].items():
         assert (weight - weights[1][name]).abs().max() < 1e-4, name
+
+
+def test_two_processes_swap_an_index_made_in_the_background_at_the_same_step(
+    rpg: dict[str, object], tmp_path: Path
+) -> None:
+    flags = {**without(rpg, "eval_file", "test_file"), "refresh_async": "true", "refresh_step": 1, "max_steps": 30}
+    torchrun("train_rpg", flags, 2)
+    staleness = history(tmp_path / "out", "index_staleness")  # the mean over processes: whole if they agree
+    assert all(value == int(value) for value in staleness)
+    assert staleness[0] == 0
+    assert 1 <= max(staleness) < 29
+
+
+@pytest.mark.parametrize(("own", "expected"), [({}, [0, 1, 0, 1]), ({"refresh_fraction": 0.5}, [0, 1, 1, 2])], ids=str)
+def test_the_staleness_of_the_index_is_logged(
+    own: dict[str, object], expected: list[float], rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**without(rpg, "eval_file", "test_file"), **own, "gradient_accumulation_steps": 2}
+    assert run_executable("train_rpg", flags) == 0
+    assert history(tmp_path / "out", "index_staleness") == expected
+
+
+@pytest.mark.parametrize("eval_on_start", ["true", "false"])
+def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
+    eval_on_start: str, ctl: dict[str, object], run_executable: Run, documents: list[Document],
+    examples: list[Example], tmp_path: Path
+) -> None:  # fmt: skip
+    """By plain matrix products; it learns, and can be trained again from where it is."""
+    mining = {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 5, "eval_on_start": eval_on_start}
+    flags = {**ctl, **mining, "train_query_encoder_only": "true", "max_steps": 40, "learning_rate": 3e-3,
+             "per_device_train_batch_size": 8, "eval_steps": 40, "load_best_model_at_end": "false"}  # fmt: skip
+    assert run_executable("train_ctl", flags) == 0
+    output = str(tmp_path / "out")
+    assert np.mean(history(output, "loss")[-5:]) < np.mean(history(output, "loss")[:5])
+    first, trained = load_encoder(str(ctl["model_name_or_path"])), load_encoder(output)
+    texts = first.tokenize_passages([document.fmt_content for document in documents])
+    queries = trained.embed(trained.tokenize_queries([example.question for example in examples[20:]]))
+    passages = first.embed(texts)
+    np.testing.assert_allclose(trained.passage_side.embed(texts), passages, atol=1e-6)
+    ranking = (-(queries @ passages.T)).argsort(1)
+    rank = [row.tolist().index(number) for number, row in zip(range(20, 24), ranking, strict=True)]
+    scores = json.loads((tmp_path / "out/score.json").read_text())
+    assert scores["test_retr/recall@1"] == np.mean(np.array(rank) == 0)
+    assert scores["test_retr/mrr@10"] == pytest.approx(np.mean([1 / (r + 1) if r < 10 else 0 for r in rank]))
+    again = {**flags, "model_name_or_path": output, "output_dir": tmp_path / "again", "max_steps": 1}
+    assert run_executable("train_ctl", again) == 0
+    np.testing.assert_array_equal(load_encoder(str(tmp_path / "again")).passage_side.embed(texts), passages)
+    assert (
+        run_executable("train_ctl", {**without(again, "train_query_encoder_only"), "output_dir": tmp_path / "x"}) == 2
+    )

@@ -13,13 +13,14 @@ from rqa.data.examples import Example
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import score_retrieval
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
-from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.recipes.files import DataArguments
 from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
@@ -76,6 +77,7 @@ def train_retriever(
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
+    refuse_sharding(loop, training.refresher, retriever.encoder)
 
     judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
@@ -106,6 +108,18 @@ def train_retriever(
     write_results(loop.output_dir, scores, [])
     log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
+
+
+def refuse_sharding(loop: LoopArguments, refresher: Refresher | None, encoder: Encoder) -> None:
+    """Some ways to keep the index cheap need the whole encoder on every process.
+
+    Raises:
+        UserError: `--fsdp` divides it.
+    """
+    in_background = refresher is not None and refresher.arguments.refresh_async
+    flag = "refresh_async" if in_background else "train_query_encoder_only" if encoder.passage_encoder else ""
+    if flag and loop.fsdp != "no":
+        raise UserError(f"--{flag} true: needs the whole encoder on every process; leave out --fsdp")
 
 
 class DocumentNumbers:

@@ -40,13 +40,19 @@ class PassageRetriever(ABC):
     def identity(self) -> str:
         """A fingerprint of all that decides what is found."""
 
+    def retrieve_shared(self, queries: Sequence[str], k: int) -> Hits:
+        """`retrieve`, each process its share of the queries; all ask for the same, and all get everything."""
+        hits = self.retrieve(distributed.share(queries), k)
+        rows = distributed.gather(list(zip(hits.ids, hits.scores, strict=True)))
+        return stack(rows, hits.ids.shape[1])
+
     def retrieve_once(self, queries: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
         directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *queries)
         if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(queries), directory)
             return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
-        hits = self.retrieve(queries, k)
+        hits = self.retrieve_shared(queries, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
                 np.save(temporary / "ids.npy", hits.ids)

@@ -60,11 +60,12 @@ class Retriever(PassageRetriever):
 
         Args:
             numbers: Positions in the database.
-            encoder: Encodes them; by default whatever encodes passages now.
+            encoder: A copy that encodes them without a progress bar; by default whatever encodes passages now.
         """
+        bar = None if encoder else "encode documents"
         encoder = encoder or self.encoder.passage_side
         texts = [self.documents[number].fmt_content for number in numbers]
-        return encoder.embed(encoder.tokenize_passages(texts), desc="encode documents")
+        return encoder.embed(encoder.tokenize_passages(texts), desc=bar)
 
     def retrieve(self, queries: Sequence[str], k: int) -> Hits:
         return self.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)

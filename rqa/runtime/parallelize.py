@@ -96,10 +96,9 @@ def in_step(module: nn.Module, batches: Sequence[Sequence[T]], filler: Sequence[
 
     A sharded module runs forward on all processes or on none; any other gets its batches and no filler.
     """
+    longest = max(distributed.total_by_rank(len(batches))) if is_sharded(module) else len(batches)
     yield from batches
-    if is_sharded(module):
-        longest = max(distributed.total_by_rank(len(batches)))
-        yield from (filler for _ in range(int(longest) - len(batches)))
+    yield from (filler for _ in range(int(longest) - len(batches)))
 
 
 @contextmanager

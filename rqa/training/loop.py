@@ -53,7 +53,7 @@ def train(
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         batches: The micro-batches of each optimizer step.
         before_step: Called with the number of steps done, before the batch of the next one is made; it may return
-            statistics, and a `LiveState` is saved with each checkpoint.
+            statistics. A `LiveState` is saved with each checkpoint.
         evaluate: Called with the number of steps done; returns metrics by name.
         checkpoint: Where to continue; the objective already holds its weights.
 

@@ -9,6 +9,7 @@ import pytest
 from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
 from rqa.models.encoder import load_encoder
+from rqa.objectives import negatives
 from rqa.objectives.negatives import DEPTH, MinedNegatives
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
@@ -54,9 +55,9 @@ def mined(
 ) -> list[list[float]]:
     retriever = Retriever(Numbers(), database, IndexArguments())  # type: ignore[arg-type]
     retriever.refresh()
-    negatives = MinedNegatives(examples, retriever, count, from_rank, margin)
-    negatives.mine()
-    return [[score_of(found) for found in negatives[number]] for number in range(len(examples))]
+    pools = MinedNegatives(examples, retriever, count, from_rank, margin)
+    pools.mine()
+    return [[score_of(found) for found in pools[number]] for number in range(len(examples))]
 
 
 def test_the_best_documents_that_are_not_gold_are_mined_best_first() -> None:
@@ -106,6 +107,27 @@ def test_a_deep_database_is_searched_to_the_depth_and_no_deeper() -> None:
     assert DEPTH - 5 <= len(found) <= DEPTH + 5
 
 
+@pytest.mark.parametrize("count", [1, 3, 40])
+def test_a_question_is_searched_as_deep_as_its_negatives_lie(count: int) -> None:
+    """Gold fills the first ranks, or the margin rules them out: the negatives stand behind the usual depth."""
+    many = [document(score) for score in range(100)]
+    greedy = Example("a", tuple(document(score) for score in range(60, 100)))
+    found, usual = mined([greedy, Example("b", (document(99),))], database=many, count=count)
+    assert found[:count] == list(range(59, 59 - count, -1))
+    assert usual[:count] == list(range(98, 98 - count, -1))
+    assert len(usual) < 40 or count == 40
+    (found,) = mined([Example("c", (document(50),))], margin=30, database=many, count=count)
+    assert found[:count] == list(range(20, max(20 - count, -1), -1))  # of 21 that there are
+
+
+def test_a_question_without_any_negative_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(negatives, "HITS_AT_ONCE", 64)  # and the others of its part are not disturbed
+    many = [document(score) for score in range(100)]
+    asked = [Example("a", (document(0),)), Example("b", (document(99),)), Example("c", (document(30),))]
+    found = mined(asked, margin=1, database=many, count=5)
+    assert [row[:5] for row in found] == [[], [98, 97, 96, 95, 94], [29, 28, 27, 26, 25]]
+
+
 def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
     encoder_path: str, examples: list[Example], documents: list[Document]
 ) -> None:
@@ -113,10 +135,10 @@ def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
     retriever = Retriever(encoder, documents, IndexArguments())
     retriever.refresh()
     asked = [*examples[:5], replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
-    negatives = MinedNegatives(asked, retriever, count=1, from_rank=2, margin=None)
-    negatives.mine()
+    pools = MinedNegatives(asked, retriever, count=1, from_rank=2, margin=None)
+    pools.mine()
     for number, example in enumerate(asked):
         (found,) = retriever.documents_of(retriever.retrieve([retrieval_query(example)], DEPTH + 2))
-        assert negatives[number] == [hit for hit in found if hit not in example.gold_docs][1:]
-        assert len(negatives[number]) >= DEPTH
+        assert pools[number] == [hit for hit in found if hit not in example.gold_docs][1:]
+        assert len(pools[number]) >= DEPTH
     assert encoder.training

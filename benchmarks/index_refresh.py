@@ -1,0 +1,206 @@
+#!/usr/bin/env python
+"""What does a fresh index cost, and what does it bring? Each way to refresh it, with the Recall@4 that it reaches.
+
+    python benchmarks/index_refresh.py --model_name_or_path E                                       # CTL on pydocs
+    python benchmarks/index_refresh.py ... --algorithm rpg --lm_model_path L --steps 60
+    python benchmarks/index_refresh.py ... --document_path documents.pkl --train_file train_w_qa.jsonl \\
+        --eval_file eval_w_qa.jsonl --flags "--learning_rate 2e-5"
+    python benchmarks/index_refresh.py ... --steps 4 --every 2 --max_train 64 --max_eval 20         # tiny
+
+Every way runs bin/train_ctl (with mined negatives) or bin/train_rpg for as many steps, on the same questions, in a
+process of its own with a cache of its own. Seconds a refresh, and its share of the time, are those that training
+waits; what a background thread takes stands by itself. Recall@4 is that of the trained encoder, its index made anew,
+with a 95 % bootstrap interval.
+"""
+
+import argparse
+import json
+import os
+import runpy
+import shlex
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+from harness import peak_gib, print_table, run_alone, use_allocator
+
+from rqa.data.documents import Document, read_documents, write_documents
+from rqa.data.examples import Example, read_examples, write_examples
+from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.evaluation.retrieval import score_questions
+from rqa.evaluation.runtime import machine
+from rqa.evaluation.statistics import mean_intervals
+from rqa.models.encoder import load_encoder
+from rqa.prompts import retrieval_query
+from rqa.retrieval.background import BackgroundEncoding
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.refresh import Refresher
+from rqa.retrieval.retriever import Retriever
+
+METRIC = "retr/recall@4"
+BIN = Path(__file__).resolve().parents[1] / "bin"
+
+
+def ways(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of all ways, and the flags that ask for them."""
+    every, steps = arguments.every, arguments.steps
+    often, seldom = ["--refresh_step", str(every)], f"0-{steps // 3}:{every},{steps // 3}-{steps}:{4 * every}"
+    return {
+        "never": ["--refresh_step", str(steps + 1)],
+        f"every {every} steps": often,
+        f"every {every}, later {4 * every}": ["--refresh_step", seldom],
+        f"{arguments.fraction:.0%} every {every}": [*often, "--refresh_fraction", str(arguments.fraction)],
+        f"in the background every {every}": [*often, "--refresh_async", "true"],
+        "questions only": [*often, "--train_query_encoder_only", "true"],
+    }
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.way:
+        print(json.dumps(measure(arguments)))
+        return
+    only = vars(arguments).pop("only")
+    documents, train, held_out = read_inputs(arguments)
+    with TemporaryDirectory() as directory:
+        arguments.directory = directory
+        write_documents(Path(directory) / "documents.jsonl", documents)
+        write_examples(Path(directory) / "train.jsonl", train)
+        rows = [{"way": "untrained", **recall(arguments.model_name_or_path, documents, held_out)}]
+        for number, way in enumerate(ways(arguments)):
+            if not only or number in only:
+                row = run_alone(__file__, arguments, way=way)
+                rows.append({**row, **recall(f"{directory}/{way}", documents, held_out)})
+    report(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="the encoder to train")
+    parser.add_argument("--algorithm", choices=["ctl", "rpg"], default="ctl")
+    parser.add_argument("--lm_model_path", help="the language model of RPG")
+    parser.add_argument("--document_path", help="documents; by default those of rqa.data.pydocs")
+    parser.add_argument("--train_file", help="their training questions, with answers for RPG")
+    parser.add_argument("--eval_file", help="the questions to measure on")
+    parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
+    parser.add_argument("--every", type=int, default=10, help="steps between two refreshes")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the documents, in a partial refresh")
+    parser.add_argument("--batch_size", default="16", help="questions of a step")
+    parser.add_argument("--flags", default="", help="further flags of the executable, in one string")
+    parser.add_argument("--max_train", type=int, help="use so many training questions")
+    parser.add_argument("--max_eval", type=int, help="use so many questions to measure on")
+    parser.add_argument("--only", type=int, nargs="*", help="the numbers of ways to run, from 0")
+    parser.add_argument("--way", help=argparse.SUPPRESS)
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.algorithm == "rpg" and not arguments.lm_model_path:
+        parser.error("--algorithm rpg: needs --lm_model_path")
+    return arguments
+
+
+def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], list[Example], list[Example]]:
+    """Documents, training questions and the questions to measure on."""
+    if arguments.train_file:
+        documents = read_documents(arguments.document_path)
+        train, held_out = read_examples(arguments.train_file), read_examples(arguments.eval_file)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, train, held_out = corpus.documents, corpus.train, corpus.test
+    return documents, list(train[: arguments.max_train]), list(held_out[: arguments.max_eval])
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Run the executable here, with a clock around whatever precedes a step."""
+    use_allocator("tuned")
+    calls: list[tuple[float, float, float]] = []  # (begin, end, staleness) of what precedes each step
+    due: list[bool] = []
+    background: list[float] = []
+    call, result = Refresher.__call__, BackgroundEncoding.result
+
+    def timed(self: Refresher, step: int) -> dict[str, float]:
+        started = time.perf_counter()
+        statistics = call(self, step)
+        calls.append((started, time.perf_counter(), statistics.get("index_staleness", 0.0)))
+        due.append(self.due(step))
+        return statistics
+
+    def noted(self: BackgroundEncoding) -> np.ndarray:
+        background.append(self.seconds)
+        return result(self)
+
+    Refresher.__call__, BackgroundEncoding.result = timed, noted
+    run_executable(arguments)
+    seconds = calls[-1][0] - calls[0][1]  # of all steps but the last, without the first index
+    waited = [end - started for started, end, _ in calls[1:-1]]
+    return {
+        "way": arguments.way,
+        "first_index_seconds": calls[0][1] - calls[0][0],
+        "seconds_per_step": seconds / max(len(calls) - 1, 1),
+        "seconds_per_refresh": sum(waited) / max(sum(due[1:-1]), 1),
+        "share": sum(waited) / seconds,
+        "background_seconds": sum(background),
+        "staleness": float(np.mean([staleness for _, _, staleness in calls])),
+        "peak_gib": peak_gib(),
+    }
+
+
+def run_executable(arguments: argparse.Namespace) -> None:
+    """As a user runs it; nothing is evaluated and no checkpoint saved."""
+    directory, name = Path(arguments.directory), f"train_{arguments.algorithm}"
+    os.environ["RQA_CACHE"] = str(directory / f"{arguments.way} cache")  # a teacher that knows nothing yet
+    flags = ["--model_name_or_path", arguments.model_name_or_path, "--output_dir", str(directory / arguments.way)]
+    flags += ["--train_file", str(directory / "train.jsonl"), "--max_steps", str(arguments.steps)]
+    flags += ["--full_dataset_file_path", str(directory / "documents.jsonl"), "--eval_strategy", "no"]
+    flags += ["--per_device_train_batch_size", arguments.batch_size, "--save_strategy", "no"]
+    if arguments.algorithm == "rpg":
+        flags += ["--lm_model_path", arguments.lm_model_path]
+    else:
+        flags += ["--mine_negatives", "true", "--num_hard_negatives", "1"]
+    sys.argv = [str(BIN / name), *flags, *ways(arguments)[arguments.way], *shlex.split(arguments.flags)]
+    try:
+        runpy.run_path(sys.argv[0], run_name="__main__")
+    except SystemExit as end:
+        if end.code:
+            raise
+
+
+def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]) -> dict[str, Any]:
+    """Recall@4 of an encoder over a whole new index, with its interval."""
+    retriever = Retriever(load_encoder(path), documents, IndexArguments())
+    retriever.refresh()
+    found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
+    values = np.array([[row[METRIC]] for row in score_questions(found, examples, (4,)) if row])  # [n, 1]
+    (interval,) = mean_intervals(values).round(4).tolist()
+    return {"recall@4": float(values.mean()), "interval": interval, "n": len(values)}
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table, and one JSON line."""
+
+    def cell(row: dict[str, Any], name: str, form: str) -> str:
+        return format(row[name], form) if name in row else ""
+
+    header = ("", "s/step", "s/refresh", "share", "in background", "staleness", "peak GiB", "recall@4")
+    columns = (("seconds_per_step", ".3f"), ("seconds_per_refresh", ".2f"), ("share", ".1%"),
+               ("background_seconds", ".1f"), ("staleness", ".1f"), ("peak_gib", ".1f"))  # fmt: skip
+    print_table(
+        header,
+        [
+            (
+                row["way"],
+                *(cell(row, *column) for column in columns),
+                "{:.3f} ({:.2f}-{:.2f})".format(row["recall@4"], *row["interval"]),
+            )
+            for row in rows
+        ],
+    )
+    settings = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
+    print(json.dumps({"benchmark": "index_refresh", **settings, **machine(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""Two processes do what one does: every trainer, DDP and FSDP2, evaluation on. One torchrun runs them all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from rqa.data.examples import Example, write_examples
+
+HERE = Path(__file__).parent
+TRAINERS = {
+    "sft": ("train_sft", {"eval_embedding_model": "ENCODER"}),
+    "swr": ("train_swr", {"embedding_model": "ENCODER", "gradient_checkpointing": "true"}),
+    "ctl": ("train_ctl", {"num_hard_negatives": 1}),
+    "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
+    "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
+}
+WAYS = {"ddp": {}, "fsdp": {"fsdp": "full_shard"}}
+DECODERS = ("sft", "swr")
+
+
+@pytest.fixture(scope="module")
+def paths(
+    lm_path: str, encoder_path: str, examples: list[Example], data: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, str]:
+    """The models, the encoder without dropout, and files whose sizes two does not divide."""
+    root = tmp_path_factory.mktemp("processes")
+    encoder = shutil.copytree(encoder_path, root / "encoder")
+    config = json.loads((encoder / "config.json").read_text())
+    config |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    (encoder / "config.json").write_text(json.dumps(config))
+    for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
+        negative = [
+            Example(e.question, e.gold_docs, e.gold_answer, hard_neg_docs=examples[number].gold_docs)
+            for number, e in enumerate(part)
+        ]
+        write_examples(root / f"{name}.jsonl", negative)
+    return {"ROOT": str(root), "LM": lm_path, "ENCODER": str(encoder), "DOCUMENTS": str(data / "documents.jsonl")}
+
+
+def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -> dict[str, object]:
+    """The same four examples a micro-batch and eight a step, whatever the number of processes.
+
+    With this epsilon an update is proportional to its gradient, so that weights compare as gradients do.
+    """
+    root = paths["ROOT"]
+    own = {flag: paths.get(str(value), value) for flag, value in TRAINERS[trainer][1].items()}
+    return {
+        "model_name_or_path": paths["LM" if trainer in DECODERS else "ENCODER"],
+        **{f"{name}_file": f"{root}/{name}.jsonl" for name in ("train", "eval", "test")},
+        "full_dataset_file_path": paths["DOCUMENTS"],
+        "max_steps": 3,
+        "per_device_train_batch_size": 4 // processes,
+        "per_device_eval_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "adam_epsilon": 1.0,
+        "learning_rate": 0.3,
+        "lr_scheduler_type": "constant",
+        "eval_steps": 2,
+        "save_steps": 2,
+        "logging_steps": 1,
+        **({"max_new_tokens": 6, "max_seq_length": 256} if trainer in DECODERS else {}),
+        **own,
+        **more,
+    }
+
+
+@pytest.fixture(scope="module")
+def two(paths: dict[str, str]) -> Path:
+    """Every trainer in every way, by two processes; the folder of their outputs."""
+    root = Path(paths["ROOT"]) / "two"
+    jobs = [
+        (TRAINERS[trainer][0], flags(trainer, 2, paths, output_dir=f"{root}/{trainer}/{way}", **more))
+        for trainer in TRAINERS
+        for way, more in WAYS.items()
+    ]
+    again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4)
+    jobs.append(("train_swr", {**again, "resume_from_checkpoint": f"{root}/swr/fsdp/checkpoint-2"}))
+    (root.parent / "jobs.json").write_text(json.dumps(jobs))
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [*torchrun, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RQA_CACHE": str(root / "cache")}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-6000:]
+    return root
+
+
+def weights(path: Path) -> dict[str, Tensor]:
+    return load_file(path / "model.safetensors")
+
+
+def score(path: Path) -> dict[str, float]:
+    scores = json.loads((path / "score.json").read_text())
+    return {name: value for name, value in scores.items() if "per_second" not in name}
+
+
+@pytest.mark.parametrize("trainer", TRAINERS)
+def test_two_processes_reach_the_weights_and_scores_of_one(
+    trainer: str, two: Path, paths: dict[str, str], run_executable: Callable[[str, dict[str, object]], int]
+) -> None:
+    one = Path(paths["ROOT"]) / "one" / trainer
+    assert run_executable(TRAINERS[trainer][0], flags(trainer, 1, paths, output_dir=one)) == 0
+    before = weights(Path(str(flags(trainer, 1, paths)["model_name_or_path"])))
+    expected = weights(one / "checkpoint-3")
+    change = max(float((expected[name] - before[name]).abs().max()) for name in expected)
+    assert change > 1e-4
+    for way in WAYS:
+        found = weights(two / trainer / way / "checkpoint-3")
+        assert found.keys() == expected.keys()
+        for name, weight in expected.items():
+            assert found[name].dtype == weight.dtype
+            assert (found[name] - weight).abs().max() < 1e-3 * change, (way, name)
+        ours, theirs = score(two / trainer / way), score(one)
+        assert ours.keys() == theirs.keys()
+        assert ours == pytest.approx(theirs, rel=1e-3), way
+
+
+def test_a_sharded_run_resumes_sharded_and_on_one_process(
+    two: Path, paths: dict[str, str], run_executable: Callable[[str, dict[str, object]], int], tmp_path: Path
+) -> None:
+    whole = flags("swr", 1, paths, output_dir=tmp_path / "whole", max_steps=4)
+    assert run_executable("train_swr", whole) == 0
+    expected = weights(tmp_path / "whole" / "checkpoint-4")
+    alone = tmp_path / "alone"
+    shutil.copytree(two / "swr" / "fsdp" / "checkpoint-2", alone / "checkpoint-2")
+    resumed = {**whole, "output_dir": alone, "resume_from_checkpoint": "true"}
+    assert run_executable("train_swr", resumed) == 0
+    before = weights(Path(paths["LM"]))
+    change = max(float((expected[name] - before[name]).abs().max()) for name in expected)
+    for path in (two / "resumed", alone):
+        found = weights(path / "checkpoint-4")
+        assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-3 * change, path
+    state = torch.load(alone / "checkpoint-4" / "training_state.pt", weights_only=True)
+    assert {tuple(values["exp_avg"].shape) for values in state["optimization"]["optimizer"]["state"].values()} == {
+        tuple(weight.shape) for name, weight in expected.items()
+    }
