@@ -303,12 +303,15 @@ def test_the_best_model_is_chosen_by_either_name_of_a_metric(
         ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 2}),
         ("train_rpg", {}),
         ("train_rpg", {"train_query_encoder_only": "true"}),
+        ("train_rpg", {"refresh_step": 3}),
+        ("train_rpg", {"refresh_step": 1, "refresh_fraction": 0.3}),
+        ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 3}),
     ],
 )
 def test_a_run_that_is_resumed_gives_the_very_same_model_as_one_that_is_not(
     name: str, own: dict[str, object], rpg: dict[str, object], run_executable: Run, tmp_path: Path
 ) -> None:
-    """With dropout; where an index is refreshed, the checkpoint stands at a refresh."""
+    """With dropout, and with an index of other weights than the checkpoint's."""
     flags = without(rpg, "eval_file", "test_file") | {"save_steps": 2, "learning_rate": 1e-3} | own
     if name == "train_ctl":
         flags = without(flags, "lm_model_path", "num_docs", "text_maxlength")

@@ -6,6 +6,8 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -70,12 +72,22 @@ class RefreshArguments:
             )
 
 
+@runtime_checkable
+class Kept(Protocol):
+    """What follows a refresh and holds until the next one, so that a checkpoint must hold it, too."""
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
 class Refresher:
     """`before_step` of the loop: an index with the current weights at the first step and then on schedule.
 
     Args:
         dtype: In which documents are encoded.
         then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
+            It is saved and loaded with the index if it can be.
     """
 
     def __init__(
@@ -122,6 +134,34 @@ class Refresher:
         if self._work:
             self._work.close()
             self._work = None
+
+    def save(self, directory: Path) -> None:
+        """Write the index as it is, for a checkpoint between two refreshes. Documents in work are encoded anew."""
+        self.retriever.index.save(directory / "index")
+        wanted = np.array(self._wanted or self._work is not None)
+        parts = {"made_at": self.made_at, "found": self.retriever.found, "wanted": wanted}
+        if self._embeddings is not None:
+            parts["embeddings"] = self._embeddings
+        np.savez(directory / "refresh.npz", **parts)
+        if isinstance(self.then, Kept):
+            self.then.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; nothing, if every refresh was a full one and now they are partial.
+
+        Raises:
+            ValueError: it is damaged, or of another number of documents.
+        """
+        with np.load(directory / "refresh.npz") as parts:
+            if self.arguments.refresh_fraction < 1 and "embeddings" not in parts:
+                return
+            if len(parts["made_at"]) != len(self.made_at) or not self.retriever.index.load(directory / "index"):
+                raise ValueError("its index is damaged or of other documents")
+            self.made_at, self._wanted = parts["made_at"], bool(parts["wanted"])
+            self.retriever.found = parts["found"]
+            self._embeddings = parts["embeddings"] if self.arguments.refresh_fraction < 1 else None
+        if isinstance(self.then, Kept):
+            self.then.load(directory)
 
     @property
     def _frozen(self) -> bool:
