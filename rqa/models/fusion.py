@@ -28,7 +28,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.causal_lm import Answer, answer_in_batches
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch
-from rqa.prompts import DoesNotFit, FusionPromptArguments, FusionPrompter, FusionSequence
+from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class GenerationArguments:
 
 
 def load_fusion(
-    path: str, arguments: FusionPromptArguments, flash: bool = False, **options: Any
+    path: str, arguments: PassagePromptArguments, flash: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, FusionPrompter]:
     """An encoder-decoder, and what builds its inputs.
 
@@ -83,8 +83,8 @@ def load_fusion(
     if pooler := getattr(encoder, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that nothing depends on, and DDP would wait for its gradient
     for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
-        limit, asked = getattr(config, "max_position_embeddings", None), getattr(arguments, f"max_{flag}_seq_length")
-        if limit and asked > limit:
+        limit, asked = getattr(config, "max_position_embeddings", None), vars(arguments).get(f"max_{flag}_seq_length")
+        if limit and asked and asked > limit:
             raise UserError(f"--max_{flag}_seq_length {asked}: {name} takes at most {limit} tokens")
     return model, FusionPrompter(tokenizer, arguments, start_token(model))
 
