@@ -28,7 +28,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.causal_lm import Answer, answer_in_batches
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch
-from rqa.prompts import DoesNotFit, FusionPromptArguments, FusionPrompter, FusionSequence
+from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -59,7 +59,7 @@ class GenerationArguments:
 
 
 def load_fusion(
-    path: str, arguments: FusionPromptArguments, flash: bool = False, **options: Any
+    path: str, arguments: PassagePromptArguments, flash: bool = False, **options: Any
 ) -> tuple[PreTrainedModel, FusionPrompter]:
     """An encoder-decoder, and what builds its inputs.
 
@@ -79,16 +79,25 @@ def load_fusion(
         model = load_model(AutoModelForSeq2SeqLM, name, flash=flash, **options)
     encoder = model.get_encoder()
     if not flash:
-        model.set_attn_implementation("sdpa")
-        if encoder._supports_attention_backend:
-            encoder.set_attn_implementation(PACKED_ATTENTION)
+        _set_attention(model)
     if pooler := getattr(encoder, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that nothing depends on, and DDP would wait for its gradient
     for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
-        limit, asked = getattr(config, "max_position_embeddings", None), getattr(arguments, f"max_{flag}_seq_length")
-        if limit and asked > limit:
+        limit, asked = getattr(config, "max_position_embeddings", None), vars(arguments).get(f"max_{flag}_seq_length")
+        if limit and asked and asked > limit:
             raise UserError(f"--max_{flag}_seq_length {asked}: {name} takes at most {limit} tokens")
     return model, FusionPrompter(tokenizer, arguments, start_token(model))
+
+
+def _set_attention(model: PreTrainedModel) -> None:
+    """Packed in the encoder, sdpa elsewhere; whatever cannot run so computes attention itself."""
+    try:
+        model.set_attn_implementation("sdpa")
+    except ValueError:  # T5Gemma caps its scores
+        model.set_attn_implementation("eager")
+        return
+    if model.get_encoder()._supports_attention_backend:
+        model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
 
 
 def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:

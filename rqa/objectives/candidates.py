@@ -67,6 +67,7 @@ class ScoredCandidates:
         choose: Example numbers -> positions in `documents`, some for each example; called once a batch.
         teacher: Asked for every pair of an example and one of its documents.
         temperature: The teacher's scores are divided by it. 1: the batch holds the scores themselves.
+        together: Whether a document's score depends on those that stand beside it.
     """
 
     def __init__(
@@ -77,12 +78,14 @@ class ScoredCandidates:
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],
         teacher: Teacher,
         temperature: float = 1.0,
+        together: bool = False,
     ) -> None:
         self.examples = examples
         self.documents = documents
         self.choose = choose
         self.teacher = teacher
         self.temperature = temperature
+        self.together = together
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
 
@@ -109,8 +112,9 @@ class ScoredCandidates:
         )
 
     def _pairs(self, indices: Sequence[int], chosen: Sequence[Sequence[int]]) -> list[Pair]:
-        return [
-            Pair(self.examples[i], self.documents[number])
-            for i, numbers in zip(indices, chosen, strict=True)
-            for number in numbers
-        ]
+        pairs = []
+        for i, numbers in zip(indices, chosen, strict=True):
+            documents = tuple(self.documents[number] for number in numbers)
+            beside = documents if self.together else ()
+            pairs += [Pair(self.examples[i], document, beside) for document in documents]
+        return pairs

@@ -65,15 +65,24 @@ class Distillation(nn.Module):
 
     def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
         """The divergence summed over questions, and how often both rank the same document first. -> []"""
-        queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)  # [B, D]
-        passages = embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size)  # [P, D]
-        with autocast(queries.device, torch.float32):  # the index compares in float32, too
-            similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
-        similarity = similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
-        agreement = (similarity.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-        statistics = {"agreement": float(agreement), "teacher_hit_rate": batch.hit_rate}
-        return distillation(batch.teacher, similarity, self.direction).sum(), statistics
+        logits = retriever_logits(self.encoder, batch, self.temperature, self.chunk_size)
+        return distillation(batch.teacher, logits, self.direction).sum(), agreement(batch, logits)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save the encoder in the layout of `sentence-transformers`."""
         self.encoder.save_pretrained(directory)
+
+
+def retriever_logits(encoder: Encoder, batch: DistillationBatch, temperature: float, chunk_size: int = 0) -> Tensor:
+    """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
+    queries = embed_in_chunks(encoder, batch.queries, chunk_size)  # [B, D]
+    passages = embed_in_chunks(encoder.passage_side, batch.passages, chunk_size)  # [P, D]
+    with autocast(queries.device, torch.float32):  # the index compares in float32, too
+        similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / temperature
+    return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
+
+
+def agreement(batch: DistillationBatch, logits: Tensor) -> dict[str, float]:
+    """How often teacher and retriever rank the same document first, and how often the teacher had to be asked."""
+    same = (logits.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
+    return {"agreement": float(same), "teacher_hit_rate": batch.hit_rate}

@@ -32,6 +32,22 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
     return functional.cross_entropy(logits, target, reduction="none"), logits.argmax(1) == target
 
 
+def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
+    """Gold documents' scores raised to the maximum of their row plus its standard deviation. [B, K] x 2 -> [B, K]
+
+    Args:
+        scores: -inf where a question has fewer than K documents; these count for neither.
+        gold: Whether a document is gold for its question.
+    """
+    present = scores.isfinite()
+    count = present.sum(-1, keepdim=True).clamp(min=1)
+    known = scores.masked_fill(~present, 0.0)
+    mean = known.sum(-1, keepdim=True) / count
+    deviation = (((known - mean) * present).square().sum(-1, keepdim=True) / count).sqrt()
+    highest = scores.max(-1, keepdim=True).values
+    return (highest + deviation).where(gold & present, scores)
+
+
 def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_student") -> Tensor:
     """KL divergence of each question's distribution over its K documents, summed over documents. [B, K] x 2 -> [B]
 
@@ -48,3 +64,19 @@ def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_
     present = target.isfinite()
     terms = left.exp() * (left.masked_fill(~present, 0.0) - right.masked_fill(~present, 0.0))
     return terms.sum(-1)
+
+
+def marginal_nll(log_likelihood: Tensor, student: Tensor) -> Tensor:
+    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k), P_R the retriever's softmax (Sachan et al. 2021). [B, K] x 2 -> [B]
+
+    A question without any document contributes zero, and no gradient.
+
+    Args:
+        log_likelihood: log p_LM, of the whole answer; it gets no gradient. -inf where there are fewer than K documents.
+        student: Logits of the retriever, -inf at the same places.
+    """
+    empty = log_likelihood.isneginf().all(-1, keepdim=True)  # [B, 1]
+    target, logits = (x.float().masked_fill(empty, 0.0) for x in (log_likelihood.detach(), student))
+    present = target.isfinite()  # a difference of -inf and -inf would give the gradient NaN
+    joint = (logits.log_softmax(-1).masked_fill(~present, 0.0) + target).logsumexp(-1)  # [B]
+    return -joint.masked_fill(empty[:, 0], 0.0)

@@ -25,10 +25,15 @@ log = logging.getLogger(__name__)
 
 
 class Pair(NamedTuple):
-    """A question with its answer, and a document that may help."""
+    """A question with its answer, and a document that may help.
+
+    Attributes:
+        beside: All documents that are read at once, this one among them, for a teacher whose score they decide.
+    """
 
     example: Example
     document: Document
+    beside: tuple[Document, ...] = ()
 
 
 Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]
@@ -40,7 +45,7 @@ class Teacher:
     Each batch of scores is one transaction: an interruption loses at most the batch in work.
 
     Args:
-        score: Pairs -> (position, score), a few at a time, in any order.
+        scorer: Pairs -> (position, score), a few at a time, in any order.
         identity: What, beside the pair, decides a score: model, prompt, settings.
         path: The SQLite file.
 
@@ -48,8 +53,8 @@ class Teacher:
         UserError: the file is damaged or cannot be written, or its disk is full.
     """
 
-    def __init__(self, score: Score, identity: str, path: str | Path) -> None:
-        self._score = score
+    def __init__(self, scorer: Score, identity: str, path: str | Path) -> None:
+        self.scorer = scorer
         self._identity = identity
         self._store = Store(path)
         self._kept: dict[str, float] = {}
@@ -64,7 +69,7 @@ class Teacher:
         self.known += sum(key in self._kept for key in keys)
         names = list(missing)
         pending: dict[str, float] = {}
-        for position, value in self._score(list(missing.values())):
+        for position, value in self.scorer(list(missing.values())):
             self._kept[names[position]] = value
             if not math.isnan(value):
                 pending[names[position]] = value
@@ -80,9 +85,12 @@ class Teacher:
         return self.known / max(self.asked, 1)
 
     def _key(self, pair: Pair) -> str:
-        example, document = pair
+        example, document, beside = pair
         turns = [text for turn in example.chat_history for text in (turn.speaker, turn.message)]
-        return fingerprint(self._identity, example.question, example.gold_answer or "", document.fmt_content, *turns)
+        # In any order: to a decoder that attends to all of them, they are a set.
+        others = [fingerprint(*sorted(other.fmt_content for other in beside))] if beside else []
+        parts = (example.question, example.gold_answer or "", document.fmt_content, *turns, *others)
+        return fingerprint(self._identity, *parts)
 
 
 class AnswerScorer:

@@ -5,7 +5,7 @@ for token, what it saw in training.
 """
 
 from rqa.prompts.decoder import PromptArguments, Prompter, TokenSequence
-from rqa.prompts.fusion import FusionPromptArguments, FusionPrompter, FusionSequence
+from rqa.prompts.fusion import FusionPromptArguments, FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.prompts.text import DoesNotFit, retrieval_query
 
 __all__ = [
@@ -13,6 +13,7 @@ __all__ = [
     "FusionPromptArguments",
     "FusionPrompter",
     "FusionSequence",
+    "PassagePromptArguments",
     "PromptArguments",
     "Prompter",
     "TokenSequence",

@@ -14,19 +14,25 @@ FUSION_TEMPLATE = "question: {question} context: {passage}"
 
 
 @dataclass
-class FusionPromptArguments:
-    """How a question and each of its passages become what an encoder-decoder reads."""
+class PassagePromptArguments:
+    """How a question and one of its passages become what an encoder reads."""
 
     prompt_template: str | None = field(
         default=None, metadata={"help": "A text file with {passage} and {question} that replaces the default prompt."}
     )
     max_encoder_seq_length: int = field(default=512, metadata={"help": "Tokens of question and one passage."})
-    max_decoder_seq_length: int = field(default=256, metadata={"help": "Tokens of an answer, given or generated."})
 
     def __post_init__(self) -> None:
-        for name in ("max_encoder_seq_length", "max_decoder_seq_length"):
-            if getattr(self, name) < 2:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 2")
+        for name, value in vars(self).items():
+            if name.endswith("seq_length") and value < 2:
+                raise UserError(f"--{name} {value}: must be at least 2")
+
+
+@dataclass
+class FusionPromptArguments(PassagePromptArguments):
+    """The same for a reader that answers."""
+
+    max_decoder_seq_length: int = field(default=256, metadata={"help": "Tokens of an answer, given or generated."})
 
 
 @dataclass(frozen=True)
@@ -50,7 +56,7 @@ class FusionPrompter:
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arguments: FusionPromptArguments, start_token: int | None = None
+        self, tokenizer: PreTrainedTokenizerBase, arguments: PassagePromptArguments, start_token: int | None = None
     ) -> None:
         self.tokenizer = tokenizer
         self.arguments = arguments
@@ -69,23 +75,26 @@ class FusionPrompter:
         Raises:
             DoesNotFit: the question by itself, or the answer, is too long.
         """
-        limits = (self.arguments.max_encoder_seq_length, self.arguments.max_decoder_seq_length)
+        limit = self.arguments.max_encoder_seq_length
         history = example.chat_history
-        while len(bare := self._prompt(example, history, "")) > limits[0] and history:
+        while len(bare := self._prompt(example, history, "")) > limit and history:
             history = history[1:]
+        self._require(example, "question", len(bare), "encoder")
         target = [] if answer is None else self._encode_answer(answer)
-        for name, length, limit in zip(("question", "answer"), (len(bare), len(target)), limits, strict=True):
-            if length > limit:
-                flag = f"--max_{'encoder' if name == 'question' else 'decoder'}_seq_length {limit}"
-                raise DoesNotFit(f"{example.where or 'example'}: the {name} takes {length} tokens, more than {flag}")
+        if target:
+            self._require(example, "answer", len(target), "decoder")
         texts = [passage.fmt_content for passage in passages]
         prompts = [
-            longest_that_fits(
-                lambda cap, text=text: self._prompt(example, history, cut(text, cap)), len(text), limits[0]
-            )
+            longest_that_fits(lambda cap, text=text: self._prompt(example, history, cut(text, cap)), len(text), limit)
             for text in texts
         ]
         return FusionSequence(prompts or [bare], target)
+
+    def _require(self, example: Example, part: str, length: int, side: str) -> None:
+        limit = getattr(self.arguments, f"max_{side}_seq_length")
+        if length > limit:
+            where, flag = example.where or "example", f"--max_{side}_seq_length {limit}"
+            raise DoesNotFit(f"{where}: the {part} takes {length} tokens, more than {flag}")
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer's text from generated ids."""

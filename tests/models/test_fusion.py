@@ -94,10 +94,11 @@ def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
     ours.backward()
     theirs.backward()
-    expected = dict(plain.named_parameters())
+    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
     for name, parameter in objective.model.named_parameters():
-        if "pooler" not in name:
-            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+        if "pooler" not in name:  # the loss is taken in float32
+            assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest, name
 
 
 def test_permuting_passages_permutes_nothing(objective: FusionLikelihood, sequences: list[FusionSequence]) -> None:
@@ -176,15 +177,12 @@ def test_passages_are_encoded_once_and_questions_answered_in_their_order(
     objective.model.get_encoder().register_forward_hook(
         lambda module, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    answers = reader.answer(asked, passages, progress=False)
-    lengths = [
-        len(ids) for pair in zip(asked, passages, strict=True) for ids in objective.prompter.encode(*pair).passages
-    ]
+    answers = [answer.text for answer in reader.answer(asked, passages, progress=False)]
+    prompts = [objective.prompter.encode(*pair) for pair in zip(asked, passages, strict=True)]
+    lengths = [len(ids) for prompt in prompts for ids in prompt.passages]
     assert sum(lengths) <= sum(tokens) <= 1.25 * sum(lengths)
-    for number in range(3):
-        assert reader.answer(asked[number : number + 1], passages[number : number + 1], progress=False) == [
-            answers[number]
-        ]
+    alone = [reader.answer([pair[0]], [pair[1]], progress=False) for pair in zip(asked, passages, strict=True)]
+    assert [answer.text for (answer,) in alone] == answers
 
 
 def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(

@@ -1,0 +1,58 @@
+"""EMDR2: the retriever maximises the answer's likelihood, its documents marginalised out (Sachan et al. 2021)."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from rqa.data.examples import Example
+from rqa.models.encoder import Encoder
+from rqa.objectives.distillation import DistillationBatch, agreement, retriever_logits
+from rqa.objectives.losses import marginal_nll
+from rqa.prompts import Prompter
+
+
+class MarginalLikelihood(nn.Module):
+    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the language model is frozen.
+
+    Args:
+        temperature: Similarities are divided by it.
+        chunk_size: As in `ctl.Contrastive`.
+    """
+
+    def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
+        """The loss summed over questions; `batch.teacher` holds log p_LM of the whole answers. -> []"""
+        logits = retriever_logits(self.encoder, batch, self.temperature, self.chunk_size)
+        return marginal_nll(batch.teacher, logits).sum(), agreement(batch, logits)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Save the encoder in the layout of `sentence-transformers`."""
+        self.encoder.save_pretrained(directory)
+
+
+class WholeAnswers:
+    """A collate function: the teacher's mean per answer token becomes the whole answer's log-likelihood.
+
+    All documents of a question share its answer, and so the number of its tokens: what RPG's teacher kept serves here.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], collate: Callable[[Sequence[int]], DistillationBatch], prompter: Prompter
+    ) -> None:
+        self.collate = collate
+        end = len(prompter.end_of_turn)
+        lengths = [len(prompter.encode_answer(example.gold_answer)) - end for example in examples]
+        self._lengths = torch.tensor(lengths).clamp(min=1)
+
+    def __call__(self, indices: Sequence[int]) -> DistillationBatch:
+        """One micro-batch."""
+        batch = self.collate(indices)
+        return replace(batch, teacher=batch.teacher * self._lengths[list(indices), None])
