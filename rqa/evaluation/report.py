@@ -57,7 +57,7 @@ def write_report(directory: str | Path) -> None:
         charts=_charts(_read(directory / "trainer_state.json"), directory),
         examples=[_example(row) for row in rows[:EXAMPLES]],
         questions=len(rows),
-        arguments=_read(directory / ARGUMENTS),
+        arguments={n: value for n, value in _read(directory / ARGUMENTS).items() if "api_key" not in n},
     )
     with atomic_file(directory / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")

@@ -77,7 +77,9 @@ def run(tmp_path: Path) -> Path:
     history += [{"step": step, "eval_loss": 1.0, "eval_retr/recall@4": 0.5} for step in (5, 10)]
     state = {"log_history": history, "best_model_checkpoint": "checkpoint-5"}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    (tmp_path / "all_args.json").write_text(json.dumps({"model_name_or_path": "a/model", "learning_rate": 1e-4}))
+    (tmp_path / "all_args.json").write_text(
+        json.dumps({"model_name_or_path": "a/model", "learning_rate": 1e-4, "endpoint_api_key": "sk-1"})
+    )
     (tmp_path / "checkpoint-10").mkdir()
     return tmp_path
 
@@ -94,6 +96,7 @@ def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questio
         assert f"{row['low']:.3f} to {row['high']:.3f}" in page.text
     for text in ("a/model", "--learning_rate", "tokens_per_second", "321", "1.25", "torch", "Kl", "Hello there"):
         assert text in page.text, text
+    assert "sk-1" not in page.text
     assert page.with_class("tiles") == 1
     assert sum(tag == "svg" for tag, _ in page.elements) == 4  # loss, recall, learning rate, the objective's own kl
     assert page.with_class("best") == 4
