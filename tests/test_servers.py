@@ -33,14 +33,15 @@ def server(
     def echo(body: dict[str, Any]) -> dict[str, Any]:
         encoded = tokenizer(body["prompt"], return_offsets_mapping=True, add_special_tokens=False)
         ids = torch.tensor(encoded["input_ids"])
-        values = model(ids[None]).logits[0, :-1].log_softmax(-1).gather(1, ids[1:, None])[:, 0]
-        spans = encoded["offset_mapping"]
+        values = model(ids[None]).logits[0].log_softmax(-1)
+        values = [*values[:-1].gather(1, ids[1:, None])[:, 0].tolist(), values[-1].max().item()]
+        spans = [*encoded["offset_mapping"], (len(body["prompt"]), len(body["prompt"]) + 1)]
         logprobs = {
             "tokens": [body["prompt"][begin:end] for begin, end in spans],
-            "token_logprobs": [None, *values.tolist()],
+            "token_logprobs": [None, *values],
             "text_offset": [begin for begin, _ in spans],
         }
-        return {"choices": [{"text": body["prompt"], "logprobs": logprobs}], "usage": {"completion_tokens": 0}}
+        return {"choices": [{"text": body["prompt"] + "!", "logprobs": logprobs}], "usage": {"completion_tokens": 1}}
 
     with serve() as ours:
         ours.complete = echo

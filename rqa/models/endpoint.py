@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from rqa.models.server import Refused, Reply, Server, answer_tokens, chat_reply
+from rqa.models.server import Reply, Server, answer_tokens, chat_reply
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import cache_root, fingerprint
@@ -78,7 +78,6 @@ class Endpoint:
         self.base_url = spec.removeprefix(PREFIX).rstrip("/")
         self.arguments = arguments
         self._store = Store(cache_root() / "endpoint.sqlite")
-        self._fewest_tokens = 0
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.netloc:
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
@@ -133,20 +132,15 @@ class Endpoint:
 
         The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
         """
-        pairs = [(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        try:
-            return self._ask_all(Server.complete, [self._echo(*pair) for pair in pairs], "score")
-        except Refused:
-            if self._fewest_tokens:
-                raise
-            self._fewest_tokens = 1  # some servers insist on generating a token
-            return self._ask_all(Server.complete, [self._echo(*pair) for pair in pairs], "score")
+        jobs = [self._echo(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
+        return self._ask_all(Server.complete, jobs, "score")
 
     def _echo(self, prompt: str, answer: str) -> Job:
-        settings = {"max_tokens": self._fewest_tokens, "echo": True, "logprobs": 1, "temperature": 0}
+        # No token is wanted, but many servers refuse to generate none.
+        body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
 
         def parse(reply: Any) -> float:
-            values = answer_tokens(reply, prompt, self._fewest_tokens)
+            values = answer_tokens(reply, prompt, answer)
             if not values:
                 raise UserError(
                     f"{self.base_url}: gives no log-probabilities of the prompt; scoring needs a completions API with "
@@ -154,7 +148,7 @@ class Endpoint:
                 )
             return sum(values) / len(values)
 
-        return Job(fingerprint("echo", prompt, answer), {"prompt": prompt + answer, **settings}, parse)
+        return Job(fingerprint("echo", prompt, answer), body, parse)
 
     def _ask_all(self, call: Callable[..., Any], jobs: Sequence[Job], desc: str) -> list[Any]:
         """What each job's `parse` makes of the server's reply, now or in an earlier run."""

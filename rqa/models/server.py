@@ -22,10 +22,6 @@ LONGEST_WAIT = 300.0  # seconds that a server may ask us to wait; beyond, the us
 PASSING_STATUS = {408, 409, 425, 429}  # and every 5xx
 
 
-class Refused(UserError):
-    """The server understood the request and does not serve it: status 400, 405, 422, 501 and the like."""
-
-
 class Malformed(Exception):
     """A reply that is not what the protocol says."""
 
@@ -125,29 +121,28 @@ class Server:
             return UserError(f"{said}; no such model or path: check the model's name, and that the URL ends in /v1")
         if status in PASSING_STATUS or status >= 500:
             return UserError(f"{said}; {asked}")
-        return Refused(f"{said}; the server refuses the request")
+        return UserError(f"{said}; the server refuses the request")
 
 
-def answer_tokens(reply: Any, prompt: str, generated: int) -> list[float]:
-    """The log-probabilities of the tokens behind the prompt, from a completion that echoes it.
+def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
+    """The log-probabilities of the answer's tokens, from a completion of prompt + answer that echoes it.
 
     Args:
-        reply: The completion; its `text_offset` says where each token begins.
-        generated: Tokens that were asked for beyond the text; they do not count.
+        reply: The completion; its `text_offset` says where each token begins. One token may be generated behind it.
     """
     choice = reply["choices"][0]
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
-    if generated and tokens:
-        generated = (reply.get("usage") or {}).get("completion_tokens", generated)
-        tokens, values, offsets = (part[: len(part) - generated] for part in (tokens, values, offsets))
-    if len(tokens) < 2 or len(choice["text"]) < len(prompt):
+    if len(tokens) < 2 or len(choice["text"]) < len(prompt + answer):
         return []  # not echoed
     # A server may show, and count, a token that it puts before every text.
     start = len(prompt) + (0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0])
-    ends = [*offsets[1:], max(offsets[-1], start + 1)]
-    rows = zip(values, offsets, ends, strict=True)
-    return [value for value, begin, end in rows if value is not None and (begin >= start or end > start)]
+    end = start + len(answer)
+    generated = (reply.get("usage") or {}).get("completion_tokens", 1)
+    last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
+    ends = [*offsets[1:last], end]
+    rows = zip(values[:last], offsets[:last], ends, strict=True)
+    return [value for value, begin, stop in rows if value is not None and (begin >= start or stop > start)]
 
 
 def chat_reply(reply: Any) -> Reply:
