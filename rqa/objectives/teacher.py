@@ -3,6 +3,7 @@
 import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -105,6 +106,7 @@ class AnswerScorer:
         self.model = model.requires_grad_(False)
         self.prompter = prompter
         self.tokens_per_batch = tokens_per_batch
+        self._warn_once = cache(log.warning)  # a question comes with each of its documents
         self._collate = choose_collate(model, prompter.stop_ids[0])
 
     @torch.no_grad()
@@ -125,7 +127,7 @@ class AnswerScorer:
         try:
             sequence = self.prompter.encode(pair.example, [pair.document], pair.example.gold_answer)
         except DoesNotFit as error:
-            log.warning("%s; its documents are not told apart", error)
+            self._warn_once("%s; its documents are not told apart", str(error))
             return TokenSequence(self.prompter.end_of_turn * 2, 1)
         return TokenSequence(sequence.ids[: len(sequence.ids) - len(self.prompter.end_of_turn)], sequence.answer_start)
 
@@ -140,14 +142,15 @@ class EndpointScorer:
     def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
         self.endpoint = endpoint
         self.prompter = prompter
+        self._warn_once = cache(log.warning)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         texts: dict[int, tuple[str, str]] = {}
-        for position, (example, document) in enumerate(pairs):
+        for position, pair in enumerate(pairs):
             try:
-                texts[position] = self.prompter.text(example, [document], example.gold_answer)
+                texts[position] = self.prompter.text(pair.example, [pair.document], pair.example.gold_answer)
             except DoesNotFit as error:
-                log.warning("%s; its documents are not told apart", error)
+                self._warn_once("%s; its documents are not told apart", str(error))
                 yield position, 0.0
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         yield from zip(texts, scores, strict=True)
