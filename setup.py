@@ -63,6 +63,7 @@ setup(
     license="MIT",
     python_requires=">=3.10",
     packages=find_packages(include=["rqa", "rqa.*"]),
+    package_data={"rqa.evaluation": ["report.html"]},
     scripts=sorted(str(path) for path in Path("bin").iterdir() if path.is_file()),
     install_requires=REQUIRED,
     extras_require=EXTRAS,

@@ -12,7 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rqa.prompts import TokenSequence
+from rqa.prompts import FusionSequence, TokenSequence
+
+IGNORED = -100  # the label of a position without loss
+LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ class TokenBatch:
     inputs: dict[str, Any]
     starts: Tensor
     lengths: Tensor
+
+    @property
+    def rows(self) -> Tensor:
+        """The rows of the flattened output that belong to real tokens, one sequence after the other. [T]"""
+        owners = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(self.lengths)  # [T]
+        first = self.starts - (self.lengths.cumsum(0) - self.lengths)
+        return first[owners] + torch.arange(len(owners), device=owners.device)
 
     def to(self, device: torch.device) -> "TokenBatch":
         return TokenBatch(
@@ -120,7 +130,73 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
     )
 
 
-def token_budget_batches(lengths: Sequence[int], max_tokens: int, padded: bool = False) -> list[list[int]]:
+@dataclass(frozen=True)
+class FusionBatch:
+    """B questions with their passages, encoded one by one, and their answers.
+
+    Attributes:
+        parts: The passages of all questions, those of similar length together.
+        places: Where the real tokens of the parts, in order, stand among the B * S states. [T]
+        owners: The passage of its question that a state belongs to, -1 for padding. [B, S]
+        labels: The answers' tokens, -100 for padding. [B, L]
+        indices: The examples' numbers in their file, for messages.
+    """
+
+    parts: tuple[TokenBatch, ...]
+    places: Tensor
+    owners: Tensor
+    labels: Tensor
+    indices: tuple[int, ...] = ()
+
+    @property
+    def weight(self) -> int:
+        """Target tokens."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of passages and answers."""
+        return len(self.places) + self.weight
+
+    def to(self, device: torch.device) -> "FusionBatch":
+        parts = tuple(part.to(device) for part in self.parts)
+        moved = (_move(tensor, device) for tensor in (self.places, self.owners, self.labels))
+        return FusionBatch(parts, *moved, indices=self.indices)
+
+
+def fusion_batch(
+    sequences: Sequence[FusionSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
+) -> FusionBatch:
+    """Collate questions with several passages each.
+
+    Args:
+        max_tokens: Passage tokens of one forward pass of the encoder.
+    """
+    passages = [passage for sequence in sequences for passage in sequence.passages]
+    width = max(sum(map(len, sequence.passages)) for sequence in sequences)
+    owners = torch.full((len(sequences), width), -1)
+    places = []
+    for row, sequence in enumerate(sequences):
+        end = 0
+        for number, passage in enumerate(sequence.passages):
+            start, end = end, end + len(passage)
+            owners[row, start:end] = number
+            places.append(torch.arange(start, end) + row * width)
+    padded = collate is not pack
+    chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
+    answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
+    return FusionBatch(
+        tuple(collate([passages[i] for i in part]) for part in chosen),
+        torch.cat([places[i] for part in chosen for i in part]),
+        owners,
+        torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED),
+        tuple(indices),
+    )
+
+
+def token_budget_batches(
+    lengths: Sequence[int], max_tokens: int, padded: bool = False, least_full: float = 0.0
+) -> list[list[int]]:
     """Indices, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
 
     Longest first makes an out-of-memory error come at once, and neighbours of similar length.
@@ -128,12 +204,14 @@ def token_budget_batches(lengths: Sequence[int], max_tokens: int, padded: bool =
     Args:
         lengths: Tokens of each sequence.
         padded: Whether every sequence costs as much as the longest one of its batch.
+        least_full: The shortest sequence of a batch, as a share of its longest.
     """
     batches: list[list[int]] = []
     room = 0
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        cost = lengths[batches[-1][0]] if batches and padded else lengths[index]
-        if not batches or cost > room:
+        longest = lengths[batches[-1][0]] if batches else 0
+        cost = longest if batches and padded else lengths[index]
+        if not batches or cost > room or lengths[index] < least_full * longest:
             batches.append([])
             cost = lengths[index]
             room = max(max_tokens, cost)

@@ -1,6 +1,8 @@
 """A corpus of a few passages, and models with a few thousand random weights."""
 
+import copy
 import json
+import logging
 import os
 import runpy
 import sys
@@ -11,12 +13,16 @@ import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     BertConfig,
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
 )
 
 from rqa.data.documents import Document, write_documents
@@ -58,6 +64,9 @@ def _seeded() -> None:
 @pytest.fixture
 def run_executable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, object]], int]:
     """Run an executable of bin/ in this process, flags by name; its exit status."""
+    logger = logging.getLogger("rqa")
+    for name in ("handlers", "level", "propagate"):  # an executable sets them, and the next test is no executable
+        monkeypatch.setattr(logger, name, getattr(logger, name))
 
     def run(name: str, flags: dict[str, object]) -> int:
         path = str(Path(__file__).parents[1] / "bin" / name)
@@ -180,6 +189,60 @@ def encoder_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.Te
     path = tmp_path_factory.mktemp("encoder")
     BertModel(config).save_pretrained(path)
     wordpiece.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def t5_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer T5, whose tokenizer ends a text and does not begin it."""
+    torch.manual_seed(3)
+    tokenizer = copy.deepcopy(wordpiece)
+    ending = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
+    tokenizer.backend_tokenizer.post_processor = ending
+    tokenizer.add_special_tokens({"eos_token": "[SEP]"})
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        d_kv=8,
+        d_ff=64,
+        num_layers=2,
+        num_heads=4,
+        feed_forward_proj="gated-gelu",
+        pad_token_id=0,
+        eos_token_id=3,
+        decoder_start_token_id=0,
+    )
+    path = tmp_path_factory.mktemp("t5")
+    T5ForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return str(path)
+
+
+@pytest.fixture(scope="session")
+def bart_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A two-layer BART, whose decoder starts from the end token."""
+    torch.manual_seed(4)
+    tokenizer = copy.deepcopy(wordpiece)
+    tokenizer.add_special_tokens({"eos_token": "[SEP]", "bos_token": "[CLS]"})
+    config = BartConfig(
+        vocab_size=len(tokenizer),
+        d_model=32,
+        encoder_layers=2,
+        decoder_layers=2,
+        encoder_attention_heads=4,
+        decoder_attention_heads=4,
+        encoder_ffn_dim=64,
+        decoder_ffn_dim=64,
+        max_position_embeddings=128,
+        pad_token_id=0,
+        bos_token_id=2,
+        eos_token_id=3,
+        decoder_start_token_id=3,
+        forced_eos_token_id=None,
+    )
+    path = tmp_path_factory.mktemp("bart")
+    BartForConditionalGeneration(config).save_pretrained(path)
+    tokenizer.save_pretrained(path)
     return str(path)
 
 

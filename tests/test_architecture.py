@@ -79,7 +79,7 @@ def test_a_wheel_contains_every_package_and_executable(tmp_path: Path) -> None:
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for path in (ROOT / "rqa").rglob("*.py"):
+    for path in [*(ROOT / "rqa").rglob("*.py"), *(ROOT / "rqa").rglob("*.html")]:
         assert str(path.relative_to(ROOT)) in names
     for path in (ROOT / "bin").iterdir():
         assert any(name.endswith(f"scripts/{path.name}") for name in names)

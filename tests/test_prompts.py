@@ -10,7 +10,8 @@ from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
-from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, retrieval_query
+from rqa.prompts import DoesNotFit, PromptArguments, Prompter, retrieval_query
+from rqa.prompts.decoder import INSTRUCTION
 from rqa.runtime.errors import UserError
 
 HISTORY = (

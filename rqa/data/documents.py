@@ -2,7 +2,7 @@
 
 import pickle
 import pickletools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -74,17 +74,25 @@ def read_documents(path: str | Path) -> list[Document]:
     Raises:
         UserError: the file is missing, empty, of another format, or holds something that is not a document.
     """
+    unique: dict[tuple[str, str], Document] = {}
+    for document in iterate_documents(path):
+        unique.setdefault(document.key, document)
+    if not unique:
+        raise UserError(f"{path}: holds no documents")
+    return list(unique.values())
+
+
+def iterate_documents(path: str | Path) -> Iterator[Document]:
+    """Yield each document of a database as it stands, repeated ones too; of a `.jsonl`, one in memory at a time.
+
+    Raises:
+        UserError: the file is missing, of another format, or holds something that is not a document.
+    """
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):
-        documents = _read_pickle(path)
+        yield from _read_pickle(path)
     else:
-        documents = [parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path)]
-    if not documents:
-        raise UserError(f"{path}: holds no documents")
-    unique: dict[tuple[str, str], Document] = {}
-    for document in documents:
-        unique.setdefault(document.key, document)
-    return list(unique.values())
+        yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
 
 
 def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
@@ -123,7 +131,8 @@ def _read_pickle(path: Path) -> list[Document]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {reason})") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
     documents = []

@@ -1,7 +1,7 @@
 """Examples: questions with their gold passages and, for readers, their gold answer. LocalRQA's JSONL."""
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,6 +29,7 @@ class Example:
         question: The question to answer.
         gold_docs: The passages that answer it.
         gold_answer: The reference answer; None in files for retrievers.
+        other_answers: What would be as right, such as another spelling.
         chat_history: What was said before, oldest first.
         hard_neg_docs: Passages that look right and are not.
         ctxs: Passages of an earlier retrieval, best first (DCA); `ctx_scores` are their reader scores, if given.
@@ -42,6 +43,7 @@ class Example:
     hard_neg_docs: tuple[Document, ...] = ()
     ctxs: tuple[Document, ...] = ()
     ctx_scores: tuple[float, ...] | None = None
+    other_answers: tuple[str, ...] = ()
     where: str = field(default="", compare=False)
 
     def to_json(self) -> dict[str, Any]:
@@ -52,6 +54,8 @@ class Example:
         }
         if self.gold_answer is not None:
             row["gold_answer"] = self.gold_answer
+        if self.other_answers:
+            row["other_answers"] = list(self.other_answers)
         if self.hard_neg_docs:
             row["hard_neg_docs"] = [document.to_json() for document in self.hard_neg_docs]
         if self.ctxs:
@@ -73,18 +77,26 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
     Raises:
         UserError: the file is missing or empty, or a field is missing or of the wrong type.
     """
-    parsed = [example for line, row in read_jsonl(path) for example in _parse_row(row, f"{path}:{line}", answers)]
-    examples = []
-    for example in parsed:
-        blank = [name for name, text in (("question", example.question), ("gold_answer", example.gold_answer))
-                 if text is not None and not text.strip()]  # fmt: skip
-        if blank:
-            log.warning("%s: field '%s' is blank; the example is left out", example.where, blank[0])
-        else:
-            examples.append(example)
+    examples = list(iterate_examples(path, answers))
     if not examples:
         raise UserError(f"{path}: holds no examples")
     return examples
+
+
+def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
+    """What `read_examples` reads, one line in memory at a time.
+
+    Raises:
+        UserError: the file is missing, or a field is missing or of the wrong type.
+    """
+    for line, row in read_jsonl(path):
+        for example in _parse_row(row, f"{path}:{line}", answers):
+            blank = [name for name, text in (("question", example.question), ("gold_answer", example.gold_answer))
+                     if text is not None and not text.strip()]  # fmt: skip
+            if blank:
+                log.warning("%s: field '%s' is blank; the example is left out", example.where, blank[0])
+            else:
+                yield example
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
@@ -104,6 +116,9 @@ def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
         raise UserError(f"{where}: field 'gold_answer' must be a string")
     if answers and len(questions) > 1:
         raise UserError(f"{where}: one 'gold_answer' cannot answer several 'questions'; write a line for each")
+    others = _list(row, "other_answers", where)
+    if not all(isinstance(other, str) for other in others):
+        raise UserError(f"{where}: field 'other_answers' must hold strings")
     contexts = _list(row, "ctxs", where)
     scores = [context.get("score") for context in contexts if isinstance(context, dict)]
     scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
@@ -114,6 +129,7 @@ def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
         "hard_neg_docs": _documents(row, "hard_neg_docs", where),
         "ctxs": _documents(row, "ctxs", where),
         "ctx_scores": tuple(map(float, scores)) if scored else None,
+        "other_answers": tuple(others),
         "where": where,
     }
     return [Example(question, **common) for question in questions]

@@ -1,33 +1,45 @@
 """The files that an evaluation leaves: scores, their intervals, and what was answered to every question."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rqa.evaluation.metrics import bleu, bleu_statistics
+from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
 
-SCORES, DETAILS, PREDICTIONS = "score.json", "score_details.json", "test-predictions.jsonl"
 
-
-def write_results(directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]]) -> None:
-    """`score.json`, `score_details.json` and `test-predictions.jsonl`, by the main process.
+def write_results(
+    directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]], arguments: Sequence[Any] = ()
+) -> str:
+    """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process.
 
     Args:
         scores: Numbers by name, `test_gen/f1` and so on.
         rows: One a question, with its `scores` by name, `gen/f1` and so on.
+        arguments: Every dataclass, for `all_args.json`; a trainer wrote its own. API keys are left out.
+
+    Returns:
+        The scores with their intervals as a Markdown table.
     """
+    intervals = with_intervals(rows)
     if distributed.is_main():
         Path(directory).mkdir(parents=True, exist_ok=True)
+        given = {name: value for part in arguments for name, value in asdict(part).items() if "api_key" not in name}
+        if given:
+            write_json(Path(directory) / ARGUMENTS, given)
         write_json(Path(directory) / SCORES, scores)
-        details = {"scores": with_intervals(rows), "peak_memory_gib": peak_memory(), "machine": machine()}
+        details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
         write_json(Path(directory) / DETAILS, details)
         write_jsonl(Path(directory) / PREDICTIONS, rows)
+        write_report(directory)
+    return markdown_table(scores, intervals)
 
 
 def with_intervals(rows: Sequence[dict[str, Any]], prefix: str = "test_") -> dict[str, dict[str, Any]]:
@@ -54,6 +66,16 @@ def answer_statistics(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
         for row in rows
         if "generated_answer" in row and "gold_answer" in row
     ]
+
+
+def markdown_table(scores: dict[str, float], details: dict[str, dict[str, Any]]) -> str:
+    """Every score in a table to paste: rates with their interval and number of questions, then the other figures."""
+    lines = ["| metric | value | 95 % interval | questions |", "|---|---:|---:|---:|"]
+    for name, row in details.items():
+        lines.append(f"| {name} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['n']} |")
+    others = [name for name in scores if name not in details and "/document_recall/" not in name]
+    lines += [f"| {name} | {scores[name]:.4g} | | |" for name in others]
+    return "\n".join(lines)
 
 
 def _by_scores(rows: Sequence[dict[str, Any]]) -> list[tuple[list[str], list[dict[str, Any]]]]:

@@ -37,13 +37,18 @@ class EvaluationArguments:
         if min(self.recall_at, default=1) < 1:
             raise UserError(f"--recall_at {min(self.recall_at)}: must be at least 1")
 
+    @property
+    def depth(self) -> int:
+        """Documents of a ranking: as deep as any metric looks, and as the reader reads."""
+        return max(RANKING_DEPTH, self.embedding_max_num_to_retrieve, *self.recall_at)
+
 
 def find_passages(
     retriever: PassageRetriever, examples: Sequence[Example], arguments: EvaluationArguments
 ) -> list[list[Document]]:
     """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
-    depth = max(RANKING_DEPTH, arguments.embedding_max_num_to_retrieve, *arguments.recall_at)
-    return retriever.documents_of(retriever.retrieve_shared([retrieval_query(example) for example in examples], depth))
+    hits = retriever.retrieve_shared([retrieval_query(example) for example in examples], arguments.depth)
+    return retriever.documents_of(hits)
 
 
 def evaluate_answers(

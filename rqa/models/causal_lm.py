@@ -3,8 +3,9 @@
 import inspect
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from rqa.prompts import DoesNotFit, Prompter
 from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
+
+Prompt = TypeVar("Prompt")
 
 
 def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
@@ -54,6 +57,38 @@ class Answer:
     seconds: float = 0.0
 
 
+def answer_in_batches(
+    model: PreTrainedModel,
+    prompts: Sequence[Prompt],
+    lengths: Sequence[int],
+    max_batch_tokens: int,
+    generate: Callable[[Sequence[Prompt]], list[list[int]]],
+    decode: Callable[[Sequence[int]], str],
+    filler: Prompt,
+    progress: bool,
+) -> list[Answer]:
+    """One answer for each prompt, those of similar length together; an empty prompt is answered by nothing. [Q] -> [Q]
+
+    Args:
+        lengths: Tokens that each prompt costs.
+        generate: A batch of prompts -> the answers' token ids.
+        filler: What a sharded model is asked when another process has more to ask.
+    """
+    answers = [Answer("", 0)] * len(prompts)
+    asked = [index for index, prompt in enumerate(prompts) if prompt]
+    batches = token_budget_batches([lengths[index] for index in asked], max_batch_tokens, padded=True)
+    with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+        for chosen in in_step(model, batches, filler=[]):
+            batch = [asked[number] for number in chosen]
+            started = time.perf_counter()
+            generated = generate([prompts[i] for i in batch] or [filler])
+            seconds = time.perf_counter() - started
+            for index, ids in zip(batch, generated, strict=bool(batch)):
+                answers[index] = Answer(decode(ids), len(ids), seconds)
+            bar.update(len(batch))
+    return answers
+
+
 class CausalLMReader:
     """Answers questions over passages with a decoder.
 
@@ -75,21 +110,17 @@ class CausalLMReader:
         A question that does not fit by itself is reported and answered by nothing.
         """
         prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
-        new_tokens = self.prompter.arguments.max_new_tokens
-        answers = [Answer("", 0)] * len(prompts)
-        asked = [index for index, prompt in enumerate(prompts) if prompt]
-        lengths = [len(prompts[index]) + new_tokens for index in asked]
-        with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-            batches = token_budget_batches(lengths, self.max_batch_tokens, padded=True)
-            for chosen in in_step(self.model, batches, filler=[]):
-                batch = [asked[number] for number in chosen]
-                started = time.perf_counter()
-                continuations = self.generate([prompts[i] for i in batch] or [self.prompter.stop_ids])
-                seconds = time.perf_counter() - started
-                for index, ids in zip(batch, continuations, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
-                bar.update(len(batch))
-        return answers
+        lengths = [len(prompt) + self.prompter.arguments.max_new_tokens for prompt in prompts]
+        return answer_in_batches(
+            self.model,
+            prompts,
+            lengths,
+            self.max_batch_tokens,
+            self.generate,
+            self.prompter.decode,
+            self.prompter.stop_ids,
+            progress,
+        )
 
     def _prompt(self, example: Example, passages: Sequence[Document]) -> list[int]:
         try:

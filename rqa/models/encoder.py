@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from rqa.models.loading import (
     load_tokenizer,
     model_fingerprint,
 )
+from rqa.models.projection import Projection, load_projection
 from rqa.models.sentence_layout import (
     PASSAGE_ENCODER,
     EncoderSettings,
@@ -52,12 +53,19 @@ class EncoderArguments:
     max_query_length: int | None = field(default=None, metadata={"help": "Tokens of a question."})
     max_passage_length: int | None = field(default=None, metadata={"help": "Tokens of a passage."})
 
+    def __post_init__(self) -> None:
+        for name in ("max_query_length", "max_passage_length"):
+            value = getattr(self, name)
+            if value is not None and value < 3:
+                raise UserError(f"--{name} {value}: must be at least 3")
+
 
 class Encoder(nn.Module):
     """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings.
 
     Attributes:
         passage_encoder: A frozen encoder of passages; None where this one encodes questions and passages.
+        projection: From the pooled embedding to the one that is compared; None where that is the same.
     """
 
     def __init__(
@@ -66,11 +74,13 @@ class Encoder(nn.Module):
         tokenizer: PreTrainedTokenizerBase,
         settings: EncoderSettings,
         passage_encoder: "Encoder | None" = None,
+        projection: Projection | None = None,
     ) -> None:
         super().__init__()
         self.backbone = backbone
         self.tokenizer = tokenizer
         self.settings = settings
+        self.projection = projection
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
 
     @property
@@ -98,7 +108,19 @@ class Encoder(nn.Module):
     @property
     def dimension(self) -> int:
         """D, the embedding's width."""
-        return self.backbone.config.hidden_size
+        return self.settings.projection or self.backbone.config.hidden_size
+
+    def project(self, dimension: int) -> None:
+        """Compare embeddings behind a new projection from now on, unless there is one already.
+
+        Raises:
+            UserError: the one that there is has another dimension.
+        """
+        if not self.projection:
+            self.projection = Projection(self.dimension, dimension).to(self.backbone.device)
+            self.settings = replace(self.settings, projection=dimension)
+        elif self.dimension != dimension:
+            raise UserError(f"--indexing_dimension {dimension}: the model's projection has {self.dimension} dimensions")
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed questions, special tokens included. [N] -> [N]"""
@@ -117,6 +139,8 @@ class Encoder(nn.Module):
         """Embeddings of a batch, in float32. -> [B, D]"""
         hidden = hidden_states(self.backbone, batch)  # [rows, D]
         pooled = hidden[batch.starts].float() if self.settings.pooling_type == "cls" else _mean(hidden, batch)
+        if self.projection:
+            pooled = self.projection(pooled).float()
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     @torch.no_grad()
@@ -147,7 +171,8 @@ class Encoder(nn.Module):
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
         settings = json.dumps(asdict(self.settings), sort_keys=True)
-        models = [self.backbone, *([self.passage_encoder.backbone] if self.passage_encoder else [])]
+        sides = [self, *([self.passage_encoder] if self.passage_encoder else [])]
+        models = [model for side in sides for model in (side.backbone, side.projection) if model]
         return fingerprint(settings, *(model_fingerprint(model, self.tokenizer) for model in models))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -158,7 +183,11 @@ class Encoder(nn.Module):
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        write_layout(directory, self.settings, self.dimension, two_encoders=self.passage_encoder is not None)
+        write_layout(
+            directory, self.settings, self.backbone.config.hidden_size, two_encoders=self.passage_encoder is not None
+        )
+        if self.projection:
+            self.projection.save_pretrained(directory)
         if self.passage_encoder:
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
@@ -186,8 +215,15 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     settings = EncoderSettings(**(stored | lengths | given))
     passages = None
     if has_two_encoders(path):
-        passages = Encoder(load_model(AutoModel, path, subfolder=PASSAGE_ENCODER, **options), tokenizer, settings)
-    return Encoder(backbone, tokenizer, settings, passages)
+        model = load_model(AutoModel, path, subfolder=PASSAGE_ENCODER, **options)
+        passages = Encoder(model, tokenizer, settings, projection=_projection(path, model, settings, PASSAGE_ENCODER))
+    return Encoder(backbone, tokenizer, settings, passages, _projection(path, backbone, settings))
+
+
+def _projection(path: str, backbone: PreTrainedModel, settings: EncoderSettings, folder: str = "") -> Projection | None:
+    if not settings.projection:
+        return None
+    return load_projection(path, backbone.config.hidden_size, settings.projection, folder)
 
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -195,7 +231,6 @@ def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
     lengths = batch.lengths
     owners = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)  # [tokens]
     if len(owners) != len(hidden):
-        offsets = torch.arange(len(owners), device=hidden.device) - (lengths.cumsum(0) - lengths)[owners]
-        hidden = hidden[batch.starts[owners] + offsets]
+        hidden = hidden[batch.rows]
     sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
     return sums.index_add(0, owners, hidden.float()) / lengths[:, None]

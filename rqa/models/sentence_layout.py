@@ -8,11 +8,15 @@ from typing import Any
 
 from transformers.utils import cached_file
 
+from rqa.models.projection import DENSE, LAYER_NORM
 from rqa.runtime.errors import UserError
 
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"
+ENCODER_MODULES = {"Transformer": "", "Pooling": "1_Pooling"}
+PROJECTION_MODULES = {"Dense": DENSE, "LayerNorm": LAYER_NORM}
+NORMALIZE = "2_Normalize"
 
 
 @dataclass(frozen=True)
@@ -25,22 +29,23 @@ class EncoderSettings:
     passage_prefix: str = ""
     max_query_length: int = 512
     max_passage_length: int = 512
+    projection: int = 0  # the projection's width; 0: there is none
 
 
 def write_layout(directory: Path, settings: EncoderSettings, dimension: int, two_encoders: bool = False) -> None:
     """Write all but backbone and tokenizer.
 
     Args:
-        dimension: D, the embedding's width.
+        dimension: The pooled embedding's width, before any projection.
         two_encoders: Whether passages have an encoder of their own, in the folder `PASSAGE_ENCODER`.
             `sentence-transformers` then routes `encode_query` and `encode_document` to one each.
     """
-    kinds = ["Router"] if two_encoders else ["Transformer", "Pooling"]
-    paths = {"Router": "", "Transformer": "", "Pooling": "1_Pooling", "Normalize": "2_Normalize"}
+    encoder = ENCODER_MODULES | (PROJECTION_MODULES if settings.projection else {})
+    paths = ({"Router": ""} if two_encoders else encoder) | ({"Normalize": NORMALIZE} if settings.normalize else {})
     files: dict[str, Any] = {
         "modules.json": [
-            {"idx": index, "name": str(index), "path": paths[kind], "type": f"sentence_transformers.models.{kind}"}
-            for index, kind in enumerate(kinds + ["Normalize"] * settings.normalize)
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for index, (kind, path) in enumerate(paths.items())
         ],
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
@@ -55,22 +60,21 @@ def write_layout(directory: Path, settings: EncoderSettings, dimension: int, two
         SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders},
     }
     if two_encoders:
-        files["router_config.json"] = _router()
+        files["router_config.json"] = _router(encoder)
     for name, value in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
         (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
-    (directory / "2_Normalize").mkdir(exist_ok=True)
+    (directory / NORMALIZE).mkdir(exist_ok=True)
 
 
-def _router() -> dict[str, Any]:
+def _router(modules: dict[str, str]) -> dict[str, Any]:
     routes = {
-        "query": [".", "1_Pooling"],
-        "document": [PASSAGE_ENCODER, f"{PASSAGE_ENCODER}/1_Pooling"],
+        route: {f"{folder}{path}".rstrip("/") or ".": kind for kind, path in modules.items()}
+        for route, folder in (("query", ""), ("document", f"{PASSAGE_ENCODER}/"))
     }
-    kinds = ["Transformer", "Pooling"]
-    types = {path: f"sentence_transformers.models.{kind}" for route in routes.values()
-             for path, kind in zip(route, kinds, strict=True)}  # fmt: skip
-    return {"types": types, "structure": routes, "parameters": {"default_route": "query"}}
+    types = {path: f"sentence_transformers.models.{kind}" for route in routes.values() for path, kind in route.items()}
+    structure = {route: list(paths) for route, paths in routes.items()}
+    return {"types": types, "structure": structure, "parameters": {"default_route": "query"}}
 
 
 def has_two_encoders(path: str) -> bool:

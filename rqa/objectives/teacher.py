@@ -1,7 +1,7 @@
 """Frozen teachers are asked once: a score is a function of question, answer and document, and is kept."""
 
 import logging
-import sqlite3
+import math
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -17,8 +17,8 @@ from rqa.models.loading import choose_collate, evaluating
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, TokenSequence
-from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
+from rqa.runtime.store import Store
 
 log = logging.getLogger(__name__)
 
@@ -44,37 +44,33 @@ class Teacher:
         path: The SQLite file.
 
     Raises:
-        UserError: the file is damaged or cannot be written.
+        UserError: the file is damaged or cannot be written, or its disk is full.
     """
 
     def __init__(self, score: Score, identity: str, path: str | Path) -> None:
         self._score = score
         self._identity = identity
+        self._store = Store(path)
         self._kept: dict[str, float] = {}
         self.asked = self.known = 0
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            self._database = sqlite3.connect(path, timeout=60)
-            self._database.execute("CREATE TABLE IF NOT EXISTS scores (key TEXT PRIMARY KEY, score REAL) WITHOUT ROWID")
-        except sqlite3.Error as error:
-            raise UserError(f"{path}: cannot keep scores ({error}); delete it or set another $RQA_CACHE") from None
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """The score of each pair; only those never seen before are computed."""
         keys = [self._key(pair) for pair in pairs]
-        self._recall({key for key in keys if key not in self._kept})
+        self._kept |= self._store.get({key for key in keys if key not in self._kept})
         missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._kept}
         self.asked += len(pairs)
         self.known += sum(key in self._kept for key in keys)
         names = list(missing)
-        pending = []
+        pending: dict[str, float] = {}
         for position, value in self._score(list(missing.values())):
             self._kept[names[position]] = value
-            pending.append((names[position], value))
+            if not math.isnan(value):
+                pending[names[position]] = value
             if len(pending) >= 16:
-                self._write(pending)
-                pending = []
-        self._write(pending)
+                self._store.put(pending)
+                pending = {}
+        self._store.put(pending)
         return [self._kept[key] for key in keys]
 
     @property
@@ -86,17 +82,6 @@ class Teacher:
         example, document = pair
         turns = [text for turn in example.chat_history for text in (turn.speaker, turn.message)]
         return fingerprint(self._identity, example.question, example.gold_answer or "", document.fmt_content, *turns)
-
-    def _recall(self, keys: Iterable[str]) -> None:
-        names = list(keys)
-        for start in range(0, len(names), 500):
-            part = names[start : start + 500]
-            query = f"SELECT key, score FROM scores WHERE key IN ({','.join('?' * len(part))}) AND score IS NOT NULL"
-            self._kept.update(self._database.execute(query, part))
-
-    def _write(self, rows: Sequence[tuple[str, float]]) -> None:
-        with self._database:
-            self._database.executemany("INSERT OR REPLACE INTO scores VALUES (?, ?)", rows)
 
 
 class AnswerScorer:

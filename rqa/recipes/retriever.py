@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
-from transformers import set_seed
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -16,17 +15,17 @@ from rqa.evaluation.retrieval import score_retrieval
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.models.lora import train_adapters
-from rqa.recipes.files import DataArguments, merge_adapters, open_output, read_inputs
+from rqa.recipes.files import DataArguments, merge_adapters
+from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import load_whole_weights
-from rqa.runtime.precision import autocast, compute_dtype
+from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
-from rqa.training.checkpoint import checkpoint_to_resume
 from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
@@ -71,18 +70,10 @@ def train_retriever(
     Raises:
         UserError: what a user can mend.
     """
-    device = distributed.start()
-    checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
-    set_seed(loop.seed)
-    inputs = read_inputs(data, loop, train_answers=answers, eval_answers=False)
-    open_output(loop.output_dir, all_arguments, checkpoint)
-    loop.metric_for_best_model = loop.metric_for_best_model or "retr/mrr@10"
-
-    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
-    dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    source = str(checkpoint or data.model_name_or_path)
+    run = begin(data, loop, all_arguments, "retr/mrr@10", train_answers=answers, eval_answers=False)
+    device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
-        retriever = Retriever(load_encoder(source, encoder, **options).to(device), inputs.documents, index)
+        retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
     train_adapters(retriever.encoder.backbone, loop)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
@@ -109,14 +100,14 @@ def train_retriever(
             device,
             before_step=training.refresher,
             evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
-            checkpoint=checkpoint,
+            checkpoint=run.checkpoint,
         )
     if state.interrupted:
         return {}
     scores = {}
     if inputs.test:
         with distributed.in_turn():
-            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **options).state_dict())
+            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
         scores = measure(inputs.test, "test")
         write_results(loop.output_dir, scores, [])
         log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -307,5 +307,5 @@ def test_a_score_that_is_not_a_number_is_not_kept(tmp_path: Path) -> None:
 
 def test_a_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "scores.sqlite").write_text(json.dumps({"not": "a database"}) * 100)
-    with pytest.raises(UserError, match=r"scores\.sqlite: cannot keep scores"):
+    with pytest.raises(UserError, match=r"scores\.sqlite: nothing can be kept there"):
         Teacher(Lengths(), "lm", tmp_path / "scores.sqlite")

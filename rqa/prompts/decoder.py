@@ -1,20 +1,15 @@
-"""The one place where passages, chat history and question become text, and text becomes token ids.
-
-Training and generation build the prompt through `Prompter.encode`: what a trained model sees at inference is,
-token for token, what it saw in training.
-"""
+"""What a decoder reads: passages, chat history and question as one prompt, the answer behind it."""
 
 import re
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
+from rqa.prompts.text import DoesNotFit, cut, fill, longest_that_fits, read_template
 from rqa.runtime.errors import UserError
 
 INSTRUCTION = """\
@@ -25,11 +20,6 @@ Use the passages to answer the question. Reply with the answer alone.
 Question: {question}"""
 
 ASSISTANT_SPEAKERS = {"assistant", "ai", "bot", "chatbot", "system", "agent", "gpt", "chatgpt", "model"}
-LONGEST_WORD = 40  # characters taken back to cut at a word's end; text without spaces is cut where it is
-
-
-class DoesNotFit(UserError):
-    """Question and answer alone are longer than the sequence may be."""
 
 
 @dataclass
@@ -59,23 +49,21 @@ class TokenSequence:
     answer_start: int
 
 
-def retrieval_query(example: Example) -> str:
-    """The text that a retriever is asked with: what was said before, then the question."""
-    return "\n".join([*(turn.message for turn in example.chat_history), example.question])
-
-
 class Prompter:
     """Builds prompts for one tokenizer in one format.
 
     Attributes:
         end_of_turn: Token ids behind every answer; the last one is a special token.
         stop_ids: Token ids at which generation ends.
+        length_flag: What to raise when examples do not fit.
     """
+
+    length_flag = "--max_seq_length"
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments) -> None:
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self.instruction = _read_instruction(arguments.prompt_template)
+        self.instruction = read_template(arguments.prompt_template, INSTRUCTION, "passages")
         if arguments.chat_format == "template" and not tokenizer.chat_template:
             raise UserError("--chat_format template: this tokenizer has no chat template; use --chat_format prefix")
         self.end_of_turn = self._find_end_of_turn()
@@ -102,14 +90,8 @@ class Prompter:
                 f"more than --max_seq_length {limit}"
             )
         budget = max(limit - reserved, len(bare))
-        prompt = self._prompt(example, history, passages)
-        if len(prompt) > budget:
-            caps = range(max((len(passage.fmt_content) for passage in passages), default=0))
-            fitting = bisect_right(caps, budget, key=lambda cap: len(self._prompt(example, history, passages, cap)))
-            # Token counts are only nearly monotone in the cut, hence the walk down at the end.
-            cap = max(fitting - 1, 0)
-            while len(prompt := self._prompt(example, history, passages, cap)) > budget and cap:
-                cap -= 1
+        longest = max((len(passage.fmt_content) for passage in passages), default=0)
+        prompt = longest_that_fits(lambda cap: self._prompt(example, history, passages, cap), longest, budget)
         return TokenSequence(prompt + target, len(prompt))
 
     def encode_answer(self, answer: str) -> list[int]:
@@ -124,10 +106,9 @@ class Prompter:
     def _prompt(
         self, example: Example, history: Sequence[Turn], passages: Sequence[Document], cap: int | None = None
     ) -> list[int]:
-        texts = [_cut(passage.fmt_content, cap) for passage in passages]
+        texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
-        fields = {"passages": numbered, "question": example.question}
-        request = re.sub(r"\{(passages|question)\}", lambda match: fields[match[1]], self.instruction)
+        request = fill(self.instruction, {"passages": numbered, "question": example.question})
         turns = [(_role(turn.speaker), turn.message) for turn in history] + [("user", request)]
         text = self._render_template(turns) if self.arguments.chat_format == "template" else self._render_prefix(turns)
         ids = self.tokenizer.encode(text, add_special_tokens=False)
@@ -173,19 +154,6 @@ class Prompter:
         return [*ids, self.tokenizer.eos_token_id]
 
 
-def _read_instruction(path: str | None) -> str:
-    if path is None:
-        return INSTRUCTION
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
-    for name in ("{passages}", "{question}"):
-        if name not in text:
-            raise UserError(f"--prompt_template {path}: the placeholder {name} is missing")
-    return text.rstrip("\n")
-
-
 def _role(speaker: str) -> str:
     return "assistant" if re.split(r"[^a-z]", speaker.strip().lower())[0] in ASSISTANT_SPEAKERS else "user"
 
@@ -194,11 +162,3 @@ def _without_oldest(history: Sequence[Turn]) -> Sequence[Turn]:
     """The turns from the second one of a user on: many chat templates refuse a reply that nobody asked for."""
     later = (place for place, turn in enumerate(history) if place and _role(turn.speaker) == "user")
     return history[next(later, len(history)) :]
-
-
-def _cut(text: str, cap: int | None) -> str:
-    """At most `cap` characters, ending at a word's end."""
-    if cap is None or len(text) <= cap:
-        return text
-    end = re.search(rf"\s\S{{0,{LONGEST_WORD}}}$", text[: cap + 1])
-    return text[: end.start() if end else cap].rstrip()

@@ -1,0 +1,172 @@
+"""Layouts with a corpus, queries and relevance judgements in files of their own.
+
+BEIR (Thakur et al. 2021): corpus.jsonl, queries.jsonl, qrels/SPLIT.tsv. MS MARCO's passage ranking: collection.tsv,
+queries.SPLIT.tsv, qrels.SPLIT.tsv. The corpus streams; judgements, and the passages that they name, are held.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from rqa.data.convert.reading import read_rows, read_table
+from rqa.data.documents import Document, iterate_documents
+from rqa.data.duplicates import Seen
+from rqa.data.examples import Example, iterate_examples
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import atomic_file, write_jsonl
+
+Judgements = dict[str, list[str]]
+
+
+@dataclass(frozen=True)
+class JudgedFormat:
+    """One layout.
+
+    Attributes:
+        corpus: Yields (id, passage) from the folder.
+        queries: Yields (id, question) of a split.
+        judgements: The files of judgements by split.
+    """
+
+    corpus: Callable[[Path], Iterator[tuple[str, Document]]]
+    queries: Callable[[Path, str], Iterator[tuple[str, str]]]
+    judgements: Callable[[Path], dict[str, Path]]
+
+
+def read_judged(layout: JudgedFormat, folder: Path) -> Iterator[Document | tuple[str, Example]]:
+    """Yield every passage of the corpus, then the questions of each split that have a relevant one.
+
+    Raises:
+        UserError: a file is missing or malformed, or a judgement names what is not there.
+    """
+    files = layout.judgements(folder)
+    if not files:
+        raise UserError(f"{folder}: holds no qrels; a corpus alone needs no conversion")
+    judged = {split: _read_judgements(path) for split, path in files.items()}
+    wanted = {identifier for relevant in judged.values() for ids in relevant.values() for identifier in ids}
+    passages: dict[str, Document] = {}
+    for identifier, document in layout.corpus(folder):
+        yield document
+        if identifier in wanted:
+            passages[identifier] = document
+    for split, relevant in judged.items():
+        unasked = set(relevant)
+        for query, question in layout.queries(folder, split):
+            if query in unasked:
+                unasked.remove(query)
+                gold = tuple(_find(passages, identifier, files[split]) for identifier in relevant[query])
+                yield split, Example(question, gold, where=str(files[split]))
+        if unasked:
+            raise UserError(f"{files[split]}: query '{min(unasked)}' is in no file of queries")
+
+
+def _find(passages: dict[str, Document], identifier: str, path: Path) -> Document:
+    if identifier not in passages:
+        raise UserError(f"{path}: passage '{identifier}' is not in the corpus")
+    return passages[identifier]
+
+
+def _read_judgements(path: Path) -> Judgements:
+    """The relevant passages of each query: query, passage, score below a header, or TREC's four columns."""
+    relevant: defaultdict[str, list[str]] = defaultdict(list)
+    for where, fields in read_table(path):
+        fields = fields if len(fields) > 1 else fields[0].split()
+        if len(fields) not in (3, 4):
+            raise UserError(f"{where}: expected query, passage and score, found {len(fields)} columns")
+        query, passage, score = fields[0], fields[-2], fields[-1].strip()
+        if not score.lstrip("-").isdigit():
+            if where.endswith(":1"):
+                continue  # the header
+            raise UserError(f"{where}: score '{score}' is not a number")
+        if int(score) > 0:
+            relevant[query].append(passage)
+    return relevant
+
+
+# ---------------------------------------------------------------- BEIR
+
+
+def _beir_corpus(folder: Path) -> Iterator[tuple[str, Document]]:
+    for row in read_rows(_either(folder / "corpus.jsonl")):
+        identifier = row.text("_id")
+        if text := row.text("text", default="").strip() or row.text("title", default=""):
+            yield identifier, Document(text, {"source": identifier, "title": row.text("title", default="")})
+
+
+def _beir_queries(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    yield from ((row.text("_id"), row.text("text")) for row in read_rows(_either(folder / "queries.jsonl")))
+
+
+def _either(path: Path) -> Path:
+    """The file, or its gzipped form."""
+    packed = path.with_name(path.name + ".gz")
+    return packed if packed.exists() and not path.exists() else path
+
+
+def write_beir(folder: Path, documents: Path, splits: dict[str, Path]) -> None:
+    """Write our files as BEIR's. A passage is called by its source, and where that is taken by source#number.
+
+    Raises:
+        UserError: a gold passage is not in the database.
+    """
+    names: dict[tuple[str, str], str] = {
+        document.key: "" for path in splits.values() for example in iterate_examples(path)
+        for document in example.gold_docs
+    }  # fmt: skip
+    write_jsonl(folder / "corpus.jsonl", _corpus_rows(documents, names))
+    with atomic_file(folder / "queries.jsonl") as temporary, temporary.open("w", encoding="utf-8") as queries:
+        for split, path in splits.items():
+            with atomic_file(folder / "qrels" / f"{split}.tsv") as part, part.open("w", encoding="utf-8") as qrels:
+                qrels.write("query-id\tcorpus-id\tscore\n")
+                for number, example in enumerate(iterate_examples(path)):
+                    row = {"_id": f"{split}-{number}", "text": example.question, "metadata": {}}
+                    queries.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    for document in example.gold_docs:
+                        if not names[document.key]:
+                            raise UserError(f"{example.where}: a gold passage is not in {documents}")
+                        qrels.write(f"{row['_id']}\t{names[document.key]}\t1\n")
+
+
+def _corpus_rows(documents: Path, names: dict[tuple[str, str], str]) -> Iterator[dict[str, object]]:
+    taken = Seen()
+    for number, document in enumerate(iterate_documents(documents)):
+        source = document.key[0]
+        name = source if source and taken.add(source) else f"{source}#{number}"
+        if names.get(document.key) == "":
+            names[document.key] = name
+        title = str(document.metadata.get("title") or "")
+        yield {"_id": name, "title": title, "text": document.page_content, "metadata": {}}
+
+
+# ---------------------------------------------------------------- MS MARCO's passage ranking
+
+
+def _msmarco_corpus(folder: Path) -> Iterator[tuple[str, Document]]:
+    for where, fields in read_table(_either(folder / "collection.tsv")):
+        identifier, text = _two(where, fields)
+        yield identifier, Document(text, {"source": identifier, "title": ""})
+
+
+def _msmarco_queries(folder: Path, split: str) -> Iterator[tuple[str, str]]:
+    yield from (_two(*line) for line in read_table(_either(folder / f"queries.{split}.tsv")))
+
+
+def _two(where: str, fields: list[str]) -> tuple[str, str]:
+    if len(fields) != 2 or not fields[1].strip():
+        raise UserError(f"{where}: expected an identifier and a text with a tab between them")
+    return fields[0], fields[1]
+
+
+def _splits(paths: Iterable[Path], prefix: str) -> dict[str, Path]:
+    """Files by what their names have between prefix and ending."""
+    return {path.name.removeprefix(prefix).removesuffix(".gz").removesuffix(".tsv"): path for path in sorted(paths)}
+
+
+JUDGED = {
+    "beir": JudgedFormat(_beir_corpus, _beir_queries, lambda folder: _splits(folder.glob("qrels/*.tsv*"), "")),
+    "msmarco_passages": JudgedFormat(
+        _msmarco_corpus, _msmarco_queries, lambda folder: _splits(folder.glob("qrels.*.tsv*"), "qrels.")
+    ),
+}

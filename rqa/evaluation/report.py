@@ -1,0 +1,136 @@
+"""`report.html`: a run's curves, scores and answers on one page that needs no network."""
+
+import json
+from collections.abc import Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, StrictUndefined
+from markupsafe import Markup
+
+from rqa.evaluation.charts import Line, line_chart
+from rqa.evaluation.runtime import machine_line
+from rqa.runtime import distributed
+from rqa.runtime.files import atomic_file, read_jsonl
+
+SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
+PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
+EXAMPLES = 200  # questions that a page holds
+PASSAGE = 700  # characters of a passage
+RIGHT = 0.5  # a question is right from this score on
+TILES = {
+    "gen/f1": "Token F1",
+    "gen/rougeL": "ROUGE-L",
+    "gen/exact_match": "Exact match",
+    "retr/recall@1": "Recall@1",
+    "retr/recall@4": "Recall@4",
+    "retr/mrr@10": "MRR@10",
+}
+DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
+CHARTS = {  # title -> names of its lines, of which a run has some
+    "Loss": ("loss", "eval_loss"),
+    "Recall on the eval file": ("eval_retr/recall@1", "eval_retr/recall@4", "eval_retr/recall@10"),
+    "Ranking on the eval file": ("eval_retr/mrr@10", "eval_retr/ndcg@10", "eval_retr/map@10"),
+    "Answers on the eval file": ("eval_gen/f1", "eval_gen/rougeL", "eval_gen/bleu", "eval_gen/exact_match"),
+    "Learning rate": ("learning_rate",),
+    "Tokens a second": ("tokens_per_second",),
+    "Gradient norm": ("grad_norm",),
+}
+LEGEND = {"loss": "training", "eval_loss": "eval file"}
+
+
+def write_report(directory: str | Path) -> None:
+    """Write `report.html` from whatever result files the directory holds, by the main process."""
+    directory = Path(directory)
+    if not distributed.is_main():
+        return
+    details = _read(directory / DETAILS)
+    rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        title=directory.resolve().name,
+        machine=machine_line(details["machine"]) if "machine" in details else "",
+        peak=details.get("peak_memory_gib", {}),
+        **_score_tables(_read(directory / SCORES), details.get("scores", {})),
+        charts=_charts(_read(directory / "trainer_state.json"), directory),
+        examples=[_example(row) for row in rows[:EXAMPLES]],
+        questions=len(rows),
+        arguments=_read(directory / ARGUMENTS),
+    )
+    with atomic_file(directory / REPORT) as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def _read(path: Path) -> dict[str, Any]:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+
+
+def _score_tables(scores: dict[str, float], details: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """Tiles of the main scores, rates with intervals, and the other figures."""
+    rates = [{"name": name.removeprefix("test_"), **row} for name, row in details.items()]
+    known = {row["name"]: row for row in rates}
+    others = {
+        name.removeprefix("test_"): value
+        for name, value in scores.items()
+        if name not in details and "/document_recall/" not in name
+    }
+    return {
+        "tiles": [{**known[name], "title": title} for name, title in TILES.items() if name in known],
+        "rates": rates,
+        "others": others,
+        "widest": max(rates, key=lambda row: row["high"] - row["low"], default=None),
+    }
+
+
+def _charts(state: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
+    """A title, an SVG and the names and last values of its lines, for each chart that has something to show."""
+    history: list[dict[str, float]] = state.get("log_history", [])
+    best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
+    saved = (path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*"))
+    marks = {"saved": [float(step) for step in saved if step.isdigit()], "best": [float(best)] if best else []}
+    known = {name for names in CHARTS.values() for name in names} | {"step"}
+    own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
+    charts = []
+    for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
+        lines = {name: line for name in names if (line := _line(history, name))}
+        if svg := line_chart(lines, marks):
+            legend = [(LEGEND.get(name, name.rpartition("/")[2]), line[-1][1]) for name, line in lines.items()]
+            charts.append({"title": title, "svg": Markup(svg), "legend": legend})
+    return charts
+
+
+def _line(history: Sequence[dict[str, float]], name: str) -> Line:
+    return [(entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
+
+
+def _example(row: dict[str, Any]) -> dict[str, Any]:
+    """What the page shows of a question."""
+    gold = {_key(document) for document in row.get("gold_docs", [])}
+    found = [_passage(document, _key(document) in gold) for document in row.get("retrieved_docs", [])]
+    shown = {_key(document) for document in row.get("retrieved_docs", [])}
+    missed = [_passage(document, True) for document in row.get("gold_docs", []) if _key(document) not in shown]
+    scores = row.get("scores", {})
+    decisive = next((name for name in DECISIVE if name in scores), None)
+    return {
+        "question": row["question"],
+        "history": row.get("chat_history") or [],
+        "gold_answer": row.get("gold_answer"),
+        "answer": row.get("generated_answer"),
+        "passages": found,
+        "missed": missed,
+        "scores": scores,
+        "decisive": decisive,
+        "right": decisive is not None and scores[decisive] >= RIGHT,
+    }
+
+
+def _passage(document: dict[str, Any], gold: bool) -> dict[str, Any]:
+    metadata, text = document.get("metadata", {}), document["page_content"]
+    title = metadata.get("title") or metadata.get("source") or ""
+    return {"title": title, "text": text[:PASSAGE] + ("…" if len(text) > PASSAGE else ""), "gold": gold}
+
+
+def _key(document: dict[str, Any]) -> tuple[str, str]:
+    return str(document.get("metadata", {}).get("source", "")), document["page_content"]

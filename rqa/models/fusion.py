@@ -1,0 +1,212 @@
+"""Fusion-in-decoder (Izacard & Grave 2020): passages are encoded one by one, the decoder attends to all of them.
+
+The model is any encoder-decoder of `transformers`, used through `get_encoder()` and `encoder_outputs=` alone: nothing
+is wrapped, no parameter is renamed, and its checkpoint is an ordinary one.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    EncoderDecoderModel,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.modeling_outputs import BaseModelOutput
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.models.attention import PACKED_ATTENTION
+from rqa.models.causal_lm import Answer, answer_in_batches
+from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
+from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch
+from rqa.prompts import DoesNotFit, FusionPromptArguments, FusionPrompter, FusionSequence
+from rqa.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
+WARM_START = "bert::"
+MAX_ENCODER_TOKENS = 16384
+OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+
+
+@dataclass
+class GenerationArguments:
+    """How answers are generated."""
+
+    num_beams: int = field(default=1, metadata={"help": "Beams of the search; 1: greedy."})
+    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
+    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
+    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+
+    def __post_init__(self) -> None:
+        if self.num_beams < 1:
+            raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
+        if self.temperature <= 0:
+            raise UserError(f"--temperature {self.temperature}: must be positive; --do_sample false is greedy")
+        if not 0 < self.top_p <= 1:
+            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+        if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
+            raise UserError("--temperature and --top_p need --do_sample true")
+
+
+def load_fusion(
+    path: str, arguments: FusionPromptArguments, flash: bool = False, **options: Any
+) -> tuple[PreTrainedModel, FusionPrompter]:
+    """An encoder-decoder, and what builds its inputs.
+
+    Args:
+        path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint, with new
+            cross-attention between them (Rothe et al. 2020).
+        options: Those of `load_model`.
+
+    Raises:
+        UserError: the checkpoint cannot be read, or takes fewer tokens than the arguments ask for.
+    """
+    name = path.removeprefix(WARM_START)
+    tokenizer = load_tokenizer(name, options.get("trust_remote_code", False))
+    if path.startswith(WARM_START):
+        model = _warm_start(name, tokenizer, flash=flash, **options)
+    else:
+        model = load_model(AutoModelForSeq2SeqLM, name, flash=flash, **options)
+    encoder = model.get_encoder()
+    if not flash:
+        model.set_attn_implementation("sdpa")
+        if encoder._supports_attention_backend:
+            encoder.set_attn_implementation(PACKED_ATTENTION)
+    if pooler := getattr(encoder, "pooler", None):
+        pooler.requires_grad_(False)  # BERT has one that nothing depends on, and DDP would wait for its gradient
+    for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
+        limit, asked = getattr(config, "max_position_embeddings", None), getattr(arguments, f"max_{flag}_seq_length")
+        if limit and asked > limit:
+            raise UserError(f"--max_{flag}_seq_length {asked}: {name} takes at most {limit} tokens")
+    return model, FusionPrompter(tokenizer, arguments, start_token(model))
+
+
+def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+    if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
+        raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
+    encoder = load_model(AutoModel, path, **options)
+    decoder = load_model(AutoModelForCausalLM, path, is_decoder=True, add_cross_attention=True, **options)
+    model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
+    special = {
+        "decoder_start_token_id": tokenizer.cls_token_id,
+        "eos_token_id": tokenizer.sep_token_id,
+        "pad_token_id": tokenizer.pad_token_id,
+    }
+    for config in (model.config, model.generation_config):
+        for name, token in special.items():
+            setattr(config, name, token)
+    return model
+
+
+def refuse_overflow(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Raises:
+    UserError: a T5 in float16.
+    """
+    if dtype is torch.float16 and model.config.model_type in OVERFLOWING:
+        raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
+
+
+def start_token(model: PreTrainedModel) -> int:
+    """The token that the decoder starts from."""
+    return int(model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long))[0, 0])
+
+
+def encode_passages(model: PreTrainedModel, batch: FusionBatch) -> dict[str, Any]:
+    """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
+    encoder = model.get_encoder()
+    states = torch.cat([hidden_states(encoder, part)[part.rows] for part in batch.parts])  # [T, D]
+    padded = states.new_zeros(batch.owners.numel(), states.shape[1]).index_copy(0, batch.places, states)
+    padded = padded.view(*batch.owners.shape, -1)  # [B, S, D]
+    mask = (batch.owners >= 0).long()  # [B, S]
+    return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}
+
+
+def fusion_logits(model: PreTrainedModel, batch: FusionBatch) -> tuple[Tensor, Tensor]:
+    """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
+    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
+    output = model(**encode_passages(model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
+    real = batch.labels != IGNORED  # [B, L]
+    return output.logits[real], batch.labels[real]
+
+
+class FusionReader:
+    """Answers questions over passages with an encoder-decoder.
+
+    Attributes:
+        model: The encoder-decoder; may be in training, its mode is restored.
+        max_batch_tokens: Passage tokens of the questions that are answered together.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompter: FusionPrompter,
+        arguments: GenerationArguments,
+        collate: Collate,
+        max_batch_tokens: int = MAX_ENCODER_TOKENS,
+    ) -> None:
+        self.model = model
+        self.prompter = prompter
+        self.arguments = arguments
+        self.collate = collate
+        self.max_batch_tokens = max_batch_tokens
+
+    def answer(
+        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
+    ) -> list[Answer]:
+        """One answer for each question. [Q] -> [Q]
+
+        A question that does not fit by itself is reported and answered by nothing.
+        """
+        prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
+        lengths = [sum(map(len, prompt.passages)) if prompt else 0 for prompt in prompts]
+        end = [self.prompter.end_token]
+        return answer_in_batches(
+            self.model,
+            prompts,
+            lengths,
+            self.max_batch_tokens,
+            self.generate,
+            self.prompter.decode,
+            FusionSequence([end], end),
+            progress,
+        )
+
+    def _prompt(self, example: Example, passages: Sequence[Document]) -> FusionSequence | None:
+        try:
+            return self.prompter.encode(example, passages)
+        except DoesNotFit as error:
+            log.warning("%s; it is left unanswered", error)
+            return None
+
+    @torch.no_grad()
+    def generate(self, prompts: Sequence[FusionSequence]) -> list[list[int]]:
+        """Answers of one batch of questions, up to the end token; passages are encoded once. [B] -> [B]"""
+        end = self.prompter.end_token
+        sampling = {"temperature": self.arguments.temperature, "top_p": self.arguments.top_p, "top_k": 0}
+        config = GenerationConfig(
+            max_new_tokens=self.prompter.arguments.max_decoder_seq_length,
+            num_beams=self.arguments.num_beams,
+            do_sample=self.arguments.do_sample,
+            **(sampling if self.arguments.do_sample else {}),
+            min_length=0,  # what is not set here comes from the checkpoint's generation_config.json
+            repetition_penalty=1.0,
+            no_repeat_ngram_size=0,
+            decoder_start_token_id=start_token(self.model),
+            eos_token_id=end,
+            pad_token_id=end,
+        )
+        with evaluating(self.model):
+            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(self.model.device)
+            output = self.model.generate(**encode_passages(self.model, batch), generation_config=config)  # [B, 1 + new]
+        return [ids[: ids.index(end)] if end in ids else ids for ids in output[:, 1:].tolist()]

@@ -1,0 +1,90 @@
+"""Times and machines."""
+
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.evaluation.retrieval import measure_speed
+from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers
+from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
+from rqa.models.causal_lm import Answer
+from rqa.retrieval.hits import Hits
+from rqa.retrieval.lexical import LexicalRetriever
+from rqa.runtime.errors import UserError
+
+
+class SlowRetriever(LexicalRetriever):
+    """Takes 20 ms for the first question that it is ever asked, then 2 ms a question."""
+
+    asked = 0
+
+    def retrieve(self, queries: list[str], k: int) -> Hits:
+        time.sleep(0.02 if not self.asked else 0.002 * len(queries))
+        self.asked += len(queries)
+        return super().retrieve(queries, k)
+
+
+class Parrot:
+    """Answers with the question, in two batches, the second slower."""
+
+    def answer(self, examples: list[Example], passages: list[list[Document]]) -> list[Answer]:
+        time.sleep(0.05)
+        return [Answer(example.question, 3, 0.01 * (1 + i % 2)) for i, example in enumerate(examples)]
+
+
+def test_latencies_are_percentiles_in_milliseconds() -> None:
+    durations = np.random.default_rng(0).random(1000)
+    ordered = np.sort(durations) * 1000
+    found = latencies(durations)
+    assert found["latency_p50_ms"] == pytest.approx((ordered[499] + ordered[500]) / 2)
+    assert found["latency_p95_ms"] == pytest.approx(ordered[949] + 0.05 * (ordered[950] - ordered[949]))
+    assert list(found) == ["latency_p50_ms", "latency_p95_ms", "latency_p99_ms"]
+    assert latencies([0.25])["latency_p99_ms"] == 250
+
+
+def test_seconds_are_those_of_the_work() -> None:
+    assert 0.05 <= seconds(lambda: time.sleep(0.05)) < 0.2
+
+
+def test_the_warm_up_is_no_part_of_the_latency(documents: list[Document], examples: list[Example]) -> None:
+    speed = measure_speed(SlowRetriever(documents), examples, 4)
+    assert 2 <= speed["retr/latency_p50_ms"] <= speed["retr/latency_p99_ms"] < 20
+    assert speed["retr/questions_per_second"] <= 500
+
+
+def test_answers_are_timed_around_the_reader_alone(documents: list[Document], examples: list[Example]) -> None:
+    found = [[document] for document in documents]
+    metrics, rows = evaluate_answers(Parrot(), examples, found, EvaluationArguments())
+    assert len(examples) / 0.1 < metrics["gen/questions_per_second"] <= len(examples) / 0.05
+    assert metrics["gen/tokens_per_second"] == pytest.approx(3 * metrics["gen/questions_per_second"])
+    assert metrics["gen/latency_p50_ms"] == pytest.approx(15)
+    assert metrics["gen/latency_p99_ms"] == pytest.approx(20)
+    words = [len(example.question.split()) for example in examples]
+    assert metrics["gen/answer_words"] == pytest.approx(sum(words) / len(words))
+    rates = [name for row in rows for name, value in row["scores"].items() if 0 <= value <= 1]
+    assert len(rates) == sum(len(row["scores"]) for row in rows)
+    for name in rows[0]["scores"]:
+        assert metrics[name] == pytest.approx(np.mean([row["scores"][name] for row in rows]))
+
+
+def test_the_machine_is_named_in_one_line() -> None:
+    found = machine()
+    assert found["torch"] == torch.__version__
+    assert found["threads"] == torch.get_num_threads()
+    line = machine_line(found)
+    assert "\n" not in line
+    assert found["cpu"] in line or found["gpu"] in line
+    assert peak_memory()["host"] > 0.05
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [({"recall_at": [4, 0]}, "--recall_at 0"), ({"embedding_max_num_to_retrieve": -1}, "--embedding_max_num")],
+)
+def test_flags_that_make_no_sense_are_refused(flags: dict[str, object], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        EvaluationArguments(**flags)

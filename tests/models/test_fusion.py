@@ -1,0 +1,257 @@
+"""Fusion-in-decoder, for T5, BART and a warm-started pair of BERTs: what the plain model gives, and nothing else."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
+from rqa.objectives.fusion import FusionLikelihood
+from rqa.packing import pack
+from rqa.prompts import FusionPromptArguments, FusionSequence
+from rqa.runtime.errors import UserError
+from rqa.runtime.parallelize import parallelize
+
+ARGUMENTS = FusionPromptArguments(max_encoder_seq_length=64, max_decoder_seq_length=24)
+Load = Callable[..., FusionLikelihood]
+
+
+@pytest.fixture(params=["t5", "bart", "bert"])
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def path(kind: str, t5_path: str, bart_path: str, encoder_path: str) -> str:
+    return {"t5": t5_path, "bart": bart_path, "bert": f"bert::{encoder_path}"}[kind]
+
+
+@pytest.fixture
+def objective(path: str) -> FusionLikelihood:
+    """Without dropout, in float64, with weights large enough that passages matter."""
+    model, prompter = load_fusion(path, ARGUMENTS)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(3.0)
+    return FusionLikelihood(model.double().eval(), prompter)
+
+
+@pytest.fixture
+def plain(objective: FusionLikelihood, tmp_path: Path) -> PreTrainedModel:
+    """What `transformers` alone loads from the saved checkpoint."""
+    objective.save_pretrained(tmp_path / "saved")
+    return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").double().eval()
+
+
+@pytest.fixture
+def sequences(
+    objective: FusionLikelihood, examples: Sequence[Example], documents: Sequence[Document]
+) -> list[FusionSequence]:
+    """Four questions over 1 to 4 passages of different lengths."""
+    texts = [*documents[:3], Document(documents[4].page_content + " " + documents[5].page_content)]
+    encode = objective.prompter.encode
+    return [encode(example, texts[: n + 1], example.gold_answer) for n, example in enumerate(examples[:4])]
+
+
+def loss(objective: FusionLikelihood, sequences: Sequence[FusionSequence]) -> float:
+    return float(objective(objective.batch(sequences))[0].detach())
+
+
+def naive_states(plain: PreTrainedModel, sequence: FusionSequence) -> BaseModelOutput:
+    encoder = plain.get_encoder()
+    states = [encoder(input_ids=torch.tensor([ids])).last_hidden_state for ids in sequence.passages]
+    return BaseModelOutput(last_hidden_state=torch.cat(states, dim=1))
+
+
+def naive_loss(plain: PreTrainedModel, sequence: FusionSequence) -> Tensor:
+    """One passage after the other, nothing padded."""
+    start = plain.generation_config.decoder_start_token_id or plain.config.decoder_start_token_id
+    inputs = torch.tensor([[start, *sequence.answer[:-1]]])
+    logits = plain(encoder_outputs=naive_states(plain, sequence), decoder_input_ids=inputs).logits[0]
+    return -logits.log_softmax(-1)[range(len(sequence.answer)), sequence.answer].sum()
+
+
+def test_with_one_passage_the_loss_is_the_plain_models(
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+) -> None:
+    (one,) = [sequence for sequence in sequences if len(sequence.passages) == 1]
+    theirs = plain(input_ids=torch.tensor(one.passages), labels=torch.tensor([one.answer])).loss
+    assert loss(objective, [one]) / len(one.answer) == pytest.approx(float(theirs.detach()), rel=1e-6)
+
+
+def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+) -> None:
+    ours = objective(objective.batch(sequences))[0]
+    theirs = torch.stack([naive_loss(plain, sequence) for sequence in sequences]).sum()
+    assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
+    ours.backward()
+    theirs.backward()
+    expected = dict(plain.named_parameters())
+    for name, parameter in objective.model.named_parameters():
+        if "pooler" not in name:
+            torch.testing.assert_close(parameter.grad, expected[name].grad, rtol=1e-4, atol=1e-6, msg=name)
+
+
+def test_permuting_passages_permutes_nothing(objective: FusionLikelihood, sequences: list[FusionSequence]) -> None:
+    turned = [FusionSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
+    assert loss(objective, turned) == pytest.approx(loss(objective, sequences), rel=1e-6)
+    other = [FusionSequence(sequence.passages[:1], sequence.answer) for sequence in sequences]
+    assert abs(loss(objective, other) - loss(objective, sequences)) > 1e-3
+
+
+def test_another_question_in_the_batch_and_its_padding_change_nothing(
+    objective: FusionLikelihood, sequences: list[FusionSequence]
+) -> None:
+    together = loss(objective, sequences)
+    assert together == pytest.approx(sum(loss(objective, [sequence]) for sequence in sequences), rel=1e-6)
+    assert together == pytest.approx(loss(objective, sequences[::-1]), rel=1e-6)
+    batch = objective.batch(sequences)
+    assert batch.weight == sum(len(sequence.answer) for sequence in sequences)
+    assert batch.num_tokens == batch.weight + sum(len(ids) for s in sequences for ids in s.passages)
+
+
+def test_a_batch_pads_a_passage_by_a_quarter_at_most_and_bert_pads_none(
+    objective: FusionLikelihood, kind: str, sequences: list[FusionSequence]
+) -> None:
+    assert (objective.collate is pack) == (kind == "bert")
+    for part in objective.batch(sequences).parts:
+        width = part.inputs["input_ids"].numel() // len(part.lengths)
+        assert int(part.lengths.min()) >= 0.8 * width or objective.collate is pack
+
+
+def test_the_saved_checkpoint_is_an_ordinary_one(
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+) -> None:
+    ours = objective.model.state_dict()
+    assert plain.state_dict().keys() == ours.keys()
+    for name, weight in plain.state_dict().items():
+        torch.testing.assert_close(weight, ours[name].to(weight), msg=name)
+    output, embedding = plain.get_output_embeddings().weight, plain.get_decoder().get_input_embeddings().weight
+    assert output.data_ptr() == embedding.data_ptr()
+    one = {"input_ids": torch.tensor([sequences[3].passages[0]]), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
+    torch.testing.assert_close(plain(**one).logits, objective.model(**one).logits, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_generation_is_that_of_the_plain_model_over_all_passages(
+    beams: int, objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+) -> None:
+    reader = FusionReader(objective.model, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
+    end = objective.prompter.end_token
+    config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
+    for ours, sequence in zip(reader.generate(sequences), sequences, strict=True):
+        states = naive_states(plain, sequence)
+        mask = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.long)
+        theirs = plain.generate(encoder_outputs=states, attention_mask=mask, generation_config=config)[0, 1:].tolist()
+        assert ours == (theirs[: theirs.index(end)] if end in theirs else theirs)
+
+
+def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
+    objective: FusionLikelihood, sequences: list[FusionSequence]
+) -> None:
+    def generate(**arguments: object) -> list[list[int]]:
+        return FusionReader(
+            objective.model, objective.prompter, GenerationArguments(**arguments), objective.collate
+        ).generate(sequences)
+
+    greedy = generate()
+    assert generate(do_sample=True, top_p=1e-6) == greedy
+    assert generate(do_sample=True, temperature=5.0) != greedy
+
+
+def test_passages_are_encoded_once_and_questions_answered_in_their_order(
+    objective: FusionLikelihood, examples: list[Example], documents: list[Document]
+) -> None:
+    reader = FusionReader(objective.model, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
+    asked, passages = examples[:3], [documents[:3], documents[3:4], []]
+    tokens: list[int] = []
+    objective.model.get_encoder().register_forward_hook(
+        lambda module, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    answers = reader.answer(asked, passages, progress=False)
+    lengths = [
+        len(ids) for pair in zip(asked, passages, strict=True) for ids in objective.prompter.encode(*pair).passages
+    ]
+    assert sum(lengths) <= sum(tokens) <= 1.25 * sum(lengths)
+    for number in range(3):
+        assert reader.answer(asked[number : number + 1], passages[number : number + 1], progress=False) == [
+            answers[number]
+        ]
+
+
+def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(
+    path: str, sequences: list[FusionSequence]
+) -> None:
+    gradients, calls = [], []
+    for checkpointing in (False, True):
+        torch.manual_seed(5)
+        model, prompter = load_fusion(path, ARGUMENTS)
+        objective = FusionLikelihood(model, prompter)
+        parallelize(objective, torch.device("cpu"), checkpointing, compile=False)
+        objective.train()
+        count = dict.fromkeys(("encoder", "decoder"), 0)
+        for side in count:
+            stack = getattr(model, f"get_{side}")()
+            first = next(m for m in stack.modules() if isinstance(m, torch.nn.ModuleList))[0]
+            norm = next(m for m in first.modules() if "Norm" in type(m).__name__)
+            norm.register_forward_hook(lambda *_, side=side, count=count: count.update({side: count[side] + 1}))
+        torch.manual_seed(6)
+        objective(objective.batch(sequences))[0].backward()
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+        calls.append(count)
+    assert all(calls[1][side] == 2 * calls[0][side] for side in ("encoder", "decoder"))
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, msg=name)
+
+
+def test_bfloat16_is_near_float32(path: str, sequences: list[FusionSequence]) -> None:
+    objective = FusionLikelihood(*load_fusion(path, ARGUMENTS)).eval()
+    exact = loss(objective, sequences)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert loss(objective, sequences) == pytest.approx(exact, rel=0.02)
+
+
+def test_float16_is_refused_for_t5_alone(path: str, kind: str) -> None:
+    model, _ = load_fusion(path, ARGUMENTS)
+    refuse_overflow(model, torch.bfloat16)
+    if kind == "t5":
+        with pytest.raises(UserError, match="--fp16 true: T5's activations exceed"):
+            refuse_overflow(model, torch.float16)
+    else:
+        refuse_overflow(model, torch.float16)
+
+
+def test_lengths_beyond_the_models_positions_are_refused(encoder_path: str, bart_path: str) -> None:
+    with pytest.raises(UserError, match=r"--max_encoder_seq_length 512: .* takes at most 64 tokens"):
+        load_fusion(f"bert::{encoder_path}", FusionPromptArguments())
+    with pytest.raises(UserError, match=r"--max_decoder_seq_length 256: .* takes at most 128 tokens"):
+        load_fusion(bart_path, FusionPromptArguments(max_encoder_seq_length=128))
+
+
+def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_fusion(lm_path, ARGUMENTS)
+    with pytest.raises(UserError, match=r"the tokenizer lacks \[CLS\]"):
+        load_fusion(f"bert::{lm_path}", ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"num_beams": 0}, "--num_beams 0: must be at least 1"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be positive"),
+        ({"top_p": 1.5}, "--top_p 1.5: must be above 0"),
+        ({"top_p": 0.5}, "--temperature and --top_p need --do_sample true"),
+    ],
+)
+def test_impossible_generation_flags_are_refused(arguments: dict[str, float], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        GenerationArguments(**arguments)
