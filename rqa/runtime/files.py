@@ -100,10 +100,8 @@ def remove_leftovers(directory: str | Path) -> None:
 
     A crash between the two renames of `atomic_directory` leaves only the old content: it gets its name back.
     """
-    for path in sorted(Path(directory).rglob(".*.tmp")) + sorted(Path(directory).rglob(".*.old")):
+    for path in sorted(Path(directory).glob(".*.tmp")) + sorted(Path(directory).glob(".*.old")):
         original = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if not path.exists():  # it lay in one that is gone
-            continue
         if path.suffix == ".old" and not original.exists():
             os.replace(path, original)
         elif path.is_dir():

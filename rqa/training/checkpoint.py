@@ -101,11 +101,13 @@ def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
 
 
 def _newest_good(output: Path) -> Path | None:
-    for path in reversed(_all_checkpoints(output)):
-        problem = damage(path)
-        if not problem:
+    found = _all_checkpoints(output)
+    for path in reversed(found):
+        if not (problem := damage(path)):
             return path
         log.warning("%s cannot be used (%s): looking for the one before it", path, problem)
+    if found:
+        raise UserError(f"{output}: no checkpoint can be used; start afresh with --overwrite_output_dir true alone")
     log.info("%s holds no complete checkpoint: starting from step 0", output)
     return None
 
