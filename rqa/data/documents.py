@@ -176,7 +176,8 @@ def _read_pickle(path: Path) -> list[Document]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {error})") from None
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {reason})") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
     documents = []

@@ -53,6 +53,12 @@ class EncoderArguments:
     max_query_length: int | None = field(default=None, metadata={"help": "Tokens of a question."})
     max_passage_length: int | None = field(default=None, metadata={"help": "Tokens of a passage."})
 
+    def __post_init__(self) -> None:
+        for name in ("max_query_length", "max_passage_length"):
+            value = getattr(self, name)
+            if value is not None and value < 3:
+                raise UserError(f"--{name} {value}: must be at least 3")
+
 
 class Encoder(nn.Module):
     """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings.

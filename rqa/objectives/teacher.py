@@ -25,6 +25,9 @@ from rqa.runtime.store import Store
 log = logging.getLogger(__name__)
 
 
+PAIRS_AT_ONCE = 256
+
+
 class Pair(NamedTuple):
     """A question with its answer, and a document that may help.
 
@@ -43,7 +46,8 @@ Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]
 class Teacher:
     """A scorer whose scores are kept in memory and in a database that runs share.
 
-    Each batch of scores is one transaction: an interruption loses at most the batch in work.
+    What is asked for is scored in parts, each part one transaction. So an interruption loses at most one part, and a
+    resumed run packs the others as they would have been: its scores are the same to the last bit.
 
     Args:
         scorer: Pairs -> (position, score), a few at a time, in any order.
@@ -65,19 +69,15 @@ class Teacher:
         """The score of each pair; only those never seen before are computed."""
         keys = [self._key(pair) for pair in pairs]
         self._kept |= self._store.get({key for key in keys if key not in self._kept})
-        missing = {key: pair for key, pair in zip(keys, pairs, strict=True) if key not in self._kept}
         self.asked += len(pairs)
         self.known += sum(key in self._kept for key in keys)
-        names = list(missing)
-        pending: dict[str, float] = {}
-        for position, value in self.scorer(list(missing.values())):
-            self._kept[names[position]] = value
-            if not math.isnan(value):
-                pending[names[position]] = value
-            if len(pending) >= 16:
-                self._store.put(pending)
-                pending = {}
-        self._store.put(pending)
+        for start in range(0, len(pairs), PAIRS_AT_ONCE):
+            part = slice(start, start + PAIRS_AT_ONCE)
+            missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in self._kept}
+            names = list(missing)
+            scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
+            self._kept |= scores
+            self._store.put({name: value for name, value in scores.items() if not math.isnan(value)})
         return [self._kept[key] for key in keys]
 
     @property

@@ -7,3 +7,6 @@ class UserError(Exception):
     The message is one line that names the file and line, flag or path, says what is wrong and what to do.
     `rqa.runtime.cli.run` prints it and exits with status 2.
     """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))  # what it quotes may hold line breaks

@@ -100,10 +100,8 @@ def remove_leftovers(directory: str | Path) -> None:
 
     A crash between the two renames of `atomic_directory` leaves only the old content: it gets its name back.
     """
-    for path in sorted(Path(directory).rglob(".*.tmp")) + sorted(Path(directory).rglob(".*.old")):
+    for path in sorted(Path(directory).glob(".*.tmp")) + sorted(Path(directory).glob(".*.old")):
         original = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if not path.exists():  # it lay in one that is gone
-            continue
         if path.suffix == ".old" and not original.exists():
             os.replace(path, original)
         elif path.is_dir():
@@ -161,6 +159,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                if "\\ud" in line.lower():
+                    _refuse_half_characters(row, f"{path}:{number}")
                 yield number, row
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -171,6 +171,15 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
+    """JSON can escape one half of a surrogate pair, which no tokenizer takes and no file holds."""
+    try:
+        json.dumps(row, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError as error:
+        half = error.object[error.start]
+        raise UserError(f"{where}: holds \\u{ord(half):04x}, half of a character; remove it") from None
 
 
 def fingerprint(*parts: str | bytes) -> str:

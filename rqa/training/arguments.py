@@ -109,6 +109,7 @@ class LoopArguments(LoraArguments):
         for name in positive:
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        self._check_numbers()
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
         if self.fsdp != "no" and self.fp16:
@@ -119,6 +120,19 @@ class LoopArguments(LoraArguments):
             raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir}: is a file")
+
+    def _check_numbers(self) -> None:
+        at_least_0 = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "seed",
+                      "dataloader_num_workers", "eval_max_examples")  # fmt: skip
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, int | float) and not abs(value) < 2**32:  # NaN, too
+                raise UserError(f"--{item.name} {value}: is no number to train with")
+            if item.name in at_least_0 and value < 0:
+                raise UserError(f"--{item.name} {value}: must not be negative")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
 
     @property
     def maximize(self) -> bool:
@@ -162,7 +176,10 @@ def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None
                 raise UserError(f"--{name}: {REFUSED[name]}")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
-    return parser.parse_args_into_dataclasses(arguments)
+    try:
+        return parser.parse_args_into_dataclasses(arguments)
+    except ValueError as error:  # what belongs to no flag
+        raise UserError(f"{error}; see {Path(sys.argv[0]).name} -h") from None
 
 
 def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
@@ -177,5 +194,7 @@ def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
     for name, value in values.items():
         if value is not None:
             parts = value if isinstance(value, list) else [value]
+            if not all(isinstance(part, str | int | float) for part in parts):
+                raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
             line += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
     return line

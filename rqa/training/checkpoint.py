@@ -7,7 +7,6 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -31,17 +30,6 @@ from rqa.training.optim import Optimization
 
 log = logging.getLogger(__name__)
 
-UNREADABLE = (
-    OSError,
-    ValueError,
-    TypeError,
-    KeyError,
-    IndexError,
-    AttributeError,
-    RuntimeError,
-    EOFError,
-    UnpicklingError,
-)
 STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE = "trainer_state.json", "training_state.pt", "all_args.json"
 LIVE_STATE = "live_state"
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, LIVE_STATE, COMPLETION_MARK}
@@ -113,11 +101,13 @@ def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
 
 
 def _newest_good(output: Path) -> Path | None:
-    for path in reversed(_all_checkpoints(output)):
-        problem = damage(path)
-        if not problem:
+    found = _all_checkpoints(output)
+    for path in reversed(found):
+        if not (problem := damage(path)):
             return path
         log.warning("%s cannot be used (%s): looking for the one before it", path, problem)
+    if found:
+        raise UserError(f"{output}: no checkpoint can be used; start afresh with --overwrite_output_dir true alone")
     log.info("%s holds no complete checkpoint: starting from step 0", output)
     return None
 
@@ -190,9 +180,18 @@ def load_state(directory: Path) -> RunState:
     """
     try:
         state = RunState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
+        _check_types(state)
     except (OSError, ValueError, TypeError) as error:
         raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
     return replace(state, interrupted=False)
+
+
+def _check_types(state: RunState) -> None:
+    kinds = {"step": int, "examples": int, "log_history": list, "window": dict}
+    for name, kind in kinds.items():
+        value = getattr(state, name)
+        if type(value) is not kind or (kind is int and not 0 <= value < 2**53):
+            raise ValueError(f"{STATE_FILE}: '{name}' is no {kind.__name__} that a run writes")
 
 
 def load_checkpoint(directory: Path, optimization: Optimization, state: RunState, live: LiveState | None) -> None:
@@ -209,7 +208,7 @@ def load_checkpoint(directory: Path, optimization: Optimization, state: RunState
             live.load(directory / LIVE_STATE)
         if len(generators) == distributed.world_size():
             restore_random_state(generators[distributed.rank()])
-    except UNREADABLE as error:
+    except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
     log.info("continuing from %s, step %d", directory, state.step)
     if len(generators) != distributed.world_size():

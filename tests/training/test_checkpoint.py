@@ -139,6 +139,15 @@ def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_continues_to_t
         run(replace(arguments, resume_from_checkpoint=str(output / "checkpoint-6")))
 
 
+def test_when_no_checkpoint_is_good_nothing_is_deleted_and_the_user_decides(arguments: LoopArguments) -> None:
+    run(replace(arguments, max_steps=2))
+    newest = Path(arguments.output_dir) / "checkpoint-2"
+    _flip_a_bit(newest / "w.safetensors")
+    with pytest.raises(UserError, match="no checkpoint can be used; start afresh"):
+        run(replace(arguments, resume_from_checkpoint="true"))
+    assert newest.is_dir()
+
+
 def test_a_newer_checkpoint_of_a_given_up_past_never_replaces_the_newest(arguments: LoopArguments) -> None:
     run(arguments)
     output = Path(arguments.output_dir)
