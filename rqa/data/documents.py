@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import pickletools
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -157,9 +158,18 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
 
 
+def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
+    """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > size:
+            raise UserError(f"not a readable pickle (it numbers an object {number})")
+    file.seek(0)
+
+
 def _read_pickle(path: Path) -> list[Document]:
     try:
         with path.open("rb") as file:
+            _refuse_huge_memo(file, path.stat().st_size)
             values = _DocumentUnpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

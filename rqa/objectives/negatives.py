@@ -1,6 +1,8 @@
 """Hard negatives from the live retriever (Xiong et al. 2021, ANCE)."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -40,7 +42,7 @@ class MinedNegatives:
     def __getitem__(self, example: int) -> list[Document]:
         return [self.retriever.documents[number] for number in self._found[example]]
 
-    def mine(self) -> None:
+    def __call__(self) -> None:
         """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
         encoder, examples = self.retriever.encoder, distributed.share(self.examples)
         queries = encoder.embed(encoder.tokenize_queries([retrieval_query(example) for example in examples]))
@@ -56,6 +58,21 @@ class MinedNegatives:
             missing = [number for number in missing if len(found[number]) < self.count] if depth < N else []
             depth *= 4
         self._found = distributed.gather(found)
+
+    def save(self, directory: Path) -> None:
+        """Write what was found."""
+        (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        """Read it; as many questions must have been asked.
+
+        Raises:
+            ValueError: they were others.
+        """
+        found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
+        if len(found) != len(self.examples):
+            raise ValueError("its mined negatives are of another training file")
+        self._found = found
 
     def _negatives(self, example: Example, highest: float, ids: list[int], scores: list[float]) -> list[int]:
         """The documents of one ranking that are not gold, from `from_rank` on, and score no higher than `highest`."""

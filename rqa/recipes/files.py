@@ -6,15 +6,19 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
+from rqa.models.lora import ADAPTER_FILES, merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
 from rqa.training.arguments import LoopArguments
-from rqa.training.checkpoint import ARGUMENTS_FILE
+from rqa.training.checkpoint import ARGUMENTS_FILE, promote
 
 log = logging.getLogger(__name__)
 
@@ -81,6 +85,18 @@ def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path 
         log_to_file(str(Path(output_dir) / "train.log"))
         if checkpoint:
             tell_changed_arguments(checkpoint, merged)
+    distributed.barrier()
+
+
+def merge_adapters(loop: LoopArguments, kind: type[PreTrainedModel]) -> None:
+    """If asked for, turn the adapters on top of the output directory into a plain model."""
+    output = Path(loop.output_dir)
+    if loop.merge_lora_on_save and distributed.is_main():
+        with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
+            merged(output, kind).save_pretrained(directory)
+            promote(Path(directory), output)
+        for name in ADAPTER_FILES:
+            (output / name).unlink()
     distributed.barrier()
 
 

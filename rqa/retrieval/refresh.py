@@ -6,6 +6,9 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,6 +18,7 @@ from rqa.retrieval.background import BackgroundEncoding
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
 from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -70,12 +74,23 @@ class RefreshArguments:
             )
 
 
+class Follower(Protocol):
+    """What is made from a fresh index, and lasts until the next."""
+
+    def __call__(self) -> None: ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
 class Refresher:
     """`before_step` of the loop: an index with the current weights at the first step and then on schedule.
 
     Args:
         dtype: In which documents are encoded.
         then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
+            It is saved and loaded with the index if it can be.
     """
 
     def __init__(
@@ -83,7 +98,7 @@ class Refresher:
         retriever: Retriever,
         arguments: RefreshArguments,
         dtype: torch.dtype = torch.float32,
-        then: Callable[[], None] | None = None,
+        then: Follower | None = None,
     ) -> None:
         self.retriever = retriever
         self.arguments = arguments
@@ -113,6 +128,43 @@ class Refresher:
                 self._refresh(self._chosen(), step)
         return {"index_staleness": step - float(self.made_at.mean())} if not self._frozen else {}
 
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes the index between two refreshes, so that a resumed run finds the very same documents.
+
+        What is being encoded in the background is not kept: a resumed run begins it anew.
+        """
+        found = np.array(distributed.total(self.retriever.found.tolist()))
+        arrays = {
+            "documents": np.array(self._documents),
+            "made_at": self.made_at,
+            "found": found,
+            "wanted": np.array(self._wanted or self._work is not None),
+        }
+        if self._embeddings is not None:
+            arrays["embeddings"] = self._embeddings
+
+        def write(directory: Path) -> None:
+            np.savez(directory / "refresh.npz", **arrays)
+            self.retriever.index.save(directory / "index")
+            if self.then:
+                self.then.save(directory)
+
+        return write
+
+    def load(self, directory: Path) -> None:
+        """Restore what a snapshot wrote; where it is of other documents or another kind of index, encode anew."""
+        with np.load(directory / "refresh.npz") as arrays:
+            kept = dict(arrays)
+        lacking = self.arguments.refresh_fraction < 1 and "embeddings" not in kept
+        if lacking or str(kept["documents"]) != self._documents or not self.retriever.index.load(directory / "index"):
+            log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
+            return
+        self.made_at, self._wanted = kept["made_at"], bool(kept["wanted"])
+        self.retriever.found[:] = kept["found"] if distributed.is_main() else 0  # summed over processes when read
+        self._embeddings = kept.get("embeddings")
+        if self.then:
+            self.then.load(directory)
+
     def due(self, step: int) -> bool:
         """Whether the schedule refreshes after so many steps."""
         return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
@@ -122,6 +174,10 @@ class Refresher:
         if self._work:
             self._work.close()
             self._work = None
+
+    @cached_property
+    def _documents(self) -> str:
+        return fingerprint(*(document.fmt_content for document in self.retriever.documents))
 
     @property
     def _frozen(self) -> bool:

@@ -56,7 +56,7 @@ def mined(
     retriever = Retriever(Numbers(), database, IndexArguments())  # type: ignore[arg-type]
     retriever.refresh()
     pools = MinedNegatives(examples, retriever, count, from_rank, margin)
-    pools.mine()
+    pools()
     return [[score_of(found) for found in pools[number]] for number in range(len(examples))]
 
 
@@ -136,7 +136,7 @@ def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
     retriever.refresh()
     asked = [*examples[:5], replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
     pools = MinedNegatives(asked, retriever, count=1, from_rank=2, margin=None)
-    pools.mine()
+    pools()
     for number, example in enumerate(asked):
         (found,) = retriever.documents_of(retriever.retrieve([retrieval_query(example)], DEPTH + 2))
         assert pools[number] == [hit for hit in found if hit not in example.gold_docs][1:]

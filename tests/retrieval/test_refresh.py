@@ -3,6 +3,7 @@
 import math
 import random
 import threading
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -372,3 +373,47 @@ def test_a_model_with_frozen_passages_is_not_trained_whole(retriever: Retriever)
     RefreshArguments(train_query_encoder_only=True).freeze_passages(retriever.encoder)
     with pytest.raises(UserError, match="--train_query_encoder_only true"):
         RefreshArguments().freeze_passages(retriever.encoder)
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.25])
+def test_a_saved_index_goes_on_as_if_nothing_had_happened(
+    fraction: float, retriever: Retriever, encoder_path: str, questions: list[str], tmp_path: Path
+) -> None:
+    arguments = RefreshArguments("2", refresh_fraction=fraction)
+    refresher = Refresher(retriever, arguments)
+    refresher(0)
+    change_weights(retriever.encoder)
+    refresher(2)
+    retriever.retrieve(questions, 3)
+    change_weights(retriever.encoder)
+    refresher.save(tmp_path)
+    other = Retriever(load_encoder(encoder_path), retriever.documents, IndexArguments())
+    other.encoder.load_state_dict(retriever.encoder.state_dict())
+    again = Refresher(other, arguments)
+    again.load(tmp_path)
+    for step in (3, 4, 5, 6):
+        assert again(step) == refresher(step)
+        np.testing.assert_array_equal(table(other), table(retriever))
+
+
+def test_a_saved_index_of_whole_refreshes_is_made_anew_where_partial_ones_follow(
+    retriever: Retriever, tmp_path: Path
+) -> None:
+    refresher = Refresher(retriever, RefreshArguments())
+    refresher(0)
+    refresher.save(tmp_path)
+    change_weights(retriever.encoder)
+    retriever.index = Index(IndexArguments())
+    partial = Refresher(retriever, RefreshArguments(refresh_fraction=0.5))
+    partial.load(tmp_path)
+    assert partial(7) == {"index_staleness": 0}
+    np.testing.assert_array_equal(table(retriever), fresh_table(retriever))
+
+
+def test_a_saved_index_of_other_documents_is_refused(retriever: Retriever, tmp_path: Path) -> None:
+    refresher = Refresher(retriever, RefreshArguments())
+    refresher(0)
+    refresher.save(tmp_path)
+    fewer = Retriever(retriever.encoder, retriever.documents[:-1], IndexArguments())
+    with pytest.raises(ValueError, match="other documents"):
+        Refresher(fewer, RefreshArguments()).load(tmp_path)
