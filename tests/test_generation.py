@@ -104,7 +104,7 @@ def test_the_estimate_comes_first_and_alone_if_asked(
 
 
 def test_the_round_trip_keeps_what_finds_its_passage(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
+    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path, encoder_path: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     original = server.say
@@ -114,7 +114,10 @@ def test_the_round_trip_keeps_what_finds_its_passage(
     assert questions
     assert all(question.startswith("Is it true") for question in questions)
     assert len(questions) == 16
-    assert "questions left out by the round trip" in capsys.readouterr().out
+    assert "16 questions left out by the round trip" in capsys.readouterr().out
+    flags |= {"round_trip_k": 24, "round_trip_model": encoder_path, "output_dir": tmp_path / "all"}
+    assert run_executable("generate_questions", flags) == 0
+    assert sum(len(row["questions"]) for path in (tmp_path / "all").iterdir() for row in rows(path)) == 32
 
 
 def test_a_question_that_fits_two_passages_is_asked_of_neither(
