@@ -60,6 +60,9 @@ class ChunkArguments:
 class Chunker:
     """Cuts texts into passages.
 
+    Tokens are counted where they stand in the text. A tokenizer that joins a word with the space before it may give a
+    passage, which starts without one, a token more.
+
     Args:
         tokenizer: Counts the tokens.
         arguments: Lengths and places.

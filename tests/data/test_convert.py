@@ -168,6 +168,22 @@ def test_marco_rows_of_columns_and_all_their_passages(tmp_path: Path) -> None:
     assert len(example.ctxs) == 3
 
 
+def test_blank_passages_and_empty_fields_do_no_harm(tmp_path: Path) -> None:
+    """Wikipedia dumps hold pages without text, and Parquet gives null for what is not there."""
+    blank = {"title": "Brask", "text": " ", "passage_id": 1}
+    rows = {
+        "dpr": {"question": "q", "answers": None, "positive_ctxs": [blank], "hard_negative_ctxs": None},
+        "msmarco": {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
+        "flagembedding": {"query": "q", "pos": [WOOL, ""], "neg": None},
+    }
+    for layout, row in rows.items():
+        (tmp_path / "x.json").write_text(json.dumps(row))
+        Conversion(layout, tmp_path / layout, "none").run([tmp_path / "x.json"])
+        (documents, splits) = ours(tmp_path / layout)
+        assert [d.page_content for d in iterate_documents(documents)] == ["Brask" if layout == "dpr" else WOOL]
+        assert len(next(iterate_examples(splits["x"])).gold_docs) == 1
+
+
 def test_a_corpus_in_a_file_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "corpus.jsonl").write_text(
         '{"id": "7", "contents": "\\"Arlen\\"\\nIt sells copper.\\nAnd tin."}\n{"id": "8", "contents": "no title"}\n'
@@ -290,14 +306,25 @@ def _file(layout: str, name: str, text: str) -> Callable[[Path], tuple[str, Path
         (_file("dpr", "a.json", '[{"question": "q"}'), "a.json:1: not valid JSON (the array does not end)"),
         (_file("dpr", "a.json", '[\n{"question": "q"},\n{"question": }]'), "a.json:3: not valid JSON"),
         (_file("dpr", "a.json", "[3]"), "a.json:1: expected a JSON object, found int"),
-        (_file("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "x"}]}]'), "field 'score' must be"),
+        (
+            _file("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "x"}]}]'),
+            "a.json:1: ctxs[0]: field 'score' must be",
+        ),
         (_file("nq_open", "a.jsonl", '{"question": "q", "answer": [1]}'), "a.jsonl:1: field 'answer' must be a list"),
         (_file("nq_open", "a.jsonl", '{"question": "q"}\n{"question"'), "a.jsonl:2: not valid JSON"),
+        (
+            _file("tevatron", "a.jsonl", '{"docid": 1, "text": ""}'),
+            "a.jsonl:1: field 'text' must be a text that is not",
+        ),
+        (_file("msmarco", "a.jsonl", '{"query": "q", "passages": {"a": [1], "b": 2}}'), "a.jsonl:1: field 'passages'"),
         (_file("nq_open", "a.jsonl", '{"question": "\xff"}'), "a.jsonl: not UTF-8 text"),
         (_file("nq_open", "a.jsonl", "\n"), "a.jsonl: holds no rows"),
         (_file("nq_open", "a.jsonl.gz", "no"), "a.jsonl.gz: not a whole gzip file"),
         (_file("triviaqa", "a.json", '{"Data": [{"Question": "q"}]}'), "a.json:1: field 'Answer' must be an object"),
-        (_file("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}'), "a.json:1: field 'context' is missing"),
+        (
+            _file("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}'),
+            "a.json:1: paragraphs[0]: field 'context' is missing",
+        ),
         (_beir_file("qrels/test.tsv", "a\tb\tc\ntest-0\td1\tx"), "test.tsv:2: score 'x' is not a number"),
         (_beir_file("qrels/test.tsv", "test-0\td9\t1"), "passage 'd9' is not in the corpus"),
         (_beir_file("qrels/test.tsv", "test-9\td1\t1"), "query 'test-9' is in no file of queries"),

@@ -79,7 +79,7 @@ def write_fid(number: int, example: Example) -> dict[str, Any]:
 
 
 def read_msmarco(row: Row) -> Iterator[Document | Example]:
-    passages = row.rows("passages")
+    passages = [passage for passage in row.rows("passages") if passage.text("passage_text").strip()]
     metadata = [{"source": passage.text("url", default=""), "title": ""} for passage in passages]
     documents = tuple(Document(p.text("passage_text"), m) for p, m in zip(passages, metadata, strict=True))
     yield from documents
@@ -135,7 +135,7 @@ def write_tevatron_passage(document: Document) -> dict[str, Any]:
 
 
 def read_flagembedding(row: Row) -> Iterator[Document | Example]:
-    positive, negative = (tuple(Document(text) for text in row.texts(name)) for name in ("pos", "neg"))
+    positive, negative = (tuple(Document(text) for text in row.texts(name) if text.strip()) for name in ("pos", "neg"))
     yield from (*positive, *negative)
     yield Example(row.text("query"), positive, hard_neg_docs=negative, where=row.where)
 

@@ -40,8 +40,8 @@ class Row:
     def texts(self, *names: str) -> list[str]:
         """A list of strings, none twice; one string counts as a list, a missing field as an empty one."""
         name = next((name for name in names if self.values.get(name) is not None), names[0])
-        value = self.values.get(name, [])
-        value = [value] if isinstance(value, str) else value
+        value = self.values.get(name)
+        value = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
             raise self.wrong(name, "a list of strings")
         return list(dict.fromkeys(value))
@@ -49,11 +49,12 @@ class Row:
     def rows(self, name: str) -> list["Row"]:
         """A list of objects; an object of equally long lists, as Parquet files give it, is turned into one."""
         value = self.values.get(name) or []
-        if isinstance(value, dict) and len({len(v) if isinstance(v, list) else -1 for v in value.values()} - {-1}) == 1:
-            value = [dict(zip(value, items, strict=True)) for items in zip(*value.values(), strict=True)]
+        columns = list(value.values()) if isinstance(value, dict) else []
+        if columns and all(isinstance(column, list) and len(column) == len(columns[0]) for column in columns):
+            value = [dict(zip(value, items, strict=True)) for items in zip(*columns, strict=True)]
         if not isinstance(value, list) or not all(isinstance(row, dict) for row in value):
             raise self.wrong(name, "a list of objects")
-        return [Row(row, self.where) for row in value]
+        return [Row(row, f"{self.where}: {name}[{number}]") for number, row in enumerate(value)]
 
 
 def read_rows(path: Path, key: str = "") -> Iterator[Row]:
@@ -115,7 +116,7 @@ def _lines(path: Path, file: IO[str], start: str) -> Iterator[tuple[int, Any]]:
 def _decode(path: Path, number: int, line: str) -> Any:
     try:
         return json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}:{number}: not valid JSON ({getattr(error, 'msg', error)})") from None
 
 
@@ -130,7 +131,7 @@ def _array(path: Path, file: IO[str], buffer: str, position: int) -> Iterator[tu
             return
         try:
             value, end = decoder.raw_decode(buffer, position)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             block = file.read(max(BLOCK, len(buffer) - position))
             if not block:
                 reason = getattr(error, "msg", error) if position < len(buffer) else "the array does not end"

@@ -47,9 +47,13 @@ def all_answers(example: Example) -> list[str]:
 
 
 def titled(row: Row, *identifiers: str) -> Document:
-    """A passage with `title` and `text`, and an identifier under one of these names."""
+    """A passage with `title` and `text`, and an identifier under one of these names; a blank text is its title."""
     title = row.text("title", default="")
-    return Document(row.text("text"), {"source": row.text(*identifiers, default=title), "title": title})
+    text = row.text("text")
+    content = text if text.strip() else title
+    if not content.strip():
+        raise row.wrong("text", "a text that is not blank")
+    return Document(content, {"source": row.text(*identifiers, default=title), "title": title})
 
 
 def title_and_text(document: Document) -> dict[str, Any]:

@@ -1,0 +1,143 @@
+#!/usr/bin/env python
+"""How fast are documents cut into passages, and hard negatives found? Beside what a user would pick instead.
+
+    python benchmarks/data_preparation.py --model_name_or_path M                      # pydocs' passages, joined
+    python benchmarks/data_preparation.py --model_name_or_path M --raw_path raw_docs.jsonl --rounds 3
+    python benchmarks/data_preparation.py --model_name_or_path M --passages 100000 --queries 1000
+
+Chunking: documents and megabytes a second, with the same tokenizer, for rqa, langchain's RecursiveCharacterTextSplitter
+and semchunk, in turn, the median of several rounds. Mining: seconds to index so many made-up passages by BM25 and to
+find the negatives of so many questions. Needs `pip install -e ".[bench]"`.
+"""
+
+import argparse
+import json
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable
+from itertools import accumulate
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoTokenizer
+
+from rqa.data.chunking import ChunkArguments, Chunker
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.data.sources import Source, read_sources
+from rqa.retrieval.lexical import LexicalRetriever
+from rqa.retrieval.mining import MiningArguments, mine, rank_in_parts
+
+WORDS = 20_000  # of the made-up language
+TEXTS_JOINED = 20  # passages of pydocs that make one document
+
+
+def main() -> None:
+    arguments = parse()
+    chunking = measure_chunking(arguments)
+    mining = measure_mining(arguments.passages, arguments.queries) if arguments.passages else {}
+    print(json.dumps({"chunking": chunking, "mining": mining}))
+    print(f"\n{'chunking':<12}{'documents/s':>12}{'MB/s':>8}{'passages':>10}{'rqa is':>9}")
+    for name, row in chunking.items():
+        times = chunking["rqa"]["megabytes_per_second"] / row["megabytes_per_second"]
+        speeds = f"{row['documents_per_second']:>12.0f}{row['megabytes_per_second']:>8.2f}"
+        print(f"{name:<12}{speeds}{row['passages']:>10}" + (f"{times:>8.1f}x" if name != "rqa" else ""))
+    if mining:
+        print(f"\nmining {mining['queries']} questions over {mining['passages']} passages: {mining['seconds']:.1f} s, "
+              f"{mining['peak_gib']:.2f} GiB at most")  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="the tokenizer")
+    parser.add_argument("--raw_path", help="JSONL of {source, title, text}; by default the passages of pydocs")
+    parser.add_argument("--chunk_size", type=int, default=400)
+    parser.add_argument("--chunk_overlap", type=int, default=50)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--passages", type=int, default=0, help="passages to mine among; 0: do not measure mining")
+    parser.add_argument("--queries", type=int, default=1000)
+    return parser.parse_args()
+
+
+def measure_chunking(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Each system in turn, several times; the median."""
+    from langchain_text_splitters import RecursiveCharacterTextSplitter
+    from semchunk import chunkerify
+
+    sources = read_texts(arguments.raw_path)
+    texts = [source.text for source in sources]
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
+    tokenizer.model_max_length = 10**9  # a text is longer than the model reads, and nobody needs to be told
+    size, overlap = arguments.chunk_size, arguments.chunk_overlap
+    chunker = Chunker(tokenizer.backend_tokenizer, ChunkArguments(size, overlap))
+    splitter = RecursiveCharacterTextSplitter.from_huggingface_tokenizer(
+        tokenizer, chunk_size=size, chunk_overlap=overlap
+    )
+
+    def semantic() -> int:  # made anew each time, for it remembers what it has counted
+        chunk = chunkerify(lambda text: len(tokenizer.encode(text, add_special_tokens=False)), size)
+        return sum(len(chunks) for chunks in chunk(texts, overlap=overlap))
+
+    systems: dict[str, Callable[[], int]] = {
+        "rqa": lambda: sum(len(passages) for _, passages in chunker.passages(sources)),
+        "langchain": lambda: sum(len(splitter.split_text(text)) for text in texts),
+        "semchunk": semantic,
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in systems}
+    passages = {}
+    for _ in range(arguments.rounds):
+        for name, run in systems.items():
+            started = time.perf_counter()
+            passages[name] = run()
+            seconds[name].append(time.perf_counter() - started)
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    return {
+        name: {
+            "documents_per_second": len(texts) / statistics.median(times),
+            "megabytes_per_second": megabytes / statistics.median(times),
+            "fastest": megabytes / min(times),
+            "slowest": megabytes / max(times),
+            "passages": passages[name],
+        }
+        for name, times in seconds.items()
+    }
+
+
+def read_texts(path: str | None) -> list[Source]:
+    if path:
+        return list(read_sources(Path(path), path))
+    passages = [document.page_content for document in build_corpus(QUICKSTART).documents]
+    joined = ["\n\n".join(passages[start : start + TEXTS_JOINED]) for start in range(0, len(passages), TEXTS_JOINED)]
+    return [Source(str(number), "", text, "") for number, text in enumerate(joined)]
+
+
+def measure_mining(passages: int, queries: int) -> dict[str, Any]:
+    """Index and search by BM25 and choose negatives, over passages of 100 words as frequent as Zipf's law has them."""
+    chance = random.Random(0)
+    weights = list(accumulate(1 / rank for rank in range(1, WORDS + 1)))
+    vocabulary = [f"w{number}" for number in range(WORDS)]
+    texts = [" ".join(chance.choices(vocabulary, cum_weights=weights, k=100)) for _ in range(passages)]
+    documents = [Document(text, {"source": str(number)}) for number, text in enumerate(texts)]
+    gold = chance.sample(documents, queries)
+    examples = [Example(" ".join(chance.sample(document.page_content.split(), 10)), (document,)) for document in gold]
+    arguments = MiningArguments()
+    started = time.perf_counter()
+    asked = [example.question for example in examples]
+    hits = rank_in_parts(LexicalRetriever, documents, asked, arguments.negatives_to_rank, passages)
+    ranked = time.perf_counter()
+    found, _ = mine(examples, [hits], documents, arguments)
+    return {
+        "passages": passages,
+        "queries": queries,
+        "seconds": time.perf_counter() - started,
+        "seconds_ranking": ranked - started,
+        "negatives": sum(map(len, found)),
+        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+    }
+
+
+if __name__ == "__main__":
+    main()

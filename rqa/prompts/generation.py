@@ -1,0 +1,89 @@
+"""What a language model is asked when training data are made of passages, and what is read from its replies."""
+
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rqa.data.documents import Document
+from rqa.prompts.text import fill
+from rqa.runtime.errors import UserError
+
+Conversation = list[dict[str, str]]
+
+ASK_QUESTIONS = """\
+Here is a passage of a larger collection.
+
+{passage}
+
+Write {number} questions that people who look for help would ask and that this passage answers by itself. Nobody who \
+asks has seen the passage: name the things that a question is about, and never speak of "the passage" or "the text". \
+Let the questions differ in what they ask for. Write one question a line, and nothing else."""
+
+ASK_ANSWER = """\
+Here is a passage of a larger collection.
+
+{passage}
+
+Answer this question in one to three full sentences, with what the passage says and nothing else. Do not speak of "the \
+passage". If the passage does not answer the question, reply with the words NO ANSWER alone.
+
+Question: {question}"""
+
+NO_ANSWER = "no answer"
+FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
+_MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
+_QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
+
+
+@dataclass
+class GenerationPromptArguments:
+    """Prompts of one's own."""
+
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "A text file that replaces the prompt; its placeholders as in the default."}
+    )
+
+
+def read_instruction(path: str | None, default: str) -> str:
+    """The template at `path`, or the default, whose placeholders it must have.
+
+    Raises:
+        UserError: the file cannot be read or lacks a placeholder.
+    """
+    if path is None:
+        return default
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
+    for name in re.findall(r"\{(passage|question|number)\}", default):
+        if f"{{{name}}}" not in text:
+            raise UserError(f"--prompt_template {path}: the placeholder {{{name}}} is missing")
+    return text.rstrip("\n")
+
+
+def ask_questions(template: str, document: Document, number: int) -> Conversation:
+    """The conversation that asks for questions about a passage."""
+    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "number": str(number)})}]
+
+
+def ask_answer(template: str, document: Document, question: str) -> Conversation:
+    """The conversation that asks for the answer to a question."""
+    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "question": question})}]
+
+
+def parse_questions(reply: str, number: int) -> list[str]:
+    """The first lines that end in a question mark, without numbers, bullets and quotes; none twice."""
+    questions: dict[str, None] = {}
+    for line in reply.splitlines():
+        question = _MARK.sub("", line, count=1).strip().strip('*"\u201c\u201d ')
+        if _QUESTION_END.search(question) and len(question.split()) >= FEWEST_WORDS:
+            questions.setdefault(question)
+    return list(questions)[:number]
+
+
+def parse_answer(reply: str) -> str | None:
+    """The answer on one line; None where the model found none."""
+    answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
+    bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
+    return None if not bare or bare.startswith(NO_ANSWER) else answer
