@@ -29,9 +29,13 @@ EXTRAS = {
         "pypdf>=5",  # the text of a PDF; pure Python under a BSD licence, where PyMuPDF is AGPL
     ],
     "test": [
+        "starlette>=0.40",  # the OpenAI-compatible server of the tests
+        "uvicorn>=0.30",  # serves it over real sockets
         "pytest>=8",  # the test suite
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
+        "peft>=0.17",  # the oracle for adapters
+        "hypothesis>=6.100",  # malformed input that nobody thought of
         "hypothesis>=6",  # properties of chunking and of file formats
         "langchain-text-splitters>=1",  # the oracle of chunking
         "trafilatura>=2",  # what the extra `documents` brings

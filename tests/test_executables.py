@@ -53,6 +53,7 @@ def test_train_swr_writes_all_that_the_architecture_promises(swr: dict[str, obje
     assert run_executable("train_swr", flags) == 0
     output = Path(str(swr["output_dir"]))
     for name in ("all_args.json", "train.log", "trainer_state.json", "checkpoint-2", "checkpoint-4", "score.json",
+                 "score_details.json", "report.html",
                  "test-predictions.jsonl", "step-2-eval-predictions.jsonl", "model.safetensors"):  # fmt: skip
         assert (output / name).exists(), name
     history = json.loads((output / "trainer_state.json").read_text())["log_history"]
@@ -66,6 +67,26 @@ def test_train_swr_writes_all_that_the_architecture_promises(swr: dict[str, obje
     assert all(len(row["retrieved_docs"]) == 2 for row in rows)
     AutoModelForCausalLM.from_pretrained(output)
     AutoTokenizer.from_pretrained(output)
+
+
+@pytest.mark.parametrize(
+    "which",
+    [{"embedding_model": "bm25"}, {"retriever": "hybrid", "fusion": "weighted"}],
+    ids=["bm25", "hybrid"],
+)
+def test_swr_trains_with_any_retriever(which: dict[str, str], swr: dict[str, object], run_executable: Run) -> None:
+    assert run_executable("train_swr", {**swr, "max_steps": 1, "eval_strategy": "no", **which}) == 0
+    output = Path(str(swr["output_dir"]))
+    assert json.loads((output / "score.json").read_text())["test_retr/recall@10"] >= 0.5  # random weights alone: less
+    chosen = "the best of 4 questions" in (output / "train.log").read_text()  # those of --eval_file
+    assert chosen is ("fusion" in which)
+
+
+def test_a_run_without_a_test_file_leaves_a_report(swr: dict[str, object], run_executable: Run) -> None:
+    flags = {**swr, "max_steps": 1, "eval_strategy": "no"}
+    del flags["test_file"]
+    assert run_executable("train_swr", flags) == 0
+    assert "Training" in (Path(str(swr["output_dir"])) / "report.html").read_text()
 
 
 def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(

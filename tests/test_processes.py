@@ -19,6 +19,10 @@ HERE = Path(__file__).parent
 TRAINERS = {
     "sft": ("train_sft", {"eval_embedding_model": "ENCODER"}),
     "swr": ("train_swr", {"embedding_model": "ENCODER", "gradient_checkpointing": "true"}),
+    "swr with adapters": (
+        "train_swr",
+        {"embedding_model": "ENCODER", "use_lora": "true", "gradient_checkpointing": "true"},
+    ),
     "ctl": ("train_ctl", {"num_hard_negatives": 1}),
     "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
     "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
@@ -31,7 +35,7 @@ TRAINERS = {
     "fid": ("train_fid", {"embedding_model": "ENCODER", "max_encoder_seq_length": 64, "max_decoder_seq_length": 16}),
 }  # fmt: skip
 WAYS = {"ddp": {}, "fsdp": {"fsdp": "full_shard"}}
-DECODERS = ("sft", "swr")
+DECODERS = ("sft", "swr", "swr with adapters")
 
 
 @pytest.fixture(scope="module")
@@ -115,12 +119,21 @@ def two(paths: dict[str, str]) -> Path:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
-    """Those of the model, and of modules in folders of their own."""
+    """Those of the model or of its adapters, and of modules in folders of their own."""
+    adapters = path / "adapter_model.safetensors"
+    if adapters.exists():
+        return load_file(adapters)
     return {
         f"{file.parent.relative_to(path)}/{name}": weight
         for file in path.rglob("model.safetensors")
         for name, weight in load_file(file).items()
     }
+
+
+def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
+    """Of any weight; of adapters only those count that begin at zero."""
+    old = {name: before.get(name, torch.zeros(())) for name in after if "lora_A" not in name and "/" not in name[2:]}
+    return max(float((after[name] - weight).abs().max()) for name, weight in old.items())
 
 
 def score(path: Path) -> dict[str, float]:
@@ -136,7 +149,7 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
     assert run_executable(TRAINERS[trainer][0], flags(trainer, 1, paths, output_dir=one)) == 0
     before = weights(Path(str(flags(trainer, 1, paths)["model_name_or_path"])))
     expected = weights(one / "checkpoint-3")
-    change = max(float((expected[name] - weight).abs().max()) for name, weight in before.items())
+    change = largest_change(before, expected)
     assert change > 1e-4
     for way in ways(trainer):
         found = weights(two / trainer / way / "checkpoint-3")
@@ -160,7 +173,7 @@ def test_a_sharded_run_resumes_sharded_and_on_one_process(
     resumed = {**whole, "output_dir": alone, "resume_from_checkpoint": "true"}
     assert run_executable("train_swr", resumed) == 0
     before = weights(Path(paths["LM"]))
-    change = max(float((expected[name] - before[name]).abs().max()) for name in expected)
+    change = largest_change(before, expected)
     for path in (two / "resumed", alone):
         found = weights(path / "checkpoint-4")
         assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-3 * change, path

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -501,3 +502,50 @@ def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     assert (
         run_executable("train_ctl", {**without(again, "train_query_encoder_only"), "output_dir": tmp_path / "x"}) == 2
     )
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"refresh_fraction": 0.4},
+        {"mine_negatives": "true", "num_hard_negatives": 1},
+    ],
+    ids=["rpg", "rpg, partial refresh", "ctl, mined negatives"],
+)
+def test_a_run_resumed_between_two_refreshes_ends_with_the_very_same_weights(
+    own: dict[str, object],
+    ctl: dict[str, object],
+    rpg: dict[str, object],
+    run_executable: Run,
+    tmp_path: Path,
+) -> None:
+    name, flags = ("train_ctl", ctl) if "mine_negatives" in own else ("train_rpg", rpg)
+    flags = {**without(flags, "eval_file", "test_file"), **own, "max_steps": 7, "save_steps": 3, "refresh_step": 4,
+             "learning_rate": 1e-2}  # fmt: skip
+    assert run_executable(name, flags) == 0
+    half = {**flags, "output_dir": tmp_path / "half", "resume_from_checkpoint": "true"}
+    for step in (3, 6):  # before and after the refresh
+        shutil.rmtree(tmp_path / "half", ignore_errors=True)
+        shutil.copytree(tmp_path / f"out/checkpoint-{step}", tmp_path / f"half/checkpoint-{step}")
+        assert run_executable(name, half) == 0
+        whole, resumed = ((tmp_path / path / "model.safetensors").read_bytes() for path in ("out", "half"))
+        assert whole == resumed
+    assert not (tmp_path / "out" / "live_state").exists()
+
+
+def test_a_run_resumed_with_other_documents_encodes_them_anew(
+    rpg: dict[str, object], run_executable: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {**without(rpg, "eval_file", "test_file"), "max_steps": 2, "refresh_step": 10}
+    assert run_executable("train_rpg", flags) == 0
+    lines = Path(str(flags["full_dataset_file_path"])).read_text().splitlines()
+    (tmp_path / "other.jsonl").write_text("\n".join(lines[::-1]) + "\n")
+    other = {
+        **flags,
+        "full_dataset_file_path": tmp_path / "other.jsonl",
+        "max_steps": 3,
+        "resume_from_checkpoint": "true",
+    }
+    assert run_executable("train_rpg", other) == 0
+    assert "its index is of other documents" in capsys.readouterr().err

@@ -1,10 +1,13 @@
 """Documents: what is retrieved. Read from JSONL or from LocalRQA's pickles, written as JSONL."""
 
+import json
 import pickle
-from collections.abc import Iterable, Iterator
+import pickletools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, overload
 
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl, write_jsonl
@@ -94,6 +97,49 @@ def iterate_documents(path: str | Path) -> Iterator[Document]:
         yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
 
 
+class DocumentFile(Sequence[Document]):
+    """The documents of a `.jsonl` read when they are asked for: a database larger than memory.
+
+    Raises:
+        UserError: a line is malformed; the file is read once to find out.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: BinaryIO | None = None
+        self._starts = array("q")
+        self._lines = array("q")
+        for _ in iterate_documents(path):
+            pass
+        with self.path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    self._starts.append(start)
+                    self._lines.append(number)
+                start += len(line)
+        if not self._starts:
+            raise UserError(f"{path}: holds no documents")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, position: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Document]: ...
+
+    def __getitem__(self, position: int | slice) -> Document | list[Document]:
+        if isinstance(position, slice):
+            return [self[each] for each in range(*position.indices(len(self)))]
+        if self._file is None:
+            self._file = self.path.open("rb")
+        self._file.seek(self._starts[position])
+        row = json.loads(self._file.readline().decode("utf-8-sig"))
+        return parse_document(row, f"{self.path}:{self._lines[position]}")
+
+
 def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
     """Write a document database as JSONL, atomically."""
     write_jsonl(path, (document.to_json() for document in documents))
@@ -112,9 +158,18 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
 
 
+def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
+    """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > size:
+            raise UserError(f"not a readable pickle (it numbers an object {number})")
+    file.seek(0)
+
+
 def _read_pickle(path: Path) -> list[Document]:
     try:
         with path.open("rb") as file:
+            _refuse_huge_memo(file, path.stat().st_size)
             values = _DocumentUnpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None

@@ -13,7 +13,7 @@ from rqa.data.examples import Example
 from rqa.evaluation.rqa import EvaluationArguments, Reader, evaluate_answers, find_passages
 from rqa.models.loading import evaluating
 from rqa.prompts import DoesNotFit
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.hits import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import in_step
@@ -44,7 +44,7 @@ class ReaderEvaluation:
 
     def __init__(
         self,
-        retriever: Retriever | None,
+        retriever: PassageRetriever | None,
         examples: Sequence[Example],
         arguments: EvaluationArguments,
         batch_size: int,

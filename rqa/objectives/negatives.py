@@ -60,12 +60,19 @@ class MinedNegatives:
         self._found = distributed.gather(found)
 
     def save(self, directory: Path) -> None:
-        """Write what was found: mined again, with other weights, it would be something else."""
-        (directory / "negatives.json").write_text(json.dumps(self._found) + "\n", encoding="utf-8")
+        """Write what was found."""
+        (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote."""
-        self._found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
+        """Read it; as many questions must have been asked.
+
+        Raises:
+            ValueError: they were others.
+        """
+        found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
+        if len(found) != len(self.examples):
+            raise ValueError("its mined negatives are of another training file")
+        self._found = found
 
     def _negatives(self, example: Example, highest: float, ids: list[int], scores: list[float]) -> list[int]:
         """The documents of one ranking that are not gold, from `from_rank` on, and score no higher than `highest`."""

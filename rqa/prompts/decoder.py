@@ -49,6 +49,18 @@ class TokenSequence:
     answer_start: int
 
 
+@dataclass(frozen=True)
+class _Prompt:
+    """A prompt as (role, text) turns, as text, and as token ids."""
+
+    turns: list[tuple[str, str]]
+    text: str
+    ids: list[int]
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
 class Prompter:
     """Builds prompts for one tokenizer in one format.
 
@@ -79,33 +91,48 @@ class Prompter:
             DoesNotFit: question and answer alone exceed `max_seq_length`.
         """
         target = [] if answer is None else self.encode_answer(answer)
+        ids = self._fit(example, passages, len(target)).ids
+        return TokenSequence(ids + target, len(ids))
+
+    def text(self, example: Example, passages: Sequence[Document], answer: str) -> tuple[str, str]:
+        """What `encode` gives as text: the prompt, and the answer without its end of turn. For a server to tokenize."""
+        prompt = self._fit(example, passages, len(self.encode_answer(answer)))
+        return prompt.text, self._answer_text(answer)
+
+    def messages(self, example: Example, passages: Sequence[Document]) -> list[dict[str, str]]:
+        """The same conversation as chat messages, for a server to format."""
+        return [{"role": role, "content": text} for role, text in self._fit(example, passages, 0).turns]
+
+    def _fit(self, example: Example, passages: Sequence[Document], target: int) -> _Prompt:
+        """The longest prompt that leaves room for an answer of so many tokens."""
         limit = self.arguments.max_seq_length
-        reserved = max(len(target), self.arguments.max_new_tokens)
+        reserved = max(target, self.arguments.max_new_tokens)
         history = example.chat_history
         while len(bare := self._prompt(example, history, [])) > limit - reserved and history:
             history = _without_oldest(history)
-        if len(bare) + len(target) > limit:
+        if len(bare) + target > limit:
             raise DoesNotFit(
-                f"{example.where or 'question'}: question and answer alone take {len(bare) + len(target)} tokens, "
+                f"{example.where or 'question'}: question and answer alone take {len(bare) + target} tokens, "
                 f"more than --max_seq_length {limit}"
             )
         budget = max(limit - reserved, len(bare))
         longest = max((len(passage.fmt_content) for passage in passages), default=0)
-        prompt = longest_that_fits(lambda cap: self._prompt(example, history, passages, cap), longest, budget)
-        return TokenSequence(prompt + target, len(prompt))
+        return longest_that_fits(lambda cap: self._prompt(example, history, passages, cap), longest, budget)
 
     def encode_answer(self, answer: str) -> list[int]:
         """Token ids of the answer and the end of turn."""
-        space = " " if self.arguments.chat_format == "prefix" else ""
-        return self.tokenizer.encode(space + answer.strip(), add_special_tokens=False) + self.end_of_turn
+        return self.tokenizer.encode(self._answer_text(answer), add_special_tokens=False) + self.end_of_turn
 
     def decode(self, ids: Sequence[int]) -> str:
         """The answer's text from generated ids."""
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
+    def _answer_text(self, answer: str) -> str:
+        return (" " if self.arguments.chat_format == "prefix" else "") + answer.strip()
+
     def _prompt(
         self, example: Example, history: Sequence[Turn], passages: Sequence[Document], cap: int | None = None
-    ) -> list[int]:
+    ) -> _Prompt:
         texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
         request = fill(self.instruction, {"passages": numbered, "question": example.question})
@@ -114,7 +141,7 @@ class Prompter:
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         bos = self.tokenizer.bos_token_id
         starts_with_bos = self.tokenizer.encode("", add_special_tokens=True)[:1] == [bos]
-        return ids if not starts_with_bos or ids[:1] == [bos] else [bos, *ids]
+        return _Prompt(turns, text, ids if not starts_with_bos or ids[:1] == [bos] else [bos, *ids])
 
     def _render_prefix(self, turns: Sequence[tuple[str, str]]) -> str:
         style = self.arguments

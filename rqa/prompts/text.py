@@ -2,11 +2,14 @@
 
 import re
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from pathlib import Path
+from typing import TypeVar
 
 from rqa.data.examples import Example
 from rqa.runtime.errors import UserError
+
+Prompt = TypeVar("Prompt", bound=Sized)
 
 LONGEST_WORD = 40  # characters taken back to cut at a word's end; text without spaces is cut where it is
 
@@ -46,20 +49,20 @@ def read_template(path: str | None, default: str, passages: str) -> str:
     return text.rstrip("\n")
 
 
-def longest_that_fits(render: Callable[[int | None], list[int]], longest: int, budget: int) -> list[int]:
-    """Token ids with passages cut to as many characters as the budget of tokens allows.
+def longest_that_fits(render: Callable[[int | None], Prompt], longest: int, budget: int) -> Prompt:
+    """The prompt with passages cut to as many characters as the budget of tokens allows.
 
     Args:
-        render: Characters of a passage at most, or None -> token ids.
+        render: Characters of a passage at most, or None -> a prompt, whose length is its tokens.
         longest: Characters of the longest passage.
     """
-    ids = render(None)
-    if len(ids) > budget:
+    prompt = render(None)
+    if len(prompt) > budget:
         # Token counts are only nearly monotone in the cut, hence the walk down at the end.
         cap = max(bisect_right(range(longest), budget, key=lambda cap: len(render(cap))) - 1, 0)
-        while len(ids := render(cap)) > budget and cap:
+        while len(prompt := render(cap)) > budget and cap:
             cap -= 1
-    return ids
+    return prompt
 
 
 def cut(text: str, cap: int | None) -> str:

@@ -6,15 +6,19 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
+from rqa.models.lora import ADAPTER_FILES, merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
 from rqa.training.arguments import LoopArguments
-from rqa.training.checkpoint import ARGUMENTS_FILE
+from rqa.training.checkpoint import ARGUMENTS_FILE, promote
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +79,24 @@ def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path 
     """Make the output directory, keep the arguments in it and log to it; say which differ from the checkpoint's."""
     if distributed.is_main():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
-        merged = {name: value for part in all_arguments for name, value in asdict(part).items()}
+        named = {name: value for part in all_arguments for name, value in asdict(part).items()}
+        merged = {name: value for name, value in named.items() if not name.endswith("api_key")}
         write_json(Path(output_dir) / ARGUMENTS_FILE, merged)
         log_to_file(str(Path(output_dir) / "train.log"))
         if checkpoint:
             tell_changed_arguments(checkpoint, merged)
+    distributed.barrier()
+
+
+def merge_adapters(loop: LoopArguments, kind: type[PreTrainedModel]) -> None:
+    """If asked for, turn the adapters on top of the output directory into a plain model."""
+    output = Path(loop.output_dir)
+    if loop.merge_lora_on_save and distributed.is_main():
+        with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
+            merged(output, kind).save_pretrained(directory)
+            promote(Path(directory), output)
+        for name in ADAPTER_FILES:
+            (output / name).unlink()
     distributed.barrier()
 
 

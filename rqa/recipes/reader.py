@@ -10,21 +10,24 @@ from transformers import PreTrainedModel
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.judge import JudgeArguments, judge_results
 from rqa.evaluation.reader import ReaderEvaluation, TrainableReader, encode_examples
-from rqa.evaluation.results import write_results
+from rqa.evaluation.report import write_report
 from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
-from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.encoder import EncoderArguments
 from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
 from rqa.models.loading import load_tokenizer
+from rqa.models.lora import train_adapters
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.objectives.passages import PassageArguments, gold_and_retrieved
 from rqa.prompts import FusionPromptArguments, FusionPrompter, PromptArguments, Prompter, retrieval_query
-from rqa.recipes.files import DataArguments
+from rqa.recipes.files import DataArguments, merge_adapters
 from rqa.recipes.run import Run, begin
+from rqa.retrieval.hits import PassageRetriever
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.opening import RetrieverArguments, open_retriever
 from rqa.runtime import distributed
 from rqa.runtime.files import write_jsonl
 from rqa.runtime.parallelize import load_whole_weights
@@ -35,9 +38,17 @@ from rqa.training.loop import train
 
 log = logging.getLogger(__name__)
 
-SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments)
+SHARED_ARGUMENTS = (
+    DataArguments,
+    LoopArguments,
+    EvaluationArguments,
+    EncoderArguments,
+    IndexArguments,
+    RetrieverArguments,
+    JudgeArguments,
+)
 
-ChoosePassages = Callable[[Sequence[Example], Retriever | None], list[list[Document]]]
+ChoosePassages = Callable[[Sequence[Example], PassageRetriever | None], list[list[Document]]]
 
 
 @dataclass(frozen=True)
@@ -59,6 +70,8 @@ def train_reader(
     evaluation: EvaluationArguments,
     encoder: EncoderArguments,
     index: IndexArguments,
+    which: RetrieverArguments,
+    judge: JudgeArguments,
     kind: ReaderKind,
     embedding_model: str | None,
     choose_passages: ChoosePassages,
@@ -68,7 +81,8 @@ def train_reader(
 
     Args:
         kind: What kind of reader is trained.
-        embedding_model: The frozen retriever; None: nothing is retrieved, and evaluation is the loss on gold passages.
+        embedding_model: The frozen retriever's encoder, or bm25; None, unless BM25 is asked for: nothing is retrieved,
+            and evaluation is the loss on gold passages.
         choose_passages: The passages of each training prompt.
         all_arguments: Every dataclass, for `all_args.json`.
 
@@ -83,14 +97,14 @@ def train_reader(
     with distributed.in_turn():
         model, prompter = kind.load(run.source, run)
         model.to(device)
+    train_adapters(model, loop)
     trained = kind.assemble(model, prompter)
-    retriever = None
-    if embedding_model:
-        embedder = load_encoder(embedding_model, encoder, **run.options).to(device)
-        retriever = Retriever(embedder, inputs.documents, index)
+    retriever, path = None, data.full_dataset_index_path
     with autocast(device, dtype):
-        if retriever:
-            retriever.open(data.full_dataset_index_path)
+        if embedding_model or which.retriever == "bm25":
+            retriever = open_retriever(
+                which, embedding_model, inputs.documents, encoder, index, path, device, inputs.eval, **run.options
+            )
         passages = choose_passages(inputs.train, retriever)
         batch_size = loop.per_device_eval_batch_size
         evaluate = ReaderEvaluation(retriever, inputs.eval, evaluation, batch_size, device)
@@ -119,14 +133,19 @@ def train_reader(
         checkpoint=run.checkpoint,
     )
     if state.interrupted or not inputs.test:
+        write_report(loop.output_dir)
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
-    with autocast(device, dtype):
-        metrics, rows = test(trained)
-    scores = {f"test_{name}": value for name, value in metrics.items()}
-    write_results(loop.output_dir, scores, rows)
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores: dict[str, float] = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
+        with autocast(device, dtype):
+            metrics, rows = test(trained)
+        scores = {f"test_{name}": value for name, value in metrics.items()}
+        scores = judge_results(loop.output_dir, scores, rows, judge)
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(model))
     return scores
 
 
@@ -170,7 +189,7 @@ def gold_and_retrieved_passages(
 ) -> ChoosePassages:
     """Gold and retrieved passages, at most one more than evaluation retrieves; all questions are asked at once."""
 
-    def choose(examples: Sequence[Example], retriever: Retriever) -> list[list[Document]]:
+    def choose(examples: Sequence[Example], retriever: PassageRetriever) -> list[list[Document]]:
         k = evaluation.embedding_max_num_to_retrieve
         hits = retriever.retrieve_once([retrieval_query(example) for example in examples], k)
         pairs = zip(examples, retriever.documents_of(hits), strict=True)

@@ -10,11 +10,13 @@ from torch import nn
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.evaluation.report import write_report
 from rqa.evaluation.results import write_results
-from rqa.evaluation.retrieval import score_retrieval
+from rqa.evaluation.retrieval import mean_scores, retrieval_rows
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
-from rqa.recipes.files import DataArguments
+from rqa.models.lora import train_adapters
+from rqa.recipes.files import DataArguments, merge_adapters
 from rqa.recipes.run import begin
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
@@ -73,6 +75,7 @@ def train_retriever(
     device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
         retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
+    train_adapters(retriever.encoder.backbone, loop)
     if pooler := getattr(retriever.encoder.backbone, "pooler", None):
         pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
     with autocast(device, dtype):
@@ -81,13 +84,14 @@ def train_retriever(
 
     judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
-    def measure(examples: Sequence[Example], prefix: str) -> dict[str, float]:
+    def measure(examples: Sequence[Example], prefix: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
         with autocast(device, dtype):
             if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
                 judged.refresh()
             found = find_passages(judged, examples, evaluation)
-        scores = score_retrieval(found, examples, evaluation.recall_at)
-        return {f"{prefix}_{name}": value for name, value in scores.items()}
+        rows = retrieval_rows(found, examples, evaluation.recall_at)
+        scores = mean_scores([row["scores"] for row in rows])
+        return {f"{prefix}_{name}": value for name, value in scores.items()}, rows
 
     measured = inputs.eval and loop.eval_strategy != "no"
     with closing(training.refresher) if training.refresher else nullcontext():
@@ -97,16 +101,21 @@ def train_retriever(
             loop,
             device,
             before_step=training.refresher,
-            evaluate=(lambda step: measure(inputs.eval, "eval")) if measured else None,
+            evaluate=(lambda step: measure(inputs.eval, "eval")[0]) if measured else None,
             checkpoint=run.checkpoint,
         )
     if state.interrupted or not inputs.test:
+        write_report(loop.output_dir)
+    if state.interrupted:
         return {}
-    with distributed.in_turn():
-        load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
-    scores = measure(inputs.test, "test")
-    write_results(loop.output_dir, scores, [])
-    log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    scores: dict[str, float] = {}
+    if inputs.test:
+        with distributed.in_turn():
+            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
+        scores, rows = measure(inputs.test, "test")
+        write_results(loop.output_dir, scores, rows)
+        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+    merge_adapters(loop, type(retriever.encoder.backbone))
     return scores
 
 

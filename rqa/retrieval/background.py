@@ -11,6 +11,7 @@ import torch
 
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
 from rqa.runtime.precision import autocast
 
 
@@ -50,13 +51,13 @@ class BackgroundEncoding:
 
         Raises:
             BaseException: what ended the thread of this process.
-            RuntimeError: that of another one failed.
+            UserError: that of another one failed.
         """
         done = not self._thread.is_alive()
         dones, failures = distributed.total([done, done and self._error is not None])
         if failures:
             self.close()
-            raise self._error or RuntimeError("documents could not be encoded on another process")
+            raise self._error or UserError("documents could not be encoded; another process says why")
         return int(dones) == distributed.world_size()
 
     def result(self) -> np.ndarray:

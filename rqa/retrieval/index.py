@@ -84,6 +84,8 @@ class Index:
             return False
         if not isinstance(state, dict) or index.ntotal != state.get("documents"):
             return False
+        if state.get("index_factory") != self.arguments.index_factory:
+            return False
         self._search_with(index)
         self._faiss, self.stamp = index, state.get("stamp", "")
         return True

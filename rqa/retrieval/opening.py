@@ -50,7 +50,7 @@ class RetrieverArguments:
 
 def open_retriever(
     arguments: RetrieverArguments,
-    embedding_model: str,
+    embedding_model: str | None,
     documents: Sequence[Document],
     encoder: EncoderArguments,
     index: IndexArguments,

@@ -6,8 +6,9 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from rqa.retrieval.background import BackgroundEncoding
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
 from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -72,9 +74,10 @@ class RefreshArguments:
             )
 
 
-@runtime_checkable
-class Kept(Protocol):
-    """What follows a refresh and holds until the next one, so that a checkpoint must hold it, too."""
+class Follower(Protocol):
+    """What is made from a fresh index, and lasts until the next."""
+
+    def __call__(self) -> None: ...
 
     def save(self, directory: Path) -> None: ...
 
@@ -95,7 +98,7 @@ class Refresher:
         retriever: Retriever,
         arguments: RefreshArguments,
         dtype: torch.dtype = torch.float32,
-        then: Callable[[], None] | None = None,
+        then: Follower | None = None,
     ) -> None:
         self.retriever = retriever
         self.arguments = arguments
@@ -125,6 +128,43 @@ class Refresher:
                 self._refresh(self._chosen(), step)
         return {"index_staleness": step - float(self.made_at.mean())} if not self._frozen else {}
 
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes the index between two refreshes, so that a resumed run finds the very same documents.
+
+        What is being encoded in the background is not kept: a resumed run begins it anew.
+        """
+        found = np.array(distributed.total(self.retriever.found.tolist()))
+        arrays = {
+            "documents": np.array(self._documents),
+            "made_at": self.made_at,
+            "found": found,
+            "wanted": np.array(self._wanted or self._work is not None),
+        }
+        if self._embeddings is not None:
+            arrays["embeddings"] = self._embeddings
+
+        def write(directory: Path) -> None:
+            np.savez(directory / "refresh.npz", **arrays)
+            self.retriever.index.save(directory / "index")
+            if self.then:
+                self.then.save(directory)
+
+        return write
+
+    def load(self, directory: Path) -> None:
+        """Restore what a snapshot wrote; where it is of other documents or another kind of index, encode anew."""
+        with np.load(directory / "refresh.npz") as arrays:
+            kept = dict(arrays)
+        lacking = self.arguments.refresh_fraction < 1 and "embeddings" not in kept
+        if lacking or str(kept["documents"]) != self._documents or not self.retriever.index.load(directory / "index"):
+            log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
+            return
+        self.made_at, self._wanted = kept["made_at"], bool(kept["wanted"])
+        self.retriever.found[:] = kept["found"] if distributed.is_main() else 0  # summed over processes when read
+        self._embeddings = kept.get("embeddings")
+        if self.then:
+            self.then.load(directory)
+
     def due(self, step: int) -> bool:
         """Whether the schedule refreshes after so many steps."""
         return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
@@ -135,33 +175,9 @@ class Refresher:
             self._work.close()
             self._work = None
 
-    def save(self, directory: Path) -> None:
-        """Write the index as it is, for a checkpoint between two refreshes. Documents in work are encoded anew."""
-        self.retriever.index.save(directory / "index")
-        wanted = np.array(self._wanted or self._work is not None)
-        parts = {"made_at": self.made_at, "found": self.retriever.found, "wanted": wanted}
-        if self._embeddings is not None:
-            parts["embeddings"] = self._embeddings
-        np.savez(directory / "refresh.npz", **parts)
-        if isinstance(self.then, Kept):
-            self.then.save(directory)
-
-    def load(self, directory: Path) -> None:
-        """Restore what `save` wrote; nothing, if every refresh was a full one and now they are partial.
-
-        Raises:
-            ValueError: it is damaged, or of another number of documents.
-        """
-        with np.load(directory / "refresh.npz") as parts:
-            if self.arguments.refresh_fraction < 1 and "embeddings" not in parts:
-                return
-            if len(parts["made_at"]) != len(self.made_at) or not self.retriever.index.load(directory / "index"):
-                raise ValueError("its index is damaged or of other documents")
-            self.made_at, self._wanted = parts["made_at"], bool(parts["wanted"])
-            self.retriever.found = parts["found"]
-            self._embeddings = parts["embeddings"] if self.arguments.refresh_fraction < 1 else None
-        if isinstance(self.then, Kept):
-            self.then.load(directory)
+    @cached_property
+    def _documents(self) -> str:
+        return fingerprint(*(document.fmt_content for document in self.retriever.documents))
 
     @property
     def _frozen(self) -> bool:

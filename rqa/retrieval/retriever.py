@@ -73,7 +73,7 @@ class Retriever(PassageRetriever):
     def search(self, queries: np.ndarray, k: int) -> Hits:
         """The k best documents for each query's embedding, fewer if the database holds fewer. [Q, D] -> [Q, k]"""
         scores, ids = self.index.search(queries, k)
-        self.found += np.bincount(ids[ids >= 0], minlength=len(self.found))
+        np.add.at(self.found, ids[ids >= 0], 1)
         return Hits(ids, scores)
 
     def identity(self) -> str:

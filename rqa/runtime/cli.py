@@ -38,8 +38,8 @@ def log_to_file(path: str) -> None:
 def run(main: Callable[[], Any]) -> None:
     """Run an executable's main function and exit.
 
-    Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; anything else is our mistake and
-    shows its traceback.
+    Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; 1 with one line if another process of
+    the run is gone; anything else is our mistake and shows its traceback.
     """
     tune_allocator()
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
@@ -54,8 +54,19 @@ def run(main: Callable[[], Any]) -> None:
         if error.filename is None or error.strerror is None:
             raise
         sys.exit(_report(f"{error.filename}: {error.strerror}"))
+    except RuntimeError as error:
+        if not _is_lost_peer(error):
+            raise
+        _report("another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on")
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _is_lost_peer(error: RuntimeError) -> bool:
+    """Whether an exchange between processes failed: gloo raises plain RuntimeErrors, NCCL those of its own."""
+    is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (is_nccl or "gloo/transport" in str(error))
 
 
 def _report(message: str) -> int:

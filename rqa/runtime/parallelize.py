@@ -1,5 +1,6 @@
 """How a module runs: gradient checkpointing, then compile, then DDP or FSDP2. Always in that order."""
 
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -13,6 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from rqa.runtime import distributed
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -51,6 +54,7 @@ def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
+    log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
     for layer in _layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     for model in _roots(module):

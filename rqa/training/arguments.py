@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 from transformers import HfArgumentParser
 from transformers.hf_argparser import HfArg
 
+from rqa.models.lora import LoraArguments
 from rqa.runtime.errors import UserError
 
 STRATEGIES = ["no", "steps", "epoch"]
@@ -18,10 +19,10 @@ REFUSED = {"deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_sh
 
 
 @dataclass
-class LoopArguments:
+class LoopArguments(LoraArguments):
     """What the training loop needs to know; no algorithm in sight."""
 
-    output_dir: str = field(metadata={"help": "Where checkpoints, logs, scores and the best model go."})
+    output_dir: str = field(kw_only=True, metadata={"help": "Where checkpoints, logs, scores and the best model go."})
     overwrite_output_dir: bool = field(
         default=False, metadata={"help": "Start afresh in an output_dir that holds a run."}
     )
@@ -96,6 +97,7 @@ class LoopArguments:
     run_group: str | None = field(default=None, metadata={"help": "The tracker's group of runs."})
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         positive = (
             "per_device_train_batch_size",
             "per_device_eval_batch_size",

@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -53,11 +54,11 @@ class LiveState(Protocol):
     A `before_step` that has these methods is saved with every checkpoint, in a directory of its own.
     """
 
-    def save(self, directory: Path) -> None:
-        """Write it to a new directory. Only the main process calls this."""
+    def snapshot(self) -> Callable[[Path], None]:
+        """What writes the present state to a new directory. Every process takes it, the main process calls it."""
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote. Every process calls this."""
+        """Restore what a snapshot wrote. Every process calls this."""
 
 
 @dataclass
@@ -144,13 +145,14 @@ def save_checkpoint(
         UserError: the disk is full or cannot be written; on every process, and the checkpoints before it stand.
     """
     generators = distributed.gather([random_state()])
+    write_live_state = live.snapshot() if live else None
     path, failure = output / f"checkpoint-{state.step}", None
     tensors = {"optimization": optimization.state_dict(), "random": generators}
     with whole_weights(objective):
         if distributed.is_main():
             try:
                 with atomic_directory(path) as directory:
-                    _write(directory, output, objective, tensors, state, live)
+                    _write(directory, output, objective, tensors, state, write_live_state)
             except (OSError, RuntimeError, SafetensorError) as error:  # libraries do not agree on a full disk
                 failure = f"checkpoint {path}: cannot be written ({_one_line(error)}); {_what_stands(output)}"
     if failure := distributed.from_main(failure):
@@ -158,16 +160,21 @@ def save_checkpoint(
 
 
 def _write(
-    directory: Path, output: Path, objective: Any, tensors: dict[str, Any], state: RunState, live: LiveState | None
+    directory: Path,
+    output: Path,
+    objective: Any,
+    tensors: dict[str, Any],
+    state: RunState,
+    write_live_state: Callable[[Path], None] | None,
 ) -> None:
     objective.save_pretrained(directory)
     torch.save(tensors, directory / TENSORS_FILE)
     write_json(directory / STATE_FILE, asdict(state))
     if (output / ARGUMENTS_FILE).exists():
         shutil.copyfile(output / ARGUMENTS_FILE, directory / ARGUMENTS_FILE)
-    if live:
+    if write_live_state:
         (directory / LIVE_STATE).mkdir()
-        live.save(directory / LIVE_STATE)
+        write_live_state(directory / LIVE_STATE)
 
 
 def _what_stands(output: Path) -> str:

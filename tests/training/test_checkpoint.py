@@ -4,7 +4,7 @@ import logging
 import resource
 import shutil
 import signal
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -286,8 +286,8 @@ class Drift:
             self.bias = torch.randn(1, generator=torch.Generator().manual_seed(step))
         self.calls.append(float(self.bias))
 
-    def save(self, directory: Path) -> None:
-        save_file({"bias": self.bias}, directory / "bias.safetensors")
+    def snapshot(self) -> Callable[[Path], None]:
+        return lambda directory: save_file({"bias": self.bias}, directory / "bias.safetensors")
 
     def load(self, directory: Path) -> None:
         self.bias = load_file(directory / "bias.safetensors")["bias"]

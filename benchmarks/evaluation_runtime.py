@@ -1,0 +1,207 @@
+#!/usr/bin/env python
+"""How long does an evaluation take, end to end? Retrieve 4 passages, answer in at most 64 tokens, score.
+
+    python benchmarks/evaluation_runtime.py --qa_model_name_or_path M --embedding_model E              # pydocs
+    python benchmarks/evaluation_runtime.py ... --document_path documents.pkl --eval_data_path test_w_qa.jsonl
+
+Three ways to the same answers under greedy decoding, each in a process of its own: rqa; a straightforward
+`transformers` loop (padded batches of 8 in file order, then scores one by one); and one question at a time, as most
+evaluation scripts do. Loading models and encoding documents are not counted: they are the same for all.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness import peak_gib, print_table, run_alone, use_allocator
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.evaluation.metrics import corpus_bleu, score_answer
+from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages
+from rqa.evaluation.runtime import machine, seconds
+from rqa.prompts import PromptArguments, Prompter, retrieval_query
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
+
+SYSTEMS = {  # name -> (questions at once, allocator settings it is measured with)
+    "rqa": (0, ["tuned"]),
+    "transformers, batches in file order": (8, ["default", "tuned"]),
+    "transformers, one question at a time": (1, ["default", "tuned"]),
+}
+PASSAGES = 4
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    with TemporaryDirectory() as directory:
+        arguments.index_path = str(Path(directory) / "index")
+        only = vars(arguments).pop("only")
+        rows = [
+            run_alone(__file__, arguments, system=system, allocator=allocator)
+            for system, (_, allocators) in SYSTEMS.items()
+            if not only or system in only
+            for allocator in allocators
+        ]
+    first = rows[0]
+    print_table(
+        ["system", "allocator", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
+        [
+            [row["system"], row["allocator"], *(f"{row[name]:.2f}" for name in ("retrieve", "generate", "score")),
+             f"{row['total']:.2f}", f"{same(row['answers'], first['answers']):.0%}", f"{row['peak_gib']:.1f}",
+             f"{row['total'] / first['total']:.2f}x"]
+            for row in rows
+        ],
+    )  # fmt: skip
+    answers = first["answers"]
+    for row in rows:
+        row["same_answers"] = same(row.pop("answers"), answers)
+    print(json.dumps({"benchmark": "evaluation_runtime", "precision": arguments.precision, "rows": rows, **machine()}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--qa_model_name_or_path", required=True)
+    parser.add_argument("--embedding_model", required=True)
+    parser.add_argument("--document_path", help="a corpus; by default that of rqa.data.pydocs")
+    parser.add_argument("--eval_data_path", help="its questions with answers")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    parser.add_argument("--max_examples", type=int, default=0, help="the first so many questions; 0: all")
+    parser.add_argument("--max_new_tokens", type=int, default=64)
+    parser.add_argument("--max_seq_length", type=int, default=2048)
+    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    parser.add_argument("--index_path", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def same(ours: Sequence[str], theirs: Sequence[str]) -> float:
+    """The share of equal answers."""
+    return statistics.mean(a == b for a, b in zip(ours, theirs, strict=True))
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Seconds of each part, and the answers."""
+    from transformers import AutoModelForCausalLM
+
+    from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+    from rqa.models.encoder import load_encoder
+    from rqa.models.loading import load_tokenizer
+    from rqa.runtime import distributed
+    from rqa.runtime.precision import autocast, compute_dtype
+
+    use_allocator(arguments.allocator)
+    device = distributed.start()
+    documents, examples = read(arguments)
+    flags = PromptArguments(
+        "template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
+    )
+    prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), flags)
+    model = load_causal_lm(arguments.qa_model_name_or_path).to(device)
+    retriever = Retriever(load_encoder(arguments.embedding_model).to(device), documents, IndexArguments())
+    batch, took, answers = SYSTEMS[arguments.system][0], {}, []
+    with autocast(device, compute_dtype(arguments.precision == "bf16", False, device)):
+        retriever.open(arguments.index_path)
+        if batch:
+            dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+            model = AutoModelForCausalLM.from_pretrained(arguments.qa_model_name_or_path, dtype=dtype).to(device)
+            run_transformers(model, prompter, retriever, examples, batch, took, answers)
+        else:
+            reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path).to(device), prompter)
+            run_rqa(reader, retriever, examples, took, answers)
+    total = sum(took.values())
+    return {
+        "system": arguments.system,
+        "allocator": arguments.allocator,
+        **took,
+        "total": total,
+        "questions_per_second": len(examples) / total,
+        "peak_gib": peak_gib(),
+        "answers": answers,
+    }
+
+
+def read(arguments: argparse.Namespace) -> tuple[list[Document], list[Example]]:
+    from rqa.data.documents import read_documents
+    from rqa.data.examples import read_examples
+    from rqa.data.pydocs import QUICKSTART, build_corpus
+
+    if arguments.document_path:
+        documents, examples = read_documents(arguments.document_path), read_examples(arguments.eval_data_path, True)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, examples = corpus.documents, corpus.eval
+    return documents, examples[: arguments.max_examples or None]
+
+
+def run_rqa(
+    reader: Any, retriever: Retriever, examples: list[Example], took: dict[str, float], answers: list[str]
+) -> None:
+    """The product's own evaluation."""
+    evaluation = EvaluationArguments(embedding_max_num_to_retrieve=PASSAGES)
+    found: list[list[Document]] = []
+    results: list[Any] = []
+    took["retrieve"] = seconds(lambda: found.extend(find_passages(retriever, examples, evaluation)))
+    whole = seconds(lambda: results.extend(evaluate_answers(reader, examples, found, evaluation)))
+    metrics, rows = results
+    took["generate"] = len(examples) / metrics["gen/questions_per_second"]
+    took["score"] = whole - took["generate"]
+    answers += [row["generated_answer"] for row in rows]
+
+
+def run_transformers(
+    model: Any,
+    prompter: Prompter,
+    retriever: Retriever,
+    examples: list[Example],
+    size: int,
+    took: dict[str, float],
+    answers: list[str],
+) -> None:
+    """`model.generate` on padded batches in file order; the same prompts, the same scores, one by one."""
+    tokenizer = prompter.tokenizer
+    tokenizer.padding_side = "left"
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    found: list[list[Document]] = []
+
+    def retrieve() -> None:
+        for start in range(0, len(examples), size):
+            queries = [retrieval_query(example) for example in examples[start : start + size]]
+            found.extend(retriever.documents_of(retriever.retrieve(queries, PASSAGES)))
+
+    @torch.no_grad()
+    def generate() -> None:
+        model.eval()
+        for start in range(0, len(examples), size):
+            pairs = zip(examples[start : start + size], found[start : start + size], strict=True)
+            prompts = [{"input_ids": prompter.encode(*pair).ids} for pair in pairs]
+            inputs = tokenizer.pad(prompts, return_tensors="pt").to(model.device)
+            output = model.generate(
+                **inputs,
+                max_new_tokens=prompter.arguments.max_new_tokens,
+                do_sample=False,
+                eos_token_id=prompter.stop_ids,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+            new = output[:, inputs["input_ids"].shape[1] :]
+            answers.extend(text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True))
+
+    def score() -> None:
+        for example, answer in zip(examples, answers, strict=True):
+            score_answer(answer, example.gold_answer)
+        corpus_bleu(answers, [example.gold_answer for example in examples])
+
+    took["retrieve"], took["generate"], took["score"] = seconds(retrieve), seconds(generate), seconds(score)
+
+
+if __name__ == "__main__":
+    main()

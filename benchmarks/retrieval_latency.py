@@ -1,0 +1,279 @@
+#!/usr/bin/env python
+"""How fast is retrieval? Encoding and search of 1, 8, 64 and 512 questions, beside what a user would pick instead.
+
+    python benchmarks/retrieval_latency.py --embedding_model E                                      # pydocs
+    python benchmarks/retrieval_latency.py --embedding_model E --document_path documents.pkl --eval_data_path q.jsonl
+    python benchmarks/retrieval_latency.py --only search --sizes 100000 1000000 --factories Flat IVF4096,Flat
+
+First the whole way from a question's text to ten passages, on a real corpus, each system in a process of its own:
+rqa, sentence-transformers with `util.semantic_search`, and sentence-transformers with raw faiss. Then the search alone,
+on synthetic vectors of 384 dimensions: `rqa.retrieval.index.Index` beside raw faiss on the same index, and recall@10
+beside the exact neighbours. Needs `pip install -e ".[bench]"`.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import faiss
+import numpy as np
+import torch
+from harness import peak_gib, print_table, run_alone, use_allocator
+
+from rqa.evaluation.runtime import latencies, machine, seconds
+
+K = 10
+DIMENSION = 384
+BATCHES = (1, 8, 64, 512)  # questions at once
+WHOLE = {  # name -> allocator settings it is measured with
+    "rqa": ["tuned"],
+    "sentence-transformers": ["default", "tuned"],
+    "sentence-transformers + faiss": ["default", "tuned"],
+}
+FACTORIES = ["Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ48"]
+PARAMETERS = {"HNSW": "efSearch=128", "IVF": "nprobe=32"}
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure_whole(arguments)))
+        return
+    rows = {"whole": whole(arguments), "search": search(arguments)}
+    print(json.dumps({"benchmark": "retrieval_latency", "precision": arguments.precision, **rows, **machine()}))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--embedding_model", help="for the whole way")
+    parser.add_argument("--document_path", help="a corpus; by default that of rqa.data.pydocs")
+    parser.add_argument("--eval_data_path", help="its questions")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000], help="of synthetic corpora")
+    parser.add_argument("--factories", nargs="*", default=FACTORIES, help="of their indexes")
+    parser.add_argument("--seconds", type=float, default=3.0, help="at least so long is each figure measured")
+    parser.add_argument("--only", choices=["whole", "search"])
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    parser.add_argument("--texts", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+# ---------------------------------------------------------------- from text to passages
+
+
+def whole(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every system from the questions' text to passages, and print the table."""
+    if arguments.only == "search":
+        return []
+    if not arguments.embedding_model:
+        raise SystemExit("error: --embedding_model: name an encoder, or give --only search")
+    with TemporaryDirectory() as directory:
+        path = Path(directory) / "texts.json"
+        path.write_text(json.dumps(read_texts(arguments)), encoding="utf-8")
+        flags = {name: getattr(arguments, name) for name in ("embedding_model", "precision", "seconds")}
+        shared = argparse.Namespace(**flags, texts=str(path))
+        rows = [
+            run_alone(__file__, shared, system=system, allocator=allocator)
+            for system, allocators in WHOLE.items()
+            for allocator in allocators
+        ]
+    print_table(
+        ["system", "allocator", "questions", "p50 ms", "p95 ms", "encode", "search", "questions/s", "rqa is"],
+        [
+            [row["system"], row["allocator"], size, *(f"{figures[name]:.1f}" for name in
+             ("latency_p50_ms", "latency_p95_ms", "encode_ms", "search_ms")), f"{figures['questions_per_second']:.0f}",
+             f"{rows[0]['batches'][size]['questions_per_second'] / figures['questions_per_second']:.2f}x"]
+            for row in rows for size, figures in row["batches"].items()
+        ],
+    )  # fmt: skip
+    for row in rows:
+        same = statistics.mean(a == b for a, b in zip(row["first_found"], rows[0]["first_found"], strict=True))
+        rate = row["documents_per_second"]
+        print(f"{row['system']}, {row['allocator']}: {rate:.0f} documents a second; first passage as rqa's: {same:.0%}")
+    return rows
+
+
+def read_texts(arguments: argparse.Namespace) -> dict[str, list[str]]:
+    """Passages and questions; every system gets the same."""
+    from rqa.data.documents import read_documents
+    from rqa.data.examples import read_examples
+    from rqa.data.pydocs import QUICKSTART, build_corpus
+
+    if arguments.document_path:
+        documents, examples = read_documents(arguments.document_path), read_examples(arguments.eval_data_path)
+    else:
+        corpus = build_corpus(QUICKSTART)
+        documents, examples = corpus.documents, [*corpus.test, *corpus.eval]
+    return {
+        "documents": [document.fmt_content for document in documents],
+        "questions": [example.question for example in examples],
+    }
+
+
+def measure_whole(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Latency and throughput of one system at every batch size, with the shares of encoding and search."""
+    use_allocator(arguments.allocator)
+    texts = json.loads(Path(arguments.texts).read_text(encoding="utf-8"))
+    build = open_rqa if arguments.system == "rqa" else open_sentence_transformers
+    documents, questions = texts["documents"], texts["questions"]
+    encode, find, document_seconds = build(arguments, documents)
+    found = find(encode(questions[:64]))
+    batches = {size: time_batches(encode, find, questions, size, arguments.seconds) for size in BATCHES}
+    return {
+        "system": arguments.system,
+        "allocator": arguments.allocator,
+        "documents_per_second": len(documents) / document_seconds,
+        "first_found": [int(row[0]) for row in found],
+        "batches": batches,
+        "peak_gib": peak_gib(),
+    }
+
+
+Encode = Callable[[Sequence[str]], Any]
+Find = Callable[[Any], Sequence[Sequence[int]]]
+
+
+def time_batches(encode: Encode, find: Find, questions: list[str], size: int, budget: float) -> dict[str, float]:
+    """Figures of batches of one size; questions come round again as often as needed."""
+    endless = itertools.cycle(questions)
+    encoding, searching = [], []
+    find(encode(list(itertools.islice(endless, size))))  # warm-up
+    while sum(encoding) + sum(searching) < budget or len(encoding) < 3:
+        batch = list(itertools.islice(endless, size))
+        box: list[Any] = []
+        encoding.append(seconds(lambda batch=batch, box=box: box.append(encode(batch))))
+        searching.append(seconds(lambda box=box: find(box[0])))
+    together = [sum(pair) for pair in zip(encoding, searching, strict=True)]
+    return {
+        **latencies(together),
+        "encode_ms": 1000 * statistics.median(encoding),
+        "search_ms": 1000 * statistics.median(searching),
+        "questions_per_second": size * len(together) / sum(together),
+    }
+
+
+def open_rqa(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encode, Find, float]:
+    from rqa.data.documents import Document
+    from rqa.models.encoder import load_encoder
+    from rqa.retrieval.index import IndexArguments
+    from rqa.retrieval.retriever import Retriever
+    from rqa.runtime import distributed
+    from rqa.runtime.precision import autocast, compute_dtype
+
+    device = distributed.start()
+    dtype = compute_dtype(arguments.precision == "bf16", False, device)
+    encoder = load_encoder(arguments.embedding_model).to(device)
+    retriever = Retriever(encoder, [Document(text, fmt_content=text) for text in documents], IndexArguments())
+    with autocast(device, dtype):
+        duration = seconds(retriever.refresh)
+
+    def encode(questions: Sequence[str]) -> np.ndarray:
+        with autocast(device, dtype):
+            return encoder.embed(encoder.tokenize_queries(questions))
+
+    return encode, lambda embeddings: retriever.index.search(embeddings, K)[1].tolist(), duration
+
+
+def open_sentence_transformers(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encode, Find, float]:
+    from sentence_transformers import SentenceTransformer, util
+
+    dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
+    model = SentenceTransformer(arguments.embedding_model, model_kwargs={"dtype": dtype})
+
+    def encode(texts: Sequence[str]) -> torch.Tensor:
+        return model.encode(list(texts), convert_to_tensor=True, normalize_embeddings=True, batch_size=64)
+
+    started = time.perf_counter()
+    embeddings = encode(documents)
+    duration = time.perf_counter() - started
+
+    def semantic_search(asked: torch.Tensor) -> list[list[int]]:
+        return [[hit["corpus_id"] for hit in row] for row in util.semantic_search(asked, embeddings, top_k=K)]
+
+    if arguments.system == "sentence-transformers":
+        return encode, semantic_search, duration
+    index = faiss.IndexFlatIP(embeddings.shape[1])
+    index.add(embeddings.float().cpu().numpy())
+    return encode, lambda asked: index.search(asked.float().cpu().numpy(), K)[1].tolist(), duration
+
+
+# ---------------------------------------------------------------- the search alone
+
+
+def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Measure every index on every synthetic corpus, and print the table."""
+    if arguments.only == "whole":
+        return []
+    rows = []
+    for size in arguments.sizes:
+        vectors, questions = synthetic(size), synthetic(max(BATCHES), seed=1)
+        exact = faiss.knn(questions, vectors, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
+        rows += [time_index(vectors, questions, exact, factory, arguments.seconds) for factory in arguments.factories]
+    print_table(
+        ["index", "documents", "built s", "recall@10", "questions", "p50 ms", "p95 ms", "questions/s", "over faiss"],
+        [
+            [row["factory"], row["documents"], f"{row['build_seconds']:.1f}", f"{row['recall']:.3f}", size,
+             f"{figures['latency_p50_ms']:.2f}", f"{figures['latency_p95_ms']:.2f}",
+             f"{figures['questions_per_second']:.0f}", f"{figures['over_faiss']:.2f}x"]
+            for row in rows for size, figures in row["batches"].items()
+        ],
+    )  # fmt: skip
+    return rows
+
+
+def synthetic(size: int, seed: int = 0) -> np.ndarray:
+    """Unit vectors in clusters, as embeddings of texts lie; the clusters are those of every seed. [size, 384]"""
+    centres = np.random.default_rng(7).standard_normal((1000, DIMENSION), dtype=np.float32)
+    chance = np.random.default_rng(seed)
+    vectors = centres[chance.integers(0, len(centres), size)]
+    vectors += chance.standard_normal((size, DIMENSION), dtype=np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def time_index(
+    vectors: np.ndarray, questions: np.ndarray, exact: np.ndarray, factory: str, budget: float
+) -> dict[str, Any]:
+    """One index by rqa, and faiss's own search of the very same index, in turns."""
+    from rqa.retrieval.index import Index, IndexArguments
+
+    parameters = next((value for name, value in PARAMETERS.items() if factory.startswith(name)), "")
+    ours = Index(IndexArguments(factory, parameters))
+    build_seconds = seconds(lambda: ours.replace(vectors))
+    with TemporaryDirectory() as directory:
+        ours.save(Path(directory) / "index")
+        theirs = faiss.read_index(str(Path(directory) / "index" / "index.faiss"))
+    if parameters:
+        faiss.ParameterSpace().set_index_parameters(theirs, parameters)
+    found = ours.search(questions, K)[1]
+    recall = float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found.tolist(), exact.tolist(), strict=True)]))
+    batches = {}
+    for size in BATCHES:
+        asked = itertools.cycle([questions[i : i + size] for i in range(0, len(questions), size)])
+        ours_took, theirs_took = [], []
+        while sum(ours_took) < budget or len(ours_took) < 3:
+            batch = next(asked)
+            ours_took.append(seconds(lambda batch=batch: ours.search(batch, K)))
+            theirs_took.append(seconds(lambda batch=batch: theirs.search(batch, K)))
+        batches[size] = {
+            **latencies(ours_took),
+            "questions_per_second": size * len(ours_took) / sum(ours_took),
+            "over_faiss": statistics.median(ours_took) / statistics.median(theirs_took),
+        }
+    return {
+        "factory": factory,
+        "documents": len(vectors),
+        "build_seconds": build_seconds,
+        "recall": recall,
+        "batches": batches,
+    }
+
+
+if __name__ == "__main__":
+    main()

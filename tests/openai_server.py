@@ -1,0 +1,123 @@
+"""A small OpenAI-compatible server over real sockets, whose misbehaviour is chosen request by request."""
+
+import asyncio
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+Json = dict[str, Any]
+
+
+class Seen(NamedTuple):
+    """A request that arrived."""
+
+    path: str
+    body: Json
+    key: str
+    at: float
+
+
+class OpenAIServer:
+    """What it is asked it repeats, unless told otherwise.
+
+    Attributes:
+        url: Its base URL.
+        seen: Requests so far, in order of arrival.
+        faults: What goes wrong with the next requests for a completion; None: nothing.
+        delay: Seconds that every reply takes.
+        most_at_once: Requests that were in work at the same time.
+    """
+
+    def __init__(self) -> None:
+        self.seen: list[Seen] = []
+        self.faults: list[Callable[[], Response] | None] = []
+        self.models = ["tiny"]
+        self.key: str | None = None
+        self.delay = 0.0
+        self.at_once = self.most_at_once = 0
+        self.say: Callable[[list[Json]], str] = lambda messages: f"You said: {messages[-1]['content']}"
+        self.complete: Callable[[Json], Json] = lambda body: {}
+
+    async def answer(self, request: Request) -> Response:
+        body = await request.json() if request.method == "POST" else {}
+        path = request.url.path.removeprefix("/v1/")
+        key = request.headers.get("authorization", "").removeprefix("Bearer ")
+        self.seen.append(Seen(path, body, key, time.monotonic()))
+        if self.key and key != self.key:
+            return error(401, "Incorrect API key provided")
+        if path == "models":
+            return JSONResponse({"object": "list", "data": [{"id": name} for name in self.models]})
+        if body["model"] not in self.models:
+            return error(404, f"The model `{body['model']}` does not exist")
+        self.at_once += 1
+        self.most_at_once = max(self.at_once, self.most_at_once)
+        fault = self.faults.pop(0) if self.faults else None
+        await asyncio.sleep(self.delay)
+        try:
+            if fault:
+                return await asyncio.to_thread(fault)
+            if path == "completions":
+                return JSONResponse(await asyncio.to_thread(self.complete, body))
+            text = self.say(body["messages"])
+            choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
+            return JSONResponse({"choices": [choice], "usage": {"completion_tokens": len(text.split())}})
+        except Refusal as refusal:
+            return error(400, str(refusal))
+        finally:
+            self.at_once -= 1
+
+    def of(self, path: str) -> list[Json]:
+        """The bodies of the requests to a path."""
+        return [seen.body for seen in self.seen if seen.path == path]
+
+
+class Refusal(Exception):
+    """Status 400."""
+
+
+def error(status: int, message: str, **extra: str) -> JSONResponse:
+    headers = {"retry-after": extra.pop("retry_after")} if "retry_after" in extra else None
+    return JSONResponse({"error": {"message": message, **extra}}, status, headers)
+
+
+def half_a_reply() -> Response:
+    """The connection is closed in the middle of the body."""
+
+    async def body() -> AsyncIterator[bytes]:
+        yield b'{"choices": ['
+
+    return StreamingResponse(body(), headers={"content-length": "1000", "content-type": "application/json"})
+
+
+def slow() -> Response:
+    time.sleep(1.5)
+    return JSONResponse({})
+
+
+@contextmanager
+def serve() -> Iterator[OpenAIServer]:
+    """Serve on a free port of loopback, from a thread."""
+    ours = OpenAIServer()
+    routes = [Route("/v1/{path:path}", ours.answer, methods=["GET", "POST"])]
+    server = uvicorn.Server(
+        uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="critical", lifespan="off")
+    )
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    ours.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
+    try:
+        yield ours
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        thread.join(10)

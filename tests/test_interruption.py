@@ -1,0 +1,116 @@
+"""Real signals to real processes."""
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rqa.runtime.files import damage
+from rqa.training.checkpoint import checkpoints
+
+BIN = Path(__file__).parents[1] / "bin"
+PATIENCE = 90  # seconds, on a busy machine
+
+
+@pytest.fixture
+def endless(data: Path, lm_path: str, tmp_path: Path) -> dict[str, object]:
+    """A run that would go on for days."""
+    return {
+        "model_name_or_path": lm_path,
+        "train_file": data / "train_w_qa.jsonl",
+        "full_dataset_file_path": data / "documents.jsonl",
+        "output_dir": tmp_path / "out",
+        "max_steps": 10_000_000,
+        "save_steps": 20,
+        "save_total_limit": 2,
+        "per_device_train_batch_size": 2,
+    }
+
+
+def wait_for_checkpoint(output: Path) -> None:
+    end = time.monotonic() + PATIENCE
+    while not checkpoints(output):
+        assert time.monotonic() < end, "no checkpoint"
+        time.sleep(0.1)
+
+
+@contextmanager
+def torchrun(flags: dict[str, object]) -> Iterator[subprocess.Popen[str]]:
+    """Two processes, past their first checkpoint."""
+    line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(
+        [*command, str(BIN / "train_sft"), *line], env=environment, stderr=subprocess.PIPE, text=True
+    ) as process:
+        try:
+            wait_for_checkpoint(Path(str(flags["output_dir"])))
+            yield process
+        finally:
+            process.kill()
+
+
+def workers(process: subprocess.Popen[str]) -> list[int]:
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return [int(child) for child in children if b"train_sft" in Path(f"/proc/{child}/cmdline").read_bytes()]
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+
+
+@needs_proc
+def test_when_one_process_is_killed_all_end_within_a_minute_with_a_message(endless: dict[str, object]) -> None:
+    with torchrun(endless) as process:
+        killed, other = workers(process)
+        os.kill(killed, signal.SIGKILL)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert not Path(f"/proc/{other}").exists()
+    assert "error: another process of this run has ended" in errors
+    assert "Signal 9 (SIGKILL)" in errors
+    assert damage(checkpoints(Path(str(endless["output_dir"])))[-1]) is None
+
+
+@needs_proc
+def test_torchrun_that_is_asked_to_stop_saves_and_ends(endless: dict[str, object]) -> None:
+    with torchrun(endless) as process:
+        pids = workers(process)
+        process.send_signal(signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert "interrupted after step" in errors
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    step = int(errors.split("interrupted after step ")[1].split(";")[0])
+    output = Path(str(endless["output_dir"]))
+    assert checkpoints(output)[-1] == output / f"checkpoint-{step}"
+    assert damage(output / f"checkpoint-{step}") is None
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_with_status_0_within_one_step(
+    number: signal.Signals,
+    endless: dict[str, object],
+    run_executable: Callable[[str, dict[str, object]], int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    output = Path(str(endless["output_dir"]))
+
+    def interrupt() -> None:
+        wait_for_checkpoint(output)
+        os.kill(os.getpid(), number)
+
+    threading.Thread(target=interrupt, daemon=True).start()
+    assert run_executable("train_sft", endless) == 0
+    assert "interrupted after step" in capsys.readouterr().err
+    assert not (output / "model.safetensors").exists()
+    newest = checkpoints(output)[-1]
+    assert damage(newest) is None
+    again = {**endless, "resume_from_checkpoint": "true", "max_steps": int(newest.name.split("-")[1]) + 1}
+    assert run_executable("train_sft", again) == 0
+    assert (output / "model.safetensors").exists()
