@@ -26,14 +26,26 @@ TRAINERS = {
     "ctl": ("train_ctl", {"num_hard_negatives": 1}),
     "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
     "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
-}
+    "emdr": ("train_emdr", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
+    "dca": (
+        "train_dca",
+        {"reader_model_path": "FUSION", "n_context": 6, "projection": "true", "indexing_dimension": 8,
+         "max_encoder_seq_length": 64},
+    ),
+    "fid": ("train_fid", {"embedding_model": "ENCODER", "max_encoder_seq_length": 64, "max_decoder_seq_length": 16}),
+}  # fmt: skip
 WAYS = {"ddp": {}, "fsdp": {"fsdp": "full_shard"}}
 DECODERS = ("sft", "swr", "swr with adapters")
 
 
 @pytest.fixture(scope="module")
 def paths(
-    lm_path: str, encoder_path: str, examples: list[Example], data: Path, tmp_path_factory: pytest.TempPathFactory
+    lm_path: str,
+    encoder_path: str,
+    t5_path: str,
+    examples: list[Example],
+    data: Path,
+    tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:
     """The models, the encoder without dropout, and files whose sizes two does not divide."""
     root = tmp_path_factory.mktemp("processes")
@@ -47,7 +59,16 @@ def paths(
             for number, e in enumerate(part)
         ]
         write_examples(root / f"{name}.jsonl", negative)
-    return {"ROOT": str(root), "LM": lm_path, "ENCODER": str(encoder), "DOCUMENTS": str(data / "documents.jsonl")}
+    fusion = shutil.copytree(t5_path, root / "fusion")
+    config = json.loads((fusion / "config.json").read_text())
+    (fusion / "config.json").write_text(json.dumps(config | {"dropout_rate": 0.0}))
+    paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FUSION": fusion, "DOCUMENTS": data / "documents.jsonl"}
+    return {name: str(path) for name, path in paths.items()}
+
+
+def ways(trainer: str) -> dict[str, dict[str, str]]:
+    """FiD is not sharded: see train_fid."""
+    return {"ddp": {}} if trainer == "fid" else WAYS
 
 
 def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -> dict[str, object]:
@@ -58,7 +79,7 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
     root = paths["ROOT"]
     own = {flag: paths.get(str(value), value) for flag, value in TRAINERS[trainer][1].items()}
     return {
-        "model_name_or_path": paths["LM" if trainer in DECODERS else "ENCODER"],
+        "model_name_or_path": paths["LM" if trainer in DECODERS else "FUSION" if trainer == "fid" else "ENCODER"],
         **{f"{name}_file": f"{root}/{name}.jsonl" for name in ("train", "eval", "test")},
         "full_dataset_file_path": paths["DOCUMENTS"],
         "max_steps": 3,
@@ -84,7 +105,7 @@ def two(paths: dict[str, str]) -> Path:
     jobs = [
         (TRAINERS[trainer][0], flags(trainer, 2, paths, output_dir=f"{root}/{trainer}/{way}", **more))
         for trainer in TRAINERS
-        for way, more in WAYS.items()
+        for way, more in ways(trainer).items()
     ]
     again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4)
     jobs.append(("train_swr", {**again, "resume_from_checkpoint": f"{root}/swr/fsdp/checkpoint-2"}))
@@ -98,13 +119,20 @@ def two(paths: dict[str, str]) -> Path:
 
 
 def weights(path: Path) -> dict[str, Tensor]:
+    """Those of the model or of its adapters, and of modules in folders of their own."""
     adapters = path / "adapter_model.safetensors"
-    return load_file(adapters if adapters.exists() else path / "model.safetensors")
+    if adapters.exists():
+        return load_file(adapters)
+    return {
+        f"{file.parent.relative_to(path)}/{name}": weight
+        for file in path.rglob("model.safetensors")
+        for name, weight in load_file(file).items()
+    }
 
 
 def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float:
     """Of any weight; of adapters only those count that begin at zero."""
-    old = {name: before.get(name, torch.zeros(())) for name in after if "lora_A" not in name}
+    old = {name: before.get(name, torch.zeros(())) for name in after if "lora_A" not in name and "/" not in name[2:]}
     return max(float((after[name] - weight).abs().max()) for name, weight in old.items())
 
 
@@ -123,7 +151,7 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
     expected = weights(one / "checkpoint-3")
     change = largest_change(before, expected)
     assert change > 1e-4
-    for way in WAYS:
+    for way in ways(trainer):
         found = weights(two / trainer / way / "checkpoint-3")
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
