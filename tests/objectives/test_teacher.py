@@ -1,5 +1,6 @@
 """Teachers: the language model's scores are those of a plain forward pass, and none is computed twice."""
 
+import itertools
 import json
 import logging
 import math
@@ -243,7 +244,8 @@ def test_what_decides_nothing_makes_no_other_score(tmp_path: Path) -> None:
     assert Teacher(Lengths(0), "lm", tmp_path / "scores.sqlite")([Pair(elsewhere, DOCUMENT)]) == [-1.0]
 
 
-def test_an_exception_loses_fewer_than_sixteen_scores(tmp_path: Path) -> None:
+def test_an_exception_loses_at_most_one_part(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rqa.objectives.teacher.PAIRS_AT_ONCE", 16)
     pairs = pairs_of(100)
     teacher = Teacher(Lengths(fail_after=77), "lm", tmp_path / "scores.sqlite")
     with pytest.raises(RuntimeError, match="out of memory"):
@@ -255,10 +257,11 @@ def test_an_exception_loses_fewer_than_sixteen_scores(tmp_path: Path) -> None:
 
 def ask(path: Path, pairs: Sequence[Pair], die_after: int | None, together: Barrier) -> None:
     """Another process: asks for 50 pairs at a time, and may be killed in the middle."""
+    scored = itertools.count()
 
     def score(part: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         for position, value in enumerate(lengths_of(part)):
-            if position == die_after:
+            if next(scored) == die_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield position, value
 
@@ -268,8 +271,11 @@ def ask(path: Path, pairs: Sequence[Pair], die_after: int | None, together: Barr
         assert teacher(pairs[start : start + 50]) == lengths_of(pairs[start : start + 50])
 
 
-def test_a_kill_loses_fewer_than_sixteen_scores_and_two_processes_share_one_file(tmp_path: Path) -> None:
+def test_a_kill_loses_at_most_one_part_and_two_processes_share_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Two run to their end at the same time, on pairs that overlap; a third dies among them, by a real kill -9."""
+    monkeypatch.setattr("rqa.objectives.teacher.PAIRS_AT_ONCE", 16)
     path, pairs, fork = tmp_path / "scores.sqlite", pairs_of(500), multiprocessing.get_context("fork")
     together = fork.Barrier(3)
     parts = [(pairs[:300], None), (pairs[150:450], None), (pairs[450:], 37)]
