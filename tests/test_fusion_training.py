@@ -56,6 +56,18 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
     second = json.loads((tmp_path / "again/score.json").read_text())
     assert second["test_loss"] == pytest.approx(scores["test_loss"], rel=1e-5)
     assert second["test_gen/rougeL"] == scores["test_gen/rougeL"]
+    evaluated = {
+        "qa_model_name_or_path": tmp_path / "out",
+        "embedding_model_name_or_path": fid["embedding_model"],
+        "document_path": fid["full_dataset_file_path"],
+        "eval_data_path": fid["test_file"],
+        "output_dir": tmp_path / "evaluated",
+        **{name: flags[name] for name in ("max_encoder_seq_length", "max_decoder_seq_length", "num_beams")},
+    }
+    assert run_executable("evaluate_rqa", evaluated) == 0
+    third = json.loads((tmp_path / "evaluated/score.json").read_text())
+    for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@4"):
+        assert third[name] == scores[name]
 
 
 def test_training_reads_gold_and_retrieved_passages_and_evaluation_only_retrieved_ones(

@@ -69,20 +69,29 @@ class JudgeArguments:
 
 
 def judge_results(
-    directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]], arguments: JudgeArguments
-) -> dict[str, float]:
-    """Write an evaluation's results, have them judged if asked for, and write them again; the scores, with the judge's.
+    directory: str | Path,
+    scores: dict[str, float],
+    rows: Sequence[dict[str, Any]],
+    judge: JudgeArguments,
+    arguments: Sequence[Any] = (),
+) -> tuple[dict[str, float], str]:
+    """Write an evaluation's results, have them judged if asked for, and write them again.
 
     A judge that cannot be asked costs no results.
+
+    Args:
+        arguments: As in `write_results`.
+
+    Returns:
+        The scores, the judge's among them, and their table.
     """
-    write_results(directory, scores, rows)
-    if not arguments.gen_gpt4eval:
-        return scores
+    table = write_results(directory, scores, rows, arguments)
+    if not judge.gen_gpt4eval:
+        return scores, table
     if not rows:
         raise UserError("--gen_gpt4eval true: there are no answers to judge; name a retriever, so that some are given")
-    judged = {f"test_{name}": value for name, value in judge_answers(rows, arguments).items()}
-    write_results(directory, scores | judged, rows)
-    return scores | judged
+    scores = scores | {f"test_{name}": value for name, value in judge_answers(rows, judge).items()}
+    return scores, write_results(directory, scores, rows, arguments)
 
 
 def judge_answers(rows: Sequence[dict[str, Any]], arguments: JudgeArguments) -> dict[str, float]:

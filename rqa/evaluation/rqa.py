@@ -9,7 +9,7 @@ from rqa.data.examples import Example
 from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
-from rqa.models.causal_lm import Answer
+from rqa.models.generation import Answer
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hits import PassageRetriever
 from rqa.runtime import distributed

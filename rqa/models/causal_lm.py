@@ -2,26 +2,21 @@
 
 import inspect
 import logging
-import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.models.generation import Answer, GenerationArguments, answer_in_batches
 from rqa.models.loading import evaluating, load_model
-from rqa.packing import AnswerBatch, pad, token_budget_batches
+from rqa.packing import AnswerBatch, pad
 from rqa.prompts import DoesNotFit, Prompter
-from rqa.runtime.parallelize import in_step, is_sharded
+from rqa.runtime.parallelize import is_sharded
 
 log = logging.getLogger(__name__)
-
-Prompt = TypeVar("Prompt")
 
 
 def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
@@ -42,53 +37,6 @@ def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     return model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, columns]
 
 
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer and what it took.
-
-    Attributes:
-        text: The answer.
-        num_tokens: Tokens generated.
-        seconds: How long its batch took: what a user who asked it would have waited.
-    """
-
-    text: str
-    num_tokens: int
-    seconds: float = 0.0
-
-
-def answer_in_batches(
-    model: PreTrainedModel,
-    prompts: Sequence[Prompt],
-    lengths: Sequence[int],
-    max_batch_tokens: int,
-    generate: Callable[[Sequence[Prompt]], list[list[int]]],
-    decode: Callable[[Sequence[int]], str],
-    filler: Prompt,
-    progress: bool,
-) -> list[Answer]:
-    """One answer for each prompt, those of similar length together; an empty prompt is answered by nothing. [Q] -> [Q]
-
-    Args:
-        lengths: Tokens that each prompt costs.
-        generate: A batch of prompts -> the answers' token ids.
-        filler: What a sharded model is asked when another process has more to ask.
-    """
-    answers = [Answer("", 0)] * len(prompts)
-    asked = [index for index, prompt in enumerate(prompts) if prompt]
-    batches = token_budget_batches([lengths[index] for index in asked], max_batch_tokens, padded=True)
-    with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-        for chosen in in_step(model, batches, filler=[]):
-            batch = [asked[number] for number in chosen]
-            started = time.perf_counter()
-            generated = generate([prompts[i] for i in batch] or [filler])
-            seconds = time.perf_counter() - started
-            for index, ids in zip(batch, generated, strict=bool(batch)):
-                answers[index] = Answer(decode(ids), len(ids), seconds)
-            bar.update(len(batch))
-    return answers
-
-
 class CausalLMReader:
     """Answers questions over passages with a decoder.
 
@@ -97,15 +45,22 @@ class CausalLMReader:
         max_batch_tokens: Prompt and answer tokens of one generation batch, padding included.
     """
 
-    def __init__(self, model: PreTrainedModel, prompter: Prompter, max_batch_tokens: int = 16384) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompter: Prompter,
+        arguments: GenerationArguments | None = None,
+        max_batch_tokens: int = 16384,
+    ) -> None:
         self.model = model
         self.prompter = prompter
+        self.arguments = arguments or GenerationArguments()
         self.max_batch_tokens = max_batch_tokens
 
     def answer(
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
-        """One greedy answer for each question, from prompts of similar length together. [Q] -> [Q]
+        """One answer for each question, from prompts of similar length together. [Q] -> [Q]
 
         A question that does not fit by itself is reported and answered by nothing.
         """
@@ -131,20 +86,12 @@ class CausalLMReader:
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Greedy continuations of one batch of prompts, up to the stop token. [B] -> [B]"""
+        """Continuations of one batch of prompts, up to the stop token. [B] -> [B]"""
         stop = self.prompter.stop_ids
         # Right-padding the reversed prompts and reversing again pads on the left.
         reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
         inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
-        config = GenerationConfig(
-            max_new_tokens=self.prompter.arguments.max_new_tokens,
-            do_sample=False,
-            num_beams=1,  # what is not set here comes from the checkpoint's generation_config.json
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=stop,
-            pad_token_id=stop[0],
-        )
+        config = self.arguments.config(self.prompter.arguments.max_new_tokens, stop)
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
             output = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)  # [B, L + new]

@@ -8,8 +8,8 @@ from transformers import PreTrainedTokenizerBase
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.models.causal_lm import Answer
 from rqa.models.endpoint import Endpoint
+from rqa.models.generation import Answer
 from rqa.prompts import DoesNotFit, PromptArguments, Prompter
 from rqa.prompts.estimate import EstimatedTokens
 

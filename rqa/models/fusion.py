@@ -6,7 +6,6 @@ is wrapped, no parameter is renamed, and its checkpoint is an ordinary one.
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -16,7 +15,6 @@ from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderModel,
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.causal_lm import Answer, answer_in_batches
+from rqa.models.generation import Answer, GenerationArguments, answer_in_batches
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch
 from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
@@ -36,26 +34,6 @@ log = logging.getLogger(__name__)
 WARM_START = "bert::"
 MAX_ENCODER_TOKENS = 16384
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-
-
-@dataclass
-class GenerationArguments:
-    """How answers are generated."""
-
-    num_beams: int = field(default=1, metadata={"help": "Beams of the search; 1: greedy."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
-
-    def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be positive; --do_sample false is greedy")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
-        if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
-            raise UserError("--temperature and --top_p need --do_sample true")
 
 
 def load_fusion(
@@ -202,18 +180,8 @@ class FusionReader:
     def generate(self, prompts: Sequence[FusionSequence]) -> list[list[int]]:
         """Answers of one batch of questions, up to the end token; passages are encoded once. [B] -> [B]"""
         end = self.prompter.end_token
-        sampling = {"temperature": self.arguments.temperature, "top_p": self.arguments.top_p, "top_k": 0}
-        config = GenerationConfig(
-            max_new_tokens=self.prompter.arguments.max_decoder_seq_length,
-            num_beams=self.arguments.num_beams,
-            do_sample=self.arguments.do_sample,
-            **(sampling if self.arguments.do_sample else {}),
-            min_length=0,  # what is not set here comes from the checkpoint's generation_config.json
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            decoder_start_token_id=start_token(self.model),
-            eos_token_id=end,
-            pad_token_id=end,
+        config = self.arguments.config(
+            self.prompter.arguments.max_decoder_seq_length, [end], decoder_start_token_id=start_token(self.model)
         )
         with evaluating(self.model):
             batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(self.model.device)

@@ -8,8 +8,9 @@ from typing import Any, Protocol
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from rqa.models.causal_lm import CausalLMReader, answer_in_batches, load_causal_lm
+from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.endpoint import Endpoint, EndpointArguments, is_endpoint
+from rqa.models.generation import answer_in_batches
 from rqa.models.loading import load_tokenizer, model_fingerprint
 from rqa.prompts import PromptArguments, Prompter
 from rqa.prompts.estimate import EstimatedTokens

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -66,6 +66,20 @@ def load_model(
         except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise _unreadable(path, error) from None
     raise AssertionError("unreachable")
+
+
+def is_encoder_decoder(path: str, trust_remote_code: bool = False) -> bool:
+    """Whether a checkpoint, or the one that a LoRA adapter belongs to, is an encoder-decoder.
+
+    Raises:
+        UserError: it cannot be found or read.
+    """
+    try:
+        adapter = Path(path) / ADAPTER_FILES[0]
+        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).is_encoder_decoder
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise _unreadable(path, error) from None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:

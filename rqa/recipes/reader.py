@@ -16,7 +16,8 @@ from rqa.evaluation.report import write_report
 from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments
-from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
+from rqa.models.fusion import FusionReader, load_fusion, refuse_overflow
+from rqa.models.generation import GenerationArguments
 from rqa.models.loading import load_tokenizer
 from rqa.models.lora import train_adapters
 from rqa.objectives.answer import AnswerLikelihood
@@ -143,13 +144,13 @@ def train_reader(
         with autocast(device, dtype):
             metrics, rows = test(trained)
         scores = {f"test_{name}": value for name, value in metrics.items()}
-        scores = judge_results(loop.output_dir, scores, rows, judge)
+        scores, _ = judge_results(loop.output_dir, scores, rows, judge)
         log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     merge_adapters(loop, type(model))
     return scores
 
 
-def decoder(prompt: PromptArguments) -> ReaderKind:
+def decoder(prompt: PromptArguments, generation: GenerationArguments) -> ReaderKind:
     """Readers that are decoders: passages, question and answer are one sequence."""
 
     def load(path: str, run: Run) -> tuple[PreTrainedModel, Prompter]:
@@ -157,7 +158,7 @@ def decoder(prompt: PromptArguments) -> ReaderKind:
         return load_causal_lm(path, **run.options), prompter
 
     def assemble(model: PreTrainedModel, prompter: Prompter) -> TrainableReader:
-        return TrainableReader(AnswerLikelihood(model, prompter), CausalLMReader(model, prompter))
+        return TrainableReader(AnswerLikelihood(model, prompter), CausalLMReader(model, prompter, generation))
 
     return ReaderKind(load, assemble)
 

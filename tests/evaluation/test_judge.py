@@ -160,7 +160,7 @@ def test_the_cost_is_estimated_before_the_judge_is_asked(
 
 
 def test_results_hold_the_judges_rate_with_its_number_and_interval(server: OpenAIServer, tmp_path: Path) -> None:
-    scores = judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server))
+    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server))
     assert json.loads((tmp_path / SCORES).read_text()) == scores
     assert scores["test_gen/f1"] == 0.25
     assert scores["test_gen/gpt4eval"] == 0.5
@@ -180,7 +180,8 @@ def test_a_judge_that_cannot_be_asked_costs_no_results(server: OpenAIServer, tmp
 
 
 def test_without_the_flag_nobody_is_asked(server: OpenAIServer, tmp_path: Path) -> None:
-    assert judge_results(tmp_path, {"a": 1.0}, rows(), JudgeArguments(judge_base_url=server.url)) == {"a": 1.0}
+    scores, _ = judge_results(tmp_path, {"a": 1.0}, rows(), JudgeArguments(judge_base_url=server.url))
+    assert scores == {"a": 1.0}
     assert not server.seen
 
 

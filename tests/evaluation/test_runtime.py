@@ -10,7 +10,7 @@ from rqa.evaluation import runtime
 from rqa.evaluation.retrieval import measure_speed
 from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
-from rqa.models.causal_lm import Answer
+from rqa.models.generation import Answer
 from rqa.retrieval.hits import Hits
 from rqa.retrieval.lexical import LexicalRetriever
 from rqa.runtime.errors import UserError

@@ -11,7 +11,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.models.fusion import FusionReader, GenerationArguments, load_fusion, refuse_overflow
+from rqa.models.fusion import FusionReader, load_fusion, refuse_overflow
+from rqa.models.generation import GenerationArguments
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.packing import pack
 from rqa.prompts import FusionPromptArguments, FusionSequence

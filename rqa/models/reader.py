@@ -1,0 +1,54 @@
+"""Whichever reader is named, ready to answer: a decoder, an encoder-decoder, or a model behind a server."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.endpoint import Endpoint, EndpointArguments, is_endpoint
+from rqa.models.endpoint_reader import EndpointReader
+from rqa.models.fusion import FusionReader, load_fusion
+from rqa.models.generation import GenerationArguments
+from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
+from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
+from rqa.runtime.errors import UserError
+
+
+@dataclass
+class ReaderPromptArguments(PromptArguments):
+    """How any reader is asked: one prompt with all passages, or for an encoder-decoder one a passage."""
+
+    max_encoder_seq_length: int = field(
+        default=512, metadata={"help": "Of an encoder-decoder: tokens of question and one passage."}
+    )
+    max_decoder_seq_length: int = field(default=256, metadata={"help": "Of an encoder-decoder: tokens of an answer."})
+
+
+def open_reader(
+    path: str,
+    prompt: ReaderPromptArguments,
+    generation: GenerationArguments,
+    endpoint: EndpointArguments,
+    device: torch.device,
+    **options: Any,
+) -> CausalLMReader | FusionReader | EndpointReader:
+    """The reader at `path`: a directory, a hub name, or `openai::http://host:port/v1`.
+
+    Args:
+        options: Those of `load_model`.
+
+    Raises:
+        UserError: what a user can mend.
+    """
+    if is_endpoint(path):
+        if generation != GenerationArguments():
+            raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
+        return EndpointReader(Endpoint(path, endpoint), prompt)
+    if is_encoder_decoder(path, options.get("trust_remote_code", False)):
+        lengths = {name: getattr(prompt, name) for name in ("max_encoder_seq_length", "max_decoder_seq_length")}
+        model, prompter = load_fusion(path, FusionPromptArguments(prompt.prompt_template, **lengths), **options)
+        collate = choose_collate(model.to(device).get_encoder(), prompter.tokenizer.pad_token_id)
+        return FusionReader(model, prompter, generation, collate)
+    prompter = Prompter(load_tokenizer(path, options.get("trust_remote_code", False)), prompt)
+    return CausalLMReader(load_causal_lm(path, **options).to(device), prompter, generation)
