@@ -96,7 +96,9 @@ def test_train_rpg_learns_from_a_server_what_it_learns_from_the_same_model_here(
     assert run_executable("train_rpg", {**rpg, "lm_model_path": lm_path, "output_dir": tmp_path / "here"}) == 0
     there, here = (load_file(tmp_path / name / "model.safetensors") for name in ("out", "here"))
     for name, weight in here.items():
-        torch.testing.assert_close(there[name], weight, rtol=0, atol=1e-4)
+        # Adam steps as far for a tiny gradient as for a large one: where it is nearly zero, rounding shows.
+        assert (there[name] - weight).abs().mean() < 1e-5
+        torch.testing.assert_close(there[name], weight, rtol=0, atol=1e-3)
     assert {seen.key for seen in server.seen} == {"secret"}
     assert "secret" not in (tmp_path / "out/all_args.json").read_text() + (tmp_path / "out/train.log").read_text()
 

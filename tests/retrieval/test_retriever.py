@@ -165,7 +165,7 @@ def other_prefix(encoder: Encoder, documents: list[Document]) -> tuple[list[Docu
 
 
 def other_factory(encoder: Encoder, documents: list[Document]) -> tuple[list[Document], str]:
-    return documents, "HNSW8"
+    return documents, "HNSW64"  # so many links that nothing is missed
 
 
 @pytest.mark.parametrize(
