@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import peak_gib, print_table, run_alone, use_allocator
+from harness import peak_gib, print_table, read_corpus, run_all, use_allocator
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -44,13 +44,7 @@ def main() -> None:
         return
     with TemporaryDirectory() as directory:
         arguments.index_path = str(Path(directory) / "index")
-        only = vars(arguments).pop("only")
-        rows = [
-            run_alone(__file__, arguments, system=system, allocator=allocator)
-            for system, (_, allocators) in SYSTEMS.items()
-            if not only or system in only
-            for allocator in allocators
-        ]
+        rows = run_all(__file__, arguments, {name: allocators for name, (_, allocators) in SYSTEMS.items()})
     first = rows[0]
     print_table(
         ["system", "allocator", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
@@ -131,15 +125,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Document], list[Example]]:
-    from rqa.data.documents import read_documents
-    from rqa.data.examples import read_examples
-    from rqa.data.pydocs import QUICKSTART, build_corpus
-
-    if arguments.document_path:
-        documents, examples = read_documents(arguments.document_path), read_examples(arguments.eval_data_path, True)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, examples = corpus.documents, corpus.eval
+    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
     return documents, examples[: arguments.max_examples or None]
 
 

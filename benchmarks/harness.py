@@ -8,7 +8,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -29,6 +29,32 @@ def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> dict
     print(", ".join(hidden.values()), "...", file=sys.stderr, flush=True)
     done = subprocess.run([sys.executable, script, *line], stdout=subprocess.PIPE, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
+
+
+def run_all(script: str, arguments: argparse.Namespace, systems: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
+    """`run_alone` for every system with each of its allocator settings; only for those that `--only` names, if any."""
+    only = vars(arguments).pop("only")
+    return [
+        run_alone(script, arguments, system=system, allocator=allocator)
+        for system, allocators in systems.items()
+        if not only or system in only
+        for allocator in allocators
+    ]
+
+
+def read_corpus(
+    document_path: str | None, train_file: str | None = None, eval_file: str | None = None
+) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
+    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs."""
+    from rqa.data.documents import read_documents
+    from rqa.data.examples import read_examples
+    from rqa.data.pydocs import QUICKSTART, build_corpus
+
+    if document_path:
+        train, held_out = (read_examples(path) if path else [] for path in (train_file, eval_file))
+        return read_documents(document_path), train, held_out
+    corpus = build_corpus(QUICKSTART)
+    return corpus.documents, corpus.train, corpus.test
 
 
 def use_allocator(name: str) -> None:

@@ -26,11 +26,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness import peak_gib, print_table, run_alone, use_allocator
+from harness import peak_gib, print_table, read_corpus, run_alone, use_allocator
 
-from rqa.data.documents import Document, read_documents, write_documents
-from rqa.data.examples import Example, read_examples, write_examples
-from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.data.documents import Document, write_documents
+from rqa.data.examples import Example, write_examples
 from rqa.evaluation.retrieval import score_questions
 from rqa.evaluation.runtime import machine
 from rqa.evaluation.statistics import mean_intervals
@@ -104,12 +103,7 @@ def parse() -> argparse.Namespace:
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], list[Example], list[Example]]:
     """Documents, training questions and the questions to measure on."""
-    if arguments.train_file:
-        documents = read_documents(arguments.document_path)
-        train, held_out = read_examples(arguments.train_file), read_examples(arguments.eval_file)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, train, held_out = corpus.documents, corpus.train, corpus.test
+    documents, train, held_out = read_corpus(arguments.document_path, arguments.train_file, arguments.eval_file)
     return documents, list(train[: arguments.max_train]), list(held_out[: arguments.max_eval])
 
 

@@ -24,7 +24,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from harness import peak_gib, print_table, run_alone, use_allocator
+from harness import peak_gib, print_table, read_corpus, run_alone, use_allocator
 
 from rqa.evaluation.runtime import latencies, machine, seconds
 
@@ -102,15 +102,7 @@ def whole(arguments: argparse.Namespace) -> list[dict[str, Any]]:
 
 def read_texts(arguments: argparse.Namespace) -> dict[str, list[str]]:
     """Passages and questions; every system gets the same."""
-    from rqa.data.documents import read_documents
-    from rqa.data.examples import read_examples
-    from rqa.data.pydocs import QUICKSTART, build_corpus
-
-    if arguments.document_path:
-        documents, examples = read_documents(arguments.document_path), read_examples(arguments.eval_data_path)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, examples = corpus.documents, [*corpus.test, *corpus.eval]
+    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
     return {
         "documents": [document.fmt_content for document in documents],
         "questions": [example.question for example in examples],

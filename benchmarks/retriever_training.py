@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, run_alone, summary, use_allocator
+from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
 
 from rqa.evaluation.runtime import machine
 
@@ -43,13 +43,7 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         arguments.triples = str(Path(directory) / "triples.json")
         Path(arguments.triples).write_text(json.dumps(make_triples(arguments)), encoding="utf-8")
-        only = vars(arguments).pop("only")
-        rows = [
-            run_alone(__file__, arguments, system=system, allocator=allocator)
-            for system, allocators in SYSTEMS.items()
-            if not only or system in only
-            for allocator in allocators
-        ]
+        rows = run_all(__file__, arguments, SYSTEMS)
     report(arguments, rows)
 
 
@@ -72,15 +66,8 @@ def parse() -> argparse.Namespace:
 
 def make_triples(arguments: argparse.Namespace) -> list[Triple]:
     """A batch of triples, no passage twice, so that all systems mean the same by a negative."""
-    from rqa.data.documents import read_documents
-    from rqa.data.examples import read_examples
-    from rqa.data.pydocs import QUICKSTART, build_corpus
 
-    if arguments.train_file:
-        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, examples = corpus.documents, corpus.train
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
     chosen = sorted(first)[: arguments.batch_size]

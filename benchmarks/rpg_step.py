@@ -20,11 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, run_alone, use_allocator
+from harness import Clock, peak_gib, print_table, read_corpus, run_alone, use_allocator
 
-from rqa.data.documents import Document, read_documents
-from rqa.data.examples import Example, read_examples
-from rqa.data.pydocs import QUICKSTART, build_corpus
+from rqa.data.documents import Document
+from rqa.data.examples import Example
 from rqa.evaluation.runtime import machine
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
@@ -77,11 +76,7 @@ def parse() -> argparse.Namespace:
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequence[Example]]:
     """The documents, and the questions of all steps."""
-    if arguments.train_file:
-        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file, answers=True)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, examples = corpus.documents, corpus.train
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     return documents, examples[: QUESTIONS * (arguments.steps + arguments.warmup)]
 
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, matmul_rate, peak_gib, print_table, run_alone, summary, use_allocator
+from harness import Clock, matmul_rate, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
 
 from rqa.evaluation.runtime import machine
 
@@ -41,13 +41,7 @@ def main() -> None:
     with TemporaryDirectory() as directory:
         arguments.sequences = str(Path(directory) / "sequences.json")
         Path(arguments.sequences).write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
-        only = vars(arguments).pop("only")
-        rows = [
-            run_alone(__file__, arguments, system=system, allocator=allocator)
-            for system, allocators in SYSTEMS.items()
-            if not only or system in only
-            for allocator in allocators
-        ]
+        rows = run_all(__file__, arguments, SYSTEMS)
         report(arguments, rows)
 
 
@@ -69,9 +63,6 @@ def parse() -> argparse.Namespace:
 
 def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
     """Token ids of prompt and answer, and where the answer starts; the same for every system."""
-    from rqa.data.documents import read_documents
-    from rqa.data.examples import read_examples
-    from rqa.data.pydocs import QUICKSTART, build_corpus
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.passages import PassageArguments, gold_and_retrieved
@@ -79,11 +70,7 @@ def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]
     from rqa.retrieval.index import IndexArguments
     from rqa.retrieval.retriever import Retriever
 
-    if arguments.train_file:
-        documents, examples = read_documents(arguments.document_path), read_examples(arguments.train_file, answers=True)
-    else:
-        corpus = build_corpus(QUICKSTART)
-        documents, examples = corpus.documents, corpus.train
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     examples = examples[: 2 * (arguments.steps + arguments.warmup)]
     retriever = Retriever(load_encoder(arguments.embedding_model), documents, IndexArguments())
     retriever.open(None)
