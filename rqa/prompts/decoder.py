@@ -75,7 +75,7 @@ class Prompter:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments) -> None:
         self.tokenizer = tokenizer
         self.arguments = arguments
-        self.instruction = read_template(arguments.prompt_template, INSTRUCTION, "passages")
+        self.instruction = read_template(arguments.prompt_template, INSTRUCTION)
         if arguments.chat_format == "template" and not tokenizer.chat_template:
             raise UserError("--chat_format template: this tokenizer has no chat template; use --chat_format prefix")
         self.end_of_turn = self._find_end_of_turn()

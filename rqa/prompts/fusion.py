@@ -61,7 +61,7 @@ class FusionPrompter:
         self.tokenizer = tokenizer
         self.arguments = arguments
         self.start_token = start_token
-        self.template = read_template(arguments.prompt_template, FUSION_TEMPLATE, "passage")
+        self.template = read_template(arguments.prompt_template, FUSION_TEMPLATE)
         ends = (token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None)
         self.end_token = next(ends, None)
         if self.end_token is None:

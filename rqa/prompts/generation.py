@@ -2,11 +2,9 @@
 
 import re
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from rqa.data.documents import Document
 from rqa.prompts.text import fill
-from rqa.runtime.errors import UserError
 
 Conversation = list[dict[str, str]]
 
@@ -42,24 +40,6 @@ class GenerationPromptArguments:
     prompt_template: str | None = field(
         default=None, metadata={"help": "A text file that replaces the prompt; its placeholders as in the default."}
     )
-
-
-def read_instruction(path: str | None, default: str) -> str:
-    """The template at `path`, or the default, whose placeholders it must have.
-
-    Raises:
-        UserError: the file cannot be read or lacks a placeholder.
-    """
-    if path is None:
-        return default
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
-    for name in re.findall(r"\{(passage|question|number)\}", default):
-        if f"{{{name}}}" not in text:
-            raise UserError(f"--prompt_template {path}: the placeholder {{{name}}} is missing")
-    return text.rstrip("\n")
 
 
 def ask_questions(template: str, document: Document, number: int) -> Conversation:

@@ -28,11 +28,8 @@ def fill(template: str, fields: dict[str, str]) -> str:
     return re.sub(rf"\{{({'|'.join(fields)})\}}", lambda match: fields[match[1]], template)
 
 
-def read_template(path: str | None, default: str, passages: str) -> str:
-    """The template at `path`, or the default.
-
-    Args:
-        passages: The name of the placeholder that must stand beside `{question}`.
+def read_template(path: str | None, default: str) -> str:
+    """The template at `path`, or the default, whose placeholders it must have.
 
     Raises:
         UserError: the file cannot be read or lacks a placeholder.
@@ -43,7 +40,7 @@ def read_template(path: str | None, default: str, passages: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
-    for name in (passages, "question"):
+    for name in re.findall(r"\{(\w+)\}", default):
         if f"{{{name}}}" not in text:
             raise UserError(f"--prompt_template {path}: the placeholder {{{name}}} is missing")
     return text.rstrip("\n")
