@@ -35,8 +35,7 @@ EXTRAS = {
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
         "peft>=0.17",  # the oracle for adapters
-        "hypothesis>=6.100",  # malformed input that nobody thought of
-        "hypothesis>=6",  # properties of chunking and of file formats
+        "hypothesis>=6.100",  # malformed input that nobody thought of; properties of chunking and formats
         "langchain-text-splitters>=1",  # the oracle of chunking
         "trafilatura>=2",  # what the extra `documents` brings
         "pypdf>=5",
@@ -49,7 +48,6 @@ EXTRAS = {
         "accelerate>=1.10",  # transformers.Trainer and trl run on it
         "langchain-text-splitters>=1",  # a peer of chunking
         "semchunk>=3",  # another
-        "psutil>=6",  # peak memory of the peers' processes
     ],
     "flash": ["flash-attn>=2.7"],  # variable-length attention kernels on CUDA
     "lora": ["peft>=0.17"],  # low-rank adapters

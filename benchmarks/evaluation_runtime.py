@@ -100,7 +100,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
     )
     prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), flags)
-    model = load_causal_lm(arguments.qa_model_name_or_path).to(device)
     retriever = Retriever(load_encoder(arguments.embedding_model).to(device), documents, IndexArguments())
     batch, took, answers = SYSTEMS[arguments.system][0], {}, []
     with autocast(device, compute_dtype(arguments.precision == "bf16", False, device)):
@@ -125,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read(arguments: argparse.Namespace) -> tuple[list[Document], list[Example]]:
-    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
+    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path, answers=True)
     return documents, examples[: arguments.max_examples or None]
 
 

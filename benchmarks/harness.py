@@ -43,15 +43,21 @@ def run_all(script: str, arguments: argparse.Namespace, systems: Mapping[str, Se
 
 
 def read_corpus(
-    document_path: str | None, train_file: str | None = None, eval_file: str | None = None
+    document_path: str | None, train_file: str | None = None, eval_file: str | None = None, answers: bool = False
 ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs."""
+    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs.
+
+    Args:
+        answers: Whether the questions must have answers.
+    """
     from rqa.data.documents import read_documents
     from rqa.data.examples import read_examples
     from rqa.data.pydocs import QUICKSTART, build_corpus
 
+    if bool(document_path) != bool(train_file or eval_file):
+        raise SystemExit("error: --document_path and the file of its questions are given together")
     if document_path:
-        train, held_out = (read_examples(path) if path else [] for path in (train_file, eval_file))
+        train, held_out = (read_examples(path, answers) if path else [] for path in (train_file, eval_file))
         return read_documents(document_path), train, held_out
     corpus = build_corpus(QUICKSTART)
     return corpus.documents, corpus.train, corpus.test

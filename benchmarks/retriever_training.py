@@ -122,7 +122,7 @@ def train_rqa(arguments: argparse.Namespace, triples: list[Triple], directory: s
         return ContrastiveBatch(queries, passages, documents, targets, targets[:, None], indices)
 
     loop = LoopArguments(
-        directory,
+        output_dir=directory,
         per_device_train_batch_size=size,
         max_steps=arguments.warmup + arguments.steps,
         bf16=arguments.precision == "bf16",

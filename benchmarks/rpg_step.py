@@ -76,7 +76,7 @@ def parse() -> argparse.Namespace:
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequence[Example]]:
     """The documents, and the questions of all steps."""
-    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     return documents, examples[: QUESTIONS * (arguments.steps + arguments.warmup)]
 
 
@@ -108,7 +108,7 @@ def rqa_steps(
     epoch = arguments.warmup + arguments.steps
     with TemporaryDirectory() as directory:
         loop = LoopArguments(
-            directory,
+            output_dir=directory,
             per_device_train_batch_size=QUESTIONS,
             max_steps=2 * epoch,
             learning_rate=0.0,  # so that the second epoch finds the documents of the first
@@ -118,9 +118,11 @@ def rqa_steps(
             metric_for_best_model="loss",
         )
         os.environ["RQA_CACHE"] = directory  # nothing is known from an earlier run
-        teacher = load_teacher(LanguageModelArguments(arguments.lm_model_path, MAX_LENGTH), loop, device)
+        teacher = load_teacher(
+            LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH), loop, device
+        )
         choose = RetrievedCandidates(
-            examples, retriever, CandidateArguments(depth), compute_dtype(loop.bf16, False, device)
+            examples, retriever, CandidateArguments(num_docs=depth), compute_dtype(loop.bf16, False, device)
         )
         collate = ScoredCandidates(examples, retriever.documents, encoder.to(device), choose, teacher, TEMPERATURE)
         objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()

@@ -70,7 +70,7 @@ def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]
     from rqa.retrieval.index import IndexArguments
     from rqa.retrieval.retriever import Retriever
 
-    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     examples = examples[: 2 * (arguments.steps + arguments.warmup)]
     retriever = Retriever(load_encoder(arguments.embedding_model), documents, IndexArguments())
     retriever.open(None)
@@ -121,7 +121,7 @@ def train_rqa(arguments: argparse.Namespace, sequences: list[tuple[list[int], in
         return chosen
 
     loop = LoopArguments(
-        directory,
+        output_dir=directory,
         per_device_train_batch_size=2,
         max_steps=len(sequences) // 2,
         bf16=arguments.precision == "bf16",

@@ -2,6 +2,7 @@
 
 import ast
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -64,6 +65,8 @@ def test_no_module_of_rqa_needs_an_optional_package() -> None:
 
 
 def test_a_wheel_contains_every_package_and_executable(tmp_path: Path) -> None:
+    source = tmp_path / "source"  # without what an earlier build left in the tree
+    shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
     command = [
         sys.executable,
         "-m",
@@ -74,7 +77,7 @@ def test_a_wheel_contains_every_package_and_executable(tmp_path: Path) -> None:
         "-q",
         "-w",
         str(tmp_path),
-        str(ROOT),
+        str(source),
     ]
     subprocess.run(command, check=True)
     (wheel,) = tmp_path.glob("*.whl")

@@ -6,17 +6,18 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import faiss
 import numpy as np
 import torch
+import transformers
 
 from rqa.runtime import distributed
 
 PERCENTILES = (50, 95, 99)
-PACKAGES = ("torch", "transformers", "faiss-cpu", "numpy")
+PACKAGES = (torch, transformers, faiss, np)
 
 
 def seconds(work: Callable[[], Any]) -> float:
@@ -58,14 +59,14 @@ def machine() -> dict[str, Any]:
         "processes": distributed.world_size(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
-        **{package: version(package) for package in PACKAGES},
+        **{package.__name__: package.__version__ for package in PACKAGES},
     }
 
 
 def machine_line(machine: dict[str, Any]) -> str:
     """The machine in one line."""
     processor = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
-    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *PACKAGES))
+    versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *(package.__name__ for package in PACKAGES)))
     return f"{processor}; {machine['processes']} process(es) of {machine['threads']} thread(s); {versions}"
 
 

@@ -30,6 +30,7 @@ from rqa.retrieval.hits import PassageRetriever
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.opening import RetrieverArguments, open_retriever
 from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_jsonl
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
@@ -93,6 +94,13 @@ def train_reader(
     Raises:
         UserError: what a user can mend.
     """
+    if which.retriever != "bm25" and not embedding_model:
+        if which.retriever == "hybrid":
+            raise UserError("--retriever hybrid: name its encoder, too (--eval_embedding_model)")
+        if judge.gen_gpt4eval:
+            raise UserError(
+                "--gen_gpt4eval true: without a retriever nothing is answered; name one, or --retriever bm25"
+            )
     run = begin(data, loop, all_arguments, "loss")
     device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
@@ -144,9 +152,10 @@ def train_reader(
         with autocast(device, dtype):
             metrics, rows = test(trained)
         scores = {f"test_{name}": value for name, value in metrics.items()}
+    merge_adapters(loop, type(model))
+    if inputs.test:
         scores, _ = judge_results(loop.output_dir, scores, rows, judge)
         log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    merge_adapters(loop, type(model))
     return scores
 
 

@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -23,6 +24,7 @@ from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import write_jsonl
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
@@ -93,7 +95,12 @@ def train_retriever(
         scores = mean_scores([row["scores"] for row in rows])
         return {f"{prefix}_{name}": value for name, value in scores.items()}, rows
 
-    measured = inputs.eval and loop.eval_strategy != "no"
+    def evaluate_and_keep(step: int) -> dict[str, float]:
+        scores, rows = measure(inputs.eval, "eval")
+        if loop.write_predictions and distributed.is_main():
+            write_jsonl(Path(loop.output_dir) / f"step-{step}-eval-predictions.jsonl", rows)
+        return scores
+
     with closing(training.refresher) if training.refresher else nullcontext():
         state = train(
             training.objective,
@@ -101,7 +108,7 @@ def train_retriever(
             loop,
             device,
             before_step=training.refresher,
-            evaluate=(lambda step: measure(inputs.eval, "eval")[0]) if measured else None,
+            evaluate=evaluate_and_keep if inputs.eval and loop.eval_strategy != "no" else None,
             checkpoint=run.checkpoint,
         )
     if state.interrupted or not inputs.test:

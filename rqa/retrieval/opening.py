@@ -46,6 +46,10 @@ class RetrieverArguments:
     def __post_init__(self) -> None:
         if self.fusion_weight is not None and not 0 <= self.fusion_weight <= 1:
             raise UserError(f"--fusion_weight {self.fusion_weight}: must be between 0 and 1")
+        if self.fusion_weight is not None and self.fusion != "weighted":
+            raise UserError("--fusion_weight: reciprocal ranks have no weight; add --fusion weighted")
+        if self.fusion != "rrf" and self.retriever != "hybrid":
+            raise UserError(f"--fusion {self.fusion}: there is nothing to fuse; add --retriever hybrid")
 
 
 def open_retriever(

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import torch
 
 from rqa.data.documents import Document
 from rqa.models.encoder import Encoder
@@ -82,4 +83,6 @@ class Retriever(PassageRetriever):
     def stamp(self) -> str:
         """A fingerprint of all that decides the index."""
         texts = [document.fmt_content for document in self.documents]
-        return fingerprint(self.encoder.fingerprint(), self.index.arguments.index_factory, *texts)
+        device = self.encoder.backbone.device.type
+        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
+        return fingerprint(self.encoder.fingerprint(), self.index.arguments.index_factory, str(precision), *texts)

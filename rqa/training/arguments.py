@@ -32,7 +32,9 @@ class LoopArguments(LoraArguments):
     seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and new weights."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass."})
-    per_device_eval_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass in evaluation."})
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "A reader's examples of one forward pass in evaluation."}
+    )
     gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
     num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training file."})
     max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: the epochs decide."})
