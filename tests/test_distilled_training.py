@@ -36,6 +36,7 @@ def dca(
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
+        "eval_on_start": "false",
         "n_context": 4,
         "max_encoder_seq_length": 64,
     }

@@ -42,6 +42,7 @@ def ctl(data: Path, encoder_path: str, tmp_path: Path) -> dict[str, object]:
         "max_steps": 4,
         "per_device_train_batch_size": 4,
         "logging_steps": 1,
+        "eval_on_start": "false",
     }
 
 
@@ -218,6 +219,16 @@ def test_train_rpg_trains_with_each_of_its_options(
     flags = {**without(rpg, "test_file"), "max_steps": 2, **own}
     assert run_executable("train_rpg", flags) == 0
     assert changed(flags)
+
+
+def test_the_model_is_measured_before_it_is_trained_and_kept_if_it_was_better(
+    ctl: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**without(ctl, "test_file", "eval_on_start"), "max_steps": 1, "learning_rate": 0}
+    assert run_executable("train_ctl", flags) == 0
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "eval_retr/mrr@10" in entry] == [0, 1]
+    assert state["best_model_checkpoint"] == "checkpoint-0"
 
 
 @pytest.fixture

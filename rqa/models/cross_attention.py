@@ -45,13 +45,13 @@ def recording_attention(
         kwargs |= {"scaling": scaling, "softcap": softcap}
         return sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # [B, H, S, d]
-    scores = query @ key.mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [B, H, 1, S]
+    scores = query.float() @ key.float().mT * (query.shape[-1] ** -0.5 if scaling is None else scaling)  # [B, H, 1, S]
     if softcap is not None:
         scores = softcap * (scores / softcap).tanh()
     if attention_mask is not None:
         scores = scores.masked_fill(~attention_mask, float("-inf"))
-    record(scores[:, :, 0].float(), value)
-    return (scores.softmax(-1) @ value).transpose(1, 2), None
+    record(scores[:, :, 0], value)
+    return (scores.softmax(-1).to(value.dtype) @ value).transpose(1, 2), None
 
 
 AttentionInterface.register(RECORDING_ATTENTION, recording_attention)

@@ -114,8 +114,12 @@ class Encoder(nn.Module):
         """Compare embeddings behind a new projection from now on, unless there is one already.
 
         Raises:
-            UserError: the one that there is has another dimension.
+            UserError: the one that there is has another dimension, or passages are encoded by another encoder.
         """
+        if self.passage_encoder:
+            raise UserError(
+                "--projection true: the model's passages have an encoder of their own, which stays as it is"
+            )
         if not self.projection:
             self.projection = Projection(self.dimension, dimension).to(self.backbone.device)
             self.settings = replace(self.settings, projection=dimension)

@@ -58,8 +58,6 @@ def load_fusion(
     encoder = model.get_encoder()
     if not flash:
         _set_attention(model)
-    if pooler := getattr(encoder, "pooler", None):
-        pooler.requires_grad_(False)  # BERT has one that nothing depends on, and DDP would wait for its gradient
     for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
         limit, asked = getattr(config, "max_position_embeddings", None), vars(arguments).get(f"max_{flag}_seq_length")
         if limit and asked and asked > limit:

@@ -134,6 +134,12 @@ def _packing_is_exact(model: PreTrainedModel) -> bool:
     return bool((packed - expected).abs().max() <= tolerance)
 
 
+def freeze_pooler(model: PreTrainedModel) -> None:
+    """BERT has a layer behind its last one that nothing here depends on; DDP would wait for its gradient."""
+    if pooler := getattr(model, "pooler", None):
+        pooler.requires_grad_(False)
+
+
 def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     """The last layer's output, flattened. -> [rows, D]"""
     output = model.base_model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))

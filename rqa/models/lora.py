@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from rqa.runtime.errors import UserError
@@ -45,6 +46,8 @@ def train_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
         if present:
             raise UserError(f"model {model.name_or_path}: is a LoRA adapter; train it on with --use_lora true")
         return
+    if not model.name_or_path:
+        raise UserError("--use_lora true: the new cross-attention of bert:: must be trained whole; leave the flag out")
     require_peft("--use_lora true")
     if present:
         (name,) = present
@@ -70,7 +73,7 @@ def _add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
         model.add_adapter(config)
     except ValueError as error:
         raise UserError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())[:200]}") from None
-    if Path(model.name_or_path).is_dir():  # the adapter is of use from any working directory
+    if model.name_or_path and Path(model.name_or_path).is_dir():  # the adapter is of use from any working directory
         config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
 
 
@@ -78,7 +81,7 @@ def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedMode
     """The plain model that an adapter directory and its base amount to, in CPU memory."""
     from peft import PeftConfig, PeftModel
 
-    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path)
+    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
 
 

@@ -157,7 +157,7 @@ def chat_reply(reply: Any) -> Reply:
 def _parsed(response: Any, parse: Callable[[Any], T]) -> T:
     try:
         return parse(response.json())
-    except (LookupError, TypeError, ValueError):
+    except (LookupError, TypeError, ValueError, AttributeError):
         raise Malformed(response.text[:200] or "empty") from None
 
 

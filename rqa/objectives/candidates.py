@@ -54,9 +54,13 @@ class RetrievedCandidates:
 
     def _with_gold(self, example: Example, found: list[int]) -> list[int]:
         K = self.arguments.num_docs
-        gold = [self._numbers[document.key] for document in example.gold_docs if document.key in self._numbers]
-        missing = [n for n in dict.fromkeys(gold) if n not in found] if self.arguments.include_gold else []
-        return (found[: max(K - len(missing), 0)] + missing)[:K]
+        if not self.arguments.include_gold:
+            return found[:K]
+        gold = {self._numbers[document.key]: None for document in example.gold_docs if document.key in self._numbers}
+        missing = [number for number in gold if number not in found]
+        others = [number for number in found if number not in gold]
+        dropped = set(others[max(K - len(gold), 0) :])
+        return ([number for number in found if number not in dropped] + missing)[:K]
 
 
 class ScoredCandidates:

@@ -17,7 +17,7 @@ from rqa.models.causal_lm import answer_logits
 from rqa.models.endpoint import Endpoint
 from rqa.models.loading import choose_collate, evaluating
 from rqa.objectives.losses import answer_nll
-from rqa.packing import answer_batch, token_budget_batches
+from rqa.packing import answer_batch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, TokenSequence
 from rqa.runtime.files import fingerprint
 from rqa.runtime.store import Store
@@ -71,8 +71,7 @@ class Teacher:
         self._kept |= self._store.get({key for key in keys if key not in self._kept})
         self.asked += len(pairs)
         self.known += sum(key in self._kept for key in keys)
-        for start in range(0, len(pairs), PAIRS_AT_ONCE):
-            part = slice(start, start + PAIRS_AT_ONCE)
+        for part in _parts(pairs):
             missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in self._kept}
             names = list(missing)
             scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
@@ -94,6 +93,17 @@ class Teacher:
         return fingerprint(self._identity, *parts)
 
 
+def _parts(pairs: Sequence[Pair]) -> Iterable[slice]:
+    """Some `PAIRS_AT_ONCE` pairs each; those that are read together stay together."""
+    start = 0
+    while start < len(pairs):
+        end = min(start + PAIRS_AT_ONCE, len(pairs))
+        while end < len(pairs) and pairs[end].beside and pairs[end].beside == pairs[end - 1].beside:
+            end += 1
+        yield slice(start, end)
+        start = end
+
+
 class AnswerScorer:
     """log p(answer | document, question): the mean over the answer's tokens, by a frozen decoder (Shi et al. 2023).
 
@@ -112,7 +122,8 @@ class AnswerScorer:
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         sequences = [self._encode(pair) for pair in pairs]
-        batches = token_budget_batches([len(sequence.ids) for sequence in sequences], self.tokens_per_batch)
+        lengths, padded = [len(sequence.ids) for sequence in sequences], self._collate is not pack
+        batches = token_budget_batches(lengths, self.tokens_per_batch, padded)
         with evaluating(self.model):
             for indices in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=len(batches) < 8):
                 chosen = [sequences[i] for i in indices]

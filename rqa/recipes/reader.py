@@ -18,7 +18,7 @@ from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments
 from rqa.models.fusion import FusionReader, load_fusion, refuse_overflow
 from rqa.models.generation import GenerationArguments
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import freeze_pooler, load_tokenizer
 from rqa.models.lora import train_adapters
 from rqa.objectives.answer import AnswerLikelihood
 from rqa.objectives.fusion import FusionLikelihood
@@ -107,6 +107,8 @@ def train_reader(
         model, prompter = kind.load(run.source, run)
         model.to(device)
     train_adapters(model, loop)
+    if model.config.is_encoder_decoder:
+        freeze_pooler(model.get_encoder())
     trained = kind.assemble(model, prompter)
     retriever, path = None, data.full_dataset_index_path
     with autocast(device, dtype):

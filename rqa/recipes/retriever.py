@@ -16,6 +16,7 @@ from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.models.loading import freeze_pooler
 from rqa.models.lora import train_adapters
 from rqa.recipes.files import DataArguments, merge_adapters
 from rqa.recipes.run import begin
@@ -73,16 +74,17 @@ def train_retriever(
     Raises:
         UserError: what a user can mend.
     """
+    loop.eval_on_start = loop.eval_on_start is not False
     run = begin(data, loop, all_arguments, "retr/mrr@10", train_answers=answers, eval_answers=False)
     device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
         retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
     train_adapters(retriever.encoder.backbone, loop)
-    if pooler := getattr(retriever.encoder.backbone, "pooler", None):
-        pooler.requires_grad_(False)  # BERT has one that no embedding depends on, and DDP would wait for its gradient
+    freeze_pooler(retriever.encoder.backbone)
+    _ = retriever.encoder.collate  # found out here: a probe under the loop's autocast would leave it frozen weights
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
-    refuse_sharding(loop, training.refresher, retriever.encoder)
+    require_whole_encoder(loop, training.refresher, retriever.encoder)
 
     judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
@@ -126,13 +128,15 @@ def train_retriever(
     return scores
 
 
-def refuse_sharding(loop: LoopArguments, refresher: Refresher | None, encoder: Encoder) -> None:
-    """Some ways to keep the index cheap need the whole encoder on every process.
+def require_whole_encoder(loop: LoopArguments, refresher: Refresher | None, encoder: Encoder) -> None:
+    """Some ways to keep the index cheap need the whole encoder, and on every process.
 
     Raises:
-        UserError: `--fsdp` divides it.
+        UserError: `--fsdp` divides it, or `--use_lora` trains a part.
     """
     in_background = refresher is not None and refresher.arguments.refresh_async
+    if encoder.passage_encoder and loop.use_lora:
+        raise UserError("--train_query_encoder_only true: trains the whole encoder of questions; leave out --use_lora")
     flag = "refresh_async" if in_background else "train_query_encoder_only" if encoder.passage_encoder else ""
     if flag and loop.fsdp != "no":
         raise UserError(f"--{flag} true: needs the whole encoder on every process; leave out --fsdp")

@@ -161,7 +161,7 @@ class Refresher:
             return
         self.made_at, self._wanted = kept["made_at"], bool(kept["wanted"])
         self.retriever.found[:] = kept["found"] if distributed.is_main() else 0  # summed over processes when read
-        self._embeddings = kept.get("embeddings")
+        self._embeddings = kept.get("embeddings") if self.arguments.refresh_fraction < 1 else None
         if self.then:
             self.then.load(directory)
 

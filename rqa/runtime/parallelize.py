@@ -36,7 +36,8 @@ def parallelize(
     """
     module.to(device)
     for model in module.modules():
-        if gradient_checkpointing and isinstance(model, PreTrainedModel) and model.supports_gradient_checkpointing:
+        trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())
+        if gradient_checkpointing and trained and model.supports_gradient_checkpointing:
             model.activation_checkpointing_enable({"use_reentrant": False})
     several = distributed.world_size() > 1
     if compile:

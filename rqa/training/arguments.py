@@ -15,7 +15,10 @@ from rqa.models.lora import LoraArguments
 from rqa.runtime.errors import UserError
 
 STRATEGIES = ["no", "steps", "epoch"]
-REFUSED = {"deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard"}
+REFUSED = {
+    "deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard",
+    "load_in_4bit": "QLoRA needs bitsandbytes, which rqa does without; use --use_lora true --bf16 true",
+}
 
 
 @dataclass
@@ -75,7 +78,9 @@ class LoopArguments(LoraArguments):
         metadata={"choices": STRATEGIES},
     )
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
-    eval_on_start: bool = field(default=False, metadata={"help": "Evaluate once before the first step."})
+    eval_on_start: bool | None = field(
+        default=None, metadata={"help": "Evaluate once before the first step; by default where retrievers train."}
+    )
     eval_max_examples: int = field(
         default=0, metadata={"help": "Evaluate in training on this many questions, a fixed seeded subset; 0: all."}
     )
@@ -114,6 +119,8 @@ class LoopArguments(LoraArguments):
         self._check_numbers()
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
+        if self.use_flash_attention and not (self.bf16 or self.fp16):
+            raise UserError("--use_flash_attention true: flash-attn computes in half precision; add --bf16 true")
         if self.fsdp != "no" and self.fp16:
             raise UserError("--fp16 true: sharded training scales no loss; use --bf16 true with --fsdp full_shard")
         if self.max_steps < 1 and self.num_train_epochs <= 0:

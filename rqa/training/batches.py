@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -54,11 +55,15 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Any]:
         stream = range(self.position(step), self.position(step + 1))
-        orders = {epoch: self._order(epoch) for epoch in {position // self.size for position in stream}}
+        orders = {
+            epoch: _order(self.size, self.seed, epoch) for epoch in {position // self.size for position in stream}
+        }
         examples = [orders[position // self.size][position % self.size] for position in stream]
         mine = distributed.share(examples)
         return [self.collate(mine[start : start + self.width]) for start in range(0, len(mine), self.width)]
 
-    def _order(self, epoch: int) -> list[int]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-        return torch.randperm(self.size, generator=generator).tolist()
+
+@lru_cache(2)
+def _order(size: int, seed: int, epoch: int) -> list[int]:
+    generator = torch.Generator().manual_seed(seed * 1_000_003 + epoch)
+    return torch.randperm(size, generator=generator).tolist()

@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 
 STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE = "trainer_state.json", "training_state.pt", "all_args.json"
 LIVE_STATE = "live_state"
+WEIGHTS = ("adapter_*", "model*.safetensors", "*.safetensors.index.json")
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, LIVE_STATE, COMPLETION_MARK}
 
 
@@ -90,7 +91,7 @@ def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
                 "true takes the newest good one of output_dir"
             )
         return Path(wanted)
-    if not arguments.overwrite_output_dir and ((output / STATE_FILE).exists() or checkpoints(output)):
+    if not arguments.overwrite_output_dir and ((output / STATE_FILE).exists() or _all_checkpoints(output)):
         raise UserError(
             f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
             "start afresh with --overwrite_output_dir true, or choose another directory"
@@ -232,7 +233,14 @@ def delete_old_checkpoints(output: Path, keep: int | None, state: RunState) -> N
 
 
 def promote(source: Path, output: Path) -> None:
-    """Put a model's files at the top of the output directory, each file whole at any moment."""
+    """Put a model's files at the top of the output directory, each file whole at any moment.
+
+    Weights of another kind that stand there, whole or adapters, would be loaded beside these and go.
+    """
+    for pattern in WEIGHTS:
+        for path in output.glob(pattern):
+            if not (source / path.name).exists():
+                path.unlink()
     for path in sorted(source.rglob("*")):
         relative = path.relative_to(source)
         if relative.parts[0] in NOT_MODEL_FILES:

@@ -6,6 +6,7 @@ micro-batches and processes gives the same gradient.
 """
 
 import logging
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -131,7 +132,7 @@ def train(
             save = last or due(arguments.save_strategy, arguments.save_steps, state.step, batches)
             if (
                 evaluate
-                and not stop
+                and (last or not stop)
                 and (last or due(arguments.eval_strategy, arguments.eval_steps, state.step, batches))
             ):
                 save |= evaluate_now()
@@ -164,6 +165,8 @@ def is_best(metrics: dict[str, float], state: RunState, arguments: LoopArguments
     if value is None:
         raise UserError(f"--metric_for_best_model {name}: not measured; choose one of {', '.join(sorted(metrics))}")
     best = state.best_metric
+    if not math.isfinite(value):
+        return False
     if best is not None and not (value > best if arguments.maximize else value < best):
         return False
     state.best_metric = value
