@@ -18,7 +18,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.lora import ADAPTER_FILES, require_peft
+from rqa.models.lora import ADAPTER_CONFIG, require_peft
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
@@ -51,7 +51,7 @@ def load_model(
             "--use_flash_attention true: flash-attn is not installed or finds no CUDA device; "
             'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         )
-    if (Path(path) / ADAPTER_FILES[0]).exists():
+    if (Path(path) / ADAPTER_CONFIG).exists():
         require_peft(f"model {path}: is a LoRA adapter")
     options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
     for attention in ("flash_attention_2" if flash else PACKED_ATTENTION, "eager"):
@@ -75,7 +75,7 @@ def is_encoder_decoder(path: str, trust_remote_code: bool = False) -> bool:
         UserError: it cannot be found or read.
     """
     try:
-        adapter = Path(path) / ADAPTER_FILES[0]
+        adapter = Path(path) / ADAPTER_CONFIG
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).is_encoder_decoder
     except (OSError, ValueError, KeyError, ImportError) as error:

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel
 
 from rqa.runtime.errors import UserError
 
-ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+ADAPTER_CONFIG = "adapter_config.json"
 
 
 @dataclass

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
-from rqa.models.lora import ADAPTER_FILES, merged
+from rqa.models.lora import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
@@ -95,8 +95,6 @@ def merge_adapters(loop: LoopArguments, kind: type[PreTrainedModel]) -> None:
         with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
             merged(output, kind).save_pretrained(directory)
             promote(Path(directory), output)
-        for name in ADAPTER_FILES:
-            (output / name).unlink()
     distributed.barrier()
 
 

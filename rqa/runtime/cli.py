@@ -6,7 +6,6 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from rqa.runtime import distributed
 from rqa.runtime.allocator import tune_allocator
 from rqa.runtime.errors import UserError
 
@@ -62,7 +61,6 @@ def run(main: Callable[[], Any]) -> None:
         sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
-    distributed.stop()
 
 
 def _is_lost_peer(error: RuntimeError) -> bool:
