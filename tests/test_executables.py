@@ -145,6 +145,19 @@ def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
         assert first[name] == second[name]
 
 
+def test_a_run_that_replaces_another_leaves_none_of_its_scores(
+    swr: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    flags = {**swr, "max_steps": 1, "eval_strategy": "no", "output_dir": tmp_path / "twice"}
+    assert run_executable("train_swr", flags) == 0
+    assert (tmp_path / "twice/score.json").exists()
+    del flags["test_file"]
+    assert run_executable("train_swr", {**flags, "overwrite_output_dir": "true"}) == 0
+    assert not (tmp_path / "twice/score.json").exists()
+    assert not (tmp_path / "twice/test-predictions.jsonl").exists()
+    assert len((tmp_path / "twice/log.jsonl").read_text().splitlines()) == 1
+
+
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_trains_alike(swr: dict[str, object], run_executable: Run, tmp_path: Path) -> None:
     losses = []

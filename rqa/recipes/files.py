@@ -13,12 +13,14 @@ from transformers import PreTrainedModel
 
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
+from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES
 from rqa.models.lora import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, promote
+from rqa.training.journal import LOG_FILE
 
 log = logging.getLogger(__name__)
 
@@ -79,6 +81,9 @@ def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path 
     """Make the output directory, keep the arguments in it and log to it; say which differ from the checkpoint's."""
     if distributed.is_main():
         Path(output_dir).mkdir(parents=True, exist_ok=True)
+        if not checkpoint:
+            for name in (SCORES, DETAILS, PREDICTIONS, LOG_FILE):  # of a run that this one replaces
+                (Path(output_dir) / name).unlink(missing_ok=True)
         named = {name: value for part in all_arguments for name, value in asdict(part).items()}
         merged = {name: value for name, value in named.items() if not name.endswith("api_key")}
         write_json(Path(output_dir) / ARGUMENTS_FILE, merged)

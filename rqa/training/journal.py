@@ -1,5 +1,6 @@
-"""What a run tells: progress bar, log lines, `trainer_state.json` and the tracker."""
+"""What a run tells: progress bar, log lines, `log.jsonl`, `trainer_state.json` and the tracker."""
 
+import json
 import logging
 import time
 from collections.abc import Iterable, Mapping
@@ -15,6 +16,8 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import STATE_FILE, RunState
 
 log = logging.getLogger(__name__)
+
+LOG_FILE = "log.jsonl"
 
 
 class Journal:
@@ -75,12 +78,17 @@ class Journal:
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One entry of the history; the clock starts anew behind it."""
+        """One entry of the history, and one line of `log.jsonl`, which a resumed run continues.
+
+        The clock starts anew behind it.
+        """
         self.state.log_history.append({"step": self.state.step, **metrics})
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
             log.info("step %d/%d  %s", self.state.step, self.steps, text)
         if distributed.is_main():
+            with (self.path.parent / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
             self.track(metrics, self.state.step)
             self.save()
         self.started = time.perf_counter()

@@ -228,6 +228,12 @@ def test_the_best_model_is_on_top_and_survives_save_total_limit(arguments: LoopA
     assert torch.equal(trained.linear.weight, last)
 
 
+def test_the_history_is_written_line_by_line(arguments: LoopArguments) -> None:
+    state = run(replace(arguments, eval_steps=2), evaluate=lambda step: {"eval_loss": float(step)}).state
+    lines = (Path(arguments.output_dir) / "log.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == state.log_history
+
+
 def test_a_model_that_training_only_made_worse_is_left_as_it_was(arguments: LoopArguments) -> None:
     start = Regression().linear.weight
     run(replace(arguments, eval_on_start=True, eval_steps=2), evaluate=lambda step: {"eval_loss": float(step)})
