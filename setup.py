@@ -26,6 +26,7 @@ EXTRAS = {
     ],
     "documents": [
         "trafilatura>=2",  # the text of a web page without its menus, headings kept
+        "lxml_html_clean>=0.4",  # trafilatura needs it by an extra of lxml that an older pip does not find
         "pypdf>=5",  # the text of a PDF; pure Python under a BSD licence, where PyMuPDF is AGPL
     ],
     "test": [
@@ -38,6 +39,7 @@ EXTRAS = {
         "hypothesis>=6.100",  # malformed input that nobody thought of; properties of chunking and formats
         "langchain-text-splitters>=1",  # the oracle of chunking
         "trafilatura>=2",  # what the extra `documents` brings
+        "lxml_html_clean>=0.4",
         "pypdf>=5",
         "pytrec_eval-terrier>=0.5.6",  # the oracle for the metrics of rankings
     ],
