@@ -3,6 +3,9 @@
 A packed row holds several sequences end to end. `cu_seq_lens_q` says where they begin, and each attends to itself
 alone, so that no padding is computed. Every other call behaves as `transformers`' own sdpa. What is not supported
 raises: nothing is ever attended to by mistake.
+
+In a packed row attention probabilities are not dropped, whatever the model's configuration says: no fused kernel does,
+and probabilities written out for it take half of a training step's memory. Dropout of hidden states is the model's own.
 """
 
 from typing import Any
@@ -10,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention.varlen import varlen_attn
-from torch.nn.functional import dropout as drop
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -47,6 +49,7 @@ def packed_attention(
 
     Args:
         query: [1, H, T, d]; key and value [1, H_kv, T, d], where H_kv divides H.
+        dropout: Of the probabilities, where the call goes to sdpa.
         sliding_window: A token sees another only if they are less than this many positions apart.
         cu_seq_lens_q: Where each sequence begins, and T. [B + 1]
         max_length_q: The longest sequence.
@@ -85,7 +88,7 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
-    if _has_flash_kernel(query) and not dropout:
+    if _has_flash_kernel(query):
         reach = -1 if window is None else window - 1
         output = varlen_attn(
             *(x[0].transpose(0, 1) for x in (query, key, value)),  # [T, H, d]
@@ -98,7 +101,7 @@ def packed_attention(
             enable_gqa=True,
         )
         return output[None], None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scale, causal, window, dropout).transpose(1, 2), None
+    return _one_by_one(query, key, value, cu_seq_lens_q, scale, causal, window).transpose(1, 2), None
 
 
 def packed_mask(
@@ -152,7 +155,6 @@ def _one_by_one(
     scale: float,
     causal: bool,
     window: int | None,
-    dropout: float,
 ) -> Tensor:
     """Attend in one sequence after the other. -> [1, H, T, d]
 
@@ -164,19 +166,17 @@ def _one_by_one(
     outputs = []
     for q, k, v in zip(*(x.split(lengths, dim=2) for x in (query, key, value)), strict=True):
         if window is not None or (slow_kernel and q.shape[2] <= LONGEST_WRITTEN_OUT):
-            outputs.append(_written_out(q, k, v, scale, causal, window, dropout))
+            outputs.append(_written_out(q, k, v, scale, causal, window))
         else:
             outputs.append(
                 scaled_dot_product_attention(
-                    q, k, v, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
+                    q, k, v, is_causal=causal, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
                 )
             )
     return torch.cat(outputs, dim=2)
 
 
-def _written_out(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, dropout: float
-) -> Tensor:
+def _written_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
     """softmax(query @ key.T) @ value, in blocks of queries that meet only the keys they may see. -> [1, H, L, d]"""
     key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # [1, H, L, d]
     length = query.shape[2]
@@ -191,7 +191,7 @@ def _written_out(
             distance = position[start:end, None] - position[seen]  # [R, K]
             hidden = (distance.abs() >= reach) | (distance < 0 if causal else False)
             scores = scores.masked_fill(hidden, -torch.inf)
-        outputs.append(drop(scores.softmax(-1), dropout) @ value[:, :, seen])
+        outputs.append(scores.softmax(-1) @ value[:, :, seen])
     return torch.cat(outputs, dim=2)
 
 

@@ -192,22 +192,27 @@ def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> N
 
 
 def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer) -> None:
-    server.delay = 0.1
+    interrupted = threading.Event()
+
+    def too_late() -> Response:
+        interrupted.wait(10)
+        return error(500, "too late")
 
     def interrupt() -> None:
-        while len(server.of("chat/completions")) < 7:
+        while len(server.of("chat/completions")) < 8:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
 
+    server.faults = [None] * 6 + [too_late] * 2
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
         connect(server, concurrency=2).chat(say(*WORDS), 7)
+    interrupted.set()
     thread.join()
-    time.sleep(0.3)
     server.seen.clear()
     assert connect(server).chat(say(*WORDS), 7) == [f"You said: {word}" for word in WORDS]
-    assert 4 <= len(server.of("chat/completions")) <= 6  # twelve less the six or more that had come
+    assert len(server.of("chat/completions")) == len(WORDS) - 6
 
 
 def test_text_that_utf8_cannot_carry_is_sent_all_the_same(server: OpenAIServer) -> None:

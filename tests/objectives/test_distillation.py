@@ -49,7 +49,7 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> None:
     assert ours.keys() == theirs.keys()
     largest = max(float(gradient.abs().max()) for gradient in theirs.values())
     for name, gradient in theirs.items():
-        assert (ours[name] - gradient).abs().max() <= 1e-5 * largest, name
+        assert (ours[name] - gradient).abs().max() <= 5e-5 * largest, name
 
 
 @pytest.mark.parametrize("direction", ["teacher_to_student", "student_to_teacher"])
