@@ -1,7 +1,6 @@
 """The executables as a user runs them."""
 
 import json
-import os
 import runpy
 import shutil
 import subprocess
@@ -279,23 +278,6 @@ def test_an_error_shows_no_traceback_and_leaves_no_output_directory(swr: dict[st
     assert done.returncode == 2
     assert done.stderr.strip() == "error: /nowhere/documents.jsonl: no such file"
     assert not (tmp_path / "out").exists()
-
-
-def test_two_processes_under_torchrun_train_the_model_of_one(swr: dict[str, object], tmp_path: Path) -> None:
-    flags = {**swr, "lr_scheduler_type": "constant", "eval_steps": 4}
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    models, scores = [], []
-    for processes in (1, 2):
-        flags |= {"output_dir": tmp_path / str(processes), "per_device_train_batch_size": 4 // processes}
-        line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-        subprocess.run([*torchrun, str(BIN / "train_swr"), *line], check=True, env=environment, capture_output=True)
-        models.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(processes)).state_dict())
-        scores.append(json.loads((tmp_path / str(processes) / "score.json").read_text()))
-    for name, weight in models[0].items():
-        assert (weight - models[1][name]).abs().max() < 1e-4, name
-    for name in ("test_loss", "test_retr/recall@4", "test_retr/mrr@10"):
-        assert scores[0][name] == pytest.approx(scores[1][name], rel=1e-3)
 
 
 @pytest.mark.parametrize("name", sorted(path.name for path in BIN.iterdir()))

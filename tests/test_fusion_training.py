@@ -117,7 +117,6 @@ def test_resuming_an_interrupted_run_gives_the_very_same_model(
         ({"max_seq_length": 64}, "--max_seq_length: unknown flag; did you mean --max_"),
         ({"model_name_or_path": "bert::/nowhere"}, "model /nowhere: cannot be loaded: no such directory"),
         ({"fp16": "true"}, "--fp16 true needs a CUDA device"),
-        ({"fsdp": "full_shard"}, "--fsdp: FiD's encoder runs apart from its decoder"),
         ({"top_p": 0.5}, "--temperature and --top_p need --do_sample true"),
     ],
 )

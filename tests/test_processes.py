@@ -25,6 +25,12 @@ TRAINERS = {
     ),
     "ctl": ("train_ctl", {"num_hard_negatives": 1}),
     "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
+    # All mined negatives of a question, so that none is chosen by chance.
+    "ctl, mined": (
+        "train_ctl",
+        {"mine_negatives": "true", "num_hard_negatives": 99, "negatives_from_rank": 18, "negatives_margin": -1,
+         "refresh_step": 2, "refresh_fraction": 0.5},
+    ),
     "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
     "emdr": ("train_emdr", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
     "dca": (
@@ -66,11 +72,6 @@ def paths(
     return {name: str(path) for name, path in paths.items()}
 
 
-def ways(trainer: str) -> dict[str, dict[str, str]]:
-    """FiD is not sharded: see train_fid."""
-    return {"ddp": {}} if trainer == "fid" else WAYS
-
-
 def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -> dict[str, object]:
     """The same four examples a micro-batch and eight a step, whatever the number of processes.
 
@@ -105,10 +106,12 @@ def two(paths: dict[str, str]) -> Path:
     jobs = [
         (TRAINERS[trainer][0], flags(trainer, 2, paths, output_dir=f"{root}/{trainer}/{way}", **more))
         for trainer in TRAINERS
-        for way, more in ways(trainer).items()
+        for way, more in WAYS.items()
     ]
     again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4)
     jobs.append(("train_swr", {**again, "resume_from_checkpoint": f"{root}/swr/fsdp/checkpoint-2"}))
+    background = flags("rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no")
+    jobs.append(("train_rpg", {**background, "refresh_async": "true", "refresh_step": 1}))
     (root.parent / "jobs.json").write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
@@ -151,7 +154,7 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
     expected = weights(one / "checkpoint-3")
     change = largest_change(before, expected)
     assert change > 1e-4
-    for way in ways(trainer):
+    for way in WAYS:
         found = weights(two / trainer / way / "checkpoint-3")
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
@@ -160,6 +163,14 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
         ours, theirs = score(two / trainer / way), score(one)
         assert ours.keys() == theirs.keys()
         assert ours == pytest.approx(theirs, rel=1e-3), way
+
+
+def test_an_index_made_in_the_background_is_swapped_at_the_same_step(two: Path) -> None:
+    state = json.loads((two / "background/trainer_state.json").read_text())
+    staleness = [entry["index_staleness"] for entry in state["log_history"] if "index_staleness" in entry]
+    assert all(value == int(value) for value in staleness)  # the mean over processes: whole if they agree
+    assert staleness[0] == 0
+    assert 1 <= max(staleness) < 29
 
 
 def test_a_sharded_run_resumes_sharded_and_on_one_process(

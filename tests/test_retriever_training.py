@@ -1,10 +1,7 @@
 """train_ctl and train_rpg as a user runs them."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -430,50 +427,6 @@ def assert_one_error(capsys: pytest.CaptureFixture[str], message: str, path: Pat
     assert len(errors) == 1
     assert message in errors[0]
     assert not (path / "out" / "model.safetensors").exists()
-
-
-def torchrun(name: str, flags: dict[str, object], processes: int) -> None:
-    """Run an executable on several processes."""
-    line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    done = subprocess.run(
-        [*launcher, str(BIN / name), *line],
-        env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
-
-
-def test_two_processes_under_torchrun_train_the_encoder_of_one(ctl: dict[str, object], tmp_path: Path) -> None:
-    """Same questions in a step, same mined negatives, all of a question's: the other process's documents count."""
-    settings = json.loads((Path(str(ctl["model_name_or_path"])) / "config.json").read_text())
-    calm = tmp_path / "calm"  # without dropout, which no two splits share
-    load_encoder(str(ctl["model_name_or_path"])).save_pretrained(calm)
-    settings |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    (calm / "config.json").write_text(json.dumps(settings))
-    weights, losses = [], []
-    for processes in (1, 2):
-        output = tmp_path / str(processes)
-        flags = {**without(ctl, "test_file"), "model_name_or_path": calm, "learning_rate": 1e-3, "output_dir": output,
-                 "per_device_train_batch_size": 8 // processes, "grad_cache_chunk_size": 3, "mine_negatives": "true",
-                 "num_hard_negatives": 99, "negatives_from_rank": 18, "negatives_margin": -1, "refresh_step": 2,
-                 "refresh_fraction": 0.5}  # fmt: skip
-        torchrun("train_ctl", flags, processes)
-        weights.append(load_file(output / "model.safetensors"))
-        losses.append(history(output, "loss"))
-    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
-    for name, weight in weights[0].items():
-        assert (weight - weights[1][name]).abs().max() < 1e-4, name
-
-
-def test_two_processes_swap_an_index_made_in_the_background_at_the_same_step(
-    rpg: dict[str, object], tmp_path: Path
-) -> None:
-    flags = {**without(rpg, "eval_file", "test_file"), "refresh_async": "true", "refresh_step": 1, "max_steps": 30}
-    torchrun("train_rpg", flags, 2)
-    staleness = history(tmp_path / "out", "index_staleness")  # the mean over processes: whole if they agree
-    assert all(value == int(value) for value in staleness)
-    assert staleness[0] == 0
-    assert 1 <= max(staleness) < 29
 
 
 @pytest.mark.parametrize(("own", "expected"), [({}, [0, 1, 0, 1]), ({"refresh_fraction": 0.5}, [0, 1, 1, 2])], ids=str)

@@ -5,9 +5,10 @@ import re
 import string
 from collections import Counter
 from collections.abc import Hashable, Sequence, Set
+from functools import cache
+from typing import Any
 
 import sacrebleu
-from rouge_score.rouge_scorer import RougeScorer
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
 
@@ -44,7 +45,7 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
     """The scores of one answer beside its reference that can be averaged over answers."""
-    rouge = _ROUGE.score(reference, answer)
+    rouge = _rouge().score(reference, answer)
     return {
         **{kind: rouge[kind].fmeasure for kind in ROUGE_KINDS},
         "f1": token_f1(answer, reference),
@@ -120,5 +121,11 @@ def _runs(text: str, size: int) -> Counter[tuple[str, ...]]:
     return Counter(zip(*(words[start:] for start in range(size)), strict=False))
 
 
-_ROUGE = RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes longer to import than all of rqa
+
+    return RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
+
+
 _BLEU = sacrebleu.BLEU(effective_order=True)  # of its sentence scores only the counts are used

@@ -8,16 +8,19 @@ import time
 from collections.abc import Awaitable, Callable, Collection, Coroutine, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from rqa.models.server import Reply, Server, answer_tokens, chat_reply
+from rqa.models.replies import Reply, answer_tokens, chat_reply
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import cache_root, fingerprint
 from rqa.runtime.store import Store
+
+if TYPE_CHECKING:
+    from rqa.models.server import Server
 
 log = logging.getLogger(__name__)
 
@@ -125,7 +128,7 @@ class Endpoint:
         ]
         keys = [fingerprint("chat", json.dumps(body, sort_keys=True)) for body in bodies]
         jobs = [Job(key, body, chat_reply) for key, body in zip(keys, bodies, strict=True)]
-        return [Reply(*value) for value in self._ask_all(Server.chat, jobs, desc)]
+        return [Reply(*value) for value in self._ask_all("chat", jobs, desc)]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
@@ -133,7 +136,7 @@ class Endpoint:
         The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
         """
         jobs = [self._echo(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        return self._ask_all(Server.complete, jobs, "score")
+        return self._ask_all("complete", jobs, "score")
 
     def _echo(self, prompt: str, answer: str) -> Job:
         # No token is wanted, but many servers refuse to generate none.
@@ -150,22 +153,22 @@ class Endpoint:
 
         return Job(fingerprint("echo", prompt, answer), body, parse)
 
-    def _ask_all(self, call: Callable[..., Any], jobs: Sequence[Job], desc: str) -> list[Any]:
+    def _ask_all(self, method: str, jobs: Sequence[Job], desc: str) -> list[Any]:
         """What each job's `parse` makes of the server's reply, now or in an earlier run."""
         jobs = [job._replace(key=fingerprint(self.base_url, self.model, job.key)) for job in jobs]
         kept = self._store.get(dict.fromkeys(job.key for job in jobs))
         missing = {job.key: job for job in jobs if job.key not in kept}
 
-        async def ask(server: Server, job: Job) -> None:
+        async def ask(server: "Server", job: Job) -> None:
             started = time.perf_counter()
-            value = await call(server, {"model": self.model, **job.body}, job.parse)
+            value = await getattr(server, method)({"model": self.model, **job.body}, job.parse)
             if isinstance(value, Reply):
                 value = value._replace(seconds=time.perf_counter() - started)
             self._store.put({job.key: value})
             kept[job.key] = value
             bar.update()
 
-        async def ask_all(server: Server) -> None:
+        async def ask_all(server: "Server") -> None:
             await at_once(lambda job: ask(server, job), missing.values(), self.arguments.endpoint_concurrency)
             if server.repeated:
                 log.info("%s: %d requests were sent again", self.base_url, server.repeated)
@@ -175,7 +178,9 @@ class Endpoint:
                 self._run(ask_all)
         return [kept[job.key] for job in jobs]
 
-    def _run(self, work: Callable[[Server], Coroutine[Any, Any, Any]]) -> Any:
+    def _run(self, work: Callable[["Server"], Coroutine[Any, Any, Any]]) -> Any:
+        from rqa.models.server import Server  # with the openai package, which few runs need and all would wait for
+
         async def run() -> Any:
             key = self.arguments.endpoint_api_key or os.environ.get("OPENAI_API_KEY")
             async with Server(

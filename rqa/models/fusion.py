@@ -1,20 +1,22 @@
 """Fusion-in-decoder (Izacard & Grave 2020): passages are encoded one by one, the decoder attends to all of them.
 
-The model is any encoder-decoder of `transformers`, used through `get_encoder()` and `encoder_outputs=` alone: nothing
-is wrapped, no parameter is renamed, and its checkpoint is an ordinary one.
+The model is any encoder-decoder of `transformers`, used through `get_encoder()` and `encoder_outputs=` alone: no
+parameter is renamed, and its checkpoint is an ordinary one.
 """
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     EncoderDecoderModel,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -25,9 +27,10 @@ from rqa.data.examples import Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.generation import Answer, GenerationArguments, answer_in_batches
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
-from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch
+from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch, pad
 from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
+from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -109,38 +112,59 @@ def start_token(model: PreTrainedModel) -> int:
 def encode_passages(model: PreTrainedModel, batch: FusionBatch) -> dict[str, Any]:
     """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
     encoder = model.get_encoder()
-    states = torch.cat([hidden_states(encoder, part)[part.rows] for part in batch.parts])  # [T, D]
+    nothing = replace(pad([[0]]), lengths=torch.zeros(1, dtype=torch.long)).to(batch.owners.device)
+    parts = in_step(encoder, batch.parts, filler=nothing)
+    states = torch.cat([hidden_states(encoder, part)[part.rows] for part in parts])  # [T, D]
     padded = states.new_zeros(batch.owners.numel(), states.shape[1]).index_copy(0, batch.places, states)
     padded = padded.view(*batch.owners.shape, -1)  # [B, S, D]
     mask = (batch.owners >= 0).long()  # [B, S]
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}
 
 
-def fusion_logits(model: PreTrainedModel, batch: FusionBatch) -> tuple[Tensor, Tensor]:
-    """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
-    decoder_input_ids = model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
-    output = model(**encode_passages(model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
-    real = batch.labels != IGNORED  # [B, L]
-    return output.logits[real], batch.labels[real]
+class Fusion(nn.Module):
+    """An encoder-decoder that reads passages one by one; its own forward pass reads one text.
+
+    `forward` and `generate` are whole passes through encoder and decoder: what FSDP2 gathers weights around.
+    """
+
+    forward_methods = ("generate",)
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, batch: FusionBatch) -> tuple[Tensor, Tensor]:
+        """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
+        decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
+        output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
+        real = batch.labels != IGNORED  # [B, L]
+        return output.logits[real], batch.labels[real]
+
+    @torch.no_grad()
+    def generate(self, batch: FusionBatch, config: GenerationConfig) -> Tensor:
+        """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
+        synced = is_sharded(self.model)  # then a process that is done steps on until all are
+        passages = encode_passages(self.model, batch)
+        return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
 
 
 class FusionReader:
     """Answers questions over passages with an encoder-decoder.
 
     Attributes:
-        model: The encoder-decoder; may be in training, its mode is restored.
+        fusion: The encoder-decoder; may be in training, its mode is restored.
         max_batch_tokens: Passage tokens of the questions that are answered together.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
+        fusion: Fusion,
         prompter: FusionPrompter,
         arguments: GenerationArguments,
         collate: Collate,
         max_batch_tokens: int = MAX_ENCODER_TOKENS,
     ) -> None:
-        self.model = model
+        self.fusion = fusion
         self.prompter = prompter
         self.arguments = arguments
         self.collate = collate
@@ -157,7 +181,7 @@ class FusionReader:
         lengths = [sum(map(len, prompt.passages)) if prompt else 0 for prompt in prompts]
         end = [self.prompter.end_token]
         return answer_in_batches(
-            self.model,
+            self.fusion,
             prompts,
             lengths,
             self.max_batch_tokens,
@@ -174,14 +198,13 @@ class FusionReader:
             log.warning("%s; it is left unanswered", error)
             return None
 
-    @torch.no_grad()
     def generate(self, prompts: Sequence[FusionSequence]) -> list[list[int]]:
-        """Answers of one batch of questions, up to the end token; passages are encoded once. [B] -> [B]"""
-        end = self.prompter.end_token
+        """Answers of one batch of questions, up to the end token. [B] -> [B]"""
+        end, model = self.prompter.end_token, self.fusion.model
         config = self.arguments.config(
-            self.prompter.arguments.max_decoder_seq_length, [end], decoder_start_token_id=start_token(self.model)
+            self.prompter.arguments.max_decoder_seq_length, [end], decoder_start_token_id=start_token(model)
         )
-        with evaluating(self.model):
-            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(self.model.device)
-            output = self.model.generate(**encode_passages(self.model, batch), generation_config=config)  # [B, 1 + new]
-        return [ids[: ids.index(end)] if end in ids else ids for ids in output[:, 1:].tolist()]
+        with evaluating(self.fusion):
+            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(model.device)
+            answers = self.fusion.generate(batch, config).tolist()
+        return [ids[: ids.index(end)] if end in ids else ids for ids in answers]

@@ -8,7 +8,7 @@ import torch
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.endpoint import Endpoint, EndpointArguments, is_endpoint
 from rqa.models.endpoint_reader import EndpointReader
-from rqa.models.fusion import FusionReader, load_fusion
+from rqa.models.fusion import Fusion, FusionReader, load_fusion
 from rqa.models.generation import GenerationArguments
 from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
 from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
@@ -49,6 +49,6 @@ def open_reader(
         lengths = {name: getattr(prompt, name) for name in ("max_encoder_seq_length", "max_decoder_seq_length")}
         model, prompter = load_fusion(path, FusionPromptArguments(prompt.prompt_template, **lengths), **options)
         collate = choose_collate(model.to(device).get_encoder(), prompter.tokenizer.pad_token_id)
-        return FusionReader(model, prompter, generation, collate)
+        return FusionReader(Fusion(model), prompter, generation, collate)
     prompter = Prompter(load_tokenizer(path, options.get("trust_remote_code", False)), prompt)
     return CausalLMReader(load_causal_lm(path, **options).to(device), prompter, generation)

@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rqa.models.fusion import MAX_ENCODER_TOKENS, fusion_logits
+from rqa.models.fusion import MAX_ENCODER_TOKENS, Fusion
 from rqa.models.loading import choose_collate
 from rqa.objectives.losses import answer_nll
 from rqa.packing import FusionBatch, fusion_batch
@@ -18,7 +18,7 @@ class FusionLikelihood(nn.Module):
 
     def __init__(self, model: PreTrainedModel, prompter: FusionPrompter) -> None:
         super().__init__()
-        self.model = model
+        self.fusion = Fusion(model)
         self.prompter = prompter
         self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
 
@@ -28,9 +28,9 @@ class FusionLikelihood(nn.Module):
 
     def forward(self, batch: FusionBatch) -> tuple[Tensor, dict[str, float]]:
         """The sum of the answer tokens' negative log-likelihoods; the batch's `weight` is their number. -> []"""
-        return answer_nll(*fusion_logits(self.model, batch)).sum(), {}
+        return answer_nll(*self.fusion(batch)).sum(), {}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save model and tokenizer in the layout of `transformers`."""
-        self.model.save_pretrained(directory)
+        self.fusion.model.save_pretrained(directory)
         self.prompter.tokenizer.save_pretrained(directory)

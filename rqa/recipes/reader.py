@@ -184,7 +184,7 @@ def fusion(prompt: FusionPromptArguments, generation: GenerationArguments) -> Re
 
     def assemble(model: PreTrainedModel, prompter: FusionPrompter) -> TrainableReader:
         objective = FusionLikelihood(model, prompter)
-        return TrainableReader(objective, FusionReader(model, prompter, generation, objective.collate))
+        return TrainableReader(objective, FusionReader(objective.fusion, prompter, generation, objective.collate))
 
     return ReaderKind(load, assemble)
 

@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
@@ -61,12 +61,18 @@ def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Mo
     for model in _roots(module):
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
         fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name in getattr(model, "forward_methods", ()):
+            register_fsdp_forward_method(model, name)
     return module
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
-    """The models, and outside of them whatever else owns parameters, such as a projection."""
-    if isinstance(module, PreTrainedModel) or any(True for _ in module.parameters(recurse=False)):
+    """The models, and outside of them whatever else owns parameters, such as a projection.
+
+    A module with `forward_methods` is one with its model: they, too, are whole passes.
+    """
+    owns = any(True for _ in module.parameters(recurse=False))
+    if isinstance(module, PreTrainedModel) or hasattr(module, "forward_methods") or owns:
         return [module]
     return [root for child in module.children() for root in _roots(child)]
 

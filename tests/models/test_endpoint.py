@@ -18,7 +18,7 @@ from rqa.data.examples import Example, Turn
 from rqa.models import server as server_module
 from rqa.models.endpoint import Endpoint, EndpointArguments
 from rqa.models.endpoint_reader import EndpointReader
-from rqa.models.server import answer_tokens
+from rqa.models.replies import answer_tokens
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError
 

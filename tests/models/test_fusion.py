@@ -97,7 +97,7 @@ def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
     theirs.backward()
     expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
     largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
-    for name, parameter in objective.model.named_parameters():
+    for name, parameter in objective.fusion.model.named_parameters():
         if "pooler" not in name:  # the loss is taken in float32
             assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest, name
 
@@ -132,21 +132,21 @@ def test_a_batch_pads_a_passage_by_a_quarter_at_most_and_bert_pads_none(
 def test_the_saved_checkpoint_is_an_ordinary_one(
     objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
 ) -> None:
-    ours = objective.model.state_dict()
+    ours = objective.fusion.model.state_dict()
     assert plain.state_dict().keys() == ours.keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, ours[name].to(weight), msg=name)
     output, embedding = plain.get_output_embeddings().weight, plain.get_decoder().get_input_embeddings().weight
     assert output.data_ptr() == embedding.data_ptr()
     one = {"input_ids": torch.tensor([sequences[3].passages[0]]), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
-    torch.testing.assert_close(plain(**one).logits, objective.model(**one).logits, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(plain(**one).logits, objective.fusion.model(**one).logits, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_of_the_plain_model_over_all_passages(
     beams: int, objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
 ) -> None:
-    reader = FusionReader(objective.model, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
+    reader = FusionReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
     end = objective.prompter.end_token
     config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
     for ours, sequence in zip(reader.generate(sequences), sequences, strict=True):
@@ -161,7 +161,7 @@ def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
 ) -> None:
     def generate(**arguments: object) -> list[list[int]]:
         return FusionReader(
-            objective.model, objective.prompter, GenerationArguments(**arguments), objective.collate
+            objective.fusion, objective.prompter, GenerationArguments(**arguments), objective.collate
         ).generate(sequences)
 
     greedy = generate()
@@ -172,10 +172,10 @@ def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
 def test_passages_are_encoded_once_and_questions_answered_in_their_order(
     objective: FusionLikelihood, examples: list[Example], documents: list[Document]
 ) -> None:
-    reader = FusionReader(objective.model, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
+    reader = FusionReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
     asked, passages = examples[:3], [documents[:3], documents[3:4], []]
     tokens: list[int] = []
-    objective.model.get_encoder().register_forward_hook(
+    objective.fusion.model.get_encoder().register_forward_hook(
         lambda module, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
     answers = [answer.text for answer in reader.answer(asked, passages, progress=False)]

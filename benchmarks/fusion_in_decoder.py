@@ -1,0 +1,261 @@
+#!/usr/bin/env python
+"""How fast does fusion-in-decoder train, and score passages for DCA? Beside the reference way.
+
+    python benchmarks/fusion_in_decoder.py --tokenizer M                                            # pydocs
+    python benchmarks/fusion_in_decoder.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
+    python benchmarks/fusion_in_decoder.py ... --size tiny --steps 1 --warmup 0                     # tiny
+
+The model is a T5 of random weights, as large as T5-base. Training: passages a second and peak memory of rqa, and of all
+passages padded to 512 tokens in one dense batch, with a decoder that attends over the padding (masked), as in Izacard
+and Grave's own code. Scoring: the same for the cross-attention of one decoder step, and of generating 50 tokens over
+padded passages, as theirs does. Every system works on the same questions in a process of its own.
+"""
+
+import argparse
+import json
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
+from transformers import T5Config, T5ForConditionalGeneration
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.evaluation.runtime import machine
+from rqa.models.loading import load_tokenizer
+from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence
+
+PADDED_LENGTH = 512
+GENERATED = 50  # tokens of the reference's scoring run
+SYSTEMS = {  # name -> allocator settings it is measured with
+    "train, rqa": ["tuned"],
+    "train, padded": ["default", "tuned"],
+    "score, rqa": ["tuned"],
+    "score, padded and generating": ["default", "tuned"],
+}
+SIZES = {
+    "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
+    "tiny": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
+}
+Question = tuple[Example, list[Document]]
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    rows = run_all(__file__, arguments, SYSTEMS)
+    report(arguments, rows)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokenizer", required=True, help="a directory or hub name of any BERT or T5")
+    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
+    parser.add_argument("--document_path", help="their documents")
+    parser.add_argument("--n_context", type=int, default=5, help="passages of a question")
+    parser.add_argument("--batch_size", type=int, default=2, help="questions of a step")
+    parser.add_argument("--size", choices=list(SIZES), default="base")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    parser.add_argument("--steps", type=int, default=3, help="measured steps")
+    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Passages a second of each measured step, and the process's peak memory."""
+    use_allocator(arguments.allocator)
+    torch.manual_seed(0)
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    config = T5Config(
+        vocab_size=len(tokenizer),
+        decoder_start_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.sep_token_id or tokenizer.eos_token_id,
+        **SIZES[arguments.size],
+    )
+    model = T5ForConditionalGeneration(config).to("cuda" if torch.cuda.is_available() else "cpu")
+    prompter = FusionPrompter(
+        tokenizer, FusionPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
+    )
+    work = {
+        "train, rqa": train_rqa,
+        "train, padded": train_padded,
+        "score, rqa": score_rqa,
+        "score, padded and generating": score_padded,
+    }[arguments.system]
+    clock = work(arguments, model, prompter, questions(arguments))
+    return {
+        "system": arguments.system,
+        "allocator": arguments.allocator,
+        **summary(clock.steps(skip=arguments.warmup)),
+        "peak_gib": peak_gib(),
+    }
+
+
+def questions(arguments: argparse.Namespace) -> list[Question]:
+    """Gold passages and others of the corpus, as many for each question; for speed it does not matter which."""
+    documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
+    chosen = examples[: arguments.batch_size * (arguments.steps + arguments.warmup)]
+    others = iter(documents * (1 + len(chosen) * arguments.n_context // len(documents)))
+    return [
+        (example, [*gold, *(next(others) for _ in range(arguments.n_context - len(gold)))])
+        for example in chosen
+        for gold in [example.gold_docs[: arguments.n_context]]
+    ]
+
+
+def train_rqa(
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+) -> Clock:
+    """The product's own loop and objective."""
+    from rqa.objectives.fusion import FusionLikelihood
+    from rqa.training.arguments import LoopArguments
+    from rqa.training.batches import Batches
+    from rqa.training.loop import train
+
+    sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in rows]
+    objective, clock = FusionLikelihood(model, prompter), Clock()
+
+    def batch(indices: list[int]) -> Any:
+        clock.units.append(arguments.n_context * len(indices))
+        return objective.batch([sequences[i] for i in indices], indices)
+
+    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
+        clock.tick()
+        return {"eval_loss": 0.0}
+
+    with TemporaryDirectory() as directory:
+        loop = LoopArguments(
+            output_dir=directory,
+            per_device_train_batch_size=arguments.batch_size,
+            max_steps=arguments.steps + arguments.warmup,
+            bf16=arguments.precision == "bf16",
+            save_strategy="no",
+            eval_strategy="no",
+            metric_for_best_model="loss",
+        )
+        batches = Batches(len(sequences), batch, loop)
+        train(objective, batches, loop, model.device, before_step=clock.tick, evaluate=last_moment)
+    return clock
+
+
+def train_padded(
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+) -> Clock:
+    """Every passage padded to one length; states side by side, padding and all."""
+    optimizer, clock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), Clock()
+    clock.tick()
+    for batch in batches(arguments, rows):
+        sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in batch]
+        labels = torch.nn.utils.rnn.pad_sequence(
+            [torch.tensor(sequence.answer) for sequence in sequences], batch_first=True, padding_value=-100
+        ).to(model.device)
+        with autocast(arguments, model):
+            model(**encode_padded(model, sequences), labels=labels).loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        clock.units.append(arguments.n_context * len(batch))
+        clock.tick()
+    return clock
+
+
+def score_rqa(
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+) -> Clock:
+    """The product's own scorer."""
+    from rqa.objectives.dca import CrossAttentionScorer
+    from rqa.objectives.teacher import Pair
+
+    scorer, clock = CrossAttentionScorer(model, prompter, arguments.batch_size), Clock()
+    clock.tick()
+    for batch in batches(arguments, rows):
+        with autocast(arguments, model):
+            list(
+                scorer(
+                    [Pair(example, document, tuple(passages)) for example, passages in batch for document in passages]
+                )
+            )
+        clock.units.append(arguments.n_context * len(batch))
+        clock.tick()
+    return clock
+
+
+@torch.no_grad()
+def score_padded(
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+) -> Clock:
+    """An answer is generated; that scores are read off the first step costs nothing beside it."""
+    model.eval()
+    clock = Clock()
+    clock.tick()
+    for batch in batches(arguments, rows):
+        inputs = [prompter.encode(example, passages) for example, passages in batch]
+        with autocast(arguments, model):
+            model.generate(
+                **encode_padded(model, inputs), min_new_tokens=GENERATED, max_new_tokens=GENERATED, do_sample=False
+            )
+        clock.units.append(arguments.n_context * len(batch))
+        clock.tick()
+    return clock
+
+
+def batches(arguments: argparse.Namespace, rows: list[Question]) -> list[list[Question]]:
+    return [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
+
+
+def encode_padded(model: T5ForConditionalGeneration, sequences: list[FusionSequence]) -> dict[str, Any]:
+    """All passages in one dense batch; a question's states, padding included, in one row."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    passages = [passage for sequence in sequences for passage in sequence.passages]
+    ids = torch.full((len(passages), PADDED_LENGTH), model.config.pad_token_id)
+    mask = torch.zeros_like(ids)
+    for row, passage in enumerate(passages):
+        ids[row, : len(passage)] = torch.tensor(passage)
+        mask[row, : len(passage)] = 1
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    states = model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state  # [B * K, 512, D]
+    states = states.view(len(sequences), -1, states.shape[-1])
+    return {
+        "encoder_outputs": BaseModelOutput(last_hidden_state=states),
+        "attention_mask": mask.view(len(sequences), -1),
+    }
+
+
+def autocast(arguments: argparse.Namespace, model: T5ForConditionalGeneration) -> torch.autocast:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table with the ratios, and one JSON line."""
+
+    def ratio(row: dict[str, Any]) -> str:
+        task = row["system"].split(",")[0]
+        ours = next((other for other in rows if other["system"] == f"{task}, rqa"), row)
+        return "" if ours is row else f"{ours['rate'] / row['rate']:.2f}x"
+
+    print_table(
+        ["", "allocator", "passages/s", "median", "spread", "peak GiB", "rqa is"],
+        [
+            (row["system"], row["allocator"], f"{row['rate']:.2f}", f"{row['median']:.2f}",
+             "{:.2f}-{:.2f}".format(*row["spread"]), f"{row['peak_gib']:.1f}", ratio(row))
+            for row in rows
+        ],
+    )  # fmt: skip
+    tokenizer = load_tokenizer(arguments.tokenizer)
+    texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
+    tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)
+    print(f"passages have {tokens:.0f} tokens on average")
+    result = {"benchmark": "fusion_in_decoder", "precision": arguments.precision, "mean_length": tokens}
+    print(json.dumps({**result, **machine(), "rows": rows}))
+
+
+if __name__ == "__main__":
+    main()
