@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
+from rqa.models.loading import LoadingArguments
 from rqa.models.lora import LoraArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.help import HelpFormatter, flag_groups
@@ -40,11 +40,10 @@ class OptimizerArguments:
 
 
 @dataclass
-class DeviceArguments:
+class DeviceArguments(LoadingArguments):
     """What fits on a device, and how fast it runs."""
 
-    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16, on CUDA and on CPUs that have it."})
-    fp16: bool = field(default=False, metadata={"help": "Autocast to float16 with a loss scaler, on CUDA."})
+    fp16: bool = field(default=False, metadata={"help": "Compute in float16 with a loss scaler, on CUDA."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: slower, smaller."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
     fsdp: str = field(
@@ -54,7 +53,6 @@ class DeviceArguments:
             "choices": ["no", "full_shard"],
         },
     )
-    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
 
 
 @dataclass
@@ -62,11 +60,13 @@ class JournalArguments:
     """When a run logs, evaluates and saves, and which model it keeps."""
 
     logging_steps: int = field(default=10, metadata={"help": "Steps between two log lines."})
-    eval_strategy: str = HfArg(
+    eval_strategy: str = field(
         default="steps",
-        aliases=["--evaluation_strategy"],
-        help="When to evaluate on eval_file.",
-        metadata={"choices": STRATEGIES},
+        metadata={
+            "help": "When to evaluate on eval_file.",
+            "choices": STRATEGIES,
+            "aliases": ["--evaluation_strategy"],
+        },
     )
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
     eval_on_start: bool | None = field(
@@ -107,7 +107,6 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
         default=None, metadata={"help": "true: the newest complete checkpoint of output_dir; or a checkpoint's path."}
     )
     seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and new weights."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
 
     per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass."})
     per_device_eval_batch_size: int = field(
