@@ -5,7 +5,7 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 REQUIRED = [
-    "torch>=2.8",  # the models' arithmetic, the optimizer, distributed training
+    "torch>=2.12",  # arithmetic, optimizer, processes; from 2.12 on its varlen_attn knows windows and grouped heads
     "numpy>=2.0",  # embeddings between torch and FAISS
     "safetensors>=0.5",  # checkpoints that cannot execute code
     "tokenizers>=0.21",  # fast tokenizers behind transformers

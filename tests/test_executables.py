@@ -1,6 +1,7 @@
 """The executables as a user runs them."""
 
 import json
+import re
 import runpy
 import shutil
 import subprocess
@@ -285,7 +286,14 @@ def test_every_executable_explains_itself(
     name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "argv", [name, "-h"])
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as end:
         runpy.run_path(str(BIN / name), run_name="__main__")
     assert not end.value.code
-    assert f"bin/{name}" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert told.index(f"bin/{name}") < told.index("\n  --")  # examples first
+    assert max(map(len, told.splitlines())) <= 80
+    flags = re.findall(r"^  (--\w+)(.*)", told, re.MULTILINE)
+    assert len(set(flags)) == len(flags)
+    assert all(re.fullmatch(r" \S+( \.\.\.)?( {2,}.+)?", rest) for _, rest in flags), "one name, and what it takes"
+    assert "None" not in told

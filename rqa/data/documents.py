@@ -161,7 +161,7 @@ class _DocumentUnpickler(pickle.Unpickler):
 def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
     """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
     for opcode, number, _ in pickletools.genops(file):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and number > size:
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
             raise UserError(f"not a readable pickle (it numbers an object {number})")
     file.seek(0)
 

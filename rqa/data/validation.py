@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
@@ -141,5 +141,5 @@ class _Lengths:
         for kind in list(self._waiting):
             self._count(kind)
         for kind, lengths in self._lengths.items():
-            values: Sequence[float] = [np.mean(lengths), *np.percentile(lengths, [50, 95, 100])]
+            values = [float(np.mean(lengths)), *np.percentile(lengths, [50, 95, 100]).tolist()]
             yield f"{kind:<22}" + "".join(f"{value:>{8 + (i == 3)}.0f}" for i, value in enumerate(values))

@@ -8,6 +8,7 @@ In a packed row attention probabilities are not dropped, whatever the model's co
 and probabilities written out for it take half of a training step's memory. Dropout of hidden states is the model's own.
 """
 
+import math
 from itertools import groupby
 from typing import Any
 
@@ -63,6 +64,7 @@ def packed_attention(
     """
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     stands_in = attention_mask is not None and attention_mask.dtype in (PACKED_MASK, WINDOWED_MASK)
+    windowed = attention_mask is not None and attention_mask.dtype == WINDOWED_MASK
     if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's mask cannot tell: a row of one sequence
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
@@ -76,9 +78,7 @@ def packed_attention(
     refused = {
         "position_ids that restart, without cu_seq_lens_q": cu_seq_lens_q is None,
         "a mask (from a cache? then call it with use_cache=False)": attention_mask is not None and not stands_in,
-        "a pattern that only its mask knows": stands_in
-        and attention_mask.dtype == WINDOWED_MASK
-        and sliding_window is None,
+        "a pattern that only its mask knows": windowed and sliding_window is None,
         "several rows": query.shape[0] != 1,
         "keys that are not the queries' own": query.shape[2] != key.shape[2],
     } | {name: kwargs.get(name) is not None for name in CHANGES_SCORES}
@@ -88,7 +88,7 @@ def packed_attention(
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 beside the values' bfloat16
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    window = sliding_window if sliding_window is not None and sliding_window < max_length_q else None
+    window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
     if _has_flash_kernel(query):
         reach = -1 if window is None else window - 1
         output = varlen_attn(

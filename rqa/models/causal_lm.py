@@ -3,6 +3,7 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +20,7 @@ from rqa.runtime.parallelize import is_sharded
 log = logging.getLogger(__name__)
 
 
-def load_causal_lm(path: str, **options: object) -> PreTrainedModel:
+def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
     """A decoder from a directory or hub name; options are those of `load_model`."""
     return load_model(AutoModelForCausalLM, path, **options)
 

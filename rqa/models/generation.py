@@ -5,8 +5,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
+from torch import nn
 from tqdm import tqdm
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig
 
 from rqa.packing import token_budget_batches
 from rqa.runtime.errors import UserError
@@ -67,7 +68,7 @@ class Answer:
 
 
 def answer_in_batches(
-    model: PreTrainedModel,
+    model: nn.Module,
     prompts: Sequence[Prompt],
     lengths: Sequence[int],
     max_batch_tokens: int,

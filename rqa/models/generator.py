@@ -30,9 +30,11 @@ class TextGenerator(Protocol):
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
         """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
+        ...
 
     def count_tokens(self, conversations: Sequence[Conversation]) -> int:
         """The tokens of all conversations, by the model's tokenizer or by estimate."""
+        ...
 
 
 def open_generator(
@@ -66,7 +68,7 @@ class EndpointGenerator:
         self.max_new_tokens = max_new_tokens
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        replies = self.endpoint.chat(conversations, self.max_new_tokens) if distributed.is_main() else None
+        replies = self.endpoint.chat(conversations, self.max_new_tokens) if distributed.is_main() else []
         return distributed.from_main(replies)
 
     def count_tokens(self, conversations: Sequence[Conversation]) -> int:

@@ -5,6 +5,7 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from pickle import UnpicklingError
@@ -26,6 +27,20 @@ from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
+
+
+@dataclass(kw_only=True)
+class LoadingArguments:
+    """How models are loaded, and what they compute in."""
+
+    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, on CUDA and on CPUs that have it."})
+    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
+    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """The same as keyword arguments of `load_model`."""
+        return {"flash": self.use_flash_attention, "trust_remote_code": self.trust_remote_code}
 
 
 def load_model(
@@ -117,10 +132,10 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
 
 @torch.no_grad()
 def _packing_is_exact(model: PreTrainedModel) -> bool:
-    vocabulary = model.get_input_embeddings().weight.shape[0]
+    vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
-    dtype = torch.bfloat16 if "flash" in model.config._attn_implementation else model.dtype
+    dtype = torch.bfloat16 if "flash" in (model.config._attn_implementation or "") else model.dtype
     with evaluating(model), autocast(model.device, dtype):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
@@ -146,7 +161,7 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
     return output.last_hidden_state.flatten(0, 1)
 
 
-def model_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
+def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     """A hash of a model's weights and of its tokenizer."""
     tensors = (tensor.detach().contiguous().cpu() for tensor in model.state_dict().values())
     weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]

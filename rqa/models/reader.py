@@ -17,7 +17,7 @@ from rqa.runtime.errors import UserError
 
 @dataclass
 class ReaderPromptArguments(PromptArguments):
-    """How any reader is asked: one prompt with all passages, or for an encoder-decoder one a passage."""
+    """How a reader of any kind is asked; an encoder-decoder, passage by passage."""
 
     max_encoder_seq_length: int = field(
         default=512, metadata={"help": "Of an encoder-decoder: tokens of question and one passage."}

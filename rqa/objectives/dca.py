@@ -3,6 +3,7 @@
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from tqdm import tqdm
@@ -91,7 +92,7 @@ class GivenScores:
 
     def _score(self, pair: Pair) -> float:
         keys = [document.key for document in pair.example.ctxs]
-        return pair.example.ctx_scores[keys.index(pair.document.key)]
+        return (pair.example.ctx_scores or ())[keys.index(pair.document.key)]
 
 
 class ReaderScores:
@@ -110,7 +111,7 @@ class ReaderScores:
         contexts: Sequence[Sequence[Document]],
         temperature: float,
         boost: bool,
-        **options: object,
+        **options: Any,
     ) -> None:
         documents = _distinct(document for row in contexts for document in row)
         numbers = {document.key: number for number, document in enumerate(documents)}

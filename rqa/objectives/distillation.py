@@ -3,13 +3,12 @@ Izacard & Grave 2020). The two differ only in who is asked."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rqa.models.encoder import Encoder
-from rqa.objectives.ctl import embed_in_chunks
+from rqa.objectives.encoding import EncoderObjective
 from rqa.objectives.losses import distillation
 from rqa.runtime.precision import autocast
 
@@ -47,39 +46,33 @@ class DistillationBatch:
         return replace(self, columns=self.columns.to(device), teacher=self.teacher.to(device))
 
 
-class Distillation(nn.Module):
+class ListObjective(EncoderObjective):
+    """An objective over K documents of each question, which a teacher has scored."""
+
+    def logits(self, batch: DistillationBatch) -> Tensor:
+        """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
+        queries = self.embed_queries(batch.queries)  # [B, D]
+        passages = self.embed_passages(batch.passages)  # [P, D]
+        with autocast(queries.device, torch.float32):  # the index compares in float32, too
+            similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
+        return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
+
+
+class Distillation(ListObjective):
     """KL divergence between the teacher's softmax over the K documents and the retriever's.
 
     Args:
-        temperature: Similarities are divided by it.
         direction: As in `losses.distillation`.
-        chunk_size: As in `ctl.Contrastive`.
     """
 
     def __init__(self, encoder: Encoder, temperature: float, direction: str, chunk_size: int = 0) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.temperature = temperature
+        super().__init__(encoder, temperature, chunk_size)
         self.direction = direction
-        self.chunk_size = chunk_size
 
     def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
         """The divergence summed over questions, and how often both rank the same document first. -> []"""
-        logits = retriever_logits(self.encoder, batch, self.temperature, self.chunk_size)
+        logits = self.logits(batch)
         return distillation(batch.teacher, logits, self.direction).sum(), agreement(batch, logits)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Save the encoder in the layout of `sentence-transformers`."""
-        self.encoder.save_pretrained(directory)
-
-
-def retriever_logits(encoder: Encoder, batch: DistillationBatch, temperature: float, chunk_size: int = 0) -> Tensor:
-    """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
-    queries = embed_in_chunks(encoder, batch.queries, chunk_size)  # [B, D]
-    passages = embed_in_chunks(encoder.passage_side, batch.passages, chunk_size)  # [P, D]
-    with autocast(queries.device, torch.float32):  # the index compares in float32, too
-        similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / temperature
-    return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
 
 
 def agreement(batch: DistillationBatch, logits: Tensor) -> dict[str, float]:

@@ -2,40 +2,23 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rqa.data.examples import Example
-from rqa.models.encoder import Encoder
-from rqa.objectives.distillation import DistillationBatch, agreement, retriever_logits
+from rqa.objectives.distillation import DistillationBatch, ListObjective, agreement
 from rqa.objectives.losses import marginal_nll
 from rqa.prompts import Prompter
 
 
-class MarginalLikelihood(nn.Module):
-    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the language model is frozen.
-
-    Args:
-        temperature: Similarities are divided by it.
-        chunk_size: As in `ctl.Contrastive`.
-    """
-
-    def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
-        super().__init__()
-        self.encoder = encoder
-        self.temperature = temperature
-        self.chunk_size = chunk_size
+class MarginalLikelihood(ListObjective):
+    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the language model is frozen."""
 
     def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over questions; `batch.teacher` holds log p_LM of the whole answers. -> []"""
-        logits = retriever_logits(self.encoder, batch, self.temperature, self.chunk_size)
+        logits = self.logits(batch)
         return marginal_nll(batch.teacher, logits).sum(), agreement(batch, logits)
-
-    def save_pretrained(self, directory: str | Path) -> None:
-        """Save the encoder in the layout of `sentence-transformers`."""
-        self.encoder.save_pretrained(directory)
 
 
 class WholeAnswers:

@@ -3,12 +3,14 @@
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
+from rqa.prompts.estimate import EstimatedTokens
 from rqa.prompts.text import DoesNotFit, cut, fill, longest_that_fits, read_template
 from rqa.runtime.errors import UserError
 
@@ -72,14 +74,14 @@ class Prompter:
 
     length_flag = "--max_seq_length"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments) -> None:
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | EstimatedTokens, arguments: PromptArguments) -> None:
+        self.tokenizer: Any = tokenizer  # the stubs of `transformers` know less than the documentation
         self.arguments = arguments
         self.instruction = read_template(arguments.prompt_template, INSTRUCTION)
         if arguments.chat_format == "template" and not tokenizer.chat_template:
             raise UserError("--chat_format template: this tokenizer has no chat template; use --chat_format prefix")
         self.end_of_turn = self._find_end_of_turn()
-        self.stop_ids = sorted({self.end_of_turn[-1], tokenizer.eos_token_id} - {None})
+        self.stop_ids = sorted({self.end_of_turn[-1], self.tokenizer.eos_token_id} - {None})
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:
         """Token ids of the prompt and, when given, of the answer and its end of turn.

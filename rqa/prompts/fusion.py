@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
@@ -58,14 +59,14 @@ class FusionPrompter:
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, arguments: PassagePromptArguments, start_token: int | None = None
     ) -> None:
-        self.tokenizer = tokenizer
+        self.tokenizer: Any = tokenizer  # the stubs of `transformers` know less than the documentation
         self.arguments = arguments
         self.start_token = start_token
         self.template = read_template(arguments.prompt_template, FUSION_TEMPLATE)
-        ends = (token for token in (tokenizer.eos_token_id, tokenizer.sep_token_id) if token is not None)
-        self.end_token = next(ends, None)
-        if self.end_token is None:
+        ends = [token for token in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if token is not None]
+        if not ends:
             raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
+        self.end_token: int = ends[0]
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FusionSequence:
         """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.

@@ -59,8 +59,7 @@ def find_contexts(
             index,
             data.full_dataset_index_path,
             device,
-            flash=loop.use_flash_attention,
-            trust_remote_code=loop.trust_remote_code,
+            **loop.loading,
         )
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], context.n_context)
         for number, found in zip(bare, retriever.documents_of(hits), strict=True):

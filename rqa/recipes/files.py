@@ -29,7 +29,7 @@ ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint
 
 @dataclass
 class DataArguments:
-    """Where everything comes from."""
+    """The model, the examples and the document database."""
 
     model_name_or_path: str = field(metadata={"help": "The model to train: a directory or a hub name."})
     train_file: str = field(metadata={"help": "Training examples, JSONL."})

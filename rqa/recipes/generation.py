@@ -13,6 +13,7 @@ from rqa.data.duplicates import normalize
 from rqa.data.examples import Example
 from rqa.evaluation.judge import PRICES
 from rqa.models.generator import TextGenerator
+from rqa.models.loading import LoadingArguments
 from rqa.prompts import retrieval_query
 from rqa.prompts.generation import Conversation, ask_answer, ask_questions, parse_answer, parse_questions
 from rqa.retrieval.hits import PassageRetriever
@@ -24,7 +25,7 @@ SPLITS = ("train", "eval", "test")
 
 
 @dataclass
-class GeneratorArguments:
+class GeneratorArguments(LoadingArguments):
     """Who writes, and at what price."""
 
     model_name_or_path: str = field(
@@ -36,9 +37,6 @@ class GeneratorArguments:
         metadata={"help": "Dollars for a million tokens in, and out; by default a table knows OpenAI's."},
     )
     estimate_only: bool = field(default=False, metadata={"help": "Say what it would cost, and stop."})
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16."})
-    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
 
     def __post_init__(self) -> None:
         if self.max_new_tokens < 1:

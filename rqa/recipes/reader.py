@@ -201,7 +201,8 @@ def gold_and_retrieved_passages(
 ) -> ChoosePassages:
     """Gold and retrieved passages, at most one more than evaluation retrieves; all questions are asked at once."""
 
-    def choose(examples: Sequence[Example], retriever: PassageRetriever) -> list[list[Document]]:
+    def choose(examples: Sequence[Example], retriever: PassageRetriever | None) -> list[list[Document]]:
+        assert retriever, "--embedding_model is required"
         k = evaluation.embedding_max_num_to_retrieve
         hits = retriever.retrieve_once([retrieval_query(example) for example in examples], k)
         pairs = zip(examples, retriever.documents_of(hits), strict=True)

@@ -53,8 +53,7 @@ def load_reader_teacher(
     if reader.with_score:
         return GivenScores(examples)
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
-    model, prompter = load_fusion(reader.reader_model_path, prompt, dtype=dtype, **options)
+    model, prompter = load_fusion(reader.reader_model_path, prompt, dtype=dtype, **loop.loading)
     refuse_overflow(model, dtype)
     identity = fingerprint(
         model_fingerprint(model, prompter.tokenizer),

@@ -62,5 +62,4 @@ def begin(
     inputs = read_inputs(data, loop, train_answers, eval_answers)
     open_output(loop.output_dir, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or metric
-    options = {"flash": loop.use_flash_attention, "trust_remote_code": loop.trust_remote_code}
-    return Run(device, dtype, checkpoint, str(checkpoint or data.model_name_or_path), options, inputs)
+    return Run(device, dtype, checkpoint, str(checkpoint or data.model_name_or_path), loop.loading, inputs)

@@ -50,12 +50,8 @@ def _local_scorer(
     lm: LanguageModelArguments, prompt: PromptArguments, loop: LoopArguments, device: torch.device
 ) -> tuple[AnswerScorer, str]:
     prompter = Prompter(load_tokenizer(lm.lm_model_path, loop.trust_remote_code), prompt)
-    model = load_causal_lm(
-        lm.lm_model_path,
-        dtype=compute_dtype(loop.bf16, loop.fp16, device),
-        flash=loop.use_flash_attention,
-        trust_remote_code=loop.trust_remote_code,
-    ).to(device)
+    dtype = compute_dtype(loop.bf16, loop.fp16, device)
+    model = load_causal_lm(lm.lm_model_path, dtype=dtype, **loop.loading).to(device)
     return AnswerScorer(model, prompter, lm.lm_tokens_per_batch), model_fingerprint(model, prompter.tokenizer)
 
 

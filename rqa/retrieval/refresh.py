@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class RefreshArguments:
-    """When documents are encoded again in training, how many of them, and whether training waits."""
+    """When documents are encoded again in training, and how many of them."""
 
     refresh_step: str = field(
         default="10", metadata={"help": 'Steps between two refreshes of the index, or "0-100:10,100-900:50".'}

@@ -102,7 +102,7 @@ def is_sharded(module: nn.Module) -> bool:
     return any(isinstance(part, FSDPModule) for part in module.modules())
 
 
-def in_step(module: nn.Module, batches: Sequence[Sequence[T]], filler: Sequence[T]) -> Iterator[Sequence[T]]:
+def in_step(module: nn.Module, batches: Sequence[T], filler: T) -> Iterator[T]:
     """The batches of this process, then as many fillers as the longest list of any process needs.
 
     A sharded module runs forward on all processes or on none; any other gets its batches and no filler.

@@ -6,7 +6,7 @@ from typing import Any
 
 from rqa.runtime.errors import UserError
 
-Track = Callable[[Mapping[str, float], int], None]
+Track = Callable[[Mapping[str, float], int], object]
 
 
 def start_tracker(kind: str, directory: str, project: str, group: str | None, settings: Mapping[str, Any]) -> Track:

@@ -1,6 +1,5 @@
 """The loop's flags, named as in Hugging Face's TrainingArguments, and the parser of every executable."""
 
-import argparse
 import difflib
 import json
 import sys
@@ -9,10 +8,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from transformers import HfArgumentParser
-from transformers.hf_argparser import HfArg
 
+from rqa.models.loading import LoadingArguments
 from rqa.models.lora import LoraArguments
 from rqa.runtime.errors import UserError
+from rqa.runtime.help import HelpFormatter, flag_groups
 
 STRATEGIES = ["no", "steps", "epoch"]
 REFUSED = {
@@ -22,26 +22,8 @@ REFUSED = {
 
 
 @dataclass
-class LoopArguments(LoraArguments):
-    """What the training loop needs to know; no algorithm in sight."""
-
-    output_dir: str = field(kw_only=True, metadata={"help": "Where checkpoints, logs, scores and the best model go."})
-    overwrite_output_dir: bool = field(
-        default=False, metadata={"help": "Start afresh in an output_dir that holds a run."}
-    )
-    resume_from_checkpoint: str | None = field(
-        default=None, metadata={"help": "true: the newest complete checkpoint of output_dir; or a checkpoint's path."}
-    )
-    seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and new weights."})
-
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass."})
-    per_device_eval_batch_size: int = field(
-        default=8, metadata={"help": "A reader's examples of one forward pass in evaluation."}
-    )
-    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
-    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training file."})
-    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: the epochs decide."})
-    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that collate batches ahead."})
+class OptimizerArguments:
+    """How weights are updated."""
 
     learning_rate: float = field(default=5e-5, metadata={"help": "The schedule's peak."})
     lr_scheduler_type: str = field(
@@ -51,13 +33,17 @@ class LoopArguments(LoraArguments):
     warmup_ratio: float = field(default=0.0, metadata={"help": "Share of all steps that warm up."})
     warmup_steps: int = field(default=0, metadata={"help": "Steps that warm up; replaces the ratio when positive."})
     weight_decay: float = field(default=0.0, metadata={"help": "AdamW's, on matrices only."})
-    adam_beta1: float = field(default=0.9)
-    adam_beta2: float = field(default=0.999)
-    adam_epsilon: float = field(default=1e-8)
+    adam_beta1: float = field(default=0.9, metadata={"help": "AdamW's memory of gradients."})
+    adam_beta2: float = field(default=0.999, metadata={"help": "AdamW's memory of their squares."})
+    adam_epsilon: float = field(default=1e-8, metadata={"help": "AdamW's, against division by zero."})
     max_grad_norm: float = field(default=1.0, metadata={"help": "Gradients are clipped to this norm; 0: never."})
 
-    bf16: bool = field(default=False, metadata={"help": "Autocast to bfloat16, on CUDA and on CPUs that have it."})
-    fp16: bool = field(default=False, metadata={"help": "Autocast to float16 with a loss scaler, on CUDA."})
+
+@dataclass
+class DeviceArguments(LoadingArguments):
+    """What fits on a device, and how fast it runs."""
+
+    fp16: bool = field(default=False, metadata={"help": "Compute in float16 with a loss scaler, on CUDA."})
     gradient_checkpointing: bool = field(default=False, metadata={"help": "Recompute activations: slower, smaller."})
     torch_compile: bool = field(default=False, metadata={"help": "Compile the model."})
     fsdp: str = field(
@@ -67,15 +53,20 @@ class LoopArguments(LoraArguments):
             "choices": ["no", "full_shard"],
         },
     )
-    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
+
+
+@dataclass
+class JournalArguments:
+    """When a run logs, evaluates and saves, and which model it keeps."""
 
     logging_steps: int = field(default=10, metadata={"help": "Steps between two log lines."})
-    eval_strategy: str = HfArg(
+    eval_strategy: str = field(
         default="steps",
-        aliases=["--evaluation_strategy"],
-        help="When to evaluate on eval_file.",
-        metadata={"choices": STRATEGIES},
+        metadata={
+            "help": "When to evaluate on eval_file.",
+            "choices": STRATEGIES,
+            "aliases": ["--evaluation_strategy"],
+        },
     )
     eval_steps: int = field(default=100, metadata={"help": "Steps between two evaluations."})
     eval_on_start: bool | None = field(
@@ -102,6 +93,29 @@ class LoopArguments(LoraArguments):
     )
     run_project: str = field(default="rqa", metadata={"help": "The tracker's project."})
     run_group: str | None = field(default=None, metadata={"help": "The tracker's group of runs."})
+
+
+@dataclass
+class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalArguments):
+    """How a run goes: its directory, its batches and its length."""
+
+    output_dir: str = field(kw_only=True, metadata={"help": "Where checkpoints, logs, scores and the best model go."})
+    overwrite_output_dir: bool = field(
+        default=False, metadata={"help": "Start afresh in an output_dir that holds a run."}
+    )
+    resume_from_checkpoint: str | None = field(
+        default=None, metadata={"help": "true: the newest complete checkpoint of output_dir; or a checkpoint's path."}
+    )
+    seed: int = field(default=42, metadata={"help": "Seeds data order, dropout and new weights."})
+
+    per_device_train_batch_size: int = field(default=8, metadata={"help": "Examples of one forward pass."})
+    per_device_eval_batch_size: int = field(
+        default=8, metadata={"help": "A reader's examples of one forward pass in evaluation."}
+    )
+    gradient_accumulation_steps: int = field(default=1, metadata={"help": "Forward passes of one optimizer step."})
+    num_train_epochs: float = field(default=3.0, metadata={"help": "Passes over the training file."})
+    max_steps: int = field(default=-1, metadata={"help": "Optimizer steps; -1: the epochs decide."})
+    dataloader_num_workers: int = field(default=0, metadata={"help": "Processes that collate batches ahead."})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -151,12 +165,18 @@ class LoopArguments(LoraArguments):
         return self.greater_is_better
 
 
-class _Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """The examples line by line as they are written, and each flag with its default."""
-
-
 class _Parser(HfArgumentParser):
-    """One line for what is wrong, and the nearest flag for an unknown one."""
+    """One line for what is wrong; help with the examples first, and the flags in the groups they are declared in."""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        actions = {action.dest: action for action in reversed(self._actions)}  # one of --x and --no_x
+        for title, names in flag_groups(self.dataclass_types):
+            formatter.start_section(title)
+            formatter.add_arguments([actions[name] for name in names])
+            formatter.end_section()
+        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
@@ -174,7 +194,7 @@ def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None
         UserError: an unknown flag, a bad value or a missing one.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(kinds, description=description, allow_abbrev=False, formatter_class=_Help)
+    parser = _Parser(kinds, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
     if len(arguments) == 1 and arguments[0].endswith(".json"):
         arguments = _from_json(arguments[0], kinds)
     known = {field.name for kind in kinds for field in fields(kind)} | {"evaluation_strategy"}

@@ -46,7 +46,7 @@ class Journal:
         self.bar.close()
 
     def step_done(
-        self, loss: float, tokens: int, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
+        self, loss: float, tokens: float, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
     ) -> None:
         """Count one optimizer step; after the first and every `logging_steps`, tell.
 

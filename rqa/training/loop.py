@@ -95,6 +95,7 @@ def train(
     )
 
     def evaluate_now() -> bool:
+        assert evaluate
         metrics = evaluate(state.step)
         objective.train()
         journal.record(metrics)

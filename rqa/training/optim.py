@@ -32,7 +32,7 @@ class Optimization:
 
     @property
     def learning_rate(self) -> float:
-        return self.schedule.get_last_lr()[0]
+        return float(self.schedule.get_last_lr()[0])
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a loss."""

@@ -14,7 +14,8 @@ from torch import Tensor
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.objectives.ctl import Contrastive, ContrastiveBatch, embed_in_chunks
+from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+from rqa.objectives.encoding import embed_in_chunks
 
 TEMPERATURE = 0.1
 

@@ -125,8 +125,9 @@ def _array(path: Path, file: IO[str], buffer: str, position: int) -> Iterator[tu
     decoder = json.JSONDecoder()
     line = 1 + buffer.count("\n", 0, position)
     while True:
-        end = _BETWEEN.match(buffer, position).end()
-        line, position = line + buffer.count("\n", position, end), end
+        between = _BETWEEN.match(buffer, position)
+        assert between  # nothing at all matches, too
+        line, position = line + buffer.count("\n", position, between.end()), between.end()
         if buffer[position : position + 1] == "]":
             return
         try:

@@ -1,0 +1,66 @@
+"""What all objectives that train an encoder share: embeddings with gradient, in chunks, and how it is saved."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from rqa.models.encoder import Encoder
+from rqa.packing import TokenBatch
+
+
+class EncoderObjective(nn.Module):
+    """An encoder that is trained by similarities; each algorithm brings its `forward`.
+
+    Args:
+        temperature: Similarities are divided by it.
+        chunk_size: Sequences encoded at once; their activations are computed again in the backward pass, so that
+            memory is bounded by the chunk and the gradient is that of the whole batch (Gao et al. 2021). 0: no chunks.
+    """
+
+    def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.temperature = temperature
+        self.chunk_size = chunk_size
+
+    def embed_queries(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Embeddings of questions, with gradient. [N] -> [N, D]"""
+        return embed_in_chunks(self.encoder, sequences, self.chunk_size)
+
+    def embed_passages(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        """Embeddings of passages, with gradient unless they are frozen. [N] -> [N, D]"""
+        return embed_in_chunks(self.encoder.passage_side, sequences, self.chunk_size)
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        """Save the encoder in the layout of `sentence-transformers`."""
+        self.encoder.save_pretrained(directory)
+
+
+def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: int) -> Tensor:
+    """Embeddings with gradient; the activations of one chunk at a time are held. [N] -> [N, D]
+
+    A chunk's activations are computed again in the backward pass: the gradient is that of one large batch, exactly
+    (Gao et al. 2021, whose two passes are what activation checkpointing does).
+
+    Args:
+        size: Sequences of a chunk, of similar length; 0: all at once, nothing computed twice.
+    """
+    device = encoder.backbone.device
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    size = size or len(order)
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    batches = [encoder.collate([sequences[i] for i in chunk]).to(device) for chunk in chunks]
+    if len(batches) == 1:
+        embeddings = encoder(batches[0])
+    else:
+        embeddings = torch.cat([_embed_again_in_backward(encoder, batch) for batch in batches])
+    return embeddings[torch.tensor(order, device=device).argsort()]
+
+
+def _embed_again_in_backward(encoder: Encoder, batch: TokenBatch) -> Tensor:
+    # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
+    # arguments that are tensors, and does not see those inside a batch.
+    return checkpoint(lambda _: encoder(batch), batch.starts, use_reentrant=False)
