@@ -45,8 +45,8 @@ def load_fusion(
     """An encoder-decoder, and what builds its inputs.
 
     Args:
-        path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint, with new
-            cross-attention between them (Rothe et al. 2020).
+        path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe
+            et al. 2020), whose cross-attention begins as the checkpoint's attention.
         options: Those of `load_model`.
 
     Raises:
@@ -84,6 +84,9 @@ def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -
         raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
     encoder = load_model(AutoModel, path, **options)
     decoder = load_model(AutoModelForCausalLM, path, is_decoder=True, add_cross_attention=True, **options)
+    for layer in decoder.modules():
+        if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
+            layer.crossattention.load_state_dict(layer.attention.state_dict())
     model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
     special = {
         "decoder_start_token_id": tokenizer.cls_token_id,
