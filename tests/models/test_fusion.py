@@ -235,6 +235,15 @@ def test_lengths_beyond_the_models_positions_are_refused(encoder_path: str, bart
         load_fusion(bart_path, FusionPromptArguments(max_encoder_seq_length=128))
 
 
+def test_a_warm_started_decoder_attends_to_passages_as_to_its_own_text(encoder_path: str) -> None:
+    model, _ = load_fusion(f"bert::{encoder_path}", ARGUMENTS)
+    layers = [layer for layer in model.get_decoder().modules() if hasattr(layer, "crossattention")]
+    assert len(layers) == model.config.decoder.num_hidden_layers
+    for layer in layers:
+        for name, weight in layer.attention.state_dict().items():
+            torch.testing.assert_close(layer.crossattention.state_dict()[name], weight)
+
+
 def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
         load_fusion(lm_path, ARGUMENTS)
