@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -22,7 +23,8 @@ from rqa.models.lora import ADAPTER_CONFIG, require_peft
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint_of
+from rqa.runtime.parallelize import assembled
 from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -159,14 +161,14 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def model_fingerprint(model: nn.Module, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A hash of a model's weights and of its tokenizer."""
-    tensors = (tensor.detach().contiguous().cpu() for tensor in model.state_dict().values())
-    weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]
+    """A hash of a model's weights, also of divided ones, and of its tokenizer."""
+    tensors = (assembled(tensor.detach()).contiguous().cpu() for tensor in model.state_dict().values())
+    weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
     rules = str(tokenizer)
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         rules = json.dumps(state, sort_keys=True)
-    return fingerprint(rules, *weights)
+    return fingerprint_of(chain([rules], weights))
 
 
 @contextmanager

@@ -154,6 +154,11 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def assembled(tensor: Tensor) -> Tensor:
+    """A tensor put together from its parts, if it is divided; then every process calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
     """`module.load_state_dict`, each process keeping its part of what the main process has.
 
@@ -191,8 +196,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _gather_values(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     for name, value in values:
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
+        value = assembled(value)
         if distributed.is_main():
             yield name, value.cpu() if isinstance(value, Tensor) else value
 
