@@ -71,11 +71,11 @@ def _check_types(state: RunState) -> None:
             or type(entry.get("step")) is not int
             or not all(map(_is_number, entry.values()))
         ):
-            raise ValueError(f"{STATE_FILE}: 'log_history' and 'window' hold something else than numbers by name")
+            raise ValueError(f"{STATE_FILE}: 'log_history' or 'window' holds what is no number by name")
 
 
 def _is_number(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def continues(checkpoint: Path, arguments: LoopArguments) -> bool:
