@@ -10,6 +10,7 @@ REQUIRED = [
     "safetensors>=0.5",  # checkpoints that cannot execute code
     "tokenizers>=0.21",  # fast tokenizers behind transformers
     "transformers>=5.23,<6",  # architectures, chat templates, flags from dataclasses
+    "accelerate>=1.10",  # transformers needs it to build a model without reading its weights
     "faiss-cpu>=1.9",  # nearest-neighbour search
     "bm25s>=0.3",  # lexical retrieval
     "tqdm>=4.66",  # progress with time left
@@ -22,7 +23,6 @@ REQUIRED = [
 EXTRAS = {
     "quickstart": [
         "gguf>=0.17",  # the quickstart's language model comes as GGUF
-        "accelerate>=1.10",  # transformers needs it to read GGUF
     ],
     "documents": [
         "trafilatura>=2",  # the text of a web page without its menus, headings kept
@@ -47,7 +47,6 @@ EXTRAS = {
         "sentence-transformers>=5",  # the peer of encoding and of retriever training
         "trl>=0.24",  # the peer of reader training
         "datasets>=4",  # what trl reads
-        "accelerate>=1.10",  # transformers.Trainer and trl run on it
         "langchain-text-splitters>=1",  # a peer of chunking
         "semchunk>=3",  # another
     ],

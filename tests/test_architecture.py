@@ -19,7 +19,6 @@ OPTIONAL = [
     "tensorboard",
     "trackio",
     "gguf",
-    "accelerate",
     "sentence_transformers",
     "trl",
     "trafilatura",

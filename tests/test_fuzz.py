@@ -26,8 +26,9 @@ from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import _sha256, damage
 from rqa.training.arguments import LoopArguments, parse
-from rqa.training.checkpoint import RunState, checkpoint_to_resume, load_checkpoint, load_state, save_checkpoint
+from rqa.training.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rqa.training.optim import Optimization
+from rqa.training.state import RunState, resume_state
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -224,7 +225,7 @@ def test_a_checkpoint_whose_checksums_lie_is_refused_in_one_line(draw: st.DataOb
     trained = optimization(Saved(2, 2), LoopArguments(output_dir=str(copy)))
 
     def resume() -> RunState:
-        state = load_state(copy)
+        state = resume_state(copy, LoopArguments(output_dir=str(copy.parent), metric_for_best_model="loss"))
         load_checkpoint(copy, trained, state, None)
         return state
 

@@ -92,7 +92,7 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
         "lr_scheduler_type": "constant",
         "eval_steps": 2,
         "save_steps": 2,
-        "logging_steps": 1,
+        "logging_steps": 3,
         **({"max_new_tokens": 6, "max_seq_length": 256} if trainer in DECODERS else {}),
         **own,
         **more,
@@ -110,7 +110,9 @@ def two(paths: dict[str, str]) -> Path:
     ]
     again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4)
     jobs.append(("train_swr", {**again, "resume_from_checkpoint": f"{root}/swr/fsdp/checkpoint-2"}))
-    background = flags("rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no")
+    background = flags(
+        "rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no", logging_steps=1
+    )
     jobs.append(("train_rpg", {**background, "refresh_async": "true", "refresh_step": 1}))
     (root.parent / "jobs.json").write_text(json.dumps(jobs))
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
@@ -137,6 +139,12 @@ def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float
     """Of any weight; of adapters only those count that begin at zero."""
     old = {name: before.get(name, torch.zeros(())) for name in after if "lora_A" not in name and "/" not in name[2:]}
     return max(float((after[name] - weight).abs().max()) for name, weight in old.items())
+
+
+def losses(path: Path) -> dict[int, float]:
+    """The mean loss since the line before, by step."""
+    history = json.loads((path / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
 
 
 def score(path: Path) -> dict[str, float]:
@@ -188,6 +196,7 @@ def test_a_sharded_run_resumes_sharded_and_on_one_process(
     for path in (two / "resumed", alone):
         found = weights(path / "checkpoint-4")
         assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-3 * change, path
+        assert losses(path) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
     state = torch.load(alone / "checkpoint-4" / "training_state.pt", weights_only=True)
     assert {tuple(values["exp_avg"].shape) for values in state["optimization"]["optimizer"]["state"].values()} == {
         tuple(weight.shape) for name, weight in expected.items()

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
@@ -21,8 +22,10 @@ from transformers.utils.logging import disable_progress_bar
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.lora import ADAPTER_CONFIG, require_peft
 from rqa.packing import Collate, TokenBatch, pack, pad
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint_of
+from rqa.runtime.parallelize import assembled
 from rqa.runtime.precision import autocast
 
 log = logging.getLogger(__name__)
@@ -49,6 +52,7 @@ def load_model(
     flash: bool = False,
     dtype: torch.dtype = torch.float32,
     trust_remote_code: bool = False,
+    empty: bool = False,
     **options: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint with packed attention: flash-attn's kernel when asked, ours otherwise.
@@ -57,6 +61,8 @@ def load_model(
         auto_class: A class of `transformers` with `from_pretrained`, such as `AutoModelForCausalLM`.
         path: A directory, or a hub name.
         flash: Whether to use the flash-attn package.
+        empty: Read no weights: their memory is reserved and never touched, until `parallelize` brings the main
+            process's.
 
     Raises:
         UserError: the checkpoint cannot be found or read, or flash-attn is asked for and missing.
@@ -68,19 +74,26 @@ def load_model(
         )
     if (Path(path) / ADAPTER_CONFIG).exists():
         require_peft(f"model {path}: is a LoRA adapter")
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code}
+    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, **({"device_map": "meta"} if empty else {})}
     for attention in ("flash_attention_2" if flash else PACKED_ATTENTION, "eager"):
         try:
             model = auto_class.from_pretrained(path, attn_implementation=attention, **options)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
             if attention != PACKED_ATTENTION or model._supports_attention_backend:
-                return model
+                return _reserve(model) if empty else model
         except ValueError as error:
             if attention == "eager" or "attention" not in str(error).lower():
                 raise _unreadable(path, error) from None
         except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
             raise _unreadable(path, error) from None
     raise AssertionError("unreachable")
+
+
+def _reserve(model: PreTrainedModel) -> PreTrainedModel:
+    """A model on the meta device with memory on the CPU, whatever it holds."""
+    model.to_empty(device="cpu")
+    model.tie_weights()
+    return model
 
 
 def is_encoder_decoder(path: str, trust_remote_code: bool = False) -> bool:
@@ -122,9 +135,10 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
     """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
 
     A few tokens are run both ways; relative position biases, positions that do not start at 0 and state-space layers
-    show up as a difference. Nothing is assumed from the architecture's name.
+    show up as a difference. Nothing is assumed from the architecture's name. Every process calls this, and the main
+    process decides: its model has weights.
     """
-    if _packing_is_exact(model):
+    if distributed.from_main(distributed.is_main() and _packing_is_exact(model)):
         return pack
     log.info("%s cannot be packed; padded batches of similar length serve instead", type(model).__name__)
     return partial(pad, pad_id=pad_id or 0)
@@ -162,14 +176,14 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of a model's weights and of its tokenizer."""
-    tensors = (tensor.detach().contiguous().cpu() for tensor in model.state_dict().values())
-    weights = [tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors]
+    """A hash of a model's weights, also of divided ones, and of its tokenizer."""
+    tensors = (assembled(tensor.detach()).contiguous().cpu() for tensor in model.state_dict().values())
+    weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
     rules = str(tokenizer)
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         rules = json.dumps(state, sort_keys=True)
-    return fingerprint(rules, *weights)
+    return fingerprint_of(chain([rules], weights))
 
 
 @contextmanager

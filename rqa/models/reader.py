@@ -12,6 +12,7 @@ from rqa.models.fusion import Fusion, FusionReader, load_fusion
 from rqa.models.generation import GenerationArguments
 from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
 from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
 
@@ -47,8 +48,12 @@ def open_reader(
         return EndpointReader(Endpoint(path, endpoint), prompt)
     if is_encoder_decoder(path, options.get("trust_remote_code", False)):
         lengths = {name: getattr(prompt, name) for name in ("max_encoder_seq_length", "max_decoder_seq_length")}
-        model, prompter = load_fusion(path, FusionPromptArguments(prompt.prompt_template, **lengths), **options)
-        collate = choose_collate(model.to(device).get_encoder(), prompter.tokenizer.pad_token_id)
+        with distributed.in_turn():
+            model, prompter = load_fusion(path, FusionPromptArguments(prompt.prompt_template, **lengths), **options)
+            model.to(device)
+        collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
         return FusionReader(Fusion(model), prompter, generation, collate)
     prompter = Prompter(load_tokenizer(path, options.get("trust_remote_code", False)), prompt)
-    return CausalLMReader(load_causal_lm(path, **options).to(device), prompter, generation)
+    with distributed.in_turn():
+        model = load_causal_lm(path, **options).to(device)
+    return CausalLMReader(model, prompter, generation)

@@ -20,7 +20,7 @@ from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, promote
-from rqa.training.journal import LOG_FILE
+from rqa.training.state import continues
 
 log = logging.getLogger(__name__)
 
@@ -77,17 +77,18 @@ def subset(examples: list[Example], size: int, seed: int) -> list[Example]:
     return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
 
 
-def open_output(output_dir: str, all_arguments: Sequence[Any], checkpoint: Path | None = None) -> None:
+def open_output(loop: LoopArguments, all_arguments: Sequence[Any], checkpoint: Path | None = None) -> None:
     """Make the output directory, keep the arguments in it and log to it; say which differ from the checkpoint's."""
+    output = Path(loop.output_dir)
     if distributed.is_main():
-        Path(output_dir).mkdir(parents=True, exist_ok=True)
-        if not checkpoint:
-            for name in (SCORES, DETAILS, PREDICTIONS, LOG_FILE):  # of a run that this one replaces
-                (Path(output_dir) / name).unlink(missing_ok=True)
+        output.mkdir(parents=True, exist_ok=True)
+        if not checkpoint or not continues(checkpoint, loop):
+            for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
+                (output / name).unlink(missing_ok=True)
         named = {name: value for part in all_arguments for name, value in asdict(part).items()}
         merged = {name: value for name, value in named.items() if not name.endswith("api_key")}
-        write_json(Path(output_dir) / ARGUMENTS_FILE, merged)
-        log_to_file(str(Path(output_dir) / "train.log"))
+        write_json(output / ARGUMENTS_FILE, merged)
+        log_to_file(str(output / "train.log"))
         if checkpoint:
             tell_changed_arguments(checkpoint, merged)
     distributed.barrier()

@@ -58,7 +58,8 @@ class ReaderKind:
     """How a kind of reader is built.
 
     Attributes:
-        load: A directory or hub name -> its model, on the CPU, and what builds the model's inputs.
+        load: A directory or hub name -> its model, on the CPU, and what builds the model's inputs. Only the main
+            process reads weights.
         assemble: Both, the model where it will run -> what is trained and evaluated.
     """
 
@@ -103,9 +104,8 @@ def train_reader(
             )
     run = begin(data, loop, all_arguments, "loss")
     device, dtype, inputs = run.device, run.dtype, run.inputs
-    with distributed.in_turn():
-        model, prompter = kind.load(run.source, run)
-        model.to(device)
+    model, prompter = kind.load(run.source, run)
+    model.to(device)
     train_adapters(model, loop)
     if model.config.is_encoder_decoder:
         freeze_pooler(model.get_encoder())
@@ -149,8 +149,7 @@ def train_reader(
         return {}
     scores: dict[str, float] = {}
     if inputs.test:
-        with distributed.in_turn():
-            load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
+        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
         with autocast(device, dtype):
             metrics, rows = test(trained)
         scores = {f"test_{name}": value for name, value in metrics.items()}
@@ -166,7 +165,7 @@ def decoder(prompt: PromptArguments, generation: GenerationArguments) -> ReaderK
 
     def load(path: str, run: Run) -> tuple[PreTrainedModel, Prompter]:
         prompter = Prompter(load_tokenizer(path, run.options["trust_remote_code"]), prompt)
-        return load_causal_lm(path, **run.options), prompter
+        return load_causal_lm(path, empty=not distributed.is_main(), **run.options), prompter
 
     def assemble(model: PreTrainedModel, prompter: Prompter) -> TrainableReader:
         return TrainableReader(AnswerLikelihood(model, prompter), CausalLMReader(model, prompter, generation))
@@ -178,7 +177,7 @@ def fusion(prompt: FusionPromptArguments, generation: GenerationArguments) -> Re
     """Readers that are encoder-decoders: passages are encoded one by one."""
 
     def load(path: str, run: Run) -> tuple[PreTrainedModel, FusionPrompter]:
-        model, prompter = load_fusion(path, prompt, **run.options)
+        model, prompter = load_fusion(path, prompt, empty=not distributed.is_main(), **run.options)
         refuse_overflow(model, run.dtype)
         return model, prompter
 

@@ -11,6 +11,7 @@ from rqa.models.loading import model_fingerprint
 from rqa.objectives.dca import CrossAttentionScorer, GivenScores
 from rqa.objectives.teacher import Teacher
 from rqa.prompts import PassagePromptArguments
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import cache_root, fingerprint
 from rqa.runtime.precision import compute_dtype
@@ -53,13 +54,15 @@ def load_reader_teacher(
     if reader.with_score:
         return GivenScores(examples)
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    model, prompter = load_fusion(reader.reader_model_path, prompt, dtype=dtype, **loop.loading)
-    refuse_overflow(model, dtype)
+    with distributed.in_turn():
+        model, prompter = load_fusion(reader.reader_model_path, prompt, dtype=dtype, **loop.loading)
+        refuse_overflow(model, dtype)
+        model.to(device)
     identity = fingerprint(
         model_fingerprint(model, prompter.tokenizer),
         prompter.template,
         str(prompt.max_encoder_seq_length),
         reader.attention_score,
     )
-    scorer = CrossAttentionScorer(model.to(device), prompter, reader.reader_batch_size, reader.attention_score)
+    scorer = CrossAttentionScorer(model, prompter, reader.reader_batch_size, reader.attention_score)
     return Teacher(scorer, identity, cache_root() / "teacher.sqlite")

@@ -123,8 +123,8 @@ def train_retriever(
         return {}
     scores: dict[str, float] = {}
     if inputs.test:
-        with distributed.in_turn():
-            load_whole_weights(retriever.encoder, load_encoder(loop.output_dir, **run.options).state_dict())
+        best = load_encoder(loop.output_dir, empty=not distributed.is_main(), **run.options)
+        load_whole_weights(retriever.encoder, best.state_dict())
         scores, rows = measure(inputs.test, "test")
         write_results(loop.output_dir, scores, rows)
         log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))

@@ -60,6 +60,6 @@ def begin(
     checkpoint = distributed.from_main(checkpoint_to_resume(loop) if distributed.is_main() else None)
     set_seed(loop.seed)
     inputs = read_inputs(data, loop, train_answers, eval_answers)
-    open_output(loop.output_dir, all_arguments, checkpoint)
+    open_output(loop, all_arguments, checkpoint)
     loop.metric_for_best_model = loop.metric_for_best_model or metric
     return Run(device, dtype, checkpoint, str(checkpoint or data.model_name_or_path), loop.loading, inputs)

@@ -10,6 +10,7 @@ from rqa.models.loading import load_tokenizer, model_fingerprint
 from rqa.objectives.teacher import AnswerScorer, EndpointScorer, Teacher
 from rqa.prompts import PromptArguments, Prompter
 from rqa.prompts.estimate import EstimatedTokens
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import cache_root, fingerprint
 from rqa.runtime.precision import compute_dtype
@@ -51,7 +52,8 @@ def _local_scorer(
 ) -> tuple[AnswerScorer, str]:
     prompter = Prompter(load_tokenizer(lm.lm_model_path, loop.trust_remote_code), prompt)
     dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    model = load_causal_lm(lm.lm_model_path, dtype=dtype, **loop.loading).to(device)
+    with distributed.in_turn():
+        model = load_causal_lm(lm.lm_model_path, dtype=dtype, **loop.loading).to(device)
     return AnswerScorer(model, prompter, lm.lm_tokens_per_batch), model_fingerprint(model, prompter.tokenizer)
 
 

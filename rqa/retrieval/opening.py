@@ -16,6 +16,7 @@ from rqa.retrieval.hybrid import HybridRetriever, choose_weight
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.lexical import LexicalRetriever
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
@@ -81,7 +82,9 @@ def open_retriever(
         examples = read_examples(arguments.fusion_eval_path)
     if arguments.retriever == "hybrid" and arguments.fusion == "weighted" and arguments.fusion_weight is None:
         _require_gold(examples)
-    dense = Retriever(load_encoder(embedding_model, encoder, **options).to(device), documents, index)
+    with distributed.in_turn():
+        model = load_encoder(embedding_model, encoder, **options).to(device)
+    dense = Retriever(model, documents, index)
     dense.open(index_path)
     if arguments.retriever == "dense":
         return dense

@@ -37,7 +37,7 @@ class Retriever(PassageRetriever):
 
         An index made from other documents, weights or settings is rebuilt, with one line that says so.
         """
-        stamp = self.stamp()
+        stamp = self.stamp() if path is not None else ""
         if path is not None:
             refuse_foreign_directory(Path(path))
             if self.index.load(path) and self.index.stamp == stamp:

@@ -10,3 +10,8 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # what it quotes may hold line breaks
+
+
+def one_line(error: Exception) -> str:
+    """What an error says, without line breaks and not at length."""
+    return " ".join(str(error).split())[:300]

@@ -184,6 +184,11 @@ def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
 
 def fingerprint(*parts: str | bytes) -> str:
     """A sha256 over the parts, each preceded by its length so that boundaries count."""
+    return fingerprint_of(parts)
+
+
+def fingerprint_of(parts: Iterable[str | bytes]) -> str:
+    """`fingerprint` of parts that come one at a time."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part

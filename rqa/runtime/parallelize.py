@@ -30,6 +30,8 @@ def parallelize(
 ) -> nn.Module:
     """Move a module to its device and wrap it for training; its parameters stay those of `module`.
 
+    Every process begins with the weights of the main process.
+
     Args:
         shard: FSDP2 instead of DDP: parameters, gradients and optimizer state divided among processes.
         dtype: What sharded parameters are gathered in; gradients are reduced in float32.
@@ -51,19 +53,33 @@ def parallelize(
 
 
 def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
+    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves.
+
+    The main process sends each of these parts when it is divided: no other process ever needs a whole model.
+    """
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
     for layer in _layers(module):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
+        _shard_part(layer, mesh=mesh, mp_policy=policy)
     for model in _roots(module):
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
-        fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        _shard_part(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for name in getattr(model, "forward_methods", ()):
             register_fsdp_forward_method(model, name)
+    for buffer in module.buffers():
+        dist.broadcast(buffer, src=0)
     return module
+
+
+@torch.no_grad()
+def _shard_part(part: nn.Module, **options: Any) -> None:
+    whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
+    fully_shard(part, **options)
+    for name, value in whole.items():
+        parameter = part.get_parameter(name)
+        parameter.to_local().copy_(_from_main(value, parameter).to_local())
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
@@ -138,14 +154,33 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
             handle.remove()
 
 
+def assembled(tensor: Tensor) -> Tensor:
+    """A tensor put together from its parts, if it is divided; then every process calls this."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`module.load_state_dict`, each process keeping its part; every process has the whole weights."""
-    parameters = dict(module.named_parameters(remove_duplicate=False))
-    module.load_state_dict({name: shard_like(parameters.get(name), value) for name, value in weights.items()})
+    """`module.load_state_dict`, each process keeping its part of what the main process has.
+
+    Args:
+        weights: Those of the other processes only tell shapes.
+    """
+    present = module.state_dict()
+    module.load_state_dict({name: _from_main(value, present[name]) for name, value in weights.items()})
+
+
+def _from_main(value: Tensor, like: Tensor) -> Tensor:
+    """The main process's value, divided and placed as another tensor is."""
+    value = value.to(like.device)
+    if isinstance(like, DTensor):
+        return distribute_tensor(value, like.device_mesh, like.placements)
+    if distributed.world_size() > 1:
+        dist.broadcast(value, src=0)
+    return value
 
 
 def shard_like(parameter: Tensor | None, value: Tensor) -> Tensor:
-    """This process's part of a whole tensor, divided as the parameter is; the tensor if the parameter is whole."""
+    """This process's part of a whole tensor that each has, divided as the parameter is; all if the parameter is."""
     if not isinstance(parameter, DTensor):
         return value
     value = value.to(parameter.device)
@@ -161,8 +196,7 @@ def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def _gather_values(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
     for name, value in values:
-        if isinstance(value, DTensor):
-            value = value.full_tensor()
+        value = assembled(value)
         if distributed.is_main():
             yield name, value.cpu() if isinstance(value, Tensor) else value
 

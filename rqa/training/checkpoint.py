@@ -1,11 +1,10 @@
 """Checkpoints: the model in its own layout, and beside it all that the next step depends on."""
 
-import json
 import logging
 import re
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -13,7 +12,7 @@ import torch
 from safetensors import SafetensorError
 
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import (
     COMPLETION_MARK,
     atomic_directory,
@@ -27,10 +26,11 @@ from rqa.runtime.parallelize import whole_weights
 from rqa.runtime.randomness import random_state, restore_random_state
 from rqa.training.arguments import LoopArguments
 from rqa.training.optim import Optimization
+from rqa.training.state import STATE_FILE, RunState, continues, saved_state
 
 log = logging.getLogger(__name__)
 
-STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE = "trainer_state.json", "training_state.pt", "all_args.json"
+TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
 LIVE_STATE = "live_state"
 WEIGHTS = ("adapter_*", "model*.safetensors", "*.safetensors.index.json")
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, LIVE_STATE, COMPLETION_MARK}
@@ -50,28 +50,6 @@ class LiveState(Protocol):
         """Restore what a snapshot wrote. Every process calls this."""
 
 
-@dataclass
-class RunState:
-    """How far a run is. Small and readable: `trainer_state.json`.
-
-    Attributes:
-        step: Optimizer steps done.
-        examples: Examples that these steps took from the stream; with the seed it fixes the next batch.
-        log_history: Every log line and evaluation, oldest first.
-        best_metric: The best value of the metric that chooses the best model.
-        best_model_checkpoint: The name of the checkpoint that reached it, inside the output directory.
-        window: Sums since the last log line.
-    """
-
-    step: int = 0
-    examples: int = 0
-    log_history: list[dict[str, float]] = field(default_factory=list)
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None
-    window: dict[str, float] = field(default_factory=dict)
-    interrupted: bool = False
-
-
 def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
     """The checkpoint that the arguments ask to continue from; None for a new run.
 
@@ -80,25 +58,30 @@ def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:
     Raises:
         UserError: it does not exist, is incomplete or damaged, or the output directory already holds a run.
     """
-    output, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint
-    if wanted and wanted.lower() != "false":
+    output, wanted = Path(arguments.output_dir), arguments.resume_from_checkpoint or "false"
+    anew = wanted.lower() == "false"
+    if arguments.overwrite_output_dir or not anew:
         remove_leftovers(output)
-        if wanted.lower() == "true":
-            return _newest_good(output)
-        if problem := damage(wanted):
-            raise UserError(
-                f"--resume_from_checkpoint {wanted}: is not a complete checkpoint ({problem}); "
-                "true takes the newest good one of output_dir"
-            )
-        return Path(wanted)
+    if wanted.lower() == "true":
+        return _newest_good(output)
+    source = None if anew else _named(wanted)
+    if source and continues(source, arguments):
+        return source
     if not arguments.overwrite_output_dir and ((output / STATE_FILE).exists() or _all_checkpoints(output)):
         raise UserError(
             f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
             "start afresh with --overwrite_output_dir true, or choose another directory"
         )
-    if arguments.overwrite_output_dir:
-        remove_leftovers(output)
-    return None
+    return source
+
+
+def _named(path: str) -> Path:
+    if problem := damage(path):
+        raise UserError(
+            f"--resume_from_checkpoint {path}: is not a complete checkpoint ({problem}); "
+            "true takes the newest good one of output_dir"
+        )
+    return Path(path)
 
 
 def _newest_good(output: Path) -> Path | None:
@@ -139,13 +122,14 @@ def save_checkpoint(
     write_live_state = live.snapshot() if live else None
     path, failure = output / f"checkpoint-{state.step}", None
     tensors = {"optimization": optimization.state_dict(), "random": generators}
+    state = saved_state(state)
     with whole_weights(objective):
         if distributed.is_main():
             try:
                 with atomic_directory(path) as directory:
                     _write(directory, output, objective, tensors, state, write_live_state)
             except (OSError, RuntimeError, SafetensorError) as error:  # libraries do not agree on a full disk
-                failure = f"checkpoint {path}: cannot be written ({_one_line(error)}); {_what_stands(output)}"
+                failure = f"checkpoint {path}: cannot be written ({one_line(error)}); {_what_stands(output)}"
     if failure := distributed.from_main(failure):
         raise UserError(failure)
 
@@ -173,28 +157,6 @@ def _what_stands(output: Path) -> str:
     return f"make room and continue from {found[-1]}" if found else "make room; no earlier checkpoint exists"
 
 
-def load_state(directory: Path) -> RunState:
-    """How far the run was.
-
-    Raises:
-        UserError: the file cannot be read.
-    """
-    try:
-        state = RunState(**json.loads((directory / STATE_FILE).read_text(encoding="utf-8")))
-        _check_types(state)
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
-    return replace(state, interrupted=False)
-
-
-def _check_types(state: RunState) -> None:
-    kinds = {"step": int, "examples": int, "log_history": list, "window": dict}
-    for name, kind in kinds.items():
-        value = getattr(state, name)
-        if type(value) is not kind or (kind is int and not 0 <= value < 2**53):
-            raise ValueError(f"{STATE_FILE}: '{name}' is no {kind.__name__} that a run writes")
-
-
 def load_checkpoint(directory: Path, optimization: Optimization, state: RunState, live: LiveState | None) -> None:
     """Restore all but the model's weights, which the caller loaded from the same directory.
 
@@ -210,7 +172,7 @@ def load_checkpoint(directory: Path, optimization: Optimization, state: RunState
         if len(generators) == distributed.world_size():
             restore_random_state(generators[distributed.rank()])
     except Exception as error:  # a damaged file raises nearly anything
-        raise UserError(f"checkpoint {directory}: cannot be resumed ({_one_line(error)})") from None
+        raise UserError(f"checkpoint {directory}: cannot be resumed ({one_line(error)})") from None
     log.info("continuing from %s, step %d", directory, state.step)
     if len(generators) != distributed.world_size():
         log.info("%d processes saved it, %d continue: dropout draws anew", len(generators), distributed.world_size())
@@ -250,7 +212,3 @@ def promote(source: Path, output: Path) -> None:
         else:
             with atomic_file(output / relative) as temporary:
                 shutil.copyfile(path, temporary)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

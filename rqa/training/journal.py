@@ -10,10 +10,10 @@ from pathlib import Path
 from tqdm import tqdm
 
 from rqa.runtime import distributed
-from rqa.runtime.files import write_json
+from rqa.runtime.files import write_json, write_jsonl
 from rqa.runtime.tracking import start_tracker
 from rqa.training.arguments import LoopArguments
-from rqa.training.checkpoint import STATE_FILE, RunState
+from rqa.training.state import STATE_FILE, RunState
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +21,10 @@ LOG_FILE = "log.jsonl"
 
 
 class Journal:
-    """Sums since the last log line live in `state.window`, so that a resumed run's lines are the same."""
+    """Sums since the last log line live in `state.window`, so that a resumed run's lines are the same.
+
+    The clock and the tokens that it counts live here: no run resumes the time of another.
+    """
 
     def __init__(self, state: RunState, steps: int, arguments: LoopArguments) -> None:
         self.state = state
@@ -37,7 +40,9 @@ class Journal:
             asdict(arguments),
         )
         self.bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not main)
-        self.started = time.perf_counter()
+        if main:  # a killed run told of steps that are done again
+            write_jsonl(self.path.parent / LOG_FILE, state.log_history)
+        self._start_clock()
 
     def __enter__(self) -> "Journal":
         return self
@@ -56,18 +61,20 @@ class Journal:
             statistics: Of each micro-batch; their mean is told.
         """
         state, window = self.state, self.state.window
-        counts = {"loss": loss, "tokens": tokens, "steps": 1.0}
+        counts = {"loss": loss, "steps": float(distributed.is_main())}
         for values in statistics:
             for name, value in {"micro_batches": 1.0, **values}.items():
                 counts[name] = counts.get(name, 0.0) + value
         for name, value in counts.items():
             window[name] = window.get(name, 0.0) + value
+        self.tokens += tokens
         self.bar.update()
         if state.step == 1 or state.step % self.arguments.logging_steps == 0 or state.step == self.steps:
-            sums = dict(zip(window, distributed.total(list(window.values())), strict=True))
-            loss, tokens, steps, micro_batches = (sums.pop(k) for k in ("loss", "tokens", "steps", "micro_batches"))
+            tokens, *totals = distributed.total([self.tokens, *window.values()])
+            sums = dict(zip(window, totals, strict=True))
+            loss, steps, micro_batches = (sums.pop(k) for k in ("loss", "steps", "micro_batches"))
             entry = {
-                "loss": loss / steps * distributed.world_size(),
+                "loss": loss / steps,
                 "grad_norm": norm,
                 "learning_rate": rate,
                 "tokens_per_second": tokens / (time.perf_counter() - self.started),
@@ -78,7 +85,7 @@ class Journal:
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One entry of the history, and one line of `log.jsonl`, which a resumed run continues.
+        """One entry of the history, and one line of `log.jsonl`.
 
         The clock starts anew behind it.
         """
@@ -91,7 +98,10 @@ class Journal:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")
             self.track(metrics, self.state.step)
             self.save()
-        self.started = time.perf_counter()
+        self._start_clock()
+
+    def _start_clock(self) -> None:
+        self.started, self.tokens = time.perf_counter(), 0
 
     def save(self) -> None:
         """Write `trainer_state.json`."""

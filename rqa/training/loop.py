@@ -6,7 +6,6 @@ micro-batches and processes gives the same gradient.
 """
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -26,15 +25,14 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
 from rqa.training.checkpoint import (
     LiveState,
-    RunState,
     delete_old_checkpoints,
     load_checkpoint,
-    load_state,
     promote,
     save_checkpoint,
 )
 from rqa.training.journal import Journal
 from rqa.training.optim import Optimization
+from rqa.training.state import RunState, continues, is_best, resume_state
 
 log = logging.getLogger(__name__)
 
@@ -75,12 +73,12 @@ def train(
         dtype=dtype,
     )
     live = before_step if isinstance(before_step, LiveState) else None
-    state = load_state(checkpoint) if checkpoint else RunState()
+    state = resume_state(checkpoint, arguments) if checkpoint else RunState()
     batches.start_at(state.step, state.examples)
     optimization = Optimization(objective, arguments, len(batches), device)
     if checkpoint:
         load_checkpoint(checkpoint, optimization, state, live)
-    else:
+    if not checkpoint or not continues(checkpoint, arguments):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
     # Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its
     # workers: from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
@@ -153,26 +151,6 @@ def due(strategy: str, every: int, step: int, batches: Batches) -> bool:
     if strategy == "epoch":
         return int(batches.epoch(step)) > int(batches.epoch(step - 1))
     return strategy == "steps" and step % every == 0
-
-
-def is_best(metrics: dict[str, float], state: RunState, arguments: LoopArguments) -> bool:
-    """Whether these metrics are the best so far; if so, the state remembers.
-
-    Raises:
-        UserError: `metric_for_best_model` is not among them.
-    """
-    name = arguments.metric_for_best_model
-    value = next((metrics[key] for key in (name, f"eval_{name}") if key in metrics), None)
-    if value is None:
-        raise UserError(f"--metric_for_best_model {name}: not measured; choose one of {', '.join(sorted(metrics))}")
-    best = state.best_metric
-    if not math.isfinite(value):
-        return False
-    if best is not None and not (value > best if arguments.maximize else value < best):
-        return False
-    state.best_metric = value
-    state.best_model_checkpoint = f"checkpoint-{state.step}" if arguments.save_strategy != "no" else None
-    return True
 
 
 def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:

@@ -10,9 +10,11 @@ import huggingface_hub.constants
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
     BertConfig,
     BertModel,
     DistilBertConfig,
@@ -127,6 +129,22 @@ def test_more_packed_tokens_than_positions_are_no_obstacle(encoder_path: str) ->
     assert encoder.backbone.config.max_position_embeddings == 64
     together = encoder.embed(sequences)
     np.testing.assert_allclose(together, np.concatenate([encoder.embed([s]) for s in sequences]), atol=1e-6)
+
+
+@pytest.mark.parametrize("fixture", ["lm_path", "encoder_path", "t5_path"])
+def test_an_empty_model_has_the_layout_and_the_ties_of_the_real_one(
+    fixture: str, request: pytest.FixtureRequest
+) -> None:
+    path = request.getfixturevalue(fixture)
+    kind = {"lm_path": AutoModelForCausalLM, "encoder_path": AutoModel, "t5_path": AutoModelForSeq2SeqLM}[fixture]
+    real, empty = load_model(kind, path), load_model(kind, path, empty=True)
+    for of in (nn.Module.named_parameters, nn.Module.named_buffers):  # without duplicates: ties count
+        ours, theirs = ({n: (t.shape, t.dtype, t.device) for n, t in of(model)} for model in (empty, real))
+        assert ours == theirs
+    assert empty.name_or_path == real.name_or_path
+    assert empty.config._attn_implementation == real.config._attn_implementation
+    empty.load_state_dict(real.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(empty.parameters(), real.parameters(), strict=True))
 
 
 def test_choosing_leaves_the_mode_and_the_random_state_alone(lm_path: str) -> None:

@@ -20,8 +20,9 @@ from rqa.runtime.files import atomic_file, damage
 from rqa.training import checkpoint
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
-from rqa.training.checkpoint import RunState, checkpoint_to_resume, checkpoints, delete_old_checkpoints
+from rqa.training.checkpoint import checkpoint_to_resume, checkpoints, delete_old_checkpoints
 from rqa.training.loop import train
+from rqa.training.state import RunState
 
 CPU = torch.device("cpu")
 
@@ -71,7 +72,7 @@ def run(arguments: LoopArguments, **options: object) -> Regression:
     Path(arguments.output_dir).mkdir(parents=True, exist_ok=True)
     objective = Regression()
     start = checkpoint_to_resume(arguments)
-    open_output(arguments.output_dir, [arguments], start)
+    open_output(arguments, [arguments], start)
     if start:
         objective.load_state_dict(load_file(start / "w.safetensors"))
     objective.state = train(objective, make_batches(arguments), arguments, CPU, checkpoint=start, **options)
@@ -259,9 +260,52 @@ def test_other_arguments_are_told_and_the_command_line_wins(
     assert {entry["learning_rate"] for entry in resumed.state.log_history if entry["step"] > 4} == {0.01}
 
 
+@dataclass
+class Measured:
+    """An `evaluate` whose loss and accuracy have their best values at other steps."""
+
+    losses: dict[int, float]
+
+    def __call__(self, step: int) -> dict[str, float]:
+        return {"eval_loss": self.losses[step], "eval_accuracy": float(step)}
+
+
+def test_the_best_model_of_another_directory_is_forgotten_with_one_line(
+    arguments: LoopArguments, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = replace(arguments, max_steps=4, eval_steps=2)
+    run(first, evaluate=Measured({2: 0.1, 4: 0.5}))
+    start = Path(first.output_dir) / "checkpoint-4"
+    other = replace(first, output_dir=str(tmp_path / "other"), max_steps=6, resume_from_checkpoint=str(start))
+    resumed = run(other, evaluate=Measured({6: 0.9}))
+    (line,) = [line for line in warnings_of(caplog) if "best model" in line]
+    assert "none, not checkpoint-2 (0.1)" in line
+    assert (resumed.state.best_metric, resumed.state.best_model_checkpoint) == (0.9, "checkpoint-6")
+    assert torch.equal(load_file(tmp_path / "other" / "w.safetensors")["linear.weight"], resumed.linear.weight)
+    log_lines = (tmp_path / "other" / "log.jsonl").read_text().splitlines()
+    assert len(log_lines) == len(resumed.state.log_history)
+    with pytest.raises(UserError, match="holds a run already"):
+        run(other)
+    run(replace(other, overwrite_output_dir=True, max_steps=5))
+    assert [path.name for path in checkpoints(tmp_path / "other")] == ["checkpoint-5"]
+
+
+def test_by_another_metric_the_best_is_chosen_again_among_the_models_that_stand(
+    arguments: LoopArguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = replace(arguments, max_steps=4, eval_steps=2)
+    run(first, evaluate=Measured({2: 0.1, 4: 0.5}))
+    again = replace(first, max_steps=6, resume_from_checkpoint="true", metric_for_best_model="accuracy")
+    resumed = run(again, evaluate=lambda step: {"eval_accuracy": 0.0})
+    (line,) = [line for line in warnings_of(caplog) if "best model" in line]
+    assert "checkpoint-4 (4.0), not checkpoint-2 (0.1)" in line
+    assert (resumed.state.best_metric, resumed.state.best_model_checkpoint) == (4.0, "checkpoint-4")
+
+
 def test_the_same_arguments_are_not_worth_a_line(arguments: LoopArguments, caplog: pytest.LogCaptureFixture) -> None:
-    run(arguments)
-    run(replace(arguments, resume_from_checkpoint="true"))
+    evaluated = replace(arguments, eval_steps=2)
+    run(evaluated, evaluate=Measured({2: 0.3, 4: 0.1, 6: 0.2}))
+    run(replace(evaluated, resume_from_checkpoint="true"))
     assert warnings_of(caplog) == []
 
 
