@@ -244,6 +244,12 @@ def test_no_text_and_on_demand_no_source_is_in_two_splits(documents: list[Docume
         ("Here are two:\n\n- What is it?\n* “Who did that?”\n• Where was it?", ["What is it?", "Who did that?"]),
         ("Q1: What is it?\nQuestion 2: What is it?\n**Why is it?**", ["What is it?", "Why is it?"]),
         ("1990 saw what happen?\n3.5 is how much?", ["1990 saw what happen?", "3.5 is how much?"]),
+        (
+            "What is the answer to the question: What is it?\n1. A question: **Who did that?**",
+            ["What is it?", "Who did that?"],
+        ),
+        ("What is the purpose of this passage?\nWho sells the right of passage?", ["Who sells the right of passage?"]),
+        ("**Question 1:** What is it?\n**Question: Who did that?**", ["What is it?", "Who did that?"]),
         ("Why?\nThis is none.\n", []),
         ("", []),
     ],
