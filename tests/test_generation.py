@@ -263,13 +263,15 @@ def test_questions_are_read_from_replies_of_many_shapes(reply: str, expected: li
     [
         ("Answer: It\n is so.", "It is so."),
         ("NO ANSWER", None),
+        ("The passage says that it is so.", None),
+        ("So is it", None),
         ("No answer.", None),
         (" \n", None),
         ("Noon.", "Noon."),
     ],
 )
 def test_answers_are_read_from_replies(reply: str, expected: str | None) -> None:
-    assert parse_answer(reply) == expected
+    assert parse_answer(reply, "So, is it?") == expected
 
 
 def test_a_local_model_replies_as_it_does_alone_and_is_asked_once(

@@ -33,7 +33,7 @@ _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.
 _LABEL = re.compile(
     r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE
 )  # small models write 'The answer to the question: What ...?'
-_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # nobody who asks has one before him
+_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
 
 
@@ -70,8 +70,9 @@ def parse_questions(reply: str, number: int) -> list[str]:
     return list(questions)[:number]
 
 
-def parse_answer(reply: str) -> str | None:
-    """The answer on one line; None where the model found none."""
+def parse_answer(reply: str, question: str) -> str | None:
+    """The answer on one line; None where the model found none, speaks of the passage or says the question again."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
     bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
-    return None if not bare or bare.startswith(NO_ANSWER) else answer
+    echo = bare == re.sub(r"[^\w\s]", "", question).strip().lower()
+    return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer

@@ -177,7 +177,7 @@ def write_answers(
 ) -> list[Example]:
     """The examples with their answers; those that the passage does not answer are left out."""
     replies = generator.generate(answer_conversations(examples, template))
-    answers = [parse_answer(reply) for reply in replies]
+    answers = [parse_answer(reply, example.question) for reply, example in zip(replies, examples, strict=True)]
     counts["answers"] += sum(answer is not None for answer in answers)
     counts["questions left out without an answer"] += sum(answer is None for answer in answers)
     pairs = zip(examples, answers, strict=True)
