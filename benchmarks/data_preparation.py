@@ -29,7 +29,7 @@ from rqa.data.examples import Example
 from rqa.data.pydocs import QUICKSTART, build_corpus
 from rqa.data.sources import Source, read_sources
 from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.mining import MiningArguments, mine, rank_in_parts
+from rqa.retrieval.mining import NegativeArguments, NegativeChooser, mine, rank_in_parts
 
 WORDS = 20_000  # of the made-up language
 TEXTS_JOINED = 20  # passages of pydocs that make one document
@@ -123,12 +123,12 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
     documents = [Document(text, {"source": str(number)}) for number, text in enumerate(texts)]
     gold = chance.sample(documents, queries)
     examples = [Example(" ".join(chance.sample(document.page_content.split(), 10)), (document,)) for document in gold]
-    arguments = MiningArguments()
     started = time.perf_counter()
+    chooser = NegativeChooser(examples, documents, NegativeArguments())
     asked = [example.question for example in examples]
-    hits = rank_in_parts(LexicalRetriever, documents, asked, arguments.negatives_to_rank, passages)
+    hits = rank_in_parts(LexicalRetriever, documents, asked, chooser.depth, passages)
     ranked = time.perf_counter()
-    found, _ = mine(examples, [hits], documents, arguments)
+    found = mine(chooser, [hits], documents, 8)
     return {
         "passages": passages,
         "queries": queries,

@@ -57,7 +57,9 @@ def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     assert run_executable("generate_questions", flags) == 0
-    assert "20 questions of train, 4 questions of eval, 8 questions of test" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for name, count in {"train": 20, "eval": 4, "test": 8}.items():
+        assert f"{name}_w_q.jsonl: {count} questions" in printed
     out = tmp_path / "out"
     asked = {split: rows(out / f"{split}_w_q.jsonl") for split in ("train", "eval", "test")}
     assert {split: len(found) for split, found in asked.items()} == {"train": 10, "eval": 2, "test": 4}
@@ -69,7 +71,7 @@ def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage(
     assert len(set(passages)) == 16
     assert run_executable("generate_answers", {"input_path": sorted(out.glob("*_w_q.jsonl")), "output_dir": out,
                                                "model_name_or_path": flags["model_name_or_path"]}) == 0  # fmt: skip
-    assert "16 questions without an answer, left out" in capsys.readouterr().out
+    assert "16 questions left out without an answer" in capsys.readouterr().out
     for split, found in asked.items():
         examples = read_examples(out / f"{split}_w_qa.jsonl", answers=True)
         assert [example.question for example in examples] == [row["questions"][0] for row in found]
@@ -118,6 +120,35 @@ def test_the_round_trip_keeps_what_finds_its_passage(
     flags |= {"round_trip_k": 24, "round_trip_model": encoder_path, "output_dir": tmp_path / "all"}
     assert run_executable("generate_questions", flags) == 0
     assert sum(len(row["questions"]) for path in (tmp_path / "all").iterdir() for row in rows(path)) == 32
+
+
+def test_a_split_without_a_question_or_an_answer_is_not_written(
+    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    out, original = tmp_path / "out", server.say
+    passages = sample_passages(read_documents(str(flags["document_path"])), SampleArguments(10, 2, 4, "passage", 5))
+    lost = [document.page_content for document in passages["eval"]]
+    server.say = lambda messages: (
+        "Zebra gnu yak?" if any(text in messages[-1]["content"] for text in lost) else original(messages)
+    )
+    assert run_executable("generate_questions", {**flags, "round_trip_k": 1}) == 0
+    assert "eval_w_q.jsonl: not written, since no question is left" in capsys.readouterr().out
+    assert sorted(path.name for path in out.iterdir()) == ["test_w_q.jsonl", "train_w_q.jsonl"]
+    unanswered = [document.page_content for document in passages["test"]]
+    server.say = lambda messages: (
+        "NO ANSWER" if any(text in messages[-1]["content"] for text in unanswered) else original(messages)
+    )
+    answers = {"input_path": sorted(out.iterdir()), "output_dir": tmp_path / "answers",
+               "model_name_or_path": flags["model_name_or_path"]}  # fmt: skip
+    assert run_executable("generate_answers", answers) == 0
+    assert "test_w_qa.jsonl: not written, since no question was answered" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["train_w_qa.jsonl"]
+    server.say = lambda messages: f"Zebra gnu yak {hash(str(messages))}?"
+    again = {**flags, "round_trip_k": 1, "output_dir": tmp_path / "none", "max_new_tokens": 99}
+    assert run_executable("generate_questions", again) == 2
+    assert "none: no question is left, and nothing is written: 16 passages" in capsys.readouterr().err
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_question_that_fits_two_passages_is_asked_of_neither(
@@ -178,7 +209,7 @@ def test_replies_without_any_question_or_answer_are_an_error(
     answers = {"input_path": data / "train_w_qa.jsonl", "output_dir": tmp_path / "out",
                "model_name_or_path": flags["model_name_or_path"]}  # fmt: skip
     assert run_executable("generate_answers", answers) == 2
-    assert "none of the questions for" in capsys.readouterr().err
+    assert "answered none of 16 questions" in capsys.readouterr().err
     write_examples(tmp_path / "bare.jsonl", [Example("Who?")])
     assert run_executable("generate_answers", {**answers, "input_path": tmp_path / "bare.jsonl"}) == 2
     assert "bare.jsonl:1: field 'gold_docs' is empty" in capsys.readouterr().err
@@ -213,6 +244,12 @@ def test_no_text_and_on_demand_no_source_is_in_two_splits(documents: list[Docume
         ("Here are two:\n\n- What is it?\n* “Who did that?”\n• Where was it?", ["What is it?", "Who did that?"]),
         ("Q1: What is it?\nQuestion 2: What is it?\n**Why is it?**", ["What is it?", "Why is it?"]),
         ("1990 saw what happen?\n3.5 is how much?", ["1990 saw what happen?", "3.5 is how much?"]),
+        (
+            "What is the answer to the question: What is it?\n1. A question: **Who did that?**",
+            ["What is it?", "Who did that?"],
+        ),
+        ("What is the purpose of this passage?\nWho sells the right of passage?", ["Who sells the right of passage?"]),
+        ("**Question 1:** What is it?\n**Question: Who did that?**", ["What is it?", "Who did that?"]),
         ("Why?\nThis is none.\n", []),
         ("", []),
     ],
@@ -226,13 +263,15 @@ def test_questions_are_read_from_replies_of_many_shapes(reply: str, expected: li
     [
         ("Answer: It\n is so.", "It is so."),
         ("NO ANSWER", None),
+        ("The passage says that it is so.", None),
+        ("So is it", None),
         ("No answer.", None),
         (" \n", None),
         ("Noon.", "Noon."),
     ],
 )
 def test_answers_are_read_from_replies(reply: str, expected: str | None) -> None:
-    assert parse_answer(reply) == expected
+    assert parse_answer(reply, "So, is it?") == expected
 
 
 def test_a_local_model_replies_as_it_does_alone_and_is_asked_once(

@@ -28,8 +28,8 @@ TRAINERS = {
     # All mined negatives of a question, so that none is chosen by chance.
     "ctl, mined": (
         "train_ctl",
-        {"mine_negatives": "true", "num_hard_negatives": 99, "negatives_from_rank": 18, "negatives_margin": -1,
-         "refresh_step": 2, "refresh_fraction": 0.5},
+        {"mine_negatives": "true", "num_hard_negatives": 7, "negatives_from_rank": 18, "negatives_to_rank": 24,
+         "negatives_margin": 0, "refresh_step": 2, "refresh_fraction": 0.5},
     ),
     "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
     "emdr": ("train_emdr", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),

@@ -354,6 +354,7 @@ def test_evaluation_in_between_changes_nothing_in_training(
         ("train_ctl", "negatives_from_rank", 0, "--negatives_from_rank 0: must be at least 1"),
         ("train_ctl", "mine_negatives", "true", "--mine_negatives true: say how many"),
         ("train_ctl", "refresh_async", "true", "--refresh_async: nothing is refreshed without --mine_negatives true"),
+        ("train_ctl", "negatives_margin", 0.1, "--negatives_margin: nothing is mined without --mine_negatives true"),
         ("train_ctl", "refresh_fraction", 0.5, "--refresh_fraction: nothing is refreshed without"),
         ("train_ctl", "metric_for_best_model", "blue", "--metric_for_best_model blue: not measured"),
         ("train_ctl", "model_name_or_path", "/nowhere/model", "model /nowhere/model: cannot be loaded"),
@@ -381,6 +382,14 @@ def test_bad_flags_are_one_line_and_status_2(
     flags = rpg if name == "train_rpg" else without(rpg, "lm_model_path", "num_docs", "text_maxlength")
     assert run_executable(name, {**flags, flag: value}) == 2
     assert_one_error(capsys, message, tmp_path)
+
+
+def test_more_negatives_than_the_window_of_ranks_holds_are_refused(
+    ctl: dict[str, object], run_executable: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    own = {"mine_negatives": "true", "num_hard_negatives": 16, "negatives_from_rank": 6}
+    assert run_executable("train_ctl", {**ctl, **own}) == 2
+    assert_one_error(capsys, "--negatives_to_rank 20: leaves 15 hard negatives a question", tmp_path)
 
 
 @pytest.mark.parametrize("flag", ["refresh_async", "train_query_encoder_only"])

@@ -12,7 +12,7 @@ from rqa.data.duplicates import Seen, normalize
 from rqa.data.sources import Source, Unreadable, find_files, read_sources
 from rqa.runtime.errors import UserError
 
-NAMED = 20  # skipped texts that the summary names
+NAMED = 20  # skipped texts, and files of other kinds, that the summary names
 
 
 @dataclass
@@ -25,6 +25,7 @@ class Collection:
         documents: Passages kept.
         duplicates: Passages left out, since one of the same title has the same words.
         skipped: What gave nothing: the place and the reason.
+        others: Files of a folder whose ending says that they cannot be read.
     """
 
     paths: Sequence[str | Path]
@@ -34,6 +35,7 @@ class Collection:
     documents: int = 0
     duplicates: int = 0
     skipped: list[str] = field(default_factory=list)
+    others: list[Path] = field(default_factory=list)
 
     def passages(self) -> Iterator[Document]:
         """Yield each passage once; memory does not grow with their number.
@@ -41,7 +43,11 @@ class Collection:
         Raises:
             UserError: a path is missing, a JSONL line is malformed, or there is no text at all.
         """
-        files = [(file, Path(path)) for path in self.paths for file in find_files(path)]
+        files: list[tuple[Path, Path]] = []
+        for path in self.paths:
+            found, others = find_files(path)
+            files += [(file, Path(path)) for file in found]
+            self.others += others
         seen = Seen()
         for source, passages in self.chunker.passages(self._sources(files)):
             if not passages:
@@ -74,8 +80,13 @@ class Collection:
         lines = [
             f"{self.documents} passages of {self.texts} texts, {self.characters / 1e6:.2f} million characters",
             f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts left out",
-            *(f"  {reason}" for reason in self.skipped[:NAMED]),
+            *_named(self.skipped),
         ]
-        if len(self.skipped) > NAMED:
-            lines.append(f"  and {len(self.skipped) - NAMED} more")
+        if self.others:
+            lines += [f"{len(self.others)} files of other kinds left out", *_named([str(file) for file in self.others])]
         return "\n".join(lines)
+
+
+def _named(places: Sequence[str]) -> list[str]:
+    more = [f"  and {len(places) - NAMED} more"] if len(places) > NAMED else []
+    return [*(f"  {place}" for place in places[:NAMED]), *more]

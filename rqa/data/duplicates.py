@@ -9,6 +9,15 @@ def normalize(text: str) -> str:
     return " ".join(text.lower().split())
 
 
+def digest(*parts: str) -> bytes:
+    """16 bytes that stand for a text, in parts whose boundaries count."""
+    hashed = blake2b(digest_size=16)
+    for part in parts:
+        data = part.encode("utf-8", "surrogatepass")
+        hashed.update(len(data).to_bytes(8, "little") + data)
+    return hashed.digest()
+
+
 class Seen:
     """A set of texts, kept as hashes in a temporary database that spills to the disk and vanishes with the process."""
 
@@ -20,8 +29,4 @@ class Seen:
 
     def add(self, *parts: str) -> bool:
         """Remember a text, in parts whose boundaries count; False if it was there already."""
-        digest = blake2b(digest_size=16)
-        for part in parts:
-            data = part.encode("utf-8", "surrogatepass")
-            digest.update(len(data).to_bytes(8, "little") + data)
-        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest.digest(),)).rowcount == 1
+        return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (digest(*parts),)).rowcount == 1

@@ -39,22 +39,22 @@ class Unreadable(Exception):
     """A file that cannot be turned into text; the message says why."""
 
 
-def find_files(path: str | Path) -> list[Path]:
-    """The file, or all files of a folder that can be read, in order; hidden ones are left out.
+def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
+    """The file, or a folder's files in order: those that can be read, and those of other kinds; no hidden ones.
 
     Raises:
         UserError: there is nothing to read, or what reads it is not installed.
     """
     path = Path(path)
     if path.is_dir():
-        inside = (Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        files = sorted(file for file in inside
-                       if file.suffix.lower() in READERS
-                       and not any(part.startswith(".") for part in file.relative_to(path).parts))  # fmt: skip
+        inside = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+        files = [file for file in visible if file.suffix.lower() in READERS]
+        others = [file for file in visible if file.suffix.lower() not in READERS]
         if not files:
             raise UserError(f"{path}: holds no file that ends in {', '.join(READERS)}")
     elif path.is_file():
-        files = [path]
+        files, others = [path], []
         if path.suffix.lower() not in READERS:
             raise UserError(f"{path}: cannot be read; write files that end in {', '.join(READERS)}")
     else:
@@ -63,7 +63,7 @@ def find_files(path: str | Path) -> list[Path]:
         package = PACKAGES.get(file.suffix.lower())
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f'{file}: reading it needs {package}; pip install "rqa[documents]"')
-    return files
+    return files, others
 
 
 def read_sources(file: Path, name: str) -> Iterator[Source]:

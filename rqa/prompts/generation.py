@@ -30,6 +30,10 @@ Question: {question}"""
 NO_ANSWER = "no answer"
 FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
 _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE
+)  # small models write 'The answer to the question: What ...?'
+_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
 
 
@@ -53,17 +57,22 @@ def ask_answer(template: str, document: Document, question: str) -> Conversation
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
-    """The first lines that end in a question mark, without numbers, bullets and quotes; none twice."""
+    """The first lines that end in a question mark and do not speak of the passage; none twice.
+
+    Numbers, bullets, quotes and whatever leads to "question:" are taken off.
+    """
     questions: dict[str, None] = {}
     for line in reply.splitlines():
-        question = _MARK.sub("", line, count=1).strip().strip('*"\u201c\u201d ')
-        if _QUESTION_END.search(question) and len(question.split()) >= FEWEST_WORDS:
+        question = _LABEL.sub("", _MARK.sub("", line, count=1)).strip().strip('*"\u201c\u201d ')
+        long_enough = len(question.split()) >= FEWEST_WORDS
+        if long_enough and _QUESTION_END.search(question) and not _UNSEEN.search(question):
             questions.setdefault(question)
     return list(questions)[:number]
 
 
-def parse_answer(reply: str) -> str | None:
-    """The answer on one line; None where the model found none."""
+def parse_answer(reply: str, question: str) -> str | None:
+    """The answer on one line; None where the model found none, speaks of the passage or says the question again."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
     bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
-    return None if not bare or bare.startswith(NO_ANSWER) else answer
+    echo = bare == re.sub(r"[^\w\s]", "", question).strip().lower()
+    return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer

@@ -127,7 +127,7 @@ def write_questions(
         )
     frequency = Counter(normalize(draft.question) for _, draft in drafts)
     unique = [(split, draft) for split, draft in drafts if frequency[normalize(draft.question)] == 1]
-    counts["questions asked of several passages, left out"] = len(drafts) - len(unique)
+    counts["questions left out as asked of several passages"] = len(drafts) - len(unique)
     return {name: [draft for split, draft in unique if split == name] for name in passages}
 
 
@@ -175,9 +175,9 @@ def write_answers(
 ) -> list[Example]:
     """The examples with their answers; those that the passage does not answer are left out."""
     replies = generator.generate(answer_conversations(examples, template))
-    answers = [parse_answer(reply) for reply in replies]
+    answers = [parse_answer(reply, example.question) for reply, example in zip(replies, examples, strict=True)]
     counts["answers"] += sum(answer is not None for answer in answers)
-    counts["questions without an answer, left out"] += sum(answer is None for answer in answers)
+    counts["questions left out without an answer"] += sum(answer is None for answer in answers)
     pairs = zip(examples, answers, strict=True)
     return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
 

@@ -5,7 +5,7 @@ Which ranks and scores count follows Xiong et al. 2021 (ANCE) and, for margins, 
 """
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from itertools import zip_longest
@@ -14,36 +14,39 @@ import numpy as np
 from tqdm import tqdm
 
 from rqa.data.documents import Document
-from rqa.data.duplicates import normalize
+from rqa.data.duplicates import digest, normalize
 from rqa.data.examples import Example
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hits import Hits, PassageRetriever, best, stack
 from rqa.runtime.errors import UserError
 
 QUERIES_AT_ONCE = 256
-TEXTS_KEPT = 2**17  # passages whose normalised text is remembered
+TEXTS_KEPT = 2**18  # passages whose text's digest is remembered
 
 
 @dataclass
-class MiningArguments:
-    """Which passages of a ranking are hard negatives."""
+class NegativeArguments:
+    """Which passages of a ranking are hard negatives. Ranks, from 1, are those of the passages that are not gold."""
 
-    num_negatives: int = field(default=8, metadata={"help": "Hard negatives of a question, at most."})
-    negatives_from_rank: int = field(default=1, metadata={"help": "The best-ranked passage that may be one, from 1."})
-    negatives_to_rank: int = field(default=100, metadata={"help": "The worst-ranked passage that may be one."})
+    negatives_from_rank: int = field(
+        default=1, metadata={"help": "The best rank of a hard negative, among the passages that are not gold."}
+    )
+    negatives_to_rank: int = field(default=100, metadata={"help": "The worst rank of one, counted so, too."})
     negatives_margin: float | None = field(
         default=None,
-        metadata={"help": "A negative scores lower than the best gold passage by at least this; by default any score."},
+        metadata={
+            "help": "A hard negative scores lower than the best gold passage by at least this; none is taken where no "
+            "gold passage is found. By default any score will do."
+        },
     )
     negatives_max_share: float | None = field(
         default=None,
-        metadata={"help": "A negative has at most this share of the best gold passage's score, such as 0.95."},
+        metadata={"help": "It has at most this share of the best gold passage's score, such as 0.95; likewise."},
     )
 
     def __post_init__(self) -> None:
-        for name in ("num_negatives", "negatives_from_rank"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if self.negatives_from_rank < 1:
+            raise UserError(f"--negatives_from_rank {self.negatives_from_rank}: must be at least 1")
         if self.negatives_to_rank < self.negatives_from_rank:
             raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: is before --negatives_from_rank")
         if self.negatives_margin is not None and self.negatives_margin < 0:
@@ -51,81 +54,96 @@ class MiningArguments:
         if self.negatives_max_share is not None and not 0 < self.negatives_max_share <= 1:
             raise UserError(f"--negatives_max_share {self.negatives_max_share}: must be above 0 and at most 1")
 
+    def highest_score(self, gold: float) -> float:
+        """The greatest score that a hard negative may have, from that of the best gold passage."""
+        highest = np.inf
+        if self.negatives_margin is not None:
+            highest = min(highest, gold - self.negatives_margin)
+        if self.negatives_max_share is not None:
+            highest = min(highest, gold - (1 - self.negatives_max_share) * abs(gold))
+        return highest
 
-def choose_negatives(
-    texts: Sequence[str],
-    scores: Sequence[float],
-    gold: Collection[str],
-    arguments: MiningArguments,
-    counts: Counter[str],
-) -> list[int]:
-    """The ranks, from 0, of one ranking's hard negatives, not yet cut to their number; each text once.
 
-    A gold passage that the ranking does not hold scores no higher than its last one, so with a margin nothing is left:
-    whatever ranks before the gold passage may well answer the question.
+class NegativeChooser:
+    """The one rule by which passages of a ranking are hard negatives, mined beforehand or in the training loop.
 
-    Args:
-        texts: The normalised passages of the ranking, from rank 1 to `negatives_to_rank` at least.
-        scores: Theirs, descending.
-        gold: The normalised texts of all gold passages of this question.
-        counts: Counts what is left out, and why.
+    Passages are gold by their normalised text, whatever their source; what is gold for the same question in another
+    line of the file is gold here. Of equal texts the best-ranked counts, and the others have no rank.
+
+    A gold passage that the ranking lacks scores no higher than its last passage, if the database holds it. So with a
+    margin or a share nothing of such a ranking is chosen: whatever ranks before gold may well answer the question.
+
+    Attributes:
+        counts: What was chosen from and left out, over all rankings.
     """
-    gold_scores = [score for text, score in zip(texts, scores, strict=True) if text in gold]
-    counts["questions whose gold passage was found"] += bool(gold_scores)
-    highest = _highest_score(max(gold_scores, default=-np.inf), arguments)
-    chosen: dict[str, int] = {}
-    for rank in range(arguments.negatives_from_rank - 1, min(arguments.negatives_to_rank, len(texts))):
-        if texts[rank] in gold:
-            counts["passages left out as gold"] += 1
-        elif scores[rank] > highest:
-            counts["passages left out by their score"] += 1
-        else:
-            chosen.setdefault(texts[rank], rank)
-    return list(chosen.values())
+
+    def __init__(
+        self, examples: Sequence[Example], documents: Sequence[Document], arguments: NegativeArguments
+    ) -> None:
+        self.arguments = arguments
+        self.counts: Counter[str] = Counter()
+        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _text(documents[number]))
+        gold: dict[bytes, set[bytes]] = {}
+        for example in examples:
+            gold.setdefault(_question(example), set()).update(map(_text, example.gold_docs))
+        self._gold = [gold[_question(example)] for example in examples]
+
+    @property
+    def depth(self) -> int:
+        """How many passages a ranking needs, for the last rank to be among them."""
+        return self.arguments.negatives_to_rank + max(map(len, self._gold), default=0)
+
+    def __call__(self, example: int, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
+        """The hard negatives in one question's ranking, best first.
+
+        Args:
+            example: The question's position among the examples.
+            ids: The ranking's positions in the database, best first; -1 stands for none. [k]
+            scores: Theirs. [k]
+        """
+        gold_score = -np.inf
+        ranked: dict[bytes, tuple[int, float]] = {}
+        for number, score in zip(ids, scores, strict=True):
+            if number < 0:
+                continue
+            text = self.text_of(number)
+            if text in self._gold[example]:
+                gold_score = max(gold_score, score)
+                self.counts["passages left out as gold"] += 1
+            else:
+                ranked.setdefault(text, (number, score))
+        highest = self.arguments.highest_score(gold_score)
+        window = list(ranked.values())[self.arguments.negatives_from_rank - 1 : self.arguments.negatives_to_rank]
+        chosen = [number for number, score in window if score <= highest]
+        self.counts["searches that found a gold passage"] += bool(gold_score > -np.inf)
+        self.counts["passages left out by their score"] += len(window) - len(chosen)
+        return chosen
 
 
-def _highest_score(gold: float, arguments: MiningArguments) -> float:
-    highest = np.inf
-    if arguments.negatives_margin is not None:
-        highest = min(highest, gold - arguments.negatives_margin)
-    if arguments.negatives_max_share is not None:
-        highest = min(highest, gold - (1 - arguments.negatives_max_share) * abs(gold))
-    return highest
+def _text(document: Document) -> bytes:
+    return digest(normalize(document.page_content))
+
+
+def _question(example: Example) -> bytes:
+    return digest(normalize(retrieval_query(example)))
 
 
 def mine(
-    examples: Sequence[Example], rankings: Sequence[Hits], documents: Sequence[Document], arguments: MiningArguments
-) -> tuple[list[list[Document]], Counter[str]]:
-    """The hard negatives of each question, taken in turn from each retriever's ranking, none twice.
+    chooser: NegativeChooser, rankings: Sequence[Hits], documents: Sequence[Document], count: int
+) -> list[list[Document]]:
+    """The hard negatives of each question, `count` at most, taken in turn from each retriever's ranking, none twice.
 
     Args:
-        rankings: What each retriever found for all questions, `negatives_to_rank` deep or more. [Q, k] each
-
-    Returns:
-        The negatives of each question, and what was left out, counted.
+        rankings: What each retriever found for all questions, `chooser.depth` deep or more. [Q, k] each
     """
-    gold: dict[str, set[str]] = {}
-    for example in examples:  # the same question may stand in several lines, each with another gold passage
-        known = gold.setdefault(normalize(retrieval_query(example)), set())
-        known.update(normalize(document.page_content) for document in example.gold_docs)
-    text_of = lru_cache(TEXTS_KEPT)(lambda number: normalize(documents[number].page_content))
-    counts: Counter[str] = Counter()
     found = []
-    for number, example in enumerate(tqdm(examples, desc="choose negatives", unit="q", leave=False)):
-        lists = []
-        for hits in rankings:
-            ids = [i for i in hits.ids[number].tolist() if i >= 0]
-            texts, scores = [text_of(i) for i in ids], hits.scores[number].tolist()[: len(ids)]
-            known = gold[normalize(retrieval_query(example))]
-            lists.append([ids[rank] for rank in choose_negatives(texts, scores, known, arguments, counts)])
-        in_turn = (i for row in zip_longest(*lists) for i in row if i is not None)
-        chosen: dict[str, int] = {}
-        for i in in_turn:
-            chosen.setdefault(text_of(i), i)
-        found.append([documents[i] for i in list(chosen.values())[: arguments.num_negatives]])
-        counts["negatives"] += len(found[-1])
-        counts["questions with fewer than asked"] += len(found[-1]) < arguments.num_negatives
-    return found, counts
+    for number in tqdm(range(len(rankings[0].ids)), desc="choose negatives", unit="q", leave=False):
+        lists = [chooser(number, hits.ids[number].tolist(), hits.scores[number].tolist()) for hits in rankings]
+        chosen: dict[bytes, int] = {}
+        for i in (i for row in zip_longest(*lists) for i in row if i is not None):
+            chosen.setdefault(chooser.text_of(i), i)
+        found.append([documents[i] for i in list(chosen.values())[:count]])
+    return found
 
 
 def rank_in_parts(

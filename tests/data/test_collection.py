@@ -91,6 +91,8 @@ def test_a_folder_of_all_kinds_becomes_one_database(
     for reason in ("locked.pdf: not a readable PDF", "broken.pdf: not a readable PDF", "latin.txt: not UTF-8 text",
                    "empty.txt: holds no text", "scan.pdf: holds no text", "rows.jsonl:2: holds no text"):  # fmt: skip
         assert reason in printed
+    assert f"1 files of other kinds left out\n  {folder}/image.png" in printed
+    assert "hidden.txt" not in printed
 
 
 def test_two_runs_write_the_same_bytes(folder: Path, encoder_path: str, run_executable: Run, tmp_path: Path) -> None:

@@ -223,7 +223,8 @@ def test_beir_survives_the_way_to_ours_and_back(packed: bool, tmp_path: Path) ->
     documents, splits = ours(tmp_path / "ours")
     examples = list(iterate_examples(splits["test"]))
     assert [[d.page_content for d in example.gold_docs] for example in examples] == [[WOOL, TITLELESS], [SALT]]
-    write_layout("beir", tmp_path / "back", documents, splits, "")
+    counts = write_layout("beir", tmp_path / "back", documents, splits, "")
+    assert counts == {"corpus.jsonl": 3, "queries.jsonl": 2, "qrels/test.tsv": 3}
     plain = write_beir_sample(tmp_path / "plain")
     for name in ("corpus.jsonl", "queries.jsonl"):
         back, before = ([row.values for row in read_rows(path / name)] for path in (tmp_path / "back", plain))
@@ -326,8 +327,8 @@ def _file(layout: str, name: str, text: str) -> Callable[[Path], tuple[str, Path
             "a.json:1: paragraphs[0]: field 'context' is missing",
         ),
         (_beir_file("qrels/test.tsv", "a\tb\tc\ntest-0\td1\tx"), "test.tsv:2: score 'x' is not a number"),
-        (_beir_file("qrels/test.tsv", "test-0\td9\t1"), "passage 'd9' is not in the corpus"),
-        (_beir_file("qrels/test.tsv", "test-9\td1\t1"), "query 'test-9' is in no file of queries"),
+        (_beir_file("qrels/test.tsv", "test-0\td1\t1\ntest-0\td9\t1"), "test.tsv:2: passage 'd9' is not in the corpus"),
+        (_beir_file("qrels/test.tsv", "test-9\td1\t1"), "test.tsv:1: query 'test-9' is in no file of queries"),
         (_beir_file("qrels/test.tsv", "test-0"), "test.tsv:1: expected query, passage and score"),
     ],
 )
@@ -397,6 +398,15 @@ def test_validation_counts_what_was_put_there(
     assert ["answers", "of", "train", "3", "3", "3", "3"] in [line.split() for line in lines]
     assert run_executable("convert_dataset", {**flags, "model_name_or_path": encoder_path}) == 0
     assert "tokens " in capsys.readouterr().out
+
+
+def test_a_conversion_ends_with_the_rows_of_each_file(
+    run_executable: Run, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    flags = {"to_format": "dpr", "train_file": data / "train_w_qa.jsonl", "test_file": data / "test_w_qa.jsonl",
+             "output_dir": tmp_path / "dpr"}  # fmt: skip
+    assert run_executable("convert_dataset", flags) == 0
+    assert "dpr: 16 rows of train.json, 4 rows of test.json, as dpr" in capsys.readouterr().out
 
 
 def test_a_conversion_is_refused_where_rows_of_gold_passages_are_missing(tmp_path: Path, data: Path) -> None:

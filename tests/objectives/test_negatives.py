@@ -10,9 +10,10 @@ from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
 from rqa.models.encoder import load_encoder
 from rqa.objectives import negatives
-from rqa.objectives.negatives import DEPTH, MinedNegatives
+from rqa.objectives.negatives import MinedNegatives
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.mining import NegativeArguments
 from rqa.retrieval.retriever import Retriever
 
 # A text is its own embedding: one number, and every question's is 1. The inner product is the document's number.
@@ -51,11 +52,11 @@ def mined(
     from_rank: int = 1,
     margin: float | None = None,
     database: Sequence[Document] = DATABASE,
-    count: int = 1,
+    to_rank: int = 20,
 ) -> list[list[float]]:
     retriever = Retriever(Numbers(), database, IndexArguments())  # type: ignore[arg-type]
     retriever.refresh()
-    pools = MinedNegatives(examples, retriever, count, from_rank, margin)
+    pools = MinedNegatives(examples, retriever, NegativeArguments(from_rank, to_rank, margin))
     pools()
     return [[score_of(found) for found in pools[number]] for number in range(len(examples))]
 
@@ -69,10 +70,10 @@ def test_the_best_documents_that_are_not_gold_are_mined_best_first() -> None:
     ]
 
 
-def test_gold_is_told_by_source_and_content_and_not_by_its_formatted_text() -> None:
+def test_gold_is_told_by_its_text_whatever_its_source_and_format() -> None:
     reformatted = replace(document(0.9), fmt_content="Of another format: 0.9")
     same_text_elsewhere = document(0.8, source="elsewhere")
-    assert mined([Example("a", (reformatted, same_text_elsewhere))])[0] == [0.8, 0.7, 0.6, 0.5, 0.3, 0.1]
+    assert mined([Example("a", (reformatted, same_text_elsewhere))])[0] == [0.7, 0.6, 0.5, 0.3, 0.1]
 
 
 @pytest.mark.parametrize(("from_rank", "first"), [(1, 0.9), (2, 0.8), (3, 0.6), (6, 0.1), (7, None)])
@@ -83,16 +84,19 @@ def test_ranks_are_counted_from_1_over_documents_that_are_not_gold(from_rank: in
 
 @pytest.mark.parametrize(
     ("margin", "expected"),
-    [(None, [0.9, 0.8, 0.6, 0.5, 0.3, 0.1]), (-0.15, [0.8, 0.6, 0.5, 0.3, 0.1]), (0.0, [0.6, 0.5, 0.3, 0.1]),
+    [(None, [0.9, 0.8, 0.6, 0.5, 0.3, 0.1]), (0.0, [0.6, 0.5, 0.3, 0.1]),
      (0.15, [0.5, 0.3, 0.1]), (0.5, [0.1]), (2.0, [])],
 )  # fmt: skip
 def test_negatives_score_lower_than_the_gold_passage_by_the_margin(margin: float | None, expected: list[float]) -> None:
     assert mined([Example("a", (document(0.7),))], margin=margin)[0] == expected
 
 
-def test_the_margin_is_measured_from_the_best_gold_passage_also_if_the_database_lacks_it() -> None:
+def test_the_margin_is_measured_from_the_best_gold_passage_and_without_one_nothing_is_taken() -> None:
     asked = [Example("a", (document(0.3), document(0.7))), Example("b", (document(0.55, "not in the database"),))]
-    assert mined(asked, margin=0.15) == [[0.5, 0.1], [0.3, 0.1]]
+    assert mined(asked, margin=0.15) == [[0.5, 0.1], []]
+    many = [document(score) for score in range(100)]
+    far, near = Example("c", (document(50),)), Example("d", (document(97),))
+    assert mined([far, near], margin=1, database=many, to_rank=4) == [[], [96, 95]]
 
 
 def test_rank_and_margin_leave_out_what_either_leaves_out() -> None:
@@ -100,32 +104,13 @@ def test_rank_and_margin_leave_out_what_either_leaves_out() -> None:
     assert mined([Example("a", (document(0.7),))], from_rank=2, margin=0.3)[0] == [0.3, 0.1]
 
 
-def test_a_deep_database_is_searched_to_the_depth_and_no_deeper() -> None:
-    many = [document(score) for score in range(100)]
-    (found,) = mined([Example("a", (document(50),))], from_rank=5, database=many)
-    assert found[0] == 95
-    assert DEPTH - 5 <= len(found) <= DEPTH + 5
-
-
-@pytest.mark.parametrize("count", [1, 3, 40])
-def test_a_question_is_searched_as_deep_as_its_negatives_lie(count: int) -> None:
-    """Gold fills the first ranks, or the margin rules them out: the negatives stand behind the usual depth."""
+def test_gold_takes_no_rank_from_the_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(negatives, "QUERIES_AT_ONCE", 2)
     many = [document(score) for score in range(100)]
     greedy = Example("a", tuple(document(score) for score in range(60, 100)))
-    found, usual = mined([greedy, Example("b", (document(99),))], database=many, count=count)
-    assert found[:count] == list(range(59, 59 - count, -1))
-    assert usual[:count] == list(range(98, 98 - count, -1))
-    assert len(usual) < 40 or count == 40
-    (found,) = mined([Example("c", (document(50),))], margin=30, database=many, count=count)
-    assert found[:count] == list(range(20, max(20 - count, -1), -1))  # of 21 that there are
-
-
-def test_a_question_without_any_negative_ends_the_search(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(negatives, "HITS_AT_ONCE", 64)  # and the others of its part are not disturbed
-    many = [document(score) for score in range(100)]
-    asked = [Example("a", (document(0),)), Example("b", (document(99),)), Example("c", (document(30),))]
-    found = mined(asked, margin=1, database=many, count=5)
-    assert [row[:5] for row in found] == [[], [98, 97, 96, 95, 94], [29, 28, 27, 26, 25]]
+    asked = [greedy, Example("b", (document(99),)), Example("c", (document(50),))]
+    found = mined(asked, from_rank=2, to_rank=5, database=many)
+    assert found == [[58, 57, 56, 55], [97, 96, 95, 94], [98, 97, 96, 95]]
 
 
 def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
@@ -135,10 +120,9 @@ def test_with_a_real_encoder_negatives_are_what_the_retriever_finds_minus_gold(
     retriever = Retriever(encoder, documents, IndexArguments())
     retriever.refresh()
     asked = [*examples[:5], replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
-    pools = MinedNegatives(asked, retriever, count=1, from_rank=2, margin=None)
+    pools = MinedNegatives(asked, retriever, NegativeArguments(negatives_from_rank=2, negatives_to_rank=9))
     pools()
     for number, example in enumerate(asked):
-        (found,) = retriever.documents_of(retriever.retrieve([retrieval_query(example)], DEPTH + 2))
-        assert pools[number] == [hit for hit in found if hit not in example.gold_docs][1:]
-        assert len(pools[number]) >= DEPTH
+        (found,) = retriever.documents_of(retriever.retrieve([retrieval_query(example)], 24))
+        assert pools[number] == [hit for hit in found if hit not in example.gold_docs][1:9]
     assert encoder.training

@@ -1,7 +1,6 @@
 """Hard negatives: which passages of a ranking, against a naive choice; and bin/mine_negatives as a user runs it."""
 
 import json
-from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +17,7 @@ from rqa.models.encoder import load_encoder
 from rqa.retrieval.hits import Hits, PassageRetriever
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.mining import MiningArguments, choose_negatives, mine, rank_in_parts
+from rqa.retrieval.mining import NegativeArguments, NegativeChooser, mine, rank_in_parts
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.errors import UserError
 
@@ -28,8 +27,8 @@ Run = Callable[[str, dict[str, object]], int]
 @settings(max_examples=200, deadline=None)
 @given(
     texts=st.lists(st.sampled_from("abcdefg"), max_size=12),
-    gold=st.sets(st.sampled_from("abcx")),
-    first=st.integers(1, 6),
+    gold=st.sets(st.sampled_from("ABcx"), min_size=1),
+    first=st.integers(1, 4),
     width=st.integers(0, 8),
     margin=st.none() | st.floats(0, 3),
     share=st.none() | st.floats(0.1, 1),
@@ -40,17 +39,22 @@ def test_the_ranks_are_those_of_a_naive_choice(
     data: st.DataObject,
 ) -> None:  # fmt: skip
     size = len(texts)
-    scores = sorted(data.draw(st.lists(st.floats(0, 9), min_size=size, max_size=size)), reverse=True)
-    arguments = MiningArguments(8, first, first + width, margin, share)
+    scores = sorted(data.draw(st.lists(st.floats(-9, 9), min_size=size, max_size=size)), reverse=True)
+    golden = [score for text, score in zip(texts, scores, strict=True) if text.upper() in {g.upper() for g in gold}]
+    others = [i for i in range(size) if texts[i].upper() not in {g.upper() for g in gold}]
+    distinct = [i for i in others if texts.index(texts[i]) == i]
     expected = []
-    for rank in range(size):
-        golden = [score for text, score in zip(texts, scores, strict=True) if text in gold] or [-np.inf]
-        low_enough = margin is None or scores[rank] <= max(golden) - margin
-        low_enough &= share is None or scores[rank] <= max(golden) - (1 - share) * abs(max(golden))
-        fresh = texts[rank] not in [texts[other] for other in expected]
-        if first <= rank + 1 <= first + width and texts[rank] not in gold and low_enough and fresh:
-            expected.append(rank)
-    assert choose_negatives(texts, scores, gold, arguments, Counter()) == expected
+    for rank, i in enumerate(distinct, start=1):
+        low_enough = margin is None or (bool(golden) and scores[i] <= golden[0] - margin)
+        low_enough &= share is None or (bool(golden) and scores[i] <= golden[0] - (1 - share) * abs(golden[0]))
+        if first <= rank <= first + width and low_enough:
+            expected.append(i)
+    documents = [Document(text, {"source": str(number)}) for number, text in enumerate(texts)]
+    example = Example("?", tuple(Document(text, {"source": "gold"}) for text in gold))
+    chooser = NegativeChooser([example], documents, NegativeArguments(first, first + width, margin, share))
+    assert chooser(0, [*range(size), -1], [*scores, -np.inf]) == expected
+    assert chooser.counts["passages left out as gold"] == len(golden)
+    assert chooser.depth == first + width + len({text.upper() for text in gold})
 
 
 def test_a_passage_that_is_gold_for_the_same_question_elsewhere_is_no_negative(documents: list[Document]) -> None:
@@ -58,22 +62,22 @@ def test_a_passage_that_is_gold_for_the_same_question_elsewhere_is_no_negative(d
     examples = [Example(question, (documents[0],)), Example(other, (documents[3],)),
                 Example(question.upper() + " ", (documents[1],))]  # fmt: skip
     copy = Document(documents[0].page_content.upper() + "\n", {"source": "copy"})
+    database = [*documents[:4], copy]
     hits = Hits(np.tile(np.arange(5), (3, 1)), np.tile(np.arange(5.0, 0, -1), (3, 1)))
-    found, counts = mine(examples, [hits], [*documents[:4], copy], MiningArguments(num_negatives=9))
+    found = mine(NegativeChooser(examples, database, NegativeArguments()), [hits], database, 9)
     assert [[d.key for d in row] for row in found] == [
         [documents[2].key, documents[3].key],
         [documents[0].key, documents[1].key, documents[2].key],
         [documents[2].key, documents[3].key],
     ]
-    assert counts["negatives"] == 7
-    assert counts["questions with fewer than asked"] == 3
 
 
 def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Document]) -> None:
     one = Hits(np.array([[0, 1, 2, 3]]), np.array([[4.0, 3, 2, 1]]))
     two = Hits(np.array([[4, 1, 0, -1]]), np.array([[9.0, 8, 7, -np.inf]]))
-    found, _ = mine([Example("?", (documents[9],))], [one, two], documents, MiningArguments(num_negatives=4))
-    assert [d.key for d in found[0]] == [documents[i].key for i in (0, 4, 1, 2)]
+    chooser = NegativeChooser([Example("?", (documents[9],))], documents, NegativeArguments())
+    (found,) = mine(chooser, [one, two], documents, 4)
+    assert [d.key for d in found] == [documents[i].key for i in (0, 4, 1, 2)]
 
 
 @pytest.mark.parametrize("part_size", [1, 5, 24, 100])
@@ -152,14 +156,14 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
             assert list(example.hard_neg_docs) == expected[:3]
         assert len(example.hard_neg_docs) == 3
         assert {d.key for d in example.hard_neg_docs} <= {d.key for d in expected[:8]}
-    assert "16 questions over 24 passages: 48 negatives" in capsys.readouterr().out
+    assert "48 negatives of 16 questions over 24 passages; 0 questions have fewer than 3" in capsys.readouterr().out
 
 
 def test_a_negative_scores_no_more_than_its_share_of_the_gold(
     flags: dict[str, object], run_executable: Run, documents: list[Document], tmp_path: Path
 ) -> None:
     write_documents(tmp_path / "copy.jsonl", documents[:5])
-    flags |= {"document_path": tmp_path / "copy.jsonl", "negatives_max_share": 0.5, "negatives_to_rank": 3}
+    flags |= {"document_path": tmp_path / "copy.jsonl", "negatives_max_share": 0.5, "negatives_to_rank": 2}
     write_examples(tmp_path / "one.jsonl", [Example("What does Arlen trade in?", (documents[0],))])
     assert run_executable("mine_negatives", {**flags, "train_file": tmp_path / "one.jsonl"}) == 0
     (example,) = read_examples(str(flags["output_path"]))

@@ -80,7 +80,9 @@ class Conversion:
                     yield item if isinstance(item, Document) else (_stem(path), item)
 
 
-def write_layout(layout: str, directory: Path, documents: Path | None, splits: dict[str, Path], no_answer: str) -> None:
+def write_layout(
+    layout: str, directory: Path, documents: Path | None, splits: dict[str, Path], no_answer: str
+) -> dict[str, int]:
     """Write our files in another layout.
 
     Args:
@@ -88,37 +90,42 @@ def write_layout(layout: str, directory: Path, documents: Path | None, splits: d
         splits: Files of examples by what the layout is to call them.
         no_answer: The gold answer that marks unanswerable questions.
 
+    Returns:
+        The rows of each file.
+
     Raises:
         UserError: a file is malformed, or the layout needs a database and none is given.
     """
     if layout == "beir":
         if documents is None:
             raise UserError("--document_path: BEIR needs the whole corpus; name it")
-        write_beir(directory, documents, splits)
-        return
-    chosen = FORMATS[layout]
+        return write_beir(directory, documents, splits)
+    chosen, counts = FORMATS[layout], {}
     if documents is not None and chosen.document is not None:
         rows = (chosen.document(document) for document in iterate_documents(documents))
-        _write_rows(directory / "corpus.jsonl", rows, None)
+        counts["corpus.jsonl"] = _write_rows(directory / "corpus.jsonl", rows, None)
     for split, path in splits.items():
         examples = (_unmarked(example, no_answer) for example in iterate_examples(path))
         name = f"{split}.jsonl" if chosen.around is None else f"{split}.json"
-        _write_rows(directory / name, chosen.write(examples), chosen.around)
+        counts[name] = _write_rows(directory / name, chosen.write(examples), chosen.around)
+    return counts
 
 
 def _unmarked(example: Example, no_answer: str) -> Example:
     return replace(example, gold_answer="") if no_answer and example.gold_answer == no_answer else example
 
 
-def _write_rows(path: Path, rows: Iterable[dict[str, Any]], around: tuple[str, str] | None) -> None:
-    """One row a line; a JSON array has commas between them."""
+def _write_rows(path: Path, rows: Iterable[dict[str, Any]], around: tuple[str, str] | None) -> int:
+    """One row a line; a JSON array has commas between them. Returns how many there are."""
     before, behind = around or ("", "")
+    count = 0
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         file.write(before + ("\n" if around else ""))
-        for number, row in enumerate(tqdm(rows, desc=path.name, unit="row")):
+        for count, row in enumerate(tqdm(rows, desc=path.name, unit="row"), start=1):
             line_end = ",\n" if around else "\n"
-            file.write((line_end if number else "") + json.dumps(row, ensure_ascii=False))
+            file.write((line_end if count > 1 else "") + json.dumps(row, ensure_ascii=False))
         file.write("\n" + behind + ("\n" if around else ""))
+    return count
 
 
 def _stem(path: Path) -> str:

@@ -5,10 +5,12 @@ queries.SPLIT.tsv, qrels.SPLIT.tsv. The corpus streams; judgements, and the pass
 """
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+
+from tqdm import tqdm
 
 from rqa.data.convert.reading import read_rows, read_table
 from rqa.data.documents import Document, iterate_documents
@@ -59,13 +61,19 @@ def read_judged(layout: JudgedFormat, folder: Path) -> Iterator[Document | tuple
                 gold = tuple(_find(passages, identifier, files[split]) for identifier in relevant[query])
                 yield split, Example(question, gold, where=str(files[split]))
         if unasked:
-            raise UserError(f"{files[split]}: query '{min(unasked)}' is in no file of queries")
+            where = _where(files[split], min(unasked))
+            raise UserError(f"{where}: query '{min(unasked)}' is in no file of queries")
 
 
 def _find(passages: dict[str, Document], identifier: str, path: Path) -> Document:
     if identifier not in passages:
-        raise UserError(f"{path}: passage '{identifier}' is not in the corpus")
+        raise UserError(f"{_where(path, identifier)}: passage '{identifier}' is not in the corpus")
     return passages[identifier]
+
+
+def _where(path: Path, identifier: str) -> str:
+    """The file and the first line that names a query or a passage."""
+    return next((where for where, fields in read_table(path) if identifier in " ".join(fields).split()), str(path))
 
 
 def _read_judgements(path: Path) -> Judgements:
@@ -105,8 +113,11 @@ def _either(path: Path) -> Path:
     return packed if packed.exists() and not path.exists() else path
 
 
-def write_beir(folder: Path, documents: Path, splits: dict[str, Path]) -> None:
+def write_beir(folder: Path, documents: Path, splits: dict[str, Path]) -> dict[str, int]:
     """Write our files as BEIR's. A passage is called by its source, and where that is taken by source#number.
+
+    Returns:
+        The rows of each file.
 
     Raises:
         UserError: a gold passage is not in the database.
@@ -115,28 +126,35 @@ def write_beir(folder: Path, documents: Path, splits: dict[str, Path]) -> None:
         document.key: "" for path in splits.values() for example in iterate_examples(path)
         for document in example.gold_docs
     }  # fmt: skip
-    write_jsonl(folder / "corpus.jsonl", _corpus_rows(documents, names))
+    counts: Counter[str] = Counter()
+    write_jsonl(folder / "corpus.jsonl", _corpus_rows(documents, names, counts))
     with atomic_file(folder / "queries.jsonl") as temporary, temporary.open("w", encoding="utf-8") as queries:
         for split, path in splits.items():
             with atomic_file(folder / "qrels" / f"{split}.tsv") as part, part.open("w", encoding="utf-8") as qrels:
                 qrels.write("query-id\tcorpus-id\tscore\n")
-                for number, example in enumerate(iterate_examples(path)):
+                for number, example in enumerate(tqdm(iterate_examples(path), desc=path.name, unit="question")):
                     row = {"_id": f"{split}-{number}", "text": example.question, "metadata": {}}
                     queries.write(json.dumps(row, ensure_ascii=False) + "\n")
+                    counts["queries.jsonl"] += 1
                     for document in example.gold_docs:
                         if not names[document.key]:
                             raise UserError(f"{example.where}: a gold passage is not in {documents}")
                         qrels.write(f"{row['_id']}\t{names[document.key]}\t1\n")
+                        counts[f"qrels/{split}.tsv"] += 1
+    return counts
 
 
-def _corpus_rows(documents: Path, names: dict[tuple[str, str], str]) -> Iterator[dict[str, object]]:
+def _corpus_rows(
+    documents: Path, names: dict[tuple[str, str], str], counts: Counter[str]
+) -> Iterator[dict[str, object]]:
     taken = Seen()
-    for number, document in enumerate(iterate_documents(documents)):
+    for number, document in enumerate(tqdm(iterate_documents(documents), desc="corpus.jsonl", unit="passage")):
         source = document.key[0]
         name = source if source and taken.add(source) else f"{source}#{number}"
         if names.get(document.key) == "":
             names[document.key] = name
         title = str(document.metadata.get("title") or "")
+        counts["corpus.jsonl"] += 1
         yield {"_id": name, "title": title, "text": document.page_content, "metadata": {}}
 
 
