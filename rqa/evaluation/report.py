@@ -37,6 +37,7 @@ CHARTS = {  # title -> names of its lines, of which a run has some
     "Tokens a second": ("tokens_per_second",),
     "Gradient norm": ("grad_norm",),
 }
+REFRESHED = "index_refreshed"  # an entry of the history that is no measure
 LEGEND = {"loss": "training", "eval_loss": "eval file"}
 
 
@@ -45,7 +46,7 @@ def write_report(directory: str | Path) -> None:
     directory = Path(directory)
     if not distributed.is_main():
         return
-    details = _read(directory / DETAILS)
+    details, state = _read(directory / DETAILS), _read(directory / "trainer_state.json")
     rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
@@ -54,7 +55,8 @@ def write_report(directory: str | Path) -> None:
         machine=machine_line(details["machine"]) if "machine" in details else "",
         peak=details.get("peak_memory_gib", {}),
         **_score_tables(_read(directory / SCORES), details.get("scores", {})),
-        charts=_charts(_read(directory / "trainer_state.json"), directory),
+        charts=_charts(state, directory),
+        refreshed=bool(_line(state.get("log_history", []), REFRESHED)),
         examples=[_example(row) for row in rows[:EXAMPLES]],
         questions=len(rows),
         arguments={n: value for n, value in _read(directory / ARGUMENTS).items() if "api_key" not in n},
@@ -89,8 +91,12 @@ def _charts(state: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
     history: list[dict[str, float]] = state.get("log_history", [])
     best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
     saved = (path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*"))
-    marks = {"saved": [float(step) for step in saved if step.isdigit()], "best": [float(best)] if best else []}
-    known = {name for names in CHARTS.values() for name in names} | {"step"}
+    marks = {
+        "saved": [float(step) for step in saved if step.isdigit()],
+        "best": [float(best)] if best else [],
+        "refreshed": [step for step, _ in _line(history, REFRESHED)],
+    }
+    known = {name for names in CHARTS.values() for name in names} | {"step", REFRESHED}
     own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
     charts = []
     for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():

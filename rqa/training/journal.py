@@ -45,6 +45,13 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
+    def told(self, news: Mapping[str, float] | None) -> dict[str, float]:
+        """Keep what happened, which is True, as an entry of its own; return what was measured."""
+        events = {name: 1.0 for name, value in (news or {}).items() if value is True}
+        if events:
+            self._keep(events)
+        return {name: value for name, value in (news or {}).items() if name not in events}
+
     def step_done(
         self, loss: float, tokens: int, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
     ) -> None:
@@ -55,8 +62,9 @@ class Journal:
             tokens: Real tokens of this process.
             statistics: Of each micro-batch; their mean is told.
         """
-        state, window = self.state, self.state.window
-        counts = {"loss": loss, "tokens": tokens, "steps": 1.0}
+        state, window, now = self.state, self.state.window, time.perf_counter()
+        counts = {"loss": loss, "tokens": tokens, "steps": 1.0, "seconds": now - self.started}
+        self.started = now
         for values in statistics:
             for name, value in {"micro_batches": 1.0, **values}.items():
                 counts[name] = counts.get(name, 0.0) + value
@@ -65,12 +73,14 @@ class Journal:
         self.bar.update()
         if state.step == 1 or state.step % self.arguments.logging_steps == 0 or state.step == self.steps:
             sums = dict(zip(window, distributed.total(list(window.values())), strict=True))
-            loss, tokens, steps, micro_batches = (sums.pop(k) for k in ("loss", "tokens", "steps", "micro_batches"))
+            loss, tokens, steps, duration, micro_batches = (
+                sums.pop(name) for name in ("loss", "tokens", "steps", "seconds", "micro_batches")
+            )
             entry = {
                 "loss": loss / steps * distributed.world_size(),
                 "grad_norm": norm,
                 "learning_rate": rate,
-                "tokens_per_second": tokens / (time.perf_counter() - self.started),
+                "tokens_per_second": tokens / duration * distributed.world_size(),
                 **{name: value / micro_batches for name, value in sums.items()},
             }
             window.clear()
@@ -80,20 +90,23 @@ class Journal:
     def record(self, metrics: Mapping[str, float]) -> None:
         """One entry of the history, and one line of `log.jsonl`, which a resumed run continues.
 
-        The clock starts anew behind it.
+        The clock starts anew behind it: an evaluation is no part of the steps around it.
         """
-        self.state.log_history.append({"step": self.state.step, **metrics})
+        self._keep(metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
             log.info("step %d/%d  %s", self.state.step, self.steps, text)
-        if distributed.is_main():
-            with (self.path.parent / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.state.log_history[-1]) + "\n")
-            self.track(metrics, self.state.step)
-            self.save()
         self.started = time.perf_counter()
 
     def save(self) -> None:
         """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.path, asdict(self.state))
+
+    def _keep(self, metrics: Mapping[str, float]) -> None:
+        self.state.log_history.append({"step": self.state.step, **metrics})
+        if distributed.is_main():
+            with (self.path.parent / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
+            self.track(metrics, self.state.step)
+            self.save()
