@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 28  # margins of the plot
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28  # margins of the plot
 POINTS = 400  # of one line, at most: more cannot be seen
 
 Line = Sequence[tuple[float, float]]

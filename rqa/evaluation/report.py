@@ -102,7 +102,10 @@ def _charts(state: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
     for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
         lines = {name: line for name in names if (line := _line(history, name))}
         if svg := line_chart(lines, marks):
-            legend = [(LEGEND.get(name, name.rpartition("/")[2]), line[-1][1]) for name, line in lines.items()]
+            legend = [
+                (LEGEND.get(name, name.rpartition("/")[2].replace("_", " ")), line[-1][1])
+                for name, line in lines.items()
+            ]
             charts.append({"title": title, "svg": Markup(svg), "legend": legend})
     return charts
 
