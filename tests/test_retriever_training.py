@@ -440,6 +440,23 @@ def test_the_staleness_of_the_index_is_logged(
     assert [entry["step"] for entry in state["log_history"] if "index_refreshed" in entry] == [0, 2]
 
 
+@pytest.mark.parametrize("trainer", ["train_ctl", "train_rpg"])
+def test_the_first_index_is_built_once_where_a_path_is_given(
+    trainer: str, ctl: dict[str, object], rpg: dict[str, object], run_executable: Run, tmp_path: Path
+) -> None:
+    mining = {"mine_negatives": "true", "num_hard_negatives": 1, "refresh_step": 2}
+    flags = {"train_ctl": ctl | mining, "train_rpg": rpg}[trainer] | {"eval_on_start": "true"}
+    assert run_executable(trainer, flags) == 0
+    expected = (tmp_path / "out/model.safetensors").read_bytes()
+    made = []
+    for name in ("first", "second"):
+        indexed = {**flags, "full_dataset_index_path": tmp_path / "index", "output_dir": tmp_path / name}
+        assert run_executable(trainer, indexed) == 0
+        assert (tmp_path / name / "model.safetensors").read_bytes() == expected
+        made.append({path.name: path.stat().st_mtime_ns for path in (tmp_path / "index").iterdir()})
+    assert made[0] == made[1] != {}
+
+
 @pytest.mark.parametrize("eval_on_start", ["true", "false"])
 def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     eval_on_start: str, ctl: dict[str, object], run_executable: Run, documents: list[Document],

@@ -84,21 +84,25 @@ def train_retriever(
     _ = retriever.encoder.collate  # found out here: a probe under the loop's autocast would leave it frozen weights
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
+        if training.refresher and data.full_dataset_index_path and not run.checkpoint:
+            retriever.open(data.full_dataset_index_path)  # of the weights before training; written at no other time
     require_whole_encoder(loop, training.refresher, retriever.encoder)
 
     judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
-    def measure(examples: Sequence[Example], prefix: str) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(
+        examples: Sequence[Example], prefix: str, index_path: str | None = None
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         with autocast(device, dtype):
             if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
-                judged.refresh()
+                judged.open(index_path)
             found = find_passages(judged, examples, evaluation)
         rows = retrieval_rows(found, examples, evaluation.recall_at)
         scores = mean_scores([row["scores"] for row in rows])
         return {f"{prefix}_{name}": value for name, value in scores.items()}, rows
 
     def evaluate_and_keep(step: int) -> dict[str, float]:
-        scores, rows = measure(inputs.eval, "eval")
+        scores, rows = measure(inputs.eval, "eval", None if step else data.full_dataset_index_path)
         if loop.write_predictions and distributed.is_main():
             write_jsonl(Path(loop.output_dir) / f"step-{step}-eval-predictions.jsonl", rows)
         return scores

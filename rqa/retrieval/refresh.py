@@ -120,8 +120,11 @@ class Refresher:
         """
         refreshes = self.refreshes
         with autocast(self.retriever.encoder.backbone.device, self.dtype):
-            if not len(self.retriever.index):
+            if not len(self.retriever.index) or self._lacks_embeddings:
                 self._refresh(np.arange(len(self.made_at)), step)
+            elif step == 0:  # the index was opened before training
+                if self.then:
+                    self.then()
             elif self._frozen:
                 if self.due(step) and self.then:
                     self.then()
@@ -184,6 +187,10 @@ class Refresher:
     @cached_property
     def _documents(self) -> str:
         return fingerprint(*(document.fmt_content for document in self.retriever.documents))
+
+    @property
+    def _lacks_embeddings(self) -> bool:
+        return self.arguments.refresh_fraction < 1 and self._embeddings is None
 
     @property
     def _frozen(self) -> bool:
