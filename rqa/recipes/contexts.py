@@ -24,7 +24,7 @@ class ContextArguments:
     context_retriever: str = field(
         default="dense",
         metadata={
-            "help": "Who finds passages where an example has no ctxs: the model before training, shared words, or both.",
+            "help": "Who finds passages where an example has no ctxs: the model before training, shared words or both.",
             "choices": ["dense", "bm25", "hybrid"],
         },
     )
