@@ -88,14 +88,14 @@ def run(tmp_path: Path) -> Path:
 def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questions(
     run: Path, rows: list[dict[str, Any]]
 ) -> None:
-    write_results(run, {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 321.0}, rows)
+    write_results(run, {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 654321.0}, rows)
     page = page_of(run)
     details = json.loads((run / "score_details.json").read_text())["scores"]
     for name in ("retr/recall@4", "gen/f1"):
         row = details[f"test_{name}"]
         assert name in page.text
         assert f"{row['low']:.3f} to {row['high']:.3f}" in page.text
-    for text in ("a/model", "--learning_rate", "tokens_per_second", "321", "1.25", "torch", "Kl", "Hello there"):
+    for text in ("a/model", "--learning_rate", "tokens_per_second", "654,321", "1.25", "torch", "Kl", "Hello there"):
         assert text in page.text, text
     assert "sk-1" not in page.text
     assert page.with_class("tiles") == 1

@@ -111,6 +111,8 @@ def test_answers_are_timed_around_the_reader_alone(
     assert metrics["gen/answer_words"] == pytest.approx(sum(words) / len(words))
     rates = [name for row in rows for name, value in row["scores"].items() if 0 <= value <= 1]
     assert len(rates) == sum(len(row["scores"]) for row in rows)
+    assert metrics["gen/f1/avg_f1_ans"] == metrics["gen/f1"]  # LocalRQA's names
+    assert metrics["gen/rouge/avg_rougeL_ans"] == metrics["gen/rougeL"]
     for name in rows[0]["scores"]:
         assert metrics[name] == pytest.approx(np.mean([row["scores"][name] for row in rows]))
 
