@@ -148,7 +148,7 @@ def test_given_scores_need_no_reader_and_rank_the_contexts(
     assert history(tmp_path / "out", "agreement")[-1] > 0.9
 
 
-@pytest.mark.parametrize("retriever", ["dense", "bm25"])
+@pytest.mark.parametrize("retriever", ["dense", "bm25", "hybrid"])
 def test_contexts_come_from_the_file_and_where_it_has_none_from_a_retriever(
     retriever: str,
     dca: dict[str, object],

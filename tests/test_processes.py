@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from openai_server import serve
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -114,12 +115,18 @@ def two(paths: dict[str, str]) -> Path:
         "rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no", logging_steps=1
     )
     jobs.append(("train_rpg", {**background, "refresh_async": "true", "refresh_step": 1}))
-    (root.parent / "jobs.json").write_text(json.dumps(jobs))
+    served = {"embedding_model_name_or_path": "bm25", "document_path": paths["DOCUMENTS"], "gen_gpt4eval": "true"}
+    served |= {"eval_data_path": f"{paths['ROOT']}/test.jsonl", "judge_model": "tiny", "output_dir": f"{root}/served"}
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command = [*torchrun, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "RQA_CACHE": str(root / "cache")}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    with serve() as server:
+        server.say = lambda messages: '{"verdict": "correct"}' if messages[0]["role"] == "system" else "So."
+        served |= {"qa_model_name_or_path": f"openai::{server.url}", "judge_base_url": server.url}
+        (root.parent / "jobs.json").write_text(json.dumps([*jobs, ("evaluate_rqa", served)]))
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
+    (root / "served/asked.json").write_text(json.dumps(server.of("chat/completions")))
     return root
 
 
@@ -179,6 +186,15 @@ def test_an_index_made_in_the_background_is_swapped_at_the_same_step(two: Path) 
     assert all(value == int(value) for value in staleness)  # the mean over processes: whole if they agree
     assert staleness[0] == 0
     assert 1 <= max(staleness) < 29
+
+
+def test_a_server_is_asked_once_by_two_processes_as_reader_and_as_judge(two: Path) -> None:
+    rows = [json.loads(line) for line in (two / "served/test-predictions.jsonl").open()]
+    assert len(rows) == 5
+    assert {row["generated_answer"] for row in rows} == {"So."}
+    assert score(two / "served")["test_gen/gpt4eval"] == 1
+    asked = [json.dumps(body["messages"]) for body in json.loads((two / "served/asked.json").read_text())]
+    assert len(asked) == len(set(asked)) == 2 * len(rows)
 
 
 def test_a_sharded_run_resumes_sharded_and_on_one_process(

@@ -445,6 +445,8 @@ def test_the_staleness_of_the_index_is_logged(
     flags = {**without(rpg, "eval_file", "test_file"), **own, "gradient_accumulation_steps": 2}
     assert run_executable("train_rpg", flags) == 0
     assert history(tmp_path / "out", "index_staleness") == expected
+    state = json.loads((tmp_path / "out/trainer_state.json").read_text())
+    assert [entry["step"] for entry in state["log_history"] if "index_refreshed" in entry] == [0, 2]
 
 
 @pytest.mark.parametrize("trainer", ["train_ctl", "train_rpg"])

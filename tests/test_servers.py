@@ -151,7 +151,15 @@ def test_evaluate_rqa_reads_and_judges_by_servers(
     assert [row["generated_answer"] for row in rows] == [row["question"] for row in rows]
     assert len(server.of("chat/completions")) == 2 * len(rows)
     assert run_executable("evaluate_rqa", {**evaluated, **judged, "output_dir": tmp_path / "again"}) == 0
-    assert len(server.of("chat/completions")) == 2 * len(rows)  # nothing is asked twice
+    assert len(server.of("chat/completions")) == 2 * len(rows)  # nothing is asked twice, and nothing is timed
+    again = json.loads((tmp_path / "again/score.json").read_text())
+    assert {name: scores[name] for name in again if "retr/" not in name} == {
+        name: value for name, value in again.items() if "retr/" not in name
+    }
+    assert {name for name in scores.keys() - again.keys() if "per_second" in name or "latency" in name} == (
+        scores.keys() - again.keys()
+    )
+    assert "test_gen/tokens_per_second" not in again
 
 
 def test_a_server_that_refuses_the_key_is_one_line_and_status_2(

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from html import escape
 
 WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 10, 12, 28  # margins of the plot
+LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28  # margins of the plot
 POINTS = 400  # of one line, at most: more cannot be seen
 
 Line = Sequence[tuple[float, float]]
@@ -16,7 +16,7 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
 
     Args:
         lines: (step, value) pairs by name; what is not finite is left out.
-        marks: Steps to mark at the bottom, by class name (`best`, `saved`).
+        marks: Steps to mark, by class name (`best`, `saved`, `refreshed`).
     """
     drawn = {name: _thinned([p for p in line if all(map(math.isfinite, p))]) for name, line in lines.items()}
     points = [point for line in drawn.values() for point in line]
@@ -65,8 +65,9 @@ def ticks(low: float, high: float, count: int = 4) -> list[float]:
 
 
 def _mark(kind: str, place: float) -> str:
-    bottom = HEIGHT - BOTTOM
-    top = TOP if kind == "best" else bottom - 6
+    top, bottom = TOP, HEIGHT - BOTTOM
+    if kind != "best":  # many of them: short strokes, refreshes above and saves below
+        top, bottom = (top, top + 6) if kind == "refreshed" else (bottom - 6, bottom)
     return f'<line class="mark {escape(kind)}" x1="{place}" x2="{place}" y1="{top}" y2="{bottom}"/>'
 
 

@@ -4,12 +4,12 @@ import json
 import logging
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from rqa.evaluation.results import write_results
-from rqa.models.endpoint import PREFIX, Endpoint, EndpointArguments
+from rqa.models.endpoint import PREFIX, Endpoint, EndpointArguments, RequestArguments
 from rqa.prompts.estimate import EstimatedTokens
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -19,14 +19,6 @@ log = logging.getLogger(__name__)
 VERDICTS = ("correct", "partially", "incorrect")
 ATTEMPTS = 3
 VERDICT_TOKENS = 256
-PRICES = {  # dollars for a million tokens in and out, OpenAI's list of August 2025
-    "gpt-4o": (2.5, 10.0),
-    "gpt-4o-mini": (0.15, 0.6),
-    "gpt-4.1": (2.0, 8.0),
-    "gpt-4.1-mini": (0.4, 1.6),
-    "gpt-4-turbo": (10.0, 30.0),
-    "gpt-4": (30.0, 60.0),
-}
 
 INSTRUCTION = """\
 You grade the answers of a question answering system. You get a question, a reference answer that you take to be \
@@ -57,8 +49,7 @@ class JudgeArguments:
     )
     judge_max_examples: int = field(default=0, metadata={"help": "Judge so many answers, a fixed subset; 0: all."})
     judge_price: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Dollars for a million tokens in, and out; by default a table knows OpenAI's."},
+        default_factory=list, metadata={"help": "Dollars for a million tokens in, and out, to tell the cost before."}
     )
 
     def __post_init__(self) -> None:
@@ -73,6 +64,7 @@ def judge_results(
     scores: dict[str, float],
     rows: Sequence[dict[str, Any]],
     judge: JudgeArguments,
+    requests: RequestArguments,
     arguments: Sequence[Any] = (),
 ) -> tuple[dict[str, float], str]:
     """Write an evaluation's results, have them judged if asked for, and write them again.
@@ -90,11 +82,13 @@ def judge_results(
         return scores, table
     if not rows:
         raise UserError("--gen_gpt4eval true: there are no answers to judge; name a retriever, so that some are given")
-    scores = scores | {f"test_{name}": value for name, value in judge_answers(rows, judge).items()}
+    scores = scores | {f"test_{name}": value for name, value in judge_answers(rows, judge, requests).items()}
     return scores, write_results(directory, scores, rows, arguments)
 
 
-def judge_answers(rows: Sequence[dict[str, Any]], arguments: JudgeArguments) -> dict[str, float]:
+def judge_answers(
+    rows: Sequence[dict[str, Any]], arguments: JudgeArguments, requests: RequestArguments
+) -> dict[str, float]:
     """Ask for a verdict on each row's answer, at temperature 0; verdicts are kept and never paid twice.
 
     Args:
@@ -110,7 +104,7 @@ def judge_answers(rows: Sequence[dict[str, Any]], arguments: JudgeArguments) -> 
     """
     chosen = _chosen(len(rows), arguments.judge_max_examples)
     conversations = [_conversation(rows[number]) for number in chosen]
-    verdicts = distributed.from_main(_ask(conversations, arguments) if distributed.is_main() else [])
+    verdicts = distributed.from_main(_ask(conversations, arguments, requests) if distributed.is_main() else None)
     for number, verdict in zip(chosen, verdicts, strict=True):
         rows[number]["gpt4eval"] = verdict
         if verdict:
@@ -162,9 +156,15 @@ def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
-def _ask(conversations: list[list[dict[str, str]]], arguments: JudgeArguments) -> list[dict[str, str] | None]:
+def _ask(
+    conversations: list[list[dict[str, str]]], arguments: JudgeArguments, requests: RequestArguments
+) -> list[dict[str, str] | None]:
     """A verdict for each conversation; what cannot be read is asked for again, and in the end None."""
-    server = EndpointArguments(endpoint_model=arguments.judge_model, endpoint_api_key=arguments.judge_api_key)
+    server = EndpointArguments(
+        endpoint_model=arguments.judge_model,
+        endpoint_api_key=arguments.judge_api_key,
+        **{item.name: getattr(requests, item.name) for item in fields(RequestArguments)},
+    )
     endpoint = Endpoint(PREFIX + arguments.judge_base_url, server)
     log.info("%s", _estimate(conversations, arguments))
     verdicts: list[dict[str, str] | None] = [None] * len(conversations)
@@ -192,10 +192,9 @@ def _estimate(conversations: Sequence[list[dict[str, str]]], arguments: JudgeArg
     count = EstimatedTokens().encode
     given = sum(len(count(turn["content"])) for turns in conversations for turn in turns)
     replied = VERDICT_TOKENS * len(conversations)
-    price = arguments.judge_price or PRICES.get(arguments.judge_model)
-    cost = f"${(given * price[0] + replied * price[1]) / 1e6:.2f}" if price else "unknown cost (see --judge_price)"
-    source = "" if arguments.judge_price or not price else " by the list prices of August 2025"
+    price = arguments.judge_price
+    cost = f", at most ${(given * price[0] + replied * price[1]) / 1e6:.2f}" if price else " (--judge_price: its cost)"
     return (
         f"judge {arguments.judge_model}: {len(conversations)} answers, some {given:,} tokens in, at most {replied:,} "
-        f"out, {cost}{source}; verdicts already kept cost nothing"
+        f"out{cost}; verdicts already kept cost nothing"
     )

@@ -4,13 +4,14 @@ import math
 import re
 import string
 from collections import Counter
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Hashable, Mapping, Sequence, Set
 from functools import cache
 from typing import Any
 
 import sacrebleu
 
 ROUGE_KINDS = ("rouge1", "rouge2", "rougeL")
+LOCALRQA_NAMES = {"gen/f1": "gen/f1/avg_f1_ans", **{f"gen/{kind}": f"gen/rouge/avg_{kind}_ans" for kind in ROUGE_KINDS}}
 
 
 def normalize_answer(text: str) -> list[str]:
@@ -114,6 +115,21 @@ def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Seq
         "ndcg@10": ndcg(ranking, gold),
         "map@10": average_precision(ranking, gold),
     }
+
+
+def with_localrqa_names(means: Mapping[str, float]) -> dict[str, float]:
+    """The scores by our names and by LocalRQA's: Recall@4 is `retr/recall@4` and `retr/document_recall/recall4`.
+
+    ROUGE is of word stems here, and of whole words there.
+    """
+    theirs = {name: LOCALRQA_NAMES.get(name, name.replace("retr/recall@", "retr/document_recall/recall"))
+              for name in means}  # fmt: skip
+    return dict(means) | {theirs[name]: mean for name, mean in means.items()}
+
+
+def is_localrqa_name(name: str) -> bool:
+    """Whether a score goes by its second name: none of ours has two slashes."""
+    return name.count("/") > 1
 
 
 def _runs(text: str, size: int) -> Counter[tuple[str, ...]]:

@@ -56,12 +56,14 @@ class ReaderEvaluation:
         self.device = device
         self.found = find_passages(retriever, examples, arguments) if retriever and examples else None
 
-    def __call__(self, trained: TrainableReader) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics by name, and one row a question."""
+    def __call__(
+        self, trained: TrainableReader, warm_up: bool = False
+    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+        """Metrics by name, and one row a question; `warm_up` as in `evaluate_answers`."""
         if self.found is None:
             return {"loss": self.loss(trained.objective, [list(example.gold_docs) for example in self.examples])}, []
         k = self.arguments.embedding_max_num_to_retrieve
-        metrics, rows = evaluate_answers(trained.reader, self.examples, self.found, self.arguments)
+        metrics, rows = evaluate_answers(trained.reader, self.examples, self.found, self.arguments, warm_up)
         return {"loss": self.loss(trained.objective, [documents[:k] for documents in self.found]), **metrics}, rows
 
     @torch.no_grad()

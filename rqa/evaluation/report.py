@@ -10,6 +10,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from rqa.evaluation.charts import Line, line_chart
+from rqa.evaluation.metrics import is_localrqa_name
 from rqa.evaluation.runtime import machine_line
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_jsonl
@@ -27,6 +28,7 @@ TILES = {
     "retr/recall@4": "Recall@4",
     "retr/mrr@10": "MRR@10",
 }
+MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model_name_or_path")  # below the title
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
 CHARTS = {  # title -> names of its lines, of which a run has some
     "Loss": ("loss", "eval_loss"),
@@ -37,6 +39,7 @@ CHARTS = {  # title -> names of its lines, of which a run has some
     "Tokens a second": ("tokens_per_second",),
     "Gradient norm": ("grad_norm",),
 }
+REFRESHED = "index_refreshed"  # an entry of the history that is no measure
 LEGEND = {"loss": "training", "eval_loss": "eval file"}
 
 
@@ -45,8 +48,9 @@ def write_report(directory: str | Path) -> None:
     directory = Path(directory)
     if not distributed.is_main():
         return
-    details = _read(directory / DETAILS)
+    details, state = _read(directory / DETAILS), _read(directory / "trainer_state.json")
     rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
+    arguments = {n: value for n, value in _read(directory / ARGUMENTS).items() if "api_key" not in n}
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
     page = template.render(
@@ -54,13 +58,21 @@ def write_report(directory: str | Path) -> None:
         machine=machine_line(details["machine"]) if "machine" in details else "",
         peak=details.get("peak_memory_gib", {}),
         **_score_tables(_read(directory / SCORES), details.get("scores", {})),
-        charts=_charts(_read(directory / "trainer_state.json"), directory),
+        charts=_charts(state, directory),
+        refreshed=bool(_line(state.get("log_history", []), REFRESHED)),
         examples=[_example(row) for row in rows[:EXAMPLES]],
         questions=len(rows),
-        arguments={n: value for n, value in _read(directory / ARGUMENTS).items() if "api_key" not in n},
+        arguments=arguments,
+        models=[name for name in MODELS if name in arguments],
+        figure=figure,
     )
     with atomic_file(directory / REPORT) as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def figure(value: float) -> str:
+    """Four digits, or all before the point: 0.02075, 761.7, 698,512."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -74,7 +86,7 @@ def _score_tables(scores: dict[str, float], details: dict[str, dict[str, Any]]) 
     others = {
         name.removeprefix("test_"): value
         for name, value in scores.items()
-        if name not in details and "/document_recall/" not in name
+        if name not in details and not is_localrqa_name(name)
     }
     return {
         "tiles": [{**known[name], "title": title} for name, title in TILES.items() if name in known],
@@ -89,14 +101,21 @@ def _charts(state: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
     history: list[dict[str, float]] = state.get("log_history", [])
     best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
     saved = (path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*"))
-    marks = {"saved": [float(step) for step in saved if step.isdigit()], "best": [float(best)] if best else []}
-    known = {name for names in CHARTS.values() for name in names} | {"step"}
+    marks = {
+        "saved": [float(step) for step in saved if step.isdigit()],
+        "best": [float(best)] if best else [],
+        "refreshed": [step for step, _ in _line(history, REFRESHED)],
+    }
+    known = {name for names in CHARTS.values() for name in names} | {"step", REFRESHED}
     own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
     charts = []
     for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
         lines = {name: line for name in names if (line := _line(history, name))}
         if svg := line_chart(lines, marks):
-            legend = [(LEGEND.get(name, name.rpartition("/")[2]), line[-1][1]) for name, line in lines.items()]
+            legend = [
+                (LEGEND.get(name, name.rpartition("/")[2].replace("_", " ")), line[-1][1])
+                for name, line in lines.items()
+            ]
             charts.append({"title": title, "svg": Markup(svg), "legend": legend})
     return charts
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from rqa.evaluation.metrics import bleu, bleu_statistics
-from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, write_report
+from rqa.evaluation.metrics import bleu, bleu_statistics, is_localrqa_name
+from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
 from rqa.runtime import distributed
@@ -73,8 +73,8 @@ def markdown_table(scores: dict[str, float], details: dict[str, dict[str, Any]])
     lines = ["| metric | value | 95 % interval | questions |", "|---|---:|---:|---:|"]
     for name, row in details.items():
         lines.append(f"| {name} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['n']} |")
-    others = [name for name in scores if name not in details and "/document_recall/" not in name]
-    lines += [f"| {name} | {scores[name]:.4g} | | |" for name in others]
+    others = [name for name in scores if name not in details and not is_localrqa_name(name)]
+    lines += [f"| {name} | {figure(scores[name])} | | |" for name in others]
     return "\n".join(lines)
 
 

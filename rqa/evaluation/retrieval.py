@@ -5,7 +5,7 @@ from typing import Any
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.metrics import score_ranking
+from rqa.evaluation.metrics import score_ranking, with_localrqa_names
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hits import PassageRetriever
@@ -39,17 +39,12 @@ def score_retrieval(
 
 
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over the questions that have it.
-
-    Recall@k goes by two names: `retr/recall@4`, and LocalRQA's `retr/document_recall/recall4`.
-    """
+    """The mean of each score over the questions that have it, by our name and by LocalRQA's."""
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row.items():
             columns.setdefault(name, []).append(value)
-    means = {name: sum(values) / len(values) for name, values in columns.items()}
-    recalls = {name: mean for name, mean in means.items() if name.startswith("retr/recall@")}
-    return means | {name.replace("recall@", "document_recall/recall"): mean for name, mean in recalls.items()}
+    return with_localrqa_names({name: sum(values) / len(values) for name, values in columns.items()})
 
 
 def retrieval_rows(

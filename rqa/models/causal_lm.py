@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.models.generation import Answer, GenerationArguments, answer_in_batches
+from rqa.models.generation import WARM_UP_TOKENS, Answer, GenerationArguments, answer_in_batches
 from rqa.models.loading import evaluating, load_model
 from rqa.packing import AnswerBatch, pad
 from rqa.prompts import DoesNotFit, Prompter
@@ -78,6 +78,11 @@ class CausalLMReader:
             progress,
         )
 
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Begin an answer, so that what only a first batch costs is in no latency."""
+        if prompt := self._prompt(example, passages):
+            self.generate([prompt], WARM_UP_TOKENS)
+
     def _prompt(self, example: Example, passages: Sequence[Document]) -> list[int]:
         try:
             return self.prompter.encode(example, passages).ids
@@ -86,13 +91,17 @@ class CausalLMReader:
             return []
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        """Continuations of one batch of prompts, up to the stop token. [B] -> [B]"""
+    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> list[list[int]]:
+        """Continuations of one batch of prompts, up to the stop token. [B] -> [B]
+
+        Args:
+            max_new_tokens: Of each; by default as many as an answer may have.
+        """
         stop = self.prompter.stop_ids
         # Right-padding the reversed prompts and reversing again pads on the left.
         reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
         inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
-        config = self.arguments.config(self.prompter.arguments.max_new_tokens, stop)
+        config = self.arguments.config(max_new_tokens or self.prompter.arguments.max_new_tokens, stop)
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
             output = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)  # [B, L + new]

@@ -28,15 +28,9 @@ PREFIX = "openai::"
 
 
 @dataclass(kw_only=True)
-class EndpointArguments:
-    """How an OpenAI-compatible server is asked."""
+class RequestArguments:
+    """How OpenAI-compatible servers are asked."""
 
-    endpoint_model: str | None = field(
-        default=None, metadata={"help": "The model's name; by default the only one that the server lists."}
-    )
-    endpoint_api_key: str | None = field(
-        default=None, repr=False, metadata={"help": "The key; by default $OPENAI_API_KEY. It is written nowhere."}
-    )
     endpoint_concurrency: int = field(default=16, metadata={"help": "Requests in flight at once."})
     endpoint_timeout: float = field(default=120.0, metadata={"help": "Seconds to wait for one reply."})
     endpoint_retries: int = field(default=6, metadata={"help": "How often a request that fails is sent again."})
@@ -48,6 +42,18 @@ class EndpointArguments:
             raise UserError(f"--endpoint_timeout {self.endpoint_timeout}: must be positive")
         if self.endpoint_retries < 0:
             raise UserError(f"--endpoint_retries {self.endpoint_retries}: must be at least 0")
+
+
+@dataclass(kw_only=True)
+class EndpointArguments(RequestArguments):
+    """Which model of an OpenAI-compatible server is asked, and how."""
+
+    endpoint_model: str | None = field(
+        default=None, metadata={"help": "The model's name; by default the only one that the server lists."}
+    )
+    endpoint_api_key: str | None = field(
+        default=None, repr=False, metadata={"help": "The key; by default $OPENAI_API_KEY. It is written nowhere."}
+    )
 
 
 class Job(NamedTuple):
@@ -117,6 +123,8 @@ class Endpoint:
     ) -> list[Reply]:
         """The reply to each conversation; conversations that are alike are sent once. [Q] -> [Q]
 
+        A reply that was kept from an earlier run, or stands for another question too, is timed nowhere or once.
+
         Args:
             max_tokens: Tokens of a reply, at most.
             desc: What the progress bar says.
@@ -126,9 +134,13 @@ class Endpoint:
             {"messages": [{name: _valid(text) for name, text in turn.items()} for turn in turns], **settings}
             for turns in conversations
         ]
-        keys = [fingerprint("chat", json.dumps(body, sort_keys=True)) for body in bodies]
-        jobs = [Job(key, body, chat_reply) for key, body in zip(keys, bodies, strict=True)]
-        return [Reply(*value) for value in self._ask_all("chat", jobs, desc)]
+        jobs = [Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply) for body in bodies]
+        kept, new = self._ask_all("chat", jobs, desc)
+        if kept:
+            number = sum(job.key in kept for job in jobs)
+            log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
+        known = {key: Reply(*value)._replace(seconds=None) for key, value in (kept | new).items()}
+        return [new.pop(job.key, known[job.key]) for job in jobs]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
@@ -136,7 +148,11 @@ class Endpoint:
         The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
         """
         jobs = [self._echo(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        return self._ask_all("complete", jobs, "score")
+        kept, new = self._ask_all("complete", jobs, "score")
+        return [(kept | new)[job.key] for job in jobs]
+
+    def _key(self, *parts: str) -> str:
+        return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
     def _echo(self, prompt: str, answer: str) -> Job:
         # No token is wanted, but many servers refuse to generate none.
@@ -151,12 +167,11 @@ class Endpoint:
                 )
             return sum(values) / len(values)
 
-        return Job(fingerprint("echo", prompt, answer), body, parse)
+        return Job(self._key("echo", prompt, answer), body, parse)
 
-    def _ask_all(self, method: str, jobs: Sequence[Job], desc: str) -> list[Any]:
-        """What each job's `parse` makes of the server's reply, now or in an earlier run."""
-        jobs = [job._replace(key=fingerprint(self.base_url, self.model, job.key)) for job in jobs]
-        kept = self._store.get(dict.fromkeys(job.key for job in jobs))
+    def _ask_all(self, method: str, jobs: Sequence[Job], desc: str) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `parse` made of the server's replies by the jobs' keys: in an earlier run, and now."""
+        kept, new = self._store.get(dict.fromkeys(job.key for job in jobs)), {}
         missing = {job.key: job for job in jobs if job.key not in kept}
 
         async def ask(server: "Server", job: Job) -> None:
@@ -165,7 +180,7 @@ class Endpoint:
             if isinstance(value, Reply):
                 value = value._replace(seconds=time.perf_counter() - started)
             self._store.put({job.key: value})
-            kept[job.key] = value
+            new[job.key] = value
             bar.update()
 
         async def ask_all(server: "Server") -> None:
@@ -176,7 +191,7 @@ class Endpoint:
         if missing:
             with tqdm(total=len(missing), desc=desc, unit="q", leave=False, disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
-        return [kept[job.key] for job in jobs]
+        return kept, new
 
     def _run(self, work: Callable[["Server"], Coroutine[Any, Any, Any]]) -> Any:
         from rqa.models.server import Server  # with the openai package, which few runs need and all would wait for

@@ -45,3 +45,6 @@ class EndpointReader:
         for number, reply in zip(asked, replies, strict=True):
             answers[number] = Answer(*reply)
         return answers
+
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Nothing: a server is asked no question twice, and may have to be paid."""

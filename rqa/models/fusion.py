@@ -25,7 +25,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.generation import Answer, GenerationArguments, answer_in_batches
+from rqa.models.generation import WARM_UP_TOKENS, Answer, GenerationArguments, answer_in_batches
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch, pad
 from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
@@ -194,6 +194,11 @@ class FusionReader:
             progress,
         )
 
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Begin an answer, so that what only a first batch costs is in no latency."""
+        if prompt := self._prompt(example, passages):
+            self.generate([prompt], WARM_UP_TOKENS)
+
     def _prompt(self, example: Example, passages: Sequence[Document]) -> FusionSequence | None:
         try:
             return self.prompter.encode(example, passages)
@@ -201,12 +206,15 @@ class FusionReader:
             log.warning("%s; it is left unanswered", error)
             return None
 
-    def generate(self, prompts: Sequence[FusionSequence]) -> list[list[int]]:
-        """Answers of one batch of questions, up to the end token. [B] -> [B]"""
+    def generate(self, prompts: Sequence[FusionSequence], max_new_tokens: int | None = None) -> list[list[int]]:
+        """Answers of one batch of questions, up to the end token. [B] -> [B]
+
+        Args:
+            max_new_tokens: Of each; by default as many as an answer may have.
+        """
         end, model = self.prompter.end_token, self.fusion.model
-        config = self.arguments.config(
-            self.prompter.arguments.max_decoder_seq_length, [end], decoder_start_token_id=start_token(model)
-        )
+        size = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
+        config = self.arguments.config(size, [end], decoder_start_token_id=start_token(model))
         with evaluating(self.fusion):
             batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(model.device)
             answers = self.fusion.generate(batch, config).tolist()

@@ -15,6 +15,8 @@ from rqa.runtime.parallelize import in_step
 
 Prompt = TypeVar("Prompt")
 
+WARM_UP_TOKENS = 4
+
 
 @dataclass
 class GenerationArguments:
@@ -59,12 +61,13 @@ class Answer:
     Attributes:
         text: The answer.
         num_tokens: Tokens generated.
-        seconds: How long its batch took: what a user who asked it would have waited.
+        seconds: How long its batch took: what a user who asked it would have waited. None where nothing was generated:
+            the question did not fit, or the answer was kept from an earlier run.
     """
 
     text: str
     num_tokens: int
-    seconds: float = 0.0
+    seconds: float | None = None
 
 
 def answer_in_batches(

@@ -4,11 +4,11 @@ from typing import Any, NamedTuple
 
 
 class Reply(NamedTuple):
-    """What a server said, the tokens it generated for that, and the seconds it took."""
+    """What a server said, the tokens it generated for that, and the seconds it took; None if it was not asked now."""
 
     text: str
     num_tokens: int
-    seconds: float
+    seconds: float | None
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
@@ -38,4 +38,4 @@ def chat_reply(reply: Any) -> Reply:
     if not isinstance(text, str):
         raise TypeError(text)
     tokens = (reply.get("usage") or {}).get("completion_tokens")
-    return Reply(text.strip(), len(text.split()) if tokens is None else tokens, 0.0)
+    return Reply(text.strip(), len(text.split()) if tokens is None else tokens, None)

@@ -24,8 +24,8 @@ class ContextArguments:
     context_retriever: str = field(
         default="dense",
         metadata={
-            "help": "Who finds passages where an example has no ctxs: the model before training, or shared words.",
-            "choices": ["dense", "bm25"],
+            "help": "Who finds passages where an example has no ctxs: the model before training, shared words or both.",
+            "choices": ["dense", "bm25", "hybrid"],
         },
     )
 

@@ -11,7 +11,6 @@ from typing import Any
 from rqa.data.documents import Document
 from rqa.data.duplicates import normalize
 from rqa.data.examples import Example
-from rqa.evaluation.judge import PRICES
 from rqa.models.generator import TextGenerator
 from rqa.models.loading import LoadingArguments
 from rqa.prompts import retrieval_query
@@ -33,8 +32,7 @@ class GeneratorArguments(LoadingArguments):
     )
     max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a reply, at most."})
     price: list[float] = field(
-        default_factory=list,
-        metadata={"help": "Dollars for a million tokens in, and out; by default a table knows OpenAI's."},
+        default_factory=list, metadata={"help": "Dollars for a million tokens in, and out, to tell the cost before."}
     )
     estimate_only: bool = field(default=False, metadata={"help": "Say what it would cost, and stop."})
 
@@ -182,16 +180,10 @@ def write_answers(
     return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
 
 
-def estimate(
-    generator: TextGenerator, conversations: Sequence[Conversation], arguments: GeneratorArguments, served: str | None
-) -> str:
-    """What generating will cost at most, before anything is asked.
-
-    Args:
-        served: The model's name at its server, for the table of prices.
-    """
+def estimate(generator: TextGenerator, conversations: Sequence[Conversation], arguments: GeneratorArguments) -> str:
+    """What generating will cost at most, before anything is asked."""
     given, written = generator.count_tokens(conversations), arguments.max_new_tokens * len(conversations)
-    price = arguments.price or PRICES.get(served or "")
+    price = arguments.price
     cost = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
     return (
         f"{len(conversations)} replies, some {given:,} tokens in, at most {written:,} out{cost}; replies already kept "

@@ -16,6 +16,7 @@ from rqa.evaluation.report import write_report
 from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments
+from rqa.models.endpoint import RequestArguments
 from rqa.models.fusion import FusionReader, load_fusion, refuse_overflow
 from rqa.models.generation import GenerationArguments
 from rqa.models.loading import freeze_pooler, load_tokenizer
@@ -48,6 +49,7 @@ SHARED_ARGUMENTS = (
     IndexArguments,
     RetrieverArguments,
     JudgeArguments,
+    RequestArguments,
 )
 
 ChoosePassages = Callable[[Sequence[Example], PassageRetriever | None], list[list[Document]]]
@@ -75,6 +77,7 @@ def train_reader(
     index: IndexArguments,
     which: RetrieverArguments,
     judge: JudgeArguments,
+    requests: RequestArguments,
     kind: ReaderKind,
     embedding_model: str | None,
     choose_passages: ChoosePassages,
@@ -83,6 +86,7 @@ def train_reader(
     """Train, choose the best model by the eval file, score it on the test file.
 
     Args:
+        requests: How the judge's server is asked.
         kind: What kind of reader is trained.
         embedding_model: The frozen retriever's encoder, or bm25; None, unless BM25 is asked for: nothing is retrieved,
             and evaluation is the loss on gold passages.
@@ -151,11 +155,11 @@ def train_reader(
     if inputs.test:
         load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
         with autocast(device, dtype):
-            metrics, rows = test(trained)
+            metrics, rows = test(trained, warm_up=True)
         scores = {f"test_{name}": value for name, value in metrics.items()}
     merge_adapters(loop, type(model))
     if inputs.test:
-        scores, _ = judge_results(loop.output_dir, scores, rows, judge)
+        scores, _ = judge_results(loop.output_dir, scores, rows, judge, requests)
         log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
     return scores
 

@@ -105,6 +105,7 @@ class Refresher:
         self.dtype = dtype
         self.then = then
         self.made_at = np.zeros(len(retriever.documents), dtype=np.int64)  # the step of each embedding's weights
+        self.refreshes = 0
         self._spans = parse_schedule(arguments.refresh_step)
         self._embeddings: np.ndarray | None = None  # [N, D], kept where a refresh replaces a part of them
         self._work: BackgroundEncoding | None = None
@@ -114,8 +115,10 @@ class Refresher:
         """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet.
 
         Returns:
-            `index_staleness`: steps since the weights of the index's embeddings, the mean over documents.
+            `index_staleness`: steps since the weights of the index's embeddings, the mean over documents; and
+            `index_refreshed`, True, if the index is a new one.
         """
+        refreshes = self.refreshes
         with autocast(self.retriever.encoder.backbone.device, self.dtype):
             if not len(self.retriever.index) or self._lacks_embeddings:
                 self._refresh(np.arange(len(self.made_at)), step)
@@ -129,7 +132,10 @@ class Refresher:
                 self._refresh_in_background(step)
             elif self.due(step):
                 self._refresh(self._chosen(), step)
-        return {"index_staleness": step - float(self.made_at.mean())} if not self._frozen else {}
+        if self._frozen:
+            return {}
+        news = {"index_staleness": step - float(self.made_at.mean())}
+        return news | ({"index_refreshed": True} if self.refreshes > refreshes else {})
 
     def snapshot(self) -> Callable[[Path], None]:
         """What writes the index between two refreshes, so that a resumed run finds the very same documents.
@@ -214,6 +220,7 @@ class Refresher:
             embeddings = self._embeddings
         self.retriever.index.replace(embeddings)
         self.made_at[numbers] = step
+        self.refreshes += 1
         if self.then:
             self.then()
 

@@ -50,6 +50,13 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
+    def told(self, news: Mapping[str, float] | None) -> dict[str, float]:
+        """Keep what happened, which is True, as an entry of its own; return what was measured."""
+        events = {name: 1.0 for name, value in (news or {}).items() if value is True}
+        if events:
+            self._keep(events)
+        return {name: value for name, value in (news or {}).items() if name not in events}
+
     def step_done(
         self, loss: float, tokens: float, statistics: Iterable[Mapping[str, float]], norm: float, rate: float
     ) -> None:
@@ -87,17 +94,12 @@ class Journal:
     def record(self, metrics: Mapping[str, float]) -> None:
         """One entry of the history, and one line of `log.jsonl`.
 
-        The clock starts anew behind it.
+        The clock starts anew behind it: an evaluation is no part of the steps around it.
         """
-        self.state.log_history.append({"step": self.state.step, **metrics})
+        self._keep(metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
             log.info("step %d/%d  %s", self.state.step, self.steps, text)
-        if distributed.is_main():
-            with (self.path.parent / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write(json.dumps(self.state.log_history[-1]) + "\n")
-            self.track(metrics, self.state.step)
-            self.save()
         self._start_clock()
 
     def _start_clock(self) -> None:
@@ -107,3 +109,11 @@ class Journal:
         """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.path, asdict(self.state))
+
+    def _keep(self, metrics: Mapping[str, float]) -> None:
+        self.state.log_history.append({"step": self.state.step, **metrics})
+        if distributed.is_main():
+            with (self.path.parent / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.state.log_history[-1]) + "\n")
+            self.track(metrics, self.state.step)
+            self.save()

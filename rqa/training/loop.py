@@ -52,7 +52,7 @@ def train(
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         batches: The micro-batches of each optimizer step.
         before_step: Called with the number of steps done, before the batch of the next one is made; it may return
-            statistics. A `LiveState` is saved with each checkpoint.
+            statistics, and what happened as True. A `LiveState` is saved with each checkpoint.
         evaluate: Called with the number of steps done; returns metrics by name.
         checkpoint: Where to continue; the objective already holds its weights.
 
@@ -108,7 +108,7 @@ def train(
         if evaluate and arguments.eval_on_start and state.step == 0 and evaluate_now() and saving:
             save_now()
         while state.step < len(batches):
-            news = (before_step(state.step) if before_step else None) or {}
+            news = journal.told(before_step(state.step) if before_step else None)
             micro_batches = next(feed)
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
             losses, statistics = [], []

@@ -74,6 +74,7 @@ def rows(documents: list[Document]) -> list[dict[str, Any]]:
 def run(tmp_path: Path) -> Path:
     """What a trainer leaves before it is tested."""
     history = [{"step": step, "loss": 2 / step, "learning_rate": 1e-4, "kl": 0.5 / step} for step in range(1, 11)]
+    history += [{"step": step, "index_refreshed": 1.0} for step in (4, 8)]
     history += [{"step": step, "eval_loss": 1.0, "eval_retr/recall@4": 0.5} for step in (5, 10)]
     state = {"log_history": history, "best_model_checkpoint": "checkpoint-5"}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
@@ -87,19 +88,20 @@ def run(tmp_path: Path) -> Path:
 def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questions(
     run: Path, rows: list[dict[str, Any]]
 ) -> None:
-    write_results(run, {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 321.0}, rows)
+    write_results(run, {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 654321.0}, rows)
     page = page_of(run)
     details = json.loads((run / "score_details.json").read_text())["scores"]
     for name in ("retr/recall@4", "gen/f1"):
         row = details[f"test_{name}"]
         assert name in page.text
         assert f"{row['low']:.3f} to {row['high']:.3f}" in page.text
-    for text in ("a/model", "--learning_rate", "tokens_per_second", "321", "1.25", "torch", "Kl", "Hello there"):
+    for text in ("a/model", "--learning_rate", "tokens_per_second", "654,321", "1.25", "torch", "Kl", "Hello there"):
         assert text in page.text, text
     assert "sk-1" not in page.text
     assert page.with_class("tiles") == 1
     assert sum(tag == "svg" for tag, _ in page.elements) == 4  # loss, recall, learning rate, the objective's own kl
-    assert page.with_class("best") == 4
+    assert page.with_class("best") == page.with_class("saved") == 4
+    assert page.with_class("refreshed") == 8
     assert "With 2 questions it is up to" in page.text
 
 
@@ -160,14 +162,22 @@ def points(svg: str, number: int = 0) -> list[tuple[float, float]]:
 
 
 def test_points_stand_where_their_values_say() -> None:
-    svg = line_chart({"loss": [(0, 0.0), (5, 2.5), (10, 10.0)], "other": [(10, 5.0)]}, {"best": [5], "saved": [99]})
+    svg = line_chart(
+        {"loss": [(0, 0.0), (5, 2.5), (10, 10.0)], "other": [(10, 5.0)]},
+        {"best": [5], "saved": [10, 99], "refreshed": [0]},
+    )
     left, right, top, bottom = LEFT, WIDTH - RIGHT, TOP, HEIGHT - BOTTOM
     assert points(svg) == [
         (left, bottom), ((left + right) / 2, pytest.approx(bottom - (bottom - top) / 4)), (right, top)
     ]  # fmt: skip
     assert points(svg, 1) == [(right, (top + bottom) / 2)]
     marks = [e for e in ElementTree.fromstring(svg).iter("line") if "mark" in e.get("class")]
-    assert [float(mark.get("x1")) for mark in marks] == [(left + right) / 2]  # a mark beyond the plot is left out
+    drawn = [(mark.get("class"), *(float(mark.get(name)) for name in ("x1", "y1", "y2"))) for mark in marks]
+    assert drawn == [  # a mark beyond the plot is left out
+        ("mark best", (left + right) / 2, top, bottom),
+        ("mark saved", right, bottom - 6, bottom),
+        ("mark refreshed", left, top, top + 6),
+    ]
 
 
 @pytest.mark.parametrize("values", [[3.0], [0.0, 0.0], [-2.0, 5.0], [1e-7, 3e-7], [1e6, 4e6], [0.1, math.nan, 0.3]])

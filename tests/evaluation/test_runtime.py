@@ -1,8 +1,11 @@
 """Times and machines."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+from transformers import GenerationConfig
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -10,7 +13,9 @@ from rqa.evaluation import runtime
 from rqa.evaluation.retrieval import measure_speed
 from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
-from rqa.models.generation import Answer
+from rqa.models.endpoint import EndpointArguments
+from rqa.models.generation import Answer, GenerationArguments
+from rqa.models.reader import ReaderPromptArguments, open_reader
 from rqa.retrieval.hits import Hits
 from rqa.retrieval.lexical import LexicalRetriever
 from rqa.runtime.errors import UserError
@@ -51,14 +56,25 @@ class SlowRetriever(LexicalRetriever):
 
 
 class Parrot:
-    """Answers with the question, in two batches, the second slower."""
+    """Answers with the question, in two batches, the second slower; cold, it takes a second more.
 
-    def __init__(self, time: Clock) -> None:
+    Args:
+        untimed: Answers that it does not generate: the first so many.
+    """
+
+    def __init__(self, time: Clock, untimed: int = 0) -> None:
         self.time = time
+        self.untimed = untimed
+        self.cold = True
+
+    def warm_up(self, example: Example, passages: list[Document]) -> None:
+        self.time.sleep(float(self.cold))
+        self.cold = False
 
     def answer(self, examples: list[Example], passages: list[list[Document]]) -> list[Answer]:
-        self.time.sleep(0.05)
-        return [Answer(example.question, 3, 0.01 * (1 + i % 2)) for i, example in enumerate(examples)]
+        self.time.sleep(0.05 + self.cold)
+        timed = [Answer(example.question, 3, 0.01 * (1 + i % 2)) for i, example in enumerate(examples)]
+        return [replace(answer, seconds=None) for answer in timed[: self.untimed]] + timed[self.untimed :]
 
 
 def test_latencies_are_percentiles_in_milliseconds() -> None:
@@ -86,7 +102,7 @@ def test_answers_are_timed_around_the_reader_alone(
     documents: list[Document], examples: list[Example], time: Clock
 ) -> None:
     found = [[document] for document in documents]
-    metrics, rows = evaluate_answers(Parrot(time), examples, found, EvaluationArguments())
+    metrics, rows = evaluate_answers(Parrot(time), examples, found, EvaluationArguments(), warm_up=True)
     assert metrics["gen/questions_per_second"] == pytest.approx(len(examples) / 0.05)
     assert metrics["gen/tokens_per_second"] == pytest.approx(3 * metrics["gen/questions_per_second"])
     assert metrics["gen/latency_p50_ms"] == pytest.approx(15)
@@ -95,8 +111,45 @@ def test_answers_are_timed_around_the_reader_alone(
     assert metrics["gen/answer_words"] == pytest.approx(sum(words) / len(words))
     rates = [name for row in rows for name, value in row["scores"].items() if 0 <= value <= 1]
     assert len(rates) == sum(len(row["scores"]) for row in rows)
+    assert metrics["gen/f1/avg_f1_ans"] == metrics["gen/f1"]  # LocalRQA's names
+    assert metrics["gen/rouge/avg_rougeL_ans"] == metrics["gen/rougeL"]
     for name in rows[0]["scores"]:
         assert metrics[name] == pytest.approx(np.mean([row["scores"][name] for row in rows]))
+
+
+def test_what_was_not_generated_now_enters_no_latency_and_no_throughput(
+    documents: list[Document], examples: list[Example], time: Clock
+) -> None:
+    found = [[document] for document in documents]
+    reader = Parrot(time, untimed=len(examples) - 2)
+    metrics, rows = evaluate_answers(reader, examples, found, EvaluationArguments(), warm_up=True)
+    assert metrics["gen/questions_per_second"] == pytest.approx(2 / 0.05)
+    assert metrics["gen/tokens_per_second"] == pytest.approx(2 * 3 / 0.05)
+    assert metrics["gen/latency_p50_ms"] == pytest.approx(15)
+    assert len(rows) == len(examples)  # and yet each of them is scored
+    reader.untimed = len(examples)
+    metrics, _ = evaluate_answers(reader, examples, found, EvaluationArguments())
+    assert not [name for name in metrics if "latency" in name or "per_second" in name]
+
+
+def test_readers_warm_up_with_a_few_tokens(
+    lm_path: str, t5_path: str, documents: list[Document], examples: list[Example], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def note(self: GenerationArguments, max_new_tokens: int, *others: object, **options: object) -> GenerationConfig:
+        asked.append(max_new_tokens)
+        return config(self, max_new_tokens, *others, **options)
+
+    config = GenerationArguments.config
+    monkeypatch.setattr(GenerationArguments, "config", note)
+    for path in (lm_path, t5_path):
+        prompt = ReaderPromptArguments(max_new_tokens=7, max_decoder_seq_length=7)
+        reader = open_reader(path, prompt, GenerationArguments(), EndpointArguments(), torch.device("cpu"))
+        reader.warm_up(examples[0], documents[:1])
+        reader.answer(examples[:1], [documents[:1]])
+        reader.warm_up(Example("why " * 3000), documents[:1])  # fits nowhere
+    assert asked == [4, 7] * 2
 
 
 def test_the_machine_is_named_in_one_line() -> None:

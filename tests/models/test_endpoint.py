@@ -1,5 +1,6 @@
 """A server is asked over real sockets: in order, at once, again when it fails, and never twice for what is known."""
 
+import logging
 import os
 import signal
 import socket
@@ -66,6 +67,20 @@ def test_a_question_is_sent_once_by_one_run_and_by_the_next(server: OpenAIServer
     assert len(server.of("chat/completions")) == 2
     assert connect(server).chat(say("b", "c", "a"), 7) == ["You said: b", "You said: c", "You said: a"]
     assert len(server.of("chat/completions")) == 3
+
+
+def test_a_reply_is_timed_once_and_what_was_kept_is_counted_and_not_timed(
+    server: OpenAIServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    with caplog.at_level(logging.INFO, "rqa"):
+        first = connect(server).ask(say("a", "b", "a"), 7)
+        assert "kept" not in caplog.text
+        second = connect(server).ask(say("b", "c", "b"), 7)
+    assert [reply.seconds is not None for reply in first] == [True, True, False]
+    assert [reply.seconds is not None for reply in second] == [False, True, False]
+    assert [reply.num_tokens for reply in first + second] == [3] * 6
+    assert "2 of 3 replies were kept from an earlier run" in caplog.text
 
 
 def test_whatever_decides_a_reply_asks_anew(server: OpenAIServer) -> None:

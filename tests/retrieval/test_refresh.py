@@ -157,7 +157,8 @@ def test_a_partial_refresh_encodes_its_share_and_keeps_the_other_embeddings(retr
     old = table(retriever)
     change_weights(retriever.encoder)
     new = fresh_table(retriever)
-    assert refresher(1) == {"index_staleness": 0.75}  # of 24 documents 6 are new, the others of one step before
+    # Of 24 documents 6 are new, the others of one step before.
+    assert refresher(1) == {"index_staleness": 0.75, "index_refreshed": True}
     now = table(retriever)
     np.testing.assert_allclose(now[:6], new[:6], atol=1e-5)
     np.testing.assert_array_equal(now[6:], old[6:])
@@ -219,7 +220,10 @@ def test_an_index_made_in_the_background_is_that_of_the_weights_at_its_beginning
     seen: list[int] = []
     arguments = RefreshArguments("2", refresh_fraction=fraction, refresh_async=True)
     refresher = Refresher(retriever, arguments, then=lambda: seen.append(1))
-    assert refresher(0) == {"index_staleness": 0}  # nothing to retrieve from yet: this one is waited for
+    assert refresher(0) == {
+        "index_staleness": 0,
+        "index_refreshed": True,
+    }  # nothing to retrieve from yet: this one is waited for
     old = table(retriever)
     assert refresher(1) == {"index_staleness": 1}
     change_weights(retriever.encoder)
@@ -228,7 +232,7 @@ def test_an_index_made_in_the_background_is_that_of_the_weights_at_its_beginning
     change_weights(retriever.encoder)
     np.testing.assert_array_equal(table(retriever), old)
     wait(refresher)
-    assert refresher(3) == {"index_staleness": 1 * fraction + 3 * (1 - fraction)}
+    assert refresher(3) == {"index_staleness": 1 * fraction + 3 * (1 - fraction), "index_refreshed": True}
     n = round(24 * fraction)
     np.testing.assert_allclose(table(retriever)[:n], expected[:n], atol=1e-6)
     np.testing.assert_array_equal(table(retriever)[n:], old[n:])
@@ -248,9 +252,9 @@ def test_a_refresh_that_falls_due_during_another_begins_after_it(
         assert refresher(step) == {"index_staleness": step}
     go.set()
     wait(refresher)
-    assert refresher(7) == {"index_staleness": 5}  # of step 2, and the next one begins
+    assert refresher(7) == {"index_staleness": 5, "index_refreshed": True}  # of step 2, and the next one begins
     wait(refresher)
-    assert refresher(9) == {"index_staleness": 2}
+    assert refresher(9) == {"index_staleness": 2, "index_refreshed": True}
     refresher.close()
 
 
@@ -406,7 +410,7 @@ def test_a_saved_index_of_whole_refreshes_is_made_anew_where_partial_ones_follow
     retriever.index = Index(IndexArguments())
     partial = Refresher(retriever, RefreshArguments(refresh_fraction=0.5))
     partial.load(tmp_path)
-    assert partial(7) == {"index_staleness": 0}
+    assert partial(7) == {"index_staleness": 0, "index_refreshed": True}
     np.testing.assert_array_equal(table(retriever), fresh_table(retriever))
 
 
@@ -417,5 +421,5 @@ def test_a_saved_index_of_other_documents_is_made_anew(retriever: Retriever, tmp
     fewer = Retriever(retriever.encoder, retriever.documents[:-1], IndexArguments())
     again = Refresher(fewer, RefreshArguments())
     again.load(tmp_path)
-    assert again(7) == {"index_staleness": 0}
+    assert again(7) == {"index_staleness": 0, "index_refreshed": True}
     np.testing.assert_array_equal(table(fewer), fresh_table(fewer))

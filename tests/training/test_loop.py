@@ -7,6 +7,7 @@ import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from transformers import get_scheduler
 
 from rqa.runtime.errors import UserError
+from rqa.training import journal
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
 from rqa.training.checkpoint import checkpoint_to_resume, checkpoints
@@ -232,6 +234,37 @@ def test_the_history_is_written_line_by_line(arguments: LoopArguments) -> None:
     state = run(replace(arguments, eval_steps=2), evaluate=lambda step: {"eval_loss": float(step)}).state
     lines = (Path(arguments.output_dir) / "log.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == state.log_history
+
+
+def test_what_happened_is_an_entry_at_its_step_and_what_was_measured_a_mean(arguments: LoopArguments) -> None:
+    plan = replace(arguments, logging_steps=3, max_steps=6)
+    state = run(plan, before_step=lambda step: {"age": float(step), **({"renewed": True} if step == 4 else {})}).state
+    assert [(entry["step"], entry["renewed"]) for entry in state.log_history if "renewed" in entry] == [(4, 1.0)]
+    assert [(entry["step"], entry["age"]) for entry in state.log_history if "age" in entry] == [
+        (1, 0),
+        (3, 1.5),
+        (6, 4),
+    ]
+    lines = (Path(arguments.output_dir) / "log.jsonl").read_text().splitlines()
+    assert json.loads(lines[2]) == {"step": 4, "renewed": 1.0}
+
+
+def test_tokens_a_second_are_those_of_the_steps_alone(
+    arguments: LoopArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An evaluation between two log lines takes time, and neither its time nor its end hides that of the steps."""
+    now = [0.0]
+    monkeypatch.setattr(journal, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+
+    def pass_by(seconds: float) -> dict[str, float]:
+        now[0] += seconds
+        return {}
+
+    plan = replace(arguments, logging_steps=3, max_steps=6, eval_steps=2)
+    evaluate = {"evaluate": lambda step: {"eval_loss": 1.0, **pass_by(1000)}}
+    state = run(plan, before_step=lambda step: pass_by(2), **evaluate).state
+    rates = [entry["tokens_per_second"] for entry in state.log_history if "tokens_per_second" in entry]
+    assert rates == [4 / 2] * 3
 
 
 def test_a_model_that_training_only_made_worse_is_left_as_it_was(arguments: LoopArguments) -> None:
