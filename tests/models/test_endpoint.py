@@ -206,7 +206,9 @@ def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> N
     assert [body["messages"][0]["content"] for body in server.of("chat/completions")] == WORDS[7:]
 
 
-def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer) -> None:
+def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
     interrupted = threading.Event()
 
     def too_late() -> Response:
