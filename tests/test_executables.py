@@ -109,7 +109,7 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold(
     gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
     assert {key for _, keys in training for key in keys} - gold_of_split
     assert all(keys[0] == example.gold_docs[0].key and len(keys) <= 4 for example, keys in training)
-    tested = [(example, keys) for generates, example, keys in shown if generates]
+    _, *tested = [(example, keys) for generates, example, keys in shown if generates]  # the first one warms up
     rows = [json.loads(line) for line in (Path(str(swr["output_dir"])) / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
     assert [[content for _, content in keys] for _, keys in tested] == found

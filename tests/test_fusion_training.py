@@ -91,7 +91,8 @@ def test_training_reads_gold_and_retrieved_passages_and_evaluation_only_retrieve
         assert len(set(keys)) == len(keys)
     rows = [json.loads(line) for line in (Path(str(fid["output_dir"])) / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
-    assert [[content for _, content in keys] for generates, _, keys in shown if generates] == found
+    _, *tested = [[content for _, content in keys] for generates, _, keys in shown if generates]  # the first warms up
+    assert tested == found
 
 
 def test_resuming_an_interrupted_run_gives_the_very_same_model(

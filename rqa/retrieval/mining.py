@@ -26,7 +26,10 @@ TEXTS_KEPT = 2**18  # passages whose text's digest is remembered
 
 @dataclass
 class NegativeArguments:
-    """Which passages of a ranking are hard negatives. Ranks, from 1, are those of the passages that are not gold."""
+    """Which passages of a ranking are hard negatives.
+
+    Ranks, from 1, are those of the passages that are not gold.
+    """
 
     negatives_from_rank: int = field(
         default=1, metadata={"help": "The best rank of a hard negative, among the passages that are not gold."}
