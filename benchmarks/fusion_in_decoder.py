@@ -13,11 +13,11 @@ padded passages, as theirs does. Every system works on the same questions in a p
 
 import argparse
 import json
-from tempfile import TemporaryDirectory
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
+from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data.documents import Document
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer, FusionPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
     )
     work = {
-        "train, rqa": train_rqa,
+        "train, rqa": train_product,
         "train, padded": train_padded,
         "score, rqa": score_rqa,
         "score, padded and generating": score_padded,
@@ -110,38 +110,21 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
     ]
 
 
-def train_rqa(
+def train_product(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
 ) -> Clock:
     """The product's own loop and objective."""
     from rqa.objectives.fusion import FusionLikelihood
-    from rqa.training.arguments import LoopArguments
-    from rqa.training.batches import Batches
-    from rqa.training.loop import train
 
     sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in rows]
     objective, clock = FusionLikelihood(model, prompter), Clock()
 
-    def batch(indices: list[int]) -> Any:
+    def batch(indices: Sequence[int]) -> Any:
         clock.units.append(arguments.n_context * len(indices))
         return objective.batch([sequences[i] for i in indices], indices)
 
-    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
-        clock.tick()
-        return {"eval_loss": 0.0}
-
-    with TemporaryDirectory() as directory:
-        loop = LoopArguments(
-            output_dir=directory,
-            per_device_train_batch_size=arguments.batch_size,
-            max_steps=arguments.steps + arguments.warmup,
-            bf16=arguments.precision == "bf16",
-            save_strategy="no",
-            eval_strategy="no",
-            metric_for_best_model="loss",
-        )
-        batches = Batches(len(sequences), batch, loop)
-        train(objective, batches, loop, model.device, before_step=clock.tick, evaluate=last_moment)
+    steps = arguments.steps + arguments.warmup
+    train_rqa(objective, len(rows), batch, arguments.batch_size, steps, arguments.precision == "bf16", clock)
     return clock
 
 

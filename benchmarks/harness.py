@@ -8,7 +8,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -107,6 +108,45 @@ class Clock:
                 clock.tick()
 
         return Recorder()
+
+
+def train_rqa(
+    objective: torch.nn.Module,
+    examples: int,
+    batch: Callable[[Sequence[int]], Any],
+    batch_size: int,
+    steps: int,
+    bf16: bool,
+    clock: Clock,
+) -> None:
+    """Train with the product's own loop, every step timed; nothing is saved or evaluated.
+
+    Args:
+        examples: How many there are.
+        batch: Their numbers -> a micro-batch.
+        steps: Optimizer steps.
+    """
+    from rqa.runtime import distributed
+    from rqa.training.arguments import LoopArguments
+    from rqa.training.batches import Batches
+    from rqa.training.loop import train
+
+    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
+        clock.tick()
+        return {"eval_loss": 0.0}
+
+    with TemporaryDirectory() as directory:
+        loop = LoopArguments(
+            output_dir=directory,
+            per_device_train_batch_size=batch_size,
+            max_steps=steps,
+            bf16=bf16,
+            save_strategy="no",
+            eval_strategy="no",
+            metric_for_best_model="loss",
+        )
+        batches = Batches(examples, batch, loop)
+        train(objective, batches, loop, distributed.start(), before_step=clock.tick, evaluate=last_moment)
 
 
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:

@@ -15,12 +15,13 @@ be one and the same. Needs `pip install -e ".[bench]"`.
 import argparse
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
+from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
 
 from rqa.evaluation.runtime import machine
 
@@ -87,7 +88,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     use_allocator("default" if arguments.allocator == "default" else "tuned")
     triples = [tuple(triple) for triple in json.loads(Path(arguments.triples).read_text(encoding="utf-8"))]
     with TemporaryDirectory() as directory:
-        train = train_rqa if arguments.system.startswith("rqa") else train_sentence_transformers
+        train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
         loss, clock = train(arguments, triples, directory)
     return {
         "system": arguments.system,
@@ -98,50 +99,32 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_rqa(arguments: argparse.Namespace, triples: list[Triple], directory: str) -> tuple[float, Clock]:
+def train_product(arguments: argparse.Namespace, triples: list[Triple], directory: str) -> tuple[float, Clock]:
     """The product's own loop and objective."""
     from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.models.loading import evaluating
     from rqa.objectives.ctl import Contrastive, ContrastiveBatch
     from rqa.runtime import distributed
     from rqa.runtime.precision import autocast, compute_dtype
-    from rqa.training.arguments import LoopArguments
-    from rqa.training.batches import Batches
-    from rqa.training.loop import train
 
-    device, size = distributed.start(), len(triples)
-    encoder = load_encoder(arguments.model_name_or_path, EncoderArguments(max_passage_length=arguments.max_length)).to(
-        device
-    )
+    device, size, bf16 = distributed.start(), len(triples), arguments.precision == "bf16"
+    encoder = load_encoder(arguments.model_name_or_path, EncoderArguments(max_passage_length=arguments.max_length))
+    encoder = encoder.to(device)
     queries = encoder.tokenize_queries([question for question, _, _ in triples])
     passages = encoder.tokenize_passages([triple[1] for triple in triples] + [triple[2] for triple in triples])
     clock = Clock()
 
-    def batch(indices: list[int]) -> ContrastiveBatch:
+    def batch(indices: Sequence[int]) -> ContrastiveBatch:
         clock.units.append(size)
         documents, targets = torch.arange(2 * size), torch.arange(size)
         return ContrastiveBatch(queries, passages, documents, targets, targets[:, None], indices)
 
-    loop = LoopArguments(
-        output_dir=directory,
-        per_device_train_batch_size=size,
-        max_steps=arguments.warmup + arguments.steps,
-        bf16=arguments.precision == "bf16",
-        save_strategy="no",
-        eval_strategy="no",
-        metric_for_best_model="loss",
-    )
     objective = Contrastive(encoder, TEMPERATURE, CHUNK if arguments.system == "rqa in chunks" else 0)
-    with torch.no_grad(), evaluating(objective), autocast(device, compute_dtype(loop.bf16, False, device)):
+    with torch.no_grad(), evaluating(objective), autocast(device, compute_dtype(bf16, False, device)):
         chunked = Contrastive(encoder, TEMPERATURE, CHUNK)  # not to count memory that training would not need
         loss = float(chunked(batch([]).to(device))[0]) / size
     clock.units.clear()
-
-    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
-        clock.tick()
-        return {"eval_loss": 0.0}
-
-    train(objective, Batches(size, batch, loop), loop, device, before_step=clock.tick, evaluate=last_moment)
+    train_rqa(objective, size, batch, size, arguments.warmup + arguments.steps, bf16, clock)
     return loss, clock
 
 

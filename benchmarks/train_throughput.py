@@ -14,12 +14,13 @@ or packed, with the loss on the completion only. Needs `pip install -e ".[bench]
 import argparse
 import json
 import statistics
+from collections.abc import Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, matmul_rate, peak_gib, print_table, read_corpus, run_all, summary, use_allocator
+from harness import Clock, matmul_rate, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
 
 from rqa.evaluation.runtime import machine
 
@@ -89,7 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     use_allocator(arguments.allocator)
     sequences = [tuple(pair) for pair in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
     with TemporaryDirectory() as directory:
-        train = {"rqa": train_rqa, "Trainer": train_trainer}.get(arguments.system, train_trl)
+        train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
         clock = train(arguments, sequences, directory)
     return {
         "system": arguments.system,
@@ -99,49 +100,24 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def train_rqa(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
+def train_product(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
     """The product's own loop and objective."""
     from rqa.models.causal_lm import load_causal_lm
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.answer import AnswerLikelihood
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
     from rqa.runtime import distributed
-    from rqa.training.arguments import LoopArguments
-    from rqa.training.batches import Batches
-    from rqa.training.loop import train
 
-    device = distributed.start()
-    model = load_causal_lm(arguments.model_name_or_path).to(device)
+    model = load_causal_lm(arguments.model_name_or_path).to(distributed.start())
     prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments())
     objective, clock = AnswerLikelihood(model, prompter), Clock()
 
-    def batch(indices: list[int]) -> Any:
+    def batch(indices: Sequence[int]) -> Any:
         chosen = objective.batch([TokenSequence(*sequences[i]) for i in indices], indices)
         clock.units.append(chosen.num_tokens)
         return chosen
 
-    loop = LoopArguments(
-        output_dir=directory,
-        per_device_train_batch_size=2,
-        max_steps=len(sequences) // 2,
-        bf16=arguments.precision == "bf16",
-        save_strategy="no",
-        eval_strategy="no",
-        metric_for_best_model="loss",
-    )
-
-    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
-        clock.tick()
-        return {"eval_loss": 0.0}
-
-    train(
-        objective,
-        Batches(len(sequences), batch, loop),
-        loop,
-        device,
-        before_step=clock.tick,
-        evaluate=last_moment,
-    )
+    train_rqa(objective, len(sequences), batch, 2, len(sequences) // 2, arguments.precision == "bf16", clock)
     return clock
 
 
