@@ -18,7 +18,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import peak_gib, print_table, read_corpus, run_all, use_allocator
+from harness import add_system_flags, peak_gib, print_table, read_corpus, run_all, use_allocator
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -71,9 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_examples", type=int, default=0, help="the first so many questions; 0: all")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--max_seq_length", type=int, default=2048)
-    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    add_system_flags(parser, SYSTEMS)
     parser.add_argument("--index_path", help=argparse.SUPPRESS)
     return parser.parse_args()
 

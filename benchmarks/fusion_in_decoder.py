@@ -17,7 +17,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
+from harness import (
+    Clock,
+    add_system_flags,
+    peak_gib,
+    print_table,
+    read_corpus,
+    run_all,
+    summary,
+    train_rqa,
+    use_allocator,
+)
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data.documents import Document
@@ -61,9 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    add_system_flags(parser, SYSTEMS)
     return parser.parse_args()
 
 

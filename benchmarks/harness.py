@@ -8,13 +8,20 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from rqa.evaluation.runtime import seconds
+
+
+def add_system_flags(parser: argparse.ArgumentParser, systems: Iterable[str]) -> None:
+    """Which systems to measure, and what `run_all` tells the process that measures one of them."""
+    parser.add_argument("--only", nargs="*", choices=list(systems))
+    parser.add_argument("--system", help=argparse.SUPPRESS)
+    parser.add_argument("--allocator", help=argparse.SUPPRESS)
 
 
 def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> dict[str, Any]:

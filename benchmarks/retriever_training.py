@@ -21,7 +21,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
+from harness import (
+    Clock,
+    add_system_flags,
+    peak_gib,
+    print_table,
+    read_corpus,
+    run_all,
+    summary,
+    train_rqa,
+    use_allocator,
+)
 
 from rqa.evaluation.runtime import machine
 
@@ -59,9 +69,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a passage")
     parser.add_argument("--steps", type=int, default=3, help="measured steps")
     parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    add_system_flags(parser, SYSTEMS)
     parser.add_argument("--triples", help=argparse.SUPPRESS)
     return parser.parse_args()
 

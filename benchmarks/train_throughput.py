@@ -20,7 +20,18 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, matmul_rate, peak_gib, print_table, read_corpus, run_all, summary, train_rqa, use_allocator
+from harness import (
+    Clock,
+    add_system_flags,
+    matmul_rate,
+    peak_gib,
+    print_table,
+    read_corpus,
+    run_all,
+    summary,
+    train_rqa,
+    use_allocator,
+)
 
 from rqa.evaluation.runtime import machine
 
@@ -55,9 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
     parser.add_argument("--steps", type=int, default=6, help="measured steps of two examples")
     parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    parser.add_argument("--only", nargs="*", choices=list(SYSTEMS))
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+    add_system_flags(parser, SYSTEMS)
     parser.add_argument("--sequences", help=argparse.SUPPRESS)
     return parser.parse_args()
 

@@ -125,7 +125,7 @@ def encode_passages(model: PreTrainedModel, batch: FusionBatch) -> dict[str, Any
 
 
 class Fusion(nn.Module):
-    """An encoder-decoder that reads passages one by one; its own forward pass reads one text.
+    """An encoder-decoder that reads the passages of each question one by one.
 
     `forward` and `generate` are whole passes through encoder and decoder: what FSDP2 gathers weights around.
     """

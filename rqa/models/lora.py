@@ -47,7 +47,7 @@ def train_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
             raise UserError(f"model {model.name_or_path}: is a LoRA adapter; train it on with --use_lora true")
         return
     if not model.name_or_path:
-        raise UserError("--use_lora true: the new cross-attention of bert:: must be trained whole; leave the flag out")
+        raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
     require_peft("--use_lora true")
     if present:
         (name,) = present
