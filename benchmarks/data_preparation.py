@@ -11,9 +11,7 @@ find the negatives of so many questions. Needs `pip install -e ".[bench]"`.
 """
 
 import argparse
-import json
 import random
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -21,6 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
+from harness import compare, peak_gib, print_result, print_table, times
 from transformers import AutoTokenizer
 
 from rqa.data.chunking import ChunkArguments, Chunker
@@ -37,17 +36,21 @@ TEXTS_JOINED = 20  # passages of pydocs that make one document
 
 def main() -> None:
     arguments = parse()
-    chunking = measure_chunking(arguments)
+    rows = measure_chunking(arguments)
+    compare(rows, lambda _: rows[0])
+    print_table(
+        ["", "documents/s", "MB/s", "spread", "passages", "rqa is"],
+        [
+            [row["system"], f"{row['documents_per_second']:.0f}", f"{row['rate']:.2f}",
+             "{:.2f}-{:.2f}".format(*row["spread"]), row["passages"], times(row)]
+            for row in rows
+        ],
+    )  # fmt: skip
     mining = measure_mining(arguments.passages, arguments.queries) if arguments.passages else {}
-    print(json.dumps({"chunking": chunking, "mining": mining}))
-    print(f"\n{'chunking':<12}{'documents/s':>12}{'MB/s':>8}{'passages':>10}{'rqa is':>9}")
-    for name, row in chunking.items():
-        times = chunking["rqa"]["megabytes_per_second"] / row["megabytes_per_second"]
-        speeds = f"{row['documents_per_second']:>12.0f}{row['megabytes_per_second']:>8.2f}"
-        print(f"{name:<12}{speeds}{row['passages']:>10}" + (f"{times:>8.1f}x" if name != "rqa" else ""))
     if mining:
-        print(f"\nmining {mining['queries']} questions over {mining['passages']} passages: {mining['seconds']:.1f} s, "
+        print(f"mining {mining['queries']} questions over {mining['passages']} passages: {mining['seconds']:.1f} s, "
               f"{mining['peak_gib']:.2f} GiB at most")  # fmt: skip
+    print_result("data_preparation", rows, mining=mining)
 
 
 def parse() -> argparse.Namespace:
@@ -62,7 +65,7 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def measure_chunking(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+def measure_chunking(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """Each system in turn, several times; the median."""
     from langchain_text_splitters import RecursiveCharacterTextSplitter
     from semchunk import chunkerify
@@ -94,16 +97,16 @@ def measure_chunking(arguments: argparse.Namespace) -> dict[str, dict[str, float
             passages[name] = run()
             seconds[name].append(time.perf_counter() - started)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
-    return {
-        name: {
-            "documents_per_second": len(texts) / statistics.median(times),
-            "megabytes_per_second": megabytes / statistics.median(times),
-            "fastest": megabytes / min(times),
-            "slowest": megabytes / max(times),
+    return [
+        {
+            "system": name,
+            "documents_per_second": len(texts) / statistics.median(took),
+            "rate": megabytes / statistics.median(took),  # megabytes a second
+            "spread": [megabytes / max(took), megabytes / min(took)],
             "passages": passages[name],
         }
-        for name, times in seconds.items()
-    }
+        for name, took in seconds.items()
+    ]
 
 
 def read_texts(path: str | None) -> list[Source]:
@@ -135,7 +138,7 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
         "seconds": time.perf_counter() - started,
         "seconds_ranking": ranked - started,
         "negatives": sum(map(len, found)),
-        "peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20,
+        "peak_gib": peak_gib(),
     }
 
 

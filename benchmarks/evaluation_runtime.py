@@ -18,13 +18,23 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import add_system_flags, peak_gib, print_table, read_corpus, run_all, use_allocator
+from harness import (
+    add_system_flags,
+    compare,
+    peak_gib,
+    print_result,
+    print_table,
+    read_corpus,
+    run_all,
+    times,
+    use_allocator,
+)
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.metrics import corpus_bleu, score_answer
 from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages
-from rqa.evaluation.runtime import machine, seconds
+from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
@@ -46,19 +56,20 @@ def main() -> None:
         arguments.index_path = str(Path(directory) / "index")
         rows = run_all(__file__, arguments, {name: allocators for name, (_, allocators) in SYSTEMS.items()})
     first = rows[0]
+    compare(rows, lambda _: first, "questions_per_second")
     print_table(
         ["system", "allocator", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
         [
             [row["system"], row["allocator"], *(f"{row[name]:.2f}" for name in ("retrieve", "generate", "score")),
              f"{row['total']:.2f}", f"{same(row['answers'], first['answers']):.0%}", f"{row['peak_gib']:.1f}",
-             f"{row['total'] / first['total']:.2f}x"]
+             times(row)]
             for row in rows
         ],
     )  # fmt: skip
     answers = first["answers"]
     for row in rows:
         row["same_answers"] = same(row.pop("answers"), answers)
-    print(json.dumps({"benchmark": "evaluation_runtime", "precision": arguments.precision, "rows": rows, **machine()}))
+    print_result("evaluation_runtime", rows, precision=arguments.precision)
 
 
 def parse() -> argparse.Namespace:

@@ -20,11 +20,14 @@ import torch
 from harness import (
     Clock,
     add_system_flags,
+    compare,
     peak_gib,
+    print_result,
     print_table,
     read_corpus,
     run_all,
     summary,
+    times,
     train_rqa,
     use_allocator,
 )
@@ -32,17 +35,16 @@ from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.runtime import machine
 from rqa.models.loading import load_tokenizer
 from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence
 
 PADDED_LENGTH = 512
 GENERATED = 50  # tokens of the reference's scoring run
 SYSTEMS = {  # name -> allocator settings it is measured with
-    "train, rqa": ["tuned"],
-    "train, padded": ["default", "tuned"],
-    "score, rqa": ["tuned"],
-    "score, padded and generating": ["default", "tuned"],
+    "rqa: training": ["tuned"],
+    "padded: training": ["default", "tuned"],
+    "rqa: scoring": ["tuned"],
+    "padded and generating: scoring": ["default", "tuned"],
 }
 SIZES = {
     "base": {"d_model": 768, "d_kv": 64, "d_ff": 3072, "num_layers": 12, "num_heads": 12},
@@ -92,10 +94,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         tokenizer, FusionPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
     )
     work = {
-        "train, rqa": train_product,
-        "train, padded": train_padded,
-        "score, rqa": score_rqa,
-        "score, padded and generating": score_padded,
+        "rqa: training": train_product,
+        "padded: training": train_padded,
+        "rqa: scoring": score_rqa,
+        "padded and generating: scoring": score_padded,
     }[arguments.system]
     clock = work(arguments, model, prompter, questions(arguments))
     return {
@@ -226,17 +228,13 @@ def autocast(arguments: argparse.Namespace, model: T5ForConditionalGeneration) -
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios, and one JSON line."""
-
-    def ratio(row: dict[str, Any]) -> str:
-        task = row["system"].split(",")[0]
-        ours = next((other for other in rows if other["system"] == f"{task}, rqa"), row)
-        return "" if ours is row else f"{ours['rate'] / row['rate']:.2f}x"
-
+    ours = {row["system"].partition(": ")[2]: row for row in rows if row["system"].startswith("rqa")}
+    compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
     print_table(
         ["", "allocator", "passages/s", "median", "spread", "peak GiB", "rqa is"],
         [
             (row["system"], row["allocator"], f"{row['rate']:.2f}", f"{row['median']:.2f}",
-             "{:.2f}-{:.2f}".format(*row["spread"]), f"{row['peak_gib']:.1f}", ratio(row))
+             "{:.2f}-{:.2f}".format(*row["spread"]), f"{row['peak_gib']:.1f}", times(row))
             for row in rows
         ],
     )  # fmt: skip
@@ -244,8 +242,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)
     print(f"passages have {tokens:.0f} tokens on average")
-    result = {"benchmark": "fusion_in_decoder", "precision": arguments.precision, "mean_length": tokens}
-    print(json.dumps({**result, **machine(), "rows": rows}))
+    print_result("fusion_in_decoder", rows, precision=arguments.precision, mean_length=tokens)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from rqa.evaluation.runtime import seconds
+from rqa.evaluation.runtime import machine, seconds
 
 
 def add_system_flags(parser: argparse.ArgumentParser, systems: Iterable[str]) -> None:
@@ -164,6 +164,31 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
         "median": statistics.median(rates),
         "spread": [min(rates), max(rates)],
     }
+
+
+Row = dict[str, Any]
+
+
+def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = "rate") -> None:
+    """Tell every peer's row how many times as fast rqa is.
+
+    Args:
+        ours: rqa's row for a peer's; a row of rqa itself is told nothing.
+    """
+    for row in rows:
+        product = ours(row)
+        if product is not None and not row["system"].startswith("rqa"):
+            row["rqa_is"] = product[rate] / row[rate]
+
+
+def times(row: Row) -> str:
+    """The last cell of a peer's row."""
+    return f"{row['rqa_is']:.2f}x" if "rqa_is" in row else ""
+
+
+def print_result(benchmark: str, rows: Sequence[Any], **settings: Any) -> None:
+    """One line of JSON, the last that a benchmark prints, with the machine it ran on."""
+    print(json.dumps({"benchmark": benchmark, **settings, **machine(), "rows": rows}))
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

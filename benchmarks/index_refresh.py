@@ -26,12 +26,11 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness import peak_gib, print_table, read_corpus, run_alone, use_allocator
+from harness import peak_gib, print_result, print_table, read_corpus, run_alone, use_allocator
 
 from rqa.data.documents import Document, write_documents
 from rqa.data.examples import Example, write_examples
 from rqa.evaluation.retrieval import score_questions
-from rqa.evaluation.runtime import machine
 from rqa.evaluation.statistics import mean_intervals
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
@@ -193,7 +192,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ],
     )
     settings = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
-    print(json.dumps({"benchmark": "index_refresh", **settings, **machine(), "rows": rows}))
+    print_result("index_refresh", rows, **settings)
 
 
 if __name__ == "__main__":

@@ -24,9 +24,9 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from harness import peak_gib, print_table, read_corpus, run_alone, use_allocator
+from harness import compare, peak_gib, print_result, print_table, read_corpus, run_alone, times, use_allocator
 
-from rqa.evaluation.runtime import latencies, machine, seconds
+from rqa.evaluation.runtime import latencies, seconds
 
 K = 10
 DIMENSION = 384
@@ -46,7 +46,7 @@ def main() -> None:
         print(json.dumps(measure_whole(arguments)))
         return
     rows = {"whole": whole(arguments), "search": search(arguments)}
-    print(json.dumps({"benchmark": "retrieval_latency", "precision": arguments.precision, **rows, **machine()}))
+    print_result("retrieval_latency", [*rows["whole"], *rows["search"]], precision=arguments.precision)
 
 
 def parse() -> argparse.Namespace:
@@ -84,12 +84,15 @@ def whole(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for system, allocators in WHOLE.items()
             for allocator in allocators
         ]
+    for size in rows[0]["batches"]:
+        figures = [row["batches"][size] for row in rows]
+        compare(figures, lambda _, ours=figures[0]: ours, "questions_per_second")
     print_table(
         ["system", "allocator", "questions", "p50 ms", "p95 ms", "encode", "search", "questions/s", "rqa is"],
         [
             [row["system"], row["allocator"], size, *(f"{figures[name]:.1f}" for name in
              ("latency_p50_ms", "latency_p95_ms", "encode_ms", "search_ms")), f"{figures['questions_per_second']:.0f}",
-             f"{rows[0]['batches'][size]['questions_per_second'] / figures['questions_per_second']:.2f}x"]
+             times(figures)]
             for row in rows for size, figures in row["batches"].items()
         ],
     )  # fmt: skip
@@ -117,7 +120,9 @@ def measure_whole(arguments: argparse.Namespace) -> dict[str, Any]:
     documents, questions = texts["documents"], texts["questions"]
     encode, find, document_seconds = build(arguments, documents)
     found = find(encode(questions[:64]))
-    batches = {size: time_batches(encode, find, questions, size, arguments.seconds) for size in BATCHES}
+    batches = {
+        size: time_batches(arguments.system, encode, find, questions, size, arguments.seconds) for size in BATCHES
+    }
     return {
         "system": arguments.system,
         "allocator": arguments.allocator,
@@ -132,7 +137,9 @@ Encode = Callable[[Sequence[str]], Any]
 Find = Callable[[Any], Sequence[Sequence[int]]]
 
 
-def time_batches(encode: Encode, find: Find, questions: list[str], size: int, budget: float) -> dict[str, float]:
+def time_batches(
+    system: str, encode: Encode, find: Find, questions: list[str], size: int, budget: float
+) -> dict[str, Any]:
     """Figures of batches of one size; questions come round again as often as needed."""
     endless = itertools.cycle(questions)
     encoding, searching = [], []
@@ -144,6 +151,7 @@ def time_batches(encode: Encode, find: Find, questions: list[str], size: int, bu
         searching.append(seconds(lambda box=box: find(box[0])))
     together = [sum(pair) for pair in zip(encoding, searching, strict=True)]
     return {
+        "system": f"{system}, {size} at once",
         **latencies(together),
         "encode_ms": 1000 * statistics.median(encoding),
         "search_ms": 1000 * statistics.median(searching),

@@ -13,7 +13,6 @@ bootstrap intervals. Needs `pip install -e ".[bench]"`.
 """
 
 import argparse
-import json
 import shlex
 import subprocess
 import sys
@@ -23,12 +22,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import print_table, read_corpus
+from harness import print_result, print_table, read_corpus
 
 from rqa.data.documents import Document, write_documents
 from rqa.data.examples import Example, write_examples
 from rqa.evaluation.retrieval import score_questions
-from rqa.evaluation.runtime import machine
 from rqa.evaluation.statistics import mean_intervals
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
@@ -163,7 +161,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         ],
     )
     settings = {name: value for name, value in vars(arguments).items() if value is not None}
-    print(json.dumps({"benchmark": "retriever_learning", **settings, **machine(), "rows": rows}))
+    print_result("retriever_learning", rows, **settings)
 
 
 if __name__ == "__main__":

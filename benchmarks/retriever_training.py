@@ -24,16 +24,17 @@ import torch
 from harness import (
     Clock,
     add_system_flags,
+    compare,
     peak_gib,
+    print_result,
     print_table,
     read_corpus,
     run_all,
     summary,
+    times,
     train_rqa,
     use_allocator,
 )
-
-from rqa.evaluation.runtime import machine
 
 TEMPERATURE = 0.05  # the peers' scale is its inverse, 20, by default
 CHUNK = 32
@@ -194,11 +195,7 @@ def first_loss(model: Any, triples: list[Triple]) -> float:
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
-
-    def ratio(row: dict[str, Any]) -> str:
-        peer = ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa")
-        return f"{peer['rate'] / row['rate']:.2f}x" if peer and row["system"] not in ours else ""
-
+    compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
     print_table(
         ["", "settings", "questions/s", "median", "spread", "peak GiB", "first loss", "rqa is"],
         [
@@ -210,13 +207,12 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 "{:.2f}-{:.2f}".format(*row["spread"]),
                 f"{row['peak_gib']:.1f}",
                 f"{row['first_loss']:.4f}",
-                ratio(row),
+                times(row),
             )
             for row in rows
         ],
     )
-    result = {"benchmark": "retriever_training", "precision": arguments.precision, "batch_size": arguments.batch_size}
-    print(json.dumps({**result, **machine(), "rows": rows}))
+    print_result("retriever_training", rows, precision=arguments.precision, batch_size=arguments.batch_size)
 
 
 if __name__ == "__main__":

@@ -20,11 +20,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_table, read_corpus, run_alone, use_allocator
+from harness import Clock, peak_gib, print_result, print_table, read_corpus, run_alone, times, use_allocator
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
-from rqa.evaluation.runtime import machine
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_tokenizer
@@ -188,15 +187,17 @@ def usual_steps(
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios, and one JSON line."""
     usual = {row["num_docs"]: statistics.median(row["seconds"]) for row in rows if row["system"] == "the usual way"}
+    for row in rows:
+        if row["system"] != "the usual way":
+            row["rqa_is"] = usual[row["num_docs"]] / statistics.median(row["seconds"])
 
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
         median = statistics.median(row["seconds"])
         spread = f"{min(row['seconds']):.2f}-{max(row['seconds']):.2f}"
-        ratio = f"{usual[row['num_docs']] / median:.1f}x" if row["system"] != "the usual way" else ""
-        return row["system"], str(row["num_docs"]), f"{median:.2f}", spread, f"{row['peak_gib']:.1f}", ratio
+        return row["system"], str(row["num_docs"]), f"{median:.2f}", spread, f"{row['peak_gib']:.1f}", times(row)
 
     print_table(["", "documents", "s a step", "spread", "peak GiB", "as fast"], [cells(row) for row in rows])
-    print(json.dumps({"benchmark": "rpg_step", "precision": arguments.precision, **machine(), "rows": rows}))
+    print_result("rpg_step", rows, precision=arguments.precision)
 
 
 if __name__ == "__main__":

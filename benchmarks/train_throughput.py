@@ -23,17 +23,18 @@ import torch
 from harness import (
     Clock,
     add_system_flags,
+    compare,
     matmul_rate,
     peak_gib,
+    print_result,
     print_table,
     read_corpus,
     run_all,
     summary,
+    times,
     train_rqa,
     use_allocator,
 )
-
-from rqa.evaluation.runtime import machine
 
 PASSAGES = 3
 PADDED_LENGTH = 2048
@@ -213,14 +214,8 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
     lengths = [len(ids) for ids, _ in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
-    result = {
-        "benchmark": "train_throughput",
-        "precision": arguments.precision,
-        **machine(),
-        "mean_length": statistics.mean(lengths),
-        "matmul_gflops": rates,
-        "rows": rows,
-    }
+    compare(rows, lambda _: ours)
+    settings = {"precision": arguments.precision, "mean_length": statistics.mean(lengths), "matmul_gflops": rates}
     print_table(
         ["", "allocator", "tokens/s", "median", "spread", "peak GiB", "rqa is"],
         [
@@ -231,7 +226,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
                 f"{row['median']:.0f}",
                 "{:.0f}-{:.0f}".format(*row["spread"]),
                 f"{row['peak_gib']:.1f}",
-                f"{ours['rate'] / row['rate']:.2f}x" if ours else "",
+                times(row),
             )
             for row in rows
         ],
@@ -240,9 +235,9 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     if ours:
         used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
         share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
-        result["share_of_matmul_rate"] = share
+        settings["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
-    print(json.dumps(result))
+    print_result("train_throughput", rows, **settings)
 
 
 def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:

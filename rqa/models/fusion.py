@@ -35,6 +35,7 @@ from rqa.runtime.parallelize import in_step, is_sharded
 log = logging.getLogger(__name__)
 
 WARM_START = "bert::"
+NEAR_ZERO = 0.1
 MAX_ENCODER_TOKENS = 16384
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
@@ -87,6 +88,8 @@ def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -
     for layer in decoder.modules():
         if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
             layer.crossattention.load_state_dict(layer.attention.state_dict())
+    if encoder.config.architectures == [type(encoder).__name__]:  # the checkpoint has no head that predicts tokens
+        _see_through(decoder)
     model = EncoderDecoderModel(encoder=encoder, decoder=decoder)
     special = {
         "decoder_start_token_id": tokenizer.cls_token_id,
@@ -97,6 +100,15 @@ def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -
         for name, token in special.items():
             setattr(config, name, token)
     return model
+
+
+@torch.no_grad()
+def _see_through(decoder: PreTrainedModel) -> None:
+    """Let a new head begin as the identity: its activation is linear near zero, its LayerNorm restores the scale."""
+    for name, module in decoder.named_modules():
+        if name.endswith(("predictions.transform.dense", "lm_head.dense")):
+            module.weight.copy_(NEAR_ZERO * torch.eye(*module.weight.shape))
+            module.bias.zero_()
 
 
 def refuse_overflow(model: PreTrainedModel, dtype: torch.dtype) -> None:

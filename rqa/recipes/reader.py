@@ -99,13 +99,11 @@ def train_reader(
     Raises:
         UserError: what a user can mend.
     """
-    if which.retriever != "bm25" and not embedding_model:
-        if which.retriever == "hybrid":
-            raise UserError("--retriever hybrid: name its encoder, too (--eval_embedding_model)")
-        if judge.gen_gpt4eval:
-            raise UserError(
-                "--gen_gpt4eval true: without a retriever nothing is answered; name one, or --retriever bm25"
-            )
+    retrieves = bool(embedding_model) or which.retriever == "bm25"
+    if not retrieves and which.retriever == "hybrid":
+        raise UserError("--retriever hybrid: name its encoder, too (--eval_embedding_model)")
+    if not retrieves and judge.gen_gpt4eval:
+        raise UserError("--gen_gpt4eval true: without a retriever nothing is answered; name one, or --retriever bm25")
     run = begin(data, loop, all_arguments, "loss")
     device, dtype, inputs = run.device, run.dtype, run.inputs
     model, prompter = kind.load(run.source, run)
@@ -116,7 +114,7 @@ def train_reader(
     trained = kind.assemble(model, prompter)
     retriever, path = None, data.full_dataset_index_path
     with autocast(device, dtype):
-        if embedding_model or which.retriever == "bm25":
+        if retrieves:
             retriever = open_retriever(
                 which, embedding_model, inputs.documents, encoder, index, path, device, inputs.eval, **run.options
             )

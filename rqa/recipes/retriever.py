@@ -9,7 +9,6 @@ from typing import Any
 
 from torch import nn
 
-from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.report import write_report
 from rqa.evaluation.results import write_results
@@ -144,18 +143,3 @@ def require_whole_encoder(loop: LoopArguments, refresher: Refresher | None, enco
     flag = "refresh_async" if in_background else "train_query_encoder_only" if encoder.passage_encoder else ""
     if flag and loop.fsdp != "no":
         raise UserError(f"--{flag} true: needs the whole encoder on every process; leave out --fsdp")
-
-
-class DocumentNumbers:
-    """Numbers documents by identity: those of the database first, then whatever else examples bring."""
-
-    def __init__(self, documents: Sequence[Document], examples: Sequence[Example]) -> None:
-        unique = {document.key: document for document in documents}
-        for example in examples:
-            for document in (*example.gold_docs, *example.hard_neg_docs):
-                unique.setdefault(document.key, document)
-        self.documents = list(unique.values())
-        self._numbers = {key: number for number, key in enumerate(unique)}
-
-    def __getitem__(self, document: Document) -> int:
-        return self._numbers[document.key]

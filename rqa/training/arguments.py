@@ -2,6 +2,7 @@
 
 import difflib
 import json
+import re
 import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -26,6 +27,12 @@ class OptimizerArguments:
     """How weights are updated."""
 
     learning_rate: float = field(default=5e-5, metadata={"help": "The schedule's peak."})
+    new_layers: str | None = field(
+        default=None, metadata={"help": "Parameters with a peak of their own: a regular expression, found in the name."}
+    )
+    new_layers_learning_rate: float | None = field(
+        default=None, metadata={"help": "Their peak, such as ten times --learning_rate."}
+    )
     lr_scheduler_type: str = field(
         default="linear",
         metadata={"help": "After the warm-up.", "choices": ["linear", "cosine", "constant", "constant_with_warmup"]},
@@ -131,6 +138,7 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             if getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         self._check_numbers()
+        self._check_new_layers()
         if self.save_total_limit is not None and self.save_total_limit < 1:
             raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
         if self.use_flash_attention and not (self.bf16 or self.fp16):
@@ -145,17 +153,25 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             raise UserError(f"--output_dir {self.output_dir}: is a file")
 
     def _check_numbers(self) -> None:
-        at_least_0 = ("learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "seed",
-                      "dataloader_num_workers", "eval_max_examples")  # fmt: skip
+        at_least_0 = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+                      "warmup_steps", "seed", "dataloader_num_workers", "eval_max_examples")  # fmt: skip
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int | float) and not abs(value) < 2**32:  # NaN, too
                 raise UserError(f"--{item.name} {value}: is no number to train with")
-            if item.name in at_least_0 and value < 0:
+            if item.name in at_least_0 and (value or 0) < 0:
                 raise UserError(f"--{item.name} {value}: must not be negative")
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
+
+    def _check_new_layers(self) -> None:
+        if (self.new_layers is None) != (self.new_layers_learning_rate is None):
+            raise UserError("--new_layers: goes with --new_layers_learning_rate; give both or neither")
+        try:
+            re.compile(self.new_layers or "")
+        except re.error as error:
+            raise UserError(f"--new_layers {self.new_layers}: is no regular expression ({error})") from None
 
     @property
     def maximize(self) -> bool:

@@ -80,17 +80,7 @@ def train(
         load_checkpoint(checkpoint, optimization, state, live)
     if not checkpoint or not continues(checkpoint, arguments):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
-    # Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its
-    # workers: from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
-    feed = iter(
-        DataLoader(
-            batches,
-            batch_size=None,
-            sampler=range(state.step, len(batches)),
-            num_workers=arguments.dataloader_num_workers,
-            generator=torch.Generator(),
-        )
-    )
+    feed = iter(load_batches(batches, state.step, arguments.dataloader_num_workers))
 
     def evaluate_now() -> bool:
         assert evaluate
@@ -129,11 +119,8 @@ def train(
             last = state.step == len(batches)
             state.interrupted = bool(stop) and not last
             save = last or due(arguments.save_strategy, arguments.save_steps, state.step, batches)
-            if (
-                evaluate
-                and (last or not stop)
-                and (last or due(arguments.eval_strategy, arguments.eval_steps, state.step, batches))
-            ):
+            measure = last or (due(arguments.eval_strategy, arguments.eval_steps, state.step, batches) and not stop)
+            if evaluate and measure:
                 save |= evaluate_now()
             if (save and saving) or state.interrupted:
                 save_now()
@@ -144,6 +131,16 @@ def train(
     if not state.interrupted:
         finish(output, objective, state, arguments)
     return state
+
+
+def load_batches(batches: Batches, start: int, workers: int) -> DataLoader:
+    """The micro-batches of each step from `start` on.
+
+    Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its workers:
+    from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
+    """
+    steps = range(start, len(batches))
+    return DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator())
 
 
 def due(strategy: str, every: int, step: int, batches: Batches) -> bool:

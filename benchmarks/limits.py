@@ -1,0 +1,362 @@
+#!/usr/bin/env python
+"""How far is each hot path from what the machine allows, and what does the rest of its time go to?
+
+    python benchmarks/limits.py --model_name_or_path M --embedding_model E                          # pydocs
+    python benchmarks/limits.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
+    python benchmarks/limits.py ... --only "SFT step" "document encoding" --steps 1                 # two of them
+
+The limit of a path is the sum over its matrix products and attention of the larger of two times: their floating-point
+operations at the rate of a large matrix product, and the bytes that they read and write at the rate of a large copy;
+both rates are measured in the same process. Whatever is not a product could in principle be fused into one or
+overlapped, and so counts as loss. The limit of tokenisation is the `tokenizers` library called bare. Where time goes is
+torch.profiler's answer: shares of operators' own time, and as Python whatever lies between operators.
+"""
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from harness import add_system_flags, matmul_rate, print_result, print_table, read_corpus, run_all, use_allocator
+from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from rqa.data.documents import Document
+from rqa.data.examples import Example
+from rqa.evaluation.runtime import seconds
+from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.encoder import Encoder, load_encoder
+from rqa.models.fusion import load_fusion
+from rqa.models.loading import load_tokenizer
+from rqa.objectives.answer import AnswerLikelihood
+from rqa.objectives.candidates import CandidateArguments, RetrievedCandidates, ScoredCandidates
+from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+from rqa.objectives.dca import CrossAttentionScorer
+from rqa.objectives.distillation import Distillation
+from rqa.objectives.fusion import FusionLikelihood
+from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
+from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
+from rqa.runtime.precision import autocast, compute_dtype
+from rqa.training.arguments import LoopArguments
+from rqa.training.optim import Optimization
+
+ATTENTION = {
+    "aten::_scaled_dot_product_flash_attention_for_cpu": sdpa_flop_count,
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": sdpa_backward_flop_count,
+}
+PRODUCTS = ("aten::mm", "aten::addmm", "aten::bmm", "aten::baddbmm", *ATTENTION)
+MOVES = ("copy_", "cat", "index", "embedding", "gather", "scatter", "fill_", "zero_", "stack", "resize_")
+
+
+@dataclass
+class Work:
+    """One hot path, ready to run.
+
+    Attributes:
+        run: Does the work once.
+        units: How much of what that is.
+        floor: Seconds that no implementation could go below, beside those of the products seen; given the rates of
+            products and of memory.
+    """
+
+    run: Callable[[], Any]
+    units: tuple[int, str]
+    floor: Callable[[float, float], float] = lambda products, memory: 0.0
+
+
+class Products(TorchDispatchMode):
+    """Counts floating-point operations and bytes of all products, and the seconds that the machine needs for them."""
+
+    def __init__(self, rates: dict[torch.dtype, float], bandwidth: float) -> None:
+        super().__init__()
+        self.rates, self.bandwidth = rates, bandwidth
+        self.flops, self.bytes, self.seconds = 0.0, 0, 0.0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        packet = function._overloadpacket
+        if packet not in flop_registry:
+            with self:
+                parts = function.decompose(*args, **kwargs)
+            if parts is not NotImplemented:
+                return parts
+        result = function(*args, **kwargs)
+        name = function._schema.name
+        if name in ATTENTION:
+            tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
+            shapes = [tensor.shape for tensor in tensors[: 4 if name.endswith("backward") else 3]]
+            flops = ATTENTION[name](*shapes) / (2 if True in args else 1)  # a causal mask hides half
+        elif packet in flop_registry:
+            flops = flop_registry[packet](*args, **kwargs, out_val=result)
+        else:
+            return result
+        touched = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
+        size = sum(tensor.numel() * tensor.element_size() for tensor in touched)
+        rate = self.rates.get(touched[0].dtype, self.rates[torch.float32])
+        self.flops += flops
+        self.bytes += size
+        self.seconds += max(flops / rate, size / self.bandwidth)
+        return result
+
+
+def main() -> None:
+    arguments = parse()
+    if arguments.system:
+        print(json.dumps(measure(arguments)))
+        return
+    with TemporaryDirectory() as directory:
+        arguments.directory = directory
+        rows = run_all(__file__, arguments, {name: ["tuned"] for name in PATHS})
+    print_table(
+        ["", "of", "GFLOP", "GB", "limit s", "takes s", "spread", "of limit", "products", "element-wise", "moves",
+         "optimizer", "Python"],
+        [
+            [row["path"], row["units"], f"{row['gflop']:.1f}", f"{row['gb']:.1f}", f"{row['limit']:.3f}",
+             f"{row['median']:.3f}", "{:.3f}-{:.3f}".format(*row["spread"]), f"{row['limit'] / row['median']:.0%}",
+             *(f"{row['shares'][name]:.0%}" for name in ("products", "element-wise", "moves", "optimizer", "Python"))]
+            for row in rows
+        ],
+    )  # fmt: skip
+    print_result("limits", rows, precision=arguments.precision)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name_or_path", required=True, help="a causal LM: reader and RPG's teacher")
+    parser.add_argument("--embedding_model", required=True, help="a BERT-like encoder; FiD is built from it, too")
+    parser.add_argument("--train_file", help="examples with answers; by default those of rqa.data.pydocs")
+    parser.add_argument("--document_path", help="their documents")
+    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
+    parser.add_argument("--documents", type=int, default=512, help="how many are encoded and indexed")
+    parser.add_argument("--steps", type=int, default=3, help="measured runs, after a warm-up")
+    parser.add_argument("--directory", help=argparse.SUPPRESS)
+    add_system_flags(parser, PATHS)
+    return parser.parse_args()
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Limit, seconds and shares of one path."""
+    use_allocator("tuned")
+    bench = Bench(arguments)
+    path = PATHS[arguments.system](bench)
+    rates = {dtype: matmul_rate(dtype) * 1e9 for dtype in {bench.dtype, torch.float32}}
+    bandwidth = memory_rate()
+    path.run()  # warm-up
+    with Products(rates, bandwidth) as products:
+        path.run()
+    took = [seconds(path.run) for _ in range(arguments.steps)]
+    return {
+        "path": arguments.system,
+        "units": "{} {}".format(*path.units),
+        "gflop": products.flops / 1e9,
+        "gb": products.bytes / 1e9,
+        "limit": products.seconds + path.floor(rates[torch.float32], bandwidth),
+        "median": statistics.median(took),
+        "spread": [min(took), max(took)],
+        "shares": shares(path.run),
+        "product_gflops": rates[bench.dtype] / 1e9,
+        "copy_gb_per_second": bandwidth / 1e9,
+    }
+
+
+def memory_rate(size: int = 2**27) -> float:
+    """Bytes a second, read and written, of a large copy; the median of several."""
+    source = torch.ones(size // 4)
+    target = torch.empty_like(source)
+    return statistics.median(2 * size / seconds(lambda: target.copy_(source)) for _ in range(7))
+
+
+def shares(run: Callable[[], Any]) -> dict[str, float]:
+    """Where the time of one run goes."""
+    spent = dict.fromkeys(("products", "element-wise", "moves", "optimizer"), 0.0)
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        whole = seconds(run)
+    for event in profiler.key_averages():
+        name = event.key
+        if not name.startswith("aten::"):
+            continue
+        if name in PRODUCTS:
+            kind = "products"
+        elif "adam" in name or "foreach" in name:
+            kind = "optimizer"
+        else:
+            kind = "moves" if name.removeprefix("aten::").startswith(MOVES) else "element-wise"
+        spent[kind] += event.self_cpu_time_total / 1e6
+    whole = max(whole, sum(spent.values()))
+    return {**{kind: value / whole for kind, value in spent.items()}, "Python": 1 - sum(spent.values()) / whole}
+
+
+class Bench:
+    """What the paths share: texts, models and precision."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.arguments = arguments
+        self.device = distributed.start()
+        self.bf16 = arguments.precision == "bf16"
+        self.dtype = compute_dtype(self.bf16, False, self.device)
+        self.documents, self.examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
+
+    def encoder(self) -> Encoder:
+        return load_encoder(self.arguments.embedding_model).to(self.device)
+
+    def retriever(self) -> Retriever:
+        chosen = list(self.documents[: self.arguments.documents])
+        return Retriever(self.encoder(), chosen, IndexArguments())
+
+    def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
+        """Questions with their gold passages and others, as many for each."""
+        others = iter(self.documents)
+        return [
+            (example, [*gold, *(next(others) for _ in range(passages - len(gold)))])
+            for example in self.examples[:questions]
+            for gold in [example.gold_docs[:passages]]
+        ]
+
+    def inference(self, work: Callable[[], Any]) -> Callable[[], None]:
+        def run() -> None:
+            with torch.no_grad(), autocast(self.device, self.dtype):
+                work()
+
+        return run
+
+    def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
+        """A step as the loop makes it."""
+        loop = LoopArguments(output_dir=self.arguments.directory, bf16=self.bf16, learning_rate=1e-6)
+        optimization = Optimization(objective.train(), loop, 1000, self.device)
+
+        def run() -> None:
+            made = batch()
+            with autocast(self.device, self.dtype):
+                loss, _ = objective(made.to(self.device))
+            optimization.backward(loss / made.weight)
+            optimization.step()
+
+        return run
+
+
+def sft_step(bench: Bench) -> Work:
+    model = load_causal_lm(bench.arguments.model_name_or_path).to(bench.device)
+    objective = AnswerLikelihood(model, Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments()))
+    prompts = [objective.prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(2, 3)]
+    batch = objective.batch(prompts)
+    return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
+
+
+def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
+    encoder, pairs = bench.encoder(), bench.contexts(32, 2)
+    queries = encoder.tokenize_queries([example.question for example, _ in pairs])
+    passages = encoder.tokenize_passages([pair[which].fmt_content for which in (0, 1) for _, pair in pairs])
+    gold = torch.arange(len(pairs))
+    batch = ContrastiveBatch(queries, passages, torch.arange(len(passages)), gold, gold[:, None], [])
+    objective = Contrastive(encoder, 0.05, chunk_size)
+    return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
+
+
+def rpg_step(bench: Bench, warm: bool) -> Work:
+    retriever, examples = bench.retriever(), bench.examples[:4]
+    with autocast(bench.device, bench.dtype):
+        retriever.refresh()
+    tokenizer = load_tokenizer(bench.arguments.model_name_or_path)
+    prompter = Prompter(tokenizer, PromptArguments(max_seq_length=512, max_new_tokens=1))
+    model = load_causal_lm(bench.arguments.model_name_or_path, dtype=bench.dtype).to(bench.device)
+    scorer, fresh = AnswerScorer(model, prompter, 8192), count()
+    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=4), bench.dtype)
+
+    def teacher() -> Teacher:
+        return Teacher(scorer, "", Path(bench.arguments.directory) / f"{bench.arguments.system} {next(fresh)}.sqlite")
+
+    known = teacher()
+
+    def batch() -> Any:
+        asked = known if warm else teacher()
+        scored = ScoredCandidates(examples, retriever.documents, retriever.encoder, choose, asked, 0.1)
+        return scored(range(len(examples)))
+
+    objective = Distillation(retriever.encoder, 0.1, "teacher_to_student")
+    return Work(bench.training(objective, batch), (16, "pairs"))
+
+
+def fid_step(bench: Bench) -> Work:
+    model, prompter = load_fusion(f"bert::{bench.arguments.embedding_model}", FusionPromptArguments())
+    objective = FusionLikelihood(model.to(bench.device), prompter)
+    batch = objective.batch([prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(4, 5)])
+    return Work(bench.training(objective, lambda: batch), (20, "passages"))
+
+
+def dca_scoring(bench: Bench) -> Work:
+    model, prompter = load_fusion(f"bert::{bench.arguments.embedding_model}", FusionPromptArguments())
+    scorer = CrossAttentionScorer(model.to(bench.device), prompter, 4)
+    pairs = [Pair(e, document, tuple(passages)) for e, passages in bench.contexts(4, 5) for document in passages]
+    return Work(bench.inference(lambda: list(scorer(pairs))), (len(pairs), "passages"))
+
+
+def document_encoding(bench: Bench) -> Work:
+    retriever = bench.retriever()
+    passages = retriever.encoder.tokenize_passages([document.fmt_content for document in retriever.documents])
+    return Work(bench.inference(lambda: retriever.encoder.embed(passages)), (sum(map(len, passages)), "tokens"))
+
+
+def refresh(bench: Bench) -> Work:
+    retriever = bench.retriever()
+    return Work(bench.inference(retriever.refresh), (len(retriever.documents), "documents"))
+
+
+def search(bench: Bench, size: int = 200_000, questions: int = 64) -> Work:
+    retriever = bench.retriever()
+    width = retriever.encoder.dimension
+    vectors = torch.nn.functional.normalize(torch.randn(size, width), dim=-1).numpy()
+    retriever.index.replace(vectors)
+
+    def floor(products: float, memory: float) -> float:
+        return max(2 * size * width * questions / products, vectors.nbytes / memory)
+
+    return Work(lambda: retriever.index.search(vectors[:questions], 10), (questions, "questions"), floor)
+
+
+def tokenisation(bench: Bench) -> Work:
+    encoder = bench.encoder()
+    texts = [document.fmt_content for document in bench.documents]
+
+    def bare() -> None:
+        encoder.tokenizer.backend_tokenizer.encode_batch(texts)
+
+    return Work(lambda: encoder.tokenize_passages(texts), (len(texts), "documents"), lambda *_: seconds(bare))
+
+
+def generation(bench: Bench) -> Work:
+    model = load_causal_lm(bench.arguments.model_name_or_path).to(bench.device)
+    prompter = Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments())
+    reader = CausalLMReader(model, prompter)
+    prompts = [prompter.encode(*context).ids for context in bench.contexts(8, 1)]
+    return Work(bench.inference(lambda: reader.generate(prompts, 32)), (len(prompts), "answers"))
+
+
+PATHS: dict[str, Callable[[Bench], Work]] = {
+    "SFT step": sft_step,
+    "CTL step": ctl_step,
+    "CTL step in chunks": lambda bench: ctl_step(bench, 16),
+    "RPG step, cold": lambda bench: rpg_step(bench, warm=False),
+    "RPG step, warm": lambda bench: rpg_step(bench, warm=True),
+    "FiD step": fid_step,
+    "DCA scoring": dca_scoring,
+    "document encoding": document_encoding,
+    "refresh": refresh,
+    "search": search,
+    "tokenisation": tokenisation,
+    "generation": generation,
+}
+
+
+if __name__ == "__main__":
+    main()
