@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+import textwrap
 import zipfile
 from pathlib import Path
 
@@ -41,6 +42,23 @@ def test_a_file_imports_only_from_its_left(path: Path) -> None:
     place = path.relative_to(ROOT / "rqa").parts[0].removesuffix(".py")
     allowed = {"runtime"} if place in ("runtime", "__init__") else {"runtime", *STREET[: STREET.index(place) + 1]}
     assert imports(path) <= allowed
+
+
+def file_tree() -> str:
+    """Every file of rqa and what it says of itself, as a list in Markdown."""
+    lines = []
+    for path in sorted((ROOT / "rqa").rglob("*.py")):
+        says = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
+        if path.name != "__init__.py":
+            says = re.sub(r" \([^)]*\)", "", " ".join(says.split()))
+            sentence = re.split(r"(?<=[.;])\s", says)[0].rstrip(";.")
+            item = f"- `{path.relative_to(ROOT)}`: {sentence}"
+            lines.append(textwrap.fill(item, 120, subsequent_indent="  ", break_on_hyphens=False))
+    return "\n".join(lines)
+
+
+def test_the_readme_names_every_file_with_its_own_words() -> None:
+    assert file_tree() in (ROOT / "README.md").read_text(encoding="utf-8"), f"it should hold:\n{file_tree()}"
 
 
 def test_no_executable_imports_another() -> None:
