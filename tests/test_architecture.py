@@ -1,6 +1,7 @@
 """The one-way street, the shape of the repository, and what a wheel contains."""
 
 import ast
+import importlib
 import re
 import shutil
 import subprocess
@@ -65,6 +66,12 @@ def test_no_executable_imports_another() -> None:
     for path in (ROOT / "bin").iterdir():
         assert not re.search(r"^(from|import) bin", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
+
+
+def test_every_benchmark_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    for path in (ROOT / "benchmarks").glob("*.py"):
+        assert importlib.import_module(path.stem).__doc__
 
 
 def test_importing_rqa_loads_no_heavy_and_no_optional_package() -> None:

@@ -25,7 +25,8 @@ from rqa.models.encoder import EncoderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import _sha256, damage
-from rqa.training.arguments import LoopArguments, parse
+from rqa.runtime.flags import parse
+from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
 from rqa.training.optim import Optimization
 from rqa.training.state import RunState, resume_state

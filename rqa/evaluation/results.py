@@ -1,7 +1,6 @@
 """The files that an evaluation leaves: scores, their intervals, and what was answered to every question."""
 
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rqa.evaluation.runtime import machine, peak_memory
 from rqa.evaluation.statistics import interval, mean_intervals, statistic_samples
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.flags import given
 
 
 def write_results(
@@ -31,9 +31,8 @@ def write_results(
     intervals = with_intervals(rows)
     if distributed.is_main():
         Path(directory).mkdir(parents=True, exist_ok=True)
-        given = {name: value for part in arguments for name, value in asdict(part).items() if "api_key" not in name}
-        if given:
-            write_json(Path(directory) / ARGUMENTS, given)
+        if arguments:
+            write_json(Path(directory) / ARGUMENTS, given(arguments))
         write_json(Path(directory) / SCORES, scores)
         details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
         write_json(Path(directory) / DETAILS, details)

@@ -4,7 +4,7 @@ import json
 import logging
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -18,6 +18,7 @@ from rqa.models.lora import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json
+from rqa.runtime.flags import given
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, promote
 from rqa.training.state import continues
@@ -85,12 +86,11 @@ def open_output(loop: LoopArguments, all_arguments: Sequence[Any], checkpoint: P
         if not checkpoint or not continues(checkpoint, loop):
             for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
                 (output / name).unlink(missing_ok=True)
-        named = {name: value for part in all_arguments for name, value in asdict(part).items()}
-        merged = {name: value for name, value in named.items() if not name.endswith("api_key")}
-        write_json(output / ARGUMENTS_FILE, merged)
+        values = given(all_arguments)
+        write_json(output / ARGUMENTS_FILE, values)
         log_to_file(str(output / "train.log"))
         if checkpoint:
-            tell_changed_arguments(checkpoint, merged)
+            tell_changed_arguments(checkpoint, values)
     distributed.barrier()
 
 

@@ -1,25 +1,14 @@
-"""The loop's flags, named as in Hugging Face's TrainingArguments, and the parser of every executable."""
+"""The loop's flags, named as in Hugging Face's TrainingArguments."""
 
-import difflib
-import json
 import re
-import sys
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
 
 from rqa.models.loading import LoadingArguments
 from rqa.models.lora import LoraArguments
 from rqa.runtime.errors import UserError
-from rqa.runtime.help import HelpFormatter, flag_groups
 
 STRATEGIES = ["no", "steps", "epoch"]
-REFUSED = {
-    "deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard",
-    "load_in_4bit": "QLoRA needs bitsandbytes, which rqa does without; use --use_lora true --bf16 true",
-}
 
 
 @dataclass
@@ -179,67 +168,3 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
         if self.greater_is_better is None:
             return not (self.metric_for_best_model or "").endswith("loss")
         return self.greater_is_better
-
-
-class _Parser(HfArgumentParser):
-    """One line for what is wrong; help with the examples first, and the flags in the groups they are declared in."""
-
-    def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(self.description)
-        actions = {action.dest: action for action in reversed(self._actions)}  # one of --x and --no_x
-        for title, names in flag_groups(self.dataclass_types):
-            formatter.start_section(title)
-            formatter.add_arguments([actions[name] for name in names])
-            formatter.end_section()
-        return formatter.format_help()
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
-
-
-def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None = None) -> tuple[Any, ...]:
-    """Dataclasses filled from the command line, or from a single `.json` file.
-
-    Args:
-        kinds: The dataclasses; their fields are the flags.
-        description: What the executable does, for `-h`.
-        arguments: The command line; by default the process's.
-
-    Raises:
-        UserError: an unknown flag, a bad value or a missing one.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(kinds, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        arguments = _from_json(arguments[0], kinds)
-    known = {field.name for kind in kinds for field in fields(kind)} | {"evaluation_strategy"}
-    for argument in arguments:
-        name = argument[2:].partition("=")[0]
-        if argument.startswith("--") and name and name not in known | {"help"}:
-            if name in REFUSED:
-                raise UserError(f"--{name}: {REFUSED[name]}")
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
-    try:
-        return parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:  # what belongs to no flag
-        raise UserError(f"{error}; see {Path(sys.argv[0]).name} -h") from None
-
-
-def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
-    """A JSON object of flags as a command line."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object of flags, found {type(values).__name__}")
-    line: list[str] = []
-    for name, value in values.items():
-        if value is not None:
-            parts = value if isinstance(value, list) else [value]
-            if not all(isinstance(part, str | int | float) for part in parts):
-                raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
-            line += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
-    return line

@@ -17,8 +17,9 @@ from rqa.models import encoder as encoder_module
 from rqa.models.encoder import Encoder, load_encoder
 from rqa.packing import TokenBatch
 from rqa.retrieval.index import Index, IndexArguments
-from rqa.retrieval.refresh import RefreshArguments, Refresher, documents_to_encode, parse_schedule
+from rqa.retrieval.refresh import Refresher, documents_to_encode
 from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.schedule import RefreshArguments, parse_schedule
 from rqa.runtime.errors import UserError
 
 
