@@ -104,7 +104,7 @@ def judge_answers(
     """
     chosen = _chosen(len(rows), arguments.judge_max_examples)
     conversations = [_conversation(rows[number]) for number in chosen]
-    verdicts = distributed.from_main(_ask(conversations, arguments, requests) if distributed.is_main() else None)
+    verdicts = distributed.from_main(_ask(conversations, arguments, requests) if distributed.is_main() else [])
     for number, verdict in zip(chosen, verdicts, strict=True):
         rows[number]["gpt4eval"] = verdict
         if verdict:

@@ -106,7 +106,7 @@ def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -
 def _see_through(decoder: PreTrainedModel) -> None:
     """Let a new head begin as the identity: its activation is linear near zero, its LayerNorm restores the scale."""
     for name, module in decoder.named_modules():
-        if name.endswith(("predictions.transform.dense", "lm_head.dense")):
+        if isinstance(module, nn.Linear) and name.endswith(("predictions.transform.dense", "lm_head.dense")):
             module.weight.copy_(NEAR_ZERO * torch.eye(*module.weight.shape))
             module.bias.zero_()
 

@@ -45,6 +45,7 @@ class LiveState(Protocol):
 
     def snapshot(self) -> Callable[[Path], None]:
         """What writes the present state to a new directory. Every process takes it, the main process calls it."""
+        ...
 
     def load(self, directory: Path) -> None:
         """Restore what a snapshot wrote. Every process calls this."""
