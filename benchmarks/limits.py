@@ -9,7 +9,8 @@ The limit of a path is the sum over its matrix products and attention of the lar
 operations at the rate of a large matrix product, and the bytes that they read and write at the rate of a large copy;
 both rates are measured in the same process. Whatever is not a product could in principle be fused into one or
 overlapped, and so counts as loss. The limit of tokenisation is the `tokenizers` library called bare. Where time goes is
-torch.profiler's answer: shares of operators' own time, and as Python whatever lies between operators.
+torch.profiler's answer: shares of operators' own time, and as Python whatever lies between operators, which the
+profiler itself makes longer.
 """
 
 import argparse
@@ -44,7 +45,7 @@ from rqa.objectives.distillation import Distillation
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
-from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.precision import autocast, compute_dtype
@@ -276,12 +277,12 @@ def rpg_step(bench: Bench, warm: bool) -> Work:
     def teacher() -> Teacher:
         return Teacher(scorer, "", Path(bench.arguments.directory) / f"{bench.arguments.system} {next(fresh)}.sqlite")
 
-    known = teacher()
+    collate = ScoredCandidates(examples, retriever.documents, retriever.encoder, choose, teacher(), 0.1)
 
     def batch() -> Any:
-        asked = known if warm else teacher()
-        scored = ScoredCandidates(examples, retriever.documents, retriever.encoder, choose, asked, 0.1)
-        return scored(range(len(examples)))
+        if not warm:
+            collate.teacher = teacher()
+        return collate(range(len(examples)))
 
     objective = Distillation(retriever.encoder, 0.1, "teacher_to_student")
     return Work(bench.training(objective, batch), (16, "pairs"))
@@ -313,15 +314,14 @@ def refresh(bench: Bench) -> Work:
 
 
 def search(bench: Bench, size: int = 200_000, questions: int = 64) -> Work:
-    retriever = bench.retriever()
-    width = retriever.encoder.dimension
+    width, index = bench.encoder().dimension, Index(IndexArguments())
     vectors = torch.nn.functional.normalize(torch.randn(size, width), dim=-1).numpy()
-    retriever.index.replace(vectors)
+    index.replace(vectors)
 
     def floor(products: float, memory: float) -> float:
         return max(2 * size * width * questions / products, vectors.nbytes / memory)
 
-    return Work(lambda: retriever.index.search(vectors[:questions], 10), (questions, "questions"), floor)
+    return Work(lambda: index.search(vectors[:questions], 10), (questions, "questions"), floor)
 
 
 def tokenisation(bench: Bench) -> Work:
