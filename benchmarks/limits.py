@@ -97,7 +97,8 @@ class Products(TorchDispatchMode):
         if name in ATTENTION:
             tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
             shapes = [tensor.shape for tensor in tensors[: 4 if name.endswith("backward") else 3]]
-            flops = ATTENTION[name](*shapes) / (2 if True in args else 1)  # a causal mask hides half
+            causal = any(argument is True for argument in args)  # which hides half
+            flops = ATTENTION[name](*shapes) / (1 + causal)
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
         else:

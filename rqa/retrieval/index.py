@@ -65,6 +65,7 @@ class Index:
 
     def save(self, directory: str | Path) -> None:
         """Write index and stamp as one directory, atomically."""
+        assert self._faiss is not None, "the index is empty"
         directory = Path(directory)
         refuse_foreign_directory(directory)
         with atomic_directory(directory) as temporary:
@@ -82,7 +83,7 @@ class Index:
             index = faiss.read_index(str(directory / "index.faiss"))
         except (OSError, ValueError, RuntimeError):
             return False
-        if not isinstance(state, dict) or index.ntotal != state.get("documents"):
+        if not isinstance(state, dict) or index is None or index.ntotal != state.get("documents"):
             return False
         if state.get("index_factory") != self.arguments.index_factory:
             return False

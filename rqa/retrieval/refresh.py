@@ -87,7 +87,8 @@ class Refresher:
     def snapshot(self) -> Callable[[Path], None]:
         """What writes the index between two refreshes, so that a resumed run finds the very same documents.
 
-        What is being encoded in the background is not kept: a resumed run begins it anew.
+        What is being encoded in the background is not kept: a resumed run begins it anew. Before the first step there
+        is no index yet, and nothing is written.
         """
         found = np.array(distributed.total(self.retriever.found.tolist()))
         arrays = {
@@ -100,6 +101,8 @@ class Refresher:
             arrays["embeddings"] = self._embeddings
 
         def write(directory: Path) -> None:
+            if not len(self.retriever.index):
+                return
             np.savez(directory / "refresh.npz", **arrays)
             self.retriever.index.save(directory / "index")
             if self.then:
@@ -109,6 +112,8 @@ class Refresher:
 
     def load(self, directory: Path) -> None:
         """Restore what a snapshot wrote; where it is of other documents or another kind of index, encode anew."""
+        if not (directory / "refresh.npz").exists():  # of a run that had not begun
+            return
         with np.load(directory / "refresh.npz") as arrays:
             kept = dict(arrays)
         lacking = self.arguments.refresh_fraction < 1 and "embeddings" not in kept

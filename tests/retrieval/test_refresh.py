@@ -15,8 +15,10 @@ from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models import encoder as encoder_module
 from rqa.models.encoder import Encoder, load_encoder
+from rqa.objectives.negatives import MinedNegatives
 from rqa.packing import TokenBatch
 from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.mining import NegativeArguments
 from rqa.retrieval.refresh import Refresher, documents_to_encode
 from rqa.retrieval.retriever import Retriever
 from rqa.retrieval.schedule import RefreshArguments, parse_schedule
@@ -399,6 +401,24 @@ def test_a_saved_index_goes_on_as_if_nothing_had_happened(
     for step in (3, 4, 5, 6):
         assert again(step) == refresher(step)
         np.testing.assert_array_equal(table(other), table(retriever))
+
+
+def test_what_is_saved_before_the_first_step_is_resumed_as_a_new_run(
+    retriever: Retriever, examples: list[Example], questions: list[str], tmp_path: Path
+) -> None:
+    def begin() -> tuple[Refresher, MinedNegatives]:
+        fresh = Retriever(retriever.encoder, retriever.documents, IndexArguments())
+        mined = MinedNegatives(examples, fresh, NegativeArguments(negatives_to_rank=5))
+        return Refresher(fresh, RefreshArguments("10"), then=mined), mined
+
+    first, _ = begin()
+    first.snapshot()(tmp_path)
+    resumed, mined = begin()
+    resumed.load(tmp_path)
+    straight, wanted = begin()
+    assert resumed(0) == straight(0) == {"index_staleness": 0.0, "index_refreshed": True}
+    assert (resumed.retriever.retrieve(questions, 3).ids == straight.retriever.retrieve(questions, 3).ids).all()
+    assert [mined[i] for i in range(len(examples))] == [wanted[i] for i in range(len(examples))]
 
 
 def test_a_saved_index_of_whole_refreshes_is_made_anew_where_partial_ones_follow(
