@@ -212,6 +212,7 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
 
     def count(self: Batches, step: int) -> int:
         watcher.step = max(watcher.step, step - 1)
+        watcher.stack[0] = "training"  # whatever is no phase of its own
         return position(self, step)
 
     Batches.position = count
