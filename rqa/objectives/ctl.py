@@ -4,7 +4,6 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +14,7 @@ from rqa.data.examples import Example
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import EncoderObjective
 from rqa.objectives.losses import contrastive
+from rqa.objectives.negatives import MinedNegatives
 from rqa.prompts import retrieval_query
 from rqa.runtime.distributed import gather_rows
 from rqa.runtime.errors import UserError
@@ -91,18 +91,12 @@ class HardNegativeArguments:
         return chance.sample(together, min(math.ceil(self.hard_neg_ratio * len(pools)), len(together)))
 
 
-class HardNegatives(Protocol):
-    """The hard negatives of each example, by its number."""
-
-    def __getitem__(self, example: int, /) -> Sequence[Document]: ...
-
-
 class Contrasts:
     """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
 
     Args:
         documents: The database; examples may bring others.
-        hard: What hard negatives are sampled from.
+        hard: What hard negatives are sampled from, by the example's number.
         seed: Of what is sampled; a batch of the same examples is the same batch.
 
     Raises:
@@ -114,7 +108,7 @@ class Contrasts:
         examples: Sequence[Example],
         documents: Sequence[Document],
         encoder: Encoder,
-        hard: HardNegatives,
+        hard: MinedNegatives | Sequence[Sequence[Document]],
         arguments: HardNegativeArguments,
         seed: int,
     ) -> None:
