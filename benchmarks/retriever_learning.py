@@ -7,9 +7,10 @@
     python benchmarks/retriever_learning.py ... --max_train 64 --max_eval 20 --epochs 1             # tiny
 
 All train on the same questions and search the whole database; each dense retriever is measured alone and fused with
-BM25 by a weighted sum, whose weight is the best for the untrained encoder on the training questions. The peer is sentence-transformers with MultipleNegativesRankingLoss on the same pairs for as
-many epochs. A model that `--output_dir` holds already is measured, not trained again. Figures stand with 95 %
-bootstrap intervals. Needs `pip install -e ".[bench]"`.
+BM25 by a weighted sum, whose weight is the best for the untrained encoder on the training questions. The peer is
+sentence-transformers with MultipleNegativesRankingLoss on the same pairs for as many epochs. A model that
+`--output_dir` holds already is measured, not trained again. Figures stand with 95 % bootstrap intervals. Needs
+`pip install -e ".[bench]"`.
 """
 
 import argparse
