@@ -7,10 +7,10 @@
 
 The limit of a path is the sum over its matrix products and attention of the larger of two times: their floating-point
 operations at the rate of a large matrix product, and the bytes that they read and write at the rate of a large copy;
-both rates are measured in the same process. Whatever is not a product could in principle be fused into one or
-overlapped, and so counts as loss. The limit of tokenisation is the `tokenizers` library called bare. Where time goes is
-torch.profiler's answer: shares of operators' own time, and as Python whatever lies between operators, which the
-profiler itself makes longer.
+both rates are measured before and after each run, because a shared machine is now faster and now slower. Whatever is
+not a product could in principle be fused into one or overlapped, and so counts as loss. The limit of tokenisation is
+the `tokenizers` library called bare. Where time goes is torch.profiler's answer: shares of operators' own time, and as
+Python whatever lies between operators, which the profiler itself makes longer.
 """
 
 import argparse
@@ -61,28 +61,42 @@ MOVES = ("copy_", "cat", "index", "embedding", "gather", "scatter", "fill_", "ze
 
 
 @dataclass
+class Rates:
+    """What the machine does now: floating-point operations a second by type, and bytes a second."""
+
+    products: dict[torch.dtype, float]
+    memory: float
+
+    @classmethod
+    def measure(cls, dtype: torch.dtype) -> "Rates":
+        return cls({kind: matmul_rate(kind) * 1e9 for kind in {dtype, torch.float32}}, memory_rate())
+
+    def needed(self, flops: float, size: int, dtype: torch.dtype) -> float:
+        """Seconds for one product that touches so many bytes."""
+        return max(flops / self.products.get(dtype, self.products[torch.float32]), size / self.memory)
+
+
+@dataclass
 class Work:
     """One hot path, ready to run.
 
     Attributes:
         run: Does the work once.
         units: How much of what that is.
-        floor: Seconds that no implementation could go below, beside those of the products seen; given the rates of
-            products and of memory.
+        floor: Seconds that no implementation could go below, beside those of the products seen.
     """
 
     run: Callable[[], Any]
     units: tuple[int, str]
-    floor: Callable[[float, float], float] = lambda products, memory: 0.0
+    floor: Callable[[Rates], float] = lambda rates: 0.0
 
 
 class Products(TorchDispatchMode):
-    """Counts floating-point operations and bytes of all products, and the seconds that the machine needs for them."""
+    """Lists floating-point operations, bytes and type of every product."""
 
-    def __init__(self, rates: dict[torch.dtype, float], bandwidth: float) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.rates, self.bandwidth = rates, bandwidth
-        self.flops, self.bytes, self.seconds = 0.0, 0, 0.0
+        self.seen: list[tuple[float, int, torch.dtype]] = []
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -105,10 +119,7 @@ class Products(TorchDispatchMode):
             return result
         touched = [leaf for leaf in tree_leaves((args, kwargs, result)) if isinstance(leaf, torch.Tensor)]
         size = sum(tensor.numel() * tensor.element_size() for tensor in touched)
-        rate = self.rates.get(touched[0].dtype, self.rates[torch.float32])
-        self.flops += flops
-        self.bytes += size
-        self.seconds += max(flops / rate, size / self.bandwidth)
+        self.seen.append((flops, size, touched[0].dtype))
         return result
 
 
@@ -125,7 +136,7 @@ def main() -> None:
          "optimizer", "Python"],
         [
             [row["path"], row["units"], f"{row['gflop']:.1f}", f"{row['gb']:.1f}", f"{row['limit']:.3f}",
-             f"{row['median']:.3f}", "{:.3f}-{:.3f}".format(*row["spread"]), f"{row['limit'] / row['median']:.0%}",
+             f"{row['median']:.3f}", "{:.3f}-{:.3f}".format(*row["spread"]), f"{row['of_limit']:.0%}",
              *(f"{row['shares'][name]:.0%}" for name in ("products", "element-wise", "moves", "optimizer", "Python"))]
             for row in rows
         ],
@@ -152,23 +163,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     use_allocator("tuned")
     bench = Bench(arguments)
     path = PATHS[arguments.system](bench)
-    rates = {dtype: matmul_rate(dtype) * 1e9 for dtype in {bench.dtype, torch.float32}}
-    bandwidth = memory_rate()
     path.run()  # warm-up
-    with Products(rates, bandwidth) as products:
+    with Products() as products:
         path.run()
-    took = [seconds(path.run) for _ in range(arguments.steps)]
+    rates, took, limits = [Rates.measure(bench.dtype)], [], []
+    for _ in range(arguments.steps):
+        took.append(seconds(path.run))
+        rates.append(Rates.measure(bench.dtype))
+        allowed = [sum(rate.needed(*product) for product in products.seen) + path.floor(rate) for rate in rates[-2:]]
+        limits.append(statistics.mean(allowed))
     return {
         "path": arguments.system,
         "units": "{} {}".format(*path.units),
-        "gflop": products.flops / 1e9,
-        "gb": products.bytes / 1e9,
-        "limit": products.seconds + path.floor(rates[torch.float32], bandwidth),
+        "gflop": sum(flops for flops, _, _ in products.seen) / 1e9,
+        "gb": sum(size for _, size, _ in products.seen) / 1e9,
+        "limit": statistics.median(limits),
+        "of_limit": statistics.median(limit / taken for limit, taken in zip(limits, took, strict=True)),
         "median": statistics.median(took),
         "spread": [min(took), max(took)],
         "shares": shares(path.run),
-        "product_gflops": rates[bench.dtype] / 1e9,
-        "copy_gb_per_second": bandwidth / 1e9,
+        "product_gflops": statistics.median(rate.products[bench.dtype] for rate in rates) / 1e9,
+        "copy_gb_per_second": statistics.median(rate.memory for rate in rates) / 1e9,
     }
 
 
@@ -319,8 +334,8 @@ def search(bench: Bench, size: int = 200_000, questions: int = 64) -> Work:
     vectors = torch.nn.functional.normalize(torch.randn(size, width), dim=-1).numpy()
     index.replace(vectors)
 
-    def floor(products: float, memory: float) -> float:
-        return max(2 * size * width * questions / products, vectors.nbytes / memory)
+    def floor(rates: Rates) -> float:
+        return rates.needed(2 * size * width * questions, vectors.nbytes, torch.float32)
 
     return Work(lambda: index.search(vectors[:questions], 10), (questions, "questions"), floor)
 

@@ -197,7 +197,7 @@ class Encoder(nn.Module):
 
 
 def load_encoder(path: str, arguments: EncoderArguments | None = None, **options: Any) -> Encoder:
-    """Load a `transformers` or `sentence-transformers` checkpoint with its pooling, prefixes and lengths.
+    """Load a `transformers` or `sentence-transformers` checkpoint with its pooling, prefixes and lengths, in eval mode.
 
     Args:
         path: A directory, or a hub name.
@@ -221,7 +221,7 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     if has_two_encoders(path):
         model = load_model(AutoModel, path, subfolder=PASSAGE_ENCODER, **options)
         passages = Encoder(model, tokenizer, settings, projection=_projection(path, model, settings, PASSAGE_ENCODER))
-    return Encoder(backbone, tokenizer, settings, passages, _projection(path, backbone, settings))
+    return Encoder(backbone, tokenizer, settings, passages, _projection(path, backbone, settings)).eval()
 
 
 def _projection(path: str, backbone: PreTrainedModel, settings: EncoderSettings, folder: str = "") -> Projection | None:

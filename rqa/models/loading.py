@@ -188,10 +188,12 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module in eval mode and afterwards back in the mode it was in."""
-    was_training = module.training
-    module.eval()
+    """Put a module in eval mode, and afterwards each of its parts back in the mode it was in."""
+    training = [part for part in module.modules() if part.training]
+    if training:
+        module.eval()
     try:
         yield
     finally:
-        module.train(was_training)
+        for part in training:
+            part.training = True

@@ -1,9 +1,7 @@
 """Training a reader, from files to scores: a kind of reader brings how it is built, an algorithm what it reads."""
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from transformers import PreTrainedModel
@@ -12,7 +10,6 @@ from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.judge import JudgeArguments, judge_results
 from rqa.evaluation.reader import ReaderEvaluation, TrainableReader, encode_examples
-from rqa.evaluation.report import write_report
 from rqa.evaluation.rqa import EvaluationArguments
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import EncoderArguments
@@ -25,21 +22,17 @@ from rqa.objectives.answer import AnswerLikelihood
 from rqa.objectives.fusion import FusionLikelihood
 from rqa.objectives.passages import PassageArguments, gold_and_retrieved
 from rqa.prompts import FusionPromptArguments, FusionPrompter, PromptArguments, Prompter, retrieval_query
-from rqa.recipes.files import DataArguments, merge_adapters
-from rqa.recipes.run import Run, begin
+from rqa.recipes.files import DataArguments
+from rqa.recipes.run import Rows, Run, Scores, begin, train_and_test
 from rqa.retrieval.hits import PassageRetriever
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.opening import RetrieverArguments, open_retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import write_jsonl
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
-from rqa.training.loop import train
-
-log = logging.getLogger(__name__)
 
 SHARED_ARGUMENTS = (
     DataArguments,
@@ -120,46 +113,37 @@ def train_reader(
             )
         passages = choose_passages(inputs.train, retriever)
         batch_size = loop.per_device_eval_batch_size
-        evaluate = ReaderEvaluation(retriever, inputs.eval, evaluation, batch_size, device)
-        test = ReaderEvaluation(retriever, inputs.test, evaluation, batch_size, device)
+        on_eval = ReaderEvaluation(retriever, inputs.eval, evaluation, batch_size, device)
+        on_test = ReaderEvaluation(retriever, inputs.test, evaluation, batch_size, device)
 
-    sequences = encode_examples(trained.objective.prompter, inputs.train, passages)
+    def evaluate(step: int) -> tuple[Scores, Rows]:
+        with autocast(device, dtype):
+            return on_eval(trained)
+
+    def test() -> tuple[Scores, Rows]:
+        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
+        with autocast(device, dtype):
+            return on_test(trained, warm_up=True)
+
+    def publish(scores: Scores, rows: Rows) -> Scores:
+        return judge_results(loop.output_dir, scores, rows, judge, requests)[0]
+
+    batches = reader_batches(trained, inputs.train, passages, loop)
+    return train_and_test(run, trained.objective, model, batches, evaluate, test, publish)
+
+
+def reader_batches(
+    reader: TrainableReader, examples: Sequence[Example], passages: list[list[Document]], loop: LoopArguments
+) -> Batches:
+    """The prompts, and the answers to learn, of all examples that fit; each is known by its number in the file."""
+    sequences = encode_examples(reader.objective.prompter, examples, passages)
     kept = list(sequences)
 
     def micro_batch(indices: Sequence[int]) -> Any:
         numbers = [kept[i] for i in indices]
-        return trained.objective.batch([sequences[number] for number in numbers], numbers)
+        return reader.objective.batch([sequences[number] for number in numbers], numbers)
 
-    def evaluate_and_keep(step: int) -> dict[str, float]:
-        with autocast(device, dtype):
-            metrics, rows = evaluate(trained)
-        if loop.write_predictions and distributed.is_main():
-            write_jsonl(Path(loop.output_dir) / f"step-{step}-eval-predictions.jsonl", rows)
-        return {f"eval_{name}": value for name, value in metrics.items()}
-
-    state = train(
-        trained.objective,
-        Batches(len(sequences), micro_batch, loop),
-        loop,
-        device,
-        evaluate=evaluate_and_keep if inputs.eval and loop.eval_strategy != "no" else None,
-        checkpoint=run.checkpoint,
-    )
-    if state.interrupted or not inputs.test:
-        write_report(loop.output_dir)
-    if state.interrupted:
-        return {}
-    scores: dict[str, float] = {}
-    if inputs.test:
-        load_whole_weights(model, kind.load(loop.output_dir, run)[0].state_dict())
-        with autocast(device, dtype):
-            metrics, rows = test(trained, warm_up=True)
-        scores = {f"test_{name}": value for name, value in metrics.items()}
-    merge_adapters(loop, type(model))
-    if inputs.test:
-        scores, _ = judge_results(loop.output_dir, scores, rows, judge, requests)
-        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    return scores
+    return Batches(len(sequences), micro_batch, loop)
 
 
 def decoder(prompt: PromptArguments, generation: GenerationArguments) -> ReaderKind:

@@ -1,37 +1,30 @@
 """Training an encoder, from files to scores; an algorithm brings its objective and its batches."""
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from rqa.data.examples import Example
-from rqa.evaluation.report import write_report
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows
 from rqa.evaluation.rqa import EvaluationArguments, find_passages
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler
 from rqa.models.lora import train_adapters
-from rqa.recipes.files import DataArguments, merge_adapters
-from rqa.recipes.run import begin
+from rqa.recipes.files import DataArguments
+from rqa.recipes.run import Rows, Scores, begin, train_and_test
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import write_jsonl
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.runtime.precision import autocast
 from rqa.training.arguments import LoopArguments
 from rqa.training.batches import Batches
-from rqa.training.loop import train
-
-log = logging.getLogger(__name__)
 
 SHARED_ARGUMENTS = (DataArguments, LoopArguments, EvaluationArguments, EncoderArguments, IndexArguments)
 
@@ -78,57 +71,44 @@ def train_retriever(
     device, dtype, inputs = run.device, run.dtype, run.inputs
     with distributed.in_turn():
         retriever = Retriever(load_encoder(run.source, encoder, **run.options).to(device), inputs.documents, index)
-    train_adapters(retriever.encoder.backbone, loop)
-    freeze_pooler(retriever.encoder.backbone)
+    backbone = retriever.encoder.backbone
+    train_adapters(backbone, loop)
+    freeze_pooler(backbone)
     _ = retriever.encoder.collate  # found out here: a probe under the loop's autocast would leave it frozen weights
     with autocast(device, dtype):
         training = prepare(inputs.train, retriever)
-        if training.refresher and data.full_dataset_index_path and not run.checkpoint:
+        refresher = training.refresher
+        if refresher and data.full_dataset_index_path and not run.checkpoint:
             retriever.open(data.full_dataset_index_path)  # of the weights before training; written at no other time
-    require_whole_encoder(loop, training.refresher, retriever.encoder)
+    require_whole_encoder(loop, refresher, retriever.encoder)
 
     judged = Retriever(retriever.encoder, inputs.documents, index)  # so that to evaluate changes nothing in training
 
-    def measure(
-        examples: Sequence[Example], prefix: str, index_path: str | None = None
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
+    def measure(examples: Sequence[Example], index_path: str | None = None) -> tuple[Scores, Rows]:
         with autocast(device, dtype):
             if not (judged.encoder.passage_encoder and len(judged.index)):  # frozen passages are encoded once
                 judged.open(index_path)
             found = find_passages(judged, examples, evaluation)
         rows = retrieval_rows(found, examples, evaluation.recall_at)
-        scores = mean_scores([row["scores"] for row in rows])
-        return {f"{prefix}_{name}": value for name, value in scores.items()}, rows
+        return mean_scores([row["scores"] for row in rows]), rows
 
-    def evaluate_and_keep(step: int) -> dict[str, float]:
-        scores, rows = measure(inputs.eval, "eval", None if step else data.full_dataset_index_path)
-        if loop.write_predictions and distributed.is_main():
-            write_jsonl(Path(loop.output_dir) / f"step-{step}-eval-predictions.jsonl", rows)
-        return scores
+    def evaluate(step: int) -> tuple[Scores, Rows]:
+        return measure(inputs.eval, None if step else data.full_dataset_index_path)
 
-    with closing(training.refresher) if training.refresher else nullcontext():
-        state = train(
-            training.objective,
-            Batches(len(inputs.train), training.collate, loop),
-            loop,
-            device,
-            before_step=training.refresher,
-            evaluate=evaluate_and_keep if inputs.eval and loop.eval_strategy != "no" else None,
-            checkpoint=run.checkpoint,
-        )
-    if state.interrupted or not inputs.test:
-        write_report(loop.output_dir)
-    if state.interrupted:
-        return {}
-    scores: dict[str, float] = {}
-    if inputs.test:
+    def test() -> tuple[Scores, Rows]:
+        if refresher:
+            refresher.close()  # nothing is encoded beside the test
         best = load_encoder(loop.output_dir, empty=not distributed.is_main(), **run.options)
         load_whole_weights(retriever.encoder, best.state_dict())
-        scores, rows = measure(inputs.test, "test")
+        return measure(inputs.test)
+
+    def publish(scores: Scores, rows: Rows) -> Scores:
         write_results(loop.output_dir, scores, rows)
-        log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
-    merge_adapters(loop, type(retriever.encoder.backbone))
-    return scores
+        return scores
+
+    batches = Batches(len(inputs.train), training.collate, loop)
+    with closing(refresher) if refresher else nullcontext():
+        return train_and_test(run, training.objective, backbone, batches, evaluate, test, publish, refresher)
 
 
 def require_whole_encoder(loop: LoopArguments, refresher: Refresher | None, encoder: Encoder) -> None:

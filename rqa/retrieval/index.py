@@ -10,6 +10,11 @@ import numpy as np
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage
 
+# FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
+# is faster from some 1,200 on, up to eight times. To older versions the threshold is a number of queries, 20: it stays.
+FAISS_BLAS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
+faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
+
 INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
 
 

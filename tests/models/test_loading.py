@@ -156,6 +156,14 @@ def test_choosing_leaves_the_mode_and_the_random_state_alone(lm_path: str) -> No
         assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_evaluating_restores_each_part_s_own_mode() -> None:
+    module = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Dropout()), torch.nn.Dropout()).eval()
+    module[0][0].train()  # as adapters are that were put into a model to evaluate
+    with evaluating(module):
+        assert not any(part.training for part in module.modules())
+    assert [part.training for part in module.modules()] == [False, False, True, False]
+
+
 def test_evaluating_restores_the_mode_even_after_an_error() -> None:
     module = torch.nn.Sequential(torch.nn.Dropout())
 
