@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -101,9 +101,15 @@ class CausalLMReader:
         # Right-padding the reversed prompts and reversing again pads on the left.
         reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
         inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
-        config = self.arguments.config(max_new_tokens or self.prompter.arguments.max_new_tokens, stop)
+        most = max_new_tokens or self.prompter.arguments.max_new_tokens
+        config = self.arguments.config(most, stop, disable_compile=True)
+        cache = None
+        if self.model._can_compile_fullgraph:  # keys written in place; otherwise all of them are copied for each token
+            cache = StaticCache(self.model.config, max_cache_len=inputs["input_ids"].shape[1] + most)
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
-            output = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)  # [B, L + new]
+            output = self.model.generate(
+                **inputs, generation_config=config, synced_gpus=synced, past_key_values=cache
+            )  # [B, L + new]
         new = output[:, inputs["input_ids"].shape[1] :].tolist()
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in new]

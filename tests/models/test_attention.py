@@ -160,11 +160,17 @@ def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
     tokens = [
         build(DECODERS[name], implementation, "ForCausalLM")
         .eval()
-        .generate(prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None)
-        for implementation in (PACKED_ATTENTION, "sdpa")
+        .generate(
+            prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, past_key_values=cache
+        )
+        for implementation, cache in (
+            (PACKED_ATTENTION, None),
+            (PACKED_ATTENTION, transformers.StaticCache(DECODERS[name], max_cache_len=14)),
+            ("sdpa", None),
+        )
     ]
     assert tokens[0].shape[1] == 14
-    assert tokens[0].tolist() == tokens[1].tolist()
+    assert tokens[0].tolist() == tokens[1].tolist() == tokens[2].tolist()
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
