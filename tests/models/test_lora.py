@@ -99,6 +99,7 @@ def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
     flags: dict[str, object], run_executable: Run, encoder_path: str, tmp_path: Path
 ) -> None:
     own = {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4, "query_prefix": "query: "}
+    own["load_best_model_at_end"] = "false"  # by chance that is the one before training
     assert run_executable("train_ctl", {**flags, **own}) == 0
     encoder, base = load_encoder(str(tmp_path / "out")), load_encoder(encoder_path)
     assert encoder.settings.query_prefix == "query: "
