@@ -8,7 +8,8 @@
 First the whole way from a question's text to ten passages, on a real corpus, each system in a process of its own:
 rqa, sentence-transformers with `util.semantic_search`, and sentence-transformers with raw faiss. Then the search alone,
 on synthetic vectors of 384 dimensions: `rqa.retrieval.index.Index` beside raw faiss on the same index as it comes
-(without the threshold for matrix products that rqa sets), and recall@10 beside the exact neighbours. Needs `pip install -e ".[bench]"`.
+(without the threshold for matrix products that rqa sets), and recall@10 beside the exact neighbours. Needs
+`pip install -e ".[bench]"`.
 """
 
 import argparse
