@@ -18,6 +18,7 @@ REQUIRED = [
     "rouge-score>=0.1.2",  # ROUGE as published
     "openai>=1.50",  # readers and judges behind an OpenAI-compatible server
     "Jinja2>=3.1",  # chat templates; transformers renders them with it but does not require it
+    "matplotlib>=3.9",  # the curves of report.html
 ]
 
 EXTRAS = {

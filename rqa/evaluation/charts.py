@@ -1,85 +1,61 @@
-"""Line charts as SVG text: small enough to read, coloured by the page that holds them."""
+"""Line charts as SVG text: drawn by Matplotlib, coloured by the page that holds them."""
 
+import io
 import math
 from collections.abc import Mapping, Sequence
 from html import escape
 
-WIDTH, HEIGHT = 420, 230
-LEFT, RIGHT, TOP, BOTTOM = 52, 14, 12, 28  # margins of the plot
-POINTS = 400  # of one line, at most: more cannot be seen
+import numpy as np
+
+SIZE = (4.2, 2.3)  # inches; the page scales them
+MARKERS = 40  # a line of more points is drawn without them
+NAMES = ("line-0", "line-1", "line-2", "line-3", "muted", "rule", "good")  # the page's colours
+COLOURS = {name: f"#fade{number:02x}" for number, name in enumerate(NAMES)}  # that stand for them until the end
+MARKS = {  # kind -> bottom and top as shares of the height, and style; many of a kind are short strokes
+    "best": (0.0, 1.0, {"color": COLOURS["good"], "linestyle": "--", "linewidth": 1}),
+    "saved": (0.0, 0.05, {"color": COLOURS["muted"]}),
+    "refreshed": (0.95, 1.0, {"color": COLOURS["line-3"]}),
+}
+UNWANTED = ("Creator", "Date", "Format", "Type")  # metadata that Matplotlib would write
 
 Line = Sequence[tuple[float, float]]
 
 
 def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] | None = None) -> str:
-    """Lines over training steps as one SVG element; the n-th line has class `line-n`, for its colour.
+    """Lines over training steps as one SVG element, or nothing without a finite value.
+
+    The n-th line has the colour that the page's style sheet calls `--line-n`; the others are those of `NAMES`.
 
     Args:
         lines: (step, value) pairs by name; what is not finite is left out.
-        marks: Steps to mark, by class name (`best`, `saved`, `refreshed`).
+        marks: Steps to mark, by kind (see `MARKS`).
     """
-    drawn = {name: _thinned([p for p in line if all(map(math.isfinite, p))]) for name, line in lines.items()}
-    points = [point for line in drawn.values() for point in line]
-    if not points:
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
+    drawn = {name: [point for point in line if all(map(math.isfinite, point))] for name, line in lines.items()}
+    if not any(drawn.values()):
         return ""
-    x_ticks = ticks(min(x for x, _ in points), max(x for x, _ in points))
-    y_ticks = ticks(min(y for _, y in points), max(y for _, y in points))
-
-    def x(value: float) -> float:
-        share = (value - x_ticks[0]) / (x_ticks[-1] - x_ticks[0])
-        return round(LEFT + share * (WIDTH - LEFT - RIGHT), 1)
-
-    def y(value: float) -> float:
-        share = (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-        return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
-
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(", ".join(lines))} by step">']
-    for tick in y_ticks:
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(tick)}" y2="{y(tick)}"/>')
-        parts.append(f'<text class="y" x="{LEFT - 6}" y="{y(tick) + 4}">{_short(tick)}</text>')
-    parts += [f'<text class="x" x="{x(tick)}" y="{HEIGHT - 8}">{_short(tick)}</text>' for tick in x_ticks]
-    for kind, steps in (marks or {}).items():
-        inside = [step for step in steps if x_ticks[0] <= step <= x_ticks[-1]]
-        parts += [_mark(kind, x(step)) for step in inside]
-    for number, (name, line) in enumerate(drawn.items()):
-        path = " ".join(f"{x(step)},{y(value)}" for step, value in line)
-        parts.append(f'<polyline class="line line-{number}" points="{path}"/>')
-        parts += [
-            f'<circle class="line-{number}" cx="{x(step)}" cy="{y(value)}" r="{2.5 if len(line) < 40 else 1}">'
-            f"<title>{escape(name)}, step {step:g}: {value:.4g}</title></circle>"
-            for step, value in line
-        ]
-    return "".join([*parts, "</svg>"])
-
-
-def ticks(low: float, high: float, count: int = 4) -> list[float]:
-    """Round numbers from at most `low` to at least `high`, in about `count` steps of 1, 2 or 5 times a power of ten."""
-    if high <= low:
-        margin = abs(low) * 0.1 or 1.0
-        low, high = low - margin, high + margin
-    raw = (high - low) / count
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= raw * (1 - 1e-9))
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [number * step for number in range(first, last + 1)]
-
-
-def _mark(kind: str, place: float) -> str:
-    top, bottom = TOP, HEIGHT - BOTTOM
-    if kind != "best":  # many of them: short strokes, refreshes above and saves below
-        top, bottom = (top, top + 6) if kind == "refreshed" else (bottom - 6, bottom)
-    return f'<line class="mark {escape(kind)}" x1="{place}" x2="{place}" y1="{top}" y2="{bottom}"/>'
-
-
-def _thinned(line: Line) -> Line:
-    """Every n-th point, and always the last."""
-    every = math.ceil(len(line) / POINTS)
-    return [*line[:-1][::every], line[-1]] if line else []
-
-
-def _short(value: float) -> str:
-    """12000 as 12k, 0.00002 as 2e-5."""
-    if abs(value) >= 10_000:
-        return f"{value / 1000:g}k"
-    text = f"{value:.6g}"
-    return f"{value:.2g}".replace("e-0", "e-") if "e" in text or 0 < abs(value) < 1e-3 else text
+    settings = {"svg.fonttype": "none", "svg.hashsalt": " ".join(lines), "font.family": "sans-serif", "font.size": 10.5}
+    with rc_context(settings):
+        figure = Figure(SIZE, layout="constrained")
+        axes = figure.subplots()
+        for number, (name, line) in enumerate(drawn.items()):
+            marker = "o" if len(line) < MARKERS else ""
+            axes.plot(*np.array(line).reshape(-1, 2).T, color=COLOURS[f"line-{number}"], marker=marker, ms=3, gid=name)
+        for kind, places in (marks or {}).items():
+            low, high, style = MARKS[kind]
+            for place in places:
+                axes.axvline(place, low, high, gid=kind, **style)
+        axes.grid(axis="y", color=COLOURS["rule"])
+        axes.spines[:].set_visible(False)
+        axes.tick_params(color=COLOURS["rule"], labelcolor=COLOURS["muted"], length=0)
+        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+        axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+        text = io.StringIO()
+        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(UNWANTED))
+    svg = f'<svg role="img" aria-label="{escape(", ".join(lines))} by step" {text.getvalue().partition("<svg ")[2]}'
+    for name, colour in COLOURS.items():
+        svg = svg.replace(colour, f"var(--{name})")
+    return svg
