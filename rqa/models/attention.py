@@ -45,6 +45,7 @@ def packed_attention(
     sliding_window: int | None = None,
     cu_seq_lens_q: Tensor | None = None,
     max_length_q: int | None = None,
+    kept: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a packed row; anything else goes to sdpa.
@@ -55,6 +56,7 @@ def packed_attention(
         sliding_window: A token sees another only if they are less than this many positions apart.
         cu_seq_lens_q: Where each sequence begins, and T. [B + 1]
         max_length_q: The longest sequence.
+        kept: Where this layer's keys and values are to be appended, for a cache.
 
     Returns:
         The attended values [1, T, H, d], and no weights.
@@ -62,6 +64,8 @@ def packed_attention(
     Raises:
         NotImplementedError: a packed row together with something that changes scores and is not computed here.
     """
+    if kept is not None:
+        kept.append((key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     stands_in = attention_mask is not None and attention_mask.dtype in (PACKED_MASK, WINDOWED_MASK)
     windowed = attention_mask is not None and attention_mask.dtype == WINDOWED_MASK

@@ -3,17 +3,20 @@
 import inspect
 import logging
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
+from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.generation import WARM_UP_TOKENS, Answer, GenerationArguments, answer_in_batches
-from rqa.models.loading import evaluating, load_model
-from rqa.packing import AnswerBatch, pad
+from rqa.models.loading import evaluating, hidden_states, load_model, packing_is_exact
+from rqa.packing import AnswerBatch, pack, pad
 from rqa.prompts import DoesNotFit, Prompter
 from rqa.runtime.parallelize import is_sharded
 
@@ -36,6 +39,36 @@ def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
         return model(**inputs, use_cache=False, logits_to_keep=columns).logits[0]
     kept, columns = columns.unique(return_inverse=True)
     return model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, columns]
+
+
+class InPlaceCache(StaticCache):
+    """Keys and values written in place; `transformers` otherwise copies all of them for each token."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        # Rotary embeddings leave float32 beside autocast's values, and the cache has one dtype.
+        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+
+
+def new_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
+    """An empty cache for so many tokens of each sequence; none for a model that needs one of its own kind."""
+    return InPlaceCache(model.config, max_cache_len=length) if model._can_compile_fullgraph else None
+
+
+def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: StaticCache) -> None:
+    """Put keys and values of all but each prompt's last token into an empty cache, from one packed row.
+
+    `generate` would read a padded batch, and attend under a mask. It goes on from here, its prompts padded on the left.
+    """
+    batch = pack([prompt[:-1] for prompt in prompts]).to(model.device)
+    kept: list[tuple[Tensor, Tensor]] = []
+    hidden_states(model, batch, kept=kept)
+    if len(kept) != len(cache.layers):  # layers that share their keys: `generate` reads the prompts itself
+        return
+    lengths = batch.lengths.tolist()
+    for layer, states in enumerate(kept):
+        rows = [x[0].transpose(0, 1).split(lengths) for x in states]  # of keys and of values: [L_i, H_kv, d] each
+        padded = (pad_sequence(list(x), batch_first=True, padding_side="left") for x in rows)  # [B, L, H_kv, d]
+        cache.update(*(x.transpose(1, 2) for x in padded), layer)
 
 
 class CausalLMReader:
@@ -90,6 +123,11 @@ class CausalLMReader:
             log.warning("%s; it is left unanswered", error)
             return []
 
+    @cached_property
+    def packs(self) -> bool:
+        """Whether prompts are read as one packed row, without padding; the same on every process."""
+        return self.model.config._attn_implementation == PACKED_ATTENTION and packing_is_exact(self.model)
+
     @torch.no_grad()
     def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> list[list[int]]:
         """Continuations of one batch of prompts, up to the stop token. [B] -> [B]
@@ -103,11 +141,11 @@ class CausalLMReader:
         inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
         most = max_new_tokens or self.prompter.arguments.max_new_tokens
         config = self.arguments.config(most, stop, disable_compile=True)
-        cache = None
-        if self.model._can_compile_fullgraph:  # keys written in place; otherwise all of them are copied for each token
-            cache = StaticCache(self.model.config, max_cache_len=inputs["input_ids"].shape[1] + most)
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
+            cache = new_cache(self.model, inputs["input_ids"].shape[1] + most)
+            if cache and self.packs and not synced and config.num_beams == 1 and min(map(len, prompts)) > 1:
+                read_prompts(self.model, prompts, cache)
             output = self.model.generate(
                 **inputs, generation_config=config, synced_gpus=synced, past_key_values=cache
             )  # [B, L + new]

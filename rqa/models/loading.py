@@ -134,18 +134,19 @@ def _unreadable(path: str, error: Exception) -> UserError:
 def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
     """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
 
-    A few tokens are run both ways; relative position biases, positions that do not start at 0 and state-space layers
+    Relative position biases, positions that do not start at 0 and state-space layers
     show up as a difference. Nothing is assumed from the architecture's name. Every process calls this, and the main
     process decides: its model has weights.
     """
-    if distributed.from_main(distributed.is_main() and _packing_is_exact(model)):
+    if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
         return pack
     log.info("%s cannot be packed; padded batches of similar length serve instead", type(model).__name__)
     return partial(pad, pad_id=pad_id or 0)
 
 
 @torch.no_grad()
-def _packing_is_exact(model: PreTrainedModel) -> bool:
+def packing_is_exact(model: PreTrainedModel) -> bool:
+    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
     vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
@@ -169,9 +170,10 @@ def freeze_pooler(model: PreTrainedModel) -> None:
         pooler.requires_grad_(False)
 
 
-def hidden_states(model: PreTrainedModel, batch: TokenBatch) -> Tensor:
-    """The last layer's output, flattened. -> [rows, D]"""
-    output = model.base_model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> Tensor:
+    """The last layer's output, flattened; options go to the model. -> [rows, D]"""
+    options |= {"use_cache": False} if model.can_generate() else {}
+    output = model.base_model(**batch.inputs, **options)
     return output.last_hidden_state.flatten(0, 1)
 
 

@@ -8,9 +8,11 @@ import pytest
 import torch
 import transformers
 from torch import Tensor
+from transformers import DynamicCache
 
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
+from rqa.models.causal_lm import CausalLMReader, new_cache, read_prompts
 from rqa.packing import pack
 
 WIDTH, VOCABULARY = 16, 50
@@ -171,6 +173,47 @@ def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
     ]
     assert tokens[0].shape[1] == 14
     assert tokens[0].tolist() == tokens[1].tolist() == tokens[2].tolist()
+
+
+def reader_of(name: str) -> CausalLMReader:
+    arguments = SimpleNamespace(max_new_tokens=8)
+    prompter = SimpleNamespace(stop_ids=[0], arguments=arguments)  # which none of these models says
+    return CausalLMReader(build(DECODERS[name], PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_prompts_are_read_as_one_packed_row_and_answered_as_each_alone(name: str) -> None:
+    reader, theirs, read = reader_of(name), build(DECODERS[name], "sdpa", "ForCausalLM").eval(), []
+    assert reader.packs
+    embed = reader.model.get_input_embeddings()
+    embed.register_forward_pre_hook(lambda _, ids: read.append(tuple(ids[0].shape)))
+    sequences = [sequence for sequence in SEQUENCES if len(sequence) > 1]
+    answers = reader.generate(sequences)
+    assert read == [(1, sum(map(len, sequences)) - len(sequences)), *[(len(sequences), 1)] * 8]
+    for sequence, answer in zip(sequences, answers, strict=True):
+        alone = theirs.generate(torch.tensor([sequence]), max_new_tokens=8, do_sample=False, eos_token_id=None)
+        assert answer == alone[0, len(sequence) :].tolist()
+    assert reader.generate(SEQUENCES)[0] == answers[0]  # one has a single token: nothing to read before its answer
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_keys_that_are_kept_are_those_of_each_sequence_also_under_autocast(name: str) -> None:
+    reader, sequences = reader_of(name), [SEQUENCES[0], SEQUENCES[2][:6]]
+    for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
+        cache = new_cache(reader.model, 20)
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
+            read_prompts(reader.model, sequences, cache)
+            reader.generate(sequences)
+        for row, sequence in enumerate(sequences):
+            alone = DynamicCache(config=DECODERS[name])
+            with torch.no_grad():
+                reader.model(torch.tensor([sequence[:-1]]), past_key_values=alone)
+            for ours, their in zip(cache.layers, alone.layers, strict=True):
+                end, length = min(ours.keys.shape[2], len(SEQUENCES[0]) - 1), their.keys.shape[2]
+                assert ours.keys.dtype == ours.values.dtype == dtype
+                for our, expected in ((ours.keys, their.keys), (ours.values, their.values)):
+                    found = our[row, :, end - length : end].float()
+                    torch.testing.assert_close(found, expected[0], atol=tolerance, rtol=tolerance)
 
 
 @pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
