@@ -144,7 +144,8 @@ class CausalLMReader:
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
             cache = new_cache(self.model, inputs["input_ids"].shape[1] + most)
-            if cache is not None and self.packs and not synced and config.num_beams == 1 and min(map(len, prompts)) > 1:
+            plain = not synced and config.num_beams == 1 and min(map(len, prompts)) > 1
+            if cache is not None and plain and self.packs:
                 read_prompts(self.model, prompts, cache)
             output = self.model.generate(
                 **inputs, generation_config=config, synced_gpus=synced, past_key_values=cache
