@@ -276,11 +276,15 @@ def time_index(
     for size in BATCHES:
         asked = itertools.cycle([questions[i : i + size] for i in range(0, len(questions), size)])
         ours_took, theirs_took = [], []
-        while sum(ours_took) < budget or len(ours_took) < 3:
-            batch = next(asked)
-            ours_took.append(seconds(lambda batch=batch: ours.search(batch, K)))
-            with faiss_as_shipped():
-                theirs_took.append(seconds(lambda batch=batch: theirs.search(batch, K)))
+        for turn, batch in enumerate(asked):
+            if sum(ours_took) >= budget and turn >= 4:
+                break
+            for mine in (turn % 2, 1 - turn % 2):  # who comes second finds the vectors in the processor's cache
+                if mine:
+                    ours_took.append(seconds(lambda batch=batch: ours.search(batch, K)))
+                else:
+                    with faiss_as_shipped():
+                        theirs_took.append(seconds(lambda batch=batch: theirs.search(batch, K)))
         batches[size] = {
             **latencies(ours_took),
             "questions_per_second": size * len(ours_took) / sum(ours_took),
