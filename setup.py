@@ -63,7 +63,7 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="MIT",
-    python_requires=">=3.10",
+    python_requires=">=3.11",  # as transformers 5.23
     packages=find_packages(include=["rqa", "rqa.*"]),
     package_data={"rqa.evaluation": ["report.html"]},
     scripts=sorted(str(path) for path in Path("bin").iterdir() if path.is_file()),
