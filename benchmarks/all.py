@@ -21,6 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from rqa.evaluation.runtime import machine, machine_line
@@ -140,7 +141,8 @@ def plot(path: Path, bars: list[tuple[str, float]]) -> None:
     axes.axvline(1, color="black")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.margins(x=0.1, y=0.01)
-    figure.savefig(path, metadata={"Date": None})
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same when drawn again
+        figure.savefig(path, metadata={"Date": None})
 
 
 if __name__ == "__main__":

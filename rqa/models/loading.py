@@ -134,9 +134,9 @@ def _unreadable(path: str, error: Exception) -> UserError:
 def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
     """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
 
-    Relative position biases, positions that do not start at 0 and state-space layers
-    show up as a difference. Nothing is assumed from the architecture's name. Every process calls this, and the main
-    process decides: its model has weights.
+    Relative position biases, positions that do not start at 0 and state-space layers show up as a difference. Nothing
+    is assumed from the architecture's name. Every process calls this, and the main process decides: its model has
+    weights.
     """
     if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
         return pack
