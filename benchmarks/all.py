@@ -106,7 +106,9 @@ def draw() -> None:
     for path in sorted(RESULTS.glob("*.json")):
         kept = json.loads(path.read_text(encoding="utf-8"))
         first = next(iter(kept.values()))
-        parts.append(f"\n## {first['gpu'] or first['cpu']}\n\n{machine_line(first)}\n")
+        versions = {name: version for result in kept.values() for name, version in result["peers"].items()}
+        peers = ", ".join(f"{name} {version}" for name, version in versions.items())
+        parts.append(f"\n## {first['gpu'] or first['cpu']}\n\n{machine_line(first)}; peers: {peers}\n")
         if bars := [bar for name, result in kept.items() for bar in ratios(name, result["rows"])]:
             plot(path.with_suffix(".svg"), bars)
             parts.append(f"\n![rqa beside its peers]({path.with_suffix('.svg').relative_to(HERE)})\n")
@@ -122,7 +124,7 @@ def ratios(name: str, rows: Any) -> Iterator[tuple[str, float]]:
     for row in rows.values() if isinstance(rows, dict) else rows:
         if isinstance(row, dict):
             if "rqa_is" in row:
-                details = [str(row[key]) for key in ("system", "num_docs", "allocator") if key in row]
+                details = [str(row[key]) for key in ("system", "num_docs", "setting") if key in row]
                 yield f"{name}: {', '.join(details)}", row["rqa_is"]
             yield from ratios(name, row)
 

@@ -19,7 +19,7 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from harness import compare, peak_gib, print_result, print_table, times
+from harness import compare, new_parser, peak_gib, print_result, print_table, times
 from transformers import AutoTokenizer
 
 from rqa.data.chunking import ChunkArguments, Chunker
@@ -50,11 +50,11 @@ def main() -> None:
     if mining:
         print(f"mining {mining['queries']} questions over {mining['passages']} passages: {mining['seconds']:.1f} s, "
               f"{mining['peak_gib']:.2f} GiB at most")  # fmt: skip
-    print_result("data_preparation", rows, mining=mining)
+    print_result(__file__, arguments, rows, mining=mining)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, precision=False)
     parser.add_argument("--model_name_or_path", required=True, help="the tokenizer")
     parser.add_argument("--raw_path", help="JSONL of {source, title, text}; by default the passages of pydocs")
     parser.add_argument("--chunk_size", type=int, default=400)

@@ -11,25 +11,12 @@ are not counted: they are the same for all.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import (
-    add_system_flags,
-    compare,
-    peak_gib,
-    print_result,
-    print_table,
-    read_corpus,
-    run_all,
-    times,
-    use_allocator,
-)
+from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -45,43 +32,30 @@ PASSAGES = 4
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    with TemporaryDirectory() as directory:
-        arguments.index_path = str(Path(directory) / "index")
-        rows = run_all(__file__, arguments, dict.fromkeys(SYSTEMS, ("tuned",)))
-    first = rows[0]
-    compare(rows, lambda _: first, "questions_per_second")
-    print_table(
-        ["system", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
-        [
-            [row["system"], *(f"{row[name]:.2f}" for name in ("retrieve", "generate", "score")),
-             f"{row['total']:.2f}", f"{same(row['answers'], first['answers']):.0%}", f"{row['peak_gib']:.1f}",
-             times(row)]
-            for row in rows
-        ],
-    )  # fmt: skip
-    answers = first["answers"]
-    for row in rows:
-        row["same_answers"] = same(row.pop("answers"), answers)
-    print_result("evaluation_runtime", rows, precision=arguments.precision)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--eval_data_path", systems=SYSTEMS)
     parser.add_argument("--qa_model_name_or_path", required=True)
     parser.add_argument("--embedding_model", required=True)
-    parser.add_argument("--document_path", help="a corpus; by default that of rqa.data.pydocs")
-    parser.add_argument("--eval_data_path", help="its questions with answers")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
     parser.add_argument("--max_examples", type=int, default=0, help="the first so many questions; 0: all")
     parser.add_argument("--max_new_tokens", type=int, default=64)
     parser.add_argument("--max_seq_length", type=int, default=2048)
-    add_system_flags(parser, SYSTEMS)
-    parser.add_argument("--index_path", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    run_benchmark(__file__, parser.parse_args(), dict.fromkeys(SYSTEMS, ("tuned",)), measure, report)
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table with the ratios, and one JSON line."""
+    first, answers = rows[0], rows[0]["answers"]
+    compare(rows, lambda _: first, "questions_per_second")
+    for row in rows:
+        row["same_answers"] = same(row.pop("answers"), answers)
+    print_table(
+        ["system", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
+        [
+            [row["system"], *(f"{row[name]:.2f}" for name in ("retrieve", "generate", "score", "total")),
+             f"{row['same_answers']:.0%}", f"{row['peak_gib']:.1f}", times(row)]
+            for row in rows
+        ],
+    )  # fmt: skip
+    print_result(__file__, arguments, rows)
 
 
 def same(ours: Sequence[str], theirs: Sequence[str]) -> float:
@@ -99,7 +73,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from rqa.runtime import distributed
     from rqa.runtime.precision import autocast, compute_dtype
 
-    use_allocator("tuned")
     device = distributed.start()
     documents, examples = read(arguments)
     flags = PromptArguments(
@@ -109,7 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     retriever = Retriever(load_encoder(arguments.embedding_model).to(device), documents, IndexArguments())
     batch, took, answers = SYSTEMS[arguments.system], {}, []
     with autocast(device, compute_dtype(arguments.precision == "bf16", False, device)):
-        retriever.open(arguments.index_path)
+        retriever.open(f"{arguments.directory}/index")
         if batch:
             dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
             model = AutoModelForCausalLM.from_pretrained(arguments.qa_model_name_or_path, dtype=dtype).to(device)
@@ -119,11 +92,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
             run_rqa(reader, retriever, examples, took, answers)
     total = sum(took.values())
     return {
-        "system": arguments.system,
         **took,
         "total": total,
         "questions_per_second": len(examples) / total,
-        "peak_gib": peak_gib(),
         "answers": answers,
     }
 

@@ -12,24 +12,22 @@ padded passages, as theirs does. Every system works on the same questions in a p
 """
 
 import argparse
-import json
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from harness import (
     Clock,
-    add_system_flags,
     compare,
-    peak_gib,
+    new_parser,
     print_result,
     print_table,
+    rate_cells,
     read_corpus,
-    run_all,
+    run_benchmark,
     summary,
     times,
     train_rqa,
-    use_allocator,
 )
 from transformers import T5Config, T5ForConditionalGeneration
 
@@ -54,32 +52,16 @@ Question = tuple[Example, list[Document]]
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    rows = run_all(__file__, arguments, SYSTEMS)
-    report(arguments, rows)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", systems=SYSTEMS, steps=3)
     parser.add_argument("--tokenizer", required=True, help="a directory or hub name of any BERT or T5")
-    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
-    parser.add_argument("--document_path", help="their documents")
     parser.add_argument("--n_context", type=int, default=5, help="passages of a question")
     parser.add_argument("--batch_size", type=int, default=2, help="questions of a step")
     parser.add_argument("--size", choices=list(SIZES), default="base")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    add_system_flags(parser, SYSTEMS)
-    return parser.parse_args()
+    run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Passages a second of each measured step, and the process's peak memory."""
-    use_allocator(arguments.allocator)
+    """Passages a second of each measured step."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(arguments.tokenizer)
     config = T5Config(
@@ -100,12 +82,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "padded and generating: scoring": score_padded,
     }[arguments.system]
     clock = work(arguments, model, prompter, questions(arguments))
-    return {
-        "system": arguments.system,
-        "allocator": arguments.allocator,
-        **summary(clock.steps(skip=arguments.warmup)),
-        "peak_gib": peak_gib(),
-    }
+    return summary(clock.steps(skip=arguments.warmup))
 
 
 def questions(arguments: argparse.Namespace) -> list[Question]:
@@ -232,17 +209,13 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
     print_table(
         ["", "allocator", "passages/s", "median", "spread", "peak GiB", "rqa is"],
-        [
-            (row["system"], row["allocator"], f"{row['rate']:.2f}", f"{row['median']:.2f}",
-             "{:.2f}-{:.2f}".format(*row["spread"]), f"{row['peak_gib']:.1f}", times(row))
-            for row in rows
-        ],
-    )  # fmt: skip
+        [[row["system"], row["setting"], *rate_cells(row), times(row)] for row in rows],
+    )
     tokenizer = load_tokenizer(arguments.tokenizer)
     texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)
     print(f"passages have {tokens:.0f} tokens on average")
-    print_result("fusion_in_decoder", rows, precision=arguments.precision, mean_length=tokens)
+    print_result(__file__, arguments, rows, mean_length=tokens)
 
 
 if __name__ == "__main__":

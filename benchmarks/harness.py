@@ -9,45 +9,97 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from importlib.metadata import requires, version
+from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from rqa.evaluation.runtime import machine, seconds
+from rqa.runtime.allocator import tune_allocator
+
+Row = dict[str, Any]
 
 
-def add_system_flags(parser: argparse.ArgumentParser, systems: Iterable[str]) -> None:
-    """Which systems to measure, and what `run_all` tells the process that measures one of them."""
-    parser.add_argument("--only", nargs="*", choices=list(systems))
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
+def new_parser(
+    doc: str | None, *questions: str, systems: Iterable[str] = (), precision: bool = True, steps: int = 0
+) -> argparse.ArgumentParser:
+    """A parser with the flags that benchmarks have in common.
+
+    Args:
+        doc: The benchmark's docstring.
+        questions: Flags of files of questions, for a benchmark that reads a corpus.
+        systems: What `--only` may name; what `run_benchmark` tells a process of its own goes with it.
+        precision: Whether there is a choice.
+        steps: The default number of measured steps, for a benchmark that takes steps.
+    """
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    if questions:
+        parser.add_argument("--document_path", help="documents; by default those of rqa.data.pydocs")
+    for flag in questions:
+        parser.add_argument(flag, help="their questions, with answers where those are needed")
+    if precision:
+        parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    if steps:
+        parser.add_argument("--steps", type=int, default=steps, help="measured steps")
+        parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+    if systems:
+        parser.add_argument("--only", nargs="*", choices=list(systems))
+        for hidden in ("--system", "--setting", "--directory"):
+            parser.add_argument(hidden, help=argparse.SUPPRESS)
+    return parser
 
 
-def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> dict[str, Any]:
+def run_benchmark(
+    script: str,
+    arguments: argparse.Namespace,
+    systems: Mapping[str, Iterable[Any]],
+    measure: Callable[[argparse.Namespace], Row],
+    report: Callable[[argparse.Namespace, list[Row]], None],
+    prepare: Callable[[argparse.Namespace], None] = lambda arguments: None,
+) -> None:
+    """A benchmark's main: each system with each of its settings in a process of its own, then the report.
+
+    Args:
+        systems: Name -> settings; `default` is the allocator as a user starts a peer, with every other setting it is
+            as rqa's executables set it for themselves.
+        measure: What such a process does.
+        prepare: What comes first; it can leave files in `arguments.directory`.
+    """
+    if arguments.system:
+        if arguments.setting != "default":
+            tune_allocator()
+        row = {"system": arguments.system, "setting": arguments.setting, **measure(arguments)}
+        print(json.dumps({**row, "peak_gib": peak_gib()}))
+        return
+    with TemporaryDirectory() as arguments.directory:
+        prepare(arguments)
+        rows = [
+            run_alone(script, arguments, system=system, setting=str(setting))
+            for system, settings in systems.items()
+            if not arguments.only or system in arguments.only
+            for setting in settings
+        ]
+        report(arguments, rows)
+
+
+def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:
     """Run a benchmark's script for one system in a process of its own; the last line it prints is its result.
 
     Args:
         arguments: The flags to pass on.
         hidden: Further flags, that only this call sets.
     """
-    flags = {**vars(arguments), **hidden}
-    line = [part for name, value in flags.items() if value is not None for part in (f"--{name}", str(value))]
+    line = [sys.executable, script]
+    for name, value in {**vars(arguments), **hidden}.items():
+        if value is not None:
+            line += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
     print(", ".join(hidden.values()), "...", file=sys.stderr, flush=True)
-    done = subprocess.run([sys.executable, script, *line], stdout=subprocess.PIPE, env=environment, check=True)
+    done = subprocess.run(line, stdout=subprocess.PIPE, env=environment, check=True)
     return json.loads(done.stdout.splitlines()[-1])
-
-
-def run_all(script: str, arguments: argparse.Namespace, systems: Mapping[str, Sequence[str]]) -> list[dict[str, Any]]:
-    """`run_alone` for every system with each of its allocator settings; only for those that `--only` names, if any."""
-    only = vars(arguments).pop("only")
-    return [
-        run_alone(script, arguments, system=system, allocator=allocator)
-        for system, allocators in systems.items()
-        if not only or system in only
-        for allocator in allocators
-    ]
 
 
 def read_corpus(
@@ -69,14 +121,6 @@ def read_corpus(
         return read_documents(document_path), train, held_out
     corpus = build_corpus(QUICKSTART)
     return corpus.documents, corpus.train, corpus.test
-
-
-def use_allocator(name: str) -> None:
-    """`tuned`: the setting that rqa's executables make for themselves; `default`: as a user starts a peer."""
-    if name == "tuned":
-        from rqa.runtime.allocator import tune_allocator
-
-        tune_allocator()
 
 
 def peak_gib() -> float:
@@ -125,6 +169,7 @@ def train_rqa(
     steps: int,
     bf16: bool,
     clock: Clock,
+    learning_rate: float = 5e-5,
 ) -> None:
     """Train with the product's own loop, every step timed; nothing is saved or evaluated.
 
@@ -147,6 +192,7 @@ def train_rqa(
             output_dir=directory,
             per_device_train_batch_size=batch_size,
             max_steps=steps,
+            learning_rate=learning_rate,
             bf16=bf16,
             save_strategy="no",
             eval_strategy="no",
@@ -166,9 +212,6 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
     }
 
 
-Row = dict[str, Any]
-
-
 def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = "rate") -> None:
     """Tell every peer's row how many times as fast rqa is.
 
@@ -181,14 +224,28 @@ def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = 
             row["rqa_is"] = product[rate] / row[rate]
 
 
+def rate_cells(row: Row, digits: int = 2) -> list[str]:
+    """The cells of a row that came of `summary`: rate, median, spread, and the peak of memory in GiB."""
+    figures = [f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"])]
+    return [*figures[:2], "-".join(figures[2:]), f"{row['peak_gib']:.1f}"]
+
+
 def times(row: Row) -> str:
     """The last cell of a peer's row."""
     return f"{row['rqa_is']:.2f}x" if "rqa_is" in row else ""
 
 
-def print_result(benchmark: str, rows: Sequence[Any], **settings: Any) -> None:
-    """One line of JSON, the last that a benchmark prints, with the machine it ran on."""
-    print(json.dumps({"benchmark": benchmark, **settings, **machine(), "rows": rows}))
+def print_result(script: str, arguments: argparse.Namespace, rows: Sequence[Any], **more: Any) -> None:
+    """One line of JSON, the last that a benchmark prints: its flags, the machine it ran on, and its rows."""
+    flags = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
+    told = {"benchmark": Path(script).stem, **flags, **more, **machine(), "peers": peer_versions(), "rows": rows}
+    print(json.dumps(told))
+
+
+def peer_versions() -> dict[str, str]:
+    """What setup.py's extra `bench` has installed."""
+    asked = [Requirement(line) for line in requires("rqa") or ()]
+    return {each.name: version(each.name) for each in asked if each.marker and each.marker.evaluate({"extra": "bench"})}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

@@ -26,7 +26,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness import peak_gib, print_result, print_table, read_corpus, run_alone, use_allocator
+from harness import new_parser, peak_gib, print_result, print_table, read_corpus, run_alone
 
 from rqa.data.documents import Document, write_documents
 from rqa.data.examples import Example, write_examples
@@ -77,13 +77,10 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", "--eval_file", precision=False)
     parser.add_argument("--model_name_or_path", required=True, help="the encoder to train")
     parser.add_argument("--algorithm", choices=["ctl", "rpg"], default="ctl")
     parser.add_argument("--lm_model_path", help="the language model of RPG")
-    parser.add_argument("--document_path", help="documents; by default those of rqa.data.pydocs")
-    parser.add_argument("--train_file", help="their training questions, with answers for RPG")
-    parser.add_argument("--eval_file", help="the questions to measure on")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
     parser.add_argument("--every", type=int, default=10, help="steps between two refreshes")
     parser.add_argument("--fraction", type=float, default=0.2, help="of the documents, in a partial refresh")
@@ -108,7 +105,6 @@ def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], list
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the executable here, with a clock around whatever precedes a step."""
-    use_allocator("tuned")
     calls: list[tuple[float, float, float]] = []  # (begin, end, staleness) of what precedes each step
     due: list[bool] = []
     background: list[float] = []
@@ -191,8 +187,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )
-    settings = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
-    print_result("index_refresh", rows, **settings)
+    print_result(__file__, arguments, rows)
 
 
 if __name__ == "__main__":

@@ -14,17 +14,15 @@ Python whatever lies between operators, which the profiler itself makes longer.
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import add_system_flags, matmul_rate, print_result, print_table, read_corpus, run_all, use_allocator
+from harness import matmul_rate, new_parser, print_result, print_table, read_corpus, run_benchmark
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -124,43 +122,31 @@ class Products(TorchDispatchMode):
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    with TemporaryDirectory() as directory:
-        arguments.directory = directory
-        rows = run_all(__file__, arguments, {name: ["tuned"] for name in PATHS})
+    parser = new_parser(__doc__, "--train_file", systems=PATHS)
+    parser.add_argument("--model_name_or_path", required=True, help="a causal LM: reader and RPG's teacher")
+    parser.add_argument("--embedding_model", required=True, help="a BERT-like encoder; FiD is built from it, too")
+    parser.add_argument("--documents", type=int, default=512, help="how many are encoded and indexed")
+    parser.add_argument("--steps", type=int, default=3, help="measured runs, after a warm-up")
+    run_benchmark(__file__, parser.parse_args(), dict.fromkeys(PATHS, ("tuned",)), measure, report)
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """A table, and one JSON line."""
     print_table(
         ["", "of", "GFLOP", "GB", "limit s", "takes s", "spread", "of limit", "products", "element-wise", "moves",
          "optimizer", "Python"],
         [
-            [row["path"], row["units"], f"{row['gflop']:.1f}", f"{row['gb']:.1f}", f"{row['limit']:.3f}",
+            [row["system"], row["units"], f"{row['gflop']:.1f}", f"{row['gb']:.1f}", f"{row['limit']:.3f}",
              f"{row['median']:.3f}", "{:.3f}-{:.3f}".format(*row["spread"]), f"{row['of_limit']:.0%}",
              *(f"{row['shares'][name]:.0%}" for name in ("products", "element-wise", "moves", "optimizer", "Python"))]
             for row in rows
         ],
     )  # fmt: skip
-    print_result("limits", rows, precision=arguments.precision)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True, help="a causal LM: reader and RPG's teacher")
-    parser.add_argument("--embedding_model", required=True, help="a BERT-like encoder; FiD is built from it, too")
-    parser.add_argument("--train_file", help="examples with answers; by default those of rqa.data.pydocs")
-    parser.add_argument("--document_path", help="their documents")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
-    parser.add_argument("--documents", type=int, default=512, help="how many are encoded and indexed")
-    parser.add_argument("--steps", type=int, default=3, help="measured runs, after a warm-up")
-    parser.add_argument("--directory", help=argparse.SUPPRESS)
-    add_system_flags(parser, PATHS)
-    return parser.parse_args()
+    print_result(__file__, arguments, rows)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Limit, seconds and shares of one path."""
-    use_allocator("tuned")
     bench = Bench(arguments)
     path = PATHS[arguments.system](bench)
     path.run()  # warm-up
@@ -173,7 +159,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         allowed = [sum(rate.needed(*product) for product in products.seen) + path.floor(rate) for rate in rates[-2:]]
         limits.append(statistics.mean(allowed))
     return {
-        "path": arguments.system,
         "units": "{} {}".format(*path.units),
         "gflop": sum(flops for flops, _, _ in products.seen) / 1e9,
         "gb": sum(size for _, size, _ in products.seen) / 1e9,
@@ -275,7 +260,7 @@ def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
     queries = encoder.tokenize_queries([example.question for example, _ in pairs])
     passages = encoder.tokenize_passages([pair[which].fmt_content for which in (0, 1) for _, pair in pairs])
     gold = torch.arange(len(pairs))
-    batch = ContrastiveBatch(queries, passages, torch.arange(len(passages)), gold, gold[:, None], [])
+    batch = ContrastiveBatch(queries, passages, [], torch.arange(len(passages)), gold, gold[:, None])
     objective = Contrastive(encoder, 0.05, chunk_size)
     return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
 

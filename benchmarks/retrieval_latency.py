@@ -26,7 +26,7 @@ from typing import Any
 import faiss
 import numpy as np
 import torch
-from harness import compare, peak_gib, print_result, print_table, read_corpus, run_alone, times, use_allocator
+from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.retrieval.index import FAISS_BLAS_THRESHOLD
@@ -34,66 +34,80 @@ from rqa.retrieval.index import FAISS_BLAS_THRESHOLD
 K = 10
 DIMENSION = 384
 BATCHES = (1, 8, 64, 512)  # questions at once
-WHOLE = {  # name -> allocator settings it is measured with
+SYSTEMS = {  # name -> allocator settings it is measured with
     "rqa": ["tuned"],
     "sentence-transformers": ["default", "tuned"],
     "sentence-transformers + faiss": ["default", "tuned"],
+    "search": ["default"],  # alone
 }
 FACTORIES = ["Flat", "HNSW32", "IVF1024,Flat", "IVF1024,PQ48"]
 PARAMETERS = {"HNSW": "efSearch=128", "IVF": "nprobe=32"}
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure_whole(arguments)))
-        return
-    rows = {"whole": whole(arguments), "search": search(arguments)}
-    print_result("retrieval_latency", [*rows["whole"], *rows["search"]], precision=arguments.precision)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--embedding_model", help="for the whole way")
-    parser.add_argument("--document_path", help="a corpus; by default that of rqa.data.pydocs")
-    parser.add_argument("--eval_data_path", help="its questions")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
+    parser = new_parser(__doc__, "--eval_data_path", systems=SYSTEMS)
+    parser.add_argument("--embedding_model", help="for all but the search alone")
     parser.add_argument("--sizes", type=int, nargs="*", default=[100_000, 1_000_000], help="of synthetic corpora")
     parser.add_argument("--factories", nargs="*", default=FACTORIES, help="of their indexes")
     parser.add_argument("--seconds", type=float, default=3.0, help="at least so long is each figure measured")
-    parser.add_argument("--only", choices=["whole", "search"])
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--allocator", help=argparse.SUPPRESS)
-    parser.add_argument("--texts", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.only != ["search"] and not arguments.embedding_model:
+        parser.error("--embedding_model: name an encoder, or give --only search")
+    run_benchmark(__file__, arguments, SYSTEMS, measure, report, prepare)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    """Passages and questions; every system gets the same."""
+    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
+    texts = {
+        "documents": [document.fmt_content for document in documents],
+        "questions": [example.question for example in examples],
+    }
+    Path(arguments.directory, "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+
+
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {"indexes": search(arguments)} if arguments.system == "search" else whole(arguments)
+
+
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
+    """Two tables, and one JSON line."""
+    systems = [row for row in rows if row["system"] != "search"]
+    indexes = [index for row in rows if row["system"] == "search" for index in row["indexes"]]
+    if systems:
+        report_whole(systems)
+    if indexes:
+        report_search(indexes)
+    print_result(__file__, arguments, [*systems, *indexes])
 
 
 # ---------------------------------------------------------------- from text to passages
 
 
-def whole(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every system from the questions' text to passages, and print the table."""
-    if arguments.only == "search":
-        return []
-    if not arguments.embedding_model:
-        raise SystemExit("error: --embedding_model: name an encoder, or give --only search")
-    with TemporaryDirectory() as directory:
-        path = Path(directory) / "texts.json"
-        path.write_text(json.dumps(read_texts(arguments)), encoding="utf-8")
-        flags = {name: getattr(arguments, name) for name in ("embedding_model", "precision", "seconds")}
-        shared = argparse.Namespace(**flags, texts=str(path))
-        rows = [
-            run_alone(__file__, shared, system=system, allocator=allocator)
-            for system, allocators in WHOLE.items()
-            for allocator in allocators
-        ]
+def whole(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Latency and throughput of one system at every batch size, with the shares of encoding and search."""
+    texts = json.loads(Path(arguments.directory, "texts.json").read_text(encoding="utf-8"))
+    build = open_rqa if arguments.system == "rqa" else open_sentence_transformers
+    documents, questions = texts["documents"], texts["questions"]
+    encode, find, document_seconds = build(arguments, documents)
+    found = find(encode(questions[:64]))
+    return {
+        "documents_per_second": len(documents) / document_seconds,
+        "first_found": [int(row[0]) for row in found],
+        "batches": {
+            size: time_batches(arguments.system, encode, find, questions, size, arguments.seconds) for size in BATCHES
+        },
+    }
+
+
+def report_whole(rows: list[dict[str, Any]]) -> None:
     for size in rows[0]["batches"]:
         figures = [row["batches"][size] for row in rows]
         compare(figures, lambda _, ours=figures[0]: ours, "questions_per_second")
     print_table(
         ["system", "allocator", "questions", "p50 ms", "p95 ms", "encode", "search", "questions/s", "rqa is"],
         [
-            [row["system"], row["allocator"], size, *(f"{figures[name]:.1f}" for name in
+            [row["system"], row["setting"], size, *(f"{figures[name]:.1f}" for name in
              ("latency_p50_ms", "latency_p95_ms", "encode_ms", "search_ms")), f"{figures['questions_per_second']:.0f}",
              times(figures)]
             for row in rows for size, figures in row["batches"].items()
@@ -102,38 +116,7 @@ def whole(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     for row in rows:
         same = statistics.mean(a == b for a, b in zip(row["first_found"], rows[0]["first_found"], strict=True))
         rate = row["documents_per_second"]
-        print(f"{row['system']}, {row['allocator']}: {rate:.0f} documents a second; first passage as rqa's: {same:.0%}")
-    return rows
-
-
-def read_texts(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Passages and questions; every system gets the same."""
-    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
-    return {
-        "documents": [document.fmt_content for document in documents],
-        "questions": [example.question for example in examples],
-    }
-
-
-def measure_whole(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Latency and throughput of one system at every batch size, with the shares of encoding and search."""
-    use_allocator(arguments.allocator)
-    texts = json.loads(Path(arguments.texts).read_text(encoding="utf-8"))
-    build = open_rqa if arguments.system == "rqa" else open_sentence_transformers
-    documents, questions = texts["documents"], texts["questions"]
-    encode, find, document_seconds = build(arguments, documents)
-    found = find(encode(questions[:64]))
-    batches = {
-        size: time_batches(arguments.system, encode, find, questions, size, arguments.seconds) for size in BATCHES
-    }
-    return {
-        "system": arguments.system,
-        "allocator": arguments.allocator,
-        "documents_per_second": len(documents) / document_seconds,
-        "first_found": [int(row[0]) for row in found],
-        "batches": batches,
-        "peak_gib": peak_gib(),
-    }
+        print(f"{row['system']}, {row['setting']}: {rate:.0f} documents a second; first passage as rqa's: {same:.0%}")
 
 
 Encode = Callable[[Sequence[str]], Any]
@@ -227,14 +210,16 @@ def faiss_as_shipped() -> Iterator[None]:
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every index on every synthetic corpus, and print the table."""
-    if arguments.only == "whole":
-        return []
+    """Every index on every synthetic corpus."""
     rows = []
     for size in arguments.sizes:
         vectors, questions = synthetic(size), synthetic(max(BATCHES), seed=1)
         exact = faiss.knn(questions, vectors, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
         rows += [time_index(vectors, questions, exact, factory, arguments.seconds) for factory in arguments.factories]
+    return rows
+
+
+def report_search(rows: list[dict[str, Any]]) -> None:
     print_table(
         ["index", "documents", "built s", "recall@10", "questions", "p50 ms", "p95 ms", "questions/s", "over faiss"],
         [
@@ -244,7 +229,6 @@ def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
             for row in rows for size, figures in row["batches"].items()
         ],
     )  # fmt: skip
-    return rows
 
 
 def synthetic(size: int, seed: int = 0) -> np.ndarray:
@@ -267,6 +251,7 @@ def time_index(
     build_seconds = seconds(lambda: ours.replace(vectors))
     with TemporaryDirectory() as directory:
         ours.save(Path(directory) / "index")
+        ours.load(Path(directory) / "index")  # as theirs: in memory, it lies elsewhere than when it was built
         theirs = faiss.read_index(str(Path(directory) / "index" / "index.faiss"))
     if parameters:
         faiss.ParameterSpace().set_index_parameters(theirs, parameters)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from harness import print_result, print_table, read_corpus
+from harness import new_parser, print_result, print_table, read_corpus
 
 from rqa.data.documents import Document, write_documents
 from rqa.data.examples import Example, write_examples
@@ -63,12 +63,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", "--eval_file", precision=False)
     parser.add_argument("--model_name_or_path", required=True, help="the encoder to start from")
     parser.add_argument("--output_dir", required=True, help="where models, indexes and the data go")
-    parser.add_argument("--train_file", help="training questions; by default those of rqa.data.pydocs")
-    parser.add_argument("--eval_file", help="the questions to measure on")
-    parser.add_argument("--document_path", help="their documents")
     parser.add_argument("--lm_model_path", help="the language model of RPG; without it, RPG is left out")
     parser.add_argument("--epochs", type=float, default=3, help="of CTL and of the peer")
     parser.add_argument("--learning_rate", default="2e-5", help="of CTL and of the peer")
@@ -166,8 +163,7 @@ def report(arguments: argparse.Namespace, weight: float | None, rows: list[dict[
             for row in rows
         ],
     )
-    settings = {name: value for name, value in vars(arguments).items() if value is not None}
-    print_result("retriever_learning", rows, dense_share=weight, **settings)
+    print_result(__file__, arguments, rows, dense_share=weight)
 
 
 if __name__ == "__main__":

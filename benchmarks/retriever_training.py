@@ -3,7 +3,7 @@
 
     python benchmarks/retriever_training.py --model_name_or_path M                                  # pydocs
     python benchmarks/retriever_training.py ... --train_file train_w_q.jsonl --document_path documents.pkl
-    python benchmarks/retriever_training.py ... --precision float32 --batch_size 16
+    python benchmarks/retriever_training.py ... --precision bf16 --batch_size 16
 
 A batch is 64 questions, each with its passage and one hard negative of up to 256 tokens. Every system trains on the
 same texts in a process of its own. Peers: sentence-transformers with MultipleNegativesRankingLoss, and its cached form
@@ -17,23 +17,21 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from harness import (
     Clock,
-    add_system_flags,
     compare,
-    peak_gib,
+    new_parser,
     print_result,
     print_table,
+    rate_cells,
     read_corpus,
-    run_all,
+    run_benchmark,
     summary,
     times,
     train_rqa,
-    use_allocator,
 )
 
 TEMPERATURE = 0.05  # the peers' scale is its inverse, 20, by default
@@ -49,35 +47,19 @@ Triple = tuple[str, str, str]  # question, passage, hard negative
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    with TemporaryDirectory() as directory:
-        arguments.triples = str(Path(directory) / "triples.json")
-        Path(arguments.triples).write_text(json.dumps(make_triples(arguments)), encoding="utf-8")
-        rows = run_all(__file__, arguments, SYSTEMS)
-    report(arguments, rows)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", systems=SYSTEMS, steps=3)
     parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
-    parser.add_argument("--document_path", help="their documents")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
     parser.add_argument("--batch_size", type=int, default=64, help="questions of a step")
     parser.add_argument("--max_length", type=int, default=256, help="tokens of a passage")
-    parser.add_argument("--steps", type=int, default=3, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    add_system_flags(parser, SYSTEMS)
-    parser.add_argument("--triples", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    Path(arguments.directory, "triples.json").write_text(json.dumps(make_triples(arguments)), encoding="utf-8")
 
 
 def make_triples(arguments: argparse.Namespace) -> list[Triple]:
     """A batch of triples, no passage twice, so that all systems mean the same by a negative."""
-
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
@@ -93,22 +75,14 @@ def make_triples(arguments: argparse.Namespace) -> list[Triple]:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Questions a second of each measured step, the process's peak memory, and the loss of the first batch."""
-    use_allocator("default" if arguments.allocator == "default" else "tuned")
-    triples = [tuple(triple) for triple in json.loads(Path(arguments.triples).read_text(encoding="utf-8"))]
-    with TemporaryDirectory() as directory:
-        train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
-        loss, clock = train(arguments, triples, directory)
-    return {
-        "system": arguments.system,
-        "allocator": arguments.allocator,
-        "first_loss": loss,
-        **summary(clock.steps(skip=arguments.warmup)),
-        "peak_gib": peak_gib(),
-    }
+    """Questions a second of each measured step, and the loss of the first batch."""
+    texts = Path(arguments.directory, "triples.json").read_text(encoding="utf-8")
+    train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
+    loss, clock = train(arguments, [tuple(triple) for triple in json.loads(texts)])
+    return {"first_loss": loss, **summary(clock.steps(skip=arguments.warmup))}
 
 
-def train_product(arguments: argparse.Namespace, triples: list[Triple], directory: str) -> tuple[float, Clock]:
+def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple[float, Clock]:
     """The product's own loop and objective."""
     from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.models.loading import evaluating
@@ -126,7 +100,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple], director
     def batch(indices: Sequence[int]) -> ContrastiveBatch:
         clock.units.append(size)
         documents, targets = torch.arange(2 * size), torch.arange(size)
-        return ContrastiveBatch(queries, passages, documents, targets, targets[:, None], indices)
+        return ContrastiveBatch(queries, passages, indices, documents, targets, targets[:, None])
 
     objective = Contrastive(encoder, TEMPERATURE, CHUNK if arguments.system == "rqa in chunks" else 0)
     with torch.no_grad(), evaluating(objective), autocast(device, compute_dtype(bf16, False, device)):
@@ -137,9 +111,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple], director
     return loss, clock
 
 
-def train_sentence_transformers(
-    arguments: argparse.Namespace, triples: list[Triple], directory: str
-) -> tuple[float, Clock]:
+def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Triple]) -> tuple[float, Clock]:
     """Their trainer as their documentation starts it."""
     from datasets import Dataset
     from sentence_transformers import (
@@ -152,7 +124,7 @@ def train_sentence_transformers(
     model = SentenceTransformer(
         arguments.model_name_or_path,
         device=None if torch.cuda.is_available() else "cpu",
-        config_kwargs={"attention_probs_dropout_prob": 0.0} if arguments.allocator == "calm" else None,
+        config_kwargs={"attention_probs_dropout_prob": 0.0} if arguments.setting == "calm" else None,
     )
     model.max_seq_length = arguments.max_length
     if arguments.system == "sentence-transformers cached":
@@ -166,7 +138,7 @@ def train_sentence_transformers(
     trainer = SentenceTransformerTrainer(
         model,
         SentenceTransformerTrainingArguments(
-            directory,
+            f"{arguments.directory}/{arguments.system}",
             per_device_train_batch_size=len(triples),
             max_steps=steps,
             bf16=arguments.precision == "bf16",
@@ -198,21 +170,9 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
     print_table(
         ["", "settings", "questions/s", "median", "spread", "peak GiB", "first loss", "rqa is"],
-        [
-            (
-                row["system"],
-                row["allocator"],
-                f"{row['rate']:.2f}",
-                f"{row['median']:.2f}",
-                "{:.2f}-{:.2f}".format(*row["spread"]),
-                f"{row['peak_gib']:.1f}",
-                f"{row['first_loss']:.4f}",
-                times(row),
-            )
-            for row in rows
-        ],
+        [[row["system"], row["setting"], *rate_cells(row), f"{row['first_loss']:.4f}", times(row)] for row in rows],
     )
-    print_result("retriever_training", rows, precision=arguments.precision, batch_size=arguments.batch_size)
+    print_result(__file__, arguments, rows)
 
 
 if __name__ == "__main__":

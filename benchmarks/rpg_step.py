@@ -3,7 +3,7 @@
 
     python benchmarks/rpg_step.py --model_name_or_path E --lm_model_path L                          # pydocs
     python benchmarks/rpg_step.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
-    python benchmarks/rpg_step.py ... --precision float32 --num_docs 4 --steps 1
+    python benchmarks/rpg_step.py ... --precision bf16 --num_docs 4 --steps 1
 
 A step retrieves K documents for each of 4 questions, asks the language model about every pair, and trains the encoder.
 Cold: no pair was ever scored before; warm: all were, as in a second epoch. Both ways see the same questions and the
@@ -11,16 +11,13 @@ same index in processes of their own, with rqa's allocator setting.
 """
 
 import argparse
-import json
 import os
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from harness import Clock, peak_gib, print_result, print_table, read_corpus, run_alone, times, use_allocator
+from harness import Clock, new_parser, print_result, print_table, read_corpus, run_benchmark, times, train_rqa
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example
@@ -36,41 +33,22 @@ from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.precision import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
-from rqa.training.batches import Batches
-from rqa.training.loop import train
 
 QUESTIONS, MAX_LENGTH, TEMPERATURE = 4, 512, 0.1
 
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    with TemporaryDirectory() as directory:
-        arguments.index_path = str(Path(directory) / "index")
-        depths = vars(arguments).pop("num_docs")
-        open_retriever(arguments, read_inputs(arguments)[0])
-        rows = []
-        for depth in depths:
-            for system in ("rqa", "the usual way"):
-                rows += run_alone(__file__, arguments, system=system, num_docs=str(depth))["rows"]
-    report(arguments, rows)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", systems=("rqa", "the usual way"), steps=2)
     parser.add_argument("--model_name_or_path", required=True, help="the encoder")
     parser.add_argument("--lm_model_path", required=True, help="the language model")
-    parser.add_argument("--train_file", help="examples with answers; by default those of rqa.data.pydocs")
-    parser.add_argument("--document_path", help="their documents")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
     parser.add_argument("--num_docs", type=int, nargs="+", default=[4, 20])
-    parser.add_argument("--steps", type=int, default=2, help="measured steps")
-    parser.add_argument("--warmup", type=int, default=1, help="steps before them")
-    parser.add_argument("--system", help=argparse.SUPPRESS)
-    parser.add_argument("--index_path", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    systems = {"rqa": arguments.num_docs, "the usual way": arguments.num_docs}
+    run_benchmark(__file__, arguments, systems, measure, report, prepare)
+
+
+def prepare(arguments: argparse.Namespace) -> None:
+    open_retriever(arguments, read_inputs(arguments)[0])  # the index for all
 
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequence[Example]]:
@@ -81,65 +59,40 @@ def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequ
 
 def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document]) -> Retriever:
     retriever = Retriever(load_encoder(arguments.model_name_or_path), documents, IndexArguments())
-    retriever.open(arguments.index_path)
+    retriever.open(f"{arguments.directory}/index")
     return retriever
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each measured step, and the process's peak memory."""
-    use_allocator("tuned")
+    """Seconds of each measured step."""
     documents, examples = read_inputs(arguments)
-    retriever = open_retriever(arguments, documents)
-    depth = int(arguments.num_docs[0])
-    if arguments.system == "rqa":
-        times = rqa_steps(arguments, retriever, examples, depth)
-    else:
-        times = {"the usual way": usual_steps(arguments, retriever, examples, depth)}
-    common = {"num_docs": depth, "peak_gib": peak_gib()}
-    return {"rows": [{"system": name, "seconds": seconds, **common} for name, seconds in times.items()]}
+    steps = rqa_steps if arguments.system == "rqa" else usual_steps
+    return {"seconds": steps(arguments, open_retriever(arguments, documents), examples, int(arguments.setting))}
 
 
 def rqa_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
     """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
-    device, encoder = distributed.start(), retriever.encoder
+    device, encoder, bf16 = distributed.start(), retriever.encoder, arguments.precision == "bf16"
+    os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # nothing is known from an earlier run
+    lm = LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
+    teacher = load_teacher(lm, LoopArguments(output_dir=arguments.directory, bf16=bf16), device)
+    dtype = compute_dtype(bf16, False, device)
+    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=depth), dtype)
+    collate = ScoredCandidates(examples, retriever.documents, encoder.to(device), choose, teacher, TEMPERATURE)
+    objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
     epoch = arguments.warmup + arguments.steps
-    with TemporaryDirectory() as directory:
-        loop = LoopArguments(
-            output_dir=directory,
-            per_device_train_batch_size=QUESTIONS,
-            max_steps=2 * epoch,
-            learning_rate=0.0,  # so that the second epoch finds the documents of the first
-            bf16=arguments.precision == "bf16",
-            save_strategy="no",
-            eval_strategy="no",
-            metric_for_best_model="loss",
-        )
-        os.environ["RQA_CACHE"] = directory  # nothing is known from an earlier run
-        teacher = load_teacher(
-            LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH), loop, device
-        )
-        choose = RetrievedCandidates(
-            examples, retriever, CandidateArguments(num_docs=depth), compute_dtype(loop.bf16, False, device)
-        )
-        collate = ScoredCandidates(examples, retriever.documents, encoder.to(device), choose, teacher, TEMPERATURE)
-        objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
-
-        def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
-            clock.tick()
-            return {"eval_loss": 0.0}
-
-        batches = Batches(len(examples), collate, loop)
-        train(objective, batches, loop, device, before_step=clock.tick, evaluate=last_moment)
     clock.units = [QUESTIONS] * 2 * epoch
+    # without learning, so that the second epoch finds the documents of the first
+    train_rqa(objective, len(examples), collate, QUESTIONS, 2 * epoch, bf16, clock, learning_rate=0.0)
     seconds = [seconds for _, seconds in clock.steps()]
     return {"rqa, cold": seconds[arguments.warmup : epoch], "rqa, warm": seconds[epoch + arguments.warmup :]}
 
 
 def usual_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
-) -> list[float]:
+) -> dict[str, list[float]]:
     """RPG as released trainers write it, step by step."""
     device, encoder = distributed.start(), retriever.encoder
     dtype = compute_dtype(arguments.precision == "bf16", False, device)
@@ -181,14 +134,19 @@ def usual_steps(
         optimizer.step()
         optimizer.zero_grad()
     clock.tick()
-    return [seconds for _, seconds in clock.steps(skip=arguments.warmup)]
+    return {"the usual way": [seconds for _, seconds in clock.steps(skip=arguments.warmup)]}
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios, and one JSON line."""
+    rows = [
+        {"system": name, "num_docs": int(row["setting"]), "seconds": seconds, "peak_gib": row["peak_gib"]}
+        for row in sorted(rows, key=lambda row: int(row["setting"]))
+        for name, seconds in row["seconds"].items()
+    ]
     usual = {row["num_docs"]: statistics.median(row["seconds"]) for row in rows if row["system"] == "the usual way"}
     for row in rows:
-        if row["system"] != "the usual way":
+        if row["system"] != "the usual way" and usual:
             row["rqa_is"] = usual[row["num_docs"]] / statistics.median(row["seconds"])
 
     def cells(row: dict[str, Any]) -> tuple[str, ...]:
@@ -197,7 +155,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         return row["system"], str(row["num_docs"]), f"{median:.2f}", spread, f"{row['peak_gib']:.1f}", times(row)
 
     print_table(["", "documents", "s a step", "spread", "peak GiB", "as fast"], [cells(row) for row in rows])
-    print_result("rpg_step", rows, precision=arguments.precision)
+    print_result(__file__, arguments, rows)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 
     python benchmarks/train_throughput.py --model_name_or_path M --embedding_model E                # pydocs
     python benchmarks/train_throughput.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
-    python benchmarks/train_throughput.py ... --precision float32
+    python benchmarks/train_throughput.py ... --precision bf16
 
 Every system trains on the same SwR prompts (gold + 3 retrieved passages) in a process of its own, peers once as a
 user starts them and once with rqa's allocator setting. A real token is one that is neither padding nor cut off.
@@ -16,24 +16,22 @@ import json
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 from harness import (
     Clock,
-    add_system_flags,
     compare,
     matmul_rate,
-    peak_gib,
+    new_parser,
     print_result,
     print_table,
+    rate_cells,
     read_corpus,
-    run_all,
+    run_benchmark,
     summary,
     times,
     train_rqa,
-    use_allocator,
 )
 
 PASSAGES = 3
@@ -45,35 +43,27 @@ SYSTEMS = {  # name -> allocator settings it is measured with
     "trl packed": ["default", "tuned"],
 }
 
+Sequences = list[tuple[list[int], int]]  # token ids of prompt and answer, and where the answer starts
+
 
 def main() -> None:
-    arguments = parse()
-    if arguments.system:
-        print(json.dumps(measure(arguments)))
-        return
-    with TemporaryDirectory() as directory:
-        arguments.sequences = str(Path(directory) / "sequences.json")
-        Path(arguments.sequences).write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
-        rows = run_all(__file__, arguments, SYSTEMS)
-        report(arguments, rows)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = new_parser(__doc__, "--train_file", systems=SYSTEMS, steps=6)
     parser.add_argument("--model_name_or_path", required=True)
     parser.add_argument("--embedding_model", required=True)
-    parser.add_argument("--train_file", help="examples; by default those of rqa.data.pydocs")
-    parser.add_argument("--document_path", help="their documents")
-    parser.add_argument("--precision", choices=["bf16", "float32"], default="bf16")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps of two examples")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before them")
-    add_system_flags(parser, SYSTEMS)
-    parser.add_argument("--sequences", help=argparse.SUPPRESS)
-    return parser.parse_args()
+    run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]:
-    """Token ids of prompt and answer, and where the answer starts; the same for every system."""
+def prepare(arguments: argparse.Namespace) -> None:
+    Path(arguments.directory, "sequences.json").write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
+
+
+def read_sequences(arguments: argparse.Namespace) -> Sequences:
+    text = Path(arguments.directory, "sequences.json").read_text(encoding="utf-8")
+    return [(ids, start) for ids, start in json.loads(text)]
+
+
+def make_sequences(arguments: argparse.Namespace) -> Sequences:
+    """The same for every system, two for each step."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.passages import PassageArguments, gold_and_retrieved
@@ -96,21 +86,12 @@ def make_sequences(arguments: argparse.Namespace) -> list[tuple[list[int], int]]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each measured step, and the process's peak memory."""
-    use_allocator(arguments.allocator)
-    sequences = [tuple(pair) for pair in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
-    with TemporaryDirectory() as directory:
-        train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
-        clock = train(arguments, sequences, directory)
-    return {
-        "system": arguments.system,
-        "allocator": arguments.allocator,
-        **summary(clock.steps(skip=arguments.warmup)),
-        "peak_gib": peak_gib(),
-    }
+    """Tokens a second of each measured step."""
+    train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
+    return summary(train(arguments, read_sequences(arguments)).steps(skip=arguments.warmup))
 
 
-def train_product(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
+def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     """The product's own loop and objective."""
     from rqa.models.causal_lm import load_causal_lm
     from rqa.models.loading import load_tokenizer
@@ -131,7 +112,7 @@ def train_product(arguments: argparse.Namespace, sequences: list[tuple[list[int]
     return clock
 
 
-def train_trainer(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
+def train_trainer(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     """`transformers.Trainer` as LocalRQA uses it: everything padded to one length, the loss on every token."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
@@ -146,7 +127,7 @@ def train_trainer(arguments: argparse.Namespace, sequences: list[tuple[list[int]
 
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
-        TrainingArguments(directory, **peer_settings(arguments, sequences)),
+        TrainingArguments(**peer_settings(arguments, sequences)),
         data_collator=collate,
         train_dataset=[{"input_ids": ids} for ids, _ in sequences],
         callbacks=[clock.callback()],
@@ -155,7 +136,7 @@ def train_trainer(arguments: argparse.Namespace, sequences: list[tuple[list[int]
     return clock
 
 
-def train_trl(arguments: argparse.Namespace, sequences: list[tuple[list[int], int]], directory: str) -> Clock:
+def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     """trl at its best: no padding, the loss on the completion alone."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
@@ -171,7 +152,6 @@ def train_trl(arguments: argparse.Namespace, sequences: list[tuple[list[int], in
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
         SFTConfig(
-            directory,
             **settings,
             packing=packed,
             padding_free=True,
@@ -193,8 +173,9 @@ def train_trl(arguments: argparse.Namespace, sequences: list[tuple[list[int], in
     return clock
 
 
-def peer_settings(arguments: argparse.Namespace, sequences: list[Any]) -> dict[str, Any]:
+def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[str, Any]:
     return {
+        "output_dir": f"{arguments.directory}/{arguments.system}",
         "per_device_train_batch_size": 2,
         "max_steps": len(sequences) // 2,
         "bf16": arguments.precision == "bf16",
@@ -212,32 +193,21 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from rqa.runtime.precision import cpu_has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
-    lengths = [len(ids) for ids, _ in json.loads(Path(arguments.sequences).read_text(encoding="utf-8"))]
+    lengths = [len(ids) for ids, _ in read_sequences(arguments)]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
     compare(rows, lambda _: ours)
-    settings = {"precision": arguments.precision, "mean_length": statistics.mean(lengths), "matmul_gflops": rates}
+    more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rates}
     print_table(
         ["", "allocator", "tokens/s", "median", "spread", "peak GiB", "rqa is"],
-        [
-            (
-                row["system"],
-                row["allocator"],
-                f"{row['rate']:.0f}",
-                f"{row['median']:.0f}",
-                "{:.0f}-{:.0f}".format(*row["spread"]),
-                f"{row['peak_gib']:.1f}",
-                times(row),
-            )
-            for row in rows
-        ],
+        [[row["system"], row["setting"], *rate_cells(row, 0), times(row)] for row in rows],
     )
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
         used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
         share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
-        settings["share_of_matmul_rate"] = share
+        more["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
-    print_result("train_throughput", rows, **settings)
+    print_result(__file__, arguments, rows, **more)
 
 
 def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:

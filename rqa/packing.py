@@ -6,8 +6,8 @@ the flattened output through `TokenBatch.starts`.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -18,8 +18,25 @@ IGNORED = -100  # the label of a position without loss
 LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
 
 
+class Batch:
+    """A frozen dataclass that moves to a device with all its tensors and batches."""
+
+    def to(self, device: torch.device) -> Self:
+        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
+
+
+def _moved(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, dict):
+        return {name: _moved(part, device) for name, part in value.items()}
+    if isinstance(value, tuple):
+        return tuple(_moved(part, device) for part in value)
+    return value.to(device) if isinstance(value, Batch) else value
+
+
 @dataclass(frozen=True)
-class TokenBatch:
+class TokenBatch(Batch):
     """B sequences as a model's keyword arguments.
 
     Attributes:
@@ -38,13 +55,6 @@ class TokenBatch:
         owners = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(self.lengths)  # [T]
         first = self.starts - (self.lengths.cumsum(0) - self.lengths)
         return first[owners] + torch.arange(len(owners), device=owners.device)
-
-    def to(self, device: torch.device) -> "TokenBatch":
-        return TokenBatch(
-            {name: _move(value, device) for name, value in self.inputs.items()},
-            _move(self.starts, device),
-            _move(self.lengths, device),
-        )
 
 
 Collate = Callable[[Sequence[Sequence[int]]], TokenBatch]
@@ -80,7 +90,7 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
 
 
 @dataclass(frozen=True)
-class AnswerBatch:
+class AnswerBatch(Batch):
     """Prompts with answers, and where the answers' logits are.
 
     Attributes:
@@ -107,10 +117,6 @@ class AnswerBatch:
         """Real tokens, the unit of throughput."""
         return int(self.tokens.lengths.sum())
 
-    def to(self, device: torch.device) -> "AnswerBatch":
-        moved = (_move(tensor, device) for tensor in (self.positions, self.targets, self.owners))
-        return AnswerBatch(self.tokens.to(device), *moved, indices=self.indices)
-
 
 def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:
     """Collate prompts with answers; the logits wanted stand one before each answer token."""
@@ -131,7 +137,7 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
 
 
 @dataclass(frozen=True)
-class FusionBatch:
+class FusionBatch(Batch):
     """B questions with their passages, encoded one by one, and their answers.
 
     Attributes:
@@ -157,11 +163,6 @@ class FusionBatch:
     def num_tokens(self) -> int:
         """Real tokens of passages and answers."""
         return len(self.places) + self.weight
-
-    def to(self, device: torch.device) -> "FusionBatch":
-        parts = tuple(part.to(device) for part in self.parts)
-        moved = (_move(tensor, device) for tensor in (self.places, self.owners, self.labels))
-        return FusionBatch(parts, *moved, indices=self.indices)
 
 
 def fusion_batch(
@@ -218,7 +219,3 @@ def token_budget_batches(
         batches[-1].append(index)
         room -= cost
     return batches
-
-
-def _move(value: Any, device: torch.device) -> Any:
-    return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value

@@ -62,22 +62,31 @@ def _seeded() -> None:
 
 
 @pytest.fixture
-def run_executable(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, dict[str, object]], int]:
-    """Run an executable of bin/ in this process, flags by name; its exit status."""
+def run_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
+    """Run an executable of bin/ in this process on a command line; its exit status."""
     logger = logging.getLogger("rqa")
     for name in ("handlers", "level", "propagate"):  # an executable sets them, and the next test is no executable
         monkeypatch.setattr(logger, name, getattr(logger, name))
 
-    def run(name: str, flags: dict[str, object]) -> int:
+    def run(name: str, *line: object) -> int:
         path = str(Path(__file__).parents[1] / "bin" / name)
-        values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
-        line = [part for flag, parts in values.items() for part in (f"--{flag}", *map(str, parts))]
-        monkeypatch.setattr(sys, "argv", [path, *line])
+        monkeypatch.setattr(sys, "argv", [path, *map(str, line)])
         try:
             runpy.run_path(path, run_name="__main__")
         except SystemExit as end:
             return int(end.code or 0)
         return 0
+
+    return run
+
+
+@pytest.fixture
+def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, object]], int]:
+    """The same, flags by name."""
+
+    def run(name: str, flags: dict[str, object]) -> int:
+        values = {flag: value if isinstance(value, list) else [value] for flag, value in flags.items()}
+        return run_line(name, *(part for flag, parts in values.items() for part in (f"--{flag}", *parts)))
 
     return run
 
@@ -254,6 +263,13 @@ def data(documents: list[Document], examples: list[Example], tmp_path_factory: p
     for name, part in (("train", examples[:16]), ("eval", examples[16:20]), ("test", examples[20:])):
         write_examples(path / f"{name}_w_qa.jsonl", part)
     return path
+
+
+@pytest.fixture
+def files(data: Path) -> dict[str, Path]:
+    """The flags of a trainer that name them."""
+    splits = {f"{name}_file": data / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")}
+    return {**splits, "full_dataset_file_path": data / "documents.jsonl"}
 
 
 def _texts(documents: list[Document], examples: list[Example]) -> Iterator[str]:

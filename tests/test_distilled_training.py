@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from trainers import history, without
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, write_examples
@@ -21,17 +22,14 @@ Run = Callable[[str, dict[str, object]], int]
 
 @pytest.fixture
 def dca(
-    data: Path, encoder_path: str, t5_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    files: dict[str, Path], encoder_path: str, t5_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> dict[str, object]:
     """A complete set of flags for train_dca, with a cache of its own."""
     monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
     return {
         "model_name_or_path": encoder_path,
         "reader_model_path": t5_path,
-        "train_file": data / "train_w_qa.jsonl",
-        "eval_file": data / "eval_w_qa.jsonl",
-        "test_file": data / "test_w_qa.jsonl",
-        "full_dataset_file_path": data / "documents.jsonl",
+        **files,
         "output_dir": tmp_path / "out",
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -40,15 +38,6 @@ def dca(
         "n_context": 4,
         "max_encoder_seq_length": 64,
     }
-
-
-def history(output: object, name: str) -> list[float]:
-    state = json.loads((Path(str(output)) / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
-
-
-def without(flags: dict[str, object], *names: str) -> dict[str, object]:
-    return {name: value for name, value in flags.items() if name not in names}
 
 
 @pytest.fixture
@@ -198,13 +187,13 @@ def test_train_emdr_asks_for_what_rpg_asked_already(
     ("name", "change", "message"),
     [
         ("train_dca", {"with_score": "true"}, "--reader_model_path: give it, or --with_score true"),
-        ("train_dca", {"reader_temperature": 0}, "--reader_temperature 0.0: must be positive"),
-        ("train_dca", {"n_context": 1}, "--n_context 1: at least 2 passages can be told apart"),
+        ("train_dca", {"reader_temperature": 0}, "--reader_temperature 0.0: must be above 0"),
+        ("train_dca", {"n_context": 1}, "--n_context 1: must be at least 2"),
         ("train_dca", {"reader_batch_size": 0}, "--reader_batch_size 0: must be at least 1"),
         ("train_dca", {"max_encoder_seq_length": 1}, "--max_encoder_seq_length 1: must be at least 2"),
         ("train_dca", {"reader_model_path": "/nowhere"}, "model /nowhere: cannot be loaded: no such directory"),
         ("train_dca", {"dataloader_num_workers": 2}, "--dataloader_num_workers: the reader is asked"),
-        ("train_emdr", {"retrieve_temperature": -1}, "--retrieve_temperature -1.0: must be positive"),
+        ("train_emdr", {"retrieve_temperature": -1}, "--retrieve_temperature -1.0: must be above 0"),
         ("train_emdr", {"dataloader_num_workers": 2}, "--dataloader_num_workers: EMDR2 retrieves"),
     ],
 )

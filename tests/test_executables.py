@@ -34,15 +34,12 @@ Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
-def swr(data: Path, lm_path: str, encoder_path: str, tmp_path: Path) -> dict[str, object]:
+def swr(files: dict[str, Path], lm_path: str, encoder_path: str, tmp_path: Path) -> dict[str, object]:
     """A complete set of flags for train_swr."""
     return {
         "model_name_or_path": lm_path,
         "embedding_model": encoder_path,
-        "train_file": data / "train_w_qa.jsonl",
-        "eval_file": data / "eval_w_qa.jsonl",
-        "test_file": data / "test_w_qa.jsonl",
-        "full_dataset_file_path": data / "documents.jsonl",
+        **files,
         "full_dataset_index_path": tmp_path / "index",
         "output_dir": tmp_path / "out",
         **SMALL,

@@ -15,15 +15,12 @@ Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
-def fid(data: Path, encoder_path: str, tmp_path: Path) -> dict[str, object]:
+def fid(files: dict[str, Path], encoder_path: str, tmp_path: Path) -> dict[str, object]:
     """A complete set of flags for train_fid."""
     return {
         "model_name_or_path": f"bert::{encoder_path}",
         "embedding_model": encoder_path,
-        "train_file": data / "train_w_qa.jsonl",
-        "eval_file": data / "eval_w_qa.jsonl",
-        "test_file": data / "test_w_qa.jsonl",
-        "full_dataset_file_path": data / "documents.jsonl",
+        **files,
         "output_dir": tmp_path / "out",
         "max_steps": 4,
         "per_device_train_batch_size": 2,

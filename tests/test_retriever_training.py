@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
+from trainers import history, without
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, read_examples, write_examples
@@ -27,14 +28,11 @@ Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
-def ctl(data: Path, encoder_path: str, tmp_path: Path) -> dict[str, object]:
+def ctl(files: dict[str, Path], encoder_path: str, tmp_path: Path) -> dict[str, object]:
     """A complete set of flags for train_ctl."""
     return {
         "model_name_or_path": encoder_path,
-        "train_file": data / "train_w_qa.jsonl",
-        "eval_file": data / "eval_w_qa.jsonl",
-        "test_file": data / "test_w_qa.jsonl",
-        "full_dataset_file_path": data / "documents.jsonl",
+        **files,
         "output_dir": tmp_path / "out",
         "max_steps": 4,
         "per_device_train_batch_size": 4,
@@ -48,16 +46,6 @@ def rpg(ctl: dict[str, object], lm_path: str, tmp_path: Path, monkeypatch: pytes
     """A complete set of flags for train_rpg, with a cache of its own."""
     monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
     return {**ctl, "lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
-
-
-def history(output: object, name: str) -> list[float]:
-    """A logged value, by step."""
-    state = json.loads((Path(str(output)) / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
-
-
-def without(flags: dict[str, object], *names: str) -> dict[str, object]:
-    return {name: value for name, value in flags.items() if name not in names}
 
 
 def changed(flags: dict[str, object]) -> bool:
@@ -347,7 +335,7 @@ def test_evaluation_in_between_changes_nothing_in_training(
 @pytest.mark.parametrize(
     ("name", "flag", "value", "message"),
     [
-        ("train_ctl", "temperature", 0, "--temperature 0.0: must be positive"),
+        ("train_ctl", "temperature", 0, "--temperature 0.0: must be above 0"),
         ("train_ctl", "refresh_step", "x", "--refresh_step x: write a number of steps"),
         ("train_ctl", "num_hard_negatives", -1, "--num_hard_negatives -1: must be at least 0"),
         ("train_ctl", "hard_neg_ratio", -0.5, "--hard_neg_ratio -0.5: must be at least 0"),
@@ -359,9 +347,9 @@ def test_evaluation_in_between_changes_nothing_in_training(
         ("train_ctl", "metric_for_best_model", "blue", "--metric_for_best_model blue: not measured"),
         ("train_ctl", "model_name_or_path", "/nowhere/model", "model /nowhere/model: cannot be loaded"),
         ("train_ctl", "temprature", 1, "--temprature: unknown flag; did you mean --temperature?"),
-        ("train_rpg", "num_docs", 1, "--num_docs 1: at least 2 documents"),
-        ("train_rpg", "lm_temperature", 0, "--lm_temperature 0.0: must be positive"),
-        ("train_rpg", "retrieve_temperature", -1, "--retrieve_temperature -1.0: must be positive"),
+        ("train_rpg", "num_docs", 1, "--num_docs 1: must be at least 2"),
+        ("train_rpg", "lm_temperature", 0, "--lm_temperature 0.0: must be above 0"),
+        ("train_rpg", "retrieve_temperature", -1, "--retrieve_temperature -1.0: must be above 0"),
         ("train_rpg", "refresh_step", "x", "--refresh_step x: write a number of steps"),
         ("train_rpg", "refresh_fraction", 0, "--refresh_fraction 0.0: must be above 0"),
         ("train_rpg", "kl_direction", "both", "--kl_direction"),

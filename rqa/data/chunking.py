@@ -7,15 +7,18 @@ positions among the tokens' offsets. Splitters that ask the tokenizer about ever
 import re
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
+from typing import TypeVar
 
 from tokenizers import Tokenizer
 
 from rqa.data.documents import Document
 from rqa.data.sources import Source
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
+
+T = TypeVar("T")
 
 LEVELS = ["heading", "paragraph", "line", "sentence", "word"]
 BATCH_CHARACTERS = 1_000_000  # of the texts that are tokenised in one call
@@ -51,10 +54,8 @@ class ChunkArguments:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.chunk_size < 1:
-            raise UserError(f"--chunk_size {self.chunk_size}: must be at least 1")
-        if not 0 <= self.chunk_overlap < self.chunk_size:
-            raise UserError(f"--chunk_overlap {self.chunk_overlap}: must be at least 0 and less than --chunk_size")
+        check_bounds(self, "chunk_size", at_least=1)
+        check_bounds(self, "chunk_overlap", at_least=0, below=self.chunk_size)
 
 
 class Chunker:
@@ -82,7 +83,7 @@ class Chunker:
 
     def passages(self, sources: Iterable[Source]) -> Iterator[tuple[Source, list[Document]]]:
         """Yield each text with its passages, in order; a blank text has none."""
-        for batch in _batches(sources):
+        for batch in pack(sources, lambda source: len(source.text), BATCH_CHARACTERS):
             encodings = self.tokenizer.encode_batch([source.text for source in batch], add_special_tokens=False)
             for source, encoding in zip(batch, encodings, strict=True):
                 yield source, self._passages(source, encoding.offsets)
@@ -176,15 +177,15 @@ def _headings(text: str) -> list[tuple[int, str]]:
     return [(match.start(), match[1]) for match in _HEADING.finditer(prose)]
 
 
-def _batches(sources: Iterable[Source]) -> Iterator[list[Source]]:
-    """Texts of about `BATCH_CHARACTERS` together; a longer one alone."""
-    batch: list[Source] = []
+def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Group items in their order, as many as fit the limit; an item that is larger stands alone."""
+    group: list[T] = []
     filled = 0
-    for source in sources:
-        if batch and filled + len(source.text) > BATCH_CHARACTERS:
-            yield batch
-            batch, filled = [], 0
-        batch.append(source)
-        filled += len(source.text)
-    if batch:
-        yield batch
+    for item in items:
+        if group and filled + size(item) > limit:
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += size(item)
+    if group:
+        yield group

@@ -3,12 +3,9 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from itertools import dropwhile
-from typing import TypeVar
-
-T = TypeVar("T")
 
 PROSE = ""
 SECTIONS = {
@@ -102,20 +99,6 @@ def plain(text: str) -> str:
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text.strip()
-
-
-def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Group items in their order, as many as fit the limit; an item that is larger stands alone."""
-    group: list[T] = []
-    filled = 0
-    for item in items:
-        if group and filled + size(item) > limit:
-            yield group
-            group, filled = [], 0
-        group.append(item)
-        filled += size(item)
-    if group:
-        yield group
 
 
 def _without_directives(lines: list[str]) -> list[str]:

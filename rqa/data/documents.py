@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, overload
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
 
 
@@ -176,8 +176,7 @@ def _read_pickle(path: Path) -> list[Document]:
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     except Exception as error:  # a damaged pickle raises nearly anything
-        reason = " ".join(str(error).split())
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {reason})") from None
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
     if not isinstance(values, list):
         raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
     documents = []

@@ -17,7 +17,8 @@ from itertools import groupby
 from pathlib import Path
 from random import Random
 
-from rqa.data.docstrings import PROSE, pack, sentences
+from rqa.data.chunking import pack
+from rqa.data.docstrings import PROSE, sentences
 from rqa.data.documents import Document, format_content, write_documents
 from rqa.data.examples import Example, write_examples
 from rqa.data.pydocs_pages import FEWEST_WORDS, Page, collect_pages

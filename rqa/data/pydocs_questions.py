@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from rqa.data.docstrings import PROSE, pack, sentences
+from rqa.data.chunking import pack
+from rqa.data.docstrings import PROSE, sentences
 from rqa.data.pydocs_pages import Page
 
 LONGEST_ANSWER = 40  # words

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl
 
 _TITLE = re.compile(r"\A\s*#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
@@ -106,7 +106,7 @@ def _read_pdf(file: Path, name: str) -> Iterator[Source]:
     except Unreadable:
         raise
     except Exception as error:  # a damaged PDF raises nearly anything
-        raise Unreadable(f"not a readable PDF ({' '.join(str(error).split()) or type(error).__name__})") from None
+        raise Unreadable(f"not a readable PDF ({one_line(error) or type(error).__name__})") from None
     yield Source(name, str(title), "\n\n".join(pages), str(file))
 
 

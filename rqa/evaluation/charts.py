@@ -2,6 +2,7 @@
 
 import io
 import math
+import re
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -47,7 +48,7 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         for kind, places in (marks or {}).items():
             low, high, style = MARKS[kind]
             for place in places:
-                axes.axvline(place, low, high, gid=kind, **style)
+                axes.axvline(place, low, high, gid=f"{kind}-{place:g}", **style)
         axes.grid(axis="y", color=COLOURS["rule"])
         axes.spines[:].set_visible(False)
         axes.tick_params(color=COLOURS["rule"], labelcolor=COLOURS["muted"], length=0)
@@ -58,4 +59,5 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
     svg = f'<svg role="img" aria-label="{escape(", ".join(lines))} by step" {text.getvalue().partition("<svg ")[2]}'
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
-    return svg
+    chart = re.sub(r"\W", "_", next(iter(lines)))
+    return re.sub(r'(?<= id=")|(?<="#)|(?<=url\(#)', f"{chart}-", svg)  # a page holds several charts, and an id once

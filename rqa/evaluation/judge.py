@@ -10,9 +10,9 @@ from typing import Any
 
 from rqa.evaluation.results import write_results
 from rqa.models.endpoint import PREFIX, Endpoint, EndpointArguments, RequestArguments
-from rqa.prompts.estimate import EstimatedTokens
+from rqa.prompts.estimate import check_price, cost, count_tokens
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 log = logging.getLogger(__name__)
 
@@ -53,10 +53,8 @@ class JudgeArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.judge_max_examples < 0:
-            raise UserError(f"--judge_max_examples {self.judge_max_examples}: must be at least 0")
-        if len(self.judge_price) not in (0, 2) or min(self.judge_price, default=0) < 0:
-            raise UserError("--judge_price: takes two numbers, dollars for a million tokens in and out")
+        check_bounds(self, "judge_max_examples", at_least=0)
+        check_price("judge_price", self.judge_price)
 
 
 def judge_results(
@@ -166,18 +164,19 @@ def _ask(
         **{item.name: getattr(requests, item.name) for item in fields(RequestArguments)},
     )
     endpoint = Endpoint(PREFIX + arguments.judge_base_url, server)
-    log.info("%s", _estimate(conversations, arguments))
+    asked, written = f"judge {endpoint.model}: {len(conversations)} answers", VERDICT_TOKENS * len(conversations)
+    log.info("%s", cost(asked, count_tokens(conversations), written, arguments.judge_price))
     verdicts: list[dict[str, str] | None] = [None] * len(conversations)
     waiting = {number: list(turns) for number, turns in enumerate(conversations)}
     for _ in range(ATTEMPTS):
-        replies = endpoint.chat(list(waiting.values()), VERDICT_TOKENS, desc="judge")
+        replies = endpoint.ask(list(waiting.values()), VERDICT_TOKENS, desc="judge")
         for number, reply in zip(list(waiting), replies, strict=True):
-            verdicts[number] = parse_verdict(reply)
+            verdicts[number] = parse_verdict(reply.text)
             if verdicts[number]:
                 del waiting[number]
             else:
                 waiting[number] += [
-                    {"role": "assistant", "content": reply or "(nothing)"},
+                    {"role": "assistant", "content": reply.text or "(nothing)"},
                     {"role": "user", "content": AGAIN},
                 ]
         if not waiting:
@@ -185,16 +184,3 @@ def _ask(
     else:
         log.warning("%s: %d of %d verdicts cannot be read", arguments.judge_model, len(waiting), len(conversations))
     return verdicts
-
-
-def _estimate(conversations: Sequence[list[dict[str, str]]], arguments: JudgeArguments) -> str:
-    """What the judge will cost at most, before it is asked."""
-    count = EstimatedTokens().encode
-    given = sum(len(count(turn["content"])) for turns in conversations for turn in turns)
-    replied = VERDICT_TOKENS * len(conversations)
-    price = arguments.judge_price
-    cost = f", at most ${(given * price[0] + replied * price[1]) / 1e6:.2f}" if price else " (--judge_price: its cost)"
-    return (
-        f"judge {arguments.judge_model}: {len(conversations)} answers, some {given:,} tokens in, at most {replied:,} "
-        f"out{cost}; verdicts already kept cost nothing"
-    )

@@ -31,13 +31,6 @@ def score_questions(
     return scores
 
 
-def score_retrieval(
-    found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]
-) -> dict[str, float]:
-    """Means over the questions that have gold documents; none of them: no scores."""
-    return mean_scores(score_questions(found, examples, cutoffs))
-
-
 def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
     """The mean of each score over the questions that have it, by our name and by LocalRQA's."""
     columns: dict[str, list[float]] = {}

@@ -13,7 +13,7 @@ from rqa.models.generation import Answer
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hits import PassageRetriever
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import check_bounds
 
 RANKING_DEPTH = 10
 
@@ -34,10 +34,8 @@ class EvaluationArguments:
     recall_at: list[int] = field(default_factory=lambda: [1, 4, 10], metadata={"help": "The k of Recall@k."})
 
     def __post_init__(self) -> None:
-        if self.embedding_max_num_to_retrieve < 0:
-            raise UserError(f"--embedding_max_num_to_retrieve {self.embedding_max_num_to_retrieve}: must be at least 0")
-        if min(self.recall_at, default=1) < 1:
-            raise UserError(f"--recall_at {min(self.recall_at)}: must be at least 1")
+        check_bounds(self, "embedding_max_num_to_retrieve", at_least=0)
+        check_bounds(self, "recall_at", at_least=1)
 
     @property
     def depth(self) -> int:

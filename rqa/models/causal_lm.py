@@ -1,7 +1,6 @@
 """Decoder language models: logits of answers alone, and batched generation."""
 
 import inspect
-import logging
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
@@ -14,13 +13,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.generation import WARM_UP_TOKENS, Answer, GenerationArguments, answer_in_batches
+from rqa.models.generation import LocalReader
 from rqa.models.loading import evaluating, hidden_states, load_model, packing_is_exact
 from rqa.packing import AnswerBatch, pack, pad
-from rqa.prompts import DoesNotFit, Prompter
 from rqa.runtime.parallelize import is_sharded
-
-log = logging.getLogger(__name__)
 
 
 def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
@@ -71,57 +67,19 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache
         cache.update(*(x.transpose(1, 2) for x in padded), layer)
 
 
-class CausalLMReader:
-    """Answers questions over passages with a decoder.
+class CausalLMReader(LocalReader[list[int]]):
+    """Answers questions over passages with a decoder, from prompts of token ids."""
 
-    Attributes:
-        model: The decoder; may be in training, its mode is restored.
-        max_batch_tokens: Prompt and answer tokens of one generation batch, padding included.
-    """
+    def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
+        return self.prompter.encode(example, passages).ids
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        prompter: Prompter,
-        arguments: GenerationArguments | None = None,
-        max_batch_tokens: int = 16384,
-    ) -> None:
-        self.model = model
-        self.prompter = prompter
-        self.arguments = arguments or GenerationArguments()
-        self.max_batch_tokens = max_batch_tokens
+    def cost(self, prompt: list[int]) -> int:
+        """Prompt and answer, padding included."""
+        return len(prompt) + self.prompter.arguments.max_new_tokens
 
-    def answer(
-        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
-    ) -> list[Answer]:
-        """One answer for each question, from prompts of similar length together. [Q] -> [Q]
-
-        A question that does not fit by itself is reported and answered by nothing.
-        """
-        prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
-        lengths = [len(prompt) + self.prompter.arguments.max_new_tokens for prompt in prompts]
-        return answer_in_batches(
-            self.model,
-            prompts,
-            lengths,
-            self.max_batch_tokens,
-            self.generate,
-            self.prompter.decode,
-            self.prompter.stop_ids,
-            progress,
-        )
-
-    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Begin an answer, so that what only a first batch costs is in no latency."""
-        if prompt := self._prompt(example, passages):
-            self.generate([prompt], WARM_UP_TOKENS)
-
-    def _prompt(self, example: Example, passages: Sequence[Document]) -> list[int]:
-        try:
-            return self.prompter.encode(example, passages).ids
-        except DoesNotFit as error:
-            log.warning("%s; it is left unanswered", error)
-            return []
+    @property
+    def filler(self) -> list[int]:
+        return self.prompter.stop_ids
 
     @cached_property
     def packs(self) -> bool:
@@ -129,12 +87,7 @@ class CausalLMReader:
         return self.model.config._attn_implementation == PACKED_ATTENTION and packing_is_exact(self.model)
 
     @torch.no_grad()
-    def generate(self, prompts: Sequence[Sequence[int]], max_new_tokens: int | None = None) -> list[list[int]]:
-        """Continuations of one batch of prompts, up to the stop token. [B] -> [B]
-
-        Args:
-            max_new_tokens: Of each; by default as many as an answer may have.
-        """
+    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
         stop = self.prompter.stop_ids
         # Right-padding the reversed prompts and reversing again pads on the left.
         reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)

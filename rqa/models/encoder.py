@@ -31,7 +31,7 @@ from rqa.models.sentence_layout import (
     write_layout,
 )
 from rqa.packing import Collate, TokenBatch, pack, token_budget_batches
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.files import fingerprint
 from rqa.runtime.parallelize import in_step
 
@@ -54,10 +54,7 @@ class EncoderArguments:
     max_passage_length: int | None = field(default=None, metadata={"help": "Tokens of a passage."})
 
     def __post_init__(self) -> None:
-        for name in ("max_query_length", "max_passage_length"):
-            value = getattr(self, name)
-            if value is not None and value < 3:
-                raise UserError(f"--{name} {value}: must be at least 3")
+        check_bounds(self, "max_query_length", "max_passage_length", at_least=3)
 
 
 class Encoder(nn.Module):

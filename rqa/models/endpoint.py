@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from rqa.models.replies import Reply, answer_tokens, chat_reply
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.files import cache_root, fingerprint
 from rqa.runtime.store import Store
 
@@ -36,12 +36,9 @@ class RequestArguments:
     endpoint_retries: int = field(default=6, metadata={"help": "How often a request that fails is sent again."})
 
     def __post_init__(self) -> None:
-        if self.endpoint_concurrency < 1:
-            raise UserError(f"--endpoint_concurrency {self.endpoint_concurrency}: must be at least 1")
-        if self.endpoint_timeout <= 0:
-            raise UserError(f"--endpoint_timeout {self.endpoint_timeout}: must be positive")
-        if self.endpoint_retries < 0:
-            raise UserError(f"--endpoint_retries {self.endpoint_retries}: must be at least 0")
+        check_bounds(self, "endpoint_concurrency", at_least=1)
+        check_bounds(self, "endpoint_timeout", above=0)
+        check_bounds(self, "endpoint_retries", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +70,7 @@ class Endpoint:
     """A model behind an OpenAI-compatible server.
 
     What a server replied is kept in `$RQA_CACHE/endpoint.sqlite` under its URL, the model, the text and the settings:
-    an interrupted run goes on where it stopped, and the same question is never paid twice, at any temperature.
+    an interrupted run goes on where it stopped, and the same question is never paid twice.
 
     Args:
         spec: `openai::http://host:port/v1`.
@@ -104,38 +101,23 @@ class Endpoint:
             raise UserError(f"{self.base_url}: serves not one model but {found}; name it with --endpoint_model")
         return names[0]
 
-    def chat(
-        self,
-        conversations: Sequence[list[dict[str, str]]],
-        max_tokens: int,
-        temperature: float = 0.0,
-        desc: str = "ask",
-    ) -> list[str]:
-        """The reply's text to each conversation, `{"role", "content"}` a turn. [Q] -> [Q]"""
-        return [reply.text for reply in self.ask(conversations, max_tokens, temperature, desc)]
-
-    def ask(
-        self,
-        conversations: Sequence[list[dict[str, str]]],
-        max_tokens: int,
-        temperature: float = 0.0,
-        desc: str = "ask",
-    ) -> list[Reply]:
-        """The reply to each conversation; conversations that are alike are sent once. [Q] -> [Q]
+    def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
+        """The likeliest reply to each conversation; conversations that are alike are sent once. [Q] -> [Q]
 
         A reply that was kept from an earlier run, or stands for another question too, is timed nowhere or once.
 
         Args:
+            conversations: `{"role", "content"}` a turn.
             max_tokens: Tokens of a reply, at most.
             desc: What the progress bar says.
         """
-        settings = {self._limit: max_tokens, "temperature": temperature}
+        settings = {self._limit: max_tokens, "temperature": 0.0}
         bodies = [
             {"messages": [{name: _valid(text) for name, text in turn.items()} for turn in turns], **settings}
             for turns in conversations
         ]
         jobs = [Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply) for body in bodies]
-        kept, new = self._ask_all("chat", jobs, desc)
+        kept, new = self._ask_all("chat/completions", jobs, desc)
         if kept:
             number = sum(job.key in kept for job in jobs)
             log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
@@ -148,7 +130,7 @@ class Endpoint:
         The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
         """
         jobs = [self._echo(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        kept, new = self._ask_all("complete", jobs, "score")
+        kept, new = self._ask_all("completions", jobs, "score")
         return [(kept | new)[job.key] for job in jobs]
 
     def _key(self, *parts: str) -> str:
@@ -169,14 +151,14 @@ class Endpoint:
 
         return Job(self._key("echo", prompt, answer), body, parse)
 
-    def _ask_all(self, method: str, jobs: Sequence[Job], desc: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    def _ask_all(self, api: str, jobs: Sequence[Job], desc: str) -> tuple[dict[str, Any], dict[str, Any]]:
         """What `parse` made of the server's replies by the jobs' keys: in an earlier run, and now."""
         kept, new = self._store.get(dict.fromkeys(job.key for job in jobs)), {}
         missing = {job.key: job for job in jobs if job.key not in kept}
 
         async def ask(server: "Server", job: Job) -> None:
             started = time.perf_counter()
-            value = await getattr(server, method)({"model": self.model, **job.body}, job.parse)
+            value = await server.ask(api, {"model": self.model, **job.body}, job.parse)
             if isinstance(value, Reply):
                 value = value._replace(seconds=time.perf_counter() - started)
             self._store.put({job.key: value})

@@ -25,10 +25,10 @@ from transformers.modeling_outputs import BaseModelOutput
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.generation import WARM_UP_TOKENS, Answer, GenerationArguments, answer_in_batches
+from rqa.models.generation import GenerationArguments, LocalReader
 from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch, pad
-from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments
+from rqa.prompts import FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import in_step, is_sharded
 
@@ -163,71 +163,30 @@ class Fusion(nn.Module):
         return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
 
 
-class FusionReader:
-    """Answers questions over passages with an encoder-decoder.
-
-    Attributes:
-        fusion: The encoder-decoder; may be in training, its mode is restored.
-        max_batch_tokens: Passage tokens of the questions that are answered together.
-    """
+class FusionReader(LocalReader[FusionSequence]):
+    """Answers questions over passages with an encoder-decoder."""
 
     def __init__(
-        self,
-        fusion: Fusion,
-        prompter: FusionPrompter,
-        arguments: GenerationArguments,
-        collate: Collate,
-        max_batch_tokens: int = MAX_ENCODER_TOKENS,
+        self, fusion: Fusion, prompter: FusionPrompter, arguments: GenerationArguments, collate: Collate
     ) -> None:
-        self.fusion = fusion
-        self.prompter = prompter
-        self.arguments = arguments
+        super().__init__(fusion, prompter, arguments)
         self.collate = collate
-        self.max_batch_tokens = max_batch_tokens
 
-    def answer(
-        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
-    ) -> list[Answer]:
-        """One answer for each question. [Q] -> [Q]
+    def encode(self, example: Example, passages: Sequence[Document]) -> FusionSequence:
+        return self.prompter.encode(example, passages)
 
-        A question that does not fit by itself is reported and answered by nothing.
-        """
-        prompts = [self._prompt(*pair) for pair in zip(examples, passages, strict=True)]
-        lengths = [sum(map(len, prompt.passages)) if prompt else 0 for prompt in prompts]
-        end = [self.prompter.end_token]
-        return answer_in_batches(
-            self.fusion,
-            prompts,
-            lengths,
-            self.max_batch_tokens,
-            self.generate,
-            self.prompter.decode,
-            FusionSequence([end], end),
-            progress,
-        )
+    def cost(self, prompt: FusionSequence) -> int:
+        return sum(map(len, prompt.passages))
 
-    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Begin an answer, so that what only a first batch costs is in no latency."""
-        if prompt := self._prompt(example, passages):
-            self.generate([prompt], WARM_UP_TOKENS)
-
-    def _prompt(self, example: Example, passages: Sequence[Document]) -> FusionSequence | None:
-        try:
-            return self.prompter.encode(example, passages)
-        except DoesNotFit as error:
-            log.warning("%s; it is left unanswered", error)
-            return None
+    @property
+    def filler(self) -> FusionSequence:
+        return FusionSequence([[self.prompter.end_token]], [])
 
     def generate(self, prompts: Sequence[FusionSequence], max_new_tokens: int | None = None) -> list[list[int]]:
-        """Answers of one batch of questions, up to the end token. [B] -> [B]
-
-        Args:
-            max_new_tokens: Of each; by default as many as an answer may have.
-        """
-        end, model = self.prompter.end_token, self.fusion.model
+        fusion, end = self.model, self.prompter.end_token
         size = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
-        config = self.arguments.config(size, [end], decoder_start_token_id=start_token(model))
-        with evaluating(self.fusion):
-            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(model.device)
-            answers = self.fusion.generate(batch, config).tolist()
+        config = self.arguments.config(size, [end], decoder_start_token_id=start_token(fusion.model))
+        with evaluating(fusion):
+            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(fusion.model.device)
+            answers = fusion.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]

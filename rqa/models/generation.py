@@ -1,17 +1,24 @@
 """How a local reader generates: settings, prompts of similar length together, and what an answer took."""
 
+import logging
 import time
-from collections.abc import Callable, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import nn
 from tqdm import tqdm
 from transformers import GenerationConfig
 
+from rqa.data.documents import Document
+from rqa.data.examples import Example
 from rqa.packing import token_budget_batches
-from rqa.runtime.errors import UserError
+from rqa.prompts import DoesNotFit
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.parallelize import in_step
+
+log = logging.getLogger(__name__)
 
 Prompt = TypeVar("Prompt")
 
@@ -28,12 +35,9 @@ class GenerationArguments:
     top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
 
     def __post_init__(self) -> None:
-        if self.num_beams < 1:
-            raise UserError(f"--num_beams {self.num_beams}: must be at least 1")
-        if self.temperature <= 0:
-            raise UserError(f"--temperature {self.temperature}: must be positive; --do_sample false is greedy")
-        if not 0 < self.top_p <= 1:
-            raise UserError(f"--top_p {self.top_p}: must be above 0 and at most 1")
+        check_bounds(self, "num_beams", at_least=1)
+        check_bounds(self, "temperature", above=0)
+        check_bounds(self, "top_p", above=0, at_most=1)
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("--temperature and --top_p need --do_sample true")
 
@@ -70,33 +74,81 @@ class Answer:
     seconds: float | None = None
 
 
-def answer_in_batches(
-    model: nn.Module,
-    prompts: Sequence[Prompt],
-    lengths: Sequence[int],
-    max_batch_tokens: int,
-    generate: Callable[[Sequence[Prompt]], list[list[int]]],
-    decode: Callable[[Sequence[int]], str],
-    filler: Prompt,
-    progress: bool,
-) -> list[Answer]:
-    """One answer for each prompt, those of similar length together; an empty prompt is answered by nothing. [Q] -> [Q]
+class LocalReader(ABC, Generic[Prompt]):
+    """A reader in this process; each kind says what a prompt is, what it costs and how answers are generated.
 
-    Args:
-        lengths: Tokens that each prompt costs.
-        generate: A batch of prompts -> the answers' token ids.
-        filler: What a sharded model is asked when another process has more to ask.
+    Attributes:
+        model: May be in training, its mode is restored.
+        max_batch_tokens: What the prompts of one batch may cost together.
     """
-    answers = [Answer("", 0)] * len(prompts)
-    asked = [index for index, prompt in enumerate(prompts) if prompt]
-    batches = token_budget_batches([lengths[index] for index in asked], max_batch_tokens, padded=True)
-    with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
-        for chosen in in_step(model, batches, filler=[]):
-            batch = [asked[number] for number in chosen]
-            started = time.perf_counter()
-            generated = generate([prompts[i] for i in batch] or [filler])
-            seconds = time.perf_counter() - started
-            for index, ids in zip(batch, generated, strict=bool(batch)):
-                answers[index] = Answer(decode(ids), len(ids), seconds)
-            bar.update(len(batch))
-    return answers
+
+    def __init__(
+        self,
+        model: nn.Module,
+        prompter: Any,
+        arguments: GenerationArguments | None = None,
+        max_batch_tokens: int = 16384,
+    ) -> None:
+        self.model = model
+        self.prompter = prompter
+        self.arguments = arguments or GenerationArguments()
+        self.max_batch_tokens = max_batch_tokens
+
+    @property
+    @abstractmethod
+    def filler(self) -> Prompt:
+        """What a sharded model is asked when another process has more to ask."""
+
+    @abstractmethod
+    def encode(self, example: Example, passages: Sequence[Document]) -> Prompt:
+        """The prompt of a question; raises `DoesNotFit`."""
+
+    @abstractmethod
+    def cost(self, prompt: Prompt) -> int:
+        """The tokens that a prompt adds to a batch."""
+
+    @abstractmethod
+    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> list[list[int]]:
+        """Answers of one batch of prompts, up to the token that ends them. [B] -> [B]
+
+        Args:
+            max_new_tokens: Of each; by default as many as an answer may have.
+        """
+
+    def answer(
+        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
+    ) -> list[Answer]:
+        """One answer for each question. [Q] -> [Q]
+
+        A question that does not fit by itself is reported and answered by nothing.
+        """
+        return self.answer_prompts([self._prompt(*pair) for pair in zip(examples, passages, strict=True)], progress)
+
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Begin an answer, so that what only a first batch costs is in no latency."""
+        if prompt := self._prompt(example, passages):
+            self.generate([prompt], WARM_UP_TOKENS)
+
+    def answer_prompts(self, prompts: Sequence[Prompt | None], progress: bool) -> list[Answer]:
+        """One answer for each prompt, those of similar length together; no prompt, nothing for an answer. [Q] -> [Q]"""
+        answers = [Answer("", 0)] * len(prompts)
+        asked = {index: prompt for index, prompt in enumerate(prompts) if prompt}
+        numbers = list(asked)
+        batches = token_budget_batches(list(map(self.cost, asked.values())), self.max_batch_tokens, padded=True)
+        with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+            for chosen in in_step(self.model, batches, filler=[]):
+                batch = [numbers[place] for place in chosen]
+                started = time.perf_counter()
+                generated = self.generate([asked[index] for index in batch] or [self.filler])
+                seconds = time.perf_counter() - started
+                for index, ids in zip(batch, generated, strict=bool(batch)):
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
+                bar.update(len(batch))
+        return answers
+
+    def _prompt(self, example: Example, passages: Sequence[Document]) -> Prompt | None:
+        try:
+            return self.encode(example, passages)
+        except DoesNotFit as error:
+            log.warning("%s; it is left unanswered", error)
+            return None

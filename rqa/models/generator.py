@@ -10,10 +10,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.endpoint import Endpoint, EndpointArguments, is_endpoint
-from rqa.models.generation import answer_in_batches
 from rqa.models.loading import load_tokenizer, model_fingerprint
 from rqa.prompts import PromptArguments, Prompter
-from rqa.prompts.estimate import EstimatedTokens
+from rqa.prompts.estimate import count_tokens
 from rqa.prompts.generation import Conversation
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -68,26 +67,18 @@ class EndpointGenerator:
         self.max_new_tokens = max_new_tokens
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        replies = self.endpoint.chat(conversations, self.max_new_tokens) if distributed.is_main() else []
-        return distributed.from_main(replies)
+        replies = self.endpoint.ask(conversations, self.max_new_tokens) if distributed.is_main() else []
+        return distributed.from_main([reply.text for reply in replies])
 
     def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        count = EstimatedTokens().encode
-        return sum(len(count(turn["content"])) for turns in conversations for turn in turns)
+        return count_tokens(conversations)
 
 
 class LocalGenerator:
     """A decoder in this process, or a copy of it in each of several; conversations by its own chat template."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        max_new_tokens: int,
-        max_batch_tokens: int = 16384,
-    ) -> None:
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
-        self.max_batch_tokens = max_batch_tokens
         arguments = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
         self.reader = CausalLMReader(model, Prompter(tokenizer, arguments))
         self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
@@ -116,18 +107,7 @@ class LocalGenerator:
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
         prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
-        prompter = self.reader.prompter
-        lengths = [len(prompt) + prompter.arguments.max_new_tokens for prompt in prompts]
-        answers = answer_in_batches(
-            self.reader.model,
-            prompts,
-            lengths,
-            self.max_batch_tokens,
-            self.reader.generate,
-            prompter.decode,
-            prompter.stop_ids,
-            progress=distributed.is_main(),
-        )
+        answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
         return distributed.gather([answer.text for answer in answers])
 
     def _encode(self, turns: Conversation) -> list[int]:

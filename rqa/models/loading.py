@@ -23,7 +23,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.lora import ADAPTER_CONFIG, require_peft
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint_of
 from rqa.runtime.parallelize import assembled
 from rqa.runtime.precision import autocast
@@ -123,7 +123,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
 
 
 def _unreadable(path: str, error: Exception) -> UserError:
-    reason = " ".join(str(error).split())[:300]
+    reason = one_line(error)
     if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
         reason = "no such directory"
     elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):

@@ -6,7 +6,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds, one_line
 
 ADAPTER_CONFIG = "adapter_config.json"
 
@@ -27,10 +27,8 @@ class LoraArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r}: must be at least 1")
-        if not 0 <= self.lora_dropout < 1:
-            raise UserError(f"--lora_dropout {self.lora_dropout}: must be at least 0 and less than 1")
+        check_bounds(self, "lora_r", at_least=1)
+        check_bounds(self, "lora_dropout", at_least=0, below=1)
         if self.merge_lora_on_save and not self.use_lora:
             raise UserError("--merge_lora_on_save true: there is nothing to merge without --use_lora true")
 
@@ -72,7 +70,7 @@ def _add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
     try:
         model.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {' '.join(str(error).split())[:200]}") from None
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
     if model.name_or_path and Path(model.name_or_path).is_dir():  # the adapter is of use from any working directory
         config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
 

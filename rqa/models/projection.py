@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers.utils import cached_file
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 
 DENSE, LAYER_NORM = "2_Dense", "3_LayerNorm"
 
@@ -61,6 +61,5 @@ def load_projection(path: str, width: int, dimension: int, subfolder: str = "") 
             weights |= load_file(cached_file(path, str(Path(subfolder, folder, "model.safetensors"))))
         projection.load_state_dict(weights)
     except (OSError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"model {path}: the projection cannot be loaded: {reason}") from None
+        raise UserError(f"model {path}: the projection cannot be loaded: {one_line(error)}") from None
     return projection

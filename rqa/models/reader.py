@@ -1,6 +1,6 @@
 """Whichever reader is named, ready to answer: a decoder, an encoder-decoder, or a model behind a server."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,8 @@ from rqa.runtime.errors import UserError
 
 
 @dataclass
-class ReaderPromptArguments(PromptArguments):
-    """How a reader of any kind is asked; an encoder-decoder, passage by passage."""
-
-    max_encoder_seq_length: int = field(
-        default=512, metadata={"help": "Of an encoder-decoder: tokens of question and one passage."}
-    )
-    max_decoder_seq_length: int = field(default=256, metadata={"help": "Of an encoder-decoder: tokens of an answer."})
+class ReaderPromptArguments(PromptArguments, FusionPromptArguments):
+    """How a reader of any kind is asked."""
 
 
 def open_reader(
@@ -47,9 +42,8 @@ def open_reader(
             raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
         return EndpointReader(Endpoint(path, endpoint), prompt)
     if is_encoder_decoder(path, options.get("trust_remote_code", False)):
-        lengths = {name: getattr(prompt, name) for name in ("max_encoder_seq_length", "max_decoder_seq_length")}
         with distributed.in_turn():
-            model, prompter = load_fusion(path, FusionPromptArguments(prompt.prompt_template, **lengths), **options)
+            model, prompter = load_fusion(path, prompt, **options)
             model.to(device)
         collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
         return FusionReader(Fusion(model), prompter, generation, collate)

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 from openai import APIConnectionError, APIStatusError, APITimeoutError, AsyncOpenAI, OpenAIError
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -59,13 +59,10 @@ class Server:
             self._client.models.with_raw_response.list, lambda reply: [model["id"] for model in reply["data"]]
         )
 
-    async def chat(self, body: dict[str, Any], parse: Callable[[Any], T]) -> T:
-        """POST /chat/completions. `parse` makes of the JSON reply what the caller wants."""
-        return await self._request(self._client.chat.completions.with_raw_response.create, parse, body)
-
-    async def complete(self, body: dict[str, Any], parse: Callable[[Any], T]) -> T:
-        """POST /completions. `parse` makes of the JSON reply what the caller wants."""
-        return await self._request(self._client.completions.with_raw_response.create, parse, body)
+    async def ask(self, api: str, body: dict[str, Any], parse: Callable[[Any], T]) -> T:
+        """POST /chat/completions or /completions. `parse` makes of the JSON reply what the caller wants."""
+        kinds = {"chat/completions": self._client.chat.completions, "completions": self._client.completions}
+        return await self._request(kinds[api].with_raw_response.create, parse, body)
 
     async def _request(
         self, send: Callable[..., Awaitable[Any]], parse: Callable[[Any], T], body: dict[str, Any] | None = None
@@ -100,9 +97,9 @@ class Server:
                 "--endpoint_concurrency"
             )
         if isinstance(error, APIConnectionError):
-            reason = _one_line(str(error.__cause__ or error)) or "connection lost"
+            reason = one_line(error.__cause__ or error) or "connection lost"
             return UserError(f"{where}: cannot be reached ({reason}), {asked}; is a server running at this URL?")
-        return UserError(f"{where}: not the reply of an OpenAI-compatible server ({_one_line(str(error))}), {asked}")
+        return UserError(f"{where}: not the reply of an OpenAI-compatible server ({one_line(error)}), {asked}")
 
     def _status_failure(self, error: APIStatusError, asked: str) -> UserError:
         status = error.status_code
@@ -149,8 +146,4 @@ def _message(error: APIStatusError) -> str:
     said = (
         next((body[name] for name in ("message", "detail") if body.get(name)), body) if isinstance(body, dict) else ""
     )
-    return _one_line(str(said or error.response.text or error.response.reason_phrase))
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())[:300]
+    return one_line(said or error.response.text or error.response.reason_phrase)

@@ -12,7 +12,7 @@ from rqa.objectives.distillation import DistillationBatch
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Retriever
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import check_bounds
 from rqa.runtime.precision import autocast
 
 
@@ -24,8 +24,7 @@ class CandidateArguments:
     include_gold: bool = field(default=True, metadata={"help": "The gold passage replaces the last one if missing."})
 
     def __post_init__(self) -> None:
-        if self.num_docs < 2:
-            raise UserError(f"--num_docs {self.num_docs}: at least 2 documents can be told apart")
+        check_bounds(self, "num_docs", at_least=2)  # one cannot be told from others
 
 
 class RetrievedCandidates:

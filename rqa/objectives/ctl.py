@@ -12,47 +12,28 @@ from torch.nn.utils.rnn import pad_sequence
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import EncoderObjective
+from rqa.objectives.encoding import EncoderBatch, EncoderObjective
 from rqa.objectives.losses import contrastive
 from rqa.objectives.negatives import MinedNegatives
 from rqa.prompts import retrieval_query
 from rqa.runtime.distributed import gather_rows
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
-class ContrastiveBatch:
-    """B questions, and the P distinct documents that they are told apart from.
+class ContrastiveBatch(EncoderBatch):
+    """Questions, and the documents that they are told apart from.
 
     Attributes:
-        queries: Token ids of the questions. [B]
-        passages: Token ids of the documents. [P]
         documents: The documents' numbers: equal for the same document, in every process. [P]
         targets: The number of each question's own positive, one of `documents`. [B]
         gold: Numbers of all gold documents of each question, padded with -1. [B, G]
-        indices: The examples' numbers in their file.
     """
 
-    queries: Sequence[Sequence[int]]
-    passages: Sequence[Sequence[int]]
     documents: Tensor
     targets: Tensor
     gold: Tensor
-    indices: Sequence[int]
-
-    @property
-    def weight(self) -> int:
-        """Questions."""
-        return len(self.queries)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.queries)) + sum(map(len, self.passages))
-
-    def to(self, device: torch.device) -> "ContrastiveBatch":
-        tensors = (tensor.to(device) for tensor in (self.documents, self.targets, self.gold))
-        return ContrastiveBatch(self.queries, self.passages, *tensors, indices=self.indices)
 
 
 class Contrastive(EncoderObjective):
@@ -79,9 +60,7 @@ class HardNegativeArguments:
     num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a question; replaces the ratio."})
 
     def __post_init__(self) -> None:
-        for name in ("hard_neg_ratio", "num_hard_negatives"):
-            if getattr(self, name) < 0:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0")
+        check_bounds(self, "hard_neg_ratio", "num_hard_negatives", at_least=0)
 
     def sample(self, pools: Sequence[Sequence[Document]], chance: random.Random) -> list[Document]:
         """Hard negatives of a batch, from those of each of its questions."""

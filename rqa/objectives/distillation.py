@@ -1,49 +1,32 @@
 """RPG and DCA: the retriever's distribution over K documents learns a frozen teacher's (Shi et al. 2023, REPLUG LSR;
 Izacard & Grave 2020). The two differ only in who is asked."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import EncoderObjective
+from rqa.objectives.encoding import EncoderBatch, EncoderObjective
 from rqa.objectives.losses import distillation
 from rqa.runtime.precision import autocast
 
 
 @dataclass(frozen=True)
-class DistillationBatch:
-    """B questions with K documents each, and what the teacher thinks of them.
+class DistillationBatch(EncoderBatch):
+    """Questions with K documents each, and what the teacher thinks of them.
+
+    A question without any document counts in the weight, and its loss is zero.
 
     Attributes:
-        queries: Token ids of the questions. [B]
-        passages: Token ids of the distinct documents. [P]
         columns: Which of `passages` each document is. [B, K]
         teacher: The teacher's logits, -inf where a question has fewer than K documents. [B, K]
-        indices: The examples' numbers in their file.
         hit_rate: Share of the teacher's scores, so far in this run, that did not have to be computed.
     """
 
-    queries: Sequence[Sequence[int]]
-    passages: Sequence[Sequence[int]]
     columns: Tensor
     teacher: Tensor
-    indices: Sequence[int]
     hit_rate: float = 1.0
-
-    @property
-    def weight(self) -> int:
-        """Questions, not documents; one without any document counts, and its loss is zero."""
-        return len(self.queries)
-
-    @property
-    def num_tokens(self) -> int:
-        return sum(map(len, self.queries)) + sum(map(len, self.passages))
-
-    def to(self, device: torch.device) -> "DistillationBatch":
-        return replace(self, columns=self.columns.to(device), teacher=self.teacher.to(device))
 
 
 class ListObjective(EncoderObjective):

@@ -1,6 +1,7 @@
 """What all objectives that train an encoder share: embeddings with gradient, in chunks, and how it is saved."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -8,7 +9,31 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rqa.models.encoder import Encoder
-from rqa.packing import TokenBatch
+from rqa.packing import Batch, TokenBatch
+
+
+@dataclass(frozen=True)
+class EncoderBatch(Batch):
+    """B questions, and the P distinct documents that they are compared with.
+
+    Attributes:
+        queries: Token ids of the questions. [B]
+        passages: Token ids of the documents. [P]
+        indices: The examples' numbers in their file.
+    """
+
+    queries: Sequence[Sequence[int]]
+    passages: Sequence[Sequence[int]]
+    indices: Sequence[int]
+
+    @property
+    def weight(self) -> int:
+        """Questions, whatever their documents are."""
+        return len(self.queries)
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(map(len, self.queries)) + sum(map(len, self.passages))
 
 
 class EncoderObjective(nn.Module):

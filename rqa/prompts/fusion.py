@@ -9,14 +9,14 @@ from transformers import PreTrainedTokenizerBase
 from rqa.data.documents import Document
 from rqa.data.examples import Example, Turn
 from rqa.prompts.text import DoesNotFit, cut, fill, longest_that_fits, read_template
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 FUSION_TEMPLATE = "question: {question} context: {passage}"
 
 
 @dataclass
 class PassagePromptArguments:
-    """How a question and one of its passages become what an encoder reads."""
+    """How an encoder-decoder is asked, passage by passage."""
 
     prompt_template: str | None = field(
         default=None, metadata={"help": "A text file with {passage} and {question} that replaces the default prompt."}
@@ -24,14 +24,12 @@ class PassagePromptArguments:
     max_encoder_seq_length: int = field(default=512, metadata={"help": "Tokens of question and one passage."})
 
     def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if name.endswith("seq_length") and value < 2:
-                raise UserError(f"--{name} {value}: must be at least 2")
+        check_bounds(self, *(name for name in vars(self) if name.endswith("seq_length")), at_least=2)
 
 
 @dataclass
 class FusionPromptArguments(PassagePromptArguments):
-    """The same for a reader that answers."""
+    """How long an encoder-decoder's answers are."""
 
     max_decoder_seq_length: int = field(default=256, metadata={"help": "Tokens of an answer, given or generated."})
 

@@ -12,7 +12,7 @@ from rqa.prompts import retrieval_query
 from rqa.recipes.files import DataArguments
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.opening import RetrieverArguments, open_retriever
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import check_bounds
 from rqa.training.arguments import LoopArguments
 
 
@@ -30,8 +30,7 @@ class ContextArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.n_context < 2:
-            raise UserError(f"--n_context {self.n_context}: at least 2 passages can be told apart")
+        check_bounds(self, "n_context", at_least=2)  # one cannot be told from others
 
 
 def find_contexts(

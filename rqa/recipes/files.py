@@ -1,4 +1,4 @@
-"""What a training run reads and where it writes."""
+"""What a run reads and where it writes."""
 
 import json
 import logging
@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 from rqa.data.documents import Document, read_documents
 from rqa.data.examples import Example, read_examples
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES
+from rqa.models.loading import LoadingArguments
 from rqa.models.lora import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
@@ -40,6 +41,22 @@ class DataArguments:
     full_dataset_index_path: str | None = field(
         default=None, metadata={"help": "The index: built there if absent or stale; by default in memory."}
     )
+
+
+@dataclass
+class EvaluationDataArguments(LoadingArguments):
+    """What to evaluate, on what."""
+
+    embedding_model_name_or_path: str = field(
+        metadata={"help": "The retriever's encoder: a directory or a hub name; bm25: BM25, without an encoder."}
+    )
+    document_path: str = field(metadata={"help": "The document database: .jsonl, or LocalRQA's .pkl."})
+    eval_data_path: str = field(metadata={"help": "Examples, JSONL: with gold passages, and answers for a reader."})
+    output_dir: str = field(metadata={"help": "Where scores, predictions and report go."})
+    index_path: str | None = field(
+        default=None, metadata={"help": "The index: built there if absent or stale; by default in memory."}
+    )
+    max_examples: int = field(default=0, metadata={"help": "Evaluate on so many questions, a fixed subset; 0: all."})
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from rqa.data.examples import Example
 from rqa.models.generator import TextGenerator
 from rqa.models.loading import LoadingArguments
 from rqa.prompts import retrieval_query
+from rqa.prompts.estimate import check_price, cost
 from rqa.prompts.generation import Conversation, ask_answer, ask_questions, parse_answer, parse_questions
 from rqa.retrieval.hits import PassageRetriever
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 log = logging.getLogger(__name__)
 
@@ -37,10 +38,8 @@ class GeneratorArguments(LoadingArguments):
     estimate_only: bool = field(default=False, metadata={"help": "Say what it would cost, and stop."})
 
     def __post_init__(self) -> None:
-        if self.max_new_tokens < 1:
-            raise UserError(f"--max_new_tokens {self.max_new_tokens}: must be at least 1")
-        if len(self.price) not in (0, 2) or min(self.price, default=0) < 0:
-            raise UserError("--price: takes two numbers, dollars for a million tokens in and out")
+        check_bounds(self, "max_new_tokens", at_least=1)
+        check_price("price", self.price)
 
 
 @dataclass
@@ -182,13 +181,8 @@ def write_answers(
 
 def estimate(generator: TextGenerator, conversations: Sequence[Conversation], arguments: GeneratorArguments) -> str:
     """What generating will cost at most, before anything is asked."""
-    given, written = generator.count_tokens(conversations), arguments.max_new_tokens * len(conversations)
-    price = arguments.price
-    cost = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
-    return (
-        f"{len(conversations)} replies, some {given:,} tokens in, at most {written:,} out{cost}; replies already kept "
-        "cost nothing"
-    )
+    written = arguments.max_new_tokens * len(conversations)
+    return cost(f"{len(conversations)} replies", generator.count_tokens(conversations), written, arguments.price)
 
 
 def answers_path(path: Path, directory: Path) -> Path:

@@ -12,7 +12,7 @@ from rqa.objectives.dca import CrossAttentionScorer, GivenScores
 from rqa.objectives.teacher import Teacher
 from rqa.prompts import PassagePromptArguments
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.files import cache_root, fingerprint
 from rqa.runtime.precision import compute_dtype
 from rqa.training.arguments import LoopArguments
@@ -39,8 +39,7 @@ class ReaderTeacherArguments:
     def __post_init__(self) -> None:
         if self.with_score == bool(self.reader_model_path):
             raise UserError("--reader_model_path: give it, or --with_score true to read scores from the data file")
-        if self.reader_batch_size < 1:
-            raise UserError(f"--reader_batch_size {self.reader_batch_size}: must be at least 1")
+        check_bounds(self, "reader_batch_size", at_least=1)
 
 
 def load_reader_teacher(

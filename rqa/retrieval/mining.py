@@ -18,7 +18,7 @@ from rqa.data.duplicates import digest, normalize
 from rqa.data.examples import Example
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hits import Hits, PassageRetriever, best, stack
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 QUERIES_AT_ONCE = 256
 TEXTS_KEPT = 2**18  # passages whose text's digest is remembered
@@ -48,14 +48,11 @@ class NegativeArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.negatives_from_rank < 1:
-            raise UserError(f"--negatives_from_rank {self.negatives_from_rank}: must be at least 1")
+        check_bounds(self, "negatives_from_rank", at_least=1)
+        check_bounds(self, "negatives_margin", at_least=0)
+        check_bounds(self, "negatives_max_share", above=0, at_most=1)
         if self.negatives_to_rank < self.negatives_from_rank:
             raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: is before --negatives_from_rank")
-        if self.negatives_margin is not None and self.negatives_margin < 0:
-            raise UserError(f"--negatives_margin {self.negatives_margin}: must not be negative")
-        if self.negatives_max_share is not None and not 0 < self.negatives_max_share <= 1:
-            raise UserError(f"--negatives_max_share {self.negatives_max_share}: must be above 0 and at most 1")
 
     def highest_score(self, gold: float) -> float:
         """The greatest score that a hard negative may have, from that of the best gold passage."""

@@ -17,7 +17,7 @@ from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.lexical import LexicalRetriever
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 log = logging.getLogger(__name__)
 
@@ -45,8 +45,7 @@ class RetrieverArguments:
     )
 
     def __post_init__(self) -> None:
-        if self.fusion_weight is not None and not 0 <= self.fusion_weight <= 1:
-            raise UserError(f"--fusion_weight {self.fusion_weight}: must be between 0 and 1")
+        check_bounds(self, "fusion_weight", at_least=0, at_most=1)
         if self.fusion_weight is not None and self.fusion != "weighted":
             raise UserError("--fusion_weight: reciprocal ranks have no weight; add --fusion weighted")
         if self.fusion != "rrf" and self.retriever != "hybrid":

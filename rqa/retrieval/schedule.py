@@ -4,7 +4,7 @@ import re
 from dataclasses import dataclass, field
 
 from rqa.models.encoder import Encoder
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 
 @dataclass
@@ -32,8 +32,7 @@ class RefreshArguments:
 
     def __post_init__(self) -> None:
         parse_schedule(self.refresh_step)
-        if not 0 < self.refresh_fraction <= 1:
-            raise UserError(f"--refresh_fraction {self.refresh_fraction}: must be above 0 and at most 1")
+        check_bounds(self, "refresh_fraction", above=0, at_most=1)
         if self.train_query_encoder_only and self.cheaper:
             raise UserError(f"--train_query_encoder_only true: documents never change; leave out --{self.cheaper}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from rqa.models.loading import LoadingArguments
 from rqa.models.lora import LoraArguments
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, check_bounds
 
 STRATEGIES = ["no", "steps", "epoch"]
 
@@ -115,44 +115,30 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        positive = (
-            "per_device_train_batch_size",
-            "per_device_eval_batch_size",
-            "gradient_accumulation_steps",
-            "logging_steps",
-            "eval_steps",
-            "save_steps",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
         self._check_numbers()
         self._check_new_layers()
-        if self.save_total_limit is not None and self.save_total_limit < 1:
-            raise UserError(f"--save_total_limit {self.save_total_limit}: must be at least 1")
         if self.use_flash_attention and not (self.bf16 or self.fp16):
             raise UserError("--use_flash_attention true: flash-attn computes in half precision; add --bf16 true")
         if self.fsdp != "no" and self.fp16:
             raise UserError("--fp16 true: sharded training scales no loss; use --bf16 true with --fsdp full_shard")
         if self.max_steps < 1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
-        if not 0 <= self.warmup_ratio <= 1:
-            raise UserError(f"--warmup_ratio {self.warmup_ratio}: must be between 0 and 1")
         if Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir}: is a file")
 
     def _check_numbers(self) -> None:
-        at_least_0 = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
-                      "warmup_steps", "seed", "dataloader_num_workers", "eval_max_examples")  # fmt: skip
         for item in fields(self):
             value = getattr(self, item.name)
             if isinstance(value, int | float) and not abs(value) < 2**32:  # NaN, too
                 raise UserError(f"--{item.name} {value}: is no number to train with")
-            if item.name in at_least_0 and (value or 0) < 0:
-                raise UserError(f"--{item.name} {value}: must not be negative")
-        for name in ("adam_beta1", "adam_beta2"):
-            if not 0 <= getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 0 and less than 1")
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                  "logging_steps", "eval_steps", "save_steps", "save_total_limit")  # fmt: skip
+        amounts = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm",
+                   "warmup_steps", "seed", "dataloader_num_workers", "eval_max_examples")  # fmt: skip
+        check_bounds(self, *counts, at_least=1)
+        check_bounds(self, *amounts, at_least=0)
+        check_bounds(self, "warmup_ratio", at_least=0, at_most=1)
+        check_bounds(self, "adam_beta1", "adam_beta2", at_least=0, below=1)
 
     def _check_new_layers(self) -> None:
         if (self.new_layers is None) != (self.new_layers_learning_rate is None):

@@ -2,8 +2,6 @@
 
 import json
 import random
-import runpy
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -161,24 +159,8 @@ def evaluated(data: Path, encoder_path: str, tmp_path: Path, run_executable: Run
     return evaluate
 
 
-@pytest.fixture
-def compare_runs(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """Run bin/compare_runs in this process; its exit status."""
-
-    def run(*line: object) -> int:
-        path = str(Path(__file__).parents[2] / "bin" / "compare_runs")
-        monkeypatch.setattr(sys, "argv", [path, *map(str, line)])
-        try:
-            runpy.run_path(path, run_name="__main__")
-        except SystemExit as end:
-            return int(end.code or 0)
-        return 0
-
-    return run
-
-
 def test_retrievers_are_evaluated_and_compared(
-    evaluated: Callable[[str, str], Path], compare_runs: Callable[..., int], capsys: pytest.CaptureFixture[str]
+    evaluated: Callable[[str, str], Path], run_line: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     outputs = [evaluated("bm25", "bm25"), evaluated("", "dense"), evaluated("", "hybrid")]
     for output in outputs:
@@ -191,11 +173,11 @@ def test_retrievers_are_evaluated_and_compared(
         assert len((output / "qrels.trec").read_text().splitlines()) == 16
     assert json.loads((outputs[0] / "score.json").read_text())["test_retr/recall@3"] > 0.9
     capsys.readouterr()
-    assert compare_runs(outputs[1], outputs[0]) == 0
+    assert run_line("compare_runs", outputs[1], outputs[0]) == 0
     said = capsys.readouterr().out
     assert said.rstrip().endswith("this is more than chance.")
     assert "gained by B in retr/recall@1:" in said
-    assert compare_runs(outputs[1], outputs[1], "--metric", "retr/mrr@10") == 0
+    assert run_line("compare_runs", outputs[1], outputs[1], "--metric", "retr/mrr@10") == 0
     assert "retr/mrr@10 is the same as A's" in capsys.readouterr().out
 
 
@@ -222,11 +204,13 @@ def test_a_retriever_is_not_scored_without_gold(
     ],
 )
 def test_what_cannot_be_compared_is_one_line(
-    runs: list[str], message: str, compare_runs: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    runs: list[str], message: str, run_line: Callable[..., int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = {"old": {"question": "q"}, "good": row("q", f1=1.0), "other": row("r", f1=1.0)}
     for name, value in files.items():
         (tmp_path / name).write_text(json.dumps(value))
     (tmp_path / "empty").touch()
-    assert compare_runs(*(tmp_path / run if run in (*files, "empty", "absent") else run for run in runs)) == 2
+    assert (
+        run_line("compare_runs", *(tmp_path / run if run in (*files, "empty", "absent") else run for run in runs)) == 2
+    )
     assert message in capsys.readouterr().err

@@ -154,7 +154,7 @@ def test_so_many_examples_at_most_and_always_the_same(server: OpenAIServer) -> N
     ("others", "cost"),
     [
         ({"judge_price": [1000.0, 2000.0]}, r"at most 512 out, at most \$1\.\d\d;"),
-        ({}, r"at most 512 out \(--judge_price: its cost\);"),
+        ({}, r"at most 512 out;"),
     ],
 )
 def test_the_cost_is_estimated_before_the_judge_is_asked(

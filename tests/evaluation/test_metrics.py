@@ -23,7 +23,7 @@ from rqa.evaluation.metrics import (
     score_answer,
     token_f1,
 )
-from rqa.evaluation.retrieval import score_retrieval
+from rqa.evaluation.retrieval import mean_scores, score_questions
 
 PAIRS = [
     ("Arlen trades in copper.", "Arlen trades in copper."),
@@ -250,7 +250,7 @@ def random_questions(seed: int) -> tuple[list[list[Document]], list[Example]]:
 @pytest.mark.parametrize("seed", range(5))
 def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give(seed: int) -> None:
     found, examples = random_questions(seed)
-    ours = score_retrieval(found, examples, [1, 4, 10])
+    ours = mean_scores(score_questions(found, examples, [1, 4, 10]))
     recall, mrr, gains = {1: [], 4: [], 10: []}, [], []
     for documents, example in zip(found, examples, strict=True):
         if not example.gold_docs:
@@ -275,16 +275,16 @@ def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give(seed:
 
 def test_documents_are_gold_by_source_and_content() -> None:
     found = [[Document("Text.", {"source": "b"}), Document("Text.", {"source": "a", "title": "more"}, "formatted")]]
-    scores = score_retrieval(found, [Example("Why?", (Document("Text.", {"source": "a"}),))], [1, 2])
+    scores = mean_scores(score_questions(found, [Example("Why?", (Document("Text.", {"source": "a"}),))], [1, 2]))
     assert (scores["retr/recall@1"], scores["retr/recall@2"], scores["retr/mrr@10"]) == (0, 1, 0.5)
 
 
 def test_gold_named_twice_is_one_document() -> None:
     gold = Document("Text.", {"source": "a"})
-    scores = score_retrieval([[gold]], [Example("Why?", (gold, gold))], [1])
+    scores = mean_scores(score_questions([[gold]], [Example("Why?", (gold, gold))], [1]))
     assert set(scores.values()) == {1.0}
 
 
 def test_questions_without_gold_have_no_scores() -> None:
-    assert score_retrieval([[], []], [Example("Why?"), Example("How?")], [1]) == {}
-    assert score_retrieval([], [], [1]) == {}
+    assert mean_scores(score_questions([[], []], [Example("Why?"), Example("How?")], [1])) == {}
+    assert mean_scores([]) == {}

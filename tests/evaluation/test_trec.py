@@ -10,7 +10,7 @@ import pytrec_eval
 from rqa.data.documents import Document
 from rqa.data.examples import Example
 from rqa.evaluation.metrics import score_ranking
-from rqa.evaluation.retrieval import score_retrieval
+from rqa.evaluation.retrieval import mean_scores, score_questions
 from rqa.evaluation.trec import document_name, read_qrels, read_run, write_qrels, write_run
 from rqa.retrieval.hits import Hits
 from rqa.runtime.errors import UserError
@@ -63,7 +63,7 @@ def test_trec_eval_finds_our_scores_in_the_files_we_write(seed: int, tmp_path: P
         judge = pytrec_eval.RelevanceEvaluator(pytrec_eval.parse_qrel(qrels), MEASURES)
         theirs = judge.evaluate(pytrec_eval.parse_run(run))
     found = [[documents[i] for i in row if i >= 0] for row in ids.tolist()]
-    ours = score_retrieval(found, examples, [1, 4, 10])
+    ours = mean_scores(score_questions(found, examples, [1, 4, 10]))
     for name, measure in (("retr/ndcg@10", "ndcg_cut_10"), ("retr/map@10", "map_cut_10")):
         assert ours[name] == pytest.approx(np.mean([row[measure] for row in theirs.values()]), abs=1e-6)
     assert ours["retr/recall@4"] == np.mean([row["recall_4"] == 1 for row in theirs.values()])

@@ -19,7 +19,7 @@ from rqa.data.examples import Example, Turn
 from rqa.models import server as server_module
 from rqa.models.endpoint import Endpoint, EndpointArguments
 from rqa.models.endpoint_reader import EndpointReader
-from rqa.models.replies import answer_tokens
+from rqa.models.replies import Reply, answer_tokens
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError
 
@@ -41,6 +41,10 @@ def say(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
 WORDS = [f"word {number}" for number in range(12)]
 
 
@@ -57,15 +61,15 @@ def test_replies_come_in_the_order_of_the_questions_with_their_tokens(server: Op
 @pytest.mark.parametrize("concurrency", [1, 6])
 def test_as_many_requests_as_allowed_are_in_flight_at_once(concurrency: int, server: OpenAIServer) -> None:
     server.delay = 0.05
-    connect(server, concurrency=concurrency).chat(say(*WORDS), 7)
+    connect(server, concurrency=concurrency).ask(say(*WORDS), 7)
     assert server.most_at_once == concurrency
 
 
 def test_a_question_is_sent_once_by_one_run_and_by_the_next(server: OpenAIServer) -> None:
-    first = connect(server).chat(say("a", "b", "a"), 7)
+    first = texts(connect(server).ask(say("a", "b", "a"), 7))
     assert first == ["You said: a", "You said: b", "You said: a"]
     assert len(server.of("chat/completions")) == 2
-    assert connect(server).chat(say("b", "c", "a"), 7) == ["You said: b", "You said: c", "You said: a"]
+    assert texts(connect(server).ask(say("b", "c", "a"), 7)) == ["You said: b", "You said: c", "You said: a"]
     assert len(server.of("chat/completions")) == 3
 
 
@@ -85,12 +89,11 @@ def test_a_reply_is_timed_once_and_what_was_kept_is_counted_and_not_timed(
 
 def test_whatever_decides_a_reply_asks_anew(server: OpenAIServer) -> None:
     server.models = ["tiny", "other"]
-    connect(server, model="tiny").chat(say("a"), 7)
-    connect(server, model="other").chat(say("a"), 7)
-    connect(server, model="tiny").chat(say("a"), 8)
-    connect(server, model="tiny").chat(say("a"), 7, temperature=0.5)
-    connect(server, model="tiny").chat([[{"role": "system", "content": "a"}]], 7)
-    assert len(server.of("chat/completions")) == 5
+    connect(server, model="tiny").ask(say("a"), 7)
+    connect(server, model="other").ask(say("a"), 7)
+    connect(server, model="tiny").ask(say("a"), 8)
+    connect(server, model="tiny").ask([[{"role": "system", "content": "a"}]], 7)
+    assert len(server.of("chat/completions")) == 4
 
 
 FAULTS: dict[str, Callable[[], Response]] = {
@@ -113,7 +116,7 @@ FAULTS: dict[str, Callable[[], Response]] = {
 def test_what_may_pass_is_asked_again(name: str, server: OpenAIServer) -> None:
     server.faults = [None, FAULTS[name], FAULTS[name]]
     endpoint = connect(server, concurrency=1, timeout=1.0)
-    assert endpoint.chat(say("a", "b"), 7) == ["You said: a", "You said: b"]
+    assert texts(endpoint.ask(say("a", "b"), 7)) == ["You said: a", "You said: b"]
     assert [body["messages"][0]["content"] for body in server.of("chat/completions")] == ["a", "b", "b", "b"]
 
 
@@ -121,7 +124,7 @@ def test_what_may_pass_is_asked_again(name: str, server: OpenAIServer) -> None:
 def test_what_does_not_pass_is_one_line_with_the_servers_words(name: str, server: OpenAIServer) -> None:
     server.faults = [FAULTS[name]] * 3
     with pytest.raises(UserError, match=r"127\.0\.0\.1") as caught:
-        connect(server, concurrency=1, retries=2, timeout=0.3).chat(say("a"), 7)
+        connect(server, concurrency=1, retries=2, timeout=0.3).ask(say("a"), 7)
     assert len(server.of("chat/completions")) == 3
     assert "asked 3 times" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -133,7 +136,7 @@ def test_what_does_not_pass_is_one_line_with_the_servers_words(name: str, server
 @pytest.mark.parametrize("asked", [lambda: "0.5", lambda: formatdate(time.time() + 2, usegmt=True)])
 def test_the_server_says_how_long_to_wait(asked: Callable[[], str], server: OpenAIServer) -> None:
     server.faults = [lambda: error(429, "wait", retry_after=asked())]
-    connect(server, model="tiny").chat(say("a"), 7)
+    connect(server, model="tiny").ask(say("a"), 7)
     first, second = server.seen
     assert second.at - first.at >= 0.5
 
@@ -151,17 +154,17 @@ def test_the_server_says_how_long_to_wait(asked: Callable[[], str], server: Open
 def test_what_will_not_pass_is_asked_once(fault: Callable[[], Response], expected: str, server: OpenAIServer) -> None:
     server.faults = [fault]
     with pytest.raises(UserError, match=expected):
-        connect(server).chat(say("a"), 7)
+        connect(server).ask(say("a"), 7)
     assert len(server.of("chat/completions")) == 1
 
 
 def test_the_key_comes_from_the_flag_or_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "secret"
     with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: set \$OPENAI_API_KEY"):
-        connect(server, api_key="wrong").chat(say("a"), 7)
-    connect(server, api_key="secret").chat(say("a"), 7)
+        connect(server, api_key="wrong").ask(say("a"), 7)
+    connect(server, api_key="secret").ask(say("a"), 7)
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    connect(server).chat(say("b"), 7)
+    connect(server).ask(say("b"), 7)
     assert "secret" not in repr(EndpointArguments(endpoint_api_key="secret"))
 
 
@@ -169,9 +172,9 @@ def test_the_model_is_the_only_one_listed_or_must_be_named(server: OpenAIServer)
     assert connect(server).model == "tiny"
     server.models = ["tiny", "other"]
     with pytest.raises(UserError, match="tiny, other; name it with --endpoint_model"):
-        connect(server).chat(say("a"), 7)
+        connect(server).ask(say("a"), 7)
     with pytest.raises(UserError, match="404, The model `third` does not exist; no such model"):
-        connect(server, model="third").chat(say("a"), 7)
+        connect(server, model="third").ask(say("a"), 7)
 
 
 def test_nobody_at_the_address_is_one_line_at_once(server: OpenAIServer) -> None:
@@ -180,7 +183,7 @@ def test_nobody_at_the_address_is_one_line_at_once(server: OpenAIServer) -> None
         url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
     started = time.monotonic()
     with pytest.raises(UserError, match=r"/v1: cannot be reached \(.+\), asked 1 time; is a server running"):
-        Endpoint(f"openai::{url}", EndpointArguments()).chat(say("a"), 7)
+        Endpoint(f"openai::{url}", EndpointArguments()).ask(say("a"), 7)
     assert time.monotonic() - started < 5
 
 
@@ -200,9 +203,9 @@ def test_settings_without_sense_are_named(settings: dict[str, float]) -> None:
 def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
     server.faults = [None] * 7 + [lambda: error(400, "no")]
     with pytest.raises(UserError, match="400, no"):
-        connect(server, concurrency=1).chat(say(*WORDS), 7)
+        connect(server, concurrency=1).ask(say(*WORDS), 7)
     server.seen.clear()
-    assert connect(server, concurrency=1).chat(say(*WORDS), 7) == [f"You said: {word}" for word in WORDS]
+    assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
     assert [body["messages"][0]["content"] for body in server.of("chat/completions")] == WORDS[7:]
 
 
@@ -224,21 +227,21 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
     thread = threading.Thread(target=interrupt)
     thread.start()
     with pytest.raises(KeyboardInterrupt):
-        connect(server, concurrency=2).chat(say(*WORDS), 7)
+        connect(server, concurrency=2).ask(say(*WORDS), 7)
     interrupted.set()
     thread.join()
     server.seen.clear()
-    assert connect(server).chat(say(*WORDS), 7) == [f"You said: {word}" for word in WORDS]
+    assert texts(connect(server).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
     assert len(server.of("chat/completions")) == len(WORDS) - 6
 
 
 def test_text_that_utf8_cannot_carry_is_sent_all_the_same(server: OpenAIServer) -> None:
-    assert connect(server).chat(say("half \ud83d a pair, 木 and 🙂"), 7) == ["You said: half ? a pair, 木 and 🙂"]
+    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half ? a pair, 木 and 🙂"]
 
 
 def test_a_reply_without_text_is_empty(server: OpenAIServer) -> None:
     server.faults = [lambda: JSONResponse({"choices": [{"message": {"content": None}}], "usage": None})]
-    assert connect(server).chat(say("a"), 7) == [""]
+    assert texts(connect(server).ask(say("a"), 7)) == [""]
 
 
 # Scores of given answers.

@@ -280,7 +280,7 @@ def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:
     ("arguments", "message"),
     [
         ({"num_beams": 0}, "--num_beams 0: must be at least 1"),
-        ({"temperature": 0.0}, "--temperature 0.0: must be positive"),
+        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"top_p": 1.5}, "--top_p 1.5: must be above 0"),
         ({"top_p": 0.5}, "--temperature and --top_p need --do_sample true"),
     ],

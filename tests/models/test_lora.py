@@ -19,11 +19,10 @@ Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
-def flags(data: Path, tmp_path: Path) -> dict[str, object]:
+def flags(files: dict[str, Path], tmp_path: Path) -> dict[str, object]:
     """What a reader and a retriever need beside their models."""
     return {
-        **{f"{name}_file": data / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")},
-        "full_dataset_file_path": data / "documents.jsonl",
+        **files,
         "output_dir": tmp_path / "out",
         "use_lora": "true",
         "lora_r": 4,

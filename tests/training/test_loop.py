@@ -378,7 +378,10 @@ def test_new_layers_that_nothing_is_named_are_refused(arguments: LoopArguments) 
         ({"new_layers": "bias"}, "--new_layers: goes with --new_layers_learning_rate"),
         ({"new_layers_learning_rate": 0.1}, "--new_layers: goes with --new_layers_learning_rate"),
         ({"new_layers": "(", "new_layers_learning_rate": 0.1}, r"--new_layers \(: is no regular expression"),
-        ({"new_layers": "bias", "new_layers_learning_rate": -1.0}, "--new_layers_learning_rate -1.0: must not be"),
+        (
+            {"new_layers": "bias", "new_layers_learning_rate": -1.0},
+            "--new_layers_learning_rate -1.0: must be at least 0",
+        ),
     ],
 )
 def test_rates_of_new_layers_that_make_no_sense_are_refused(
