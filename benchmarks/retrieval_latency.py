@@ -23,9 +23,9 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 import faiss
 import numpy as np
-import torch
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.evaluation.runtime import latencies, seconds

@@ -18,11 +18,12 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+import numpy as np
 from harness import new_parser, print_result, print_table, read_corpus
 
 from rqa.data.documents import Document, write_documents
@@ -136,7 +137,9 @@ def train_sentence_transformers(arguments: argparse.Namespace, output: Path, tra
         report_to="none",
     )
     loss = MultipleNegativesRankingLoss(model)
-    SentenceTransformerTrainer(model, settings, train_dataset=Dataset.from_dict(pairs), loss=loss).train()
+    trainer = SentenceTransformerTrainer(model, settings, train_dataset=Dataset.from_dict(pairs), loss=loss)
+    with redirect_stdout(sys.stderr):  # it prints what it logs, and a table is to come
+        trainer.train()
     model.save(str(directory))
     return str(directory)
 

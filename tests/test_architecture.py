@@ -68,6 +68,15 @@ def test_no_executable_imports_another() -> None:
         assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
 
 
+def test_torch_is_imported_before_faiss() -> None:
+    """The other way round each brings an OpenMP of its own: searches took ten times as long (see retrieval/index.py)."""
+    paths = [*(ROOT / "rqa").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
+    texts = [path.read_text(encoding="utf-8") for path in paths]
+    found = [text for text in texts if "\nimport faiss" in text]
+    assert found
+    assert all("\nimport torch" in text.partition("\nimport faiss")[0] for text in found)
+
+
 def test_every_benchmark_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     for path in (ROOT / "benchmarks").glob("*.py"):

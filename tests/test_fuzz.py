@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 import numpy as np
 import pytest
-import torch
+from torch import nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from rqa.data.documents import Document, read_documents, write_documents
 from rqa.data.examples import Example, read_examples, write_examples

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import pytest
 from openai_server import OpenAIServer, serve
 from transformers import PreTrainedTokenizerBase
 

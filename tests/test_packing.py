@@ -4,8 +4,8 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 
-import pytest
 import torch
+import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.models.causal_lm import answer_logits, load_causal_lm

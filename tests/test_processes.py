@@ -8,11 +8,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 import torch
+import pytest
+from torch import Tensor
 from openai_server import serve
 from safetensors.torch import load_file
-from torch import Tensor
 
 from rqa.data.examples import Example, write_examples
 

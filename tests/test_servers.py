@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
+import pytest
 from openai_server import OpenAIServer, serve
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import faiss
 import numpy as np
-import torch
 import transformers
 
 from rqa.runtime import distributed

@@ -5,9 +5,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor, nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 from transformers.utils import cached_file
 
 from rqa.runtime.errors import UserError, one_line

@@ -6,8 +6,8 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 
-import numpy as np
 import torch
+import numpy as np
 
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed

@@ -4,6 +4,7 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch  # noqa: F401  before FAISS, or each has an OpenMP of its own, and their threads fight for the cores
 import faiss
 import numpy as np
 

@@ -8,8 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
-import numpy as np
 import torch
+import numpy as np
 
 from rqa.retrieval.background import BackgroundEncoding
 from rqa.retrieval.retriever import Retriever

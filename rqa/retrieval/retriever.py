@@ -4,8 +4,8 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import torch
+import numpy as np
 
 from rqa.data.documents import Document
 from rqa.models.encoder import Encoder

@@ -4,8 +4,8 @@ import copy
 from itertools import pairwise
 from types import SimpleNamespace
 
-import pytest
 import torch
+import pytest
 import transformers
 from torch import Tensor
 from transformers import DynamicCache

@@ -5,8 +5,8 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-import pytest
 import torch
+import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data.documents import Document

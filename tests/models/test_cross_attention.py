@@ -3,8 +3,8 @@
 import copy
 from collections.abc import Sequence
 
-import pytest
 import torch
+import pytest
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

@@ -3,8 +3,8 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-import pytest
 import torch
+import pytest
 from torch import Tensor
 from transformers import (
     AutoModelForSeq2SeqLM,

@@ -6,10 +6,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import torch
 import huggingface_hub.constants
 import numpy as np
 import pytest
-import torch
 from torch import nn
 from transformers import (
     AutoModel,

@@ -2,9 +2,9 @@
 
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
-import torch
 from sentence_transformers import SentenceTransformer
 
 from rqa.data.documents import Document

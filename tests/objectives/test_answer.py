@@ -2,8 +2,8 @@
 
 from collections.abc import Sequence
 
-import pytest
 import torch
+import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rqa.data.documents import Document

@@ -4,9 +4,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
-import torch
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example

@@ -7,8 +7,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
+import pytest
 from torch import Tensor
 
 from rqa.data.documents import Document

@@ -2,9 +2,9 @@
 
 from dataclasses import replace
 
+import torch
 import numpy as np
 import pytest
-import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import pytest
 import torch
+import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data.documents import Document

@@ -2,8 +2,8 @@
 
 import math
 
-import pytest
 import torch
+import pytest
 from torch import Tensor
 
 from rqa.objectives.losses import answer_nll, contrastive, distillation

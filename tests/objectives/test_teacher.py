@@ -12,8 +12,8 @@ from dataclasses import replace
 from multiprocessing.synchronize import Barrier
 from pathlib import Path
 
-import pytest
 import torch
+import pytest
 from torch.nn.functional import dropout
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 

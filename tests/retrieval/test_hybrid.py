@@ -5,9 +5,9 @@ import random
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
-import torch
 
 from rqa.data.documents import Document
 from rqa.data.examples import Example, write_examples

@@ -5,9 +5,9 @@ import random
 import threading
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 

@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 import numpy as np
 import pytest
-import torch
 
 from rqa.data.documents import Document
 from rqa.models.encoder import Encoder, load_encoder

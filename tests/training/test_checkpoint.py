@@ -9,10 +9,10 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import pytest
 from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
 
 from rqa.recipes.files import open_output
 from rqa.runtime.errors import UserError

@@ -10,10 +10,10 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import pytest
 import torch
-from safetensors.torch import load_file, save_file
+import pytest
 from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
 from transformers import get_scheduler
 
 from rqa.runtime.errors import UserError
