@@ -69,7 +69,7 @@ def test_no_executable_imports_another() -> None:
 
 
 def test_torch_is_imported_before_faiss() -> None:
-    """The other way round each brings an OpenMP of its own: searches took ten times as long (see retrieval/index.py)."""
+    """The other way round each has an OpenMP of its own, and searches take ten times as long (retrieval/index.py)."""
     paths = [*(ROOT / "rqa").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
     texts = [path.read_text(encoding="utf-8") for path in paths]
     found = [text for text in texts if "\nimport faiss" in text]
