@@ -135,7 +135,7 @@ def test_the_payloads_of_these_tests_do_run_elsewhere(tmp_path: Path) -> None:
         ("local_rqa_evil.document", "Document"),
         ("elsewhere", "Document"),
         ("collections", "OrderedDict"),
-        ("pathlib", "PosixPath"),
+        ("subprocess", "Popen"),
         ("rqa.data.documents", "Document"),
     ],
 )
