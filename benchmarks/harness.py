@@ -237,7 +237,10 @@ def times(row: Row) -> str:
 
 def print_result(script: str, arguments: argparse.Namespace, rows: Sequence[Any], **more: Any) -> None:
     """One line of JSON, the last that a benchmark prints: its flags, the machine it ran on, and its rows."""
-    flags = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
+    given = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
+    flags = {
+        name: Path(value).name if isinstance(value, str) and "/" in value else value for name, value in given.items()
+    }
     told = {"benchmark": Path(script).stem, **flags, **more, **machine(), "peers": peer_versions(), "rows": rows}
     print(json.dumps(told))
 
