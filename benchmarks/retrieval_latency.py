@@ -57,7 +57,9 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Passages and questions; every system gets the same."""
+    """Passages and questions; every system gets the same, and the search alone none."""
+    if arguments.only == ["search"]:
+        return
     documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
     texts = {
         "documents": [document.fmt_content for document in documents],
