@@ -4,7 +4,6 @@ The model is any encoder-decoder of `transformers`, used through `get_encoder()`
 parameter is renamed, and its checkpoint is an ordinary one.
 """
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -31,8 +30,6 @@ from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch, pad
 from rqa.prompts import FusionPrompter, FusionSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import in_step, is_sharded
-
-log = logging.getLogger(__name__)
 
 WARM_START = "bert::"
 NEAR_ZERO = 0.1

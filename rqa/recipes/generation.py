@@ -1,6 +1,5 @@
 """Training data from a document database: passages sampled and split, questions asked about them, answers given."""
 
-import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,8 +17,6 @@ from rqa.prompts.estimate import check_price, cost
 from rqa.prompts.generation import Conversation, ask_answer, ask_questions, parse_answer, parse_questions
 from rqa.retrieval.hits import PassageRetriever
 from rqa.runtime.errors import UserError, check_bounds
-
-log = logging.getLogger(__name__)
 
 SPLITS = ("train", "eval", "test")
 
