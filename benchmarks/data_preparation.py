@@ -20,15 +20,15 @@ from pathlib import Path
 from typing import Any
 
 from harness import compare, new_parser, peak_gib, print_result, print_table, times
+from pydocs.corpus import QUICKSTART, build_corpus
 from transformers import AutoTokenizer
 
-from rqa.data.chunking import ChunkArguments, Chunker
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.data.pydocs import QUICKSTART, build_corpus
-from rqa.data.sources import Source, read_sources
-from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.mining import NegativeArguments, NegativeChooser, mine, rank_in_parts
+from rqa.data import Document, Example
+from rqa.objectives.ctl import NegativeArguments, NegativeChooser
+from rqa.preparation.chunking import ChunkArguments, Chunker
+from rqa.preparation.mine import mine, rank_in_parts
+from rqa.preparation.sources import Source, read_sources
+from rqa.retrieval.hybrid import LexicalRetriever
 
 WORDS = 20_000  # of the made-up language
 TEXTS_JOINED = 20  # passages of pydocs that make one document

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
+from rqa.evaluation.answers import EvaluationArguments, evaluate_answers, find_passages
 from rqa.evaluation.metrics import corpus_bleu, score_answer
-from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers, find_passages
 from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.index import IndexArguments
@@ -71,7 +70,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.runtime import distributed
-    from rqa.runtime.precision import autocast, compute_dtype
+    from rqa.runtime.distributed import autocast, compute_dtype
 
     device = distributed.start()
     documents, examples = read(arguments)

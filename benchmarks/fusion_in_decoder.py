@@ -31,8 +31,7 @@ from harness import (
 )
 from transformers import T5Config, T5ForConditionalGeneration
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.loading import load_tokenizer
 from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence
 
@@ -101,7 +100,7 @@ def train_product(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
 ) -> Clock:
     """The product's own loop and objective."""
-    from rqa.objectives.fusion import FusionLikelihood
+    from rqa.objectives.fid import FusionLikelihood
 
     sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in rows]
     objective, clock = FusionLikelihood(model, prompter), Clock()

@@ -18,7 +18,7 @@ import torch
 from packaging.requirements import Requirement
 
 from rqa.evaluation.runtime import machine, seconds
-from rqa.runtime.allocator import tune_allocator
+from rqa.runtime.cli import tune_allocator
 
 Row = dict[str, Any]
 
@@ -37,7 +37,7 @@ def new_parser(
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if questions:
-        parser.add_argument("--document_path", help="documents; by default those of rqa.data.pydocs")
+        parser.add_argument("--document_path", help="documents; by default those of pydocs.corpus")
     for flag in questions:
         parser.add_argument(flag, help="their questions, with answers where those are needed")
     if precision:
@@ -110,9 +110,9 @@ def read_corpus(
     Args:
         answers: Whether the questions must have answers.
     """
-    from rqa.data.documents import read_documents
-    from rqa.data.examples import read_examples
-    from rqa.data.pydocs import QUICKSTART, build_corpus
+    from pydocs.corpus import QUICKSTART, build_corpus
+
+    from rqa.data import read_documents, read_examples
 
     if bool(document_path) != bool(train_file or eval_file):
         raise SystemExit("error: --document_path and the file of its questions are given together")
@@ -180,8 +180,7 @@ def train_rqa(
     """
     from rqa.runtime import distributed
     from rqa.training.arguments import LoopArguments
-    from rqa.training.batches import Batches
-    from rqa.training.loop import train
+    from rqa.training.loop import Batches, train
 
     def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
         clock.tick()

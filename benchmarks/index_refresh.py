@@ -28,15 +28,13 @@ from typing import Any
 import numpy as np
 from harness import new_parser, peak_gib, print_result, print_table, read_corpus, run_alone
 
-from rqa.data.documents import Document, write_documents
-from rqa.data.examples import Example, write_examples
+from rqa.data import Document, Example, write_documents, write_examples
+from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import score_questions
-from rqa.evaluation.statistics import mean_intervals
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
-from rqa.retrieval.background import BackgroundEncoding
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.refresh import Refresher
+from rqa.retrieval.refresh import BackgroundEncoding, Refresher
 from rqa.retrieval.retriever import Retriever
 
 METRIC = "retr/recall@4"

@@ -193,12 +193,12 @@ class Child:
 
 def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
     """Run an executable of bin/ and watch its phases."""
-    from rqa.evaluation.reader import ReaderEvaluation
+    from rqa.evaluation.answers import ReaderEvaluation
     from rqa.objectives.teacher import Teacher
     from rqa.recipes import retriever
     from rqa.retrieval.refresh import Refresher
     from rqa.training import loop
-    from rqa.training.batches import Batches
+    from rqa.training.loop import Batches
     from rqa.training.optim import Optimization
 
     watcher = Child(plan)

@@ -28,25 +28,23 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.models.fusion import load_fusion
+from rqa.models.encoder_decoder import load_fusion
 from rqa.models.loading import load_tokenizer
-from rqa.objectives.answer import AnswerLikelihood
-from rqa.objectives.candidates import CandidateArguments, RetrievedCandidates, ScoredCandidates
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
-from rqa.objectives.distillation import Distillation
-from rqa.objectives.fusion import FusionLikelihood
+from rqa.objectives.fid import FusionLikelihood
+from rqa.objectives.rpg import CandidateArguments, Distillation, RetrievedCandidates, ScoredCandidates
+from rqa.objectives.sft import AnswerLikelihood
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.precision import autocast, compute_dtype
+from rqa.runtime.distributed import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 from rqa.training.optim import Optimization
 

@@ -148,12 +148,12 @@ def time_batches(
 
 
 def open_rqa(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encode, Find, float]:
-    from rqa.data.documents import Document
+    from rqa.data import Document
     from rqa.models.encoder import load_encoder
     from rqa.retrieval.index import IndexArguments
     from rqa.retrieval.retriever import Retriever
     from rqa.runtime import distributed
-    from rqa.runtime.precision import autocast, compute_dtype
+    from rqa.runtime.distributed import autocast, compute_dtype
 
     device = distributed.start()
     dtype = compute_dtype(arguments.precision == "bf16", False, device)

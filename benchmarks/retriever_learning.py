@@ -26,18 +26,14 @@ import torch
 import numpy as np
 from harness import new_parser, print_result, print_table, read_corpus
 
-from rqa.data.documents import Document, write_documents
-from rqa.data.examples import Example, write_examples
+from rqa.data import Document, Example, write_documents, write_examples
+from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import score_questions
-from rqa.evaluation.statistics import mean_intervals
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
-from rqa.retrieval.hits import PassageRetriever
-from rqa.retrieval.hybrid import HybridRetriever
+from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, tuned_weight
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.opening import tuned_weight
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import PassageRetriever, Retriever
 
 METRICS = ("retr/recall@1", "retr/recall@4", "retr/recall@10", "retr/mrr@10")
 BIN = Path(__file__).resolve().parents[1] / "bin"

@@ -88,7 +88,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
     from rqa.models.loading import evaluating
     from rqa.objectives.ctl import Contrastive, ContrastiveBatch
     from rqa.runtime import distributed
-    from rqa.runtime.precision import autocast, compute_dtype
+    from rqa.runtime.distributed import autocast, compute_dtype
 
     device, size, bf16 = distributed.start(), len(triples), arguments.precision == "bf16"
     encoder = load_encoder(arguments.model_name_or_path, EncoderArguments(max_passage_length=arguments.max_length))

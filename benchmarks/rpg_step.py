@@ -19,19 +19,23 @@ from typing import Any
 import torch
 from harness import Clock, new_parser, print_result, print_table, read_corpus, run_benchmark, times, train_rqa
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_tokenizer
-from rqa.objectives.candidates import CandidateArguments, RetrievedCandidates, ScoredCandidates
-from rqa.objectives.distillation import Distillation
+from rqa.objectives.rpg import (
+    CandidateArguments,
+    Distillation,
+    LanguageModelArguments,
+    RetrievedCandidates,
+    ScoredCandidates,
+    load_teacher,
+)
 from rqa.prompts import PromptArguments, Prompter
-from rqa.recipes.teacher import LanguageModelArguments, load_teacher
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.precision import autocast, compute_dtype
+from rqa.runtime.distributed import autocast, compute_dtype
 from rqa.training.arguments import LoopArguments
 
 QUESTIONS, MAX_LENGTH, TEMPERATURE = 4, 512, 0.1

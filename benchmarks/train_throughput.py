@@ -66,7 +66,7 @@ def make_sequences(arguments: argparse.Namespace) -> Sequences:
     """The same for every system, two for each step."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
-    from rqa.objectives.passages import PassageArguments, gold_and_retrieved
+    from rqa.objectives.swr import PassageArguments, gold_and_retrieved
     from rqa.prompts import PromptArguments, Prompter
     from rqa.retrieval.index import IndexArguments
     from rqa.retrieval.retriever import Retriever
@@ -95,7 +95,7 @@ def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     """The product's own loop and objective."""
     from rqa.models.causal_lm import load_causal_lm
     from rqa.models.loading import load_tokenizer
-    from rqa.objectives.answer import AnswerLikelihood
+    from rqa.objectives.sft import AnswerLikelihood
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
     from rqa.runtime import distributed
 
@@ -190,7 +190,7 @@ def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[s
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """A table with the ratios at equal settings, and one JSON line."""
-    from rqa.runtime.precision import cpu_has_bf16
+    from rqa.runtime.distributed import cpu_has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
     lengths = [len(ids) for ids, _ in read_sequences(arguments)]

@@ -25,8 +25,7 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from rqa.data.documents import Document, write_documents
-from rqa.data.examples import Example, write_examples
+from rqa.data import Document, Example, write_documents, write_examples
 
 CITIES = (
     "Arlen",

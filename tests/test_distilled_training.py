@@ -12,8 +12,7 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from trainers import history, without
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, write_examples
+from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.objectives.dca import CrossAttentionScorer
 

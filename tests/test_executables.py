@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rqa.data.documents import Document, read_documents
-from rqa.data.examples import Example
+from rqa.data import Document, Example, read_documents
 from rqa.models.encoder import load_encoder
 from rqa.prompts import Prompter, TokenSequence
 from rqa.retrieval.index import IndexArguments

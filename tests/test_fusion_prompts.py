@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
+from rqa.data import Document, Example, Turn
 from rqa.prompts import DoesNotFit, FusionPromptArguments, FusionPrompter
 from rqa.runtime.errors import UserError
 

@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.prompts import FusionPrompter, FusionSequence
 
 Run = Callable[[str, dict[str, object]], int]

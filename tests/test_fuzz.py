@@ -19,8 +19,7 @@ from torch import nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from rqa.data.documents import Document, read_documents, write_documents
-from rqa.data.examples import Example, read_examples, write_examples
+from rqa.data import Document, Example, read_documents, read_examples, write_documents, write_examples
 from rqa.models.encoder import EncoderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.errors import UserError
@@ -28,8 +27,8 @@ from rqa.runtime.files import _sha256, damage
 from rqa.runtime.flags import parse
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoint_to_resume, load_checkpoint, save_checkpoint
+from rqa.training.journal import RunState, resume_state
 from rqa.training.optim import Optimization
-from rqa.training.state import RunState, resume_state
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")

@@ -12,13 +12,18 @@ import pytest
 from openai_server import OpenAIServer, serve
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data.documents import Document, read_documents, write_documents
-from rqa.data.duplicates import normalize
-from rqa.data.examples import Example, read_examples, write_examples
+from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
 from rqa.models.causal_lm import load_causal_lm
-from rqa.models.generator import LocalGenerator
-from rqa.prompts.generation import ASK_ANSWER, ASK_QUESTIONS, ask_questions, parse_answer, parse_questions
-from rqa.recipes.generation import SampleArguments, sample_passages
+from rqa.preparation.generate import (
+    ASK_ANSWER,
+    ASK_QUESTIONS,
+    LocalGenerator,
+    SampleArguments,
+    ask_questions,
+    parse_answer,
+    parse_questions,
+    sample_passages,
+)
 
 Run = Callable[[str, dict[str, object]], int]
 

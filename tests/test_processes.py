@@ -14,7 +14,7 @@ from torch import Tensor
 from openai_server import serve
 from safetensors.torch import load_file
 
-from rqa.data.examples import Example, write_examples
+from rqa.data import Example, write_examples
 
 HERE = Path(__file__).parent
 TRAINERS = {

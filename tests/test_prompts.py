@@ -8,10 +8,8 @@ import pytest
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
-from rqa.prompts import DoesNotFit, PromptArguments, Prompter, retrieval_query
-from rqa.prompts.decoder import INSTRUCTION
+from rqa.data import Document, Example, Turn
+from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, retrieval_query
 from rqa.runtime.errors import UserError
 
 HISTORY = (

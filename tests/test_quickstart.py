@@ -6,8 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-
-from rqa.models.wheels import MINILM
+from pydocs.wheels import MINILM
 
 
 @pytest.fixture

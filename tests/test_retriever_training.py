@@ -13,13 +13,12 @@ from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from trainers import history, without
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, read_examples, write_examples
+from rqa.data import Document, Example, read_examples, write_examples
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_tokenizer
 from rqa.objectives.ctl import Contrastive
-from rqa.objectives.distillation import Distillation
+from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 

@@ -11,11 +11,11 @@ from openai_server import OpenAIServer, serve
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
+from rqa.endpoint.client import Endpoint, EndpointArguments
+from rqa.endpoint.roles import EndpointScorer
 from rqa.models.causal_lm import load_causal_lm
-from rqa.models.endpoint import Endpoint, EndpointArguments
-from rqa.objectives.teacher import AnswerScorer, EndpointScorer, Pair
+from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 
 Run = Callable[[str, dict[str, object]], int]

@@ -10,8 +10,7 @@ import numpy as np
 
 from rqa.evaluation.metrics import bleu
 from rqa.evaluation.report import PREDICTIONS
-from rqa.evaluation.results import answer_statistics
-from rqa.evaluation.statistics import difference_intervals, interval, is_telling, statistic_samples
+from rqa.evaluation.results import answer_statistics, difference_intervals, interval, is_telling, statistic_samples
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from rqa.endpoint.client import PREFIX, Endpoint, EndpointArguments, RequestArguments
+from rqa.endpoint.roles import check_price, cost, count_tokens
 from rqa.evaluation.results import write_results
-from rqa.models.endpoint import PREFIX, Endpoint, EndpointArguments, RequestArguments
-from rqa.prompts.estimate import check_price, cost, count_tokens
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, check_bounds
 

@@ -20,7 +20,7 @@ from transformers import AttentionInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from rqa.runtime.precision import cpu_has_bf16
+from rqa.runtime.distributed import cpu_has_bf16
 
 PACKED_ATTENTION = "rqa_packed"
 

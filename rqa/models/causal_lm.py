@@ -10,11 +10,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.generation import LocalReader
 from rqa.models.loading import evaluating, hidden_states, load_model, packing_is_exact
+from rqa.models.reader import LocalReader
 from rqa.packing import AnswerBatch, pack, pad
 from rqa.runtime.parallelize import is_sharded
 

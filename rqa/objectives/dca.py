@@ -1,26 +1,31 @@
-"""DCA: the reader's cross-attention tells which passages it used (Izacard & Grave 2020, knowledge distillation)."""
+"""The frozen reader whose cross-attention DCA distils, behind its kept scores."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.models.cross_attention import observe, passage_scores
-from rqa.models.fusion import MAX_ENCODER_TOKENS
-from rqa.models.loading import choose_collate, evaluating
-from rqa.objectives.candidates import ScoredCandidates
-from rqa.objectives.distillation import DistillationBatch
+from rqa.data import Document, Example
+from rqa.models.encoder import EncoderArguments
+from rqa.models.encoder_decoder import MAX_ENCODER_TOKENS, load_fusion, observe, passage_scores, refuse_overflow
+from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
-from rqa.objectives.teacher import Pair
+from rqa.objectives.rpg import DistillationBatch, ScoredCandidates
+from rqa.objectives.teacher import Pair, Teacher
 from rqa.packing import fusion_batch
-from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence
-from rqa.runtime.errors import UserError
+from rqa.prompts import DoesNotFit, FusionPrompter, FusionSequence, PassagePromptArguments, retrieval_query
+from rqa.recipe import DataArguments
+from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
+from rqa.retrieval.index import IndexArguments
+from rqa.runtime import distributed
+from rqa.runtime.distributed import compute_dtype
+from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.files import cache_root, fingerprint
+from rqa.training.arguments import LoopArguments
 
 log = logging.getLogger(__name__)
 
@@ -137,3 +142,102 @@ class ReaderScores:
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
     return list({document.key: document for document in documents}.values())
+
+
+@dataclass
+class ContextArguments:
+    """Which passages a question is trained on."""
+
+    n_context: int = field(default=20, metadata={"help": "Passages of each question."})
+    context_retriever: str = field(
+        default="dense",
+        metadata={
+            "help": "Who finds passages where an example has no ctxs: the model before training, shared words or both.",
+            "choices": ["dense", "bm25", "hybrid"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "n_context", at_least=2)  # one cannot be told from others
+
+
+def find_contexts(
+    context: ContextArguments,
+    examples: Sequence[Example],
+    documents: Sequence[Document],
+    data: DataArguments,
+    loop: LoopArguments,
+    encoder: EncoderArguments,
+    index: IndexArguments,
+    device: torch.device,
+) -> list[list[Document]]:
+    """The passages of each example: its `ctxs`, else what is retrieved from the database. [N] lists
+
+    Retrieved by the model that training began with, whatever checkpoint it goes on from.
+    """
+    contexts = [list(example.ctxs[: context.n_context]) for example in examples]
+    bare = [number for number, documents_of in enumerate(contexts) if not documents_of]
+    if bare:
+        retriever = open_retriever(
+            RetrieverArguments(retriever=context.context_retriever),
+            data.model_name_or_path,
+            documents,
+            encoder,
+            index,
+            data.full_dataset_index_path,
+            device,
+            **loop.loading,
+        )
+        hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], context.n_context)
+        for number, found in zip(bare, retriever.documents_of(hits), strict=True):
+            contexts[number] = found
+    return contexts
+
+
+@dataclass
+class ReaderTeacherArguments:
+    """The reader whose cross-attention is distilled."""
+
+    reader_model_path: str | None = field(
+        default=None,
+        metadata={"help": "The frozen encoder-decoder: a directory or a hub name. Not needed with --with_score true."},
+    )
+    with_score: bool = field(default=False, metadata={"help": "Take the scores that stand beside the ctxs instead."})
+    reader_batch_size: int = field(default=4, metadata={"help": "Questions that the reader reads at once."})
+    attention_score: str = field(
+        default="plain",
+        metadata={
+            "help": "The score before the softmax, or the probability times the norm of the value (Atlas).",
+            "choices": ["plain", "value_norm"],
+        },
+    )
+
+    def __post_init__(self) -> None:
+        if self.with_score == bool(self.reader_model_path):
+            raise UserError("--reader_model_path: give it, or --with_score true to read scores from the data file")
+        check_bounds(self, "reader_batch_size", at_least=1)
+
+
+def load_reader_teacher(
+    reader: ReaderTeacherArguments,
+    prompt: PassagePromptArguments,
+    loop: LoopArguments,
+    examples: Sequence[Example],
+    device: torch.device,
+) -> Teacher | GivenScores:
+    """How much the reader attends to each passage of a list, each list read once."""
+    if reader.with_score:
+        return GivenScores(examples)
+    dtype = compute_dtype(loop.bf16, loop.fp16, device)
+    with distributed.in_turn():
+        model, prompter = load_fusion(reader.reader_model_path, prompt, dtype=dtype, **loop.loading)
+        refuse_overflow(model, dtype)
+        model.to(device)
+    identity = fingerprint(
+        model_fingerprint(model, prompter.tokenizer),
+        prompter.template,
+        str(prompt.max_encoder_seq_length),
+        reader.attention_score,
+    )
+    scorer = CrossAttentionScorer(model, prompter, reader.reader_batch_size, reader.attention_score)
+    return Teacher(scorer, identity, cache_root() / "teacher.sqlite")

@@ -6,9 +6,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rqa.data.examples import Example
-from rqa.objectives.distillation import DistillationBatch, ListObjective, agreement
+from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
+from rqa.objectives.rpg import DistillationBatch, ListObjective, agreement
 from rqa.prompts import Prompter
 
 

@@ -11,16 +11,13 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.causal_lm import answer_logits
-from rqa.models.endpoint import Endpoint
 from rqa.models.loading import choose_collate, evaluating
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, TokenSequence
-from rqa.runtime.files import fingerprint
-from rqa.runtime.store import Store
+from rqa.runtime.files import Store, fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -141,27 +138,3 @@ class AnswerScorer:
             self._warn_once("%s; its documents are not told apart", str(error))
             return TokenSequence(self.prompter.end_of_turn * 2, 1)
         return TokenSequence(sequence.ids[: len(sequence.ids) - len(self.prompter.end_of_turn)], sequence.answer_start)
-
-
-class EndpointScorer:
-    """What `AnswerScorer` computes, from a server that returns the log-probabilities of a prompt.
-
-    The server tokenizes prompt and answer in one piece: where its tokenizer merges across their border, scores differ
-    slightly from those of a local model.
-    """
-
-    def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
-        self.endpoint = endpoint
-        self.prompter = prompter
-        self._warn_once = cache(log.warning)
-
-    def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
-        texts: dict[int, tuple[str, str]] = {}
-        for position, pair in enumerate(pairs):
-            try:
-                texts[position] = self.prompter.text(pair.example, [pair.document], pair.example.gold_answer)
-            except DoesNotFit as error:
-                self._warn_once("%s; its documents are not told apart", str(error))
-                yield position, 0.0
-        scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
-        yield from zip(texts, scores, strict=True)

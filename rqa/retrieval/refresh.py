@@ -1,9 +1,14 @@
 """The index follows the encoder: documents encoded again inside the loop, every so many steps."""
 
+import copy
 import logging
 import math
+import re
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Protocol
@@ -11,12 +16,155 @@ from typing import Protocol
 import torch
 import numpy as np
 
-from rqa.retrieval.background import BackgroundEncoding
+from rqa.models.encoder import Encoder
 from rqa.retrieval.retriever import Retriever
-from rqa.retrieval.schedule import RefreshArguments, parse_schedule
 from rqa.runtime import distributed
+from rqa.runtime.distributed import autocast
+from rqa.runtime.errors import UserError, check_bounds
 from rqa.runtime.files import fingerprint
-from rqa.runtime.precision import autocast
+
+
+@dataclass
+class RefreshArguments:
+    """When documents are encoded again in training, and how many of them."""
+
+    refresh_step: str = field(
+        default="10", metadata={"help": 'Steps between two refreshes of the index, or "0-100:10,100-900:50".'}
+    )
+    refresh_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "Share of the documents that a refresh encodes: up to one half those found most often since the "
+            "last one, otherwise those whose embeddings are oldest."
+        },
+    )
+    refresh_async: bool = field(
+        default=False,
+        metadata={"help": "Encode on a copy of the weights while training goes on; swap the index when ready."},
+    )
+    train_query_encoder_only: bool = field(
+        default=False,
+        metadata={"help": "Passages keep the initial encoder, which is saved beside the trained one; no refresh."},
+    )
+
+    def __post_init__(self) -> None:
+        parse_schedule(self.refresh_step)
+        check_bounds(self, "refresh_fraction", above=0, at_most=1)
+        if self.train_query_encoder_only and self.cheaper:
+            raise UserError(f"--train_query_encoder_only true: documents never change; leave out --{self.cheaper}")
+
+    @property
+    def cheaper(self) -> str:
+        """The flag that makes a refresh cheaper; empty if there is none."""
+        return "refresh_async" if self.refresh_async else "refresh_fraction" if self.refresh_fraction < 1 else ""
+
+    def freeze_passages(self, encoder: Encoder) -> None:
+        """Let passages keep the encoder that they have now, if that is asked for.
+
+        Raises:
+            UserError: the model's passages are frozen already, and all of it is to be trained.
+        """
+        if self.train_query_encoder_only:
+            encoder.freeze_passages()
+        elif encoder.passage_encoder:
+            raise UserError(
+                "--model_name_or_path: holds a passage encoder of its own, which stays as it is; "
+                "train its encoder of questions with --train_query_encoder_only true"
+            )
+
+
+def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
+    """Spans of (first step, end, interval).
+
+    Raises:
+        UserError: it is neither a number of steps nor a list of spans.
+    """
+    spans = []
+    for part in schedule.split(","):
+        match = re.fullmatch(r"\s*(?:(\d+)-(\d+):)?(\d+)\s*", part)
+        if not match or int(match[3]) < 1 or (match[1] and int(match[1]) >= int(match[2])):
+            raise UserError(f'--refresh_step {schedule}: write a number of steps, or "0-100:10,100-1000:100"')
+        spans.append((int(match[1] or 0), float(match[2] or "inf"), int(match[3])))
+    return spans
+
+
+class BackgroundEncoding:
+    """This process's share of some documents, encoded with the weights of now.
+
+    It costs the memory of the weights once more until it is dropped, and on a GPU runs in a stream of its own. The
+    copy has its own tokenizer, too: two threads must not share one.
+
+    Args:
+        numbers: Positions in the database, the same on every process.
+        step: The optimizer steps that made the weights.
+        dtype: Of autocast, which holds for one thread only.
+    """
+
+    def __init__(self, retriever: Retriever, numbers: Sequence[int], step: int, dtype: torch.dtype) -> None:
+        self.numbers = numbers
+        self.step = step
+        self.seconds = 0.0
+        self._embeddings: np.ndarray | None = None
+        self._error: BaseException | None = None
+        self._cancelled = threading.Event()
+        self._retriever = retriever
+        self._dtype = dtype
+        self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
+        self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
+        self._device = self._encoder.backbone.device
+        self._stream = None
+        if self._device.type == "cuda":
+            self._stream = torch.cuda.Stream(self._device)
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the copy is being made there
+        self._thread = threading.Thread(target=self._run, name="encode documents", daemon=True)
+        self._thread.start()
+
+    def finished(self) -> bool:
+        """Whether every process is done. All ask at the same step; the thread itself never talks to another process.
+
+        Raises:
+            BaseException: what ended the thread of this process.
+            UserError: that of another one failed.
+        """
+        done = not self._thread.is_alive()
+        dones, failures = distributed.total([done, done and self._error is not None])
+        if failures:
+            self.close()
+            raise self._error or UserError("documents could not be encoded; another process says why")
+        return int(dones) == distributed.world_size()
+
+    def result(self) -> np.ndarray:
+        """This process's embeddings, once it is finished. float32 [n, D]"""
+        assert self._embeddings is not None, "not finished"
+        return self._embeddings
+
+    def close(self) -> None:
+        """Stop before the next batch of documents, and wait for that."""
+        self._cancelled.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        started = time.perf_counter()
+        try:
+            with (
+                torch.cuda.stream(self._stream) if self._stream else nullcontext(),
+                autocast(self._device, self._dtype),
+            ):
+                self._embeddings = self._retriever.encode(distributed.share(self.numbers), self._encoder)
+        except _Cancelled:
+            pass
+        except BaseException as error:  # it belongs to the main thread
+            self._error = error
+        self.seconds = time.perf_counter() - started
+
+    def _stop_if_cancelled(self, *_: object) -> None:
+        if self._cancelled.is_set():
+            raise _Cancelled
+
+
+class _Cancelled(Exception):
+    """Nobody waits for the embeddings any more."""
+
 
 log = logging.getLogger(__name__)
 

@@ -1,13 +1,36 @@
-"""How every executable starts and ends: allocator, process group, log; errors as one line and an exit status."""
+"""SIGTERM and Ctrl-C as a wish that work in steps can honour between two of them."""
 
+import ctypes
 import logging
 import os
+import platform
+import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
-from rqa.runtime.allocator import tune_allocator
 from rqa.runtime.errors import UserError
+
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
+NEVER = -1
+THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+
+
+def tune_allocator() -> None:
+    """Have large blocks come from the heap, and the heap keep what is freed.
+
+    Call it before the first large allocation. It does nothing without glibc, and nothing where the user has chosen an
+    allocator (`LD_PRELOAD`) or its settings (`MALLOC_*`, `GLIBC_TUNABLES`).
+
+    Source: mallopt(3).
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(THEIR_SETTINGS) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
 
 
 class _OnlyMainProcess(logging.Filter):
@@ -72,3 +95,27 @@ def _is_lost_peer(error: RuntimeError) -> bool:
 def _report(message: str) -> int:
     print(f"error: {message}", file=sys.stderr)
     return 2
+
+
+class Interruption:
+    """Whether somebody asked this process to stop."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def request(self, signum: int, frame: FrameType | None) -> None:
+        """Remember the first signal; a second one acts as it would have without us."""
+        self.requested = True
+        signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
+
+
+@contextmanager
+def deferred_signals() -> Iterator[Interruption]:
+    """Turn SIGTERM and SIGINT into `Interruption.requested` inside the block."""
+    interruption = Interruption()
+    before = {number: signal.signal(number, interruption.request) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield interruption
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,37 +1,79 @@
-"""One process or many: rank, device, sums over processes, work shared out and gathered."""
+"""One process or many: rank, device and precision, sums over processes, work shared out and gathered."""
 
 import atexit
+import logging
 import os
+import platform
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from datetime import timedelta
+from functools import cache
 from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 
+from rqa.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
+
 T = TypeVar("T")
 
 LONGEST_WAIT = timedelta(hours=6)  # for one process that loads, saves or judges alone; torchrun notices a dead one
 
 
-def start() -> torch.device:
+def start() -> None:
     """Join the process group when started by torchrun; choose this process's device."""
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-        torch.cuda.set_device(device)
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
+        dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=LONGEST_WAIT)
         atexit.register(stop)
-    return device
 
 
 def stop() -> None:
     """Leave the process group."""
     if dist.is_initialized():
         dist.destroy_process_group()
+
+
+def device() -> torch.device:
+    """This process's device: its own GPU, or the CPU."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+    return torch.device("cpu")
+
+
+@cache
+def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
+    """The dtype that matrix products run in.
+
+    A CPU without bf16 instructions emulates them, about eight times slower than float32: there bf16 is answered by
+    float32, with one line that says so.
+    """
+    on_cpu = device().type == "cpu"
+    if bf16 and fp16:
+        raise UserError("--bf16 true and --fp16 true exclude each other; choose one")
+    if fp16 and on_cpu:
+        raise UserError("--fp16 true needs a CUDA device; use --bf16 true or neither")
+    if bf16 and on_cpu and not cpu_has_bf16():
+        log.warning("--bf16 true: this CPU has no bf16 instructions; computing in float32, which is faster here")
+        return torch.float32
+    return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this CPU multiplies bf16 matrices in hardware."""
+    capabilities = torch.cpu.get_capabilities()
+    names = ("bf16",) if platform.machine() in ("arm64", "aarch64") else ("avx512_bf16", "amx_bf16")
+    return any(capabilities.get(name) for name in names)
+
+
+def autocast(dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast to bfloat16 or float16 on this process's device; nothing for wider formats."""
+    half = dtype in (torch.bfloat16, torch.float16)
+    return torch.autocast(device().type, dtype=dtype if half else None, enabled=half)
 
 
 def rank() -> int:
@@ -46,32 +88,36 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
 @contextmanager
 def in_turn() -> Iterator[None]:
     """Let the processes of a node do something one after another, such as holding a whole model in its memory."""
-    rank, size = (int(os.environ.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
-    for _ in range(rank):
+    local_rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    for _ in range(local_rank):
         barrier()
     try:
         yield
     finally:
-        for _ in range(size - rank):
+        for _ in range(size - local_rank):
             barrier()
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
 
 
 def total(values: Sequence[float]) -> list[float]:
     """Each value summed over all processes."""
     if world_size() == 1:
         return list(values)
-    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device())
     dist.all_reduce(tensor)
     return tensor.tolist()
+
+
+def total_by_rank(value: float) -> list[float]:
+    """The value of each process, in order of rank."""
+    return total([value if number == rank() else 0.0 for number in range(world_size())])
 
 
 def share(items: Sequence[T]) -> list[T]:
@@ -85,8 +131,7 @@ def gather(part: Sequence[T]) -> list[T]:
         return list(part)
     parts: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, list(part))
-    size = sum(map(len, parts))
-    return [parts[i % world_size()][i // world_size()] for i in range(size)]
+    return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
 
 
 def from_main(value: T) -> T:
@@ -110,10 +155,3 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
         parts = [torch.empty_like(padded) for _ in sizes]
         dist.all_gather(parts, padded)
     return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
-
-
-def total_by_rank(value: float) -> list[float]:
-    """The value of each process, in order of rank."""
-    values: list[float] = [0.0] * world_size()
-    values[rank()] = value
-    return total(values)

@@ -1,40 +1,170 @@
 """The flags of every executable: dataclasses filled from the command line, refusals in one line, and `-h`."""
 
 import argparse
+import copy
 import difflib
-import inspect
 import json
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, fields
+from collections.abc import Iterator
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from inspect import get_annotations
+from math import inf
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar, get_type_hints
 
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from rqa.runtime.errors import UserError
 
+Flags = TypeVar("Flags", bound="Arguments")
+
 TAKES = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
 MOST_CHOICES = 5  # that stand beside a flag
 REFUSED = {
     "deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard",
     "load_in_4bit": "QLoRA needs bitsandbytes, which rqa does without; use --use_lora true --bf16 true",
+    "refresh_fraction": "has gone; --refresh_async true costs less and finds as much",
+    "negatives_margin": "has gone; use --negatives_max_share 0.95",
 }
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter):
-    """One name a flag, what kind of value it takes, and its default unless the words tell it."""
+def flag(
+    default: Any = MISSING, help: str = "", choices: list[str] | None = None, also: str = "", rare: bool = False
+) -> Any:
+    """A dataclass field that is a flag; required without a default.
+
+    Args:
+        also: Other names that the command line accepts, separated by spaces.
+        rare: Shown by `-h full` only.
+    """
+    about: dict[str, Any] = {"help": help, "aliases": [f"--{name}" for name in also.split()], "rare": rare}
+    if choices:
+        about["choices"] = choices
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=about)
+    return field(default=default, metadata=about)
+
+
+@dataclass(kw_only=True)
+class Arguments:
+    """Base of all flags. `check` of each class refuses what its flags must not be."""
+
+    def __post_init__(self) -> None:
+        for kind in reversed(type(self).__mro__):
+            if "check" in vars(kind):
+                kind.check(self)
+
+    def check_bounds(
+        self, *names: str, at_least: float = -inf, above: float = -inf, at_most: float = inf, below: float = inf
+    ) -> None:
+        """Refuse numbers, or lists of them, outside of bounds; None is not given, and so not refused."""
+        bounds = {"at least": at_least, "above": above, "at most": at_most, "less than": below}
+        told = " and ".join(f"{word} {bound}" for word, bound in bounds.items() if abs(bound) < inf)
+        for name in names:
+            given = getattr(self, name)
+            for value in given if isinstance(given, list) else [given]:
+                if value is not None and not (
+                    value >= at_least and value > above and value <= at_most and value < below
+                ):
+                    raise UserError(f"--{name} {value}: must be {told}")
+
+    def to_json(self) -> dict[str, Any]:
+        """Every flag's value by name, for `all_args.json`; API keys are left out."""
+        return {name: value for name, value in asdict(self).items() if not name.endswith("api_key")}
+
+
+def parse(kind: type[Flags], description: str, line: list[str] | None = None) -> Flags:
+    """The flags of the command line, or of a single `.json` file.
+
+    Args:
+        kind: A dataclass; its fields are the flags, grouped by the class that declares them.
+        description: What the executable does, for `-h`.
+        line: The command line; by default the process's.
+
+    Raises:
+        UserError: a flag is unknown or missing, or its value is refused.
+    """
+    line = sys.argv[1:] if line is None else line
+    if len(line) == 1 and line[0].endswith(".json"):
+        line = _from_json(line[0])
+    parser = _Parser(kind, description, full=line[1:2] == ["full"])
+    known = {name[2:] for name in parser._option_string_actions if name.startswith("--")}
+    for part in line:
+        name = part[2:].partition("=")[0]
+        if part.startswith("--") and name and name not in known:
+            if name in REFUSED:
+                raise UserError(f"--{name}: {REFUSED[name]}")
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
+    try:
+        (flags,) = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
+    except ValueError as error:  # a value that belongs to no flag
+        parser.error(str(error))
+    return flags
+
+
+class _Parser(HfArgumentParser):
+    """Flags in groups; one line for what is wrong."""
+
+    def __init__(self, kind: type[Arguments], description: str, full: bool) -> None:
+        self.full = full
+        rest = "" if full else "`-h full` shows all flags."
+        super().__init__(kind, description=description, epilog=rest, allow_abbrev=False, formatter_class=_Help)  # type: ignore[arg-type]
+
+    def _add_dataclass_arguments(self, dtype: Any) -> None:
+        hints = get_type_hints(dtype)
+        for title, members in _groups(dtype):
+            group = self.add_argument_group(title)
+            for member in members:
+                item = copy.copy(member)
+                about = dict(item.metadata)
+                if about.pop("rare") and not self.full:
+                    about["help"] = argparse.SUPPRESS
+                item.metadata, item.type = about, hints[item.name]
+                self._parse_dataclass_field(group, item)  # type: ignore[arg-type]
+                last = self._actions[-1]
+                if last.option_strings[0].startswith("--no_"):
+                    last.help = argparse.SUPPRESS
+
+    def format_usage(self) -> str:
+        return ""
+
+    def format_help(self) -> str:
+        formatter = self._get_formatter()
+        formatter.add_text(self.description)
+        for group in self._action_groups[2:]:
+            formatter.start_section(group.title)
+            formatter.add_arguments(group._group_actions)
+            formatter.end_section()
+        formatter.add_text(self.epilog)
+        return formatter.format_help()
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
+
+
+def _groups(kind: type[Arguments]) -> Iterator[tuple[str, list[Field]]]:
+    """The first line of each class's docstring, with the flags that the class was the first to declare."""
+    owners = {
+        member.name: [base for base in kind.__mro__ if member.name in get_annotations(base)][-1]
+        for member in fields(kind)
+    }
+    for owner in kind.__mro__:
+        if members := [member for member in fields(kind) if owners[member.name] is owner]:
+            yield (owner.__doc__ or owner.__name__).splitlines()[0].rstrip("."), members
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """One name a flag, what kind of value it takes, and its default."""
 
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        if action.nargs == 0:
-            return ", ".join(action.option_strings)
-        takes = TAKES.get(action.type, "TEXT")
-        if action.choices and len(action.choices) <= MOST_CHOICES:
+        takes = TAKES.get(action.type, "TEXT")  # type: ignore[arg-type]
+        if action.choices and len(list(action.choices)) <= MOST_CHOICES:
             takes = "|".join(action.choices)
         return f"{action.option_strings[0]} {takes}" + (" ..." if action.nargs == "+" else "")
 
@@ -45,9 +175,9 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
     def _get_help_string(self, action: argparse.Action) -> str:
         if action.required:
             return f"{action.help} (required)"
-        if action.choices and len(action.choices) > MOST_CHOICES:
+        if action.choices and len(list(action.choices)) > MOST_CHOICES:
             return f"{action.help} One of {', '.join(action.choices)}."
-        if action.default in (None, "", [], argparse.SUPPRESS):
+        if action.default in (None, "", [], argparse.SUPPRESS) or "default:" in (action.help or "").lower():
             return action.help or ""
         values = action.default if isinstance(action.default, list) else [action.default]
         shown = " ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
@@ -55,73 +185,7 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         return f"{action.help} (default: {shown})"
 
 
-def flag_groups(kinds: Iterable[type]) -> Iterator[tuple[str, list[str]]]:
-    """The first line of each dataclass's docstring, and its flags; those it inherits stand with who brought them."""
-    for kind in kinds:
-        owners = {field.name: _owner(kind, field.name) for field in fields(kind)}
-        for owner in kind.__mro__:
-            if names := [name for name, its_owner in owners.items() if its_owner is owner]:
-                yield (owner.__doc__ or owner.__name__).splitlines()[0].rstrip("."), names
-
-
-def _owner(kind: type, name: str) -> type:
-    """The class that declared a field first."""
-    return [base for base in kind.__mro__ if name in inspect.get_annotations(base)][-1]
-
-
-class _Parser(HfArgumentParser):
-    """One line for what is wrong; help with the examples first, and the flags in the groups they are declared in."""
-
-    def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(self.description)
-        actions = {action.dest: action for action in reversed(self._actions)}  # one of --x and --no_x
-        for title, names in flag_groups(self.dataclass_types):
-            formatter.start_section(title)
-            formatter.add_arguments([actions[name] for name in names])
-            formatter.end_section()
-        return formatter.format_help()
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
-
-
-def parse(kinds: tuple[type, ...], description: str, arguments: list[str] | None = None) -> tuple[Any, ...]:
-    """Dataclasses filled from the command line, or from a single `.json` file.
-
-    Args:
-        kinds: The dataclasses; their fields are the flags.
-        description: What the executable does, for `-h`.
-        arguments: The command line; by default the process's.
-
-    Raises:
-        UserError: an unknown flag, a bad value or a missing one.
-    """
-    arguments = sys.argv[1:] if arguments is None else arguments
-    parser = _Parser(kinds, description=description, allow_abbrev=False, formatter_class=HelpFormatter)
-    if len(arguments) == 1 and arguments[0].endswith(".json"):
-        arguments = _from_json(arguments[0], kinds)
-    known = {field.name for kind in kinds for field in fields(kind)} | {"evaluation_strategy"}
-    for argument in arguments:
-        name = argument[2:].partition("=")[0]
-        if argument.startswith("--") and name and name not in known | {"help"}:
-            if name in REFUSED:
-                raise UserError(f"--{name}: {REFUSED[name]}")
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
-    try:
-        return parser.parse_args_into_dataclasses(arguments)
-    except ValueError as error:  # what belongs to no flag
-        raise UserError(f"{error}; see {Path(sys.argv[0]).name} -h") from None
-
-
-def given(arguments: Iterable[Any]) -> dict[str, Any]:
-    """What `all_args.json` holds: every flag's value by name, of all dataclasses; API keys are left out."""
-    values = {name: value for part in arguments for name, value in asdict(part).items()}
-    return {name: value for name, value in values.items() if not name.endswith("api_key")}
-
-
-def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
+def _from_json(path: str) -> list[str]:
     """A JSON object of flags as a command line."""
     try:
         values = json.loads(Path(path).read_text(encoding="utf-8"))
@@ -131,9 +195,9 @@ def _from_json(path: str, kinds: tuple[type, ...]) -> list[str]:
         raise UserError(f"{path}: expected an object of flags, found {type(values).__name__}")
     line: list[str] = []
     for name, value in values.items():
-        if value is not None:
-            parts = value if isinstance(value, list) else [value]
-            if not all(isinstance(part, str | int | float) for part in parts):
-                raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
-            line += [f"--{name}", *(str(part).lower() if isinstance(part, bool) else str(part) for part in parts)]
+        parts = value if isinstance(value, list) else [value]
+        if not all(isinstance(part, str | int | float) or part is None for part in parts):
+            raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
+        given = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
+        line += [f"--{name}", *given] if given else []
     return line

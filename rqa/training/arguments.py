@@ -4,8 +4,7 @@ import re
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-from rqa.models.loading import LoadingArguments
-from rqa.models.lora import LoraArguments
+from rqa.models.loading import LoadingArguments, LoraArguments
 from rqa.runtime.errors import UserError, check_bounds
 
 STRATEGIES = ["no", "steps", "epoch"]

@@ -1,9 +1,10 @@
 """Checkpoints: the model in its own layout, and beside it all that the next step depends on."""
 
 import logging
+import random
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -23,10 +24,24 @@ from rqa.runtime.files import (
     write_json,
 )
 from rqa.runtime.parallelize import whole_weights
-from rqa.runtime.randomness import random_state, restore_random_state
 from rqa.training.arguments import LoopArguments
+from rqa.training.journal import STATE_FILE, RunState, continues, saved_state
 from rqa.training.optim import Optimization
-from rqa.training.state import STATE_FILE, RunState, continues, saved_state
+
+
+def random_state() -> dict[str, Any]:
+    """The generators of this process: torch's, its device's, Python's."""
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    return {"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}
+
+
+def restore_random_state(state: Mapping[str, Any]) -> None:
+    """Draw on from where `random_state` was taken."""
+    torch.set_rng_state(state["torch"].cpu())
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"].cpu())
+    random.setstate(state["python"])
+
 
 log = logging.getLogger(__name__)
 

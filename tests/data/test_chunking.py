@@ -10,10 +10,9 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data import chunking
-from rqa.data.chunking import LEVELS, ChunkArguments, Chunker
-from rqa.data.documents import Document
-from rqa.data.sources import Source
+from rqa.data import Document, chunking
+from rqa.preparation.chunking import LEVELS, ChunkArguments, Chunker
+from rqa.preparation.sources import Source
 from rqa.runtime.errors import UserError
 
 Cut = Callable[..., list[str]]

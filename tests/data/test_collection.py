@@ -8,9 +8,8 @@ import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
-from rqa.data import sources
-from rqa.data.documents import read_documents
-from rqa.data.duplicates import Seen
+from rqa.data import read_documents, sources
+from rqa.preparation.chunking import Seen
 
 Run = Callable[[str, dict[str, object]], int]
 

@@ -9,13 +9,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-
 from rqa.data.convert import reading
-from rqa.data.convert.conversion import READABLE, WRITABLE, Conversion, write_layout
-from rqa.data.convert.formats import FORMATS
-from rqa.data.convert.reading import read_rows
-from rqa.data.documents import iterate_documents
-from rqa.data.examples import Example, iterate_examples
+
+from rqa.data import Example, iterate_documents, iterate_examples
+from rqa.preparation.convert import READABLE, WRITABLE, Conversion, read_rows, write_layout
+from rqa.preparation.layouts import FORMATS
 from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]

@@ -1,6 +1,6 @@
 """Docstrings are cut where a reader would cut them; every expectation is written by hand."""
 
-from rqa.data.docstrings import PROSE, Block, parse, plain, sentences
+from pydocs.docstrings import PROSE, Block, parse, plain, sentences
 
 NUMPY = """
     order(values, key=None)

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from rqa.data.documents import Document, format_content, read_documents, write_documents
+from rqa.data import Document, format_content, read_documents, write_documents
 from rqa.runtime.errors import UserError
 
 LINE = '{"page_content": "Arlen trades in copper."}'
@@ -136,7 +136,7 @@ def test_the_payloads_of_these_tests_do_run_elsewhere(tmp_path: Path) -> None:
         ("elsewhere", "Document"),
         ("collections", "OrderedDict"),
         ("subprocess", "Popen"),
-        ("rqa.data.documents", "Document"),
+        ("rqa.data", "Document"),
     ],
 )
 def test_every_other_class_is_refused_by_name(

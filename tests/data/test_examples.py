@@ -7,8 +7,7 @@ from typing import Any
 
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn, read_examples, write_examples
+from rqa.data import Document, Example, Turn, read_examples, write_examples
 from rqa.runtime.errors import UserError
 
 PASSAGE = {"page_content": "Arlen trades in copper.", "metadata": {"source": "guide/0"}}

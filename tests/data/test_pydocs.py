@@ -9,11 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from pydocs.corpus import SPLITS, Corpus, build_corpus, count_tokens, write_corpus
+from pydocs.questions import LONGEST_ANSWER
 
-from rqa.data.documents import read_documents
-from rqa.data.examples import Example, read_examples
-from rqa.data.pydocs import SPLITS, Corpus, build_corpus, count_tokens, write_corpus
-from rqa.data.pydocs_questions import LONGEST_ANSWER
+from rqa.data import Example, read_documents, read_examples
 from rqa.runtime.errors import UserError
 
 REAL = ("json", "textwrap", "statistics", "numpy.linalg", "numpy.fft")
@@ -231,7 +230,7 @@ def test_two_builds_are_equal_and_another_seed_is_not(real: Corpus) -> None:
 
 @pytest.mark.parametrize("hash_seed", ["1", "2"])
 def test_the_order_of_hashes_does_not_matter(real: Corpus, hash_seed: str, tmp_path: Path) -> None:
-    script = "import sys; from rqa.data.pydocs import *; write_corpus(build_corpus(sys.argv[2:]), sys.argv[1])"
+    script = "import sys; from pydocs.corpus import *; write_corpus(build_corpus(sys.argv[2:]), sys.argv[1])"
     environment = {**os.environ, "PYTHONHASHSEED": hash_seed}
     subprocess.run([sys.executable, "-c", script, str(tmp_path / "there"), *REAL], env=environment, check=True)
     write_corpus(real, tmp_path / "here")

@@ -10,8 +10,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
+from rqa.data import Document, Example, Turn
 from rqa.evaluation.comparison import changed_sides, compare, headline, pair
 from rqa.evaluation.metrics import corpus_bleu
 from rqa.evaluation.results import markdown_table, with_intervals, write_results

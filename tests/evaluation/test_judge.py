@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from openai_server import OpenAIServer, error, serve
 
+from rqa.endpoint.client import RequestArguments
 from rqa.evaluation.judge import INSTRUCTION, JudgeArguments, judge_answers, judge_results, parse_verdict
 from rqa.evaluation.results import DETAILS, PREDICTIONS, SCORES
-from rqa.models.endpoint import RequestArguments
 from rqa.runtime.errors import UserError
 
 GIVEN = {"answer 0": "correct", "answer 1": "partially", "answer 2": "incorrect", "answer 3": "correct"}

@@ -9,8 +9,7 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import ndcg_score
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.evaluation.metrics import (
     average_precision,
     corpus_bleu,

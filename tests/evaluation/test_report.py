@@ -12,10 +12,8 @@ from typing import Any
 
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
-from rqa.evaluation.charts import line_chart
-from rqa.evaluation.report import write_report
+from rqa.data import Document, Example, Turn
+from rqa.evaluation.report import line_chart, write_report
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import retrieval_rows
 

@@ -7,17 +7,16 @@ import numpy as np
 import pytest
 from transformers import GenerationConfig
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
+from rqa.endpoint.client import EndpointArguments
+from rqa.endpoint.roles import ReaderPromptArguments, open_reader
 from rqa.evaluation import runtime
+from rqa.evaluation.answers import EvaluationArguments, evaluate_answers
 from rqa.evaluation.retrieval import measure_speed
-from rqa.evaluation.rqa import EvaluationArguments, evaluate_answers
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
-from rqa.models.endpoint import EndpointArguments
-from rqa.models.generation import Answer, GenerationArguments
-from rqa.models.reader import ReaderPromptArguments, open_reader
-from rqa.retrieval.hits import Hits
-from rqa.retrieval.lexical import LexicalRetriever
+from rqa.models.reader import Answer, GenerationArguments
+from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.retriever import Hits
 from rqa.runtime.errors import UserError
 
 

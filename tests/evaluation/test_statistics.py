@@ -8,13 +8,7 @@ import sacrebleu
 from scipy import stats
 
 from rqa.evaluation.metrics import bleu, bleu_statistics, corpus_bleu
-from rqa.evaluation.statistics import (
-    difference_intervals,
-    interval,
-    is_telling,
-    mean_intervals,
-    statistic_samples,
-)
+from rqa.evaluation.results import difference_intervals, interval, is_telling, mean_intervals, statistic_samples
 
 
 @pytest.mark.parametrize("rate", [0.2, 0.5, 0.85])

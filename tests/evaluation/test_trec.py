@@ -7,12 +7,18 @@ import numpy as np
 import pytest
 import pytrec_eval
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.evaluation.metrics import score_ranking
-from rqa.evaluation.retrieval import mean_scores, score_questions
-from rqa.evaluation.trec import document_name, read_qrels, read_run, write_qrels, write_run
-from rqa.retrieval.hits import Hits
+from rqa.evaluation.retrieval import (
+    document_name,
+    mean_scores,
+    read_qrels,
+    read_run,
+    score_questions,
+    write_qrels,
+    write_run,
+)
+from rqa.retrieval.retriever import Hits
 from rqa.runtime.errors import UserError
 
 MEASURES = {"recip_rank", "ndcg_cut.10", "map_cut.10", "recall.1,4,10"}

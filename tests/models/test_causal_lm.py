@@ -9,8 +9,7 @@ import torch
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.prompts import PromptArguments, Prompter
 

@@ -8,10 +8,8 @@ import pytest
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.models.cross_attention import mean_by_owner, observe, passage_scores
-from rqa.models.fusion import load_fusion, start_token
+from rqa.data import Document, Example
+from rqa.models.encoder_decoder import load_fusion, mean_by_owner, observe, passage_scores, start_token
 from rqa.models.loading import choose_collate
 from rqa.packing import FusionBatch, fusion_batch
 from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence

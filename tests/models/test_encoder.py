@@ -13,8 +13,7 @@ import pytest
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
 from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError

@@ -14,12 +14,10 @@ import pytest
 from openai_server import OpenAIServer, Refusal, error, half_a_reply, serve, slow
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
+from rqa.data import Document, Example, Turn
+from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
+from rqa.endpoint.roles import EndpointReader
 from rqa.models import server as server_module
-from rqa.models.endpoint import Endpoint, EndpointArguments
-from rqa.models.endpoint_reader import EndpointReader
-from rqa.models.replies import Reply, answer_tokens
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError
 

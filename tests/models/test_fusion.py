@@ -16,11 +16,10 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.models.fusion import FusionReader, load_fusion, refuse_overflow
-from rqa.models.generation import GenerationArguments
-from rqa.objectives.fusion import FusionLikelihood
+from rqa.data import Document, Example
+from rqa.models.encoder_decoder import FusionReader, load_fusion, refuse_overflow
+from rqa.models.reader import GenerationArguments
+from rqa.objectives.fid import FusionLikelihood
 from rqa.packing import pack
 from rqa.prompts import FusionPromptArguments, FusionSequence
 from rqa.runtime.errors import UserError

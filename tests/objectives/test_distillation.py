@@ -8,11 +8,10 @@ import pytest
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder, load_encoder
 from rqa.objectives import distillation as module
-from rqa.objectives.distillation import Distillation, DistillationBatch
+from rqa.objectives.rpg import Distillation, DistillationBatch
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 

@@ -9,14 +9,12 @@ import torch
 import pytest
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.objectives.candidates import ScoredCandidates
-from rqa.objectives.distillation import DistillationBatch
 from rqa.objectives.emdr import MarginalLikelihood, WholeAnswers
 from rqa.objectives.losses import marginal_nll
+from rqa.objectives.rpg import DistillationBatch, ScoredCandidates
 from rqa.objectives.teacher import AnswerScorer, Teacher
 from rqa.prompts import PromptArguments, Prompter
 

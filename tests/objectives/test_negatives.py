@@ -6,14 +6,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
+from rqa.data import Document, Example, Turn
 from rqa.models.encoder import load_encoder
 from rqa.objectives import negatives
-from rqa.objectives.negatives import MinedNegatives
+from rqa.objectives.ctl import MinedNegatives, NegativeArguments
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.mining import NegativeArguments
 from rqa.retrieval.retriever import Retriever
 
 # A text is its own embedding: one number, and every question's is 1. The inner product is the document's number.

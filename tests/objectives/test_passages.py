@@ -2,9 +2,8 @@
 
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
-from rqa.objectives.passages import PassageArguments, gold_and_retrieved
+from rqa.data import Document, Example
+from rqa.objectives.swr import PassageArguments, gold_and_retrieved
 
 
 def document(number: int, **metadata: object) -> Document:

@@ -17,8 +17,7 @@ import pytest
 from torch.nn.functional import dropout
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, Turn
+from rqa.data import Document, Example, Turn
 from rqa.models.causal_lm import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter

@@ -9,15 +9,19 @@ import torch
 import numpy as np
 import pytest
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example, write_examples
+from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import EncoderArguments, load_encoder
-from rqa.retrieval.hits import Hits
-from rqa.retrieval.hybrid import HybridRetriever, choose_weight, reciprocal_rank_fusion, weighted_sum
+from rqa.retrieval.hybrid import (
+    HybridRetriever,
+    LexicalRetriever,
+    RetrieverArguments,
+    choose_weight,
+    open_retriever,
+    reciprocal_rank_fusion,
+    weighted_sum,
+)
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.opening import RetrieverArguments, open_retriever
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import Hits, Retriever
 from rqa.runtime.errors import UserError
 
 CPU = torch.device("cpu")

@@ -7,9 +7,9 @@ import re
 import numpy as np
 import pytest
 
-from rqa.data.documents import Document
-from rqa.retrieval.hits import best
-from rqa.retrieval.lexical import LexicalRetriever
+from rqa.data import Document
+from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.retriever import best
 
 QUESTIONS = ["What does Arlen trade in?", "when was BRASK founded", "amber amber honey", "zzz", "", "?!"]
 

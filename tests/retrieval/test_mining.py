@@ -10,15 +10,22 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqa.data.documents import Document, DocumentFile, read_documents, write_documents
-from rqa.data.duplicates import normalize
-from rqa.data.examples import Example, read_examples, write_examples
+from rqa.data import (
+    Document,
+    DocumentFile,
+    Example,
+    normalize,
+    read_documents,
+    read_examples,
+    write_documents,
+    write_examples,
+)
 from rqa.models.encoder import load_encoder
-from rqa.retrieval.hits import Hits, PassageRetriever
+from rqa.objectives.ctl import NegativeArguments, NegativeChooser
+from rqa.preparation.mine import mine, rank_in_parts
+from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.lexical import LexicalRetriever
-from rqa.retrieval.mining import NegativeArguments, NegativeChooser, mine, rank_in_parts
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]

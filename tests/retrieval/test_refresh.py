@@ -11,17 +11,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rqa.data.documents import Document
-from rqa.data.examples import Example
+from rqa.data import Document, Example
 from rqa.models import encoder as encoder_module
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.objectives.negatives import MinedNegatives
+from rqa.objectives.ctl import MinedNegatives, NegativeArguments
 from rqa.packing import TokenBatch
 from rqa.retrieval.index import Index, IndexArguments
-from rqa.retrieval.mining import NegativeArguments
-from rqa.retrieval.refresh import Refresher, documents_to_encode
+from rqa.retrieval.refresh import RefreshArguments, Refresher, documents_to_encode, parse_schedule
 from rqa.retrieval.retriever import Retriever
-from rqa.retrieval.schedule import RefreshArguments, parse_schedule
 from rqa.runtime.errors import UserError
 
 

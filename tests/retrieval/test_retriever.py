@@ -10,7 +10,7 @@ import torch
 import numpy as np
 import pytest
 
-from rqa.data.documents import Document
+from rqa.data import Document
 from rqa.models.encoder import Encoder, load_encoder
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever

@@ -11,7 +11,7 @@ from rqa.runtime import allocator
 
 PROGRAM = """
 import resource, sys
-from rqa.runtime.allocator import tune_allocator
+from rqa.runtime.cli import (tune_allocator)
 
 if sys.argv[1] == "tuned":
     tune_allocator()

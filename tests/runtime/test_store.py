@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.store import Store
+from rqa.runtime.files import Store
 
 
 def test_what_was_put_comes_back_and_outlives_the_store(tmp_path: Path) -> None:

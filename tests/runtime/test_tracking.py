@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.tracking import start_tracker
+from rqa.training.journal import start_tracker
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])

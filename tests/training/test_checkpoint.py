@@ -14,15 +14,14 @@ import pytest
 from torch import Tensor, nn
 from safetensors.torch import load_file, save_file
 
-from rqa.recipes.files import open_output
+from rqa.recipe import open_output
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file, damage
 from rqa.training import checkpoint
 from rqa.training.arguments import LoopArguments
-from rqa.training.batches import Batches
 from rqa.training.checkpoint import checkpoint_to_resume, checkpoints, delete_old_checkpoints
-from rqa.training.loop import train
-from rqa.training.state import RunState
+from rqa.training.journal import RunState
+from rqa.training.loop import Batches, train
 
 CPU = torch.device("cpu")
 

@@ -19,9 +19,8 @@ from transformers import get_scheduler
 from rqa.runtime.errors import UserError
 from rqa.training import journal
 from rqa.training.arguments import LoopArguments
-from rqa.training.batches import Batches
 from rqa.training.checkpoint import checkpoint_to_resume, checkpoints
-from rqa.training.loop import train
+from rqa.training.loop import Batches, train
 
 CPU = torch.device("cpu")
 

@@ -1,0 +1,336 @@
+"""Examples: questions with their gold passages and, for readers, their gold answer. LocalRQA's JSONL."""
+
+import json
+import logging
+import pickle
+import pickletools
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, overload
+
+from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.files import read_jsonl, write_jsonl
+
+
+@dataclass(frozen=True)
+class Document:
+    """A passage of the database.
+
+    Attributes:
+        page_content: The passage itself.
+        metadata: At least `source`, usually `title`; whatever else the file had.
+        fmt_content: The text that models read and the index holds; derived from source, title and content when empty.
+    """
+
+    page_content: str
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
+    fmt_content: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.fmt_content:
+            object.__setattr__(self, "fmt_content", format_content(self.page_content, self.metadata))
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """Two documents are the same when source and content are."""
+        return str(self.metadata.get("source", "")), self.page_content
+
+    def to_json(self) -> dict[str, Any]:
+        return {"page_content": self.page_content, "metadata": self.metadata, "fmt_content": self.fmt_content}
+
+
+def format_content(page_content: str, metadata: dict[str, Any]) -> str:
+    """Source, title and content as one text, a missing field left out."""
+    header = [f"{name.capitalize()}: {metadata[name]}\n" for name in ("source", "title") if metadata.get(name)]
+    return "".join(header) + ("Content:\n" if header else "") + page_content
+
+
+def parse_document(value: Any, where: str) -> Document:
+    """Check one decoded document.
+
+    Args:
+        value: What the file holds: an object with `page_content`, `metadata` and `fmt_content`.
+        where: File, line and field, for the error.
+
+    Raises:
+        UserError: a field is missing or of the wrong type.
+    """
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: expected a document object, found {type(value).__name__}")
+    content = value.get("page_content")
+    if not isinstance(content, str) or not content.strip():
+        raise UserError(f"{where}: field 'page_content' must be a non-empty string")
+    metadata = value.get("metadata", {})
+    if not isinstance(metadata, dict):
+        raise UserError(f"{where}: field 'metadata' must be an object")
+    formatted = value.get("fmt_content") or ""
+    if not isinstance(formatted, str):
+        raise UserError(f"{where}: field 'fmt_content' must be a string")
+    return Document(content, metadata, formatted)
+
+
+def read_documents(path: str | Path) -> list[Document]:
+    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once.
+
+    Raises:
+        UserError: the file is missing, empty, of another format, or holds something that is not a document.
+    """
+    unique: dict[tuple[str, str], Document] = {}
+    for document in iterate_documents(path):
+        unique.setdefault(document.key, document)
+    if not unique:
+        raise UserError(f"{path}: holds no documents")
+    return list(unique.values())
+
+
+def iterate_documents(path: str | Path) -> Iterator[Document]:
+    """Yield each document of a database as it stands, repeated ones too; of a `.jsonl`, one in memory at a time.
+
+    Raises:
+        UserError: the file is missing, of another format, or holds something that is not a document.
+    """
+    path = Path(path)
+    if path.suffix in (".pkl", ".pickle"):
+        yield from _read_pickle(path)
+    else:
+        yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
+
+
+class DocumentFile(Sequence[Document]):
+    """The documents of a `.jsonl` read when they are asked for: a database larger than memory.
+
+    Raises:
+        UserError: a line is malformed; the file is read once to find out.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self._file: BinaryIO | None = None
+        self._starts = array("q")
+        self._lines = array("q")
+        for _ in iterate_documents(path):
+            pass
+        with self.path.open("rb") as file:
+            start = 0
+            for number, line in enumerate(file, start=1):
+                if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                    self._starts.append(start)
+                    self._lines.append(number)
+                start += len(line)
+        if not self._starts:
+            raise UserError(f"{path}: holds no documents")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    @overload
+    def __getitem__(self, position: int) -> Document: ...
+
+    @overload
+    def __getitem__(self, position: slice) -> list[Document]: ...
+
+    def __getitem__(self, position: int | slice) -> Document | list[Document]:
+        if isinstance(position, slice):
+            return [self[each] for each in range(*position.indices(len(self)))]
+        if self._file is None:
+            self._file = self.path.open("rb")
+        self._file.seek(self._starts[position])
+        row = json.loads(self._file.readline().decode("utf-8-sig"))
+        return parse_document(row, f"{self.path}:{self._lines[position]}")
+
+
+def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
+    """Write a document database as JSONL, atomically."""
+    write_jsonl(path, (document.to_json() for document in documents))
+
+
+class _PickledDocument:
+    """Receives the attributes of a pickled document, whatever library's class it was."""
+
+
+class _DocumentUnpickler(pickle.Unpickler):
+    """Builds documents, dicts, lists, strings and numbers; refuses every other class by name."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
+            return _PickledDocument
+        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
+
+
+def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
+    """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
+    for opcode, number, _ in pickletools.genops(file):
+        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
+            raise UserError(f"not a readable pickle (it numbers an object {number})")
+    file.seek(0)
+
+
+def _read_pickle(path: Path) -> list[Document]:
+    try:
+        with path.open("rb") as file:
+            _refuse_huge_memo(file, path.stat().st_size)
+            values = _DocumentUnpickler(file).load()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
+    except Exception as error:  # a damaged pickle raises nearly anything
+        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
+    if not isinstance(values, list):
+        raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
+    documents = []
+    for number, value in enumerate(values, start=1):
+        attributes = vars(value) if isinstance(value, _PickledDocument) else value
+        if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
+            attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
+        documents.append(parse_document(attributes, f"{path}: item {number}"))
+    return documents
+
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One message of the conversation before the question."""
+
+    speaker: str
+    message: str
+
+
+@dataclass(frozen=True)
+class Example:
+    """One question.
+
+    Attributes:
+        question: The question to answer.
+        gold_docs: The passages that answer it.
+        gold_answer: The reference answer; None in files for retrievers.
+        other_answers: What would be as right, such as another spelling.
+        chat_history: What was said before, oldest first.
+        hard_neg_docs: Passages that look right and are not.
+        ctxs: Passages of an earlier retrieval, best first (DCA); `ctx_scores` are their reader scores, if given.
+        where: File and line, for messages.
+    """
+
+    question: str
+    gold_docs: tuple[Document, ...] = ()
+    gold_answer: str | None = None
+    chat_history: tuple[Turn, ...] = ()
+    hard_neg_docs: tuple[Document, ...] = ()
+    ctxs: tuple[Document, ...] = ()
+    ctx_scores: tuple[float, ...] | None = None
+    other_answers: tuple[str, ...] = ()
+    where: str = field(default="", compare=False)
+
+    def to_json(self) -> dict[str, Any]:
+        row: dict[str, Any] = {
+            "question": self.question,
+            "chat_history": [{"speaker": turn.speaker, "message": turn.message} for turn in self.chat_history],
+            "gold_docs": [document.to_json() for document in self.gold_docs],
+        }
+        if self.gold_answer is not None:
+            row["gold_answer"] = self.gold_answer
+        if self.other_answers:
+            row["other_answers"] = list(self.other_answers)
+        if self.hard_neg_docs:
+            row["hard_neg_docs"] = [document.to_json() for document in self.hard_neg_docs]
+        if self.ctxs:
+            row["ctxs"] = [document.to_json() for document in self.ctxs]
+            for context, score in zip(row["ctxs"], self.ctx_scores or (), strict=False):
+                context["score"] = score
+        return row
+
+
+def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
+    """Read examples; a row with several `questions` becomes one example each.
+
+    Generated data holds blank questions and answers: those are reported by line and left out.
+
+    Args:
+        path: A `.jsonl` file.
+        answers: Whether every row must have a `gold_answer`.
+
+    Raises:
+        UserError: the file is missing or empty, or a field is missing or of the wrong type.
+    """
+    examples = list(iterate_examples(path, answers))
+    if not examples:
+        raise UserError(f"{path}: holds no examples")
+    return examples
+
+
+def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
+    """What `read_examples` reads, one line in memory at a time.
+
+    Raises:
+        UserError: the file is missing, or a field is missing or of the wrong type.
+    """
+    for line, row in read_jsonl(path):
+        for example in _parse_row(row, f"{path}:{line}", answers):
+            blank = [name for name, text in (("question", example.question), ("gold_answer", example.gold_answer))
+                     if text is not None and not text.strip()]  # fmt: skip
+            if blank:
+                log.warning("%s: field '%s' is blank; the example is left out", example.where, blank[0])
+            else:
+                yield example
+
+
+def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
+    """Write one example a line, atomically."""
+    write_jsonl(path, (example.to_json() for example in examples))
+
+
+def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
+    questions = row["questions"] if "questions" in row else [row.get("question")]
+    if not isinstance(questions, list) or not questions:
+        raise UserError(f"{where}: field 'questions' must be a list of questions")
+    if not all(isinstance(question, str) for question in questions):
+        name = "questions" if "questions" in row else "question"
+        raise UserError(f"{where}: field '{name}' must be a string")
+    answer = row.get("gold_answer")
+    if not isinstance(answer, str) and (answers or answer is not None):
+        raise UserError(f"{where}: field 'gold_answer' must be a string")
+    if answers and len(questions) > 1:
+        raise UserError(f"{where}: one 'gold_answer' cannot answer several 'questions'; write a line for each")
+    others = _list(row, "other_answers", where)
+    if not all(isinstance(other, str) for other in others):
+        raise UserError(f"{where}: field 'other_answers' must hold strings")
+    contexts = _list(row, "ctxs", where)
+    scores = [context.get("score") for context in contexts if isinstance(context, dict)]
+    scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
+    common: dict[str, Any] = {
+        "gold_docs": _documents(row, "gold_docs", where),
+        "gold_answer": answer,
+        "chat_history": tuple(_turn(turn, where) for turn in _list(row, "chat_history", where)),
+        "hard_neg_docs": _documents(row, "hard_neg_docs", where),
+        "ctxs": _documents(row, "ctxs", where),
+        "ctx_scores": tuple(map(float, scores)) if scored else None,
+        "other_answers": tuple(others),
+        "where": where,
+    }
+    return [Example(question, **common) for question in questions]
+
+
+def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
+    value = row.get(name) or []
+    if not isinstance(value, list):
+        raise UserError(f"{where}: field '{name}' must be a list")
+    return value
+
+
+def _documents(row: dict[str, Any], name: str, where: str) -> tuple[Document, ...]:
+    return tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
+
+
+def _turn(value: Any, where: str) -> Turn:
+    if not isinstance(value, dict) or not all(isinstance(value.get(k), str) for k in ("speaker", "message")):
+        raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
+    return Turn(value["speaker"], value["message"])
+
+
+def normalize(text: str) -> str:
+    """Text as duplicates are compared: in lower case, any white space one space."""
+    return " ".join(text.lower().split())

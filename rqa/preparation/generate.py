@@ -1,0 +1,361 @@
+"""Training data from a document database: passages sampled and split, questions asked about them, answers given."""
+
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from random import Random
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from rqa.data import Document, Example, normalize
+from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
+from rqa.endpoint.roles import check_price, cost, count_tokens
+from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
+from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.files import Store, cache_root, fingerprint
+
+Conversation = list[dict[str, str]]
+
+ASK_QUESTIONS = """\
+Here is a passage of a larger collection.
+
+{passage}
+
+Write {number} questions that people who look for help would ask and that this passage answers by itself. Nobody who \
+asks has seen the passage: name the things that a question is about, and never speak of "the passage" or "the text". \
+Let the questions differ in what they ask for. Write one question a line, and nothing else."""
+
+ASK_ANSWER = """\
+Here is a passage of a larger collection.
+
+{passage}
+
+Answer this question in one to three full sentences, with what the passage says and nothing else. Do not speak of "the \
+passage". If the passage does not answer the question, reply with the words NO ANSWER alone.
+
+Question: {question}"""
+
+NO_ANSWER = "no answer"
+FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
+_MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
+_LABEL = re.compile(
+    r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE
+)  # small models write 'The answer to the question: What ...?'
+_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
+_QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
+
+
+@dataclass
+class GenerationPromptArguments:
+    """Prompts of one's own."""
+
+    prompt_template: str | None = field(
+        default=None, metadata={"help": "A text file that replaces the prompt; its placeholders as in the default."}
+    )
+
+
+def ask_questions(template: str, document: Document, number: int) -> Conversation:
+    """The conversation that asks for questions about a passage."""
+    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "number": str(number)})}]
+
+
+def ask_answer(template: str, document: Document, question: str) -> Conversation:
+    """The conversation that asks for the answer to a question."""
+    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "question": question})}]
+
+
+def parse_questions(reply: str, number: int) -> list[str]:
+    """The first lines that end in a question mark and do not speak of the passage; none twice.
+
+    Numbers, bullets, quotes and whatever leads to "question:" are taken off.
+    """
+    questions: dict[str, None] = {}
+    for line in reply.splitlines():
+        question = _LABEL.sub("", _MARK.sub("", line, count=1)).strip().strip('*"\u201c\u201d ')
+        long_enough = len(question.split()) >= FEWEST_WORDS
+        if long_enough and _QUESTION_END.search(question) and not _UNSEEN.search(question):
+            questions.setdefault(question)
+    return list(questions)[:number]
+
+
+def parse_answer(reply: str, question: str) -> str | None:
+    """The answer on one line; None where the model found none, speaks of the passage or says the question again."""
+    answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
+    bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
+    echo = bare == re.sub(r"[^\w\s]", "", question).strip().lower()
+    return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
+
+
+log = logging.getLogger(__name__)
+
+KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
+
+
+class TextGenerator(Protocol):
+    """Whatever replies to conversations."""
+
+    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
+        ...
+
+    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
+        """The tokens of all conversations, by the model's tokenizer or by estimate."""
+        ...
+
+
+def open_generator(
+    name: str, max_new_tokens: int, endpoint: EndpointArguments, device: torch.device, **options: Any
+) -> TextGenerator:
+    """The generator that a name means.
+
+    Args:
+        name: A directory, a hub name, or `openai::http://host:port/v1`.
+        max_new_tokens: Tokens of a reply, at most.
+        options: Those of `load_model`, for a local model.
+
+    Raises:
+        UserError: it cannot be loaded, or has no chat template.
+    """
+    if is_endpoint(name):
+        return EndpointGenerator(Endpoint(name, endpoint), max_new_tokens)
+    tokenizer = load_tokenizer(name, options.get("trust_remote_code", False))
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"--model_name_or_path {name}: has no chat template; take a model that was tuned to instructions"
+        )
+    return LocalGenerator(load_causal_lm(name, **options).to(device), tokenizer, max_new_tokens)
+
+
+class EndpointGenerator:
+    """A model behind an OpenAI-compatible server."""
+
+    def __init__(self, endpoint: Endpoint, max_new_tokens: int) -> None:
+        self.endpoint = endpoint
+        self.max_new_tokens = max_new_tokens
+
+    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
+        replies = self.endpoint.ask(conversations, self.max_new_tokens) if distributed.is_main() else []
+        return distributed.from_main([reply.text for reply in replies])
+
+    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
+        return count_tokens(conversations)
+
+
+class LocalGenerator:
+    """A decoder in this process, or a copy of it in each of several; conversations by its own chat template."""
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+        self.tokenizer = tokenizer
+        arguments = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
+        self.reader = CausalLMReader(model, Prompter(tokenizer, arguments))
+        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
+        self._store = Store(cache_root() / "generated.sqlite")
+        self._identity = fingerprint(model_fingerprint(model, tokenizer), str(max_new_tokens))
+
+    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
+        keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
+        waiting = dict(zip(keys, conversations, strict=True))
+        kept = distributed.from_main(self._store.get(waiting))
+        missing = [key for key in waiting if key not in kept]
+        for start in range(0, len(missing), KEPT_AT_ONCE):
+            log.info("generate: %d of %d conversations done", len(keys) - len(missing) + start, len(keys))
+            part = missing[start : start + KEPT_AT_ONCE]
+            kept |= zip(part, self._reply([waiting[key] for key in part]), strict=True)
+            if distributed.is_main():
+                self._store.put({key: kept[key] for key in part})
+        return [kept[key] for key in keys]
+
+    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
+        return sum(len(self._encode(turns)) for turns in conversations)
+
+    def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
+        """Each process replies to its share; a conversation that is longer than the model can read, with nothing."""
+        prompts = [self._encode(turns) for turns in distributed.share(conversations)]
+        if longer := sum(len(prompt) > self._limit for prompt in prompts):
+            log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
+        prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
+        answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
+        return distributed.gather([answer.text for answer in answers])
+
+    def _encode(self, turns: Conversation) -> list[int]:
+        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        return self.tokenizer.encode(text, add_special_tokens=False)
+
+
+SPLITS = ("train", "eval", "test")
+
+
+@dataclass
+class GeneratorArguments(LoadingArguments):
+    """Who writes, and at what price."""
+
+    model_name_or_path: str = field(
+        metadata={"help": "Who writes: a directory, a hub name, or openai::http://host:port/v1."}
+    )
+    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a reply, at most."})
+    price: list[float] = field(
+        default_factory=list, metadata={"help": "Dollars for a million tokens in, and out, to tell the cost before."}
+    )
+    estimate_only: bool = field(default=False, metadata={"help": "Say what it would cost, and stop."})
+
+    def __post_init__(self) -> None:
+        check_bounds(self, "max_new_tokens", at_least=1)
+        check_price("price", self.price)
+
+
+@dataclass
+class SampleArguments:
+    """Which passages are asked about."""
+
+    num_train_passages: int = field(default=400, metadata={"help": "Passages of the training split."})
+    num_eval_passages: int = field(default=50, metadata={"help": "Passages of the evaluation split."})
+    num_test_passages: int = field(default=100, metadata={"help": "Passages of the test split."})
+    split_by: str = field(
+        default="passage",
+        metadata={"help": "Whether passages of one source may be in two splits.", "choices": ["passage", "source"]},
+    )
+    min_passage_words: int = field(default=20, metadata={"help": "Shorter passages are not asked about."})
+    seed: int = field(default=42, metadata={"help": "Decides which passages."})
+
+    def __post_init__(self) -> None:
+        if min(self.sizes.values()) < 0 or not any(self.sizes.values()):
+            raise UserError("--num_train_passages, --num_eval_passages, --num_test_passages: ask for some passages")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Passages by split."""
+        return dict(zip(SPLITS, (self.num_train_passages, self.num_eval_passages, self.num_test_passages), strict=True))
+
+
+def sample_passages(documents: Sequence[Document], arguments: SampleArguments) -> dict[str, list[Document]]:
+    """Passages of each split, in the database's order; no text, or no source, is in two of them.
+
+    Raises:
+        UserError: there are not enough.
+    """
+    distinct: dict[str, int] = {}
+    for number, document in enumerate(documents):
+        if len(document.page_content.split()) >= arguments.min_passage_words:
+            distinct.setdefault(normalize(document.page_content), number)
+    groups: dict[Any, list[int]] = {}
+    for number in distinct.values():
+        group = number if arguments.split_by == "passage" else documents[number].metadata.get("source", number)
+        groups.setdefault(group, []).append(number)
+    shuffled = list(groups.values())
+    Random(arguments.seed).shuffle(shuffled)
+    chosen: dict[str, list[Document]] = {}
+    for split, size in arguments.sizes.items():
+        numbers: list[int] = []
+        while len(numbers) < size:
+            if not shuffled:
+                asked = sum(arguments.sizes.values())
+                raise UserError(
+                    f"--num_{split}_passages {size}: the database has {len(distinct)} distinct passages of "
+                    f"--min_passage_words {arguments.min_passage_words} or more, too few for {asked} in all"
+                )
+            numbers += shuffled.pop()
+        chosen[split] = [documents[number] for number in sorted(numbers[:size])]
+    return chosen
+
+
+def write_questions(
+    generator: TextGenerator, passages: dict[str, list[Document]], template: str, number: int, counts: Counter[str]
+) -> dict[str, list[Example]]:
+    """Questions about each split's passages; one that is asked of two passages is asked of neither.
+
+    Args:
+        number: Questions of a passage, at most.
+        counts: Counts what becomes of the replies.
+
+    Raises:
+        UserError: no reply holds a question.
+    """
+    asked = [(split, document) for split, found in passages.items() for document in found]
+    replies = generator.generate([ask_questions(template, document, number) for _, document in asked])
+    drafts = [
+        (split, Example(question, (document,)))
+        for (split, document), reply in zip(asked, replies, strict=True)
+        for question in parse_questions(reply, number)
+    ]
+    counts["passages"] = len(asked)
+    counts["passages without a readable question"] = len(asked) - len({id(draft.gold_docs[0]) for _, draft in drafts})
+    if not drafts:
+        raise UserError(
+            f"--model_name_or_path: none of {len(asked)} replies holds a question; the first: {replies[0]!r}"
+        )
+    frequency = Counter(normalize(draft.question) for _, draft in drafts)
+    unique = [(split, draft) for split, draft in drafts if frequency[normalize(draft.question)] == 1]
+    counts["questions left out as asked of several passages"] = len(drafts) - len(unique)
+    return {name: [draft for split, draft in unique if split == name] for name in passages}
+
+
+def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:
+    """The examples whose passage, or one of the same text, is among the k that the retriever finds.
+
+    What no retriever brings back from the whole database is a question that many passages answer, or none (Alberti et
+    al. 2019 keep questions by the answer; Dai et al. 2023, Promptagator, by the passage).
+    """
+    if not examples:
+        return []
+    found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], k))
+    return [
+        example
+        for example, documents in zip(examples, found, strict=True)
+        if normalize(example.gold_docs[0].page_content) in {normalize(document.page_content) for document in documents}
+    ]
+
+
+def question_rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+    """LocalRQA's rows: a passage a line, with its `questions`."""
+    grouped: dict[tuple[str, str], list[Example]] = {}
+    for example in examples:
+        grouped.setdefault(example.gold_docs[0].key, []).append(example)
+    for group in grouped.values():
+        row = group[0].to_json()
+        del row["question"]
+        yield {**row, "questions": [example.question for example in group]}
+
+
+def answer_conversations(examples: Sequence[Example], template: str) -> list[Conversation]:
+    """What is asked for the answers of these examples, each from its first gold passage.
+
+    Raises:
+        UserError: an example has none.
+    """
+    for example in examples:
+        if not example.gold_docs:
+            raise UserError(f"{example.where}: field 'gold_docs' is empty; an answer needs a passage")
+    return [ask_answer(template, example.gold_docs[0], example.question) for example in examples]
+
+
+def write_answers(
+    generator: TextGenerator, examples: Sequence[Example], template: str, counts: Counter[str]
+) -> list[Example]:
+    """The examples with their answers; those that the passage does not answer are left out."""
+    replies = generator.generate(answer_conversations(examples, template))
+    answers = [parse_answer(reply, example.question) for reply, example in zip(replies, examples, strict=True)]
+    counts["answers"] += sum(answer is not None for answer in answers)
+    counts["questions left out without an answer"] += sum(answer is None for answer in answers)
+    pairs = zip(examples, answers, strict=True)
+    return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
+
+
+def estimate(generator: TextGenerator, conversations: Sequence[Conversation], arguments: GeneratorArguments) -> str:
+    """What generating will cost at most, before anything is asked."""
+    written = arguments.max_new_tokens * len(conversations)
+    return cost(f"{len(conversations)} replies", generator.count_tokens(conversations), written, arguments.price)
+
+
+def answers_path(path: Path, directory: Path) -> Path:
+    """`train_w_q.jsonl` becomes `train_w_qa.jsonl`, and any other name receives the ending."""
+    return directory / f"{path.stem.removesuffix('_w_q')}_w_qa.jsonl"
