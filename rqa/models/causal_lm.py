@@ -12,15 +12,20 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import evaluating, hidden_states, load_model, packing_is_exact
+from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, packing_is_exact
 from rqa.models.reader import LocalReader
 from rqa.packing import AnswerBatch, pack, pad
 from rqa.runtime.parallelize import is_sharded
 
 
-def load_causal_lm(path: str, **options: Any) -> PreTrainedModel:
-    """A decoder from a directory or hub name; options are those of `load_model`."""
-    return load_model(AutoModelForCausalLM, path, **options)
+def load_causal_lm(
+    path: str,
+    flags: LoadingArguments = LoadingArguments(),
+    dtype: torch.dtype = torch.float32,
+    main_only: bool = False,
+) -> PreTrainedModel:
+    """A decoder from a directory or hub name, as `load_model` loads it."""
+    return load_model(AutoModelForCausalLM, path, flags, dtype, main_only)
 
 
 def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
@@ -92,7 +97,7 @@ class CausalLMReader(LocalReader[list[int]]):
         reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
         inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
         most = max_new_tokens or self.prompter.arguments.max_new_tokens
-        config = self.arguments.config(most, stop, disable_compile=True)
+        config = self.flags.config(most, stop, disable_compile=True)
         with evaluating(self.model):
             synced = is_sharded(self.model)  # then a process that is done steps on until all are
             cache = new_cache(self.model, inputs["input_ids"].shape[1] + most)

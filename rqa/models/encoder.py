@@ -3,7 +3,7 @@
 import copy
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,19 @@ from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rqa.models.loading import choose_collate, evaluating, hidden_states, load_model, load_tokenizer, model_fingerprint
+from rqa.models.loading import (
+    LoadingArguments,
+    choose_collate,
+    evaluating,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    model_fingerprint,
+)
 from rqa.packing import Collate, TokenBatch, pack, token_budget_batches
-from rqa.runtime.errors import UserError, check_bounds, one_line
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
+from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
 
 DENSE, LAYER_NORM = "2_Dense", "3_LayerNorm"
@@ -153,7 +162,7 @@ def stored_settings(path: str) -> Iterator[tuple[str, Any]]:
     Raises:
         UserError: they name a module or a way of pooling that is not offered.
     """
-    known = {field.name for field in fields(EncoderSettings)}
+    known = {item.name for item in fields(EncoderSettings)}
     if ours := _read_json(path, SETTINGS_FILE):
         yield from ((name, value) for name, value in ours.items() if name in known)
         return
@@ -201,23 +210,27 @@ def _read_json(path: str, name: str) -> Any:
 MAX_BATCH_TOKENS = 16384
 
 
-@dataclass
-class EncoderArguments:
+@dataclass(kw_only=True)
+class EncoderArguments(LoadingArguments):
     """How texts become vectors. What is not given is taken from the checkpoint."""
 
-    pooling_type: str | None = field(
-        default=None, metadata={"help": "By default the checkpoint's, else mean.", "choices": ["mean", "cls"]}
+    pooling_type: str | None = flag(
+        None, "Pooling of token states. Default: the checkpoint's, or mean.", ["mean", "cls"]
     )
-    normalize: bool | None = field(
-        default=None, metadata={"help": "L2-normalise embeddings; by default the checkpoint's, else true."}
+    normalize: bool | None = flag(
+        None, "Whether embeddings are divided by their L2 norm. Default: as in the checkpoint, or true."
     )
-    query_prefix: str | None = field(default=None, metadata={"help": 'Text before a question, such as "query: ".'})
-    passage_prefix: str | None = field(default=None, metadata={"help": 'Text before a passage, such as "passage: ".'})
-    max_query_length: int | None = field(default=None, metadata={"help": "Tokens of a question."})
-    max_passage_length: int | None = field(default=None, metadata={"help": "Tokens of a passage."})
+    query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
+    passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
+    max_query_length: int | None = flag(
+        None, "Tokens of a question at most; the rest is cut. Default: the checkpoint's."
+    )
+    max_passage_length: int | None = flag(
+        None, "Tokens of a passage at most; the rest is cut. Default: the checkpoint's."
+    )
 
-    def __post_init__(self) -> None:
-        check_bounds(self, "max_query_length", "max_passage_length", at_least=3)
+    def check(self) -> None:
+        self.check_bounds("max_query_length", "max_passage_length", at_least=3)
 
 
 class Encoder(nn.Module):
@@ -356,21 +369,19 @@ class Encoder(nn.Module):
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
 
-def load_encoder(path: str, arguments: EncoderArguments | None = None, **options: Any) -> Encoder:
+def load_encoder(path: str, flags: EncoderArguments = EncoderArguments(), main_only: bool = False) -> Encoder:
     """Load a `transformers` or `sentence-transformers` checkpoint with its pooling, prefixes and lengths, in eval mode.
 
     Args:
         path: A directory, or a hub name.
-        arguments: Settings that override the checkpoint's.
-        options: Those of `load_model`.
-
-    Raises:
-        UserError: the checkpoint cannot be read, or pools in a way that is not offered.
+        flags: Settings that are given override the checkpoint's.
+        main_only: As in `load_model`.
     """
-    tokenizer = load_tokenizer(path, trust_remote_code=options.get("trust_remote_code", False))
-    backbone = load_model(AutoModel, path, **options)
+    tokenizer = load_tokenizer(path, flags.trust_remote_code)
+    backbone = load_model(AutoModel, path, flags, main_only=main_only)
     stored = dict(stored_settings(path))
-    given = {name: value for name, value in asdict(arguments or EncoderArguments()).items() if value is not None}
+    names = [item.name for item in fields(EncoderSettings) if item.name != "projection"]
+    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
     limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     for name in lengths:
@@ -379,7 +390,7 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
     settings = EncoderSettings(**(stored | lengths | given))
     passages = None
     if has_two_encoders(path):
-        model = load_model(AutoModel, path, subfolder=PASSAGE_ENCODER, **options)
+        model = load_model(AutoModel, path, flags, main_only=main_only, subfolder=PASSAGE_ENCODER)
         passages = Encoder(model, tokenizer, settings, projection=_projection(path, model, settings, PASSAGE_ENCODER))
     return Encoder(backbone, tokenizer, settings, passages, _projection(path, backbone, settings)).eval()
 
@@ -387,7 +398,8 @@ def load_encoder(path: str, arguments: EncoderArguments | None = None, **options
 def _projection(path: str, backbone: PreTrainedModel, settings: EncoderSettings, folder: str = "") -> Projection | None:
     if not settings.projection:
         return None
-    return load_projection(path, backbone.config.hidden_size, settings.projection, folder)
+    projection = load_projection(path, backbone.config.hidden_size, settings.projection, folder)
+    return projection.to(backbone.device)
 
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:

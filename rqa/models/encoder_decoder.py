@@ -7,7 +7,7 @@ cross-attention's query, keys and values. Nothing of a model is patched.
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,46 +28,49 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import evaluating, hidden_states, load_model, load_tokenizer
+from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
-from rqa.packing import IGNORED, Collate, FusionBatch, fusion_batch, pad
-from rqa.prompts import FusionPrompter, FusionSequence, PassagePromptArguments
+from rqa.packing import IGNORED, Collate, FiDBatch, fid_batch, pad
+from rqa.prompts import FiDPrompter, FiDSequence, PassagePromptArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import in_step, is_sharded
 
 WARM_START = "bert::"
+NEW_LAYERS = "crossattention|predictions"  # parameters that a warm start begins anew, as a regular expression
 NEAR_ZERO = 0.1
 MAX_ENCODER_TOKENS = 16384
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 
 
-def load_fusion(
-    path: str, arguments: PassagePromptArguments, flash: bool = False, **options: Any
-) -> tuple[PreTrainedModel, FusionPrompter]:
+@dataclass(kw_only=True)
+class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
+    """How an encoder-decoder is loaded and asked."""
+
+
+def load_encoder_decoder(
+    path: str, flags: EncoderDecoderArguments, dtype: torch.dtype = torch.float32, main_only: bool = False
+) -> tuple[PreTrainedModel, FiDPrompter]:
     """An encoder-decoder, and what builds its inputs.
 
     Args:
         path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe
             et al. 2020), whose cross-attention begins as the checkpoint's attention.
-        options: Those of `load_model`.
-
-    Raises:
-        UserError: the checkpoint cannot be read, or takes fewer tokens than the arguments ask for.
+        dtype, main_only: As in `load_model`.
     """
     name = path.removeprefix(WARM_START)
-    tokenizer = load_tokenizer(name, options.get("trust_remote_code", False))
+    tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if path.startswith(WARM_START):
-        model = _warm_start(name, tokenizer, flash=flash, **options)
+        model = _warm_start(name, tokenizer, flags, dtype, main_only)
     else:
-        model = load_model(AutoModelForSeq2SeqLM, name, flash=flash, **options)
+        model = load_model(AutoModelForSeq2SeqLM, name, flags, dtype, main_only)
     encoder = model.get_encoder()
-    if not flash:
+    if not flags.use_flash_attention:
         _set_attention(model)
-    for flag, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
-        limit, asked = getattr(config, "max_position_embeddings", None), vars(arguments).get(f"max_{flag}_seq_length")
+    for side, config in (("encoder", encoder.config), ("decoder", getattr(model.get_decoder(), "config", None))):
+        limit, asked = getattr(config, "max_position_embeddings", None), getattr(flags, f"max_{side}_seq_length", None)
         if limit and asked and asked > limit:
-            raise UserError(f"--max_{flag}_seq_length {asked}: {name} takes at most {limit} tokens")
-    return model, FusionPrompter(tokenizer, arguments, start_token(model))
+            raise UserError(f"--max_{side}_seq_length {asked}: {name} takes at most {limit} tokens")
+    return model, FiDPrompter(tokenizer, flags, start_token(model))
 
 
 def _set_attention(model: PreTrainedModel) -> None:
@@ -81,11 +84,13 @@ def _set_attention(model: PreTrainedModel) -> None:
         model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
 
 
-def _warm_start(path: str, tokenizer: PreTrainedTokenizerBase, **options: Any) -> PreTrainedModel:
+def _warm_start(
+    path: str, tokenizer: PreTrainedTokenizerBase, flags: LoadingArguments, dtype: torch.dtype, main_only: bool
+) -> PreTrainedModel:
     if tokenizer.cls_token_id is None or tokenizer.sep_token_id is None or tokenizer.pad_token_id is None:
         raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
-    encoder = load_model(AutoModel, path, **options)
-    decoder = load_model(AutoModelForCausalLM, path, is_decoder=True, add_cross_attention=True, **options)
+    encoder = load_model(AutoModel, path, flags, dtype, main_only)
+    decoder = load_model(AutoModelForCausalLM, path, flags, dtype, main_only, is_decoder=True, add_cross_attention=True)
     for layer in decoder.modules():
         if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
             layer.crossattention.load_state_dict(layer.attention.state_dict())
@@ -125,7 +130,7 @@ def start_token(model: PreTrainedModel) -> int:
     return int(model.prepare_decoder_input_ids_from_labels(torch.zeros(1, 1, dtype=torch.long))[0, 0])
 
 
-def encode_passages(model: PreTrainedModel, batch: FusionBatch) -> dict[str, Any]:
+def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
     """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
     encoder = model.get_encoder()
     nothing = replace(pad([[0]]), lengths=torch.zeros(1, dtype=torch.long)).to(batch.owners.device)
@@ -137,7 +142,7 @@ def encode_passages(model: PreTrainedModel, batch: FusionBatch) -> dict[str, Any
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}
 
 
-class Fusion(nn.Module):
+class FiD(nn.Module):
     """An encoder-decoder that reads the passages of each question one by one.
 
     `forward` and `generate` are whole passes through encoder and decoder: what FSDP2 gathers weights around.
@@ -149,7 +154,7 @@ class Fusion(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, batch: FusionBatch) -> tuple[Tensor, Tensor]:
+    def forward(self, batch: FiDBatch) -> tuple[Tensor, Tensor]:
         """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
         output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
@@ -157,39 +162,37 @@ class Fusion(nn.Module):
         return output.logits[real], batch.labels[real]
 
     @torch.no_grad()
-    def generate(self, batch: FusionBatch, config: GenerationConfig) -> Tensor:
+    def generate(self, batch: FiDBatch, config: GenerationConfig) -> Tensor:
         """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         passages = encode_passages(self.model, batch)
         return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
 
 
-class FusionReader(LocalReader[FusionSequence]):
+class FiDReader(LocalReader[FiDSequence]):
     """Answers questions over passages with an encoder-decoder."""
 
-    def __init__(
-        self, fusion: Fusion, prompter: FusionPrompter, arguments: GenerationArguments, collate: Collate
-    ) -> None:
-        super().__init__(fusion, prompter, arguments)
+    def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
+        super().__init__(fid, prompter, flags)
         self.collate = collate
 
-    def encode(self, example: Example, passages: Sequence[Document]) -> FusionSequence:
+    def encode(self, example: Example, passages: Sequence[Document]) -> FiDSequence:
         return self.prompter.encode(example, passages)
 
-    def cost(self, prompt: FusionSequence) -> int:
+    def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
 
     @property
-    def filler(self) -> FusionSequence:
-        return FusionSequence([[self.prompter.end_token]], [])
+    def filler(self) -> FiDSequence:
+        return FiDSequence([[self.prompter.end_token]], [])
 
-    def generate(self, prompts: Sequence[FusionSequence], max_new_tokens: int | None = None) -> list[list[int]]:
-        fusion, end = self.model, self.prompter.end_token
+    def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
+        fid, end = self.model, self.prompter.end_token
         size = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
-        config = self.arguments.config(size, [end], decoder_start_token_id=start_token(fusion.model))
-        with evaluating(fusion):
-            batch = fusion_batch(prompts, self.collate, self.max_batch_tokens).to(fusion.model.device)
-            answers = fusion.generate(batch, config).tolist()
+        config = self.flags.config(size, [end], decoder_start_token_id=start_token(fid.model))
+        with evaluating(fid):
+            batch = fid_batch(prompts, self.collate, self.max_batch_tokens).to(fid.model.device)
+            answers = fid.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 
 
@@ -239,7 +242,7 @@ def observe(model: PreTrainedModel) -> None:
 
 
 @torch.no_grad()
-def passage_scores(model: PreTrainedModel, batch: FusionBatch, kind: str = "plain") -> Tensor:
+def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain") -> Tensor:
     """How much the first decoded position attends to each passage (Izacard & Grave 2020, section 3.2). -> [B, K]
 
     The mean over layers, heads and the passage's real tokens, in float32; -inf where a question has fewer passages.

@@ -4,8 +4,8 @@ import json
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -22,44 +22,47 @@ from transformers.utils.logging import disable_progress_bar
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast
-from rqa.runtime.errors import UserError, check_bounds, one_line
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint_of
+from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import assembled
+
+log = logging.getLogger(__name__)
+disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
 
 
-@dataclass
-class LoraArguments:
-    """Whether adapters are trained instead of the whole model, and which."""
+@dataclass(kw_only=True)
+class LoraArguments(Arguments):
+    """LoRA: low-rank adapters instead of the whole model."""
 
-    use_lora: bool = field(default=False, metadata={"help": "Train low-rank adapters; the model itself is frozen."})
-    lora_r: int = field(default=16, metadata={"help": "The adapters' rank."})
-    lora_alpha: int = field(default=32, metadata={"help": "Their scale, times 1/rank."})
-    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout before them."})
-    lora_target_modules: list[str] = field(
-        default_factory=lambda: ["all-linear"], metadata={"help": "Names of the layers that get one, or all-linear."}
+    use_lora: bool = flag(False, "Whether to train low-rank adapters and freeze the model itself.")
+    lora_r: int = flag(16, "Rank of the adapters.")
+    lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
+    lora_dropout: float = flag(0.0, "Dropout on the adapters' input.", rare=True)
+    lora_target_modules: list[str] = flag(
+        ["all-linear"], "Names of the layers that get an adapter, or all-linear.", rare=True
     )
-    merge_lora_on_save: bool = field(
-        default=False, metadata={"help": "Leave a plain model in output_dir; its checkpoints still hold adapters."}
+    merge_lora_on_save: bool = flag(
+        False, "Whether output_dir gets a plain model, with the adapters merged; checkpoints keep adapters."
     )
 
-    def __post_init__(self) -> None:
-        check_bounds(self, "lora_r", at_least=1)
-        check_bounds(self, "lora_dropout", at_least=0, below=1)
+    def check(self) -> None:
+        self.check_bounds("lora_r", at_least=1)
+        self.check_bounds("lora_dropout", at_least=0, below=1)
         if self.merge_lora_on_save and not self.use_lora:
             raise UserError("--merge_lora_on_save true: there is nothing to merge without --use_lora true")
 
 
-def train_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
+def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
     """Freeze a model and give it adapters to train; those that it was loaded with are trained on.
 
     Raises:
         UserError: peft is missing, a target module does not exist, or the model has adapters of another kind.
     """
     present = getattr(model, "peft_config", None) if getattr(model, "_hf_peft_config_loaded", False) else None
-    if not arguments.use_lora:
+    if not flags.use_lora:
         if present:
             raise UserError(f"model {model.name_or_path}: is a LoRA adapter; train it on with --use_lora true")
         return
@@ -67,23 +70,23 @@ def train_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
         raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
     require_peft("--use_lora true")
     if present:
-        (name,) = present
-        for flag, saved in (("lora_r", present[name].r), ("lora_alpha", present[name].lora_alpha)):
-            if getattr(arguments, flag) != saved:
-                raise UserError(f"--{flag} {getattr(arguments, flag)}: the adapter to train on has {saved}")
-        model.set_adapter(name)
+        (adapter,) = present
+        for name, saved in (("lora_r", present[adapter].r), ("lora_alpha", present[adapter].lora_alpha)):
+            if getattr(flags, name) != saved:
+                raise UserError(f"--{name} {getattr(flags, name)}: the adapter to train on has {saved}")
+        model.set_adapter(adapter)
         return
-    _add_adapters(model, arguments)
+    _add_adapters(model, flags)
 
 
-def _add_adapters(model: PreTrainedModel, arguments: LoraArguments) -> None:
+def _add_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
     from peft import LoraConfig
 
-    targets = arguments.lora_target_modules
+    targets = flags.lora_target_modules
     config = LoraConfig(
-        r=arguments.lora_r,
-        lora_alpha=arguments.lora_alpha,
-        lora_dropout=arguments.lora_dropout,
+        r=flags.lora_r,
+        lora_alpha=flags.lora_alpha,
+        lora_dropout=flags.lora_dropout,
         target_modules=targets[0] if targets == ["all-linear"] else targets,
     )
     try:
@@ -112,70 +115,70 @@ def require_peft(reason: str) -> None:
         raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"') from None
 
 
-log = logging.getLogger(__name__)
-disable_progress_bar()
-
-
 @dataclass(kw_only=True)
-class LoadingArguments:
+class LoadingArguments(Arguments):
     """How models are loaded, and what they compute in."""
 
-    bf16: bool = field(default=False, metadata={"help": "Compute in bfloat16, on CUDA and on CPUs that have it."})
-    use_flash_attention: bool = field(default=False, metadata={"help": "Attention by the flash-attn package (CUDA)."})
-    trust_remote_code: bool = field(default=False, metadata={"help": "Run Python code that a checkpoint brings."})
+    bf16: bool = flag(False, "Whether to compute in bfloat16, on CUDA and on CPUs that multiply it.")
+    use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).")
+    trust_remote_code: bool = flag(False, "Whether to run Python code that a checkpoint brings.", rare=True)
 
     @property
-    def loading(self) -> dict[str, Any]:
-        """The same as keyword arguments of `load_model`."""
-        return {"flash": self.use_flash_attention, "trust_remote_code": self.trust_remote_code}
+    def dtype(self) -> torch.dtype:
+        """What matrix products run in."""
+        return distributed.compute_dtype(self.bf16, fp16=False)
+
+    def autocast(self) -> AbstractContextManager:
+        return distributed.autocast(self.dtype)
 
 
 def load_model(
     auto_class: Any,
     path: str,
-    flash: bool = False,
+    flags: LoadingArguments = LoadingArguments(),
     dtype: torch.dtype = torch.float32,
-    trust_remote_code: bool = False,
-    empty: bool = False,
-    **options: Any,
+    main_only: bool = False,
+    **config: Any,
 ) -> PreTrainedModel:
-    """Load a checkpoint with packed attention: flash-attn's kernel when asked, ours otherwise.
+    """Load a checkpoint on this process's device, with packed attention: flash-attn's kernel when asked, else ours.
+
+    The processes of a node load in turn, so that its memory holds one whole model at a time beside those on devices.
 
     Args:
         auto_class: A class of `transformers` with `from_pretrained`, such as `AutoModelForCausalLM`.
         path: A directory, or a hub name.
-        flash: Whether to use the flash-attn package.
-        empty: Read no weights: their memory is reserved and never touched, until `parallelize` brings the main
-            process's.
-
-    Raises:
-        UserError: the checkpoint cannot be found or read, or flash-attn is asked for and missing.
+        dtype: What the weights are stored in.
+        main_only: The main process alone reads weights; the others reserve memory that `parallelize` fills.
+        config: Values that replace those of the checkpoint's configuration.
     """
-    if flash and not is_flash_attn_2_available():
+    if flags.use_flash_attention and not is_flash_attn_2_available():
         raise UserError(
             "--use_flash_attention true: flash-attn is not installed or finds no CUDA device; "
             'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         )
     if (Path(path) / ADAPTER_CONFIG).exists():
         require_peft(f"model {path}: is a LoRA adapter")
-    options |= {"dtype": dtype, "trust_remote_code": trust_remote_code, **({"device_map": "meta"} if empty else {})}
-    for attention in ("flash_attention_2" if flash else PACKED_ATTENTION, "eager"):
-        try:
-            model = auto_class.from_pretrained(path, attn_implementation=attention, **options)
-            # A model that computes attention itself adds the mask to its scores, and ours is true and false.
-            if attention != PACKED_ATTENTION or model._supports_attention_backend:
-                return _reserve(model) if empty else model
-        except ValueError as error:
-            if attention == "eager" or "attention" not in str(error).lower():
+    empty = main_only and not distributed.is_main()
+    config |= {"dtype": dtype, "trust_remote_code": flags.trust_remote_code}
+    config |= {"device_map": "meta"} if empty else {}
+    with nullcontext() if main_only else distributed.in_turn():
+        for attention in ("flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION, "eager"):
+            try:
+                model = auto_class.from_pretrained(path, attn_implementation=attention, **config)
+                # A model that computes attention itself adds the mask to its scores, and ours is true and false.
+                if attention != PACKED_ATTENTION or model._supports_attention_backend:
+                    return _reserve(model) if empty else model.to(distributed.device())
+            except ValueError as error:
+                if attention == "eager" or "attention" not in str(error).lower():
+                    raise _unreadable(path, error) from None
+            except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
                 raise _unreadable(path, error) from None
-        except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-            raise _unreadable(path, error) from None
     raise AssertionError("unreachable")
 
 
 def _reserve(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device with memory on the CPU, whatever it holds."""
-    model.to_empty(device="cpu")
+    """A model on the meta device with memory on this process's, whatever it holds."""
+    model.to_empty(device=distributed.device())
     model.tie_weights()
     return model
 
@@ -235,7 +238,7 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
     dtype = torch.bfloat16 if "flash" in (model.config._attn_implementation or "") else model.dtype
-    with evaluating(model), autocast(model.device, dtype):
+    with evaluating(model), distributed.autocast(dtype):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError):

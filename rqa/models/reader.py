@@ -4,7 +4,7 @@ import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from torch import nn
@@ -14,7 +14,8 @@ from transformers import GenerationConfig
 from rqa.data import Document, Example
 from rqa.packing import token_budget_batches
 from rqa.prompts import DoesNotFit
-from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.errors import UserError
+from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step
 
 log = logging.getLogger(__name__)
@@ -24,19 +25,19 @@ Prompt = TypeVar("Prompt")
 WARM_UP_TOKENS = 4
 
 
-@dataclass
-class GenerationArguments:
+@dataclass(kw_only=True)
+class GenerationArguments(Arguments):
     """How answers are generated."""
 
-    num_beams: int = field(default=1, metadata={"help": "Beams of the search; 1: greedy."})
-    do_sample: bool = field(default=False, metadata={"help": "Sample instead of taking the likeliest token."})
-    temperature: float = field(default=1.0, metadata={"help": "Of sampling."})
-    top_p: float = field(default=1.0, metadata={"help": "Sample from the likeliest tokens of this total probability."})
+    num_beams: int = flag(1, "Beams of the search; 1 is greedy search.")
+    do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
+    temperature: float = flag(1.0, "Sampling temperature.", rare=True)
+    top_p: float = flag(1.0, "Total probability of the likeliest tokens that are sampled from.", rare=True)
 
-    def __post_init__(self) -> None:
-        check_bounds(self, "num_beams", at_least=1)
-        check_bounds(self, "temperature", above=0)
-        check_bounds(self, "top_p", above=0, at_most=1)
+    def check(self) -> None:
+        self.check_bounds("num_beams", at_least=1)
+        self.check_bounds("temperature", above=0)
+        self.check_bounds("top_p", above=0, at_most=1)
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
             raise UserError("--temperature and --top_p need --do_sample true")
 
@@ -62,15 +63,16 @@ class Answer:
     """A generated answer and what it took.
 
     Attributes:
-        text: The answer.
         num_tokens: Tokens generated.
-        seconds: How long its batch took: what a user who asked it would have waited. None where nothing was generated:
-            the question did not fit, or the answer was kept from an earlier run.
+        seconds: How long its batch took. None where nothing was generated: the question did not fit, or the answer was
+            kept from an earlier run.
+        batch_size: Questions answered together; only for 1 are the seconds a latency that a user would see.
     """
 
     text: str
     num_tokens: int
     seconds: float | None = None
+    batch_size: int = 1
 
 
 class LocalReader(ABC, Generic[Prompt]):
@@ -85,12 +87,12 @@ class LocalReader(ABC, Generic[Prompt]):
         self,
         model: nn.Module,
         prompter: Any,
-        arguments: GenerationArguments | None = None,
+        flags: GenerationArguments = GenerationArguments(),
         max_batch_tokens: int = 16384,
     ) -> None:
         self.model = model
         self.prompter = prompter
-        self.arguments = arguments or GenerationArguments()
+        self.flags = flags
         self.max_batch_tokens = max_batch_tokens
 
     @property
@@ -141,7 +143,7 @@ class LocalReader(ABC, Generic[Prompt]):
                 generated = self.generate([asked[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
                 bar.update(len(batch))
         return answers
 
