@@ -12,7 +12,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rqa.prompts import FusionSequence, TokenSequence
+from rqa.prompts import FiDSequence, TokenSequence
 
 IGNORED = -100  # the label of a position without loss
 LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
@@ -137,7 +137,7 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
 
 
 @dataclass(frozen=True)
-class FusionBatch(Batch):
+class FiDBatch(Batch):
     """B questions with their passages, encoded one by one, and their answers.
 
     Attributes:
@@ -165,9 +165,9 @@ class FusionBatch(Batch):
         return len(self.places) + self.weight
 
 
-def fusion_batch(
-    sequences: Sequence[FusionSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
-) -> FusionBatch:
+def fid_batch(
+    sequences: Sequence[FiDSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
+) -> FiDBatch:
     """Collate questions with several passages each.
 
     Args:
@@ -186,7 +186,7 @@ def fusion_batch(
     padded = collate is not pack
     chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
-    return FusionBatch(
+    return FiDBatch(
         tuple(collate([passages[i] for i in part]) for part in chosen),
         torch.cat([places[i] for part in chosen for i in part]),
         owners,

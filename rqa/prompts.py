@@ -1,9 +1,10 @@
 """What a fusion-in-decoder reader sees: one prompt a passage, and the answer apart from them."""
 
+import logging
 import re
 from bisect import bisect_right
-from collections.abc import Callable, Sequence, Sized
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Sequence, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,8 +12,12 @@ from jinja2.exceptions import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
-from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.errors import UserError
+from rqa.runtime.flags import Arguments, flag
 
+log = logging.getLogger(__name__)
+
+Encoded = TypeVar("Encoded")
 Prompt = TypeVar("Prompt", bound=Sized)
 
 LONGEST_WORD = 40  # characters taken back to cut at a word's end; text without spaces is cut where it is
@@ -20,6 +25,30 @@ LONGEST_WORD = 40  # characters taken back to cut at a word's end; text without 
 
 class DoesNotFit(UserError):
     """Question and answer alone are longer than the sequence may be."""
+
+
+def fitting(
+    encode: Callable[..., Encoded],
+    rows: Iterable[Sequence[Any]],
+    consequence: str,
+    say: Callable[[str], object] = log.warning,
+) -> dict[int, Encoded]:
+    """`encode(*row)` of each row that fits, by the row's number; why another does not is said once, with its place.
+
+    Args:
+        consequence: What happens to what does not fit, such as "the example is left out".
+        say: Takes the line; `functools.cache(log.warning)`, kept by the caller, says it once over many calls.
+    """
+    encoded: dict[int, Encoded] = {}
+    reasons: dict[str, None] = {}
+    for number, row in enumerate(rows):
+        try:
+            encoded[number] = encode(*row)
+        except DoesNotFit as error:
+            reasons[f"{error}; {consequence}"] = None
+    for reason in reasons:
+        say(reason)
+    return encoded
 
 
 def retrieval_query(example: Example) -> str:
@@ -84,23 +113,24 @@ Question: {question}"""
 ASSISTANT_SPEAKERS = {"assistant", "ai", "bot", "chatbot", "system", "agent", "gpt", "chatgpt", "model"}
 
 
-@dataclass
-class PromptArguments:
+@dataclass(kw_only=True)
+class PromptArguments(Arguments):
     """How a question and its passages become a prompt."""
 
-    chat_format: str = field(
-        default="prefix",
-        metadata={"help": "The four flags below, or the tokenizer's template.", "choices": ["prefix", "template"]},
+    chat_format: str = flag(
+        "prefix", "Format of turns: by the prefixes, or by the tokenizer's chat template.", ["prefix", "template"]
     )
-    user_prefix: str = field(default="USER:", metadata={"help": "Text before a user's turn."})
-    assistant_prefix: str = field(default="ASSISTANT:", metadata={"help": "Text before an assistant's turn."})
-    sep_user: str = field(default="\n", metadata={"help": "Text behind a user's turn."})
-    sep_sys: str = field(default="", metadata={"help": "Text behind an assistant's turn; empty: the end token alone."})
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "A text file with {passages} and {question} that replaces the instruction."}
-    )
-    max_seq_length: int = field(default=2048, metadata={"help": "Tokens of prompt and answer together."})
-    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a generated answer, at most."})
+    user_prefix: str = flag("USER:", "Text before a user's turn.")
+    assistant_prefix: str = flag("ASSISTANT:", "Text before an assistant's turn.")
+    sep_user: str = flag("\n", "Text after a user's turn.", rare=True)
+    sep_sys: str = flag("", "Text after an assistant's turn; empty: the end token alone.", rare=True)
+    prompt_template: str | None = flag(None, "Text file with {passages} and {question} that replaces the instruction.")
+    max_seq_length: int = flag(2048, "Tokens of prompt and answer together, at most.")
+    max_new_tokens: int = flag(256, "Tokens of a generated answer, at most.")
+
+    def check(self) -> None:
+        self.check_bounds("max_seq_length", at_least=2)
+        self.check_bounds("max_new_tokens", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -134,11 +164,11 @@ class Prompter:
 
     length_flag = "--max_seq_length"
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, arguments: PromptArguments | None = None) -> None:
         self.tokenizer: Any = tokenizer  # the stubs of `transformers` know less than the documentation
-        self.arguments = arguments
-        self.instruction = read_template(arguments.prompt_template, INSTRUCTION)
-        if arguments.chat_format == "template" and not tokenizer.chat_template:
+        self.arguments = arguments or PromptArguments()
+        self.instruction = read_template(self.arguments.prompt_template, INSTRUCTION)
+        if self.arguments.chat_format == "template" and not tokenizer.chat_template:
             raise UserError("--chat_format template: this tokenizer has no chat template; use --chat_format prefix")
         self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = sorted({self.end_of_turn[-1], self.tokenizer.eos_token_id} - {None})
@@ -253,38 +283,41 @@ def _without_oldest(history: Sequence[Turn]) -> Sequence[Turn]:
     return history[next(later, len(history)) :]
 
 
-FUSION_TEMPLATE = "question: {question} context: {passage}"
+FID_TEMPLATE = "question: {question} context: {passage}"
 
 
-@dataclass
-class PassagePromptArguments:
+@dataclass(kw_only=True)
+class PassagePromptArguments(Arguments):
     """How an encoder-decoder is asked, passage by passage."""
 
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "A text file with {passage} and {question} that replaces the default prompt."}
+    prompt_template: str | None = flag(
+        None, "Text file with {passage} and {question} that replaces the default prompt."
     )
-    max_encoder_seq_length: int = field(default=512, metadata={"help": "Tokens of question and one passage."})
+    max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
 
-    def __post_init__(self) -> None:
-        check_bounds(self, *(name for name in vars(self) if name.endswith("seq_length")), at_least=2)
+    def check(self) -> None:
+        self.check_bounds("max_encoder_seq_length", at_least=2)
 
 
-@dataclass
-class FusionPromptArguments(PassagePromptArguments):
+@dataclass(kw_only=True)
+class FiDPromptArguments(PassagePromptArguments):
     """How long an encoder-decoder's answers are."""
 
-    max_decoder_seq_length: int = field(default=256, metadata={"help": "Tokens of an answer, given or generated."})
+    max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
+
+    def check(self) -> None:
+        self.check_bounds("max_decoder_seq_length", at_least=2)
 
 
 @dataclass(frozen=True)
-class FusionSequence:
+class FiDSequence:
     """Token ids of each passage's prompt, and of the answer with its end token."""
 
     passages: list[list[int]]
     answer: list[int]
 
 
-class FusionPrompter:
+class FiDPrompter:
     """Builds what a fusion-in-decoder reader sees: one prompt a passage, and the answer.
 
     Args:
@@ -297,18 +330,21 @@ class FusionPrompter:
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, arguments: PassagePromptArguments, start_token: int | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        arguments: PassagePromptArguments | None = None,
+        start_token: int | None = None,
     ) -> None:
         self.tokenizer: Any = tokenizer  # the stubs of `transformers` know less than the documentation
-        self.arguments = arguments
+        self.arguments = arguments or FiDPromptArguments()
         self.start_token = start_token
-        self.template = read_template(arguments.prompt_template, FUSION_TEMPLATE)
+        self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         ends = [token for token in (self.tokenizer.eos_token_id, self.tokenizer.sep_token_id) if token is not None]
         if not ends:
             raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
         self.end_token: int = ends[0]
 
-    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FusionSequence:
+    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
         """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.
 
         A passage is cut at a word boundary; a question that is too long loses its oldest turns.
@@ -329,7 +365,7 @@ class FusionPrompter:
             longest_that_fits(lambda cap, text=text: self._prompt(example, history, cut(text, cap)), len(text), limit)
             for text in texts
         ]
-        return FusionSequence(prompts or [bare], target)
+        return FiDSequence(prompts or [bare], target)
 
     def _require(self, example: Example, part: str, length: int, side: str) -> None:
         limit = getattr(self.arguments, f"max_{side}_seq_length")
