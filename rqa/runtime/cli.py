@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C as a wish that work in steps can honour between two of them."""
+"""Around every executable: allocator, log, progress, exit status, and signals that end work between two steps."""
 
 import ctypes
 import logging
@@ -6,16 +6,23 @@ import os
 import platform
 import signal
 import sys
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from io import StringIO
 from types import FrameType
 from typing import Any
 
+from tqdm import tqdm
+
 from rqa.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 NEVER = -1
 THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+SECONDS_BETWEEN_LINES = 30
 
 
 def tune_allocator() -> None:
@@ -56,6 +63,28 @@ def log_to_file(path: str) -> None:
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
     handler.addFilter(_OnlyMainProcess())
     logging.getLogger("rqa").addHandler(handler)
+
+
+def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:
+    """tqdm with its arguments: a bar on a terminal, elsewhere a log line every half minute."""
+    kind = tqdm if sys.stderr.isatty() else _ProgressLines
+    return kind(iterable, leave=leave, **options, **({"disable": True} if disable else {}))  # else $TQDM_DISABLE counts
+
+
+class _ProgressLines(tqdm):
+    """What a bar would show, as lines of a log: files do not want carriage returns."""
+
+    def __init__(self, iterable: Iterable[Any] | None, **options: Any) -> None:
+        self.last_line = time.monotonic()
+        super().__init__(iterable, file=StringIO(), mininterval=1, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
+            self.last_line = time.monotonic()
+            shown = self.format_dict
+            total = f" of {shown['total']:,}" if shown["total"] else ""
+            rate = (shown["n"] - shown["initial"]) / shown["elapsed"]
+            log.info("%s: %s%s, %.3g/s", self.desc.removesuffix(": "), f"{shown['n']:,}", total, rate)
 
 
 def run(main: Callable[[], Any]) -> None:

@@ -22,7 +22,6 @@ T = TypeVar("T")
 
 def parallelize(
     module: nn.Module,
-    device: torch.device,
     gradient_checkpointing: bool,
     compile: bool,
     shard: bool = False,
@@ -36,6 +35,7 @@ def parallelize(
         shard: FSDP2 instead of DDP: parameters, gradients and optimizer state divided among processes.
         dtype: What sharded parameters are gathered in; gradients are reduced in float32.
     """
+    device = distributed.device()
     module.to(device)
     for model in module.modules():
         trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())

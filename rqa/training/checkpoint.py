@@ -53,17 +53,28 @@ NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, LIVE_STATE, COMPLET
 
 @runtime_checkable
 class LiveState(Protocol):
-    """What steps depend on besides weights and optimizer, such as an index between two refreshes.
+    """What steps depend on besides weights and optimizer: an index between two refreshes.
 
-    A `before_step` that has these methods is saved with every checkpoint, in a directory of its own.
+    A `before_step` with these members is saved once for each of its versions, in `output_dir/<version>/`; checkpoints
+    refer to that directory by name. It goes with the last checkpoint that refers to it.
     """
 
-    def snapshot(self) -> Callable[[Path], None]:
-        """What writes the present state to a new directory. Every process takes it, the main process calls it."""
+    @property
+    def version(self) -> str | None:
+        """Names what the next step depends on, such as "index-20": another string after each refresh; None: nothing.
+
+        It must match `index-[0-9]+` and be the same on every process.
+        """
+        ...
+
+    def save(self, directory: Path) -> None:
+        """Write that version into a new, empty directory. Only the main process calls this."""
         ...
 
     def load(self, directory: Path) -> None:
-        """Restore what a snapshot wrote. Every process calls this."""
+        """Restore what `save` wrote; `version` is then `directory.name`. Every process calls this, before step 0 of
+        the resumed run. Anything that it raises stops the run with one line.
+        """
 
 
 def checkpoint_to_resume(arguments: LoopArguments) -> Path | None:

@@ -12,6 +12,7 @@ from typing import Any
 from tqdm import tqdm
 
 from rqa.runtime import distributed
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import is_complete, write_json, write_jsonl
 from rqa.training.arguments import LoopArguments
@@ -19,6 +20,7 @@ from rqa.training.arguments import LoopArguments
 log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer_state.json"
+EVENTS = {"index_refreshed"}  # happen between two steps; everything else is measured in each step
 
 
 @dataclass
@@ -199,7 +201,7 @@ class Journal:
             arguments.run_group,
             asdict(arguments),
         )
-        self.bar = tqdm(total=steps, initial=state.step, desc="train", unit="step", disable=not main)
+        self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
         if main:  # a killed run told of steps that are done again
             write_jsonl(self.path.parent / LOG_FILE, state.log_history)
         self._start_clock()
@@ -210,12 +212,11 @@ class Journal:
     def __exit__(self, *error: object) -> None:
         self.bar.close()
 
-    def told(self, news: Mapping[str, float] | None) -> dict[str, float]:
-        """Keep what happened, which is True, as an entry of its own; return what was measured."""
-        events = {name: 1.0 for name, value in (news or {}).items() if value is True}
-        if events:
+    def statistics(self, values: Mapping[str, float]) -> dict[str, float]:
+        """Keep the `EVENTS` among these values as an entry of their own; return the others."""
+        if events := {name: value for name, value in values.items() if name in EVENTS}:
             self._keep(events)
-        return {name: value for name, value in (news or {}).items() if name not in events}
+        return {name: value for name, value in values.items() if name not in events}
 
     def step_done(
         self, loss: float, tokens: float, statistics: Iterable[Mapping[str, float]], norm: float, rate: float

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
-from rqa.runtime.distributed import autocast, compute_dtype
+from rqa.runtime.distributed import autocast
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import damage
 from rqa.runtime.parallelize import gradient_sync, parallelize, whole_weights
@@ -94,9 +94,9 @@ def train(
     objective: nn.Module,
     batches: Batches,
     arguments: LoopArguments,
-    device: torch.device,
-    before_step: Callable[[int], Mapping[str, float] | None] | None = None,
+    before_step: Callable[[int], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
+    evaluate_first: bool = False,
     checkpoint: Path | None = None,
 ) -> RunState:
     """Train the objective's parameters and leave the best model at the top of the output directory.
@@ -104,9 +104,10 @@ def train(
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         batches: The micro-batches of each optimizer step.
-        before_step: Called with the number of steps done, before the batch of the next one is made; it may return
-            statistics, and what happened as True. A `LiveState` is saved with each checkpoint.
+        before_step: Called with the number of steps done, before the batch of the next one is made; returns
+            statistics. A `LiveState` is saved with each checkpoint.
         evaluate: Called with the number of steps done; returns metrics by name.
+        evaluate_first: Evaluate before step 0, too.
         checkpoint: Where to continue; the objective already holds its weights.
 
     Returns:
@@ -116,10 +117,9 @@ def train(
         UserError: the loss or the gradient is not finite; the last checkpoint stands.
     """
     output, saving = Path(arguments.output_dir), arguments.save_strategy != "no"
-    dtype = compute_dtype(arguments.bf16, arguments.fp16, device)
+    device, dtype = distributed.device(), arguments.dtype
     module = parallelize(
         objective,
-        device,
         arguments.gradient_checkpointing,
         arguments.torch_compile,
         shard=arguments.fsdp == "full_shard",
@@ -128,7 +128,7 @@ def train(
     live = before_step if isinstance(before_step, LiveState) else None
     state = resume_state(checkpoint, arguments) if checkpoint else RunState()
     batches.start_at(state.step, state.examples)
-    optimization = Optimization(objective, arguments, len(batches), device)
+    optimization = Optimization(objective, arguments, len(batches))
     if checkpoint:
         load_checkpoint(checkpoint, optimization, state, live)
     if not checkpoint or not continues(checkpoint, arguments):
@@ -148,16 +148,16 @@ def train(
 
     objective.train()
     with deferred_signals() as interruption, Journal(state, len(batches), arguments) as journal:
-        if evaluate and arguments.eval_on_start and state.step == 0 and evaluate_now() and saving:
+        if evaluate and evaluate_first and state.step == 0 and evaluate_now() and saving:
             save_now()
         while state.step < len(batches):
-            news = journal.told(before_step(state.step) if before_step else None)
+            news = journal.statistics(before_step(state.step) if before_step else {})
             micro_batches = next(feed)
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(module, enabled=number == len(micro_batches)):
-                    with autocast(device, dtype):
+                    with autocast(dtype):
                         loss, values = module(batch.to(device))
                     optimization.backward(loss * (distributed.world_size() / weight))
                 losses.append(loss.detach())

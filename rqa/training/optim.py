@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import get_scheduler
 
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import shard_optimizer_state, whole_optimizer_state
 from rqa.training.arguments import LoopArguments
@@ -17,7 +18,7 @@ from rqa.training.arguments import LoopArguments
 class Optimization:
     """AdamW on a schedule, with gradient clipping and, for fp16, loss scaling."""
 
-    def __init__(self, module: nn.Module, arguments: LoopArguments, steps: int, device: torch.device) -> None:
+    def __init__(self, module: nn.Module, arguments: LoopArguments, steps: int) -> None:
         groups = parameter_groups(module, arguments)
         self.trained = [parameter for group in groups for parameter in group["params"]]
         self.max_norm = arguments.max_grad_norm or math.inf
@@ -30,7 +31,7 @@ class Optimization:
         )
         warmup = arguments.warmup_steps or round(arguments.warmup_ratio * steps)
         self.schedule = get_scheduler(arguments.lr_scheduler_type, self.optimizer, warmup, steps)
-        self.scaler = torch.amp.GradScaler(device.type, enabled=arguments.fp16)
+        self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=arguments.fp16)
 
     @property
     def learning_rate(self) -> float:
