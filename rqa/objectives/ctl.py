@@ -1,4 +1,8 @@
-"""CTL: contrastive learning of the encoder (Karpukhin et al. 2020, DPR; Wang et al. 2022, E5; Gao et al. 2021)."""
+"""CTL: contrastive learning of the encoder (Karpukhin et al. 2020, DPR; Wang et al. 2022, E5; Gao et al. 2021).
+
+Hard negatives come from the data file, or from a ranking by the rule of `NegativeChooser`: mined beforehand by
+`bin/mine_negatives`, or by the live retriever in the loop (Xiong et al. 2021, ANCE).
+"""
 
 import json
 import logging
@@ -6,7 +10,7 @@ import math
 import random
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 
@@ -17,166 +21,78 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import EncoderBatch, EncoderObjective
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective
 from rqa.objectives.losses import contrastive
-from rqa.preparation.chunking import digest
 from rqa.prompts import retrieval_query
+from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast, gather_rows
-from rqa.runtime.errors import UserError, check_bounds
-
-QUERIES_AT_ONCE = 256
-TEXTS_KEPT = 2**18  # passages whose text's digest is remembered
-
-
-@dataclass
-class NegativeArguments:
-    """Which passages of a ranking are hard negatives.
-
-    Ranks, from 1, are those of the passages that are not gold.
-    """
-
-    negatives_from_rank: int = field(
-        default=1, metadata={"help": "The best rank of a hard negative, among the passages that are not gold."}
-    )
-    negatives_to_rank: int = field(default=100, metadata={"help": "The worst rank of one, counted so, too."})
-    negatives_margin: float | None = field(
-        default=None,
-        metadata={
-            "help": "A hard negative scores lower than the best gold passage by at least this; none is taken where no "
-            "gold passage is found. By default any score will do."
-        },
-    )
-    negatives_max_share: float | None = field(
-        default=None,
-        metadata={"help": "It has at most this share of the best gold passage's score, such as 0.95; likewise."},
-    )
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "negatives_from_rank", at_least=1)
-        check_bounds(self, "negatives_margin", at_least=0)
-        check_bounds(self, "negatives_max_share", above=0, at_most=1)
-        if self.negatives_to_rank < self.negatives_from_rank:
-            raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: is before --negatives_from_rank")
-
-    def highest_score(self, gold: float) -> float:
-        """The greatest score that a hard negative may have, from that of the best gold passage."""
-        highest = np.inf
-        if self.negatives_margin is not None:
-            highest = min(highest, gold - self.negatives_margin)
-        if self.negatives_max_share is not None:
-            highest = min(highest, gold - (1 - self.negatives_max_share) * abs(gold))
-        return highest
-
-
-class NegativeChooser:
-    """The one rule by which passages of a ranking are hard negatives, mined beforehand or in the training loop.
-
-    Passages are gold by their normalised text, whatever their source; what is gold for the same question in another
-    line of the file is gold here. Of equal texts the best-ranked counts, and the others have no rank.
-
-    A gold passage that the ranking lacks scores no higher than its last passage, if the database holds it. So with a
-    margin or a share nothing of such a ranking is chosen: whatever ranks before gold may well answer the question.
-
-    Attributes:
-        counts: What was chosen from and left out, over all rankings.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], documents: Sequence[Document], arguments: NegativeArguments
-    ) -> None:
-        self.arguments = arguments
-        self.counts: Counter[str] = Counter()
-        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _text(documents[number]))
-        gold: dict[bytes, set[bytes]] = {}
-        for example in examples:
-            gold.setdefault(_question(example), set()).update(map(_text, example.gold_docs))
-        self._gold = [gold[_question(example)] for example in examples]
-
-    @property
-    def depth(self) -> int:
-        """How many passages a ranking needs, for the last rank to be among them."""
-        return self.arguments.negatives_to_rank + max(map(len, self._gold), default=0)
-
-    def __call__(self, example: int, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
-        """The hard negatives in one question's ranking, best first.
-
-        Args:
-            example: The question's position among the examples.
-            ids: The ranking's positions in the database, best first; -1 stands for none. [k]
-            scores: Theirs. [k]
-        """
-        gold_score = -np.inf
-        ranked: dict[bytes, tuple[int, float]] = {}
-        for number, score in zip(ids, scores, strict=True):
-            if number < 0:
-                continue
-            text = self.text_of(number)
-            if text in self._gold[example]:
-                gold_score = max(gold_score, score)
-                self.counts["passages left out as gold"] += 1
-            else:
-                ranked.setdefault(text, (number, score))
-        highest = self.arguments.highest_score(gold_score)
-        window = list(ranked.values())[self.arguments.negatives_from_rank - 1 : self.arguments.negatives_to_rank]
-        chosen = [number for number, score in window if score <= highest]
-        self.counts["searches that found a gold passage"] += bool(gold_score > -np.inf)
-        self.counts["passages left out by their score"] += len(window) - len(chosen)
-        return chosen
-
-
-def _text(document: Document) -> bytes:
-    return digest(normalize(document.page_content))
-
-
-def _question(example: Example) -> bytes:
-    return digest(normalize(retrieval_query(example)))
-
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
+from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
 
 QUERIES_AT_ONCE = 4096  # bounds the memory of their rankings
+TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 
 
-class MinedNegatives:
-    """The hard negatives of each training question, chosen anew whenever the index is fresh."""
+@dataclass(kw_only=True)
+class NegativeArguments(Arguments):
+    """Which passages of a ranking are hard negatives."""
 
-    def __init__(self, examples: Sequence[Example], retriever: Retriever, arguments: NegativeArguments) -> None:
-        self.retriever = retriever
-        self._chooser = NegativeChooser(examples, retriever.documents, arguments)
-        self._queries = [retrieval_query(example) for example in examples]
-        self._found: list[list[int]] = []
+    negatives_from_rank: int = flag(
+        1, "Highest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
+    )
+    negatives_to_rank: int = flag(
+        100, "Lowest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
+    )
+    negatives_max_share: float | None = flag(
+        None, "Highest score of a hard negative, as a share of the best gold passage's, such as 0.95; none is taken "
+        "where no gold passage is found. Default: any score will do.", rare=True,
+    )  # fmt: skip
 
-    def __getitem__(self, example: int) -> list[Document]:
-        return [self.retriever.documents[number] for number in self._found[example]]
+    def check(self) -> None:
+        self.check_bounds("negatives_from_rank", at_least=1)
+        self.check_bounds("negatives_max_share", above=0, at_most=1)
+        if self.negatives_to_rank < self.negatives_from_rank:
+            raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: is before --negatives_from_rank")
 
-    def __call__(self) -> None:
-        """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
-        numbers = distributed.share(range(len(self._queries)))
-        found = []
-        for start in range(0, len(numbers), QUERIES_AT_ONCE):
-            part = numbers[start : start + QUERIES_AT_ONCE]
-            hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            rankings = zip(part, hits.ids.tolist(), hits.scores.tolist(), strict=True)
-            found += [self._chooser(*ranking) for ranking in rankings]
-        self._found = distributed.gather(found)
-        log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
-    def save(self, directory: Path) -> None:
-        """Write what was found."""
-        (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
+@dataclass(kw_only=True)
+class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
+    """CTL's own flags."""
 
-    def load(self, directory: Path) -> None:
-        """Read it; as many questions must have been asked.
+    temperature: float = flag(0.05, "Temperature: similarities are divided by it.")
+    num_hard_negatives: int = flag(0, "Hard negatives of each question; they replace the ratio.")
+    hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.")
+    mine_negatives: bool = flag(False, "Take hard negatives from the live retriever instead of the data file.")
+    negatives_to_rank: int = flag(
+        20, "Lowest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
+    )
+    refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
 
-        Raises:
-            ValueError: they were others.
-        """
-        found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
-        if len(found) != len(self._queries):
-            raise ValueError("its mined negatives are of another training file")
-        self._found = found
+    def check(self) -> None:
+        self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
+        self.check_bounds("temperature", above=0)
+        asked, room = self.num_hard_negatives or self.hard_neg_ratio, self.negatives_to_rank - self.negatives_from_rank
+        if self.mine_negatives and not asked:
+            raise UserError("--mine_negatives true: say how many, by --num_hard_negatives or --hard_neg_ratio")
+        if self.mine_negatives and asked > room + 1:
+            raise UserError(
+                f"--negatives_to_rank {self.negatives_to_rank}: leaves {room + 1} hard negatives a question; raise it"
+            )
+        window = [item.name for item in fields(NegativeArguments)] + ["refresh_async"]
+        stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
+        if stray and not self.mine_negatives:
+            raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
+
+    def sample(self, pools: Sequence[Sequence[Document]], chance: random.Random) -> list[Document]:
+        """Hard negatives of a batch, from those of each of its questions."""
+        if self.num_hard_negatives:
+            return [d for pool in pools for d in chance.sample(pool, min(self.num_hard_negatives, len(pool)))]
+        together = [document for pool in pools for document in pool]
+        return chance.sample(together, min(math.ceil(self.hard_neg_ratio * len(pools)), len(together)))
 
 
 @dataclass(frozen=True)
@@ -200,32 +116,12 @@ class Contrastive(EncoderObjective):
     def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over questions, and how often the positive ranks first. -> []"""
         queries = self.embed_queries(batch.queries)  # [B, D]
-        passages = gather_rows(self.embed_passages(batch.passages))  # [P, D]
-        documents = gather_rows(batch.documents)  # [P]
-        with autocast(queries.device, torch.float32):  # the index compares in float32, too
+        passages = distributed.gather_rows(self.embed_passages(batch.passages))  # [P, D]
+        documents = distributed.gather_rows(batch.documents)  # [P]
+        with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = queries @ passages.T / self.temperature  # [B, P]
         losses, first = contrastive(similarity, documents, batch.targets, batch.gold)
         return losses.sum(), {"accuracy": float(first.float().mean())}
-
-
-@dataclass
-class HardNegativeArguments:
-    """How many hard negatives a batch holds."""
-
-    hard_neg_ratio: float = field(
-        default=0.0, metadata={"help": "Hard negatives sampled for a batch, as a share of its questions."}
-    )
-    num_hard_negatives: int = field(default=0, metadata={"help": "Hard negatives a question; replaces the ratio."})
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "hard_neg_ratio", "num_hard_negatives", at_least=0)
-
-    def sample(self, pools: Sequence[Sequence[Document]], chance: random.Random) -> list[Document]:
-        """Hard negatives of a batch, from those of each of its questions."""
-        if self.num_hard_negatives:
-            return [d for pool in pools for d in chance.sample(pool, min(self.num_hard_negatives, len(pool)))]
-        together = [document for pool in pools for document in pool]
-        return chance.sample(together, min(math.ceil(self.hard_neg_ratio * len(pools)), len(together)))
 
 
 class Contrasts:
@@ -235,9 +131,6 @@ class Contrasts:
         documents: The database; examples may bring others.
         hard: What hard negatives are sampled from, by the example's number.
         seed: Of what is sampled; a batch of the same examples is the same batch.
-
-    Raises:
-        UserError: an example has no gold passage.
     """
 
     def __init__(
@@ -245,8 +138,8 @@ class Contrasts:
         examples: Sequence[Example],
         documents: Sequence[Document],
         encoder: Encoder,
-        hard: MinedNegatives | Sequence[Sequence[Document]],
-        arguments: HardNegativeArguments,
+        hard: "MinedNegatives | Sequence[Sequence[Document]]",
+        flags: CTLArguments,
         seed: int,
     ) -> None:
         unique = {document.key: document for document in documents}
@@ -256,7 +149,7 @@ class Contrasts:
             unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
         self.examples = examples
         self.hard = hard
-        self.arguments = arguments
+        self.flags = flags
         self.seed = seed
         self._numbers = {key: number for number, key in enumerate(unique)}
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
@@ -267,7 +160,7 @@ class Contrasts:
         chance = random.Random(f"{self.seed}-{indices}")
         gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
-        negatives = self.arguments.sample([self.hard[i] for i in indices], chance)
+        negatives = self.flags.sample([self.hard[i] for i in indices], chance)
         documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
         return ContrastiveBatch(
             queries=[self._queries[i] for i in indices],
@@ -277,3 +170,104 @@ class Contrasts:
             gold=pad_sequence([torch.tensor(row) for row in gold], batch_first=True, padding_value=-1),
             indices=indices,
         )
+
+
+class NegativeChooser:
+    """The one rule by which passages of a ranking are hard negatives, mined beforehand or in the training loop.
+
+    Passages are gold by their normalised text, whatever their source; what is gold for the same question in another
+    line of the file is gold here. Of equal texts the best-ranked counts, and the others have no rank.
+
+    A gold passage that the ranking lacks scores no higher than its last passage, if the database holds it. So with a
+    share nothing of such a ranking is chosen: whatever ranks before gold may well answer the question (de Souza Moreira
+    et al. 2024, NV-Retriever, "TopK-PercPos").
+
+    Attributes:
+        counts: What was chosen from and left out, over all rankings.
+    """
+
+    def __init__(self, examples: Sequence[Example], documents: Sequence[Document], flags: NegativeArguments) -> None:
+        self.flags = flags
+        self.counts: Counter[str] = Counter()
+        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _text(documents[number]))
+        gold: dict[str, set[str]] = {}
+        for example in examples:
+            gold.setdefault(_question(example), set()).update(map(_text, example.gold_docs))
+        self._gold = [gold[_question(example)] for example in examples]
+
+    @property
+    def depth(self) -> int:
+        """How many passages a ranking needs, for the last rank to be among them."""
+        return self.flags.negatives_to_rank + max(map(len, self._gold), default=0)
+
+    def __call__(self, example: int, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
+        """The hard negatives in one question's ranking, best first.
+
+        Args:
+            example: The question's position among the examples.
+            ids: The ranking's positions in the database, best first; -1 stands for none. [k]
+            scores: Theirs. [k]
+        """
+        gold_score = -np.inf
+        ranked: dict[str, tuple[int, float]] = {}
+        for number, score in zip(ids, scores, strict=True):
+            if number < 0:
+                continue
+            text = self.text_of(number)
+            if text in self._gold[example]:
+                gold_score = max(gold_score, score)
+                self.counts["passages left out as gold"] += 1
+            else:
+                ranked.setdefault(text, (number, score))
+        share, highest = self.flags.negatives_max_share, np.inf
+        if share is not None:
+            highest = gold_score - (1 - share) * abs(gold_score)
+        window = list(ranked.values())[self.flags.negatives_from_rank - 1 : self.flags.negatives_to_rank]
+        chosen = [number for number, score in window if score <= highest]
+        self.counts["searches that found a gold passage"] += bool(gold_score > -np.inf)
+        self.counts["passages left out by their score"] += len(window) - len(chosen)
+        return chosen
+
+
+def _text(document: Document) -> str:
+    return fingerprint(normalize(document.page_content))
+
+
+def _question(example: Example) -> str:
+    return fingerprint(normalize(retrieval_query(example)))
+
+
+class MinedNegatives:
+    """The hard negatives of each training question, chosen anew whenever the index is fresh."""
+
+    def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: NegativeArguments) -> None:
+        self.retriever = retriever
+        self._chooser = NegativeChooser(examples, retriever.documents, flags)
+        self._queries = [retrieval_query(example) for example in examples]
+        self._found: list[list[int]] = []
+
+    def __getitem__(self, example: int) -> list[Document]:
+        return [self.retriever.documents[number] for number in self._found[example]]
+
+    def __call__(self) -> None:
+        """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
+        numbers = distributed.share(range(len(self._queries)))
+        found = []
+        for start in range(0, len(numbers), QUERIES_AT_ONCE):
+            part = numbers[start : start + QUERIES_AT_ONCE]
+            hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
+            rankings = zip(part, hits.ids.tolist(), hits.scores.tolist(), strict=True)
+            found += [self._chooser(*ranking) for ranking in rankings]
+        self._found = distributed.gather(found)
+        log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
+
+    def save(self, directory: Path) -> None:
+        """Write what was found."""
+        (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
+
+    def load(self, directory: Path) -> None:
+        """Read it; as many questions must have been asked."""
+        found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
+        if len(found) != len(self._queries):
+            raise ValueError("its mined negatives are of another training file")
+        self._found = found

@@ -1,21 +1,33 @@
 """EMDR2: the retriever maximises the answer's likelihood, its documents marginalised out (Sachan et al. 2021)."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
-from rqa.objectives.rpg import DistillationBatch, ListObjective, agreement
+from rqa.objectives.rpg import CandidateArguments, LanguageModelArguments, ListArguments, ListBatch, ListObjective
+from rqa.objectives.rpg import agreement
 from rqa.prompts import Prompter
+from rqa.retrieval.refresh import RefreshArguments
+from rqa.runtime.errors import UserError
+
+
+@dataclass(kw_only=True)
+class EMDRArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+    """EMDR2's own flags."""
+
+    def check(self) -> None:
+        if self.lm_model_path.startswith("openai::") and not self.lm_tokenizer:
+            raise UserError("--lm_tokenizer: EMDR2 counts the answers' tokens; name the tokenizer of the server's model")
 
 
 class MarginalLikelihood(ListObjective):
     """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the language model is frozen."""
 
-    def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over questions; `batch.teacher` holds log p_LM of the whole answers. -> []"""
         logits = self.logits(batch)
         return marginal_nll(batch.teacher, logits).sum(), agreement(batch, logits)
@@ -28,14 +40,14 @@ class WholeAnswers:
     """
 
     def __init__(
-        self, examples: Sequence[Example], collate: Callable[[Sequence[int]], DistillationBatch], prompter: Prompter
+        self, examples: Sequence[Example], collate: Callable[[Sequence[int]], ListBatch], prompter: Prompter
     ) -> None:
         self.collate = collate
         end = len(prompter.end_of_turn)
-        lengths = [len(prompter.encode_answer(example.gold_answer)) - end for example in examples]
+        lengths = [len(prompter.encode_answer(example.gold_answer or "")) - end for example in examples]
         self._lengths = torch.tensor(lengths).clamp(min=1)
 
-    def __call__(self, indices: Sequence[int]) -> DistillationBatch:
+    def __call__(self, indices: Sequence[int]) -> ListBatch:
         """One micro-batch."""
         batch = self.collate(indices)
         return replace(batch, teacher=batch.teacher * self._lengths[list(indices), None])

@@ -9,7 +9,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rqa.models.encoder import Encoder
-from rqa.packing import Batch, TokenBatch
+from rqa.packing import Batch
+from rqa.runtime.flags import Arguments, flag
+
+
+@dataclass(kw_only=True)
+class ChunkArguments(Arguments):
+    """How many texts are encoded at once in training."""
+
+    chunk_size: int = flag(
+        0, "Texts encoded at once: memory is bounded, the gradient stays the same. 0: the whole batch.",
+        also="grad_cache_chunk_size",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        self.check_bounds("chunk_size", at_least=0)
 
 
 @dataclass(frozen=True)
@@ -41,8 +55,7 @@ class EncoderObjective(nn.Module):
 
     Args:
         temperature: Similarities are divided by it.
-        chunk_size: Sequences encoded at once; their activations are computed again in the backward pass, so that
-            memory is bounded by the chunk and the gradient is that of the whole batch (Gao et al. 2021). 0: no chunks.
+        chunk_size: As in `embed_in_chunks`.
     """
 
     def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
@@ -81,11 +94,8 @@ def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: 
     if len(batches) == 1:
         embeddings = encoder(batches[0])
     else:
-        embeddings = torch.cat([_embed_again_in_backward(encoder, batch) for batch in batches])
+        # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
+        # arguments that are tensors, and does not see those inside a batch; hence `starts`.
+        parts = [checkpoint(lambda _, b=batch: encoder(b), batch.starts, use_reentrant=False) for batch in batches]
+        embeddings = torch.cat(parts)
     return embeddings[torch.tensor(order, device=device).argsort()]
-
-
-def _embed_again_in_backward(encoder: Encoder, batch: TokenBatch) -> Tensor:
-    # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
-    # arguments that are tensors, and does not see those inside a batch.
-    return checkpoint(lambda _: encoder(batch), batch.starts, use_reentrant=False)

@@ -1,36 +1,70 @@
-"""FiD: the likelihood of the answer by a decoder that attends to all passages (Izacard & Grave 2020)."""
+"""FiD: the likelihood of the answer by a decoder that attends to all passages (Izacard & Grave 2020).
+
+Which passages a question is read with is SwR's matter (`swr.py`).
+"""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rqa.models.encoder_decoder import MAX_ENCODER_TOKENS, Fusion
+from rqa.models.encoder_decoder import (
+    MAX_ENCODER_TOKENS,
+    EncoderDecoderArguments,
+    FiD,
+    FiDReader,
+    load_encoder_decoder,
+    refuse_overflow,
+)
 from rqa.models.loading import choose_collate
+from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
-from rqa.packing import FusionBatch, fusion_batch
-from rqa.prompts import FusionPrompter, FusionSequence
+from rqa.objectives.swr import SwRArguments
+from rqa.packing import FiDBatch, fid_batch
+from rqa.prompts import FiDPromptArguments, FiDPrompter, FiDSequence
 
 
-class FusionLikelihood(nn.Module):
+@dataclass(kw_only=True)
+class FiDArguments(SwRArguments, FiDPromptArguments, EncoderDecoderArguments, GenerationArguments):
+    """FiD's own flags."""
+
+
+class FiDLikelihood(nn.Module):
     """Cross-entropy on the answer and its end token."""
 
-    def __init__(self, model: PreTrainedModel, prompter: FusionPrompter) -> None:
+    def __init__(self, model: PreTrainedModel, prompter: FiDPrompter) -> None:
         super().__init__()
-        self.fusion = Fusion(model)
+        self.fid = FiD(model)
         self.prompter = prompter
         self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
 
-    def batch(self, sequences: Sequence[FusionSequence], indices: Sequence[int] = ()) -> FusionBatch:
-        """Questions, passages and answers as this model takes them; `indices` are the examples' numbers."""
-        return fusion_batch(sequences, self.collate, MAX_ENCODER_TOKENS, indices)
+    @classmethod
+    def load(cls, path: str, flags: FiDArguments) -> Self:
+        """The objective over the encoder-decoder at `path`; only the main process reads its weights."""
+        model, prompter = load_encoder_decoder(path, flags, main_only=True)
+        refuse_overflow(model, flags.dtype)
+        return cls(model, prompter)
 
-    def forward(self, batch: FusionBatch) -> tuple[Tensor, dict[str, float]]:
+    @property
+    def model(self) -> PreTrainedModel:
+        return self.fid.model
+
+    def reader(self, flags: GenerationArguments) -> FiDReader:
+        """Answers with the weights as they are."""
+        return FiDReader(self.fid, self.prompter, flags, self.collate)
+
+    def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> FiDBatch:
+        """Questions, passages and answers as this model takes them; `indices` are the examples' numbers."""
+        return fid_batch(sequences, self.collate, MAX_ENCODER_TOKENS, indices)
+
+    def forward(self, batch: FiDBatch) -> tuple[Tensor, dict[str, float]]:
         """The sum of the answer tokens' negative log-likelihoods; the batch's `weight` is their number. -> []"""
-        return answer_nll(*self.fusion(batch)).sum(), {}
+        return answer_nll(*self.fid(batch)).sum(), {}
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save model and tokenizer in the layout of `transformers`."""
-        self.fusion.model.save_pretrained(directory)
+        self.model.save_pretrained(directory)
         self.prompter.tokenizer.save_pretrained(directory)

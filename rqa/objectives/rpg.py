@@ -1,31 +1,116 @@
-"""The frozen language model that RPG and EMDR2 ask, behind its kept scores."""
+"""RPG: the retriever's distribution over K documents learns a frozen language model's (Shi et al. 2023, REPLUG LSR).
 
+The batches, and the objective over lists of documents, are DCA's and EMDR2's, too: they differ in who is asked.
+"""
+
+import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.endpoint.roles import EndpointScorer, EstimatedTokens
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
-from rqa.models.loading import load_tokenizer, model_fingerprint
-from rqa.objectives.encoding import EncoderBatch, EncoderObjective
+from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
+from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast, compute_dtype
-from rqa.runtime.errors import UserError, check_bounds
-from rqa.runtime.files import cache_root, fingerprint
-from rqa.training.arguments import LoopArguments
+from rqa.runtime.files import fingerprint
+from rqa.runtime.flags import Arguments, flag
+
+
+@dataclass(kw_only=True)
+class ListArguments(ChunkArguments):
+    """How the retriever's scores of K documents become a distribution."""
+
+    retrieve_temperature: float | None = flag(
+        None, "Temperature of the retriever's softmax. Default: 0.1 for normalised embeddings, else the root of the width."
+    )
+
+    def check(self) -> None:
+        self.check_bounds("retrieve_temperature", above=0)
+
+    def temperature_for(self, encoder: Encoder) -> float:
+        """The temperature; over the root of the width, similarities of normalised embeddings would be nearly equal."""
+        return self.retrieve_temperature or (0.1 if encoder.settings.normalize else math.sqrt(encoder.dimension))
+
+
+@dataclass(kw_only=True)
+class CandidateArguments(Arguments):
+    """Which documents a question is trained on."""
+
+    num_docs: int = flag(20, "Documents retrieved for each question.")
+    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
+
+    def check(self) -> None:
+        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
+
+
+@dataclass(kw_only=True)
+class LanguageModelArguments(LoadingArguments):
+    """The frozen language model that judges documents, here or behind a server."""
+
+    lm_model_path: str = flag(help="Language model: a directory, a hub name, or openai::http://host:port/v1.")
+    text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
+    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.")
+    lm_chat_format: str | None = flag(
+        None, "Prompt format: USER/ASSISTANT prefixes, or the tokenizer's chat template. Default: the template if any.",
+        choices=["prefix", "template"],
+    )  # fmt: skip
+    lm_tokenizer: str | None = flag(
+        None, "Tokenizer of a server's model, to cut prompts by. Default: three bytes count as a token.", rare=True
+    )
+
+    def check(self) -> None:
+        self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
+
+    def lm_prompt(self, tokenizer: object) -> PromptArguments:
+        """How the language model is asked; it answers nothing, so that hardly any room is kept."""
+        chat_format = self.lm_chat_format or ("template" if getattr(tokenizer, "chat_template", None) else "prefix")
+        return PromptArguments(chat_format=chat_format, max_seq_length=self.text_maxlength, max_new_tokens=1)
+
+
+@dataclass(kw_only=True)
+class RPGArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+    """RPG's own flags."""
+
+    lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
+    kl_direction: str = flag(
+        "lm_to_retriever", "Divergence: KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"]
+    )
+
+    def check(self) -> None:
+        self.check_bounds("lm_temperature", above=0)
+
+
+def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
+    """A language model on this machine, and the fingerprint of it."""
+    tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
+    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
+    model = load_causal_lm(flags.lm_model_path, flags, dtype=flags.dtype)
+    return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), model_fingerprint(model, tokenizer)
+
+
+def language_model_teacher(scorer: Any, model: str) -> Teacher:
+    """The mean log-likelihood of the answer's tokens given one document, each pair computed once.
+
+    Args:
+        scorer: As `Teacher` takes it, with its `prompter`.
+        model: What tells this model from others.
+    """
+    prompter = scorer.prompter
+    return Teacher(scorer, fingerprint(model, str(asdict(prompter.arguments)), prompter.instruction))
 
 
 @dataclass(frozen=True)
-class DistillationBatch(EncoderBatch):
+class ListBatch(EncoderBatch):
     """Questions with K documents each, and what the teacher thinks of them.
 
     A question without any document counts in the weight, and its loss is zero.
@@ -44,11 +129,11 @@ class DistillationBatch(EncoderBatch):
 class ListObjective(EncoderObjective):
     """An objective over K documents of each question, which a teacher has scored."""
 
-    def logits(self, batch: DistillationBatch) -> Tensor:
+    def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
         queries = self.embed_queries(batch.queries)  # [B, D]
         passages = self.embed_passages(batch.passages)  # [P, D]
-        with autocast(queries.device, torch.float32):  # the index compares in float32, too
+        with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
         return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
 
@@ -64,27 +149,16 @@ class Distillation(ListObjective):
         super().__init__(encoder, temperature, chunk_size)
         self.direction = direction
 
-    def forward(self, batch: DistillationBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
         """The divergence summed over questions, and how often both rank the same document first. -> []"""
         logits = self.logits(batch)
         return distillation(batch.teacher, logits, self.direction).sum(), agreement(batch, logits)
 
 
-def agreement(batch: DistillationBatch, logits: Tensor) -> dict[str, float]:
+def agreement(batch: ListBatch, logits: Tensor) -> dict[str, float]:
     """How often teacher and retriever rank the same document first, and how often the teacher had to be asked."""
     same = (logits.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
     return {"agreement": float(same), "teacher_hit_rate": batch.hit_rate}
-
-
-@dataclass
-class CandidateArguments:
-    """Which documents a question is trained on."""
-
-    num_docs: int = field(default=20, metadata={"help": "Documents retrieved for each question."})
-    include_gold: bool = field(default=True, metadata={"help": "The gold passage replaces the last one if missing."})
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "num_docs", at_least=2)  # one cannot be told from others
 
 
 class RetrievedCandidates:
@@ -95,25 +169,25 @@ class RetrievedCandidates:
     """
 
     def __init__(
-        self, examples: Sequence[Example], retriever: Retriever, arguments: CandidateArguments, dtype: torch.dtype
+        self, examples: Sequence[Example], retriever: Retriever, flags: CandidateArguments, dtype: torch.dtype
     ) -> None:
         self.examples = examples
         self.retriever = retriever
-        self.arguments = arguments
+        self.flags = flags
         self.dtype = dtype
         self._numbers = {document.key: number for number, document in enumerate(retriever.documents)}
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database of each example's documents, K at most. [B] lists"""
         questions = [retrieval_query(self.examples[i]) for i in indices]
-        with autocast(self.retriever.encoder.backbone.device, self.dtype):
-            hits = self.retriever.retrieve(questions, self.arguments.num_docs)
+        with distributed.autocast(self.dtype):
+            hits = self.retriever.retrieve(questions, self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
         return [self._with_gold(self.examples[i], row) for i, row in zip(indices, rows, strict=True)]
 
     def _with_gold(self, example: Example, found: list[int]) -> list[int]:
-        K = self.arguments.num_docs
-        if not self.arguments.include_gold:
+        K = self.flags.num_docs
+        if not self.flags.include_gold:
             return found[:K]
         gold = {self._numbers[document.key]: None for document in example.gold_docs if document.key in self._numbers}
         missing = [number for number in gold if number not in found]
@@ -128,7 +202,7 @@ class ScoredCandidates:
     Args:
         documents: All that may be chosen.
         choose: Example numbers -> positions in `documents`, some for each example; called once a batch.
-        teacher: Asked for every pair of an example and one of its documents.
+        teacher: Asked for every pair of an example and one of its documents; `hit_rate` tells how many it knew.
         temperature: The teacher's scores are divided by it. 1: the batch holds the scores themselves.
         together: Whether a document's score depends on those that stand beside it.
     """
@@ -139,7 +213,7 @@ class ScoredCandidates:
         documents: Sequence[Document],
         encoder: Encoder,
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],
-        teacher: Teacher,
+        teacher: Any,
         temperature: float = 1.0,
         together: bool = False,
     ) -> None:
@@ -152,7 +226,7 @@ class ScoredCandidates:
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
 
-    def __call__(self, indices: Sequence[int]) -> DistillationBatch:
+    def __call__(self, indices: Sequence[int]) -> ListBatch:
         """One micro-batch: column k is one and the same document for retriever and teacher."""
         chosen = self.choose(indices)
         # An index may find nothing for anyone; the encoder still needs a passage to encode.
@@ -165,7 +239,7 @@ class ScoredCandidates:
         for row, numbers in enumerate(chosen):
             columns[row, : len(numbers)] = torch.tensor([position[number] for number in numbers])
             scores[row, : len(numbers)] = torch.tensor([next(found) for _ in numbers])
-        return DistillationBatch(
+        return ListBatch(
             queries=[self._queries[i] for i in indices],
             passages=[self._passages[number] for number in distinct],
             columns=columns,
@@ -181,52 +255,3 @@ class ScoredCandidates:
             beside = documents if self.together else ()
             pairs += [Pair(self.examples[i], document, beside) for document in documents]
         return pairs
-
-
-@dataclass
-class LanguageModelArguments(EndpointArguments):
-    """The language model that finds documents useful, here or behind a server."""
-
-    lm_model_path: str = field(
-        metadata={"help": "The frozen language model: a directory, a hub name, or openai::http://host:port/v1."}
-    )
-    text_maxlength: int = field(default=512, metadata={"help": "Tokens of document, question and answer for the LM."})
-    lm_tokens_per_batch: int = field(default=8192, metadata={"help": "Tokens of one forward pass of the LM."})
-    lm_tokenizer: str | None = field(
-        default=None, metadata={"help": "A server's tokenizer, to cut by; by default three bytes count as a token."}
-    )
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.lm_tokenizer and not is_endpoint(self.lm_model_path):
-            raise UserError("--lm_tokenizer: a local model brings its own; give it with --lm_model_path openai::URL")
-
-
-def load_teacher(lm: LanguageModelArguments, loop: LoopArguments, device: torch.device) -> Teacher:
-    """The mean log-likelihood of the answer given one document, each pair computed once."""
-    prompt = PromptArguments(max_seq_length=lm.text_maxlength, max_new_tokens=1)
-    if is_endpoint(lm.lm_model_path):
-        scorer, model = _remote_scorer(lm, prompt, loop)
-    else:
-        scorer, model = _local_scorer(lm, prompt, loop, device)
-    identity = fingerprint(model, str(asdict(prompt)), scorer.prompter.instruction)
-    return Teacher(scorer, identity, cache_root() / "teacher.sqlite")
-
-
-def _local_scorer(
-    lm: LanguageModelArguments, prompt: PromptArguments, loop: LoopArguments, device: torch.device
-) -> tuple[AnswerScorer, str]:
-    prompter = Prompter(load_tokenizer(lm.lm_model_path, loop.trust_remote_code), prompt)
-    dtype = compute_dtype(loop.bf16, loop.fp16, device)
-    with distributed.in_turn():
-        model = load_causal_lm(lm.lm_model_path, dtype=dtype, **loop.loading).to(device)
-    return AnswerScorer(model, prompter, lm.lm_tokens_per_batch), model_fingerprint(model, prompter.tokenizer)
-
-
-def _remote_scorer(
-    lm: LanguageModelArguments, prompt: PromptArguments, loop: LoopArguments
-) -> tuple[EndpointScorer, str]:
-    endpoint = Endpoint(lm.lm_model_path, lm)
-    tokenizer = load_tokenizer(lm.lm_tokenizer, loop.trust_remote_code) if lm.lm_tokenizer else EstimatedTokens()
-    identity = fingerprint(endpoint.base_url, endpoint.model)
-    return EndpointScorer(endpoint, Prompter(tokenizer, prompt)), identity

@@ -1,16 +1,37 @@
-"""SFT and SwR: the likelihood of the answer after its prompt. The two differ only in whose passages stand in it."""
+"""SFT: the likelihood of the answer after its prompt. SwR's objective, too: the two differ in whose passages it shows."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rqa.models.causal_lm import answer_logits
-from rqa.models.loading import choose_collate
+from rqa.data import Document, Example
+from rqa.models.causal_lm import CausalLMReader, answer_logits, load_causal_lm
+from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer
+from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
-from rqa.prompts import Prompter, TokenSequence
+from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting
+from rqa.runtime.errors import UserError
+from rqa.runtime.flags import flag
+
+
+@dataclass(kw_only=True)
+class DecoderArguments(PromptArguments, GenerationArguments, LoadingArguments):
+    """What a decoder that is trained and measured reads from the command line."""
+
+
+@dataclass(kw_only=True)
+class SFTArguments(DecoderArguments):
+    """SFT's own flags."""
+
+    embedding_model: str | None = flag(
+        None, "Retriever of evaluation, a directory or a hub name. Default: evaluation is the loss on gold passages.",
+        also="eval_embedding_model embedding_model_name_or_path",
+    )  # fmt: skip
 
 
 class AnswerLikelihood(nn.Module):
@@ -21,6 +42,16 @@ class AnswerLikelihood(nn.Module):
         self.model = model
         self.prompter = prompter
         self._collate = choose_collate(model, prompter.stop_ids[0])
+
+    @classmethod
+    def load(cls, path: str, flags: DecoderArguments) -> Self:
+        """The objective over the decoder at `path`; only the main process reads its weights."""
+        prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
+        return cls(load_causal_lm(path, flags, main_only=True), prompter)
+
+    def reader(self, flags: GenerationArguments) -> CausalLMReader:
+        """Answers with the weights as they are."""
+        return CausalLMReader(self.model, self.prompter, flags)
 
     def batch(self, sequences: Sequence[TokenSequence], indices: Sequence[int] = ()) -> AnswerBatch:
         """Prompts with answers as this model takes them; `indices` are the examples' numbers."""
@@ -34,3 +65,18 @@ class AnswerLikelihood(nn.Module):
         """Save model and tokenizer in the layout of `transformers`."""
         self.model.save_pretrained(directory)
         self.prompter.tokenizer.save_pretrained(directory)
+
+
+def encode_examples(
+    prompter: Any, examples: Sequence[Example], passages: Sequence[Sequence[Document]]
+) -> dict[int, Any]:
+    """Prompts with their gold answers, by the example's number; one that does not fit is reported and left out.
+
+    Args:
+        prompter: A `Prompter` or `FiDPrompter`.
+    """
+    rows = [(example, row, example.gold_answer) for example, row in zip(examples, passages, strict=True)]
+    sequences = fitting(prompter.encode, rows, "the example is left out")
+    if not sequences:
+        raise UserError(f"{prompter.length_flag}: no example fits; raise it")
+    return sequences

@@ -1,27 +1,41 @@
-"""SwR: which passages a training prompt shows (LocalRQA's mix of gold and retrieved; Zhang et al. 2024, RAFT)."""
+"""SwR: SFT over what a frozen retriever finds (LocalRQA's mix of gold and retrieved; Zhang et al. 2024, RAFT)."""
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from rqa.data import Document, Example
+from rqa.prompts import retrieval_query
+from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime.flags import Arguments, flag
 
 
-@dataclass
-class PassageArguments:
+@dataclass(kw_only=True)
+class SwRArguments(Arguments):
     """How gold and retrieved passages are mixed in training."""
 
-    gold_position: str = field(
-        default="first",
-        metadata={"help": "Where the gold passages stand among the others.", "choices": ["first", "random"]},
+    embedding_model: str = flag(
+        help="Frozen retriever: a directory or a hub name; bm25 needs no model.",
+        also="embedding_model_name_or_path eval_embedding_model",
     )
-    drop_gold_prob: float = field(
-        default=0.0, metadata={"help": "Share of training questions that see no gold passage (RAFT)."}
-    )
+    gold_position: str = flag("first", "Place of the gold passages among the others.", ["first", "random"])
+    drop_gold_prob: float = flag(0.0, "Share of training questions that see no gold passage (RAFT).")
+
+    def check(self) -> None:
+        self.check_bounds("drop_gold_prob", at_least=0, at_most=1)
 
 
 def gold_and_retrieved(
-    example: Example, retrieved: Sequence[Document], limit: int, arguments: PassageArguments, seed: str
+    examples: Sequence[Example], retriever: PassageRetriever, k: int, flags: SwRArguments, seed: int
+) -> list[list[Document]]:
+    """The passages of each training prompt: gold and retrieved, at most `k` + 1; all questions are asked at once."""
+    hits = retriever.retrieve_once([retrieval_query(example) for example in examples], k)
+    pairs = zip(examples, retriever.documents_of(hits), strict=True)
+    return [mix(example, found, k + 1, flags, f"{seed}-{number}") for number, (example, found) in enumerate(pairs)]
+
+
+def mix(
+    example: Example, retrieved: Sequence[Document], limit: int, flags: SwRArguments, seed: str
 ) -> list[Document]:
     """Gold passages, then retrieved ones, none twice.
 
@@ -33,9 +47,9 @@ def gold_and_retrieved(
     chance = random.Random(seed)
     gold = {document.key: document for document in example.gold_docs}
     others = {document.key: document for document in retrieved if document.key not in gold}
-    if chance.random() < arguments.drop_gold_prob:
+    if chance.random() < flags.drop_gold_prob:
         return list(others.values())[:limit]
     passages = [*gold.values(), *others.values()][:limit]
-    if arguments.gold_position == "random":
+    if flags.gold_position == "random":
         chance.shuffle(passages)
     return passages

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
@@ -16,13 +15,14 @@ from rqa.models.causal_lm import answer_logits
 from rqa.models.loading import choose_collate, evaluating
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
-from rqa.prompts import DoesNotFit, Prompter, TokenSequence
-from rqa.runtime.files import Store, fingerprint
+from rqa.prompts import Prompter, TokenSequence, fitting
+from rqa.runtime.cli import progress
+from rqa.runtime.files import Store, cache_root, fingerprint
 
 log = logging.getLogger(__name__)
 
-
 PAIRS_AT_ONCE = 256
+NOT_TOLD_APART = "its documents are not told apart"
 
 
 class Pair(NamedTuple):
@@ -50,15 +50,12 @@ class Teacher:
         scorer: Pairs -> (position, score), a few at a time, in any order.
         identity: What, beside the pair, decides a score: model, prompt, settings.
         path: The SQLite file.
-
-    Raises:
-        UserError: the file is damaged or cannot be written, or its disk is full.
     """
 
-    def __init__(self, scorer: Score, identity: str, path: str | Path) -> None:
+    def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
         self.scorer = scorer
         self._identity = identity
-        self._store = Store(path)
+        self._store = Store(path or cache_root() / "teacher.sqlite")
         self._kept: dict[str, float] = {}
         self.asked = self.known = 0
 
@@ -118,23 +115,19 @@ class AnswerScorer:
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
-        sequences = [self._encode(pair) for pair in pairs]
+        rows = [(pair.example, [pair.document], pair.example.gold_answer) for pair in pairs]
+        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once), self.prompter.end_of_turn
+        unread = TokenSequence(end * 2 + end, 1)  # stands for what does not fit
+        sequences = [encoded.get(number, unread) for number in range(len(pairs))]
+        # Without the end of the turn: the answer's own tokens count.
+        sequences = [TokenSequence(s.ids[: len(s.ids) - len(end)], s.answer_start) for s in sequences]
         lengths, padded = [len(sequence.ids) for sequence in sequences], self._collate is not pack
         batches = token_budget_batches(lengths, self.tokens_per_batch, padded)
         with evaluating(self.model):
-            for indices in tqdm(batches, desc="teacher", unit="batch", leave=False, disable=len(batches) < 8):
+            for indices in progress(batches, desc="teacher", unit="batch", disable=len(batches) < 8):
                 chosen = [sequences[i] for i in indices]
                 batch = answer_batch(chosen, self._collate).to(self.model.device)
                 nll = answer_nll(answer_logits(self.model, batch), batch.targets)  # [N]
                 sums = nll.new_zeros(len(chosen)).index_add(0, batch.owners, nll)  # [B]
                 means = -sums / batch.owners.bincount(minlength=len(chosen)).clamp(min=1)
                 yield from zip(indices, means.tolist(), strict=True)
-
-    def _encode(self, pair: Pair) -> TokenSequence:
-        """The prompt and the answer's own tokens, without the end of the turn."""
-        try:
-            sequence = self.prompter.encode(pair.example, [pair.document], pair.example.gold_answer)
-        except DoesNotFit as error:
-            self._warn_once("%s; its documents are not told apart", str(error))
-            return TokenSequence(self.prompter.end_of_turn * 2, 1)
-        return TokenSequence(sequence.ids[: len(sequence.ids) - len(self.prompter.end_of_turn)], sequence.answer_start)

@@ -1,12 +1,10 @@
-"""Whichever retriever is asked for, ready to be asked."""
+"""BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
 import logging
 import re
 from collections.abc import Sequence, Set
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 import bm25s
 import numpy as np
 
@@ -15,11 +13,78 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best, stack
-from rqa.runtime import distributed
-from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
+from rqa.runtime.flags import flag
 
+log = logging.getLogger(__name__)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the application asked for
+
+DEPTH = 100  # candidates that each retriever brings
+RRF_CONSTANT = 60
+WEIGHTS = np.linspace(0, 1, 21)
+
+
+@dataclass(kw_only=True)
+class RetrieverArguments(EncoderArguments, IndexArguments):
+    """Which retriever finds the passages."""
+
+    retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
+    fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
+    fusion_weight: float | None = flag(
+        None,
+        "Dense share of the weighted sum. Default: the best one on --fusion_eval_path, or a trainer's --eval_file.",
+    )
+    fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
+    fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)
+
+    def check(self) -> None:
+        self.check_bounds("fusion_weight", at_least=0, at_most=1)
+        if self.fusion_weight is not None and self.fusion != "weighted":
+            raise UserError("--fusion_weight: reciprocal ranks have no weight; add --fusion weighted")
+        if self.fusion != "rrf" and self.retriever != "hybrid":
+            raise UserError(f"--fusion {self.fusion}: there is nothing to fuse; add --retriever hybrid")
+
+
+def open_retriever(
+    flags: RetrieverArguments,
+    embedding_model: str | None,
+    documents: Sequence[Document],
+    index_path: str | None = None,
+    examples: Sequence[Example] = (),
+) -> PassageRetriever:
+    """The retriever that the flags name, with its index loaded or built. Call it under `flags.autocast()`.
+
+    Args:
+        embedding_model: The encoder, a directory or a hub name; `bm25` asks for BM25, which needs none.
+        examples: Examples that choose the weight of a weighted sum, if `fusion_eval_path` names none.
+    """
+    if "bm25" in (flags.retriever, embedding_model):
+        if flags.retriever == "hybrid":
+            raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
+        return LexicalRetriever(documents)
+    if embedding_model is None:
+        raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")
+    if flags.fusion_eval_path:
+        examples = read_examples(flags.fusion_eval_path)
+    chosen_by = [example for example in examples if example.gold_docs]
+    if flags.fusion == "weighted" and flags.fusion_weight is None and not chosen_by:
+        raise UserError(
+            "--fusion weighted: give --fusion_weight, or questions with gold passages that choose it "
+            "(--fusion_eval_path, or a trainer's --eval_file)"
+        )
+    dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(index_path)
+    if flags.retriever == "dense":
+        return dense
+    weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight
+    hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
+    if flags.fusion == "weighted" and flags.fusion_weight is None:
+        numbers = {document.key: number for number, document in enumerate(documents)}
+        gold = [{numbers.get(document.key, -2) for document in example.gold_docs} for example in chosen_by]
+        candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
+        hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
+        log.info("--fusion_weight %.2f: the best of %d questions", hybrid.weight, len(chosen_by))
+    return hybrid
 
 
 class LexicalRetriever(PassageRetriever):
@@ -29,7 +94,6 @@ class LexicalRetriever(PassageRetriever):
     database, so that two runs find the same.
 
     Args:
-        documents: The document database.
         k1: How soon a word that is repeated stops to count.
         b: How much a long document is discounted.
     """
@@ -41,17 +105,16 @@ class LexicalRetriever(PassageRetriever):
         # bm25s cannot index a vocabulary without words: a document that has none gets one that nobody asks for.
         self._bm25.index([_words(document.fmt_content) or [""] for document in documents], show_progress=False)
 
-    def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        k = min(k, len(self.documents))
-        return stack([self._search(query, k) for query in queries], k)
+    def retrieve(self, questions: Sequence[str], k: int) -> Hits:
+        rows, k = [], min(k, len(self.documents))
+        for question in questions:
+            scores = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(_words(question)))  # [N]
+            found = np.flatnonzero(scores > 0)
+            rows.append(best(scores[found], found, k))
+        return stack(rows, k)
 
     def identity(self) -> str:
         return fingerprint("bm25", *map(str, self._parameters), *(document.fmt_content for document in self.documents))
-
-    def _search(self, query: str, k: int) -> tuple[np.ndarray, np.ndarray]:
-        scores = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(_words(query)))  # [N]
-        found = np.flatnonzero(scores > 0)
-        return best(scores[found], found, k)
 
 
 def _words(text: str) -> list[str]:
@@ -59,19 +122,12 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
-DEPTH = 100  # candidates that each retriever brings
-RRF_CONSTANT = 60
-WEIGHTS = np.linspace(0, 1, 21)
-
-
 class HybridRetriever(PassageRetriever):
     """Two retrievers over one database, their lists fused.
 
     Args:
-        dense: Its scores weigh `weight`.
-        lexical: Its scores weigh `1 - weight`.
         fusion: `rrf` (reciprocal rank fusion) or `weighted` (a weighted sum of normalised scores).
-        weight: Between 0 and 1; reciprocal rank fusion has none.
+        weight: Of the dense scores, between 0 and 1; the lexical ones weigh `1 - weight`.
         normalization: `min_max` or `z`, of a weighted sum.
     """
 
@@ -87,17 +143,17 @@ class HybridRetriever(PassageRetriever):
         self.dense, self.lexical = dense, lexical
         self.fusion, self.weight, self.normalization = fusion, weight, normalization
 
-    def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        dense, lexical = self.candidates(queries, k)
+    def retrieve(self, questions: Sequence[str], k: int) -> Hits:
+        dense, lexical = self.candidates(questions, k)
         k = min(k, len(self.documents))
         if self.fusion == "rrf":
             return reciprocal_rank_fusion([dense, lexical], k)
         return weighted_sum(dense, lexical, self.weight, k, self.normalization)
 
-    def candidates(self, queries: Sequence[str], k: int = 0) -> tuple[Hits, Hits]:
+    def candidates(self, questions: Sequence[str], k: int = 0) -> tuple[Hits, Hits]:
         """What each retriever finds by itself, deep enough to find k together."""
         depth = max(k, DEPTH)
-        return self.dense.retrieve(queries, depth), self.lexical.retrieve(queries, depth)
+        return self.dense.retrieve(questions, depth), self.lexical.retrieve(questions, depth)
 
     def identity(self) -> str:
         settings = map(str, (self.fusion, self.weight, self.normalization))
@@ -159,99 +215,3 @@ def _sum(ids: Sequence[np.ndarray], values: Sequence[np.ndarray], k: int) -> Hit
         documents, places = np.unique(row_ids[found], return_inverse=True)
         rows.append(best(np.bincount(places, row_values[found], len(documents)), documents, k))
     return stack(rows, k)
-
-
-log = logging.getLogger(__name__)
-
-
-@dataclass
-class RetrieverArguments:
-    """Which retriever finds the passages."""
-
-    retriever: str = field(
-        default="dense",
-        metadata={"help": "By embeddings, by shared words, or by both.", "choices": ["dense", "bm25", "hybrid"]},
-    )
-    fusion: str = field(
-        default="rrf",
-        metadata={"help": "Of hybrid: by ranks, or a weighted sum of scores.", "choices": ["rrf", "weighted"]},
-    )
-    fusion_weight: float | None = field(
-        default=None, metadata={"help": "The dense share of the sum; by default the best one on the eval file."}
-    )
-    fusion_normalization: str = field(
-        default="min_max", metadata={"help": "Of the sum's scores.", "choices": ["min_max", "z"]}
-    )
-    fusion_eval_path: str | None = field(
-        default=None, metadata={"help": "Examples that choose the share, JSONL; trainers take --eval_file."}
-    )
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "fusion_weight", at_least=0, at_most=1)
-        if self.fusion_weight is not None and self.fusion != "weighted":
-            raise UserError("--fusion_weight: reciprocal ranks have no weight; add --fusion weighted")
-        if self.fusion != "rrf" and self.retriever != "hybrid":
-            raise UserError(f"--fusion {self.fusion}: there is nothing to fuse; add --retriever hybrid")
-
-
-def open_retriever(
-    arguments: RetrieverArguments,
-    embedding_model: str | None,
-    documents: Sequence[Document],
-    encoder: EncoderArguments,
-    index: IndexArguments,
-    index_path: str | None,
-    device: torch.device,
-    examples: Sequence[Example] = (),
-    **options: Any,
-) -> PassageRetriever:
-    """The retriever that the flags name, with its index loaded or built. Call it under autocast.
-
-    Args:
-        embedding_model: The encoder, a directory or a hub name; `bm25` asks for BM25, which needs none.
-        examples: Examples that choose the weight of a weighted sum, if `fusion_eval_path` names none.
-        options: Those of `load_model`.
-
-    Raises:
-        UserError: what a user can mend.
-    """
-    if "bm25" in (arguments.retriever, embedding_model):
-        if arguments.retriever == "hybrid":
-            raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
-        return LexicalRetriever(documents)
-    if arguments.fusion_eval_path:
-        examples = read_examples(arguments.fusion_eval_path)
-    if arguments.retriever == "hybrid" and arguments.fusion == "weighted" and arguments.fusion_weight is None:
-        _require_gold(examples)
-    with distributed.in_turn():
-        model = load_encoder(embedding_model, encoder, **options).to(device)
-    dense = Retriever(model, documents, index)
-    dense.open(index_path)
-    if arguments.retriever == "dense":
-        return dense
-    hybrid = HybridRetriever(
-        dense, LexicalRetriever(documents), arguments.fusion, normalization=arguments.fusion_normalization
-    )
-    if arguments.fusion == "weighted":
-        given = arguments.fusion_weight
-        hybrid.weight = tuned_weight(hybrid, examples) if given is None else given
-    return hybrid
-
-
-def tuned_weight(retriever: HybridRetriever, examples: Sequence[Example]) -> float:
-    """The weight that is best for these examples; those without gold passages say nothing."""
-    numbers = {document.key: number for number, document in enumerate(retriever.documents)}
-    asked = [example for example in examples if example.gold_docs]
-    gold = [{numbers.get(document.key, -2) for document in example.gold_docs} for example in asked]
-    candidates = retriever.candidates([retrieval_query(example) for example in asked])
-    weight = choose_weight(*candidates, gold, retriever.normalization)
-    log.info("--fusion_weight %.2f: the best of %d questions", weight, len(asked))
-    return weight
-
-
-def _require_gold(examples: Sequence[Example]) -> None:
-    if not any(example.gold_docs for example in examples):
-        raise UserError(
-            "--fusion weighted: give --fusion_weight, or questions with gold passages that choose it "
-            "(--fusion_eval_path, or a trainer's --eval_file)"
-        )

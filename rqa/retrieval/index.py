@@ -1,7 +1,7 @@
 """The FAISS index over passage embeddings: built, searched, replaced in memory, saved and loaded."""
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch  # noqa: F401  before FAISS, or each has an OpenMP of its own, and their threads fight for the cores
@@ -10,6 +10,7 @@ import numpy as np
 
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage
+from rqa.runtime.flags import Arguments, flag
 
 # FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
 # is faster from some 1,200 on, up to eight times. To older versions the threshold is a number of queries, 20: it stays.
@@ -19,16 +20,12 @@ faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
 INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
 
 
-@dataclass
-class IndexArguments:
+@dataclass(kw_only=True)
+class IndexArguments(Arguments):
     """How the index is built and searched."""
 
-    index_factory: str = field(
-        default="Flat", metadata={"help": "A FAISS factory string: Flat, HNSW32, IVF4096,Flat ..."}
-    )
-    index_search_parameters: str = field(
-        default="", metadata={"help": "FAISS search parameters, such as nprobe=32 or efSearch=128."}
-    )
+    index_factory: str = flag("Flat", "FAISS factory string, such as Flat, HNSW32 or IVF4096,Flat.")
+    index_search_parameters: str = flag("", "FAISS search parameters, such as nprobe=32 or efSearch=128.", rare=True)
 
 
 class Index:
@@ -38,8 +35,8 @@ class Index:
         stamp: The fingerprint of documents, encoder and settings that the embeddings were made from.
     """
 
-    def __init__(self, arguments: IndexArguments) -> None:
-        self.arguments = arguments
+    def __init__(self, flags: IndexArguments) -> None:
+        self.flags = flags
         self.stamp = ""
         self._faiss: faiss.Index | None = None
 
@@ -47,22 +44,16 @@ class Index:
         return self._faiss.ntotal if self._faiss else 0
 
     def replace(self, embeddings: np.ndarray, stamp: str = "") -> None:
-        """Index these embeddings instead of the present ones. [N, D]
-
-        Raises:
-            UserError: FAISS does not know the factory string, or it needs more documents than there are.
-        """
-        factory = self.arguments.index_factory
+        """Index these embeddings instead of the present ones. [N, D]"""
+        factory = self.flags.index_factory
         try:
             index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
             index.train(embeddings)
             index.add(embeddings)
-            self._search_with(index)
         except RuntimeError as error:
-            raise UserError(
-                f"--index_factory {factory}: FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
-            ) from None
-        self._faiss, self.stamp = index, stamp
+            found = f"FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
+            raise UserError(f"--index_factory {factory}: {found}; try Flat") from None
+        self._use(index, stamp)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents, best first. [Q, D] -> scores [Q, k], ids [Q, k]; id -1 where none was found."""
@@ -72,15 +63,14 @@ class Index:
     def save(self, directory: str | Path) -> None:
         """Write index and stamp as one directory, atomically."""
         assert self._faiss is not None, "the index is empty"
-        directory = Path(directory)
-        refuse_foreign_directory(directory)
+        refuse_foreign_directory(Path(directory))
         with atomic_directory(directory) as temporary:
             faiss.write_index(self._faiss, str(temporary / "index.faiss"))
-            state = {"stamp": self.stamp, "index_factory": self.arguments.index_factory, "documents": len(self)}
+            state = {"stamp": self.stamp, "index_factory": self.flags.index_factory, "documents": len(self)}
             (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> bool:
-        """Read what `save` wrote; False, and nothing changed, if it is absent, half-written or damaged."""
+        """Read what `save` wrote; False, and nothing changed, if it is absent, damaged or of another kind."""
         directory = Path(directory)
         if damage(directory):
             return False
@@ -89,30 +79,24 @@ class Index:
             index = faiss.read_index(str(directory / "index.faiss"))
         except (OSError, ValueError, RuntimeError):
             return False
-        if not isinstance(state, dict) or index is None or index.ntotal != state.get("documents"):
+        expected = {"index_factory": self.flags.index_factory, "documents": index.ntotal if index else -1}
+        if not isinstance(state, dict) or any(state.get(name) != value for name, value in expected.items()):
             return False
-        if state.get("index_factory") != self.arguments.index_factory:
-            return False
-        self._search_with(index)
-        self._faiss, self.stamp = index, state.get("stamp", "")
+        self._use(index, state.get("stamp", ""))
         return True
 
-    def _search_with(self, index: faiss.Index) -> None:
-        parameters = self.arguments.index_search_parameters
-        if not parameters:
-            return
-        try:
-            faiss.ParameterSpace().set_index_parameters(index, parameters)
-        except RuntimeError as error:
-            raise UserError(f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})") from None
+    def _use(self, index: faiss.Index, stamp: str) -> None:
+        if parameters := self.flags.index_search_parameters:
+            try:
+                faiss.ParameterSpace().set_index_parameters(index, parameters)
+            except RuntimeError as error:
+                message = f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})"
+                raise UserError(f"{message}; write name=value pairs of this kind of index") from None
+        self._faiss, self.stamp = index, stamp
 
 
 def refuse_foreign_directory(directory: Path) -> None:
-    """Saving replaces a whole directory: it must be an index, empty or absent.
-
-    Raises:
-        UserError: it holds something else.
-    """
+    """Saving replaces a whole directory: it must be an index, empty or absent."""
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
     if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
         raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")

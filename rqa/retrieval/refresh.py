@@ -1,15 +1,13 @@
 """The index follows the encoder: documents encoded again inside the loop, every so many steps."""
 
 import copy
+import json
 import logging
-import math
 import re
 import threading
 import time
-from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
-from functools import cached_property
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -19,51 +17,32 @@ import numpy as np
 from rqa.models.encoder import Encoder
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast
-from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
+from rqa.runtime.flags import Arguments, flag
+
+log = logging.getLogger(__name__)
 
 
-@dataclass
-class RefreshArguments:
-    """When documents are encoded again in training, and how many of them."""
+@dataclass(kw_only=True)
+class RefreshArguments(Arguments):
+    """When documents are encoded again in training."""
 
-    refresh_step: str = field(
-        default="10", metadata={"help": 'Steps between two refreshes of the index, or "0-100:10,100-900:50".'}
+    refresh_step: str = flag("10", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
+    refresh_async: bool = flag(
+        False, "Encode on a copy of the weights while training goes on; swap the index when ready."
     )
-    refresh_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "Share of the documents that a refresh encodes: up to one half those found most often since the "
-            "last one, otherwise those whose embeddings are oldest."
-        },
-    )
-    refresh_async: bool = field(
-        default=False,
-        metadata={"help": "Encode on a copy of the weights while training goes on; swap the index when ready."},
-    )
-    train_query_encoder_only: bool = field(
-        default=False,
-        metadata={"help": "Passages keep the initial encoder, which is saved beside the trained one; no refresh."},
+    train_query_encoder_only: bool = flag(
+        False, "Keep the initial encoder for passages; it is saved beside the trained one, and nothing is refreshed."
     )
 
-    def __post_init__(self) -> None:
+    def check(self) -> None:
         parse_schedule(self.refresh_step)
-        check_bounds(self, "refresh_fraction", above=0, at_most=1)
-        if self.train_query_encoder_only and self.cheaper:
-            raise UserError(f"--train_query_encoder_only true: documents never change; leave out --{self.cheaper}")
-
-    @property
-    def cheaper(self) -> str:
-        """The flag that makes a refresh cheaper; empty if there is none."""
-        return "refresh_async" if self.refresh_async else "refresh_fraction" if self.refresh_fraction < 1 else ""
+        if self.train_query_encoder_only and self.refresh_async:
+            raise UserError("--train_query_encoder_only true: documents never change; leave out --refresh_async")
 
     def freeze_passages(self, encoder: Encoder) -> None:
-        """Let passages keep the encoder that they have now, if that is asked for.
-
-        Raises:
-            UserError: the model's passages are frozen already, and all of it is to be trained.
-        """
+        """Let passages keep the encoder that they have now, if that is asked for."""
         if self.train_query_encoder_only:
             encoder.freeze_passages()
         elif encoder.passage_encoder:
@@ -74,11 +53,7 @@ class RefreshArguments:
 
 
 def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
-    """Spans of (first step, end, interval).
-
-    Raises:
-        UserError: it is neither a number of steps nor a list of spans.
-    """
+    """Spans of (first step, end, interval)."""
     spans = []
     for part in schedule.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+):)?(\d+)\s*", part)
@@ -88,43 +63,151 @@ def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
     return spans
 
 
+class Follower(Protocol):
+    """What is made from a fresh index, and lasts until the next: CTL's mined negatives."""
+
+    def __call__(self) -> None: ...
+
+    def save(self, directory: Path) -> None: ...
+
+    def load(self, directory: Path) -> None: ...
+
+
+class Refresher:
+    """`before_step` of the loop, and a `LiveState`: an index of the weights before step 0, then on schedule.
+
+    Args:
+        dtype: In which documents are encoded.
+        then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
+    """
+
+    def __init__(
+        self, retriever: Retriever, flags: RefreshArguments, dtype: torch.dtype, then: Follower | None = None
+    ) -> None:
+        self.retriever = retriever
+        self.flags = flags
+        self.dtype = dtype
+        self.then = then
+        self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
+        self.refreshes = 0
+        self._begun_at = 0  # the step whose weights are being used in the background
+        self._spans = parse_schedule(flags.refresh_step)
+        self._work: BackgroundEncoding | None = None
+
+    def __call__(self, step: int) -> dict[str, float]:
+        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet.
+
+        Returns:
+            `index_staleness`, the steps since the weights that made the index, and `index_refreshed` if it is new.
+        """
+        refreshes, frozen = self.refreshes, self.retriever.encoder.passage_encoder is not None
+        with distributed.autocast(self.dtype):
+            if not len(self.retriever.index):
+                self._refresh(step)
+            elif step == 0 or (frozen and self.due(step)):  # the index was opened before training, or never changes
+                self._follow(step)
+            elif self.flags.refresh_async and not frozen:
+                self._refresh_in_background(step)
+            elif self.due(step) and not frozen:
+                self._refresh(step)
+        if frozen:
+            return {}
+        news = {"index_staleness": float(step - self.made_at)}
+        return news | ({"index_refreshed": 1.0} if self.refreshes > refreshes else {})
+
+    def due(self, step: int) -> bool:
+        """Whether the schedule refreshes after so many steps."""
+        return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
+
+    @property
+    def version(self) -> str | None:
+        """The name of the present index among those of the run; None before there is one."""
+        return f"index-{self.made_at}" if len(self.retriever.index) else None
+
+    def save(self, directory: Path) -> None:
+        """Write the index and what follows it, so that a resumed run finds the very same documents."""
+        self.retriever.index.save(directory / "index")
+        state = {"made_at": self.made_at, "documents": self._documents()}
+        (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
+        if self.then:
+            self.then.save(directory)
+
+    def load(self, directory: Path) -> None:
+        """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
+        state = json.loads((directory / "refresh.json").read_text(encoding="utf-8"))
+        if state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
+            log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
+            return
+        self.made_at = self._begun_at = state["made_at"]
+        if self.then:
+            self.then.load(directory)
+
+    def close(self) -> None:
+        """Give up what is being encoded in the background."""
+        if self._work:
+            self._work.close()
+            self._work = None
+
+    def _documents(self) -> str:
+        return fingerprint(*(document.fmt_content for document in self.retriever.documents))
+
+    def _refresh(self, step: int) -> None:
+        started = time.perf_counter()
+        self.retriever.refresh()
+        log.info("step %d  documents encoded in %.1f s", step, time.perf_counter() - started)
+        self.refreshes += 1
+        self._follow(step)
+
+    def _refresh_in_background(self, step: int) -> None:
+        """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
+        if self._work and self._work.finished():
+            work, self._work = self._work, None
+            self.retriever.index.replace(np.stack(distributed.gather(work.embeddings)))
+            log.info("step %d  index of step %d swapped in after %.1f s", step, self._begun_at, work.seconds)
+            self.refreshes += 1
+            self._follow(self._begun_at)
+        if not self._work and any(map(self.due, range(self._begun_at + 1, step + 1))):
+            self._work, self._begun_at = BackgroundEncoding(self.retriever, self.dtype), step
+
+    def _follow(self, step: int) -> None:
+        self.made_at = step
+        if self.then:
+            self.then()
+
+
 class BackgroundEncoding:
-    """This process's share of some documents, encoded with the weights of now.
+    """This process's share of the documents, encoded with the weights of now while training goes on.
 
     It costs the memory of the weights once more until it is dropped, and on a GPU runs in a stream of its own. The
     copy has its own tokenizer, too: two threads must not share one.
 
     Args:
-        numbers: Positions in the database, the same on every process.
-        step: The optimizer steps that made the weights.
         dtype: Of autocast, which holds for one thread only.
+
+    Attributes:
+        embeddings: This process's, once it is finished. float32 [n, D]
     """
 
-    def __init__(self, retriever: Retriever, numbers: Sequence[int], step: int, dtype: torch.dtype) -> None:
-        self.numbers = numbers
-        self.step = step
+    def __init__(self, retriever: Retriever, dtype: torch.dtype) -> None:
         self.seconds = 0.0
-        self._embeddings: np.ndarray | None = None
+        self.embeddings = np.empty(0)
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
         self._retriever = retriever
         self._dtype = dtype
         self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
         self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
-        self._device = self._encoder.backbone.device
         self._stream = None
-        if self._device.type == "cuda":
-            self._stream = torch.cuda.Stream(self._device)
-            self._stream.wait_stream(torch.cuda.current_stream(self._device))  # the copy is being made there
+        if torch.cuda.is_available():
+            self._stream = torch.cuda.Stream()
+            self._stream.wait_stream(torch.cuda.current_stream())  # the copy is being made there
         self._thread = threading.Thread(target=self._run, name="encode documents", daemon=True)
         self._thread.start()
 
     def finished(self) -> bool:
-        """Whether every process is done. All ask at the same step; the thread itself never talks to another process.
+        """Whether every process is done; raises what ended the thread of any.
 
-        Raises:
-            BaseException: what ended the thread of this process.
-            UserError: that of another one failed.
+        All ask at the same step: the thread itself never talks to another process.
         """
         done = not self._thread.is_alive()
         dones, failures = distributed.total([done, done and self._error is not None])
@@ -133,11 +216,6 @@ class BackgroundEncoding:
             raise self._error or UserError("documents could not be encoded; another process says why")
         return int(dones) == distributed.world_size()
 
-    def result(self) -> np.ndarray:
-        """This process's embeddings, once it is finished. float32 [n, D]"""
-        assert self._embeddings is not None, "not finished"
-        return self._embeddings
-
     def close(self) -> None:
         """Stop before the next batch of documents, and wait for that."""
         self._cancelled.set()
@@ -145,12 +223,11 @@ class BackgroundEncoding:
 
     def _run(self) -> None:
         started = time.perf_counter()
+        numbers = distributed.share(range(len(self._retriever.documents)))
         try:
-            with (
-                torch.cuda.stream(self._stream) if self._stream else nullcontext(),
-                autocast(self._device, self._dtype),
-            ):
-                self._embeddings = self._retriever.encode(distributed.share(self.numbers), self._encoder)
+            on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+            with on_stream, distributed.autocast(self._dtype):
+                self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
         except _Cancelled:
             pass
         except BaseException as error:  # it belongs to the main thread
@@ -164,185 +241,3 @@ class BackgroundEncoding:
 
 class _Cancelled(Exception):
     """Nobody waits for the embeddings any more."""
-
-
-log = logging.getLogger(__name__)
-
-
-class Follower(Protocol):
-    """What is made from a fresh index, and lasts until the next."""
-
-    def __call__(self) -> None: ...
-
-    def save(self, directory: Path) -> None: ...
-
-    def load(self, directory: Path) -> None: ...
-
-
-class Refresher:
-    """`before_step` of the loop: an index with the current weights at the first step and then on schedule.
-
-    Args:
-        dtype: In which documents are encoded.
-        then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
-            It is saved and loaded with the index if it can be.
-    """
-
-    def __init__(
-        self,
-        retriever: Retriever,
-        arguments: RefreshArguments,
-        dtype: torch.dtype = torch.float32,
-        then: Follower | None = None,
-    ) -> None:
-        self.retriever = retriever
-        self.arguments = arguments
-        self.dtype = dtype
-        self.then = then
-        self.made_at = np.zeros(len(retriever.documents), dtype=np.int64)  # the step of each embedding's weights
-        self.refreshes = 0
-        self._spans = parse_schedule(arguments.refresh_step)
-        self._embeddings: np.ndarray | None = None  # [N, D], kept where a refresh replaces a part of them
-        self._work: BackgroundEncoding | None = None
-        self._wanted = False
-
-    def __call__(self, step: int) -> dict[str, float]:
-        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet.
-
-        Returns:
-            `index_staleness`: steps since the weights of the index's embeddings, the mean over documents; and
-            `index_refreshed`, True, if the index is a new one.
-        """
-        refreshes = self.refreshes
-        with autocast(self.retriever.encoder.backbone.device, self.dtype):
-            if not len(self.retriever.index) or self._lacks_embeddings:
-                self._refresh(np.arange(len(self.made_at)), step)
-            elif step == 0:  # the index was opened before training
-                if self.then:
-                    self.then()
-            elif self._frozen:
-                if self.due(step) and self.then:
-                    self.then()
-            elif self.arguments.refresh_async:
-                self._refresh_in_background(step)
-            elif self.due(step):
-                self._refresh(self._chosen(), step)
-        if self._frozen:
-            return {}
-        news = {"index_staleness": step - float(self.made_at.mean())}
-        return news | ({"index_refreshed": True} if self.refreshes > refreshes else {})
-
-    def snapshot(self) -> Callable[[Path], None]:
-        """What writes the index between two refreshes, so that a resumed run finds the very same documents.
-
-        What is being encoded in the background is not kept: a resumed run begins it anew. Before the first step there
-        is no index yet, and nothing is written.
-        """
-        found = np.array(distributed.total(self.retriever.found.tolist()))
-        arrays = {
-            "documents": np.array(self._documents),
-            "made_at": self.made_at,
-            "found": found,
-            "wanted": np.array(self._wanted or self._work is not None),
-        }
-        if self._embeddings is not None:
-            arrays["embeddings"] = self._embeddings
-
-        def write(directory: Path) -> None:
-            if not len(self.retriever.index):
-                return
-            np.savez(directory / "refresh.npz", **arrays)
-            self.retriever.index.save(directory / "index")
-            if self.then:
-                self.then.save(directory)
-
-        return write
-
-    def load(self, directory: Path) -> None:
-        """Restore what a snapshot wrote; where it is of other documents or another kind of index, encode anew."""
-        if not (directory / "refresh.npz").exists():  # of a run that had not begun
-            return
-        with np.load(directory / "refresh.npz") as arrays:
-            kept = dict(arrays)
-        lacking = self.arguments.refresh_fraction < 1 and "embeddings" not in kept
-        if lacking or str(kept["documents"]) != self._documents or not self.retriever.index.load(directory / "index"):
-            log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
-            return
-        self.made_at, self._wanted = kept["made_at"], bool(kept["wanted"])
-        self.retriever.found[:] = kept["found"] if distributed.is_main() else 0  # summed over processes when read
-        self._embeddings = kept.get("embeddings") if self.arguments.refresh_fraction < 1 else None
-        if self.then:
-            self.then.load(directory)
-
-    def due(self, step: int) -> bool:
-        """Whether the schedule refreshes after so many steps."""
-        return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
-
-    def close(self) -> None:
-        """Give up what is being encoded in the background."""
-        if self._work:
-            self._work.close()
-            self._work = None
-
-    @cached_property
-    def _documents(self) -> str:
-        return fingerprint(*(document.fmt_content for document in self.retriever.documents))
-
-    @property
-    def _lacks_embeddings(self) -> bool:
-        return self.arguments.refresh_fraction < 1 and self._embeddings is None
-
-    @property
-    def _frozen(self) -> bool:
-        return self.retriever.encoder.passage_encoder is not None
-
-    def _refresh(self, numbers: np.ndarray, step: int) -> None:
-        started = time.perf_counter()
-        self._replace(numbers, self.retriever.encode(distributed.share(numbers)), step)
-        log.info("step %d  %d documents encoded in %.1f s", step, len(numbers), time.perf_counter() - started)
-
-    def _refresh_in_background(self, step: int) -> None:
-        """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
-        self._wanted |= self.due(step)
-        if self._work and self._work.finished():
-            work, self._work = self._work, None
-            self._replace(work.numbers, work.result(), work.step)
-            log.info("step %d  index of step %d swapped in after %.1f s", step, work.step, work.seconds)
-        if self._wanted and not self._work:
-            self._work, self._wanted = BackgroundEncoding(self.retriever, self._chosen(), step, self.dtype), False
-
-    def _replace(self, numbers: np.ndarray, share: np.ndarray, step: int) -> None:
-        embeddings = np.stack(distributed.gather(share))
-        if self.arguments.refresh_fraction < 1:
-            if self._embeddings is None:
-                self._embeddings = embeddings
-            self._embeddings[numbers] = embeddings
-            embeddings = self._embeddings
-        self.retriever.index.replace(embeddings)
-        self.made_at[numbers] = step
-        self.refreshes += 1
-        if self.then:
-            self.then()
-
-    def _chosen(self) -> np.ndarray:
-        found = np.array(distributed.total(self.retriever.found.tolist()))
-        self.retriever.found[:] = 0
-        return documents_to_encode(self.arguments.refresh_fraction, found, self.made_at)
-
-
-def documents_to_encode(fraction: float, found: np.ndarray, made_at: np.ndarray) -> np.ndarray:
-    """Which of N documents a refresh encodes: ceil(fraction * N) of them, in order. -> [n]
-
-    At most half are documents found since the last refresh, the most often found first; the others are those with the
-    oldest embeddings. So every document comes round within ceil(2 / fraction) refreshes, however many are found, and
-    within ceil(1 / fraction) if none is.
-
-    Args:
-        found: How often each document was found. [N]
-        made_at: When each document's embedding was made. [N]
-    """
-    n = math.ceil(fraction * len(found))
-    lately = np.argsort(-found, kind="stable")[: min(n // 2, np.count_nonzero(found))]
-    oldest = np.argsort(made_at, kind="stable")
-    oldest = oldest[~np.isin(oldest, lately)][: n - len(lately)]
-    return np.sort(np.concatenate([lately, oldest]))

@@ -1,10 +1,11 @@
-"""Dense retrieval: questions in, documents and scores out, always a batch at a time."""
+"""Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
 
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 import torch
 import numpy as np
@@ -37,26 +38,26 @@ class PassageRetriever(ABC):
     documents: Sequence[Document]
 
     @abstractmethod
-    def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        """The k best documents for each query, fewer if the database holds fewer."""
+    def retrieve(self, questions: Sequence[str], k: int) -> Hits:
+        """The k best documents for each question, fewer if the database holds fewer."""
 
     @abstractmethod
     def identity(self) -> str:
         """A fingerprint of all that decides what is found."""
 
-    def retrieve_shared(self, queries: Sequence[str], k: int) -> Hits:
-        """`retrieve`, each process its share of the queries; all ask for the same, and all get everything."""
-        hits = self.retrieve(distributed.share(queries), k)
+    def retrieve_shared(self, questions: Sequence[str], k: int) -> Hits:
+        """`retrieve`, each process its share of the questions; all ask for the same, and all get everything."""
+        hits = self.retrieve(distributed.share(questions), k)
         rows = distributed.gather(list(zip(hits.ids, hits.scores, strict=True)))
         return stack(rows, hits.ids.shape[1])
 
-    def retrieve_once(self, queries: Sequence[str], k: int) -> Hits:
+    def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
-        directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *queries)
+        directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *questions)
         if distributed.from_main(damage(directory) is None):
-            log.info("passages for %d questions: read from %s", len(queries), directory)
+            log.info("passages for %d questions: read from %s", len(questions), directory)
             return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
-        hits = self.retrieve_shared(queries, k)
+        hits = self.retrieve_shared(questions, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
                 np.save(temporary / "ids.npy", hits.ids)
@@ -68,8 +69,66 @@ class PassageRetriever(ABC):
         return [[self.documents[i] for i in row if i >= 0] for row in hits.ids.tolist()]
 
 
+class Retriever(PassageRetriever):
+    """An encoder, a FAISS index and the documents behind it.
+
+    The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
+    """
+
+    def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
+        self.encoder = encoder
+        self.documents = documents
+        self.index = Index(flags or IndexArguments())
+
+    def open(self, path: str | Path | None = None) -> Self:
+        """Load the index at `path`, or build it there; without a path it is built in memory.
+
+        An index made from other documents, weights or settings is rebuilt, with one line that says so.
+        """
+        if path is None:
+            self.refresh()
+            return self
+        stamp = self.stamp()
+        refuse_foreign_directory(Path(path))
+        if self.index.load(path) and self.index.stamp == stamp:
+            log.info("index %s: %d documents", path, len(self.index))
+            return self
+        if Path(path).is_dir() and any(Path(path).iterdir()):
+            log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
+        distributed.barrier()
+        self.refresh(stamp)
+        if distributed.is_main():
+            self.index.save(path)
+            log.info("index %s: built over %d documents", path, len(self.index))
+        return self
+
+    def refresh(self, stamp: str = "") -> None:
+        """Encode every document with the current weights, each process its share, and replace the index in memory."""
+        share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
+        self.index.replace(np.stack(distributed.gather(share)), stamp)
+
+    def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
+        """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""
+        texts = [self.documents[number].fmt_content for number in numbers]
+        return encoder.embed(encoder.tokenize_passages(texts), desc=desc)
+
+    def retrieve(self, questions: Sequence[str], k: int) -> Hits:
+        scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(questions)), k)
+        return Hits(ids, scores)
+
+    def identity(self) -> str:
+        return fingerprint(self.index.stamp or self.stamp(), self.index.flags.index_search_parameters)
+
+    def stamp(self) -> str:
+        """A fingerprint of all that decides the index."""
+        texts = [document.fmt_content for document in self.documents]
+        kind = distributed.device().type
+        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
+        return fingerprint(self.encoder.fingerprint(), self.index.flags.index_factory, str(precision), *texts)
+
+
 def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of one query's k greatest scores, and those; of equal ones the lower id first. [N], [N] -> [k], [k]
+    """The ids of one question's k greatest scores, and those; of equal ones the lower id first. [N], [N] -> [k], [k]
 
     Where N is less than k, the rest has id -1 and score -inf.
     """
@@ -77,85 +136,12 @@ def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
         kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
         scores, ids = scores[kept], ids[kept]
     order = np.lexsort((ids, -scores))[:k]
-    missing = k - len(order)
-    return (
-        np.pad(ids[order].astype(np.int64), (0, missing), constant_values=-1),
-        np.pad(scores[order].astype(np.float32), (0, missing), constant_values=-np.inf),
-    )
+    room = (0, k - len(order))
+    found = np.pad(ids[order].astype(np.int64), room, constant_values=-1)
+    return found, np.pad(scores[order].astype(np.float32), room, constant_values=-np.inf)
 
 
 def stack(rows: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Hits:
-    """The hits of Q queries from those of each, as `best` gives them."""
+    """The hits of Q questions from those of each, as `best` gives them."""
     ids, scores = zip(*rows, strict=True) if rows else ([], [])
     return Hits(np.array(ids, dtype=np.int64).reshape(-1, k), np.array(scores, dtype=np.float32).reshape(-1, k))
-
-
-class Retriever(PassageRetriever):
-    """An encoder, an index and the documents behind it.
-
-    The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
-
-    Attributes:
-        found: How often this process found each document. [N]
-    """
-
-    def __init__(self, encoder: Encoder, documents: Sequence[Document], arguments: IndexArguments) -> None:
-        self.encoder = encoder
-        self.documents = documents
-        self.index = Index(arguments)
-        self.found = np.zeros(len(documents), dtype=np.int64)
-
-    def open(self, path: str | Path | None) -> None:
-        """Load the index at `path`, or build it there; without a path it is built in memory.
-
-        An index made from other documents, weights or settings is rebuilt, with one line that says so.
-        """
-        stamp = self.stamp() if path is not None else ""
-        if path is not None:
-            refuse_foreign_directory(Path(path))
-            if self.index.load(path) and self.index.stamp == stamp:
-                log.info("index %s: %d documents", path, len(self.index))
-                return
-            if Path(path).is_dir() and any(Path(path).iterdir()):
-                log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
-        distributed.barrier()
-        self.refresh(stamp)
-        if path is not None and distributed.is_main():
-            self.index.save(path)
-            log.info("index %s: built over %d documents", path, len(self.index))
-
-    def refresh(self, stamp: str = "") -> None:
-        """Encode every document with the current weights, each process its share, and replace the index in memory."""
-        numbers = range(len(self.documents))
-        self.index.replace(np.stack(distributed.gather(self.encode(distributed.share(numbers)))), stamp)
-
-    def encode(self, numbers: Sequence[int], encoder: Encoder | None = None) -> np.ndarray:
-        """Embeddings of some documents, in this process alone. [n] -> float32 [n, D]
-
-        Args:
-            numbers: Positions in the database.
-            encoder: A copy that encodes them without a progress bar; by default whatever encodes passages now.
-        """
-        bar = None if encoder else "encode documents"
-        encoder = encoder or self.encoder.passage_side
-        texts = [self.documents[number].fmt_content for number in numbers]
-        return encoder.embed(encoder.tokenize_passages(texts), desc=bar)
-
-    def retrieve(self, queries: Sequence[str], k: int) -> Hits:
-        return self.search(self.encoder.embed(self.encoder.tokenize_queries(queries)), k)
-
-    def search(self, queries: np.ndarray, k: int) -> Hits:
-        """The k best documents for each query's embedding, fewer if the database holds fewer. [Q, D] -> [Q, k]"""
-        scores, ids = self.index.search(queries, k)
-        np.add.at(self.found, ids[ids >= 0], 1)
-        return Hits(ids, scores)
-
-    def identity(self) -> str:
-        return fingerprint(self.index.stamp or self.stamp(), self.index.arguments.index_search_parameters)
-
-    def stamp(self) -> str:
-        """A fingerprint of all that decides the index."""
-        texts = [document.fmt_content for document in self.documents]
-        device = self.encoder.backbone.device.type
-        precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else torch.float32
-        return fingerprint(self.encoder.fingerprint(), self.index.arguments.index_factory, str(precision), *texts)

@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import json
+import logging
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -17,6 +18,8 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from rqa.runtime.errors import UserError
+
+log = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags", bound="Arguments")
 
@@ -69,6 +72,13 @@ class Arguments:
                     value >= at_least and value > above and value <= at_most and value < below
                 ):
                     raise UserError(f"--{name} {value}: must be {told}")
+
+    def ignore(self, name: str, why: str) -> None:
+        """Accept a flag that means nothing here, with one line: one set of flags serves all trainers."""
+        default = getattr(type(self), name)
+        if getattr(self, name) != default:
+            log.info("--%s has no effect here: %s", name, why)
+            setattr(self, name, default)
 
     def to_json(self) -> dict[str, Any]:
         """Every flag's value by name, for `all_args.json`; API keys are left out."""

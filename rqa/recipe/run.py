@@ -1,0 +1,161 @@
+"""A training run, from files to scores; `retriever.py` and `reader.py` say what is trained. Here core and surroundings meet."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, set_seed
+
+from rqa.data import read_documents, read_examples, subset
+from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
+from rqa.evaluation.retrieval import EvaluationArguments
+from rqa.models.loading import merged
+from rqa.runtime import distributed
+from rqa.runtime.cli import log_to_file
+from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.flags import Arguments, flag
+from rqa.training.arguments import LoopArguments
+from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
+from rqa.training.journal import continues
+from rqa.training.loop import Batches, train
+
+log = logging.getLogger(__name__)
+
+Scores = dict[str, float]
+Rows = list[dict[str, Any]]
+
+ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
+FEW_QUESTIONS = 30  # fewer cannot choose a model
+
+
+@dataclass(kw_only=True)
+class DataArguments(Arguments):
+    """The model, the examples and the document database."""
+
+    model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
+    train_file: str = flag(help="Training examples, JSONL.")
+    document_path: str = flag(help="Document database: .jsonl, or LocalRQA's .pkl.", also="full_dataset_file_path")
+    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL.")
+    test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
+    index_path: str | None = flag(
+        None, "Index: loaded from there, or built there if absent or stale. Default: in memory.",
+        also="full_dataset_index_path",
+    )  # fmt: skip
+
+
+@dataclass(kw_only=True)
+class TrainingArguments(DataArguments, LoopArguments, EvaluationArguments):
+    """What every run reads from the command line."""
+
+
+class Run:
+    """A run that has begun: processes joined, seed set, every file read, the output directory open.
+
+    Attributes:
+        checkpoint: Where to continue; None for a new run.
+        source: Where the model to train is loaded from: the checkpoint, or what the user named.
+        documents, train, eval, test: What the files hold; empty where none was given.
+    """
+
+    def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
+        """
+        Args:
+            metric: What chooses the best model, unless the user said.
+            train_answers: Whether training examples must have answers.
+            eval_answers: Whether those of the other files must.
+        """
+        distributed.start()
+        self.flags = flags
+        self.output = Path(flags.output_dir)
+        flags.metric_for_best_model = flags.metric_for_best_model or metric
+        self.checkpoint = distributed.from_main(checkpoint_to_resume(flags) if distributed.is_main() else None)
+        self.source = str(self.checkpoint or flags.model_name_or_path)
+        set_seed(flags.seed)
+        held_out = [read_examples(path, eval_answers) if path else [] for path in (flags.eval_file, flags.test_file)]
+        self.documents = read_documents(flags.document_path)
+        self.train = read_examples(flags.train_file, train_answers)
+        self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
+        if 0 < len(self.eval) < FEW_QUESTIONS:
+            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
+        self._open_output()
+
+    def _open_output(self) -> None:
+        """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
+        if distributed.is_main():
+            self.output.mkdir(parents=True, exist_ok=True)
+            if not self.checkpoint or not continues(self.checkpoint, self.flags):
+                for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
+                    (self.output / name).unlink(missing_ok=True)
+            write_json(self.output / ARGUMENTS_FILE, self.flags.to_json())
+            log_to_file(str(self.output / "train.log"))
+            if self.checkpoint:
+                self._tell_changed_flags(self.checkpoint)
+        distributed.barrier()
+
+    def run(
+        self,
+        objective: nn.Module,
+        model: PreTrainedModel,
+        batches: Batches,
+        evaluate: Callable[[int], tuple[Scores, Rows]],
+        test: Callable[[], tuple[Scores, Rows]],
+        publish: Callable[[Scores, Rows], Scores],
+        before_step: Callable[[int], dict[str, float]] | None = None,
+        evaluate_first: bool = False,
+    ) -> Scores:
+        """Train, choose the best model by the eval file, score it on the test file.
+
+        Args:
+            objective: As `train` takes it, with `before_step` and `evaluate_first`.
+            model: What may carry adapters.
+            evaluate: Steps done -> scores by name on the eval file, and a row for each question.
+            test: The same of the best model on the test file; called once, after training.
+            publish: Writes the test file's scores and rows; returns the scores, with what it adds.
+
+        Returns:
+            The test file's scores; empty without one, or if a signal ended the run.
+        """
+
+        def evaluate_and_keep(step: int) -> Scores:
+            scores, rows = evaluate(step)
+            if self.flags.write_predictions and distributed.is_main():
+                write_jsonl(self.output / f"step-{step}-eval-predictions.jsonl", rows)
+            return {f"eval_{name}": value for name, value in scores.items()}
+
+        judge = evaluate_and_keep if self.eval and self.flags.eval_strategy != "no" else None
+        state = train(objective, batches, self.flags, before_step, judge, evaluate_first, self.checkpoint)
+        if state.interrupted or not self.test:
+            write_report(self.output)
+        if state.interrupted:
+            return {}
+        scores, rows = test() if self.test else ({}, [])
+        self._merge_adapters(type(model))
+        if self.test:
+            scores = publish({f"test_{name}": value for name, value in scores.items()}, rows)
+            log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        return scores
+
+    def _merge_adapters(self, kind: type[PreTrainedModel]) -> None:
+        """If asked for, turn the adapters on top of the output directory into a plain model."""
+        if self.flags.merge_lora_on_save and distributed.is_main():
+            with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=self.output) as directory:
+                merged(self.output, kind).save_pretrained(directory)
+                promote(Path(directory), self.output)
+        distributed.barrier()
+
+    def _tell_changed_flags(self, checkpoint: Path) -> None:
+        """One line for the flags that are not those which the checkpoint was made with."""
+        now = self.flags.to_json()
+        try:
+            then = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
+            names = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
+        except (OSError, ValueError, TypeError):
+            return
+        if names:
+            changes = ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in names)
+            log.warning("other flags than those of %s: %s; the command line wins", checkpoint, changes)
