@@ -66,11 +66,13 @@ class Answer:
         num_tokens: Tokens generated.
         seconds: How long its batch took: what a user who asked it would have waited. None where nothing was generated:
             the question did not fit, or the answer was kept from an earlier run.
+        batch_size: Questions that were answered together.
     """
 
     text: str
     num_tokens: int
     seconds: float | None = None
+    batch_size: int = 1
 
 
 class LocalReader(ABC, Generic[Prompt]):
@@ -141,7 +143,7 @@ class LocalReader(ABC, Generic[Prompt]):
                 generated = self.generate([asked[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds)
+                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
                 bar.update(len(batch))
         return answers
 
