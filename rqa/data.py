@@ -4,6 +4,7 @@ import json
 import logging
 import pickle
 import pickletools
+import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -276,6 +277,13 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
                 log.warning("%s: field '%s' is blank; the example is left out", example.where, blank[0])
             else:
                 yield example
+
+
+def subset(examples: list[Example], size: int, seed: int = 0) -> list[Example]:
+    """A fixed seeded subset in file order; size 0: all."""
+    if not 0 < size < len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
