@@ -8,8 +8,14 @@ from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
-from rqa.objectives.rpg import CandidateArguments, LanguageModelArguments, ListArguments, ListBatch, ListObjective
-from rqa.objectives.rpg import agreement
+from rqa.objectives.rpg import (
+    CandidateArguments,
+    LanguageModelArguments,
+    ListArguments,
+    ListBatch,
+    ListObjective,
+    agreement,
+)
 from rqa.prompts import Prompter
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.runtime.errors import UserError
@@ -21,7 +27,7 @@ class EMDRArguments(LanguageModelArguments, CandidateArguments, RefreshArguments
 
     def check(self) -> None:
         if self.lm_model_path.startswith("openai::") and not self.lm_tokenizer:
-            raise UserError("--lm_tokenizer: EMDR2 counts the answers' tokens; name the tokenizer of the server's model")
+            raise UserError("--lm_tokenizer: EMDR2 counts answer tokens; name the tokenizer of the server's model")
 
 
 class MarginalLikelihood(ListObjective):

@@ -31,7 +31,7 @@ class ListArguments(ChunkArguments):
     """How the retriever's scores of K documents become a distribution."""
 
     retrieve_temperature: float | None = flag(
-        None, "Temperature of the retriever's softmax. Default: 0.1 for normalised embeddings, else the root of the width."
+        None, "Temperature of the retriever's softmax. Default: 0.1 for normalised embeddings, else sqrt(their width)."
     )
 
     def check(self) -> None:

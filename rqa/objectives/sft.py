@@ -1,4 +1,4 @@
-"""SFT: the likelihood of the answer after its prompt. SwR's objective, too: the two differ in whose passages it shows."""
+"""SFT: the likelihood of the answer after its prompt. SwR differs in the passages that the prompt shows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -34,9 +34,7 @@ def gold_and_retrieved(
     return [mix(example, found, k + 1, flags, f"{seed}-{number}") for number, (example, found) in enumerate(pairs)]
 
 
-def mix(
-    example: Example, retrieved: Sequence[Document], limit: int, flags: SwRArguments, seed: str
-) -> list[Document]:
+def mix(example: Example, retrieved: Sequence[Document], limit: int, flags: SwRArguments, seed: str) -> list[Document]:
     """Gold passages, then retrieved ones, none twice.
 
     Args:

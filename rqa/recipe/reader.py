@@ -10,8 +10,14 @@ from rqa.endpoint.roles import EndpointReader
 from rqa.evaluation.answers import ReaderEvaluation
 from rqa.evaluation.judge import JudgeArguments, judge_results
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
-from rqa.models.encoder_decoder import NEW_LAYERS, WARM_START, EncoderDecoderArguments, FiD, FiDReader
-from rqa.models.encoder_decoder import load_encoder_decoder
+from rqa.models.encoder_decoder import (
+    NEW_LAYERS,
+    WARM_START,
+    EncoderDecoderArguments,
+    FiD,
+    FiDReader,
+    load_encoder_decoder,
+)
 from rqa.models.loading import choose_collate, freeze_pooler, is_encoder_decoder, load_tokenizer, train_adapters
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.sft import DecoderArguments, encode_examples
@@ -22,7 +28,6 @@ from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
-
 
 FASTER = 7  # new layers of `bert::` at one high rate with the others let the encoder's states fall together
 
@@ -47,7 +52,9 @@ class ReaderRun(Run):
         if not self.retrieves and flags.retriever == "hybrid":
             raise UserError("--retriever hybrid: name its encoder, too (--embedding_model)")
         if not self.retrieves and flags.gen_gpt4eval:
-            raise UserError("--gen_gpt4eval true: nothing is answered without a retriever; name one, or --retriever bm25")
+            raise UserError(
+                "--gen_gpt4eval true: there are no answers without a retriever; name one, or --retriever bm25"
+            )
         super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         if flags.model_name_or_path.startswith(WARM_START) and not flags.new_layers:
             flags.new_layers, flags.new_layers_learning_rate = NEW_LAYERS, FASTER * flags.learning_rate
@@ -104,7 +111,8 @@ class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArgume
 
 
 def load_reader(
-    path: str, flags: ReaderArguments = ReaderArguments()  # noqa: B008  read only
+    path: str,
+    flags: ReaderArguments = ReaderArguments(),
 ) -> CausalLMReader | FiDReader | EndpointReader:
     """The reader at `path`, ready to answer: a directory, a hub name, or `openai::http://host:port/v1`."""
     if is_endpoint(path):

@@ -1,4 +1,4 @@
-"""A training run, from files to scores; `retriever.py` and `reader.py` say what is trained. Here core and surroundings meet."""
+"""A training run, from files to scores: what all trainers share. Here core and surroundings meet."""
 
 import json
 import logging
