@@ -8,10 +8,13 @@ from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from random import Random
+from typing import Any, BinaryIO, TypeVar, overload
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -334,3 +337,10 @@ def _turn(value: Any, where: str) -> Turn:
 def normalize(text: str) -> str:
     """Text as duplicates are compared: in lower case, any white space one space."""
     return " ".join(text.lower().split())
+
+
+def subset(items: Sequence[T], size: int, seed: int = 0) -> Sequence[T]:
+    """A fixed seeded subset in the items' order; size 0: all."""
+    if not 0 < size < len(items):
+        return items
+    return [items[i] for i in sorted(Random(seed).sample(range(len(items)), size))]
