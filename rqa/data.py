@@ -4,17 +4,15 @@ import json
 import logging
 import pickle
 import pickletools
+import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from random import Random
-from typing import Any, BinaryIO, TypeVar, overload
+from typing import Any, BinaryIO, overload
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -281,6 +279,13 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
                 yield example
 
 
+def subset(examples: list[Example], size: int, seed: int = 0) -> list[Example]:
+    """A fixed seeded subset in file order; size 0: all."""
+    if not 0 < size < len(examples):
+        return examples
+    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
+
+
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     """Write one example a line, atomically."""
     write_jsonl(path, (example.to_json() for example in examples))
@@ -337,10 +342,3 @@ def _turn(value: Any, where: str) -> Turn:
 def normalize(text: str) -> str:
     """Text as duplicates are compared: in lower case, any white space one space."""
     return " ".join(text.lower().split())
-
-
-def subset(items: Sequence[T], size: int, seed: int = 0) -> Sequence[T]:
-    """A fixed seeded subset in the items' order; size 0: all."""
-    if not 0 < size < len(items):
-        return items
-    return [items[i] for i in sorted(Random(seed).sample(range(len(items)), size))]
