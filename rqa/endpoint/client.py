@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -22,15 +22,12 @@ from rqa.runtime.flags import Arguments, flag
 log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
-TIMEOUT = 600.0  # seconds for one reply: a CPU may serve a long one
-CONNECT_TIMEOUT = 5.0
-RETRIES = 6  # after half a second, a second, ... up to 8, or when the server says, if that is within two minutes
-PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as long the next time
-WHAT_TO_DO = {
-    401: "the key is refused: set $OPENAI_API_KEY or the flag of the key",
-    403: "the key is refused: set $OPENAI_API_KEY or the flag of the key",
-    404: "no such model or path: check the model's name, and that the URL ends in /v1",
-}
+TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
+RETRIES = 6  # after half a second, one, two ... eight, or when the server says, if that is within two minutes
+PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
+REFUSED_KEY = "the key is refused: set $OPENAI_API_KEY or the flag of the key"
+NOT_FOUND = "no such model or path: check the model's name, and that the URL ends in /v1"
+ADVICE = {401: REFUSED_KEY, 403: REFUSED_KEY, 404: NOT_FOUND}
 
 
 @dataclass(kw_only=True)
@@ -47,12 +44,8 @@ class RequestArguments(Arguments):
 class EndpointArguments(RequestArguments):
     """The model behind an OpenAI-compatible server."""
 
-    endpoint_model: str | None = flag(
-        None, "Name of the model. Default: the only one that the server lists.", rare=True
-    )
-    endpoint_api_key: str | None = flag(
-        None, "API key, which is written nowhere. Default: $OPENAI_API_KEY.", rare=True, secret=True
-    )
+    endpoint_model: str | None = flag(None, "Name of the model. Default: the only one the server lists.", rare=True)
+    endpoint_api_key: str | None = flag(None, "Server's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
 
 
 class Reply(NamedTuple):
@@ -64,8 +57,9 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is sent, and what is made of the reply."""
+    """One request: under which key its result is kept, what is sent, and what is made of the reply."""
 
+    key: str
     body: dict[str, Any]
     parse: Callable[[Any], Any]
 
@@ -85,11 +79,12 @@ class Endpoint:
         spec: `openai::http://host:port/v1`.
     """
 
-    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments()) -> None:
+    def __init__(self, spec: str, flags: EndpointArguments | None = None) -> None:
         self.base_url = spec.removeprefix(PREFIX).rstrip("/")
-        self.flags = flags
+        self.flags = flags or EndpointArguments()
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = False
+        self._repeated = 0
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.netloc:
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
@@ -101,105 +96,89 @@ class Endpoint:
         """The model's name, from the flag or from the server's list."""
         if self.flags.endpoint_model:
             return self.flags.endpoint_model
-
-        async def list_models(client: Any) -> list[str]:
-            send = client.models.with_raw_response.list
-            return (await self._send(send, Job({}, lambda reply: [model["id"] for model in reply["data"]])))[0]
-
-        names = self._run(list_models)
+        job = Job("", {}, lambda reply: [model["id"] for model in reply["data"]])
+        names = self._run(lambda client: self._send(client.models.with_raw_response.list, job))
         if len(names) != 1:
             found = ", ".join(names[:10]) or "none"
             raise UserError(f"{self.base_url}: serves not one model but {found}; name it with --endpoint_model")
         return names[0]
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
-        """The likeliest reply to each conversation; conversations that are alike are sent once. [Q] -> [Q]
+        """The likeliest reply to each conversation; equal conversations are sent once. [Q] -> [Q]
 
-        Of equal conversations only the first reply has a time, and none that an earlier run kept.
+        Of equal conversations the first reply alone has a time, and none that an earlier run kept.
 
         Args:
             conversations: `{"role", "content"}` a turn.
             max_tokens: Tokens of a reply, at most.
             desc: What the progress bar says.
         """
-        settings = {self._limit: max_tokens, "temperature": 0.0}
-        bodies = [
-            {"messages": [{name: _valid(text) for name, text in turn.items()} for turn in turns], **settings}
-            for turns in conversations
-        ]
-        keys = [self._key("chat", json.dumps(body, sort_keys=True)) for body in bodies]
-        jobs = {key: Job(body, chat_reply) for key, body in zip(keys, bodies, strict=True)}
-        kept, new = self._ask_all("chat/completions", jobs, desc)
-        if kept:
-            number = sum(key in kept for key in keys)
-            log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(keys))
-        known = {key: Reply(*value)._replace(seconds=None) for key, value in (kept | new).items()}
-        return [new.pop(key, known[key]) for key in keys]
+        jobs = []
+        for turns in conversations:
+            messages = [{name: _valid(text) for name, text in turn.items()} for turn in turns]
+            body = {"messages": messages, self._limit: max_tokens, "temperature": 0.0}
+            jobs.append(Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply))
+        return [Reply(*kept[:2], seconds) for kept, seconds in self._ask_all("chat/completions", jobs, desc)]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
 
         The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
         """
-        texts = [(_valid(prompt), _valid(answer)) for prompt, answer in zip(prompts, answers, strict=True)]
-        keys = [self._key("echo", *pair) for pair in texts]
-        jobs = {key: self._echo(*pair) for key, pair in zip(keys, texts, strict=True)}
-        kept, new = self._ask_all("completions", jobs, "score")
-        return [(kept | new)[key] for key in keys]
+        jobs = []
+        for prompt, answer in zip(map(_valid, prompts), map(_valid, answers), strict=True):
+            # No token is wanted, but many servers refuse to generate none.
+            body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+            jobs.append(Job(self._key("echo", prompt, answer), body, partial(self._mean, prompt, answer)))
+        return [mean for mean, _ in self._ask_all("completions", jobs, "score")]
+
+    def _mean(self, prompt: str, answer: str, reply: Any) -> float:
+        values = answer_tokens(reply, prompt, answer)
+        if not values:
+            raise UserError(
+                f"{self.base_url}: gives no log-probabilities of the prompt; scoring needs a completions API with echo "
+                "and logprobs, such as vLLM's"
+            )
+        return sum(values) / len(values)
 
     def _key(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
-    def _echo(self, prompt: str, answer: str) -> Job:
-        def parse(reply: Any) -> float:
-            values = answer_tokens(reply, prompt, answer)
-            if not values:
-                raise UserError(
-                    f"{self.base_url}: gives no log-probabilities of the prompt; scoring needs a completions API with "
-                    "echo and logprobs, such as vLLM's"
-                )
-            return sum(values) / len(values)
+    def _ask_all(self, api: str, jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
+        """What is made of the reply to each job, and its seconds; None for a reply of an earlier run or job."""
+        known = self._store.get({job.key for job in jobs})
+        if number := sum(job.key in known for job in jobs):
+            log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
+        missing = {job.key: job for job in jobs if job.key not in known}
+        waiting, seconds = iter(missing.values()), {}
 
-        # No token is wanted, but many servers refuse to generate none.
-        return Job({"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}, parse)
-
-    def _ask_all(self, api: str, jobs: dict[str, Job], desc: str) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What is made of the server's replies by the jobs' keys: in an earlier run, and now."""
-        kept, new, repeated = self._store.get(jobs), {}, 0
-        missing = iter([key for key in jobs if key not in kept])
-
-        async def ask(client: Any) -> None:
-            nonlocal repeated
-            apis = {"chat/completions": client.chat.completions, "completions": client.completions}
-            for key in missing:
+        async def ask(send: Callable[..., Any]) -> None:
+            for job in waiting:
                 started = time.perf_counter()
-                job = jobs[key]._replace(body={"model": self.model, **jobs[key].body})
-                value, times = await self._send(apis[api].with_raw_response.create, job)
-                if isinstance(value, Reply):
-                    value = value._replace(seconds=time.perf_counter() - started)
-                self._store.put({key: value})
-                new[key] = value
-                repeated += times
+                known[job.key] = await self._send(partial(send, model=self.model), job)
+                seconds[job.key] = time.perf_counter() - started
+                self._store.put({job.key: known[job.key]})
                 bar.update()
 
         async def ask_all(client: Any) -> None:
+            kinds = {"chat/completions": client.chat.completions, "completions": client.completions}
             async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.flags.endpoint_concurrency, len(jobs) - len(kept))):
-                    group.create_task(ask(client))
+                for _ in range(min(self.flags.endpoint_concurrency, len(missing))):
+                    group.create_task(ask(kinds[api].with_raw_response.create))
 
-        if len(kept) < len(jobs):
-            total = len(jobs) - len(kept)
-            with tqdm(total=total, desc=desc, unit="q", leave=False, disable=not distributed.is_main()) as bar:
+        if missing:
+            self._repeated = 0
+            with tqdm(total=len(missing), desc=desc, unit="q", leave=False, disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
-            if repeated:
-                log.info("%s: %d requests were sent again", self.base_url, repeated)
-        return kept, new
+            if self._repeated:
+                log.info("%s: %d requests were sent again", self.base_url, self._repeated)
+        return [(known[job.key], seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
         """`work` with an open client."""
-        import openai  # two seconds that a run without servers does not need
+        import openai  # a second that a run without servers does not need
 
-        async def refuse_poverty(response: Any) -> None:
+        async def give_up_without_quota(response: Any) -> None:
             if response.status_code == 429 and b"insufficient_quota" in await response.aread():
                 response.headers["x-should-retry"] = "false"
 
@@ -207,11 +186,11 @@ class Endpoint:
             async with openai.AsyncOpenAI(
                 base_url=self.base_url,
                 api_key=self.flags.endpoint_api_key or os.environ.get("OPENAI_API_KEY") or "none",
-                timeout=openai.Timeout(TIMEOUT, connect=CONNECT_TIMEOUT),
+                timeout=openai.Timeout(TIMEOUT, connect=5.0),
                 max_retries=RETRIES,
-                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [refuse_poverty]}),
+                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [give_up_without_quota]}),
             ) as client:
-                if not self._reached:  # nobody at this address: said now, not after many retries
+                if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
                         await client.with_options(max_retries=1).models.with_raw_response.list()
                     self._reached = True
@@ -219,61 +198,51 @@ class Endpoint:
 
         try:
             return asyncio.run(run())
-        except openai.APIError as error:
-            raise self._failure(error) from None
-        except ExceptionGroup as group:
-            error = group.exceptions[0]
-            raise self._failure(error) if isinstance(error, openai.APIError) else error from None
+        except (openai.APIError, ExceptionGroup) as error:
+            first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            raise self._failure(first) if isinstance(first, openai.APIError) else first from None
 
-    async def _send(self, send: Callable[..., Any], job: Job) -> tuple[Any, int]:
-        """What is made of the reply, and how often it was asked for again.
-
-        The openai client repeats a request that fails, and this one that brings what the protocol does not know.
-        """
-        repeated = 0
+    async def _send(self, send: Callable[..., Any], job: Job) -> Any:
+        """What is made of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
         for attempt in range(RETRIES + 1):
             reply = await send(**job.body)
-            repeated += reply.retries_taken
+            self._repeated += reply.retries_taken + (attempt > 0)
             try:
-                return job.parse(reply.http_response.json()), repeated + attempt
+                return job.parse(reply.http_response.json())
             except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-                said = one_line(reply.http_response.text[:200]) or "empty"
-            if attempt < RETRIES:
-                await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
-        raise UserError(
-            f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), asked {RETRIES + 1} times"
-        )
+                if attempt < RETRIES:
+                    await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
+        said = one_line(reply.http_response.text[:200]) or "empty"
+        raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
 
     def _failure(self, error: Any) -> UserError:
         """An error of the openai client in one line."""
-        import openai
-
-        times = 1 + int(error.request.headers.get("x-stainless-retry-count", 0))
-        asked = f"asked {times} time{'s' if times > 1 else ''}"
-        if isinstance(error, openai.APIStatusError):
-            status, said = error.status_code, error.body
+        asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
+        cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
+        if status := getattr(error, "status_code", 0):
+            said = error.body
             if isinstance(said, dict):
                 said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
             said = one_line(said or error.response.text or error.response.reason_phrase)
-            may_pass = status in (408, 409, 429) or status >= 500
-            what_to_do = WHAT_TO_DO.get(status) or (asked if may_pass else "the server refuses the request")
-            return UserError(f"{self.base_url}: {status}, {said}; {what_to_do}")
-        cause = error.__cause__ or error
-        if isinstance(error, openai.APITimeoutError) and type(cause).__name__ != "ConnectTimeout":
-            return UserError(
-                f"{self.base_url}: no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
-            )
-        reason = one_line(cause) or "connection lost"
-        return UserError(f"{self.base_url}: cannot be reached ({reason}), {asked}; is a server running at this URL?")
+            advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
+            what = f"{status}, {said}; {ADVICE.get(status, advice)}"
+        elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
+            what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
+        else:
+            reason = one_line(cause) or "connection lost"
+            what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
+        return UserError(f"{self.base_url}: {what}")
 
 
-def chat_reply(reply: Any) -> Reply:
-    """The text and size of a chat completion."""
+def _asked(retries: int) -> str:
+    return f"asked {retries + 1} time{'s' if retries else ''}"
+
+
+def chat_reply(reply: Any) -> tuple[str, int]:
+    """The text of a chat completion, and how many tokens it has."""
     text = reply["choices"][0]["message"]["content"] or ""  # null when all tokens went into reasoning
-    if not isinstance(text, str):
-        raise TypeError(text)
     tokens = (reply.get("usage") or {}).get("completion_tokens")
-    return Reply(text.strip(), len(text.split()) if tokens is None else tokens, None)
+    return text.strip(), len(text.split()) if tokens is None else tokens
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:

@@ -5,8 +5,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
 
-from transformers import PreTrainedTokenizerBase
-
 from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, EndpointArguments
 from rqa.models.loading import load_tokenizer
@@ -27,6 +25,7 @@ class EstimatedTokens:
     chat_template = None
     bos_token_id = None
     eos_token_id = 0
+    eos_token = ""
     all_special_ids: tuple[int, ...] = ()
     added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 
@@ -55,15 +54,12 @@ def cost(asked: str, given: int, written: int, price: Sequence[float]) -> str:
 class EndpointReader:
     """Answers questions over passages by chat; the instruction is that of every other reader, the format the server's.
 
-    Args:
-        prompt: `max_seq_length` bounds what is sent, in tokens of the tokenizer or, without one, by estimate.
+    `max_seq_length` bounds what is sent, in tokens by estimate.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, prompt: PromptArguments, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
         self.endpoint = endpoint
-        self.prompter = Prompter(tokenizer or EstimatedTokens(), replace(prompt, chat_format="prefix"))
+        self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
         """One answer at temperature 0 for each question, many asked at once. [Q] -> [Q]
@@ -105,8 +101,7 @@ def remote_scorer(
     """The scorer at `openai::URL`, and what identifies its model.
 
     Args:
-        prompt: `max_seq_length` bounds document, question and answer, in tokens of the tokenizer or by estimate.
-        tokenizer: The server's tokenizer, a directory or a hub name.
+        tokenizer: The server's, a directory or a hub name, to count `max_seq_length`; None: by estimate.
     """
     endpoint = Endpoint(path, flags)
     counts = load_tokenizer(tokenizer, trust_remote_code) if tokenizer else EstimatedTokens()

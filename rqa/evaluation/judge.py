@@ -43,9 +43,7 @@ class JudgeArguments(RequestArguments):
     gen_gpt4eval: bool = flag(False, "Whether a language model judges the test answers.")
     judge_model: str = flag("gpt-4o", "Name of the judge at its server.")
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
-    judge_api_key: str | None = flag(
-        None, "API key of the judge, which is written nowhere. Default: $OPENAI_API_KEY.", rare=True, secret=True
-    )
+    judge_api_key: str | None = flag(None, "Judge's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
     judge_price: list[float] = flag([], "Dollars for a million tokens in, and out; the cost is said before.", rare=True)
 
@@ -61,12 +59,9 @@ def judge_results(
     flags: JudgeArguments,
     write_arguments: bool = False,
 ) -> tuple[dict[str, float], str]:
-    """Write an evaluation's results, have them judged if asked for, and write them again.
+    """Write an evaluation's results, have them judged if asked for, and write them again. -> scores, their table
 
     A judge that cannot be asked costs no results.
-
-    Returns:
-        The scores, the judge's among them, and their table.
     """
     written = flags if write_arguments else None
     table = write_results(directory, scores, rows, written)
@@ -81,18 +76,14 @@ def judge_results(
 def judge_answers(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> dict[str, float]:
     """Ask for a verdict on each row's answer, at temperature 0; verdicts are kept and never paid twice.
 
-    Args:
-        rows: With `question`, `gold_answer` and `generated_answer`; each judged one receives `gpt4eval`, and under
-            `scores` what counts for the means.
+    A judged row receives `gpt4eval`, and under `scores` what counts for the means.
 
     Returns:
-        `gen/gpt4eval`, the share of correct answers among those with a verdict; `gen/gpt4eval_partially`; and
-        `gen/gpt4eval_unparsed`, how many got no verdict that could be read.
+        `gen/gpt4eval` and `gen/gpt4eval_partially`, shares of the answers whose verdict could be read; and
+        `gen/gpt4eval_unparsed`, how many have none that could.
     """
     chosen = subset(rows, flags.judge_max_examples)
-    verdicts = distributed.from_main(
-        _ask([_conversation(row) for row in chosen], flags) if distributed.is_main() else []
-    )
+    verdicts = distributed.from_main(_ask(chosen, flags) if distributed.is_main() else [])
     for row, verdict in zip(chosen, verdicts, strict=True):
         row["gpt4eval"] = verdict
         if verdict:
@@ -110,13 +101,10 @@ def judge_answers(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> dict
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
     """The last JSON object in the reply with a known verdict, whatever stands around it; None: there is none."""
-    decoder = json.JSONDecoder()
     found = None
-    for start, character in enumerate(reply):
-        if character != "{":
-            continue
+    for start in (place for place, character in enumerate(reply) if character == "{"):
         try:
-            value, _ = decoder.raw_decode(reply, start)
+            value, _ = json.JSONDecoder().raw_decode(reply, start)
         except (ValueError, RecursionError):
             continue
         verdict = str(value.get("verdict", "")).strip().lower()
@@ -126,32 +114,25 @@ def parse_verdict(reply: str) -> dict[str, str] | None:
 
 
 def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
-    history = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
-    texts = {
-        **history,
-        "question": row["question"],
-        "reference_answer": row["gold_answer"],
-        "system_answer": row["generated_answer"],
-    }
-    return [
-        {"role": "system", "content": INSTRUCTION},
-        {"role": "user", "content": json.dumps(texts, indent=1, ensure_ascii=False)},
-    ]
+    texts = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
+    names = {"question": "question", "reference_answer": "gold_answer", "system_answer": "generated_answer"}
+    texts |= {shown: row[name] for shown, name in names.items()}
+    request = json.dumps(texts, indent=1, ensure_ascii=False)
+    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]
 
 
 def _ask(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> list[dict[str, str] | None]:
     """A verdict on each row; what cannot be read is asked for again, and in the end None."""
-    conversations = [_conversation(row) for row in rows]
     server = EndpointArguments(
         endpoint_concurrency=flags.endpoint_concurrency,
         endpoint_model=flags.judge_model,
         endpoint_api_key=flags.judge_api_key,
     )
     endpoint = Endpoint(PREFIX + flags.judge_base_url, server)
-    asked, written = f"judge {flags.judge_model}: {len(conversations)} answers", VERDICT_TOKENS * len(conversations)
-    log.info("%s", cost(asked, count_tokens(conversations), written, flags.judge_price))
-    verdicts: list[dict[str, str] | None] = [None] * len(conversations)
-    waiting = dict(enumerate(conversations))
+    waiting = {number: _conversation(row) for number, row in enumerate(rows)}
+    given, written = count_tokens(list(waiting.values())), VERDICT_TOKENS * len(rows)
+    log.info("%s", cost(f"judge {flags.judge_model}: {len(rows)} answers", given, written, flags.judge_price))
+    verdicts: list[dict[str, str] | None] = [None] * len(rows)
     for _ in range(ATTEMPTS):
         replies = endpoint.ask(list(waiting.values()), VERDICT_TOKENS, desc="judge")
         for number, reply in zip(list(waiting), replies, strict=True):
@@ -161,5 +142,5 @@ def _ask(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> list[dict[str
                 said = {"role": "assistant", "content": reply.text or "(nothing)"}
                 waiting[number] = [*turns, said, {"role": "user", "content": AGAIN}]
     if waiting:
-        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, len(waiting), len(conversations))
+        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, len(waiting), len(rows))
     return verdicts
