@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -53,9 +52,8 @@ Question: {question}"""
 NO_ANSWER = "no answer"
 FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
 _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
-_LABEL = re.compile(
-    r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE
-)  # small models write 'The answer to the question: What ...?'
+# Small models write 'The answer to the question: What ...?'.
+_LABEL = re.compile(r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE)
 _UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
 
@@ -118,21 +116,17 @@ def parse_answer(reply: str, question: str) -> str | None:
     return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
 
 
+@dataclass
 class EndpointGenerator:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, endpoint: Endpoint, max_new_tokens: int) -> None:
-        self.endpoint = endpoint
-        self.max_new_tokens = max_new_tokens
+    endpoint: Endpoint
+    max_new_tokens: int
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
         """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
         replies = self.endpoint.ask(conversations, self.max_new_tokens) if distributed.is_main() else []
         return distributed.from_main([reply.text for reply in replies])
-
-    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        """The tokens of all conversations, by estimate."""
-        return count_tokens(conversations)
 
 
 class LocalGenerator:
@@ -159,10 +153,6 @@ class LocalGenerator:
                 self._store.put({key: kept[key] for key in part})
         return [kept[key] for key in keys]
 
-    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        """The tokens of all conversations, by the model's tokenizer."""
-        return sum(len(self._encode(turns)) for turns in conversations)
-
     def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
         prompts = [self._encode(turns) for turns in distributed.share(conversations)]
@@ -177,26 +167,21 @@ class LocalGenerator:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-Generator = EndpointGenerator | LocalGenerator
-
-
-def open_generator(flags: GeneratorArguments) -> Generator:
+def open_generator(flags: GeneratorArguments) -> EndpointGenerator | LocalGenerator:
     """The generator that the flags name."""
     name = flags.model_name_or_path
     if is_endpoint(name):
         return EndpointGenerator(Endpoint(name, flags), flags.max_new_tokens)
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
-        raise UserError(
-            f"--model_name_or_path {name}: has no chat template; take a model that was tuned to instructions"
-        )
+        raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
     return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens)
 
 
-def estimate(generator: Generator, conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
+def estimate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
     """What generating will cost at most, before anything is asked."""
     written = flags.max_new_tokens * len(conversations)
-    return cost(f"{len(conversations)} replies", generator.count_tokens(conversations), written, flags.price)
+    return cost(f"{len(conversations)} replies", count_tokens(conversations), written, flags.price)
 
 
 def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:
@@ -218,11 +203,7 @@ def _ask(template: str, **fields: str) -> Conversation:
 
 
 def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> dict[str, list[Document]]:
-    """Passages of each split, in the database's order; no text, or no source, is in two of them.
-
-    Raises:
-        UserError: there are not enough.
-    """
+    """Passages of each split, in the database's order; no text, or no source, is in two of them."""
     distinct: dict[str, int] = {}
     for number, document in enumerate(documents):
         if len(document.page_content.split()) >= flags.min_passage_words:
@@ -253,9 +234,7 @@ def read_questions(
 ) -> dict[str, list[Example]]:
     """The questions about each split's passages, at most `number` a passage; one asked of two passages is left out.
 
-    Args:
-        replies: One to each of `question_conversations`.
-        counts: Counts what becomes of the replies.
+    `counts` receives what became of the replies.
     """
     asked = [(split, document) for split, found in passages.items() for document in found]
     drafts = [
@@ -291,15 +270,14 @@ def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int)
     ]
 
 
-def question_rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
     """LocalRQA's rows: a passage a line, with its `questions`."""
-    grouped: dict[tuple[str, str], list[Example]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for example in examples:
-        grouped.setdefault(example.gold_docs[0].key, []).append(example)
-    for group in grouped.values():
-        row = group[0].to_json()
-        del row["question"]
-        yield {**row, "questions": [example.question for example in group]}
+        row = rows.setdefault(example.gold_docs[0].key, {**example.to_json(), "questions": []})
+        row.pop("question", None)
+        row["questions"].append(example.question)
+    return rows.values()
 
 
 def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Example]:
@@ -307,8 +285,3 @@ def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Ex
     answers = [parse_answer(next(replies), example.question) for example in examples]
     pairs = zip(examples, answers, strict=True)
     return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
-
-
-def answers_path(path: Path, directory: Path) -> Path:
-    """`train_w_q.jsonl` becomes `train_w_qa.jsonl`, and any other name receives the ending."""
-    return directory / f"{path.stem.removesuffix('_w_q')}_w_qa.jsonl"
