@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import pytest
@@ -26,6 +27,9 @@ from transformers import (
 )
 
 from rqa.data import Document, Example, write_documents, write_examples
+
+if TYPE_CHECKING:
+    from openai_server import OpenAIServer
 
 CITIES = (
     "Arlen",
@@ -88,6 +92,20 @@ def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, obj
         return run_line(name, *(part for flag, parts in values.items() for part in (f"--{flag}", *parts)))
 
     return run
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["OpenAIServer"]:
+    """An OpenAI-compatible server on loopback that is asked again without delay; nothing is kept from another test."""
+    from openai_server import serve
+
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr("rqa.endpoint.client.PAUSE", 0.01)
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    with serve() as ours:
+        yield ours
 
 
 @pytest.fixture(scope="session")

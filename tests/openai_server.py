@@ -98,7 +98,7 @@ def half_a_reply() -> Response:
 
 
 def slow() -> Response:
-    time.sleep(1.5)
+    time.sleep(1)
     return JSONResponse({})
 
 

@@ -1,39 +1,36 @@
-"""Whichever reader is named, ready to answer: a decoder, an encoder-decoder, or a model behind a server."""
+"""What a server stands in for: a reader, and the language model that scores answers; and what asking it costs."""
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cache
-from typing import Any
-
-import torch
-from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
-from rqa.models.encoder_decoder import Fusion, FusionReader, load_fusion
-from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
-from rqa.models.reader import Answer, GenerationArguments
+from rqa.endpoint.client import Endpoint, EndpointArguments
+from rqa.models.loading import load_tokenizer
+from rqa.models.reader import Answer
 from rqa.objectives.teacher import Pair
-from rqa.prompts import DoesNotFit, FusionPromptArguments, PromptArguments, Prompter
-from rqa.runtime import distributed
+from rqa.prompts import PromptArguments, Prompter, fitting
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
+
+log = logging.getLogger(__name__)
 
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 
 
 class EstimatedTokens:
-    """Stands where a `Prompter` expects a tokenizer, and only counts: a token every three bytes of UTF-8."""
+    """Counts in place of a `Prompter`'s tokenizer: a token every three bytes of UTF-8."""
 
     chat_template = None
     bos_token_id = None
     eos_token_id = 0
+    eos_token = ""
     all_special_ids: tuple[int, ...] = ()
     added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As many ids as the text is thought to have tokens; they mean nothing."""
+        """As many ids as the text probably has tokens; they mean nothing."""
         return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
 
@@ -43,9 +40,7 @@ def count_tokens(conversations: Sequence[Sequence[dict[str, str]]]) -> int:
 
 
 def check_price(flag: str, price: Sequence[float]) -> None:
-    """Raises:
-    UserError: there are prices, and not two.
-    """
+    """Refuse prices that are not two."""
     if len(price) not in (0, 2) or min(price, default=0) < 0:
         raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
 
@@ -53,81 +48,31 @@ def check_price(flag: str, price: Sequence[float]) -> None:
 def cost(asked: str, given: int, written: int, price: Sequence[float]) -> str:
     """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
     dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
-    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; what is kept already costs nothing"
-
-
-log = logging.getLogger(__name__)
+    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"
 
 
 class EndpointReader:
     """Answers questions over passages by chat; the instruction is that of every other reader, the format the server's.
 
-    Args:
-        prompt: `max_seq_length` bounds what is sent, in tokens of the tokenizer or, without one, by estimate.
+    `max_seq_length` bounds what is sent, in tokens by estimate.
     """
 
-    def __init__(
-        self, endpoint: Endpoint, prompt: PromptArguments, tokenizer: PreTrainedTokenizerBase | None = None
-    ) -> None:
+    def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
         self.endpoint = endpoint
-        self.prompter = Prompter(tokenizer or EstimatedTokens(), replace(prompt, chat_format="prefix"))
+        self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
         """One answer at temperature 0 for each question, many asked at once. [Q] -> [Q]
 
-        A question that does not fit by itself is reported and answered by nothing.
+        A question that does not fit by itself is reported and gets an empty answer.
         """
-        answers = [Answer("", 0)] * len(examples)
-        asked = {}
-        for number, (example, documents) in enumerate(zip(examples, passages, strict=True)):
-            try:
-                asked[number] = self.prompter.messages(example, documents)
-            except DoesNotFit as error:
-                log.warning("%s; it is left unanswered", error)
+        asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
         replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        for number, reply in zip(asked, replies, strict=True):
-            answers[number] = Answer(*reply)
-        return answers
+        answers = dict(zip(asked, replies, strict=True))
+        return [Answer(*answers.get(number, ("", 0))) for number in range(len(examples))]
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Nothing: a server is asked no question twice, and may have to be paid."""
-
-
-@dataclass
-class ReaderPromptArguments(PromptArguments, FusionPromptArguments):
-    """How a reader of any kind is asked."""
-
-
-def open_reader(
-    path: str,
-    prompt: ReaderPromptArguments,
-    generation: GenerationArguments,
-    endpoint: EndpointArguments,
-    device: torch.device,
-    **options: Any,
-) -> CausalLMReader | FusionReader | EndpointReader:
-    """The reader at `path`: a directory, a hub name, or `openai::http://host:port/v1`.
-
-    Args:
-        options: Those of `load_model`.
-
-    Raises:
-        UserError: what a user can mend.
-    """
-    if is_endpoint(path):
-        if generation != GenerationArguments():
-            raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
-        return EndpointReader(Endpoint(path, endpoint), prompt)
-    if is_encoder_decoder(path, options.get("trust_remote_code", False)):
-        with distributed.in_turn():
-            model, prompter = load_fusion(path, prompt, **options)
-            model.to(device)
-        collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
-        return FusionReader(Fusion(model), prompter, generation, collate)
-    prompter = Prompter(load_tokenizer(path, options.get("trust_remote_code", False)), prompt)
-    with distributed.in_turn():
-        model = load_causal_lm(path, **options).to(device)
-    return CausalLMReader(model, prompter, generation)
 
 
 class EndpointScorer:
@@ -140,15 +85,24 @@ class EndpointScorer:
     def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
         self.endpoint = endpoint
         self.prompter = prompter
-        self._warn_once = cache(log.warning)
+        self._warn_once = cache(log.warning)  # a question comes with each of its documents
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
-        texts: dict[int, tuple[str, str]] = {}
-        for position, pair in enumerate(pairs):
-            try:
-                texts[position] = self.prompter.text(pair.example, [pair.document], pair.example.gold_answer)
-            except DoesNotFit as error:
-                self._warn_once("%s; its documents are not told apart", str(error))
-                yield position, 0.0
+        rows = ((pair.example, [pair.document], pair.example.gold_answer) for pair in pairs)
+        texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
-        yield from zip(texts, scores, strict=True)
+        known = dict(zip(texts, scores, strict=True))
+        return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
+
+
+def remote_scorer(
+    path: str, prompt: PromptArguments, flags: EndpointArguments, tokenizer: str | None, trust_remote_code: bool
+) -> tuple[EndpointScorer, str]:
+    """The scorer at `openai::URL`, and what identifies its model.
+
+    Args:
+        tokenizer: The server's, a directory or a hub name, to count `max_seq_length`; None: by estimate.
+    """
+    endpoint = Endpoint(path, flags)
+    counts = load_tokenizer(tokenizer, trust_remote_code) if tokenizer else EstimatedTokens()
+    return EndpointScorer(endpoint, Prompter(counts, prompt)), fingerprint(endpoint.base_url, endpoint.model)

@@ -5,12 +5,10 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from random import Random
-from typing import Any, Protocol
+from typing import Any
 
-import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
@@ -21,10 +19,16 @@ from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerpri
 from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import Store, cache_root, fingerprint
+from rqa.runtime.flags import Arguments, flag
+
+log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
+
+SPLITS = ("train", "eval", "test")
+KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
 
 ASK_QUESTIONS = """\
 Here is a passage of a larger collection.
@@ -48,30 +52,46 @@ Question: {question}"""
 NO_ANSWER = "no answer"
 FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
 _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
-_LABEL = re.compile(
-    r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE
-)  # small models write 'The answer to the question: What ...?'
+# Small models write 'The answer to the question: What ...?'.
+_LABEL = re.compile(r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE)
 _UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
 
 
-@dataclass
-class GenerationPromptArguments:
-    """Prompts of one's own."""
+@dataclass(kw_only=True)
+class GeneratorArguments(LoadingArguments, EndpointArguments):
+    """The language model that writes, and its price."""
 
-    prompt_template: str | None = field(
-        default=None, metadata={"help": "A text file that replaces the prompt; its placeholders as in the default."}
-    )
+    model_name_or_path: str = flag(help="Model that writes: a directory, a hub name, or openai::http://host:port/v1.")
+    max_new_tokens: int = flag(256, "Tokens of a reply, at most.")
+    prompt_template: str | None = flag(None, "Text file that replaces the prompt; it has the default's placeholders.")
+    price: list[float] = flag([], "Dollars for a million tokens in, and out; the cost is said before.")
+    estimate_only: bool = flag(False, "Whether to say what it would cost, and stop.")
+
+    def check(self) -> None:
+        self.check_bounds("max_new_tokens", at_least=1)
+        check_price("price", self.price)
 
 
-def ask_questions(template: str, document: Document, number: int) -> Conversation:
-    """The conversation that asks for questions about a passage."""
-    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "number": str(number)})}]
+@dataclass(kw_only=True)
+class SampleArguments(Arguments):
+    """Passages to ask about, and their splits."""
 
+    num_train_passages: int = flag(1000, "Number of passages in the training split.")
+    num_eval_passages: int = flag(100, "Number of passages in the evaluation split.")
+    num_test_passages: int = flag(100, "Number of passages in the test split.")
+    split_by: str = flag("passage", "Unit that no two splits share.", ["passage", "source"])
+    min_passage_words: int = flag(20, "Words of a passage, at least; shorter ones are not asked about.")
+    seed: int = flag(42, "Seed that decides which passages.")
 
-def ask_answer(template: str, document: Document, question: str) -> Conversation:
-    """The conversation that asks for the answer to a question."""
-    return [{"role": "user", "content": fill(template, {"passage": document.fmt_content, "question": question})}]
+    def check(self) -> None:
+        if min(self.sizes.values()) < 0 or not any(self.sizes.values()):
+            raise UserError("--num_train_passages, --num_eval_passages, --num_test_passages: ask for some passages")
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """Passages by split."""
+        return {split: getattr(self, f"num_{split}_passages") for split in SPLITS}
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
@@ -96,68 +116,26 @@ def parse_answer(reply: str, question: str) -> str | None:
     return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
 
 
-log = logging.getLogger(__name__)
-
-KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
-
-
-class TextGenerator(Protocol):
-    """Whatever replies to conversations."""
-
-    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
-        ...
-
-    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        """The tokens of all conversations, by the model's tokenizer or by estimate."""
-        ...
-
-
-def open_generator(
-    name: str, max_new_tokens: int, endpoint: EndpointArguments, device: torch.device, **options: Any
-) -> TextGenerator:
-    """The generator that a name means.
-
-    Args:
-        name: A directory, a hub name, or `openai::http://host:port/v1`.
-        max_new_tokens: Tokens of a reply, at most.
-        options: Those of `load_model`, for a local model.
-
-    Raises:
-        UserError: it cannot be loaded, or has no chat template.
-    """
-    if is_endpoint(name):
-        return EndpointGenerator(Endpoint(name, endpoint), max_new_tokens)
-    tokenizer = load_tokenizer(name, options.get("trust_remote_code", False))
-    if not tokenizer.chat_template:
-        raise UserError(
-            f"--model_name_or_path {name}: has no chat template; take a model that was tuned to instructions"
-        )
-    return LocalGenerator(load_causal_lm(name, **options).to(device), tokenizer, max_new_tokens)
-
-
+@dataclass
 class EndpointGenerator:
     """A model behind an OpenAI-compatible server."""
 
-    def __init__(self, endpoint: Endpoint, max_new_tokens: int) -> None:
-        self.endpoint = endpoint
-        self.max_new_tokens = max_new_tokens
+    endpoint: Endpoint
+    max_new_tokens: int
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
         replies = self.endpoint.ask(conversations, self.max_new_tokens) if distributed.is_main() else []
         return distributed.from_main([reply.text for reply in replies])
 
-    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        return count_tokens(conversations)
-
 
 class LocalGenerator:
-    """A decoder in this process, or a copy of it in each of several; conversations by its own chat template."""
+    """The same by a decoder in this process, or a copy of it in each of several; its own chat template is used."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
-        arguments = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
-        self.reader = CausalLMReader(model, Prompter(tokenizer, arguments))
+        prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
+        self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
         self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
         self._store = Store(cache_root() / "generated.sqlite")
         self._identity = fingerprint(model_fingerprint(model, tokenizer), str(max_new_tokens))
@@ -175,11 +153,8 @@ class LocalGenerator:
                 self._store.put({key: kept[key] for key in part})
         return [kept[key] for key in keys]
 
-    def count_tokens(self, conversations: Sequence[Conversation]) -> int:
-        return sum(len(self._encode(turns)) for turns in conversations)
-
     def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
-        """Each process replies to its share; a conversation that is longer than the model can read, with nothing."""
+        """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
         prompts = [self._encode(turns) for turns in distributed.share(conversations)]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
@@ -192,96 +167,76 @@ class LocalGenerator:
         return self.tokenizer.encode(text, add_special_tokens=False)
 
 
-SPLITS = ("train", "eval", "test")
+def open_generator(flags: GeneratorArguments) -> EndpointGenerator | LocalGenerator:
+    """The generator that the flags name."""
+    name = flags.model_name_or_path
+    if is_endpoint(name):
+        return EndpointGenerator(Endpoint(name, flags), flags.max_new_tokens)
+    tokenizer = load_tokenizer(name, flags.trust_remote_code)
+    if not tokenizer.chat_template:
+        raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
+    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens)
 
 
-@dataclass
-class GeneratorArguments(LoadingArguments):
-    """Who writes, and at what price."""
-
-    model_name_or_path: str = field(
-        metadata={"help": "Who writes: a directory, a hub name, or openai::http://host:port/v1."}
-    )
-    max_new_tokens: int = field(default=256, metadata={"help": "Tokens of a reply, at most."})
-    price: list[float] = field(
-        default_factory=list, metadata={"help": "Dollars for a million tokens in, and out, to tell the cost before."}
-    )
-    estimate_only: bool = field(default=False, metadata={"help": "Say what it would cost, and stop."})
-
-    def __post_init__(self) -> None:
-        check_bounds(self, "max_new_tokens", at_least=1)
-        check_price("price", self.price)
+def estimate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
+    """What generating will cost at most, before anything is asked."""
+    written = flags.max_new_tokens * len(conversations)
+    return cost(f"{len(conversations)} replies", count_tokens(conversations), written, flags.price)
 
 
-@dataclass
-class SampleArguments:
-    """Which passages are asked about."""
-
-    num_train_passages: int = field(default=400, metadata={"help": "Passages of the training split."})
-    num_eval_passages: int = field(default=50, metadata={"help": "Passages of the evaluation split."})
-    num_test_passages: int = field(default=100, metadata={"help": "Passages of the test split."})
-    split_by: str = field(
-        default="passage",
-        metadata={"help": "Whether passages of one source may be in two splits.", "choices": ["passage", "source"]},
-    )
-    min_passage_words: int = field(default=20, metadata={"help": "Shorter passages are not asked about."})
-    seed: int = field(default=42, metadata={"help": "Decides which passages."})
-
-    def __post_init__(self) -> None:
-        if min(self.sizes.values()) < 0 or not any(self.sizes.values()):
-            raise UserError("--num_train_passages, --num_eval_passages, --num_test_passages: ask for some passages")
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """Passages by split."""
-        return dict(zip(SPLITS, (self.num_train_passages, self.num_eval_passages, self.num_test_passages), strict=True))
+def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:
+    """What is asked about each passage of each split."""
+    texts = [document.fmt_content for found in passages.values() for document in found]
+    return [_ask(template, passage=text, number=str(number)) for text in texts]
 
 
-def sample_passages(documents: Sequence[Document], arguments: SampleArguments) -> dict[str, list[Document]]:
-    """Passages of each split, in the database's order; no text, or no source, is in two of them.
+def answer_conversations(examples: Sequence[Example], template: str) -> list[Conversation]:
+    """What is asked for the answer of each example, from its first gold passage."""
+    for example in examples:
+        if not example.gold_docs:
+            raise UserError(f"{example.where}: field 'gold_docs' is empty; an answer needs a passage")
+    return [_ask(template, passage=each.gold_docs[0].fmt_content, question=each.question) for each in examples]
 
-    Raises:
-        UserError: there are not enough.
-    """
+
+def _ask(template: str, **fields: str) -> Conversation:
+    return [{"role": "user", "content": fill(template, fields)}]
+
+
+def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> dict[str, list[Document]]:
+    """Passages of each split, in the database's order; no text, or no source, is in two of them."""
     distinct: dict[str, int] = {}
     for number, document in enumerate(documents):
-        if len(document.page_content.split()) >= arguments.min_passage_words:
+        if len(document.page_content.split()) >= flags.min_passage_words:
             distinct.setdefault(normalize(document.page_content), number)
     groups: dict[Any, list[int]] = {}
     for number in distinct.values():
-        group = number if arguments.split_by == "passage" else documents[number].metadata.get("source", number)
+        group = number if flags.split_by == "passage" else documents[number].metadata.get("source", number)
         groups.setdefault(group, []).append(number)
     shuffled = list(groups.values())
-    Random(arguments.seed).shuffle(shuffled)
+    Random(flags.seed).shuffle(shuffled)
     chosen: dict[str, list[Document]] = {}
-    for split, size in arguments.sizes.items():
+    for split, size in flags.sizes.items():
         numbers: list[int] = []
         while len(numbers) < size:
             if not shuffled:
-                asked = sum(arguments.sizes.values())
+                asked = sum(flags.sizes.values())
                 raise UserError(
                     f"--num_{split}_passages {size}: the database has {len(distinct)} distinct passages of "
-                    f"--min_passage_words {arguments.min_passage_words} or more, too few for {asked} in all"
+                    f"--min_passage_words {flags.min_passage_words} or more, too few for {asked} in all"
                 )
             numbers += shuffled.pop()
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]
     return chosen
 
 
-def write_questions(
-    generator: TextGenerator, passages: dict[str, list[Document]], template: str, number: int, counts: Counter[str]
+def read_questions(
+    passages: dict[str, list[Document]], replies: Sequence[str], number: int, counts: Counter[str]
 ) -> dict[str, list[Example]]:
-    """Questions about each split's passages; one that is asked of two passages is asked of neither.
+    """The questions about each split's passages, at most `number` a passage; one asked of two passages is left out.
 
-    Args:
-        number: Questions of a passage, at most.
-        counts: Counts what becomes of the replies.
-
-    Raises:
-        UserError: no reply holds a question.
+    `counts` receives what became of the replies.
     """
     asked = [(split, document) for split, found in passages.items() for document in found]
-    replies = generator.generate([ask_questions(template, document, number) for _, document in asked])
     drafts = [
         (split, Example(question, (document,)))
         for (split, document), reply in zip(asked, replies, strict=True)
@@ -315,47 +270,18 @@ def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int)
     ]
 
 
-def question_rows(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
     """LocalRQA's rows: a passage a line, with its `questions`."""
-    grouped: dict[tuple[str, str], list[Example]] = {}
+    rows: dict[tuple[str, str], dict[str, Any]] = {}
     for example in examples:
-        grouped.setdefault(example.gold_docs[0].key, []).append(example)
-    for group in grouped.values():
-        row = group[0].to_json()
-        del row["question"]
-        yield {**row, "questions": [example.question for example in group]}
+        row = rows.setdefault(example.gold_docs[0].key, {**example.to_json(), "questions": []})
+        row.pop("question", None)
+        row["questions"].append(example.question)
+    return rows.values()
 
 
-def answer_conversations(examples: Sequence[Example], template: str) -> list[Conversation]:
-    """What is asked for the answers of these examples, each from its first gold passage.
-
-    Raises:
-        UserError: an example has none.
-    """
-    for example in examples:
-        if not example.gold_docs:
-            raise UserError(f"{example.where}: field 'gold_docs' is empty; an answer needs a passage")
-    return [ask_answer(template, example.gold_docs[0], example.question) for example in examples]
-
-
-def write_answers(
-    generator: TextGenerator, examples: Sequence[Example], template: str, counts: Counter[str]
-) -> list[Example]:
-    """The examples with their answers; those that the passage does not answer are left out."""
-    replies = generator.generate(answer_conversations(examples, template))
-    answers = [parse_answer(reply, example.question) for reply, example in zip(replies, examples, strict=True)]
-    counts["answers"] += sum(answer is not None for answer in answers)
-    counts["questions left out without an answer"] += sum(answer is None for answer in answers)
+def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Example]:
+    """The examples with the answers of the next replies; those that the passage does not answer are left out."""
+    answers = [parse_answer(next(replies), example.question) for example in examples]
     pairs = zip(examples, answers, strict=True)
     return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
-
-
-def estimate(generator: TextGenerator, conversations: Sequence[Conversation], arguments: GeneratorArguments) -> str:
-    """What generating will cost at most, before anything is asked."""
-    written = arguments.max_new_tokens * len(conversations)
-    return cost(f"{len(conversations)} replies", generator.count_tokens(conversations), written, arguments.price)
-
-
-def answers_path(path: Path, directory: Path) -> Path:
-    """`train_w_q.jsonl` becomes `train_w_qa.jsonl`, and any other name receives the ending."""
-    return directory / f"{path.stem.removesuffix('_w_q')}_w_qa.jsonl"

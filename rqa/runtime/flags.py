@@ -34,20 +34,26 @@ REFUSED = {
 
 
 def flag(
-    default: Any = MISSING, help: str = "", choices: list[str] | None = None, also: str = "", rare: bool = False
+    default: Any = MISSING,
+    help: str = "",
+    choices: list[str] | None = None,
+    also: str = "",
+    rare: bool = False,
+    secret: bool = False,
 ) -> Any:
     """A dataclass field that is a flag; required without a default.
 
     Args:
         also: Other names that the command line accepts, separated by spaces.
         rare: Shown by `-h full` only.
+        secret: Left out of the dataclass's `repr`.
     """
     about: dict[str, Any] = {"help": help, "aliases": [f"--{name}" for name in also.split()], "rare": rare}
     if choices:
         about["choices"] = choices
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
-    return field(default=default, metadata=about)
+    return field(default=default, metadata=about, repr=not secret)
 
 
 @dataclass(kw_only=True)

@@ -8,11 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import OpenAIServer, error, serve
+from openai_server import OpenAIServer, serve
 
-from rqa.endpoint.client import RequestArguments
 from rqa.evaluation.judge import INSTRUCTION, JudgeArguments, judge_answers, judge_results, parse_verdict
-from rqa.evaluation.results import DETAILS, PREDICTIONS, SCORES
+from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES
 from rqa.runtime.errors import UserError
 
 GIVEN = {"answer 0": "correct", "answer 1": "partially", "answer 2": "incorrect", "answer 3": "correct"}
@@ -44,24 +43,29 @@ def arguments(server: OpenAIServer, **others: Any) -> JudgeArguments:
     return JudgeArguments(gen_gpt4eval=True, judge_base_url=server.url, **others)
 
 
-def judge(rows: list[dict[str, Any]], arguments: JudgeArguments) -> dict[str, float]:
-    return judge_answers(rows, arguments, RequestArguments())
-
-
-def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict(server: OpenAIServer) -> None:
+def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict(
+    server: OpenAIServer, tmp_path: Path
+) -> None:
     judged = rows()
-    assert judge(judged, arguments(server)) == {
-        "gen/gpt4eval": 0.5,
-        "gen/gpt4eval_partially": 0.25,
-        "gen/gpt4eval_unparsed": 0.0,
+    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, judged, arguments(server))
+    assert scores == {
+        "test_gen/f1": 0.25,
+        "test_gen/gpt4eval": 0.5,
+        "test_gen/gpt4eval_partially": 0.25,
+        "test_gen/gpt4eval_unparsed": 0.0,
     }
+    assert json.loads((tmp_path / SCORES).read_text()) == scores
     assert [row["gpt4eval"]["verdict"] for row in judged] == list(GIVEN.values())
     assert [row["scores"]["gen/gpt4eval"] for row in judged] == [1.0, 0.0, 0.0, 1.0]
+    assert [json.loads(line) for line in (tmp_path / PREDICTIONS).open()] == judged
+    detail = json.loads((tmp_path / DETAILS).read_text())["scores"]["test_gen/gpt4eval"]
+    assert (detail["value"], detail["n"]) == (0.5, 4)
+    assert 0 <= detail["low"] <= 0.5 <= detail["high"] <= 1
 
 
 def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zero(server: OpenAIServer) -> None:
     (row,) = rows(1)
-    judge([row | {"chat_history": [{"speaker": "user", "message": "Hm."}]}], arguments(server))
+    judge_answers([row | {"chat_history": [{"speaker": "user", "message": "Hm."}]}], arguments(server))
     (body,) = server.of("chat/completions")
     assert body["temperature"] == 0
     assert body["messages"][0] == {"role": "system", "content": INSTRUCTION}
@@ -73,19 +77,14 @@ def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zer
     }
 
 
-def test_the_judge_is_asked_as_the_flags_of_requests_say(server: OpenAIServer) -> None:
+def test_a_verdict_is_paid_once_for_the_same_content_and_as_many_are_asked_for_at_once_as_allowed(
+    server: OpenAIServer,
+) -> None:
     server.delay = 0.05
-    judge_answers(rows(), arguments(server), RequestArguments(endpoint_concurrency=2))
+    judge_answers(rows(3), arguments(server, endpoint_concurrency=2))
     assert server.most_at_once == 2
-    server.faults = [lambda: error(500, "out of memory")]
-    with pytest.raises(UserError, match="500, out of memory; asked 1 time"):
-        judge_answers([{**rows(1)[0], "question": "Else?"}], arguments(server), RequestArguments(endpoint_retries=0))
-
-
-def test_a_verdict_is_paid_once_for_the_same_content(server: OpenAIServer) -> None:
-    judge(rows(2), arguments(server))
-    judge(rows(3), arguments(server))
-    assert len(server.of("chat/completions")) == 3
+    judge_answers(rows(4), arguments(server))
+    assert len(server.of("chat/completions")) == 4
 
 
 def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
@@ -99,7 +98,7 @@ def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
 
     server.say = say
     judged = rows()
-    scores = judge(judged, arguments(server))
+    scores = judge_answers(judged, arguments(server))
     assert scores["gen/gpt4eval"] == pytest.approx(2 / 3)
     assert scores["gen/gpt4eval_unparsed"] == 1
     assert judged[1]["gpt4eval"] is None
@@ -110,12 +109,8 @@ def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
     assert "1 of 4 verdicts cannot be read" in caplog.text
     again = server.of("chat/completions")[-1]["messages"]
     assert [turn["role"] for turn in again] == ["system", "user", "assistant", "user", "assistant", "user"]
-
-
-def test_no_readable_verdict_at_all_is_an_error(server: OpenAIServer) -> None:
-    server.say = lambda messages: "No."
-    with pytest.raises(UserError, match="--judge_model gpt-4o: none of its 2 verdicts can be read"):
-        judge(rows(2), arguments(server))
+    with pytest.raises(UserError, match="--judge_model gpt-4o: none of its 1 verdicts can be read"):
+        judge_answers(judged[1:2], arguments(server))
 
 
 @pytest.mark.parametrize(
@@ -141,69 +136,54 @@ def test_verdicts_are_read_from_what_models_write(reply: str, expected: str | No
 
 def test_so_many_examples_at_most_and_always_the_same(server: OpenAIServer) -> None:
     judged, again = rows(), rows()
-    scores = judge(judged, arguments(server, judge_max_examples=3))
+    scores = judge_answers(judged, arguments(server, judge_max_examples=3))
     chosen = [number for number, row in enumerate(judged) if "gpt4eval" in row]
     assert len(chosen) == 3 == len(server.of("chat/completions"))
     right = [GIVEN[f"answer {number}"] for number in chosen].count("correct")
     assert scores["gen/gpt4eval"] == pytest.approx(right / 3)
-    judge(again, arguments(server, judge_max_examples=3))
+    judge_answers(again, arguments(server, judge_max_examples=3))
     assert again == judged
 
 
 @pytest.mark.parametrize(
-    ("others", "cost"),
-    [
-        ({"judge_price": [1000.0, 2000.0]}, r"at most 512 out, at most \$1\.\d\d;"),
-        ({}, r"at most 512 out;"),
-    ],
+    ("price", "cost"), [([1000.0, 2000.0], r"at most 512 out, at most \$1\.\d\d;"), ([], r"at most 512 out;")]
 )
 def test_the_cost_is_estimated_before_the_judge_is_asked(
-    others: dict[str, Any], cost: str, server: OpenAIServer, caplog: pytest.LogCaptureFixture
+    price: list[float], cost: str, server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     said_before = []
     say = server.say
     server.say = lambda messages: said_before.append(caplog.text) or say(messages)
     with caplog.at_level(logging.INFO, "rqa"):
-        judge(rows(2), arguments(server, **others))
+        judge_answers(rows(2), arguments(server, judge_price=price))
     assert all("2 answers, some " in text and "at most 512 out" in text for text in said_before)
     assert len(said_before) == 2
     assert caplog.records[0].getMessage().startswith("judge ")
     assert re.search(cost, caplog.records[0].getMessage())
 
 
-def test_results_hold_the_judges_rate_with_its_number_and_interval(server: OpenAIServer, tmp_path: Path) -> None:
-    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server), RequestArguments())
-    assert json.loads((tmp_path / SCORES).read_text()) == scores
-    assert scores["test_gen/f1"] == 0.25
-    assert scores["test_gen/gpt4eval"] == 0.5
-    detail = json.loads((tmp_path / DETAILS).read_text())["scores"]["test_gen/gpt4eval"]
-    assert (detail["value"], detail["n"]) == (0.5, 4)
-    assert 0 <= detail["low"] <= 0.5 <= detail["high"] <= 1
-    written = [json.loads(line) for line in (tmp_path / PREDICTIONS).open()]
-    assert [row["gpt4eval"]["verdict"] for row in written] == list(GIVEN.values())
-
-
 def test_a_judge_that_cannot_be_asked_costs_no_results(server: OpenAIServer, tmp_path: Path) -> None:
     server.key = "another"
     with pytest.raises(UserError, match="the key is refused"):
-        judge_results(
-            tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server, judge_api_key="mine"), RequestArguments()
-        )
+        judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server, judge_api_key="mine"))
     assert json.loads((tmp_path / SCORES).read_text()) == {"test_gen/f1": 0.25}
     assert len((tmp_path / PREDICTIONS).read_text().splitlines()) == 4
-
-
-def test_without_the_flag_nobody_is_asked(server: OpenAIServer, tmp_path: Path) -> None:
-    scores, _ = judge_results(
-        tmp_path, {"a": 1.0}, rows(), JudgeArguments(judge_base_url=server.url), RequestArguments()
-    )
-    assert scores == {"a": 1.0}
-    assert not server.seen
-
-
-def test_nothing_to_judge_is_an_error(server: OpenAIServer, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--gen_gpt4eval true: there are no answers to judge"):
-        judge_results(tmp_path, {}, [], arguments(server), RequestArguments())
+        judge_results(tmp_path, {}, [], arguments(server))
+
+
+def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_asked_for(
+    server: OpenAIServer, tmp_path: Path
+) -> None:
+    flags = JudgeArguments(judge_base_url=server.url, judge_api_key="secret")
+    scores, _ = judge_results(tmp_path, {"a": 1.0}, rows(), flags)
+    assert scores == {"a": 1.0}
+    assert not (tmp_path / "all_args.json").exists()
+    judge_results(tmp_path, {"a": 1.0}, rows(), flags, write_arguments=True)
+    written = json.loads((tmp_path / "all_args.json").read_text())
+    assert written["judge_model"] == "gpt-4o"
+    assert "secret" not in str(written) + repr(flags)
+    assert not server.seen
 
 
 @pytest.mark.parametrize("wrong", [{"judge_max_examples": -1}, {"judge_price": [1.0]}, {"judge_price": [1.0, -1.0]}])

@@ -1,0 +1,290 @@
+"""A server is asked over real sockets: in order, at once, again when it fails, and never twice for what is known."""
+
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from email.utils import formatdate
+from pathlib import Path
+
+import pytest
+from openai_server import OpenAIServer, Refusal, error, half_a_reply, serve, slow
+from starlette.responses import HTMLResponse, JSONResponse, Response
+
+from rqa.endpoint import client
+from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
+from rqa.runtime.errors import UserError
+
+WORDS = [f"word {number}" for number in range(12)]
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
+    monkeypatch.setattr(client, "PAUSE", 0.01)
+    with serve() as ours:
+        yield ours
+
+
+def connect(server: OpenAIServer, **settings: object) -> Endpoint:
+    return Endpoint(f"openai::{server.url}", EndpointArguments(**{f"endpoint_{k}": v for k, v in settings.items()}))
+
+
+def say(*texts: str) -> list[list[dict[str, str]]]:
+    return [[{"role": "user", "content": text}] for text in texts]
+
+
+def texts(replies: list[Reply]) -> list[str]:
+    return [reply.text for reply in replies]
+
+
+def asked(server: OpenAIServer) -> list[str]:
+    return [body["messages"][-1]["content"] for body in server.of("chat/completions")]
+
+
+@pytest.mark.parametrize("concurrency", [1, 6])
+def test_as_many_requests_as_allowed_are_in_flight_and_replies_keep_the_order(
+    concurrency: int, server: OpenAIServer
+) -> None:
+    server.delay = 0.05
+    replies = connect(server, concurrency=concurrency).ask(say(*WORDS), max_tokens=7)
+    assert texts(replies) == [f"You said: {word}" for word in WORDS]
+    assert {reply.num_tokens for reply in replies} == {4}
+    assert all(0.05 <= reply.seconds < 5 for reply in replies)
+    body = server.of("chat/completions")[0]
+    assert body == {"model": "tiny", "messages": body["messages"], "max_tokens": 7, "temperature": 0.0}
+    assert server.most_at_once == concurrency
+
+
+def test_a_question_is_sent_and_timed_once_by_one_run_and_by_the_next(
+    server: OpenAIServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    with caplog.at_level(logging.INFO, "rqa"):
+        first = connect(server).ask(say("a", "b", "a"), 7)
+        assert "kept" not in caplog.text
+        second = connect(server).ask(say("b", "c", "b"), 7)
+    assert texts(first + second) == [f"You said: {word}" for word in "ababcb"]
+    assert [reply.seconds is not None for reply in first + second] == [True, True, False, False, True, False]
+    assert [reply.num_tokens for reply in first + second] == [3] * 6
+    assert sorted(asked(server)) == ["a", "b", "c"]
+    assert "2 of 3 replies were kept from an earlier run" in caplog.text
+
+
+def test_whatever_decides_a_reply_asks_anew(server: OpenAIServer) -> None:
+    server.models = ["tiny", "other"]
+    connect(server, model="tiny").ask(say("a"), 7)
+    connect(server, model="other").ask(say("a"), 7)
+    connect(server, model="tiny").ask(say("a"), 8)
+    connect(server, model="tiny").ask([[{"role": "system", "content": "a"}]], 7)
+    assert asked(server) == ["a"] * 4
+
+
+FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
+    "too many requests": (lambda: error(429, "slow down"), "429, slow down; asked 3 times"),
+    "conflict": (lambda: error(409, "busy"), "409, busy; asked 3 times"),
+    "internal error": (lambda: error(500, "out of memory"), "500, out of memory; asked 3 times"),
+    "overloaded": (lambda: HTMLResponse("<h1>Bad gateway</h1>", 502), "502, .*Bad gateway.*; asked 3 times"),
+    "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
+    "slow": (slow, "no answer within 0.5 seconds, asked 3 times; lower --endpoint_concurrency"),
+    "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*\(\{\), asked 3 times"),
+    "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
+    "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
+    "no message": (lambda: JSONResponse({"choices": [{"text": "hm"}]}), "not the reply .*, asked 3 times"),
+    "not an object": (lambda: JSONResponse(["hm"]), "not the reply .*, asked 3 times"),
+    "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
+    "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_what_may_pass_is_asked_again_and_what_does_not_pass_is_one_line(
+    name: str, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fault, expected = FAULTS[name]
+    monkeypatch.setattr(client, "RETRIES", 2)
+    if name == "slow":
+        monkeypatch.setattr(client, "TIMEOUT", 0.5)
+    server.faults = [None, fault, fault]
+    assert texts(connect(server, concurrency=1).ask(say("a", "b"), 7)) == ["You said: a", "You said: b"]
+    assert asked(server) == ["a", "b", "b", "b"]
+    server.faults = [fault] * 3
+    with pytest.raises(UserError, match=rf"^http://127\.0\.0\.1:\d+/v1: {expected}") as caught:
+        connect(server).ask(say("c"), 7)
+    assert asked(server)[4:] == ["c"] * 3
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("after", [lambda: "0.5", lambda: formatdate(time.time() + 2, usegmt=True)])
+def test_the_server_says_how_long_to_wait(after: Callable[[], str], server: OpenAIServer) -> None:
+    server.faults = [lambda: error(429, "wait", retry_after=after())]
+    connect(server).ask(say("a"), 7)
+    first, second = (seen for seen in server.seen if seen.path == "chat/completions")
+    assert second.at - first.at >= 0.5
+
+
+@pytest.mark.parametrize(
+    ("fault", "expected"),
+    [
+        (lambda: error(429, "wait for tomorrow", retry_after="86400"), "429, wait for tomorrow; asked 1 time"),
+        (lambda: error(429, "no money left", code="insufficient_quota"), "429, no money left; asked 1 time"),
+        (lambda: error(403, "not for you"), "403, not for you; the key is refused"),
+        (lambda: error(400, "maximum context length is 512"), "maximum context length is 512; the server refuses"),
+        (lambda: JSONResponse({"detail": "Not Found"}, 404), "404, Not Found; no such model or path"),
+    ],
+)
+def test_what_will_not_pass_is_asked_once(fault: Callable[[], Response], expected: str, server: OpenAIServer) -> None:
+    server.faults = [fault]
+    with pytest.raises(UserError, match=expected):
+        connect(server).ask(say("a"), 7)
+    assert asked(server) == ["a"]
+
+
+def test_the_key_comes_from_the_flag_or_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
+    server.key = "secret"
+    with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: set \$OPENAI_API_KEY"):
+        connect(server, api_key="wrong").ask(say("a"), 7)
+    connect(server, api_key="secret").ask(say("a"), 7)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    connect(server).ask(say("b"), 7)
+    assert "secret" not in repr(EndpointArguments(endpoint_api_key="secret"))
+
+
+def test_the_model_is_the_only_one_listed_or_must_be_named(server: OpenAIServer) -> None:
+    assert connect(server).model == "tiny"
+    server.models = ["tiny", "other"]
+    with pytest.raises(UserError, match="tiny, other; name it with --endpoint_model"):
+        connect(server).ask(say("a"), 7)
+    with pytest.raises(UserError, match="404, The model `third` does not exist; no such model"):
+        connect(server, model="third").ask(say("a"), 7)
+
+
+@pytest.mark.parametrize("model", [None, "tiny"])
+def test_nobody_at_the_address_is_one_line_at_once(
+    model: str | None, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.undo()  # as long as the client waits by itself
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"/v1: cannot be reached \(.+\), asked 2 times; is a server running"):
+        Endpoint(f"openai::{url}", EndpointArguments(endpoint_model=model)).ask(say("a"), 7)
+    assert time.monotonic() - started < 5
+
+
+def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
+    for spec in ("openai::localhost:8000", "openai::", "openai::ftp://host/v1"):
+        with pytest.raises(UserError, match=f"{spec}: not a server; write openai::http://host:port/v1"):
+            Endpoint(spec)
+    with pytest.raises(UserError, match="--endpoint_concurrency 0: must be at least 1"):
+        EndpointArguments(endpoint_concurrency=0)
+
+
+def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
+    server.faults = [None] * 7 + [lambda: error(400, "no")]
+    with pytest.raises(UserError, match="400, no"):
+        connect(server, concurrency=1).ask(say(*WORDS), 7)
+    server.seen.clear()
+    assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
+    assert asked(server) == WORDS[7:]
+
+
+def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+    interrupted = threading.Event()
+
+    def too_late() -> Response:
+        interrupted.wait(10)
+        return error(500, "too late")
+
+    def interrupt() -> None:
+        while len(asked(server)) < 8:
+            time.sleep(0.005)
+        os.kill(os.getpid(), signal.SIGINT)
+
+    server.faults = [None] * 6 + [too_late] * 2
+    thread = threading.Thread(target=interrupt)
+    thread.start()
+    with pytest.raises(KeyboardInterrupt):
+        connect(server, concurrency=2).ask(say(*WORDS), 7)
+    interrupted.set()
+    thread.join()
+    server.seen.clear()
+    assert texts(connect(server).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
+    assert len(asked(server)) == len(WORDS) - 6
+
+
+def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
+    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half ? a pair, 木 and 🙂"]
+    server.faults = [lambda: JSONResponse({"choices": [{"message": {"content": None}}], "usage": None})]
+    assert texts(connect(server).ask(say("a"), 7)) == [""]
+
+
+# Scores of given answers.
+
+
+def characters(body: dict) -> dict:
+    """A model whose tokens are characters; a character's log-probability is minus its place in the alphabet, / 10."""
+    text = body["prompt"] if body["echo"] else ""
+    new = "z" * body["max_tokens"]
+    values = [-(ord(character) % 32) / 10 for character in text + new]
+    return completion([*text, *new], [*range(len(values))], [None, *values[1:]], completion_tokens=len(new))
+
+
+def completion(tokens: list[str], offsets: list[int], values: list[float | None], **usage: int) -> dict:
+    logprobs = {"tokens": tokens, "token_logprobs": values, "text_offset": offsets}
+    return {"choices": [{"text": "".join(tokens), "logprobs": logprobs}], "usage": usage}
+
+
+def test_scores_are_the_mean_over_the_answers_tokens(server: OpenAIServer) -> None:
+    server.complete = characters
+    scores = connect(server).answer_logprobs(["zzz: ", "zz "], ["abc", "b"])
+    assert scores == pytest.approx([-0.2, -0.2])
+    assert connect(server).answer_logprobs(["zzz: a", "zzz: "], ["bc", "abc"]) == pytest.approx([-0.25, -0.2])
+    assert len(server.of("completions")) == 3  # the same text with another border is another question
+
+
+def refuse_echo(body: dict) -> dict:
+    raise Refusal("echo is not supported")
+
+
+def test_a_server_that_scores_no_prompts_is_one_line(server: OpenAIServer) -> None:
+    for complete, expected in (
+        (refuse_echo, "echo is not supported; the server refuses"),
+        (lambda body: characters(body | {"echo": False}), "gives no log-probabilities of the prompt"),
+        (lambda body: characters(body | {"echo": False, "max_tokens": 9}), "gives no log-probabilities of the prompt"),
+        (lambda body: {"choices": [{"text": "hm", "logprobs": None}]}, "gives no log-probabilities of the prompt"),
+    ):
+        server.complete = complete
+        with pytest.raises(UserError, match=expected):
+            connect(server).answer_logprobs(["a long prompt, longer than nine: "], ["abc"])
+
+
+TINY = [None, -1.0, -2.0, -3.0, -9.0]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "offsets", "usage", "prompt", "answer", "expected"),
+    [  # a token that begins in the prompt and ends in the answer counts
+        (["Q", ": A", "nna"], [0, 1, 4], {"completion_tokens": 0}, "Q: ", "Anna", [-1.0, -2.0]),
+        (["Q", ": A", "nna"], [0, 1, 4], {"completion_tokens": 0}, "Q: A", "nna", [-2.0]),
+        # a token that the server puts in front shifts the text
+        (["<s>", "Q: ", "Anna", "\n"], [0, 3, 6, 10], {"completion_tokens": 1}, "Q: ", "Anna", [-2.0]),
+        # parts of one character all count, and a generated token does not, counted or not
+        (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], {"completion_tokens": 1}, "Q: ", "木", [-1.0, -2.0, -3.0]),
+        (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], {}, "Q: ", "木", [-1.0, -2.0, -3.0]),
+        # an end token that is counted but not shown takes no token away
+        (["Q: ", "An", "na"], [0, 3, 5], {"completion_tokens": 1}, "Q: ", "Anna", [-1.0, -2.0]),
+    ],
+)
+def test_the_answers_tokens_are_found_in_what_the_server_shows(
+    tokens: list[str], offsets: list[int], usage: dict, prompt: str, answer: str, expected: list[float]
+) -> None:
+    assert answer_tokens(completion(tokens, offsets, TINY[: len(tokens)], **usage), prompt, answer) == expected
