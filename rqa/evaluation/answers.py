@@ -42,7 +42,9 @@ class EvaluationDataArguments(Arguments):
     index_path: str | None = flag(
         None, "Index; built there if absent or stale. Default: in memory.", also="full_dataset_index_path"
     )
-    eval_data_path: str = flag(help="Examples, JSONL: with gold passages, and answers for a reader.", also="eval_file test_file")
+    eval_data_path: str = flag(
+        help="Examples, JSONL: with gold passages, and answers for a reader.", also="eval_file test_file"
+    )
     output_dir: str = flag(help="Directory that receives scores, predictions and report.")
     max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
 
@@ -77,7 +79,8 @@ def evaluate_answers(
         row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}
         texts = [passage.fmt_content for passage in passages]
         scores = score_answer(answer.text, row["gold_answer"])
-        scores |= {f"faithfulness{s}": faithfulness(answer.text, texts, n) for s, n in (("", 1), ("_bigrams", 2))}
+        scores |= {"faithfulness": faithfulness(answer.text, texts)}
+        scores |= {"faithfulness_bigrams": faithfulness(answer.text, texts, 2)}
         row["scores"] |= {f"gen/{name}": value for name, value in scores.items()}
     metrics = mean_scores(rows)
     texts = [answer.text for answer in answers]
