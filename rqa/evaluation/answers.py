@@ -105,10 +105,9 @@ def answer_speed(answers: Sequence[Answer], duration: float) -> dict[str, float]
     if all(answer.batch_size == 1 for answer in timed):
         return speed | latencies([answer.seconds for answer in timed])
     members = Counter((answer.seconds, answer.batch_size) for answer in timed)  # each knows the time of its whole batch
-    batches = [took for (took, size), count in members.items() for _ in range(count // size)]
-    p50, p95 = np.percentile(batches, (50, 95)).tolist()
-    per_batch = len(timed) / len(batches)
-    return speed | {"batch_seconds_p50": p50, "batch_seconds_p95": p95, "questions_per_batch": per_batch}
+    batches = [length for (length, size), count in members.items() for _ in range(count // size)]
+    took = {f"batch_seconds_p{p}": float(np.percentile(batches, p)) for p in (50, 95)}
+    return speed | took | {"questions_per_batch": len(timed) / len(batches)}
 
 
 @dataclass
@@ -131,12 +130,10 @@ class ReaderEvaluation:
     def __call__(
         self, objective: nn.Module, reader: Reader, warm_up: bool = False
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics by name, and one row a question.
+        """Metrics by name, and one row a question; objective and reader hold the same model.
 
         Args:
-            objective: Beside what the loop needs, it has `prompter.encode(example, passages, answer)` and
-                `batch(encoded examples)`.
-            reader: Answers with the same model.
+            objective: Has `prompter.encode(example, passages, answer)` and `batch(what that returns)`.
             warm_up: As in `evaluate_answers`.
         """
         if self.found is None:

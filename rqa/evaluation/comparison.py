@@ -10,13 +10,12 @@ import numpy as np
 
 from rqa.data import parse_document
 from rqa.evaluation.metrics import bleu
-from rqa.evaluation.report import PREDICTIONS, RIGHT
+from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
 from rqa.evaluation.results import answer_statistics, difference_intervals, interval, statistic_samples
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl
 
 Row = dict[str, Any]
-HEADLINES = ("gen/f1", "retr/recall@4")
 TELLING = 6  # a sign test calls five questions that all changed one way chance: 2 * 0.5**5 > 0.05
 
 
@@ -91,11 +90,9 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
 def compare(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
     """Every metric that both have, by name in A's order, then BLEU."""
     found = []
-    scored = [(a["scores"], b["scores"]) for a, b in pairs]
-    for name in dict.fromkeys(name for a, _ in scored for name in a):
-        scores = np.array(
-            [(a[name], b[name]) for a, b in scored if name in a and name in b], dtype=np.float64
-        )  # [n, 2]
+    rows = [(a["scores"], b["scores"]) for a, b in pairs]
+    for name in dict.fromkeys(name for a, _ in rows for name in a):
+        scores = np.array([(a[name], b[name]) for a, b in rows if name in a and name in b], dtype=float)  # [n, 2]
         if len(scores):
             gaps = scores[:, 1] - scores[:, 0]
             ends, changed = difference_intervals(gaps[:, None])[0].tolist(), int(np.count_nonzero(gaps))
@@ -123,4 +120,4 @@ def headline(differences: Sequence[Difference], name: str | None) -> Difference:
         raise UserError(f"--metric {name}: not in both runs; choose one of {', '.join(known) or 'none'}")
     if not known:
         raise UserError("the runs have no score in common; evaluate both in the same way")
-    return known[name or next((n for n in HEADLINES if n in known), differences[0].name)]
+    return known[name or next((n for n in DECISIVE if n in known), differences[0].name)]

@@ -128,8 +128,3 @@ def with_localrqa_names(means: Mapping[str, float]) -> dict[str, float]:
     """
     theirs = {name: name.replace("retr/recall@", "retr/document_recall/recall") for name in means} | LOCALRQA_NAMES
     return dict(means) | {theirs[name]: mean for name, mean in means.items()}
-
-
-def is_localrqa_name(name: str) -> bool:
-    """Whether a score goes by its second name: none of ours has two slashes."""
-    return name.count("/") > 1

@@ -14,16 +14,14 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rqa.data import Document, parse_document
-from rqa.evaluation.metrics import is_localrqa_name
+from rqa.data import parse_document
 from rqa.evaluation.runtime import machine_line
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_jsonl
 
 SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
-PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
+PREDICTIONS = "test-predictions.jsonl"
 EXAMPLES = 200  # questions that a page holds
-PASSAGE = 700  # characters of a passage
 RIGHT = 0.5  # a question is right from this score on
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
 TILES = {
@@ -72,7 +70,6 @@ def write_report(directory: str | Path) -> None:
     rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
     history, rates = state.get("log_history", []), details.get("scores", {})
     own = {name.removeprefix("test_"): rate for name, rate in rates.items()}
-    others = {name: value for name, value in scores.items() if name not in rates and not is_localrqa_name(name)}
     steps = [path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*")]
     best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
     marks = {
@@ -89,7 +86,7 @@ def write_report(directory: str | Path) -> None:
         tiles=[(title, own[name]) for name, title in TILES.items() if name in own],
         rates=own,
         widest=max(own.values(), key=lambda rate: rate["high"] - rate["low"], default=None),
-        others={name.removeprefix("test_"): value for name, value in others.items()},
+        others={name.removeprefix("test_"): value for name, value in other_figures(scores, rates).items()},
         charts=_charts(history, marks),
         refreshed=bool(marks["refreshed"]),
         examples=[_example(row) for row in rows[:EXAMPLES]],
@@ -98,8 +95,13 @@ def write_report(directory: str | Path) -> None:
         models=[arguments[name] for name in MODELS if arguments.get(name)],
         figure=figure,
     )
-    with atomic_file(directory / REPORT) as temporary:
+    with atomic_file(directory / "report.html") as temporary:
         temporary.write_text(page, encoding="utf-8")
+
+
+def other_figures(scores: Mapping[str, float], rates: Mapping[str, Any]) -> dict[str, float]:
+    """The scores that are no rates with intervals, by our names: LocalRQA's have two slashes, ours have not."""
+    return {name: value for name, value in scores.items() if name not in rates and name.count("/") < 2}
 
 
 def figure(value: float) -> str:
@@ -167,27 +169,15 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
 
 
 def _example(row: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a question."""
+    """A row with what the page shows of it, beside what it holds."""
     found, gold = (
-        {document.key: document for document in (parse_document(value, REPORT) for value in row.get(name, []))}
+        {document.key: document for document in (parse_document(value, PREDICTIONS) for value in row.get(name, []))}
         for name in ("retrieved_docs", "gold_docs")
     )
     decisive = next((name for name in DECISIVE if name in row["scores"]), None)
-    return {
-        "question": row["question"],
-        "history": row.get("chat_history") or [],
-        "gold_answer": row.get("gold_answer"),
-        "answer": row.get("generated_answer"),
-        "passages": [(_passage(document), key in gold) for key, document in found.items()],
-        "missed": [_passage(document) for key, document in gold.items() if key not in found],
-        "scores": row["scores"],
+    return row | {
+        "passages": [(document, key in gold) for key, document in found.items()],
+        "missed": [document for key, document in gold.items() if key not in found],
         "decisive": decisive,
         "right": decisive is not None and row["scores"][decisive] >= RIGHT,
     }
-
-
-def _passage(document: Document) -> tuple[str, str]:
-    """Its title and the beginning of its text."""
-    text = document.page_content
-    title = document.metadata.get("title") or document.metadata.get("source") or ""
-    return title, text[:PASSAGE] + ("…" if len(text) > PASSAGE else "")

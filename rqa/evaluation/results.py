@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from rqa.evaluation.metrics import bleu, bleu_statistics, is_localrqa_name
-from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, write_report
+from rqa.evaluation.metrics import bleu, bleu_statistics
+from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, other_figures, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
@@ -133,6 +133,5 @@ def markdown_table(scores: dict[str, float], details: dict[str, dict[str, Any]])
     lines = ["| metric | value | 95 % interval | questions |", "|---|---:|---:|---:|"]
     for name, row in details.items():
         lines.append(f"| {name} | {row['value']:.3f} | {row['low']:.3f} to {row['high']:.3f} | {row['n']} |")
-    others = [name for name in scores if name not in details and not is_localrqa_name(name)]
-    lines += [f"| {name} | {figure(scores[name])} | | |" for name in others]
+    lines += [f"| {name} | {figure(value)} | | |" for name, value in other_figures(scores, details).items()]
     return "\n".join(lines)
