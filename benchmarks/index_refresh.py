@@ -30,7 +30,7 @@ from harness import new_parser, peak_gib, print_result, print_table, read_corpus
 
 from rqa.data import Document, Example, write_documents, write_examples
 from rqa.evaluation.results import mean_intervals
-from rqa.evaluation.retrieval import score_questions
+from rqa.evaluation.retrieval import retrieval_rows
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
@@ -160,7 +160,8 @@ def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]
     retriever = Retriever(load_encoder(path), documents, IndexArguments())
     retriever.refresh()
     found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
-    values = np.array([[row[METRIC]] for row in score_questions(found, examples, (4,)) if row])  # [n, 1]
+    rows = retrieval_rows(found, examples, (4,))
+    values = np.array([[row["scores"][METRIC]] for row in rows if row["scores"]])  # [n, 1]
     (interval,) = mean_intervals(values).round(4).tolist()
     return {"recall@4": float(values.mean()), "interval": interval, "n": len(values)}
 

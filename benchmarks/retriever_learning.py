@@ -28,7 +28,7 @@ from harness import new_parser, print_result, print_table, read_corpus
 
 from rqa.data import Document, Example, write_documents, write_examples
 from rqa.evaluation.results import mean_intervals
-from rqa.evaluation.retrieval import score_questions
+from rqa.evaluation.retrieval import retrieval_rows
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, tuned_weight
@@ -143,8 +143,8 @@ def train_sentence_transformers(arguments: argparse.Namespace, output: Path, tra
 def measure(name: str, retriever: PassageRetriever, examples: Sequence[Example]) -> dict[str, Any]:
     """Scores over all questions, with intervals."""
     found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
-    scores = score_questions(found, examples, (1, 4, 10))
-    values = np.array([[row[metric] for metric in METRICS] for row in scores if row])  # [n, M]
+    rows = retrieval_rows(found, examples, (1, 4, 10))
+    values = np.array([[row["scores"][metric] for metric in METRICS] for row in rows if row["scores"]])  # [n, M]
     return {
         "system": name,
         "n": len(values),

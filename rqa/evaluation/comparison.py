@@ -8,15 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from rqa.data import parse_document
 from rqa.evaluation.metrics import bleu
-from rqa.evaluation.report import PREDICTIONS
-from rqa.evaluation.results import answer_statistics, difference_intervals, interval, is_telling, statistic_samples
+from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
+from rqa.evaluation.results import answer_statistics, difference_intervals, interval, statistic_samples
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl
 
 Row = dict[str, Any]
-SIDES = 0.5  # a score from here on is on the right side
-HEADLINES = ("gen/f1", "retr/recall@4")
+TELLING = 6  # a sign test calls five questions that all changed one way chance: 2 * 0.5**5 > 0.05
 
 
 @dataclass(frozen=True)
@@ -39,27 +39,25 @@ class Difference:
 
     @property
     def telling(self) -> bool:
-        """Whether it can be told from chance."""
-        return is_telling(self.low, self.high, self.changed)
+        """Whether it can be told from chance: the interval excludes 0, and enough questions changed.
+
+        Fewer than six changed questions tell nothing, whatever the bootstrap says: it cannot draw what it never saw.
+        """
+        return self.changed >= TELLING and (self.low > 0 or self.high < 0)
 
     def sentence(self) -> str:
         """What a reader wants to know."""
         gap = round(self.second - self.first, 3)
-        direction = "higher" if gap > 0 else "lower"
-        subject = f"{abs(gap):.3f} {direction} than" if gap else "the same as"
-        verdict = "this is more than chance" if self.telling else "this cannot be told from chance"
+        subject = f"{abs(gap):.3f} {'higher' if gap > 0 else 'lower'} than" if gap else "the same as"
         return (
             f"B's {self.name} is {subject} A's (95 % interval {self.low:+.3f} to {self.high:+.3f}, "
-            f"{self.questions} questions, {self.changed} of them changed): {verdict}."
+            f"{self.questions} questions, {self.changed} of them changed): "
+            + ("this is more than chance." if self.telling else "this cannot be told from chance.")
         )
 
 
 def read_predictions(run: str | Path) -> list[Row]:
-    """The rows that an evaluation left in its output directory, or in the file itself.
-
-    Raises:
-        UserError: there are none, or they have no scores.
-    """
+    """The rows that an evaluation left in its output directory, or in the file itself."""
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
     rows = []
     for line, row in read_jsonl(path):
@@ -72,12 +70,13 @@ def read_predictions(run: str | Path) -> list[Row]:
 
 
 def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Rows of the same question, whatever their order: same history, same question, same gold.
-
-    Raises:
-        UserError: one has questions that the other has not.
-    """
-    sides = [_by_question(rows) for rows in (first, second)]
+    """Rows of the same question, whatever their order: same history, same question, same gold."""
+    sides: tuple[dict[Any, list[Row]], ...] = (defaultdict(list), defaultdict(list))
+    for side, rows in zip(sides, (first, second), strict=True):
+        for row in rows:
+            turns = tuple((turn["speaker"], turn["message"]) for turn in row.get("chat_history") or ())
+            gold = frozenset(parse_document(value, "field 'gold_docs'").key for value in row.get("gold_docs") or ())
+            side[row["question"], turns, gold, row.get("gold_answer")].append(row)
     for name, ours, theirs in (("A", *sides), ("B", *sides[::-1])):
         extra = [rows[0]["question"] for key, rows in ours.items() if len(rows) > len(theirs.get(key, ()))]
         if extra:
@@ -90,59 +89,35 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
 
 def compare(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
     """Every metric that both have, by name in A's order, then BLEU."""
-    names = dict.fromkeys(name for row, _ in pairs for name in row["scores"])
-    found = [_difference(name, [both for both in pairs if all(name in row["scores"] for row in both)])
-             for name in names]  # fmt: skip
-    return [difference for difference in found if difference] + _bleu_difference(pairs)
+    found = []
+    rows = [(a["scores"], b["scores"]) for a, b in pairs]
+    for name in dict.fromkeys(name for a, _ in rows for name in a):
+        scores = np.array([(a[name], b[name]) for a, b in rows if name in a and name in b], dtype=float)  # [n, 2]
+        if len(scores):
+            gaps = scores[:, 1] - scores[:, 0]
+            ends, changed = difference_intervals(gaps[:, None])[0].tolist(), int(np.count_nonzero(gaps))
+            found.append(Difference(name, *scores.mean(axis=0).tolist(), *ends, len(scores), changed))
+    first, second = (np.array(answer_statistics(rows)) for rows in zip(*pairs, strict=True))
+    if len(first) == len(second) == len(pairs):
+        ends = interval(statistic_samples(second, bleu) - statistic_samples(first, bleu)).tolist()
+        changed = int((first != second).any(axis=1).sum())
+        found.append(Difference("gen/bleu", bleu(first.sum(0)), bleu(second.sum(0)), *ends, len(pairs), changed))
+    return found
 
 
 def changed_sides(pairs: Sequence[tuple[Row, Row]], name: str) -> tuple[list[Row], list[Row]]:
     """The rows of B that it gained, and those it lost: 0.5 or more in one run, less in the other."""
-    scored = [(row, *(r["scores"][name] >= SIDES for r in (other, row))) for other, row in pairs
-              if name in other["scores"] and name in row["scores"]]  # fmt: skip
-    gained = [row for row, before, after in scored if after and not before]
-    return gained, [row for row, before, after in scored if before and not after]
+    scored = [(a["scores"], b["scores"], b) for a, b in pairs]
+    sides = [(row, a[name] >= RIGHT, b[name] >= RIGHT) for a, b, row in scored if name in a and name in b]
+    gained = [row for row, before, after in sides if after and not before]
+    return gained, [row for row, before, after in sides if before and not after]
 
 
 def headline(differences: Sequence[Difference], name: str | None) -> Difference:
-    """The metric that decides: the one named, or token F1, or Recall@4, or the first.
-
-    Raises:
-        UserError: the runs do not both have it.
-    """
+    """The metric that decides: the one named, or token F1, or Recall@4, or the first."""
     known = {difference.name: difference for difference in differences}
     if name is not None and name not in known:
         raise UserError(f"--metric {name}: not in both runs; choose one of {', '.join(known) or 'none'}")
     if not known:
         raise UserError("the runs have no score in common; evaluate both in the same way")
-    return known[name or next((n for n in HEADLINES if n in known), differences[0].name)]
-
-
-def _by_question(rows: Sequence[Row]) -> dict[Any, list[Row]]:
-    questions = defaultdict(list)
-    for row in rows:
-        turns = tuple((turn["speaker"], turn["message"]) for turn in row.get("chat_history") or ())
-        gold = frozenset(
-            (str(document.get("metadata", {}).get("source", "")), document["page_content"])
-            for document in row.get("gold_docs") or ()
-        )
-        questions[row["question"], turns, gold, row.get("gold_answer")].append(row)
-    return questions
-
-
-def _difference(name: str, pairs: Sequence[tuple[Row, Row]]) -> Difference | None:
-    if not pairs:
-        return None
-    scores = np.array([[row["scores"][name] for row in both] for both in pairs], dtype=np.float64)  # [n, 2]
-    differences = scores[:, 1] - scores[:, 0]
-    low, high = difference_intervals(differences[:, None])[0].tolist()
-    return Difference(name, *scores.mean(axis=0).tolist(), low, high, len(pairs), int(np.count_nonzero(differences)))
-
-
-def _bleu_difference(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
-    first, second = (np.array(answer_statistics(rows)) for rows in zip(*pairs, strict=True))
-    if len(first) != len(pairs) or len(second) != len(pairs):
-        return []
-    low, high = interval(statistic_samples(second, bleu) - statistic_samples(first, bleu))
-    changed = int((first != second).any(axis=1).sum())
-    return [Difference("gen/bleu", bleu(first.sum(0)), bleu(second.sum(0)), low, high, len(pairs), changed)]
+    return known[name or next((n for n in DECISIVE if n in known), differences[0].name)]

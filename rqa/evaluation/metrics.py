@@ -1,4 +1,4 @@
-"""Scores of answers and of rankings; every one a rate between 0 and 1."""
+"""Scores of answers and of rankings; each is a rate between 0 and 1."""
 
 import math
 import re
@@ -23,10 +23,9 @@ def normalize_answer(text: str) -> list[str]:
 def token_f1(answer: str, reference: str) -> float:
     """The harmonic mean of word precision and recall; two empty texts agree."""
     ours, theirs = normalize_answer(answer), normalize_answer(reference)
-    common = sum((Counter(ours) & Counter(theirs)).values())
     if not ours or not theirs:
         return float(ours == theirs)
-    return 2 * common / (len(ours) + len(theirs))
+    return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
 
 
 def exact_match(answer: str, reference: str) -> float:
@@ -39,19 +38,26 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 
     Words are those of `token_f1`, without articles and punctuation. A run never spans two passages.
     """
-    ours = _runs(answer, size)
-    theirs = sum((_runs(passage, size) for passage in passages), Counter())
+
+    def runs(text: str) -> Counter[tuple[str, ...]]:
+        words = normalize_answer(text)
+        return Counter(zip(*(words[start:] for start in range(size)), strict=False))
+
+    ours, theirs = runs(answer), sum(map(runs, passages), Counter())
     return (ours & theirs).total() / ours.total() if ours else 0.0
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
     """The scores of one answer beside its reference that can be averaged over answers."""
-    rouge = _rouge().score(reference, answer)
-    return {
-        **{kind: rouge[kind].fmeasure for kind in ROUGE_KINDS},
-        "f1": token_f1(answer, reference),
-        "exact_match": exact_match(answer, reference),
-    }
+    rouge = {kind: score.fmeasure for kind, score in _rouge().score(reference, answer).items()}
+    return rouge | {"f1": token_f1(answer, reference), "exact_match": exact_match(answer, reference)}
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes longer to import than all of rqa
+
+    return RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
 
 
 def bleu_statistics(answer: str, reference: str) -> list[int]:
@@ -60,14 +66,14 @@ def bleu_statistics(answer: str, reference: str) -> list[int]:
     return [*score.counts, *score.totals, score.sys_len, score.ref_len]
 
 
+_BLEU = sacrebleu.BLEU(effective_order=True)  # of its sentence scores only the counts are used
+
+
 def bleu(statistics: Sequence[int]) -> float:
     """sacreBLEU, divided by 100, from statistics summed over answers. [10]"""
-    counts, totals, (answer_length, reference_length) = statistics[:4], statistics[4:8], statistics[8:]
-    score = sacrebleu.BLEU.compute_bleu(
-        list(counts), list(totals), int(answer_length), int(reference_length), smooth_method="exp"
-    )
-    # sacreBLEU's geometric mean of four ones comes out a rounding error above one.
-    return min(score.score / 100, 1.0)
+    counts, totals, lengths = list(statistics[:4]), list(statistics[4:8]), map(int, statistics[8:])
+    score = sacrebleu.BLEU.compute_bleu(counts, totals, *lengths, smooth_method="exp").score
+    return min(score / 100, 1.0)  # sacreBLEU's geometric mean of four ones comes out a rounding error above one
 
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
@@ -83,15 +89,13 @@ def recall_at(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> float
 
 def reciprocal_rank(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
     """One over the rank of the first gold document; 0 if it is not among the first k."""
-    return next((1 / rank for rank, document in enumerate(ranking[:k], start=1) if document in gold), 0.0)
+    return next((1 / rank for rank in _gold_ranks(ranking, gold, k)), 0.0)
 
 
 def ndcg(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
     """Discounted cumulative gain over the best possible one, relevance 0 or 1 (Järvelin & Kekäläinen 2002)."""
-    found = {document: rank for rank, document in reversed(list(enumerate(ranking[:k], start=1)))}  # its first rank
-    gain = sum(1 / math.log2(rank + 1) for rank in sorted(found[document] for document in gold & found.keys()))
-    ideal = sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(gold)) + 1))
-    return gain / ideal
+    gain = sum(1 / math.log2(rank + 1) for rank in _gold_ranks(ranking, gold, k))
+    return gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(k, len(gold)) + 1))
 
 
 def average_precision(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
@@ -99,12 +103,12 @@ def average_precision(ranking: Sequence[Hashable], gold: Set[Hashable], k: int =
 
     Source: trec_eval's `map_cut`.
     """
-    found, precisions = set(), 0.0
-    for rank, document in enumerate(ranking[:k], start=1):
-        if document in gold and document not in found:
-            found.add(document)
-            precisions += len(found) / rank
-    return precisions / len(gold)
+    return sum(found / rank for found, rank in enumerate(_gold_ranks(ranking, gold, k), start=1)) / len(gold)
+
+
+def _gold_ranks(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> list[int]:
+    """The ranks, from 1 to k, at which gold documents are first found, in ascending order."""
+    return sorted(ranking.index(document) + 1 for document in gold if document in ranking[:k])
 
 
 def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Sequence[int]) -> dict[str, float]:
@@ -122,26 +126,5 @@ def with_localrqa_names(means: Mapping[str, float]) -> dict[str, float]:
 
     ROUGE is of word stems here, and of whole words there.
     """
-    theirs = {name: LOCALRQA_NAMES.get(name, name.replace("retr/recall@", "retr/document_recall/recall"))
-              for name in means}  # fmt: skip
+    theirs = {name: name.replace("retr/recall@", "retr/document_recall/recall") for name in means} | LOCALRQA_NAMES
     return dict(means) | {theirs[name]: mean for name, mean in means.items()}
-
-
-def is_localrqa_name(name: str) -> bool:
-    """Whether a score goes by its second name: none of ours has two slashes."""
-    return name.count("/") > 1
-
-
-def _runs(text: str, size: int) -> Counter[tuple[str, ...]]:
-    words = normalize_answer(text)
-    return Counter(zip(*(words[start:] for start in range(size)), strict=False))
-
-
-@cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes longer to import than all of rqa
-
-    return RougeScorer(list(ROUGE_KINDS), use_stemmer=True)
-
-
-_BLEU = sacrebleu.BLEU(effective_order=True)  # of its sentence scores only the counts are used

@@ -14,10 +14,36 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from rqa.evaluation.metrics import is_localrqa_name
+from rqa.data import parse_document
 from rqa.evaluation.runtime import machine_line
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_jsonl
+
+SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
+PREDICTIONS = "test-predictions.jsonl"
+EXAMPLES = 200  # questions that a page holds
+RIGHT = 0.5  # a question is right from this score on
+DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
+TILES = {
+    "gen/f1": "Token F1",
+    "gen/rougeL": "ROUGE-L",
+    "gen/exact_match": "Exact match",
+    "retr/recall@1": "Recall@1",
+    "retr/recall@4": "Recall@4",
+    "retr/mrr@10": "MRR@10",
+}
+MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model")  # below the title
+CHARTS = {  # title -> names of its lines, of which a run has some
+    "Loss": ("loss", "eval_loss"),
+    "Recall on the eval file": ("eval_retr/recall@1", "eval_retr/recall@4", "eval_retr/recall@10"),
+    "Ranking on the eval file": ("eval_retr/mrr@10", "eval_retr/ndcg@10", "eval_retr/map@10"),
+    "Answers on the eval file": ("eval_gen/f1", "eval_gen/rougeL", "eval_gen/bleu", "eval_gen/exact_match"),
+    "Learning rate": ("learning_rate",),
+    "Tokens a second": ("tokens_per_second",),
+    "Gradient norm": ("grad_norm",),
+}
+REFRESHED = "index_refreshed"  # an entry of the history that is no measure
+LEGEND = {"loss": "training", "eval_loss": "eval file"}
 
 SIZE = (4.2, 2.3)  # inches; the page scales them
 MARKERS = 40  # a line of more points is drawn without them
@@ -28,9 +54,76 @@ MARKS = {  # kind -> bottom and top as shares of the height, and style; many of 
     "saved": (0.0, 0.05, {"color": COLOURS["muted"]}),
     "refreshed": (0.95, 1.0, {"color": COLOURS["line-3"]}),
 }
-UNWANTED = ("Creator", "Date", "Format", "Type")  # metadata that Matplotlib would write
 
 Line = Sequence[tuple[float, float]]
+
+
+def write_report(directory: str | Path) -> None:
+    """Write `report.html` from whatever result files the directory holds, by the main process."""
+    directory = Path(directory)
+    if not distributed.is_main():
+        return
+    scores, details, arguments, state = (
+        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        for path in (directory / name for name in (SCORES, DETAILS, ARGUMENTS, "trainer_state.json"))
+    )
+    rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
+    history, rates = state.get("log_history", []), details.get("scores", {})
+    own = {name.removeprefix("test_"): rate for name, rate in rates.items()}
+    steps = [path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*")]
+    best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
+    marks = {
+        "saved": [float(step) for step in steps if step.isdigit()],
+        "best": [float(best)] if best else [],
+        "refreshed": [step for step, _ in _line(history, REFRESHED)],
+    }
+    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
+    page = template.render(
+        title=directory.resolve().name,
+        machine=machine_line(details["machine"]) if "machine" in details else "",
+        peak=details.get("peak_memory_gib", {}),
+        tiles=[(title, own[name]) for name, title in TILES.items() if name in own],
+        rates=own,
+        widest=max(own.values(), key=lambda rate: rate["high"] - rate["low"], default=None),
+        others={name.removeprefix("test_"): value for name, value in other_figures(scores, rates).items()},
+        charts=_charts(history, marks),
+        refreshed=bool(marks["refreshed"]),
+        examples=[_example(row) for row in rows[:EXAMPLES]],
+        questions=len(rows),
+        arguments=arguments,
+        models=[arguments[name] for name in MODELS if arguments.get(name)],
+        figure=figure,
+    )
+    with atomic_file(directory / "report.html") as temporary:
+        temporary.write_text(page, encoding="utf-8")
+
+
+def other_figures(scores: Mapping[str, float], rates: Mapping[str, Any]) -> dict[str, float]:
+    """The scores that are no rates with intervals, by our names: LocalRQA's have two slashes, ours have not."""
+    return {name: value for name, value in scores.items() if name not in rates and name.count("/") < 2}
+
+
+def figure(value: float) -> str:
+    """Four digits, or all before the point: 0.02075, 761.7, 698,512."""
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+
+
+def _charts(history: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
+    """A title, an SVG and the names and last values of its lines, for each chart that has something to show."""
+    known = {name for names in CHARTS.values() for name in names} | {"step", REFRESHED}
+    own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
+    charts = []
+    for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
+        lines = {name: line for name in names if (line := _line(history, name))}
+        if svg := line_chart(lines, marks):
+            legend = {LEGEND.get(n, n.rpartition("/")[2].replace("_", " ")): line[-1][1] for n, line in lines.items()}
+            charts.append({"title": title, "svg": Markup(svg), "legend": legend})
+    return charts
+
+
+def _line(history: Sequence[Mapping[str, Any]], name: str) -> Line:
+    return [(entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
 
 
 def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] | None = None) -> str:
@@ -51,8 +144,8 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         return ""
     settings = {"svg.fonttype": "none", "svg.hashsalt": " ".join(lines), "font.family": "sans-serif", "font.size": 10.5}
     with rc_context(settings):
-        figure = Figure(SIZE, layout="constrained")
-        axes = figure.subplots()
+        canvas = Figure(SIZE, layout="constrained")
+        axes = canvas.subplots()
         for number, (name, line) in enumerate(drawn.items()):
             marker = "o" if len(line) < MARKERS else ""
             axes.plot(*np.array(line).reshape(-1, 2).T, color=COLOURS[f"line-{number}"], marker=marker, ms=3, gid=name)
@@ -66,7 +159,8 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         text = io.StringIO()
-        figure.savefig(text, format="svg", transparent=True, metadata=dict.fromkeys(UNWANTED))
+        unwanted = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata that Matplotlib would write
+        canvas.savefig(text, format="svg", transparent=True, metadata=unwanted)
     svg = f'<svg role="img" aria-label="{escape(", ".join(lines))} by step" {text.getvalue().partition("<svg ")[2]}'
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
@@ -74,141 +168,16 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
     return re.sub(r'(?<= id=")|(?<="#)|(?<=url\(#)', f"{chart}-", svg)  # a page holds several charts, and an id once
 
 
-SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
-PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
-EXAMPLES = 200  # questions that a page holds
-PASSAGE = 700  # characters of a passage
-RIGHT = 0.5  # a question is right from this score on
-TILES = {
-    "gen/f1": "Token F1",
-    "gen/rougeL": "ROUGE-L",
-    "gen/exact_match": "Exact match",
-    "retr/recall@1": "Recall@1",
-    "retr/recall@4": "Recall@4",
-    "retr/mrr@10": "MRR@10",
-}
-MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model_name_or_path")  # below the title
-DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
-CHARTS = {  # title -> names of its lines, of which a run has some
-    "Loss": ("loss", "eval_loss"),
-    "Recall on the eval file": ("eval_retr/recall@1", "eval_retr/recall@4", "eval_retr/recall@10"),
-    "Ranking on the eval file": ("eval_retr/mrr@10", "eval_retr/ndcg@10", "eval_retr/map@10"),
-    "Answers on the eval file": ("eval_gen/f1", "eval_gen/rougeL", "eval_gen/bleu", "eval_gen/exact_match"),
-    "Learning rate": ("learning_rate",),
-    "Tokens a second": ("tokens_per_second",),
-    "Gradient norm": ("grad_norm",),
-}
-REFRESHED = "index_refreshed"  # an entry of the history that is no measure
-LEGEND = {"loss": "training", "eval_loss": "eval file"}
-
-
-def write_report(directory: str | Path) -> None:
-    """Write `report.html` from whatever result files the directory holds, by the main process."""
-    directory = Path(directory)
-    if not distributed.is_main():
-        return
-    details, state = _read(directory / DETAILS), _read(directory / "trainer_state.json")
-    rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
-    arguments = {n: value for n, value in _read(directory / ARGUMENTS).items() if "api_key" not in n}
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
-    page = template.render(
-        title=directory.resolve().name,
-        machine=machine_line(details["machine"]) if "machine" in details else "",
-        peak=details.get("peak_memory_gib", {}),
-        **_score_tables(_read(directory / SCORES), details.get("scores", {})),
-        charts=_charts(state, directory),
-        refreshed=bool(_line(state.get("log_history", []), REFRESHED)),
-        examples=[_example(row) for row in rows[:EXAMPLES]],
-        questions=len(rows),
-        arguments=arguments,
-        models=[name for name in MODELS if name in arguments],
-        figure=figure,
-    )
-    with atomic_file(directory / REPORT) as temporary:
-        temporary.write_text(page, encoding="utf-8")
-
-
-def figure(value: float) -> str:
-    """Four digits, or all before the point: 0.02075, 761.7, 698,512."""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
-
-
-def _read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def _score_tables(scores: dict[str, float], details: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Tiles of the main scores, rates with intervals, and the other figures."""
-    rates = [{"name": name.removeprefix("test_"), **row} for name, row in details.items()]
-    known = {row["name"]: row for row in rates}
-    others = {
-        name.removeprefix("test_"): value
-        for name, value in scores.items()
-        if name not in details and not is_localrqa_name(name)
-    }
-    return {
-        "tiles": [{**known[name], "title": title} for name, title in TILES.items() if name in known],
-        "rates": rates,
-        "others": others,
-        "widest": max(rates, key=lambda row: row["high"] - row["low"], default=None),
-    }
-
-
-def _charts(state: dict[str, Any], directory: Path) -> list[dict[str, Any]]:
-    """A title, an SVG and the names and last values of its lines, for each chart that has something to show."""
-    history: list[dict[str, float]] = state.get("log_history", [])
-    best = (state.get("best_model_checkpoint") or "").rpartition("-")[2]
-    saved = (path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*"))
-    marks = {
-        "saved": [float(step) for step in saved if step.isdigit()],
-        "best": [float(best)] if best else [],
-        "refreshed": [step for step, _ in _line(history, REFRESHED)],
-    }
-    known = {name for names in CHARTS.values() for name in names} | {"step", REFRESHED}
-    own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
-    charts = []
-    for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
-        lines = {name: line for name in names if (line := _line(history, name))}
-        if svg := line_chart(lines, marks):
-            legend = [
-                (LEGEND.get(name, name.rpartition("/")[2].replace("_", " ")), line[-1][1])
-                for name, line in lines.items()
-            ]
-            charts.append({"title": title, "svg": Markup(svg), "legend": legend})
-    return charts
-
-
-def _line(history: Sequence[dict[str, float]], name: str) -> Line:
-    return [(entry["step"], entry[name]) for entry in history if isinstance(entry.get(name), int | float)]
-
-
 def _example(row: dict[str, Any]) -> dict[str, Any]:
-    """What the page shows of a question."""
-    gold = {_key(document) for document in row.get("gold_docs", [])}
-    found = [_passage(document, _key(document) in gold) for document in row.get("retrieved_docs", [])]
-    shown = {_key(document) for document in row.get("retrieved_docs", [])}
-    missed = [_passage(document, True) for document in row.get("gold_docs", []) if _key(document) not in shown]
-    scores = row.get("scores", {})
-    decisive = next((name for name in DECISIVE if name in scores), None)
-    return {
-        "question": row["question"],
-        "history": row.get("chat_history") or [],
-        "gold_answer": row.get("gold_answer"),
-        "answer": row.get("generated_answer"),
-        "passages": found,
-        "missed": missed,
-        "scores": scores,
+    """A row with what the page shows of it, beside what it holds."""
+    found, gold = (
+        {document.key: document for document in (parse_document(value, PREDICTIONS) for value in row.get(name, []))}
+        for name in ("retrieved_docs", "gold_docs")
+    )
+    decisive = next((name for name in DECISIVE if name in row["scores"]), None)
+    return row | {
+        "passages": [(document, key in gold) for key, document in found.items()],
+        "missed": [document for key, document in gold.items() if key not in found],
         "decisive": decisive,
-        "right": decisive is not None and scores[decisive] >= RIGHT,
+        "right": decisive is not None and row["scores"][decisive] >= RIGHT,
     }
-
-
-def _passage(document: dict[str, Any], gold: bool) -> dict[str, Any]:
-    metadata, text = document.get("metadata", {}), document["page_content"]
-    title = metadata.get("title") or metadata.get("source") or ""
-    return {"title": title, "text": text[:PASSAGE] + ("…" if len(text) > PASSAGE else ""), "gold": gold}
-
-
-def _key(document: dict[str, Any]) -> tuple[str, str]:
-    return str(document.get("metadata", {}).get("source", "")), document["page_content"]

@@ -1,6 +1,7 @@
 """How well a retriever finds the gold documents, and how fast."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,74 @@ from rqa.evaluation.metrics import score_ranking, with_localrqa_names
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Hits, PassageRetriever
-from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file, fingerprint
+from rqa.runtime.flags import Arguments, flag
+
+RANKING_DEPTH = 10
+TIMED_QUESTIONS = 100  # asked one at a time
+WARM_UP = 3
+
+
+@dataclass(kw_only=True)
+class EvaluationArguments(Arguments):
+    """How a system is evaluated."""
+
+    embedding_max_num_to_retrieve: int = flag(3, "Number of passages that are retrieved for a question and read.")
+    recall_at: list[int] = flag([1, 4, 10], "Values of k for which Recall@k is reported.", rare=True)
+
+    def check(self) -> None:
+        self.check_bounds("embedding_max_num_to_retrieve", at_least=0)
+        self.check_bounds("recall_at", at_least=1)
+
+    @property
+    def depth(self) -> int:
+        """Documents of a ranking: as deep as any metric looks, and as the reader reads."""
+        return max(RANKING_DEPTH, self.embedding_max_num_to_retrieve, *self.recall_at)
+
+
+def find_passages(
+    retriever: PassageRetriever, examples: Sequence[Example], flags: EvaluationArguments
+) -> list[list[Document]]:
+    """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
+    return retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), flags.depth))
+
+
+def retrieval_rows(
+    found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]
+) -> list[dict[str, Any]]:
+    """One row a question: what was asked and found, and its `scores`: `retr/recall@4` and so on, none without gold.
+
+    Args:
+        found: What was retrieved for each question, best first; at least max(cutoffs, 10) documents.
+        cutoffs: The k of Recall@k.
+    """
+    rows = []
+    for documents, example in zip(found, examples, strict=True):
+        ranking, gold = [document.key for document in documents], {document.key for document in example.gold_docs}
+        scores = score_ranking(ranking, gold, cutoffs) if gold else {}
+        row = {"retrieved_docs": [document.to_json() for document in documents]}
+        rows.append(example.to_json() | row | {"scores": {f"retr/{name}": value for name, value in scores.items()}})
+    return rows
+
+
+def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The mean of each of the rows' `scores` over the questions that have it, by our name and by LocalRQA's."""
+    columns: dict[str, list[float]] = {}
+    for row in rows:
+        for name, value in row["scores"].items():
+            columns.setdefault(name, []).append(value)
+    return with_localrqa_names({name: sum(values) / len(values) for name, values in columns.items()})
+
+
+def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> dict[str, float]:
+    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else."""
+    queries = [retrieval_query(example) for example in examples]
+    for query in queries[:WARM_UP]:
+        retriever.retrieve([query], k)
+    single = [seconds(lambda query=query: retriever.retrieve([query], k)) for query in queries[:TIMED_QUESTIONS]]
+    together = seconds(lambda: retriever.retrieve(queries, k))
+    speed = latencies(single) | {"questions_per_second": len(queries) / together}
+    return {f"retr/{name}": value for name, value in speed.items()}
 
 
 def document_name(document: Document) -> str:
@@ -27,10 +94,9 @@ def write_run(path: str | Path, hits: Hits, documents: Sequence[Document], tag: 
     below the one before it is written as the next smaller number.
     """
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for question, (ids, scores) in enumerate(zip(hits.ids.tolist(), hits.scores, strict=True), start=1):
-            found = [(i, score) for i, score in zip(ids, scores.astype(np.float32), strict=True) if i >= 0]
+        for question, (ids, scores) in enumerate(zip(hits.ids, hits.scores.astype(np.float32), strict=True), start=1):
             before = np.float32(np.inf)
-            for rank, (i, score) in enumerate(found, start=1):
+            for rank, (i, score) in enumerate(zip(ids[ids >= 0], scores[ids >= 0], strict=True), start=1):
                 before = min(score, np.nextafter(before, np.float32(-np.inf)))
                 file.write(f"{question} Q0 {document_name(documents[i])} {rank} {float(before)!r} {tag}\n")
 
@@ -41,103 +107,3 @@ def write_qrels(path: str | Path, examples: Sequence[Example]) -> None:
         for question, example in enumerate(examples, start=1):
             for name in dict.fromkeys(document_name(document) for document in example.gold_docs):
                 file.write(f"{question} 0 {name} 1\n")
-
-
-def read_run(path: str | Path) -> dict[str, list[str]]:
-    """The ranking of each question as trec_eval sees it: by score, ties by the name that sorts last.
-
-    Raises:
-        UserError: the file is missing, or a line is not one of a run.
-    """
-    scored: dict[str, dict[str, float]] = {}
-    for where, (question, _, document, _, score, _) in _lines(path, 6):
-        try:
-            scored.setdefault(question, {})[document] = float(np.float32(score))
-        except ValueError:
-            raise UserError(f"{where}: the score {score} is not a number") from None
-    return {
-        question: sorted(row, key=lambda document, row=row: (row[document], document), reverse=True)
-        for question, row in scored.items()
-    }
-
-
-def read_qrels(path: str | Path) -> dict[str, set[str]]:
-    """The relevant documents of each question; those judged 0 or less are left out.
-
-    Raises:
-        UserError: the file is missing, or a line is not one of a qrels file.
-    """
-    gold: dict[str, set[str]] = {}
-    for where, (question, _, document, relevance) in _lines(path, 4):
-        try:
-            relevant = int(relevance) > 0
-        except ValueError:
-            raise UserError(f"{where}: the relevance {relevance} is not a whole number") from None
-        gold.setdefault(question, set()).update({document} if relevant else ())
-    return gold
-
-
-def _lines(path: str | Path, fields: int) -> Iterator[tuple[str, list[str]]]:
-    """File and line, and the fields of each line that is not blank."""
-    try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    for number, line in enumerate(lines, start=1):
-        parts = line.split()
-        if parts and len(parts) != fields:
-            raise UserError(f"{path}:{number}: expected {fields} fields, found {len(parts)}")
-        if parts:
-            yield f"{path}:{number}", parts
-
-
-TIMED_QUESTIONS = 100  # asked one at a time
-WARMUP = 3
-
-
-def score_questions(
-    found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]
-) -> list[dict[str, float]]:
-    """The scores of each question, `retr/recall@4` and so on; none where it has no gold documents. [Q]
-
-    Args:
-        found: What was retrieved for each question, best first; at least max(cutoffs, 10) documents.
-        cutoffs: The k of Recall@k.
-    """
-    scores = []
-    for documents, example in zip(found, examples, strict=True):
-        ranking, gold = [document.key for document in documents], {document.key for document in example.gold_docs}
-        row = score_ranking(ranking, gold, cutoffs) if gold else {}
-        scores.append({f"retr/{name}": value for name, value in row.items()})
-    return scores
-
-
-def mean_scores(rows: Sequence[dict[str, float]]) -> dict[str, float]:
-    """The mean of each score over the questions that have it, by our name and by LocalRQA's."""
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row.items():
-            columns.setdefault(name, []).append(value)
-    return with_localrqa_names({name: sum(values) / len(values) for name, values in columns.items()})
-
-
-def retrieval_rows(
-    found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One row a question: what was asked, found and scored."""
-    scores = score_questions(found, examples, cutoffs)
-    return [
-        example.to_json() | {"retrieved_docs": [document.to_json() for document in documents], "scores": row}
-        for example, documents, row in zip(examples, found, scores, strict=True)
-    ]
-
-
-def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> dict[str, float]:
-    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else."""
-    queries = [retrieval_query(example) for example in examples]
-    for query in queries[:WARMUP]:
-        retriever.retrieve([query], k)
-    single = [seconds(lambda query=query: retriever.retrieve([query], k)) for query in queries[:TIMED_QUESTIONS]]
-    together = seconds(lambda: retriever.retrieve(queries, k))
-    speed = {**latencies(single), "questions_per_second": len(queries) / together}
-    return {f"retr/{name}": value for name, value in speed.items()}

@@ -16,29 +16,22 @@ import transformers
 
 from rqa.runtime import distributed
 
-PERCENTILES = (50, 95, 99)
 PACKAGES = (torch, transformers, faiss, np)
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """The seconds that `work` takes, until the device has finished it, too."""
-    synchronize()
+    """The seconds that `work` takes, until the GPU has finished it, too."""
+    finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    finish()
     started = time.perf_counter()
     work()
-    synchronize()
+    finish()
     return time.perf_counter() - started
-
-
-def synchronize() -> None:
-    """Wait until the device has done all that it was given."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def latencies(durations: Sequence[float]) -> dict[str, float]:
     """Percentiles of durations in seconds, in milliseconds: `latency_p50_ms` and so on."""
-    values = np.percentile(np.asarray(durations) * 1000, PERCENTILES)
-    return {f"latency_p{percentile}_ms": float(value) for percentile, value in zip(PERCENTILES, values, strict=True)}
+    return {f"latency_p{p}_ms": float(np.percentile(np.asarray(durations) * 1000, p)) for p in (50, 95, 99)}
 
 
 def peak_memory() -> dict[str, float]:
@@ -52,8 +45,13 @@ def peak_memory() -> dict[str, float]:
 
 def machine() -> dict[str, Any]:
     """What a figure was measured on."""
+    try:  # `platform.processor` is empty or only the architecture on Linux
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        cpu = platform.processor() or platform.machine()
     return {
-        "cpu": _cpu_name(),
+        "cpu": cpu,
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "processes": distributed.world_size(),
@@ -68,12 +66,3 @@ def machine_line(machine: dict[str, Any]) -> str:
     processor = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *(package.__name__ for package in PACKAGES)))
     return f"{processor}; {machine['processes']} process(es) of {machine['threads']} thread(s); {versions}"
-
-
-def _cpu_name() -> str:
-    """`platform.processor` is empty or only the architecture on Linux."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()

@@ -66,7 +66,7 @@ def test_intervals_are_the_same_at_every_call_and_between_the_rates_bounds() -> 
 def test_a_large_file_is_resampled_in_chunks_of_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(8).random((200, 1))
     whole = mean_intervals(values)
-    monkeypatch.setattr("rqa.evaluation.statistics.CHUNK", 1000)
+    monkeypatch.setattr("rqa.evaluation.results.CHUNK", 1000)
     np.testing.assert_allclose(mean_intervals(values), whole, atol=0.01)
 
 
