@@ -19,15 +19,15 @@ from rqa.data import Document, Example, normalize
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import EncoderBatch, EncoderObjective
 from rqa.objectives.losses import contrastive
-from rqa.preparation.chunking import digest
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.distributed import autocast, gather_rows
 from rqa.runtime.errors import UserError, check_bounds
+from rqa.runtime.files import fingerprint
 
 QUERIES_AT_ONCE = 256
-TEXTS_KEPT = 2**18  # passages whose text's digest is remembered
+TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 
 
 @dataclass
@@ -89,7 +89,7 @@ class NegativeChooser:
         self.arguments = arguments
         self.counts: Counter[str] = Counter()
         self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _text(documents[number]))
-        gold: dict[bytes, set[bytes]] = {}
+        gold: dict[str, set[str]] = {}
         for example in examples:
             gold.setdefault(_question(example), set()).update(map(_text, example.gold_docs))
         self._gold = [gold[_question(example)] for example in examples]
@@ -108,7 +108,7 @@ class NegativeChooser:
             scores: Theirs. [k]
         """
         gold_score = -np.inf
-        ranked: dict[bytes, tuple[int, float]] = {}
+        ranked: dict[str, tuple[int, float]] = {}
         for number, score in zip(ids, scores, strict=True):
             if number < 0:
                 continue
@@ -126,12 +126,12 @@ class NegativeChooser:
         return chosen
 
 
-def _text(document: Document) -> bytes:
-    return digest(normalize(document.page_content))
+def _text(document: Document) -> str:
+    return fingerprint(normalize(document.page_content))
 
 
-def _question(example: Example) -> bytes:
-    return digest(normalize(retrieval_query(example)))
+def _question(example: Example) -> str:
+    return fingerprint(normalize(retrieval_query(example)))
 
 
 log = logging.getLogger(__name__)
