@@ -75,7 +75,7 @@ def measure_chunking(arguments: argparse.Namespace) -> list[dict[str, Any]]:
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
     tokenizer.model_max_length = 10**9  # a text is longer than the model reads, and nobody needs to be told
     size, overlap = arguments.chunk_size, arguments.chunk_overlap
-    chunker = Chunker(tokenizer.backend_tokenizer, ChunkArguments(size, overlap))
+    chunker = Chunker(tokenizer.backend_tokenizer, ChunkArguments(chunk_size=size, chunk_overlap=overlap))
     splitter = RecursiveCharacterTextSplitter.from_huggingface_tokenizer(
         tokenizer, chunk_size=size, chunk_overlap=overlap
     )

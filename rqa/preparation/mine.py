@@ -24,7 +24,7 @@ def mine(
     found = []
     for number in tqdm(range(len(rankings[0].ids)), desc="choose negatives", unit="q", leave=False):
         lists = [chooser(number, hits.ids[number].tolist(), hits.scores[number].tolist()) for hits in rankings]
-        chosen: dict[bytes, int] = {}
+        chosen: dict[str, int] = {}
         for i in (i for row in zip_longest(*lists) for i in row if i is not None):
             chosen.setdefault(chooser.text_of(i), i)
         found.append([documents[i] for i in list(chosen.values())[:count]])

@@ -18,21 +18,13 @@ _TITLE = re.compile(r"\A\s*#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Source:
-    """One text to cut.
+    """One text to cut."""
 
-    Attributes:
-        source: Where it comes from: a path or an address.
-        title: Its title, else its file's name.
-        text: The text; headings as Markdown has them.
-        where: File, and line of a JSONL file, for messages.
-        metadata: Whatever else the file had; passages inherit it.
-    """
-
-    source: str
-    title: str
-    text: str
-    where: str
-    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str  # a path or an address
+    title: str  # the text's own, else its file's name
+    text: str  # with headings as Markdown has them
+    where: str  # file, and line of a JSONL file, for messages
+    metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the file had; passages inherit it
 
 
 class Unreadable(Exception):
@@ -40,47 +32,37 @@ class Unreadable(Exception):
 
 
 def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
-    """The file, or a folder's files in order: those that can be read, and those of other kinds; no hidden ones.
-
-    Raises:
-        UserError: there is nothing to read, or what reads it is not installed.
-    """
+    """The file, or a folder's files in order: those that can be read, and those of other kinds; no hidden ones."""
     path = Path(path)
-    if path.is_dir():
-        inside = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
-        visible = [file for file in inside if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-        files = [file for file in visible if file.suffix.lower() in READERS]
-        others = [file for file in visible if file.suffix.lower() not in READERS]
-        if not files:
-            raise UserError(f"{path}: holds no file that ends in {', '.join(READERS)}")
-    elif path.is_file():
-        files, others = [path], []
-        if path.suffix.lower() not in READERS:
-            raise UserError(f"{path}: cannot be read; write files that end in {', '.join(READERS)}")
-    else:
+    if not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: no such file or folder")
+    found = [path]
+    if path.is_dir():
+        found = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
+        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
+    files = [file for file in found if file.suffix.lower() in READERS]
+    if not files:
+        wrong = "holds no file that ends" if path.is_dir() else "cannot be read; write files that end"
+        raise UserError(f"{path}: {wrong} in {', '.join(READERS)}")
     for file in files:
         package = PACKAGES.get(file.suffix.lower())
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f'{file}: reading it needs {package}; pip install "rqa[documents]"')
-    return files, others
+    return files, [file for file in found if file.suffix.lower() not in READERS]
 
 
 def read_sources(file: Path, name: str) -> Iterator[Source]:
-    """The texts of one file; a JSONL file has one a line, and any other file one.
-
-    Args:
-        name: What passages call the file.
-
-    Raises:
-        Unreadable: the file is damaged, encrypted, or in an unknown encoding.
-        UserError: a JSONL line is malformed.
-    """
+    """The texts of one file, which passages call `name`. A JSONL file has one a line, and any other file one."""
     return READERS[file.suffix.lower()](file, name)
 
 
 def _read_text(file: Path, name: str) -> Iterator[Source]:
-    text = _decode(_bytes(file))
+    data = _bytes(file)
+    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
+    try:
+        text = data.decode(encoding).replace("\r\n", "\n")
+    except UnicodeDecodeError as error:
+        raise Unreadable(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
     title = _TITLE.match(text)
     yield Source(name, title[1] if title else file.stem, text, str(file))
 
@@ -99,12 +81,11 @@ def _read_pdf(file: Path, name: str) -> Iterator[Source]:
     import pypdf
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
+    data = _bytes(file)
     try:
-        reader = pypdf.PdfReader(io.BytesIO(_bytes(file)))
+        reader = pypdf.PdfReader(io.BytesIO(data))
         pages = [page.extract_text() for page in reader.pages]
         title = (reader.metadata and reader.metadata.title) or file.stem
-    except Unreadable:
-        raise
     except Exception as error:  # a damaged PDF raises nearly anything
         raise Unreadable(f"not a readable PDF ({one_line(error) or type(error).__name__})") from None
     yield Source(name, str(title), "\n\n".join(pages), str(file))
@@ -127,23 +108,10 @@ def _bytes(file: Path) -> bytes:
         raise Unreadable(error.strerror or str(error)) from None
 
 
-def _decode(data: bytes) -> str:
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        return data.decode(encoding).replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
-
-
 READERS: dict[str, Callable[[Path, str], Iterator[Source]]] = {
-    ".txt": _read_text,
-    ".md": _read_text,
-    ".markdown": _read_text,
-    ".rst": _read_text,
-    ".html": _read_html,
-    ".htm": _read_html,
+    **dict.fromkeys((".txt", ".md", ".markdown", ".rst"), _read_text),
+    **dict.fromkeys((".html", ".htm"), _read_html),
     ".pdf": _read_pdf,
     ".jsonl": _read_rows,
 }
-PACKAGES = {".html": "trafilatura", ".htm": "trafilatura", ".pdf": "pypdf"}
-"""What the extra `documents` installs, by what needs it."""
+PACKAGES = {".html": "trafilatura", ".htm": "trafilatura", ".pdf": "pypdf"}  # what the extra `documents` installs
