@@ -29,6 +29,7 @@ class EstimatedTokens:
     chat_template = None
     bos_token_id = None
     eos_token_id = 0
+    eos_token = ""
     all_special_ids: tuple[int, ...] = ()
     added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 
