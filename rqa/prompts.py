@@ -124,7 +124,7 @@ class PromptArguments(Arguments):
     assistant_prefix: str = flag("ASSISTANT:", "Text before an assistant's turn.")
     sep_user: str = flag("\n", "Text after a user's turn.", rare=True)
     sep_sys: str = flag(
-        "", "Text after an assistant's turn; the end token follows unless it holds a special token.", rare=True
+        "", "Text after an assistant's turn; without a special token, the end token follows.", rare=True
     )
     prompt_template: str | None = flag(None, "Text file with {passages} and {question} that replaces the instruction.")
     max_seq_length: int = flag(2048, "Tokens of prompt and answer together, at most.")
