@@ -1,4 +1,4 @@
-"""Examples: questions with their gold passages and, for readers, their gold answer. LocalRQA's JSONL."""
+"""LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
 import json
 import logging
@@ -7,27 +7,23 @@ import pickletools
 import random
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any, BinaryIO, overload
+from typing import Any, BinaryIO
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
 
+log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class Document:
-    """A passage of the database.
-
-    Attributes:
-        page_content: The passage itself.
-        metadata: At least `source`, usually `title`; whatever else the file had.
-        fmt_content: The text that models read and the index holds; derived from source, title and content when empty.
-    """
+    """A passage of the database."""
 
     page_content: str
-    metadata: dict[str, Any] = field(default_factory=dict, hash=False)
-    fmt_content: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # at least `source`, usually `title`
+    fmt_content: str = ""  # what models read and the index holds; by default source, title and content
 
     def __post_init__(self) -> None:
         if not self.fmt_content:
@@ -49,15 +45,7 @@ def format_content(page_content: str, metadata: dict[str, Any]) -> str:
 
 
 def parse_document(value: Any, where: str) -> Document:
-    """Check one decoded document.
-
-    Args:
-        value: What the file holds: an object with `page_content`, `metadata` and `fmt_content`.
-        where: File, line and field, for the error.
-
-    Raises:
-        UserError: a field is missing or of the wrong type.
-    """
+    """Check one decoded document; `where` is file, line and field, for the error."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a document object, found {type(value).__name__}")
     content = value.get("page_content")
@@ -73,11 +61,7 @@ def parse_document(value: Any, where: str) -> Document:
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once.
-
-    Raises:
-        UserError: the file is missing, empty, of another format, or holds something that is not a document.
-    """
+    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
     unique: dict[tuple[str, str], Document] = {}
     for document in iterate_documents(path):
         unique.setdefault(document.key, document)
@@ -87,11 +71,7 @@ def read_documents(path: str | Path) -> list[Document]:
 
 
 def iterate_documents(path: str | Path) -> Iterator[Document]:
-    """Yield each document of a database as it stands, repeated ones too; of a `.jsonl`, one in memory at a time.
-
-    Raises:
-        UserError: the file is missing, of another format, or holds something that is not a document.
-    """
+    """Yield each document of a database, repeated ones too; of a `.jsonl`, one is in memory at a time."""
     path = Path(path)
     if path.suffix in (".pkl", ".pickle"):
         yield from _read_pickle(path)
@@ -100,11 +80,7 @@ def iterate_documents(path: str | Path) -> Iterator[Document]:
 
 
 class DocumentFile(Sequence[Document]):
-    """The documents of a `.jsonl` read when they are asked for: a database larger than memory.
-
-    Raises:
-        UserError: a line is malformed; the file is read once to find out.
-    """
+    """The documents of a `.jsonl`, read when they are asked for: a database larger than memory."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -112,7 +88,7 @@ class DocumentFile(Sequence[Document]):
         self._starts = array("q")
         self._lines = array("q")
         for _ in iterate_documents(path):
-            pass
+            pass  # a malformed line is refused now
         with self.path.open("rb") as file:
             start = 0
             for number, line in enumerate(file, start=1):
@@ -126,13 +102,7 @@ class DocumentFile(Sequence[Document]):
     def __len__(self) -> int:
         return len(self._starts)
 
-    @overload
-    def __getitem__(self, position: int) -> Document: ...
-
-    @overload
-    def __getitem__(self, position: slice) -> list[Document]: ...
-
-    def __getitem__(self, position: int | slice) -> Document | list[Document]:
+    def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
         if self._file is None:
@@ -160,18 +130,15 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
 
 
-def _refuse_huge_memo(file: BinaryIO, size: int) -> None:
-    """The unpickler makes room for whatever number a damaged file gives to an object, be it billions."""
-    for opcode, number, _ in pickletools.genops(file):
-        if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
-            raise UserError(f"not a readable pickle (it numbers an object {number})")
-    file.seek(0)
-
-
 def _read_pickle(path: Path) -> list[Document]:
     try:
         with path.open("rb") as file:
-            _refuse_huge_memo(file, path.stat().st_size)
+            size = path.stat().st_size
+            # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
+            for opcode, number, _ in pickletools.genops(file):
+                if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
+                    raise UserError(f"not a readable pickle (it numbers an object {number})")
+            file.seek(0)
             values = _DocumentUnpickler(file).load()
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
@@ -190,9 +157,6 @@ def _read_pickle(path: Path) -> list[Document]:
     return documents
 
 
-log = logging.getLogger(__name__)
-
-
 @dataclass(frozen=True)
 class Turn:
     """One message of the conversation before the question."""
@@ -203,59 +167,39 @@ class Turn:
 
 @dataclass(frozen=True)
 class Example:
-    """One question.
-
-    Attributes:
-        question: The question to answer.
-        gold_docs: The passages that answer it.
-        gold_answer: The reference answer; None in files for retrievers.
-        other_answers: What would be as right, such as another spelling.
-        chat_history: What was said before, oldest first.
-        hard_neg_docs: Passages that look right and are not.
-        ctxs: Passages of an earlier retrieval, best first (DCA); `ctx_scores` are their reader scores, if given.
-        where: File and line, for messages.
-    """
+    """One question."""
 
     question: str
-    gold_docs: tuple[Document, ...] = ()
-    gold_answer: str | None = None
-    chat_history: tuple[Turn, ...] = ()
-    hard_neg_docs: tuple[Document, ...] = ()
-    ctxs: tuple[Document, ...] = ()
-    ctx_scores: tuple[float, ...] | None = None
-    other_answers: tuple[str, ...] = ()
-    where: str = field(default="", compare=False)
+    gold_docs: tuple[Document, ...] = ()  # the passages that answer it
+    gold_answer: str | None = None  # the reference answer; None in files for retrievers
+    chat_history: tuple[Turn, ...] = ()  # what was said before, oldest first
+    hard_neg_docs: tuple[Document, ...] = ()  # passages that look right and are not
+    ctxs: tuple[Document, ...] = ()  # passages of an earlier retrieval, best first (DCA)
+    ctx_scores: tuple[float, ...] | None = None  # their reader scores, if given
+    other_answers: tuple[str, ...] = ()  # what would be as right, such as another spelling
+    where: str = field(default="", compare=False)  # file and line, for messages
 
     def to_json(self) -> dict[str, Any]:
-        row: dict[str, Any] = {
+        contexts = [document.to_json() for document in self.ctxs]
+        for context, score in zip(contexts, self.ctx_scores or (), strict=False):
+            context["score"] = score
+        row = {
             "question": self.question,
-            "chat_history": [{"speaker": turn.speaker, "message": turn.message} for turn in self.chat_history],
+            "chat_history": [asdict(turn) for turn in self.chat_history],
             "gold_docs": [document.to_json() for document in self.gold_docs],
+            "gold_answer": self.gold_answer,
+            "other_answers": list(self.other_answers) or None,
+            "hard_neg_docs": [document.to_json() for document in self.hard_neg_docs] or None,
+            "ctxs": contexts or None,
         }
-        if self.gold_answer is not None:
-            row["gold_answer"] = self.gold_answer
-        if self.other_answers:
-            row["other_answers"] = list(self.other_answers)
-        if self.hard_neg_docs:
-            row["hard_neg_docs"] = [document.to_json() for document in self.hard_neg_docs]
-        if self.ctxs:
-            row["ctxs"] = [document.to_json() for document in self.ctxs]
-            for context, score in zip(row["ctxs"], self.ctx_scores or (), strict=False):
-                context["score"] = score
-        return row
+        return {name: value for name, value in row.items() if value is not None}
 
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
-    """Read examples; a row with several `questions` becomes one example each.
+    """Read the examples of a `.jsonl`; a row with several `questions` becomes one example each.
 
-    Generated data holds blank questions and answers: those are reported by line and left out.
-
-    Args:
-        path: A `.jsonl` file.
-        answers: Whether every row must have a `gold_answer`.
-
-    Raises:
-        UserError: the file is missing or empty, or a field is missing or of the wrong type.
+    With `answers`, every row must have a `gold_answer`. Generated data holds blank questions and answers: these are
+    reported by line and left out.
     """
     examples = list(iterate_examples(path, answers))
     if not examples:
@@ -264,17 +208,13 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
 
 
 def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
-    """What `read_examples` reads, one line in memory at a time.
-
-    Raises:
-        UserError: the file is missing, or a field is missing or of the wrong type.
-    """
+    """What `read_examples` reads, one line in memory at a time."""
     for line, row in read_jsonl(path):
         for example in _parse_row(row, f"{path}:{line}", answers):
-            blank = [name for name, text in (("question", example.question), ("gold_answer", example.gold_answer))
-                     if text is not None and not text.strip()]  # fmt: skip
+            texts = {"question": example.question, "gold_answer": example.gold_answer}
+            blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
             if blank:
-                log.warning("%s: field '%s' is blank; the example is left out", example.where, blank[0])
+                log.warning("%s: field '%s' is blank; the example is left out", example.where, blank)
             else:
                 yield example
 
@@ -292,12 +232,11 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
 
 
 def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
-    questions = row["questions"] if "questions" in row else [row.get("question")]
-    if not isinstance(questions, list) or not questions:
-        raise UserError(f"{where}: field 'questions' must be a list of questions")
-    if not all(isinstance(question, str) for question in questions):
-        name = "questions" if "questions" in row else "question"
-        raise UserError(f"{where}: field '{name}' must be a string")
+    several = "questions" in row
+    questions = row["questions"] if several else [row.get("question")]
+    if not isinstance(questions, list) or not questions or not all(isinstance(text, str) for text in questions):
+        expected = "'questions' must be a list of strings" if several else "'question' must be a string"
+        raise UserError(f"{where}: field {expected}")
     answer = row.get("gold_answer")
     if not isinstance(answer, str) and (answers or answer is not None):
         raise UserError(f"{where}: field 'gold_answer' must be a string")
@@ -306,20 +245,24 @@ def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
     others = _list(row, "other_answers", where)
     if not all(isinstance(other, str) for other in others):
         raise UserError(f"{where}: field 'other_answers' must hold strings")
-    contexts = _list(row, "ctxs", where)
-    scores = [context.get("score") for context in contexts if isinstance(context, dict)]
+    turns = _list(row, "chat_history", where)
+    for turn in turns:
+        if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("speaker", "message")):
+            raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
+    scores = [context.get("score") for context in _list(row, "ctxs", where) if isinstance(context, dict)]
     scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
-    common: dict[str, Any] = {
-        "gold_docs": _documents(row, "gold_docs", where),
-        "gold_answer": answer,
-        "chat_history": tuple(_turn(turn, where) for turn in _list(row, "chat_history", where)),
-        "hard_neg_docs": _documents(row, "hard_neg_docs", where),
-        "ctxs": _documents(row, "ctxs", where),
-        "ctx_scores": tuple(map(float, scores)) if scored else None,
-        "other_answers": tuple(others),
-        "where": where,
-    }
-    return [Example(question, **common) for question in questions]
+    first = Example(
+        questions[0],
+        gold_docs=_documents(row, "gold_docs", where),
+        gold_answer=answer,
+        chat_history=tuple(Turn(turn["speaker"], turn["message"]) for turn in turns),
+        hard_neg_docs=_documents(row, "hard_neg_docs", where),
+        ctxs=_documents(row, "ctxs", where),
+        ctx_scores=tuple(map(float, scores)) if scored else None,
+        other_answers=tuple(others),
+        where=where,
+    )
+    return [replace(first, question=question) for question in questions]
 
 
 def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
@@ -331,12 +274,6 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
 
 def _documents(row: dict[str, Any], name: str, where: str) -> tuple[Document, ...]:
     return tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
-
-
-def _turn(value: Any, where: str) -> Turn:
-    if not isinstance(value, dict) or not all(isinstance(value.get(k), str) for k in ("speaker", "message")):
-        raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
-    return Turn(value["speaker"], value["message"])
 
 
 def normalize(text: str) -> str:

@@ -1,8 +1,8 @@
 """Token batches: sequences laid end to end in one row, with no padding computed.
 
 `transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
-borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in
-the flattened output through `TokenBatch.starts`.
+borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in the
+flattened output through `TokenBatch.starts`.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,32 +22,25 @@ class Batch:
     """A frozen dataclass that moves to a device with all its tensors and batches."""
 
     def to(self, device: torch.device) -> Self:
-        return replace(self, **{name: _moved(value, device) for name, value in vars(self).items()})
+        def moved(value: Any) -> Any:
+            if isinstance(value, dict):
+                return {name: moved(part) for name, part in value.items()}
+            if isinstance(value, tuple):
+                return tuple(map(moved, value))
+            if isinstance(value, Batch):
+                return value.to(device)
+            return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-
-def _moved(value: Any, device: torch.device) -> Any:
-    if isinstance(value, Tensor):
-        return value.to(device, non_blocking=True)
-    if isinstance(value, dict):
-        return {name: _moved(part, device) for name, part in value.items()}
-    if isinstance(value, tuple):
-        return tuple(_moved(part, device) for part in value)
-    return value.to(device) if isinstance(value, Batch) else value
+        return replace(self, **moved(vars(self)))
 
 
 @dataclass(frozen=True)
 class TokenBatch(Batch):
-    """B sequences as a model's keyword arguments.
+    """B sequences as a model's keyword arguments."""
 
-    Attributes:
-        inputs: `input_ids [1, T]` and the borders (packed), or `input_ids [B, L]` and a mask (padded).
-        starts: The row of each sequence's first token in the output flattened to `[rows, width]`. [B]
-        lengths: Real tokens of each sequence. [B]
-    """
-
-    inputs: dict[str, Any]
-    starts: Tensor
-    lengths: Tensor
+    inputs: dict[str, Any]  # input_ids [1, T] and the borders (packed), or input_ids [B, L] and a mask (padded)
+    starts: Tensor  # the row of each sequence's first token in the output flattened to [rows, width]. [B]
+    lengths: Tensor  # real tokens of each sequence. [B]
 
     @property
     def rows(self) -> Tensor:
@@ -84,28 +77,19 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
     mask = torch.arange(longest) < lengths[:, None]  # [B, L]
     input_ids = torch.full(mask.shape, pad_id)
     input_ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
-    return TokenBatch(
-        {"input_ids": input_ids, "attention_mask": mask.long()}, torch.arange(len(sequences)) * longest, lengths
-    )
+    starts = torch.arange(len(sequences)) * longest
+    return TokenBatch({"input_ids": input_ids, "attention_mask": mask.long()}, starts, lengths)
 
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """Prompts with answers, and where the answers' logits are.
-
-    Attributes:
-        tokens: The sequences.
-        positions: Rows of the flattened output that predict an answer token. [N]
-        targets: The answer tokens. [N]
-        owners: The sequence that each answer token belongs to. [N]
-        indices: The examples' numbers in their file, for messages.
-    """
+    """Prompts with answers, and where the answers' logits are."""
 
     tokens: TokenBatch
-    positions: Tensor
-    targets: Tensor
-    owners: Tensor
-    indices: tuple[int, ...] = ()
+    positions: Tensor  # rows of the flattened output that predict an answer token. [N]
+    targets: Tensor  # the answer tokens. [N]
+    owners: Tensor  # the sequence that each answer token belongs to. [N]
+    indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
@@ -126,33 +110,20 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
         for sequence, start in zip(sequences, tokens.starts, strict=True)
     ]
     answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
-    counts = torch.tensor([len(answer) for answer in answers])
-    return AnswerBatch(
-        tokens,
-        torch.cat(positions),
-        torch.tensor([token for answer in answers for token in answer]),
-        torch.arange(len(sequences)).repeat_interleave(counts),
-        tuple(indices),
-    )
+    targets = torch.tensor([token for answer in answers for token in answer])
+    owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
+    return AnswerBatch(tokens, torch.cat(positions), targets, owners, tuple(indices))
 
 
 @dataclass(frozen=True)
 class FiDBatch(Batch):
-    """B questions with their passages, encoded one by one, and their answers.
+    """B questions with their passages, encoded one by one, and their answers."""
 
-    Attributes:
-        parts: The passages of all questions, those of similar length together.
-        places: Where the real tokens of the parts, in order, stand among the B * S states. [T]
-        owners: The passage of its question that a state belongs to, -1 for padding. [B, S]
-        labels: The answers' tokens, -100 for padding. [B, L]
-        indices: The examples' numbers in their file, for messages.
-    """
-
-    parts: tuple[TokenBatch, ...]
-    places: Tensor
-    owners: Tensor
-    labels: Tensor
-    indices: tuple[int, ...] = ()
+    parts: tuple[TokenBatch, ...]  # the passages of all questions, those of similar length together
+    places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
+    owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
+    labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
+    indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
@@ -168,11 +139,7 @@ class FiDBatch(Batch):
 def fid_batch(
     sequences: Sequence[FiDSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
 ) -> FiDBatch:
-    """Collate questions with several passages each.
-
-    Args:
-        max_tokens: Passage tokens of one forward pass of the encoder.
-    """
+    """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
     passages = [passage for sequence in sequences for passage in sequence.passages]
     width = max(sum(map(len, sequence.passages)) for sequence in sequences)
     owners = torch.full((len(sequences), width), -1)
@@ -198,14 +165,10 @@ def fid_batch(
 def token_budget_batches(
     lengths: Sequence[int], max_tokens: int, padded: bool = False, least_full: float = 0.0
 ) -> list[list[int]]:
-    """Indices, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
+    """Indices of sequences, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
 
-    Longest first makes an out-of-memory error come at once, and neighbours of similar length.
-
-    Args:
-        lengths: Tokens of each sequence.
-        padded: Whether every sequence costs as much as the longest one of its batch.
-        least_full: The shortest sequence of a batch, as a share of its longest.
+    Longest first makes an out-of-memory error come at once, and neighbours of similar length. In a padded batch each
+    sequence costs as much as the longest one; none is shorter than that times `least_full`.
     """
     batches: list[list[int]] = []
     room = 0

@@ -1,7 +1,8 @@
 """Packed and padded batches, against loops; answers' logits against the full ones."""
 
+import itertools
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -9,12 +10,13 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.models.causal_lm import answer_logits, load_causal_lm
-from rqa.packing import TokenBatch, answer_batch, pack, pad, token_budget_batches
-from rqa.prompts import TokenSequence
+from rqa.packing import Collate, answer_batch, fid_batch, pack, pad, token_budget_batches
+from rqa.prompts import FiDSequence, TokenSequence
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 PAD_ID = 99
 pad_99 = partial(pad, pad_id=PAD_ID)
+packed_and_padded = pytest.mark.parametrize("collate", [pack, pad_99])
 
 
 def random_sequences(count: int, vocabulary: int, seed: int) -> list[TokenSequence]:
@@ -23,9 +25,8 @@ def random_sequences(count: int, vocabulary: int, seed: int) -> list[TokenSequen
     made = [TokenSequence([3, 4], 1)]
     for _ in range(count - 1):
         length = chance.randint(2, 40)
-        made.append(
-            TokenSequence([chance.randrange(3, vocabulary) for _ in range(length)], chance.randint(1, length - 1))
-        )
+        ids = [chance.randrange(3, vocabulary) for _ in range(length)]
+        made.append(TokenSequence(ids, chance.randint(1, length - 1)))
     return made
 
 
@@ -42,16 +43,13 @@ def theirs(lm_path: str) -> PreTrainedModel:
 def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """The full logits of one sequence at a time, and of them the rows before each answer token."""
     rows = []
-    with torch.no_grad():
-        for sequence in sequences:
-            logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
-            for position in range(len(sequence.ids)):
-                if position >= sequence.answer_start:
-                    rows.append(logits[position - 1])
+    for sequence in sequences:
+        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
+        rows += [logits[position - 1] for position in range(len(sequence.ids)) if position >= sequence.answer_start]
     return torch.stack(rows)
 
 
-# ---------------------------------------------------------------- pack and pad
+# ---------------------------------------------------------------- batches
 
 
 def test_packing_lays_sequences_end_to_end() -> None:
@@ -76,107 +74,83 @@ def test_padding_is_on_the_right_and_masked() -> None:
     assert inputs["attention_mask"].tolist() == [[1] * len(s) + [0] * (5 - len(s)) for s in SEQUENCES]
 
 
-@pytest.mark.parametrize("collate", [pack, pad, pad_99])
-@pytest.mark.parametrize("sequences", [SEQUENCES, SEQUENCES[:1], [[1]], [[7, 7], [7, 7]]])
-def test_starts_and_lengths_find_each_token_in_the_flat_output(
-    sequences: list[list[int]], collate: Callable[[Sequence[Sequence[int]]], TokenBatch]
-) -> None:
-    batch = collate(sequences)
-    flat = batch.inputs["input_ids"].flatten().tolist()
-    pairs = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
-    assert [flat[start : start + length] for start, length in pairs] == sequences
+@packed_and_padded
+def test_starts_lengths_and_rows_find_each_token_in_the_flat_output(collate: Collate) -> None:
+    for sequences in (SEQUENCES, SEQUENCES[:1], [[1]], [[7, 7], [7, 7]]):
+        batch = collate(sequences)
+        flat = batch.inputs["input_ids"].flatten().tolist()
+        pairs = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
+        assert [flat[start : start + length] for start, length in pairs] == sequences
+        assert [flat[row] for row in batch.rows.tolist()] == [*itertools.chain(*sequences)]
 
 
-@pytest.mark.parametrize("collate", [pack, pad_99])
-def test_an_answer_batch_names_position_target_and_owner_of_each_answer_token(
-    collate: Callable[[Sequence[Sequence[int]]], TokenBatch],
-) -> None:
+@packed_and_padded
+def test_an_answer_batch_names_position_target_and_owner_of_each_answer_token(collate: Collate) -> None:
     sequences = random_sequences(9, 50, seed=1)
     batch = answer_batch(sequences, collate, range(20, 29))
     flat = batch.tokens.inputs["input_ids"].flatten()
-    positions, targets, owners = [], [], []
+    expected = []
     for owner, (sequence, start) in enumerate(zip(sequences, batch.tokens.starts.tolist(), strict=True)):
         for offset in range(sequence.answer_start, len(sequence.ids)):
-            positions.append(start + offset - 1)
-            targets.append(sequence.ids[offset])
-            owners.append(owner)
-    assert batch.positions.tolist() == positions
-    assert batch.targets.tolist() == targets
-    assert batch.owners.tolist() == owners
-    assert flat[batch.positions + 1].tolist() == targets
+            expected.append((start + offset - 1, sequence.ids[offset], owner))
+    assert (
+        list(zip(*(each.tolist() for each in (batch.positions, batch.targets, batch.owners)), strict=True)) == expected
+    )
+    assert torch.equal(flat[batch.positions + 1], batch.targets)
     assert batch.indices == tuple(range(20, 29))
-    assert batch.weight == sum(len(sequence.ids) - sequence.answer_start for sequence in sequences)
+    assert batch.weight == len(expected)
     assert batch.num_tokens == sum(len(sequence.ids) for sequence in sequences)
+
+
+@packed_and_padded
+def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Collate) -> None:
+    asked = [FiDSequence([[1, 2, 3], [4], [5, 6]], [7, 8]), FiDSequence([[9, 10]], []), FiDSequence([[11] * 5], [12])]
+    batch = fid_batch(asked, collate, 6, [4, 5, 6])
+    assert max(len(part.rows) for part in batch.parts) <= 6
+    found = torch.zeros(batch.owners.shape, dtype=torch.long).flatten()
+    found[batch.places] = torch.cat([part.inputs["input_ids"].flatten()[part.rows] for part in batch.parts])
+    assert found.view(3, 6).tolist() == [[1, 2, 3, 4, 5, 6], [9, 10, 0, 0, 0, 0], [11] * 5 + [0]]
+    assert batch.owners.tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, -1, -1, -1, -1], [0] * 5 + [-1]]
+    assert batch.labels.tolist() == [[7, 8], [-100, -100], [12, -100]]
+    assert (batch.weight, batch.num_tokens, batch.indices) == (3, 16, (4, 5, 6))
 
 
 # ---------------------------------------------------------------- logits of answers
 
 
 @pytest.mark.parametrize("collate", [pack, pad, pad_99])
-@pytest.mark.parametrize("seed", range(3))
-def test_the_answers_logits_are_those_rows_of_the_full_logits(
-    seed: int,
-    collate: Callable[[Sequence[Sequence[int]]], TokenBatch],
-    ours: PreTrainedModel,
-    theirs: PreTrainedModel,
+@torch.no_grad()
+def test_the_answers_logits_are_those_rows_of_the_full_logits_alone_or_in_a_batch_of_any_order(
+    collate: Collate, ours: PreTrainedModel, theirs: PreTrainedModel
 ) -> None:
-    sequences = random_sequences(8, ours.config.vocab_size, seed)
-    with torch.no_grad():
-        logits = answer_logits(ours, answer_batch(sequences, collate))
-    expected = naive_rows(theirs, sequences)
-    assert logits.shape == expected.shape
-    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
+    alone = [[TokenSequence([3, 4], 1)], [TokenSequence(list(range(3, 33)), 20)]]
+    for sequences in [*alone, *(random_sequences(8, ours.config.vocab_size, seed) for seed in range(3))]:
+        for turned in (sequences, random.Random(0).sample(sequences, len(sequences))):
+            logits, expected = answer_logits(ours, answer_batch(turned, collate)), naive_rows(theirs, turned)
+            assert logits.shape == expected.shape
+            torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("collate", [pack, pad])
-def test_one_sequence_alone_is_a_batch_too(
-    collate: Callable[[Sequence[Sequence[int]]], TokenBatch], ours: PreTrainedModel, theirs: PreTrainedModel
-) -> None:
-    for sequence in (TokenSequence([3, 4], 1), TokenSequence(list(range(3, 33)), 20)):
-        with torch.no_grad():
-            logits = answer_logits(ours, answer_batch([sequence], collate))
-        torch.testing.assert_close(logits, naive_rows(theirs, [sequence]), rtol=0, atol=1e-10)
-
-
-@pytest.mark.parametrize("collate", [pack, pad])
-def test_permuting_the_sequences_permutes_the_logits_and_nothing_else(
-    collate: Callable[[Sequence[Sequence[int]]], TokenBatch], ours: PreTrainedModel
-) -> None:
-    sequences = random_sequences(7, ours.config.vocab_size, seed=5)
-    order = random.Random(0).sample(range(7), 7)
-    with torch.no_grad():
-        straight = answer_batch(sequences, collate)
-        permuted = answer_batch([sequences[i] for i in order], collate)
-        first, second = answer_logits(ours, straight), answer_logits(ours, permuted)
-    expected = torch.cat([first[straight.owners == i] for i in order])
-    torch.testing.assert_close(second, expected, rtol=0, atol=1e-12)
-
-
+@torch.no_grad()
 def test_a_sequence_does_not_see_its_neighbours(ours: PreTrainedModel) -> None:
     first, second, third = random_sequences(4, ours.config.vocab_size, seed=6)[1:]
     changed = TokenSequence([token // 2 + 3 for token in second.ids], second.answer_start)
-    assert changed.ids != second.ids
-    with torch.no_grad():
-        before, after = (answer_batch([first, middle, third], pack) for middle in (second, changed))
-        logits, others = answer_logits(ours, before), answer_logits(ours, after)
+    before, after = (answer_batch([first, middle, third], pack) for middle in (second, changed))
+    logits, others = answer_logits(ours, before), answer_logits(ours, after)
     outside = before.owners != 1
     torch.testing.assert_close(logits[outside], others[outside], rtol=0, atol=1e-12)
     assert (logits[~outside] - others[~outside]).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("collate", [pack, pad])
-def test_the_gradient_is_that_of_the_sequences_one_by_one(
-    collate: Callable[[Sequence[Sequence[int]]], TokenBatch], lm_path: str
-) -> None:
+@packed_and_padded
+def test_the_gradient_is_that_of_the_sequences_one_by_one(collate: Collate, lm_path: str) -> None:
     sequences = random_sequences(5, 200, seed=7)
     ours = load_causal_lm(lm_path, dtype=torch.float64)
     theirs = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float64, attn_implementation="sdpa")
     batch = answer_batch(sequences, collate)
     torch.nn.functional.cross_entropy(answer_logits(ours, batch), batch.targets, reduction="sum").backward()
-    for sequence in sequences:
-        logits = theirs(input_ids=torch.tensor([sequence.ids])).logits[0, sequence.answer_start - 1 : -1]
-        targets = torch.tensor(sequence.ids[sequence.answer_start :])
-        torch.nn.functional.cross_entropy(logits, targets, reduction="sum").backward()
+    targets = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.answer_start :]])
+    torch.nn.functional.cross_entropy(naive_rows(theirs, sequences), targets, reduction="sum").backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
@@ -184,28 +158,24 @@ def test_the_gradient_is_that_of_the_sequences_one_by_one(
 # ---------------------------------------------------------------- token budgets
 
 
-@pytest.mark.parametrize("seed", range(20))
 @pytest.mark.parametrize("padded", [False, True])
-def test_batches_hold_each_index_once_within_the_budget_longest_first(padded: bool, seed: int) -> None:
-    chance = random.Random(seed)
-    lengths = [chance.choice([1, 2, 5, chance.randint(1, 300)]) for _ in range(chance.randint(1, 60))]
-    budget = chance.choice([1, 7, 64, 250, 10_000])
-    batches = token_budget_batches(lengths, budget, padded)
-    assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
-    assert all(batches)
-    for batch in batches:
-        tokens = max(lengths[i] for i in batch) * len(batch) if padded else sum(lengths[i] for i in batch)
-        assert len(batch) == 1 or tokens <= budget
-    in_order = [lengths[index] for batch in batches for index in batch]
-    assert in_order == sorted(lengths, reverse=True)
+def test_batches_hold_each_index_once_within_the_budget_longest_first(padded: bool) -> None:
+    for seed in range(20):
+        chance = random.Random(seed)
+        lengths = [chance.choice([1, 2, 5, chance.randint(1, 300)]) for _ in range(chance.randint(1, 60))]
+        budget, least_full = chance.choice([1, 7, 64, 250, 10_000]), chance.choice([0.0, 0.8])
+        batches = token_budget_batches(lengths, budget, padded, least_full)
+        assert sorted(index for batch in batches for index in batch) == list(range(len(lengths)))
+        for batch in batches:
+            costs = [lengths[index] for index in batch]
+            assert len(batch) == 1 or (max(costs) * len(batch) if padded else sum(costs)) <= budget
+            assert min(costs) >= least_full * max(costs)
+        assert [lengths[index] for batch in batches for index in batch] == sorted(lengths, reverse=True)
 
 
 def test_batches_are_filled_as_far_as_the_order_allows() -> None:
     assert token_budget_batches([10, 40, 30, 20], 60) == [[1], [2, 3, 0]]
     assert token_budget_batches([10, 40, 30, 20], 60, padded=True) == [[1], [2, 3], [0]]
     assert token_budget_batches([7] * 6, 14) == [[0, 1], [2, 3], [4, 5]]
-
-
-def test_no_sequences_are_no_batches_and_empty_ones_cost_nothing() -> None:
     assert token_budget_batches([], 10) == []
     assert token_budget_batches([0, 0], 10) == [[0, 1]]

@@ -2,14 +2,25 @@
 
 import itertools
 import re
+from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
 from tokenizers import processors
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data import Document, Example, Turn
-from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, retrieval_query
+from rqa.prompts import (
+    INSTRUCTION,
+    DoesNotFit,
+    FiDPromptArguments,
+    FiDPrompter,
+    PromptArguments,
+    Prompter,
+    fitting,
+    retrieval_query,
+)
 from rqa.runtime.errors import UserError
 
 HISTORY = (
@@ -18,36 +29,22 @@ HISTORY = (
     Turn("User", "And the market of Brask?"),
     Turn("Assistant", "It is held each spring."),
 )
+ANSWER = "Arlen trades in copper."
 ALTERNATING = (
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
     "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
     "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+both_formats = pytest.mark.parametrize("chat_format", ["prefix", "template"])
 
 
-def clone(
-    tokenizer: PreTrainedTokenizerBase, template: str | None = None, **options: object
-) -> PreTrainedTokenizerBase:
+def clone(tokenizer: PreTrainedTokenizerBase, template: str | None = None, **given: object) -> PreTrainedTokenizerBase:
     """A tokenizer of our own to change."""
     core = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
-    made = PreTrainedTokenizerFast(
-        tokenizer_object=core, **{"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"} | options
-    )
+    special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    made = PreTrainedTokenizerFast(tokenizer_object=core, **special | given)
     made.chat_template = template if template is not None else tokenizer.chat_template
-    return made
-
-
-@pytest.fixture(scope="module")
-def adds_bos(tokenizer: PreTrainedTokenizerBase) -> PreTrainedTokenizerBase:
-    """A tokenizer that puts <s> in front of every text, as Llama's does."""
-    made = clone(tokenizer, bos_token="<s>")
-    bos = made.convert_tokens_to_ids("<s>")
-    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bos)]
-    )
-    assert made.encode("text")[0] == bos
-    assert bos not in made.encode("text", add_special_tokens=False)
     return made
 
 
@@ -58,7 +55,7 @@ def example(examples: list[Example]) -> Example:
 
 @pytest.fixture(scope="module")
 def talked(example: Example) -> Example:
-    return Example(example.question, example.gold_docs, example.gold_answer, HISTORY, where="train.jsonl:7")
+    return replace(example, chat_history=HISTORY, where="train.jsonl:7")
 
 
 def arguments(chat_format: str, **given: object) -> PromptArguments:
@@ -83,8 +80,8 @@ def test_the_prefix_format_is_the_documented_text(
     style = arguments("prefix", user_prefix="U:", assistant_prefix="A:", sep_user="|u|", sep_sys="|s|")
     prompt = Prompter(tokenizer, style).encode(talked, documents[:2], "Copper.")
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == (
-        "U: Tell me about the harbour of Arlen.|u|A: It is known for its trade.|s|"
-        "U: And the market of Brask?|u|A: It is held each spring.|s|"
+        "U: Tell me about the harbour of Arlen.|u|A: It is known for its trade.|s|<|endoftext|>"
+        "U: And the market of Brask?|u|A: It is held each spring.|s|<|endoftext|>"
         "U: Use the passages to answer the question. Reply with the answer alone.\n\n"
         f"[1] {documents[0].fmt_content}\n\n[2] {documents[1].fmt_content}\n\nQuestion: {talked.question}|u|A:"
     )
@@ -95,70 +92,92 @@ def test_the_template_format_is_the_tokenizers_own(
     tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
 ) -> None:
     prompt = Prompter(tokenizer, arguments("template")).encode(talked, documents[:1], " Copper. ")
-    request = INSTRUCTION.replace("{passages}", f"[1] {documents[0].fmt_content}").replace(
-        "{question}", talked.question
-    )
-    messages = [
-        {"role": role, "content": turn.message} for role, turn in zip(["user", "assistant"] * 2, HISTORY, strict=True)
-    ] + [{"role": "user", "content": request}]
-    theirs = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    request = INSTRUCTION.replace("{passages}", f"[1] {documents[0].fmt_content}")
+    turns = [turn.message for turn in HISTORY] + [request.replace("{question}", talked.question), "Copper."]
+    messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, turns, strict=True)]
+    theirs = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == theirs
-    messages.append({"role": "assistant", "content": "Copper."})
-    whole = tokenizer.apply_chat_template(messages, tokenize=False)
-    assert tokenizer.decode(prompt.ids) == whole.rstrip("\n")
+    assert tokenizer.decode(prompt.ids) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
 
 
-@pytest.mark.parametrize("chat_format", ["prefix", "template"])
-@pytest.mark.parametrize("length", [120, 160, 220, 2048])
-@pytest.mark.parametrize("history", [0, 1, 4])
-@pytest.mark.parametrize("count", [0, 1, 4])
+@both_formats
+@pytest.mark.parametrize("case", [(0, 0, 2048), (1, 1, 120), (4, 4, 120), (4, 4, 160), (1, 4, 220), (4, 0, 160)])
 def test_training_ids_are_the_generation_prompts_followed_by_the_answers(
-    count: int,
-    history: int,
-    length: int,
-    chat_format: str,
-    tokenizer: PreTrainedTokenizerBase,
-    example: Example,
-    documents: list[Document],
+    case: tuple[int, int, int], chat_format: str, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
 ) -> None:
+    count, history, length = case
     prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
-    asked = Example(example.question, chat_history=HISTORY[len(HISTORY) - history :])
-    answer = "Arlen trades in copper."
-    trained = prompter.encode(asked, documents[:count], answer)
+    asked = Example("What does Arlen trade in?", chat_history=HISTORY[len(HISTORY) - history :])
+    trained = prompter.encode(asked, documents[:count], ANSWER)
     generated = prompter.encode(asked, documents[:count])
-    assert len(prompter.encode_answer(answer)) <= 24
-    assert trained.ids == generated.ids + prompter.encode_answer(answer)
+    assert len(prompter.encode_answer(ANSWER)) <= 24
+    assert trained.ids == generated.ids + prompter.encode_answer(ANSWER)
     assert trained.answer_start == generated.answer_start == len(generated.ids)
+    assert not trained.cut_more
 
 
-@pytest.mark.parametrize("speaker", ["Assistant", "assistant", "AI", "system", "Agent 2", "bot"])
-def test_the_assistants_turns_are_known_by_their_speaker(
-    speaker: str, tokenizer: PreTrainedTokenizerBase, example: Example
+@both_formats
+def test_only_an_answer_beyond_max_new_tokens_that_lacks_room_has_its_prompt_cut_more_than_in_generation(
+    chat_format: str, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
 ) -> None:
-    asked = Example(example.question, chat_history=(Turn("Human", "hi"), Turn(speaker, "hello")))
-    text = tokenizer.decode(Prompter(tokenizer, arguments("prefix")).encode(asked, []).ids)
-    assert text.startswith("USER: hi\nASSISTANT: helloUSER: Use")
+    whole = Prompter(tokenizer, arguments(chat_format)).encode(example, documents[:2]).ids
+    for length in (len(whole) + 24, 2048):
+        prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
+        generated, trained = (prompter.encode(example, documents[:2], given) for given in (None, ANSWER * 9))
+        answer = prompter.encode_answer(ANSWER * 9)
+        assert len(answer) > 24
+        assert generated.ids == whole
+        assert trained.cut_more == (trained.ids[: trained.answer_start] != whole) == (length < 2048)
+        assert trained.ids[trained.answer_start :] == answer
+        assert len(trained.ids) <= length
+        assert not generated.cut_more
+
+
+def test_the_assistants_turns_are_known_by_their_speaker(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    def text(*history: Turn) -> str:
+        asked = Example(example.question, chat_history=history)
+        return tokenizer.decode(Prompter(tokenizer, arguments("prefix")).encode(asked, []).ids)
+
+    for speaker in ("Assistant", "assistant", "AI", "system", "Agent 2", "bot"):
+        said = text(Turn("Human", "hi"), Turn(speaker, "hello"))
+        assert said.startswith("USER: hi\nASSISTANT: hello<|endoftext|>USER: Use"), speaker
+    assert text(Turn("Human", "hi"), Turn("Aiden", "hello")).startswith("USER: hi\nUSER: hello\nUSER: Use")
+
+
+@pytest.mark.parametrize(
+    ("chat_format", "sep_sys"), [("prefix", ""), ("prefix", "\n"), ("prefix", "\n<|im_end|>\n"), ("template", "")]
+)
+def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_with(
+    chat_format: str, sep_sys: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    (tmp_path / "template.txt").write_text("{passages}{question}")
+    style = arguments(chat_format, sep_sys=sep_sys, prompt_template=str(tmp_path / "template.txt"))
+    prompter = Prompter(tokenizer, style)
+    history = (Turn("User", "What does it trade in?"), Turn("Assistant", "Copper."))
+    trained = prompter.encode(Example(history[0].message), [], history[1].message).ids
+    later = prompter.encode(Example("Why?", chat_history=history), []).ids
+    assert later[: len(trained)] == trained
+    assert later.count(trained[-1]) == (3 if chat_format == "template" else 1)  # a template ends each turn so
 
 
 # ---------------------------------------------------------------- what is cut
 
 
-@pytest.mark.parametrize("chat_format", ["prefix", "template"])
+@both_formats
 @pytest.mark.parametrize("with_history", [False, True])
-def test_at_every_length_question_and_answer_stay_whole_and_only_passages_are_cut(
+def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
     with_history: bool, chat_format: str, tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
 ) -> None:
     asked = talked if with_history else Example(talked.question, where=talked.where)
     passages = documents[:3]
-    answer = "Arlen trades in copper."
-    whole = Prompter(tokenizer, arguments(chat_format)).encode(asked, passages, answer)
-    alone = Prompter(tokenizer, arguments(chat_format)).encode(Example(talked.question), [], answer)
+    whole = Prompter(tokenizer, arguments(chat_format)).encode(asked, passages, ANSWER)
+    alone = Prompter(tokenizer, arguments(chat_format)).encode(Example(talked.question), [], ANSWER)
     shown, kept_turns = [], []
     for length in [*range(len(alone.ids), len(whole.ids) + 30, 3), len(whole.ids) + 30]:
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
-        sequence = prompter.encode(asked, passages, answer)
+        sequence = prompter.encode(asked, passages, ANSWER)
         assert len(sequence.ids) <= length
-        assert sequence.ids[sequence.answer_start :] == prompter.encode_answer(answer)
+        assert sequence.ids[sequence.answer_start :] == prompter.encode_answer(ANSWER)
         text = tokenizer.decode(sequence.ids[: sequence.answer_start])
         assert f"\n\nQuestion: {talked.question}" in text
         assert text.startswith("USER: " if chat_format == "prefix" else "<|im_start|>user\n")
@@ -172,40 +191,23 @@ def test_at_every_length_question_and_answer_stay_whole_and_only_passages_are_cu
     assert shown[-1] == (len(asked.chat_history), sum(len(p.fmt_content) for p in passages))
     for (turns, before), (more_turns, after) in itertools.pairwise(shown):
         assert turns != more_turns or after >= before - 3  # token counts are only nearly monotone in the cut
+    needed = len(alone.ids)
+    with pytest.raises(DoesNotFit, match=rf"^train\.jsonl:7: .* {needed} tokens.*--max_seq_length {needed - 1}"):
+        Prompter(tokenizer, arguments(chat_format, max_seq_length=needed - 1)).encode(asked, passages, ANSWER)
 
 
-@pytest.mark.parametrize("chat_format", ["prefix", "template"])
-def test_passages_fill_the_room_that_there_is(
+@both_formats
+def test_passages_fill_the_room_that_there_is_and_are_cut_at_word_ends(
     chat_format: str, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
 ) -> None:
-    longest_word = max(len(tokenizer.encode(" " + w)) for d in documents[:2] for w in d.fmt_content.split())
-    for length in range(100, 138, 3):
+    words = [document.fmt_content.split() for document in documents[:2]]
+    longest_word = max(len(tokenizer.encode(" " + word)) for word in itertools.chain(*words))
+    for length in range(100, 138):
         prompt = Prompter(tokenizer, arguments(chat_format, max_seq_length=length)).encode(example, documents[:2])
         assert length - 24 - 2 * (longest_word + 2) <= len(prompt.ids) <= length - 24
-
-
-def test_passages_are_cut_at_word_ends(
-    tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
-) -> None:
-    words = documents[0].fmt_content.split()
-    for length in range(100, 160):
-        prompt = Prompter(tokenizer, arguments("prefix", max_seq_length=length)).encode(example, documents[:1])
         body = tokenizer.decode(prompt.ids).partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
-        shown = body.removeprefix("[1] ").split()
-        assert shown == words[: len(shown)]
-
-
-@pytest.mark.parametrize("chat_format", ["prefix", "template"])
-@pytest.mark.parametrize("with_history", [False, True])
-def test_what_cannot_fit_is_refused_with_its_line(
-    with_history: bool, chat_format: str, tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
-) -> None:
-    asked = talked if with_history else Example(talked.question, where=talked.where)
-    answer = "Arlen trades in copper."
-    needed = len(Prompter(tokenizer, arguments(chat_format)).encode(Example(talked.question), [], answer).ids)
-    Prompter(tokenizer, arguments(chat_format, max_seq_length=needed)).encode(asked, documents[:2], answer)
-    with pytest.raises(DoesNotFit, match=rf"^train\.jsonl:7: .* {needed} tokens.*--max_seq_length {needed - 1}"):
-        Prompter(tokenizer, arguments(chat_format, max_seq_length=needed - 1)).encode(asked, documents[:2], answer)
+        for text, whole in zip(body.removeprefix("[1] ").split("\n\n[2] "), words, strict=True):
+            assert text.split() == whole[: len(text.split())]
 
 
 def test_cutting_the_history_never_leaves_an_answer_without_its_question(
@@ -221,10 +223,28 @@ def test_cutting_the_history_never_leaves_an_answer_without_its_question(
     assert texts == {(True,) * 4, (False, False, True, True), (False,) * 4}
 
 
+def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_numbered() -> None:
+    def halve(number: int, place: str) -> int:
+        if number % 2:
+            raise DoesNotFit(f"{place}: too long")
+        return number // 2
+
+    said: list[str] = []
+    rows = [(2, "a:1"), (3, "a:2"), (4, "a:3"), (5, "a:4"), (7, "a:4")]
+    assert fitting(halve, rows, "it is left out", said.append) == {0: 1, 2: 2}
+    assert said == ["a:2: too long; it is left out", "a:4: too long; it is left out"]
+    say = cache(said.append)
+    for _ in range(2):
+        assert fitting(halve, rows[3:], "it is left out", say) == {}
+    assert len(said) == 3
+    with pytest.raises(ZeroDivisionError):
+        fitting(lambda number: 1 // number, [(0,)], "it is left out", said.append)
+
+
 # ---------------------------------------------------------------- what is inserted
 
 
-@pytest.mark.parametrize("chat_format", ["prefix", "template"])
+@both_formats
 def test_placeholders_in_questions_and_passages_are_plain_text(
     chat_format: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -241,69 +261,63 @@ def test_the_retriever_is_asked_with_the_conversation(example: Example, talked: 
     assert retrieval_query(talked).split("\n") == [*(turn.message for turn in HISTORY), example.question]
 
 
-@pytest.mark.parametrize("prefix", ["USER:", "<s>USER:", "<s> USER:"])
-def test_bos_stands_once_in_front(
-    prefix: str, adds_bos: PreTrainedTokenizerBase, example: Example, documents: list[Document]
+def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(
+    tokenizer: PreTrainedTokenizerBase, example: Example, talked: Example, documents: list[Document]
 ) -> None:
-    prompter = Prompter(adds_bos, arguments("prefix", user_prefix=prefix))
-    sequence = prompter.encode(example, documents[:2], "Copper.")
-    assert sequence.ids[0] == adds_bos.bos_token_id
-    assert sequence.ids.count(adds_bos.bos_token_id) == 1
-    without = Prompter(adds_bos, arguments("prefix", user_prefix=prefix.removeprefix("<s>"))).encode(
-        example, documents[:2], "Copper."
+    adds_bos = clone(tokenizer, bos_token="<s>")  # in front of every text, as Llama's does
+    bos = adds_bos.bos_token_id
+    adds_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bos)]
     )
-    assert sequence.ids == without.ids
+    assert adds_bos.encode("text") == [bos, *adds_bos.encode("text", add_special_tokens=False)]
 
+    def ids(of: PreTrainedTokenizerBase, asked: Example, style: PromptArguments) -> list[int]:
+        return Prompter(of, style).encode(asked, documents[:2], "Copper.").ids
 
-@pytest.mark.parametrize("start", ["", "{{ bos_token }}"])
-def test_bos_stands_once_in_front_of_a_template(
-    start: str, adds_bos: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
-) -> None:
-    tokenizer = clone(adds_bos, start + adds_bos.chat_template, bos_token="<s>")
-    ids = Prompter(tokenizer, arguments("template")).encode(talked, documents[:2], "Copper.").ids
-    assert ids[0] == tokenizer.bos_token_id
-    assert ids.count(tokenizer.bos_token_id) == 1
-
-
-def test_no_bos_where_the_tokenizer_adds_none(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+    prefixed = [
+        ids(adds_bos, example, arguments("prefix", user_prefix=prefix)) for prefix in ("USER:", "<s>USER:", "<s> USER:")
+    ]
+    assert prefixed[0] == prefixed[1]
+    assert prefixed[2] == ids(adds_bos, example, arguments("prefix", user_prefix=" USER:"))
+    templated = [
+        ids(clone(adds_bos, start + adds_bos.chat_template, bos_token="<s>"), talked, arguments("template"))
+        for start in ("", "{{ bos_token }}")
+    ]
+    for first, *others in prefixed + templated:
+        assert first == bos
+        assert bos not in others
     knows_bos = clone(tokenizer, bos_token="<s>")
-    assert knows_bos.bos_token_id not in Prompter(knows_bos, arguments("prefix")).encode(example, []).ids
+    assert bos not in ids(knows_bos, example, arguments("prefix"))
 
 
 # ---------------------------------------------------------------- the end of a turn
 
 
 @pytest.mark.parametrize(
-    ("sep_sys", "text"),
+    ("style", "text"),
     [
-        ("", "<|endoftext|>"),
-        ("<|im_end|>", "<|im_end|>"),
-        ("\n<|im_end|>\n", "\n<|im_end|>"),
-        ("\n", "\n<|endoftext|>"),
-        (" ###", " ###<|endoftext|>"),
-        ("<|endoftext|>", "<|endoftext|>"),
+        ({"sep_sys": ""}, "<|endoftext|>"),
+        ({"sep_sys": "<|im_end|>"}, "<|im_end|>"),
+        ({"sep_sys": "\n<|im_end|>\n"}, "\n<|im_end|>"),
+        ({"sep_sys": "\n"}, "\n<|endoftext|>"),
+        ({"sep_sys": " ###"}, " ###<|endoftext|>"),
+        ({"sep_sys": "<|endoftext|>"}, "<|endoftext|>"),
+        ({"chat_format": "template"}, "<|im_end|>"),
     ],
 )
 def test_every_answer_ends_with_one_special_token_at_which_generation_stops(
-    sep_sys: str, text: str, tokenizer: PreTrainedTokenizerBase
+    style: dict[str, str], text: str, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    prompter = Prompter(tokenizer, arguments("prefix", sep_sys=sep_sys))
+    prompter = Prompter(tokenizer, PromptArguments(**style))
     assert tokenizer.decode(prompter.end_of_turn) == text
-    assert prompter.end_of_turn[-1] in prompter.stop_ids
     assert set(prompter.stop_ids) == {prompter.end_of_turn[-1], tokenizer.eos_token_id}
     assert prompter.decode(prompter.encode_answer(" An answer. ")[: -len(prompter.end_of_turn)]) == "An answer."
-
-
-def test_the_chat_templates_end_of_turn_is_found(tokenizer: PreTrainedTokenizerBase) -> None:
-    prompter = Prompter(tokenizer, arguments("template"))
-    assert prompter.end_of_turn == [tokenizer.convert_tokens_to_ids("<|im_end|>")]
-    assert set(prompter.stop_ids) == {prompter.end_of_turn[0], tokenizer.eos_token_id}
 
 
 def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: PreTrainedTokenizerBase) -> None:
     endless = clone(tokenizer, eos_token=None)
     with pytest.raises(UserError, match="--sep_sys"):
-        Prompter(endless, arguments("prefix"))
+        Prompter(endless)
     prompter = Prompter(endless, arguments("prefix", sep_sys="<|im_end|>"))
     assert prompter.stop_ids == prompter.end_of_turn == [endless.convert_tokens_to_ids("<|im_end|>")]
 
@@ -311,7 +325,7 @@ def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: PreTrainedToken
 # ---------------------------------------------------------------- what is refused
 
 
-def test_a_prompt_template_replaces_the_instruction(
+def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_its_path(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
 ) -> None:
     path = tmp_path / "template.txt"
@@ -319,49 +333,94 @@ def test_a_prompt_template_replaces_the_instruction(
     prompter = Prompter(tokenizer, arguments("prefix", prompt_template=str(path)))
     text = tokenizer.decode(prompter.encode(example, documents[:1]).ids)
     assert text == f"USER: Q={example.question} {{other}} P=[1] {documents[0].fmt_content}\nASSISTANT:"
+    bad = {
+        b"Question: {question}": r"\{passages\}",
+        b"Passages: {passages}": r"\{question\}",
+        b"": r"\{passages\}",
+        b"\xff{passages}{question}": "cannot be read",
+    }
+    for number, content in enumerate(bad):
+        (tmp_path / str(number)).write_bytes(content)
+    for name, reason in [*enumerate(bad.values()), ("absent", "cannot be read"), (".", "cannot be read")]:
+        with pytest.raises(UserError, match=rf"^--prompt_template {tmp_path / str(name)}: .*{reason}"):
+            Prompter(tokenizer, arguments("prefix", prompt_template=str(tmp_path / str(name))))
 
 
-@pytest.mark.parametrize(
-    ("content", "reason"),
-    [
-        (b"Question: {question}", r"\{passages\}"),
-        (b"Passages: {passages}", r"\{question\}"),
-        (b"", r"\{passages\}"),
-        (b"\xff{passages}{question}", "cannot be read"),
-        (None, "cannot be read"),
-    ],
-)
-def test_a_bad_prompt_template_is_named_by_its_path(
-    content: bytes | None, reason: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(
+    tokenizer: PreTrainedTokenizerBase, example: Example
 ) -> None:
-    path = tmp_path / "template.txt"
-    if content is not None:
-        path.write_bytes(content)
-    with pytest.raises(UserError, match=reason) as caught:
-        Prompter(tokenizer, arguments("prefix", prompt_template=str(path)))
-    assert str(caught.value).startswith(f"--prompt_template {path}: ")
-    assert "\n" not in str(caught.value)
-
-
-def test_a_directory_is_no_prompt_template(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    with pytest.raises(UserError, match=re.escape(str(tmp_path))):
-        Prompter(tokenizer, arguments("prefix", prompt_template=str(tmp_path)))
-
-
-def test_a_template_that_refuses_is_a_users_error(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
-    strict = clone(tokenizer, ALTERNATING)
-    asked = Example(example.question, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
+    strict, never, plain = (clone(tokenizer, text) for text in (ALTERNATING, "{{ raise_exception('never') }}", ""))
+    asked = replace(example, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
     with pytest.raises(UserError, match=r"--chat_format template.*roles must alternate"):
         Prompter(strict, arguments("template")).encode(asked, [])
     with pytest.raises(UserError, match=r"--chat_format template.*never"):
-        Prompter(clone(tokenizer, "{{ raise_exception('never') }}"), arguments("template"))
-
-
-def test_a_tokenizer_without_a_template_is_refused_for_the_template_format(
-    tokenizer: PreTrainedTokenizerBase,
-) -> None:
-    plain = clone(tokenizer)
-    plain.chat_template = None
+        Prompter(never, arguments("template"))
     with pytest.raises(UserError, match="no chat template"):
         Prompter(plain, arguments("template"))
-    Prompter(plain, arguments("prefix"))
+    Prompter(plain)
+
+
+# ---------------------------------------------------------------- fusion-in-decoder
+
+LIMIT = 40
+
+
+@pytest.fixture
+def fid(t5_path: str) -> FiDPrompter:
+    style = FiDPromptArguments(max_encoder_seq_length=LIMIT, max_decoder_seq_length=12)
+    return FiDPrompter(AutoTokenizer.from_pretrained(t5_path), style)
+
+
+def test_each_passage_stands_beside_the_whole_question_and_is_cut_to_fit(fid: FiDPrompter, example: Example) -> None:
+    short = [Document(f"Amber {number}.") for number in range(3)]
+    long = Document(" ".join(["The harbour of Arlen."] * 40))
+    encoded = fid.encode(example, [*short, long], example.gold_answer)
+    texts = [f"question: {example.question} context: {passage.fmt_content}" for passage in [*short, long]]
+    whole = [fid.tokenizer(text)["input_ids"] for text in texts]
+    assert encoded.passages[:3] == whole[:3]
+    cut = encoded.passages[3]
+    assert LIMIT - 3 <= len(cut) <= LIMIT
+    assert cut[:-1] == whole[3][: len(cut) - 1]
+    assert cut[-1] == encoded.answer[-1] == fid.tokenizer.eos_token_id
+    assert encoded.answer == fid.tokenizer(example.gold_answer)["input_ids"]
+    assert fid.encode(example, short).answer == []
+    assert fid.decode(encoded.answer) == fid.tokenizer.decode(encoded.answer[:-1])
+
+
+def test_the_oldest_turn_goes_with_its_reply_and_a_question_or_answer_that_is_too_long_is_refused(
+    fid: FiDPrompter,
+) -> None:
+    turns = (
+        Turn("user", "Tell me of Brask and of Corvo and of Lund " * 3),
+        Turn("assistant", "Salt."),
+        Turn("user", "And Arlen?"),
+        Turn("assistant", "Wool."),
+    )
+    asked = Example("Why?", gold_answer="Salt.", chat_history=turns, where="train.jsonl:3")
+    (ids,) = fid.encode(asked, [Document("Amber.")]).passages
+    assert ids == fid.tokenizer("question: And Arlen?\nWool.\nWhy? context: Amber.")["input_ids"]
+    with pytest.raises(DoesNotFit, match=r"train.jsonl:3: the question takes \d+ tokens, more than .*encoder"):
+        fid.encode(replace(asked, question="Why? " * 40), [])
+    with pytest.raises(DoesNotFit, match=r"the answer takes \d+ tokens, more than --max_decoder_seq_length 12"):
+        fid.encode(asked, [], "Because. " * 12)
+
+
+def test_the_answer_does_not_repeat_the_decoders_start(encoder_path: str, bart_path: str, t5_path: str) -> None:
+    bert, bart, t5 = (AutoTokenizer.from_pretrained(path) for path in (encoder_path, bart_path, t5_path))
+    ours = FiDPrompter(bert, start_token=bert.cls_token_id)
+    assert ours.encode(Example("Why?"), [], "Salt.").answer == bert("Salt.")["input_ids"][1:]
+    ours = FiDPrompter(bart, start_token=bart.eos_token_id)
+    assert ours.encode(Example("Why?"), [], "Salt.").answer == bart("Salt.")["input_ids"]
+    t5.eos_token = t5.sep_token = None
+    with pytest.raises(UserError, match="neither an end token nor a separator"):
+        FiDPrompter(t5)
+
+
+def test_a_template_replaces_the_prompt_of_a_passage(fid: FiDPrompter, tmp_path: Path) -> None:
+    (tmp_path / "template.txt").write_text("{passage} Now: {question}\n")
+    style = FiDPromptArguments(prompt_template=str(tmp_path / "template.txt"))
+    (ids,) = FiDPrompter(fid.tokenizer, style).encode(Example("Why?"), [Document("Salt in {question}.")]).passages
+    assert ids == fid.tokenizer("Salt in {question}. Now: Why?")["input_ids"]
+    (tmp_path / "template.txt").write_text("{passages} {question}")
+    with pytest.raises(UserError, match=r"the placeholder {passage} is missing"):
+        FiDPrompter(fid.tokenizer, style)

@@ -1,0 +1,373 @@
+"""Documents and examples: every field read and checked, what is refused and how, what is written."""
+
+import builtins
+import copy
+import itertools
+import json
+import logging
+import os
+import pickle
+import re
+import sys
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import Popen
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from rqa.data import Document, Example, Turn, read_documents, read_examples, write_documents, write_examples
+from rqa.runtime.errors import UserError
+
+PASSAGE = {"page_content": "Arlen trades in copper.", "metadata": {"source": "guide/0"}}
+ARLEN = Document("Arlen trades in copper.", {"source": "guide/0"})
+OTHER = {"page_content": "Brask trades in wool.", "metadata": {"source": "guide/2"}}
+BRASK = Document("Brask trades in wool.", {"source": "guide/2"})
+FIELDS = {"page_content": "text", "metadata": {"source": "s"}}
+
+
+def lines(*rows: Any) -> bytes:
+    return b"\n".join(row if isinstance(row, bytes) else json.dumps(row).encode() for row in rows)
+
+
+def refusal(read: Callable[..., Any], path: Path, content: bytes) -> str:
+    """Why a file of this content cannot be read: one line, which names the file; this is what follows the name."""
+    path.write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        read(path)
+    assert str(caught.value).startswith(f"{path}:")
+    assert "\n" not in str(caught.value)
+    return str(caught.value).removeprefix(f"{path}:")
+
+
+def foreign_class(monkeypatch: pytest.MonkeyPatch, module: str, name: str = "Document") -> type:
+    """A class that pickles as `module.name`, as if that library were installed."""
+    made = type(name, (), {"__module__": module, "__qualname__": name})
+    parts = module.split(".")
+    for end in range(1, len(parts) + 1):
+        monkeypatch.setitem(sys.modules, ".".join(parts[:end]), ModuleType(".".join(parts[:end])))
+    setattr(sys.modules[module], name, made)
+    return made
+
+
+def instance(made: type, **state: Any) -> Any:
+    """An object with this state, made without running a constructor."""
+    value = made.__new__(made)
+    vars(value).update(state)
+    return value
+
+
+class Call:
+    """Unpickles by calling a function."""
+
+    def __init__(self, function: Any, *arguments: Any) -> None:
+        self.call = (function, arguments)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return self.call
+
+
+def payloads(target: Path) -> list[tuple[str, Call]]:
+    """Functions by their names in a pickle, each of which creates a file when it is loaded."""
+    evaluated = Call(builtins.eval, f"open({str(target)!r}, 'w').close()")
+    return [
+        (rf"{os.system.__module__}\.system", Call(os.system, f"touch {target}")),
+        (r"(builtins|__builtin__)\.eval", evaluated),
+    ]
+
+
+# ---------------------------------------------------------------- pickles
+
+
+@pytest.mark.parametrize("module", ["local_rqa.schema.document", "langchain.schema", "langchain_core.documents.base"])
+def test_localrqa_pickles_are_read(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = foreign_class(monkeypatch, module)
+    values = [
+        instance(made, page_content="one", metadata={"source": "a", "title": "T"}, fmt_content="as it was"),
+        instance(made, page_content="zwei ü 三", metadata={"source": "b", "pages": [1, 2.5, None, True]}),
+        FIELDS,
+    ]
+    for protocol in range(2, 6):
+        (tmp_path / "documents.pkl").write_bytes(pickle.dumps(values, protocol=protocol))
+        ours = read_documents(tmp_path / "documents.pkl")
+        assert [(d.page_content, d.metadata, d.fmt_content) for d in ours] == [
+            ("one", {"source": "a", "title": "T"}, "as it was"),
+            ("zwei ü 三", {"source": "b", "pages": [1, 2.5, None, True]}, "Source: b\nContent:\nzwei ü 三"),
+            ("text", {"source": "s"}, "Source: s\nContent:\ntext"),
+        ]
+
+
+def test_pydantic_keeps_the_fields_one_level_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = foreign_class(monkeypatch, "langchain_core.documents.base")
+    for extra, protocol in itertools.product(("__fields_set__", "__pydantic_fields_set__"), (4, 5)):
+        state = {"__dict__": FIELDS | {"type": "Document"}, extra: set(FIELDS), "__pydantic_private__": None}
+        made.__getstate__ = lambda self, state=state: state
+        (tmp_path / "documents.pickle").write_bytes(pickle.dumps([instance(made)], protocol=protocol))
+        assert read_documents(tmp_path / "documents.pickle") == [Document("text", {"source": "s"})]
+
+
+def test_a_pickle_that_refers_to_anything_else_is_refused_by_name_and_runs_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = foreign_class(monkeypatch, "local_rqa.schema.document")
+    foreign = [("local_rqa.other", "Other"), ("local_rqa_evil.document", "Document"), ("elsewhere", "Document")]
+    classes = {f"{module}.{name}": foreign_class(monkeypatch, module, name) for module, name in foreign}
+    classes |= {
+        "collections.OrderedDict": OrderedDict,
+        "(subprocess|commands).Popen": Popen,
+        "rqa.data.Document": Document,
+    }
+    places: list[Callable[[Any], Any]] = [
+        lambda value: value,
+        lambda value: [value],
+        lambda value: [FIELDS, [[value]]],
+        lambda value: [{"page_content": "text", "metadata": {"source": value}}],
+        lambda value: [FIELDS] * 50 + [value],
+        lambda value: [instance(made, page_content="text", metadata={"source": value})],
+    ]
+    for protocol, place in enumerate(places):
+        for name, value in [*classes.items(), *payloads(tmp_path / "ran")]:
+            reason = refusal(read_documents, tmp_path / "documents.pkl", pickle.dumps(place(value), protocol))
+            assert re.search(rf"^ refers to {name};", reason)
+            assert not (tmp_path / "ran").exists()
+    for name, payload in payloads(tmp_path / "ran"):  # elsewhere they do run
+        pickle.loads(pickle.dumps(payload))
+        assert (tmp_path / "ran").exists(), name
+        (tmp_path / "ran").unlink()
+
+
+def test_a_pickle_that_is_no_list_of_documents_is_refused_by_item_and_field(tmp_path: Path) -> None:
+    path = tmp_path / "documents.pkl"
+    whole = pickle.dumps([FIELDS])
+    for length in range(len(whole)):
+        assert "not a readable pickle" in refusal(read_documents, path, whole[:length])
+    for value in ({"page_content": "text"}, "text", 3, None, ("text",)):
+        expected = f" expected a list of documents, found {type(value).__name__}"
+        assert refusal(read_documents, path, pickle.dumps(value)) == expected
+    for bad, reason in (
+        ({"metadata": {}}, "'page_content'"),
+        ({"page_content": b"bytes"}, "'page_content'"),
+        ({"page_content": "text", "metadata": ["s"]}, "'metadata'"),
+        ({"page_content": "text", "fmt_content": 3}, "'fmt_content'"),
+        ("text", "found str"),
+    ):
+        assert re.search(rf"^ item 2: .*{reason}", refusal(read_documents, path, pickle.dumps([FIELDS, bad])))
+
+
+# ---------------------------------------------------------------- JSONL
+
+
+def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path) -> None:
+    of_documents: dict[str, list[Any]] = {
+        "JSON": [b"{", b"page_content: text", lines(FIELDS) + lines(FIELDS), b"[" * 100_000],
+        "object, found list": [["text"]],
+        "object, found str": ["text"],
+        "object, found NoneType": [None],
+        "'page_content'": [{"page_content": content} for content in (None, 3, " \t ")] + [{}],
+        "'metadata'": [{"page_content": "a", "metadata": wrong} for wrong in (None, "guide")],
+        "'fmt_content'": [{"page_content": "a", "fmt_content": ["a"]}],
+    }
+    wrong_fields: dict[str, list[Any]] = {
+        "'gold_answer'": [{"gold_answer": answer} for answer in (3, ["A."])],
+        "'other_answers'": [{"other_answers": answers} for answers in ("A.", [3])],
+        "'gold_docs'": [{"gold_docs": documents} for documents in ("guide", PASSAGE)],
+        "'gold_docs'.*found str": [{"gold_docs": ["guide"]}],
+        "'gold_docs'.*'page_content'": [{"gold_docs": [PASSAGE, {}]}],
+        "'gold_docs'.*'metadata'": [{"gold_docs": [{"page_content": "x", "metadata": 3}]}],
+        "'hard_neg_docs'.*'page_content'": [{"hard_neg_docs": [{"page_content": ""}]}],
+        "'hard_neg_docs'": [{"hard_neg_docs": 1}],
+        "'ctxs'.*'page_content'": [{"ctxs": [{"text": "x", "score": 1}]}],
+        "'ctxs'": [{"ctxs": {"0": PASSAGE}}],
+        "'chat_history'": [{"chat_history": "Hello."}],
+        "'chat_history'.*'speaker'": [{"chat_history": ["Hello."]}],
+        "'chat_history'.*'message'": [{"chat_history": [{"speaker": "User"} | no]} for no in ({}, {"message": None})],
+    }
+    of_examples = {reason: [{"question": "Why?"} | row for row in rows] for reason, rows in wrong_fields.items()} | {
+        "JSON": [b"{"],
+        "found list": [[]],
+        "'question'": [{}, {"question": None}, {"question": ["Why?"]}],
+        "'questions'": [{"questions": questions} for questions in ("Why?", [], ["Why?", 3])],
+    }
+    good_example = {"question": "Good?"}
+    for read, good, bad in ((read_documents, FIELDS, of_documents), (read_examples, good_example, of_examples)):
+        for reason, row in ((reason, row) for reason, rows in bad.items() for row in rows):
+            content = lines(good, b"", row, good)
+            for newline in (b"\n", b"\r\n"):
+                said = refusal(read, tmp_path / "rows.jsonl", content.replace(b"\n", newline))
+                assert re.search(f"^3: .*{reason}", said), row
+
+
+def test_text_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
+    for bad, before in itertools.product([b"\xff", b"\xe4\xf6", b"\xc3", b"\xed\xa0\x80"], [0, 2, 1000]):
+        rows = [FIELDS] * before + [b'{"page_content": "' + bad + b'"}'] + [FIELDS] * 3
+        reason = refusal(read_documents, tmp_path / "documents.jsonl", lines(*rows))
+        assert re.search(f"^{before + 1}: .*not UTF-8", reason)
+
+
+def test_byte_order_marks_blank_lines_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
+    rows = [json.dumps({"page_content": text}, ensure_ascii=False) for text in ("one", "zwei ü", "三")]
+    for start, newline, end in itertools.product(["", "\ufeff"], ["\n", "\r\n", "\n\n \t\n"], ["", "\n"]):
+        (tmp_path / "documents.jsonl").write_bytes((start + newline.join(rows) + end).encode())
+        assert [d.page_content for d in read_documents(tmp_path / "documents.jsonl")] == ["one", "zwei ü", "三"]
+
+
+def test_a_file_that_is_missing_or_holds_nothing_is_an_error(tmp_path: Path) -> None:
+    for content in ("", "\n\n", "\ufeff"):
+        assert refusal(read_documents, tmp_path / "d.jsonl", content.encode()) == " holds no documents"
+    for content in ("", "\n\n", '{"question": " "}'):
+        assert refusal(read_examples, tmp_path / "e.jsonl", content.encode()) == " holds no examples"
+    for read, name in (
+        (read_documents, "absent.pkl"),
+        (read_documents, "absent.jsonl"),
+        (read_examples, "absent.jsonl"),
+    ):
+        with pytest.raises(UserError, match=f"{name}: no such file"):
+            read(tmp_path / name)
+
+
+def test_the_text_that_models_read_is_derived_where_it_is_absent(tmp_path: Path) -> None:
+    rows: list[tuple[dict[str, Any], str]] = [
+        ({"metadata": {"source": "guide/1", "title": "Arlen"}}, "Source: guide/1\nTitle: Arlen\nContent:\nText."),
+        ({"metadata": {"source": "guide/1"}}, "Source: guide/1\nContent:\nText."),
+        ({"metadata": {"title": "Arlen", "page": 3}}, "Title: Arlen\nContent:\nText."),
+        ({"metadata": {"source": "", "title": None}}, "Text."),
+        ({}, "Text."),
+        ({"metadata": {"source": "s"}, "fmt_content": ""}, "Source: s\nContent:\nText."),
+        ({"metadata": {"source": "s"}, "fmt_content": None}, "Source: s\nContent:\nText."),
+        ({"metadata": {"source": "s"}, "fmt_content": "given"}, "given"),
+    ]
+    for row, expected in rows:
+        (tmp_path / "documents.jsonl").write_bytes(lines({"page_content": "Text."} | row))
+        assert [document.fmt_content for document in read_documents(tmp_path / "documents.jsonl")] == [expected]
+
+
+def test_repeated_documents_are_kept_once_where_they_first_stand(tmp_path: Path) -> None:
+    rows = [("a", "1"), ("b", "1"), ("a", "1"), ("a", "2"), ("c", "1"), ("b", "1"), ("a", "1")]
+    content = [{"page_content": text, "metadata": {"source": source, "n": n}} for n, (source, text) in enumerate(rows)]
+    (tmp_path / "documents.jsonl").write_bytes(lines(*content))
+    assert [document.metadata["n"] for document in read_documents(tmp_path / "documents.jsonl")] == [0, 1, 3, 4]
+
+
+# ---------------------------------------------------------------- examples
+
+
+def test_a_row_holds_question_answers_history_and_passages_and_all_but_the_question_may_be_absent(
+    tmp_path: Path,
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    row = {
+        "chat_history": [{"speaker": "User", "message": "Hello."}, {"speaker": "Assistant", "message": ""}],
+        "question": "What does Arlen trade in?",
+        "gold_docs": [PASSAGE],
+        "gold_answer": "Copper.",
+        "other_answers": ["Cu"],
+        "hard_neg_docs": [OTHER],
+        "ctxs": [OTHER | {"score": 2}, PASSAGE | {"score": -0.5}],
+    }
+    path.write_bytes(lines(row))
+    assert read_examples(path, answers=True) == [
+        Example(
+            question="What does Arlen trade in?",
+            gold_docs=(ARLEN,),
+            gold_answer="Copper.",
+            chat_history=(Turn("User", "Hello."), Turn("Assistant", "")),
+            hard_neg_docs=(BRASK,),
+            ctxs=(BRASK, ARLEN),
+            ctx_scores=(2.0, -0.5),
+            other_answers=("Cu",),
+        )
+    ]
+    bare = {"question": "Why?"}
+    unscored = [bare | {"ctxs": [first, OTHER]} for first in (PASSAGE, PASSAGE | {"score": 1.0})]  # all scores, or none
+    path.write_bytes(lines(bare, bare | {"gold_docs": None}, *unscored))
+    read = read_examples(path)
+    assert read == [Example("Why?")] * 2 + [Example("Why?", ctxs=(ARLEN, BRASK))] * 2
+    assert [example.where for example in read] == [f"{path}:{number}" for number in (1, 2, 3, 4)]
+
+
+def test_each_of_several_questions_becomes_one_example_and_blank_ones_and_answers_are_reported_and_left_out(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "examples.jsonl"
+    several = {"questions": ["What?", " ", "When?"], "gold_docs": [PASSAGE], "hard_neg_docs": [OTHER]}
+    blank = [("", "A."), (" \t\n", "A."), ("Why?", ""), ("Why?", "\u3000\n")]
+    bad = [{"question": question, "gold_answer": answer} for question, answer in blank]
+    path.write_bytes(lines(several, b"", *bad, {"question": "Who?", "gold_answer": "A."}))
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    with caplog.at_level(logging.INFO, logger="rqa"):
+        read = read_examples(path)
+    assert read == [
+        *(Example(text, (ARLEN,), hard_neg_docs=(BRASK,)) for text in ("What?", "When?")),
+        Example("Who?", gold_answer="A."),
+    ]
+    assert [example.where for example in read] == [f"{path}:1", f"{path}:1", f"{path}:7"]
+    fields = {1: "question", 3: "question", 4: "question", 5: "gold_answer", 6: "gold_answer"}
+    for record, (line, field) in zip(caplog.records, fields.items(), strict=True):
+        assert (record.name, record.levelno) == ("rqa.data", logging.WARNING)
+        assert record.getMessage().startswith(f"{path}:{line}: field '{field}' is blank")
+
+
+def test_answers_may_be_absent_only_where_none_are_needed_and_serve_one_question(tmp_path: Path) -> None:
+    def read(path: Path) -> list[Example]:
+        return read_examples(path, answers=True)
+
+    good, path = {"question": "Good?", "gold_answer": "Yes."}, tmp_path / "examples.jsonl"
+    for row in ({"question": "Why?"}, {"question": "Why?", "gold_answer": None}):
+        assert refusal(read, path, lines(good, row)).startswith("2: field 'gold_answer'")
+        assert len(read_examples(path)) == 2
+    several = {"questions": ["What?", "Where?"], "gold_answer": "There."}
+    assert re.search("^1: .*'questions'", refusal(read, path, lines(several)))
+
+
+# ---------------------------------------------------------------- writing
+
+
+def test_documents_and_examples_are_read_back_as_they_were_written(
+    tmp_path: Path, documents: list[Document], examples: list[Example]
+) -> None:
+    difficult = [
+        Document('line one\nline two\r\n\ttab \\ " \u2028 \u0085 \x00', {"source": "ctrl", "title": "a\nb"}),
+        Document("日本語 العربية 😀 é", {"source": "ünï/😀", "deep": {"list": [1, 2.5, None, True, "ß"]}}),
+        Document("plain", {}, "a formatted text of its own"),
+        *documents,
+    ]
+    asked = [
+        *examples,
+        Example("¿Qué? 😀\n二", (ARLEN, BRASK), "Ü\u2028", (Turn("User", "hi\r\n"), Turn("AI", ""))),
+        Example("Retriever's", (ARLEN,), hard_neg_docs=(BRASK, ARLEN)),
+        Example("Scored?", ctxs=(BRASK, ARLEN), ctx_scores=(0.1 + 0.2, -1e-9)),
+        Example("Unscored?", ctxs=(ARLEN,), other_answers=("a", "ä")),
+        Example("Alone?"),
+    ]
+    before = copy.deepcopy((difficult, asked))
+    first, again = tmp_path / "deeper" / "first.jsonl", tmp_path / "again.jsonl"
+    for write, read, written in ((write_documents, read_documents, difficult), (write_examples, read_examples, asked)):
+        write(first, written)
+        assert read(first) == written
+        assert first.read_bytes().count(b"\n") == len(written)
+        write(again, read(first))
+        assert again.read_bytes() == first.read_bytes()
+    assert (difficult, asked) == before
+
+
+def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, documents: list[Document]) -> None:
+    path = tmp_path / "documents.jsonl"
+    unwritable = Document("text", {"source": object()})
+    with pytest.raises(TypeError):
+        write_documents(path, [unwritable])
+    assert not list(tmp_path.iterdir())
+    write_documents(path, documents[:2])
+    before = path.read_bytes()
+
+    def broken() -> Any:
+        yield from documents
+        raise RuntimeError("the source ended")
+
+    with pytest.raises(RuntimeError, match="the source ended"):
+        write_documents(path, broken())
+    with pytest.raises(TypeError):
+        write_documents(path, [*documents, unwritable])
+    assert path.read_bytes() == before
+    assert [entry.name for entry in tmp_path.iterdir()] == ["documents.jsonl"]
