@@ -65,7 +65,9 @@ def log_to_file(path: str) -> None:
     logging.getLogger("rqa").addHandler(handler)
 
 
-def progress(iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:
+def progress(
+    iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any
+) -> tqdm:
     """tqdm with its arguments: a bar on a terminal, elsewhere a log line every half minute."""
     kind = tqdm if sys.stderr.isatty() else _ProgressLines
     return kind(iterable, leave=leave, **options, **({"disable": True} if disable else {}))  # else $TQDM_DISABLE counts

@@ -20,7 +20,9 @@ class OptimizerArguments(Arguments):
     """How weights are updated."""
 
     learning_rate: float = flag(5e-5, "Peak learning rate.")
-    new_layers: str | None = flag(None, "Regular expression; parameters whose name it finds get their own rate.", rare=True)
+    new_layers: str | None = flag(
+        None, "Regular expression; parameters whose name it finds get their own rate.", rare=True
+    )
     new_layers_learning_rate: float | None = flag(None, "Peak learning rate of --new_layers.", rare=True)
     lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = flag(0.0, "Share of all steps in which the learning rate rises from 0 to its peak.")
