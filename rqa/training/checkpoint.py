@@ -11,17 +11,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from safetensors import SafetensorError
 
-from rqa.runtime import distributed
+from rqa.runtime import distributed, files
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import (
-    COMPLETION_MARK,
-    atomic_directory,
-    atomic_file,
-    damage,
-    is_complete,
-    remove_leftovers,
-    write_json,
-)
 from rqa.runtime.parallelize import whole_weights
 from rqa.training.arguments import LoopArguments
 from rqa.training.journal import STATE_FILE, RunState, continues, read_state
@@ -31,7 +22,7 @@ log = logging.getLogger(__name__)
 
 TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
 WEIGHTS = ("adapter_*", "model*.safetensors", "*.safetensors.index.json")
-NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, COMPLETION_MARK, "live_state"}  # until November 2026
+NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK, "live_state"}  # until November 2026
 
 
 @runtime_checkable
@@ -40,25 +31,20 @@ class LiveState(Protocol):
 
     A `before_step` with these members is saved once in each of its versions, as `output_dir/<version>/`, to which
     checkpoints refer by name. The directory goes with the last checkpoint that refers to it.
+
+    Attributes:
+        version: "index-" and a number, another one after each refresh, the same on every process; None: nothing yet.
     """
 
-    @property
-    def version(self) -> str | None:
-        """Names what the next step depends on: "index-" and a number, another one after each refresh; None: nothing.
-
-        The same on every process.
-        """
-        ...
+    version: str | None
 
     def save(self, directory: Path) -> None:
         """Write this version into a new, empty directory. Only the main process calls this."""
-        ...
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote, so that `version == directory.name`. Every process calls this, before a step.
 
-        What the present flags cannot use (another index, other documents) may be left with one warning; `version`
-        stays None.
+        What the present flags cannot use (other documents) may be left with a warning; then `version` stays None.
         """
 
 
@@ -70,15 +56,15 @@ def numbered(output: Path, kind: str) -> dict[int, Path]:
 
 def checkpoints(output: Path) -> list[Path]:
     """The complete checkpoints of a run, oldest first."""
-    return list(filter(is_complete, numbered(output, "checkpoint").values()))
+    return list(filter(files.is_complete, numbered(output, "checkpoint").values()))
 
 
 def _damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, or with the index that it refers to."""
-    if problem := damage(checkpoint):
+    if problem := files.damage(checkpoint):
         return problem
     index = read_state(checkpoint).live_state
-    problem = damage(checkpoint.parent / index) if index else None
+    problem = files.damage(checkpoint.parent / index) if index else None
     return f"{index}, which it needs: {problem}" if problem else None
 
 
@@ -93,7 +79,7 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
     anew = wanted.lower() == "false"
     if flags.overwrite_output_dir or not anew:
-        remove_leftovers(output)
+        files.remove_leftovers(output)
     found = list(numbered(output, "checkpoint").values())
     if wanted.lower() == "true":
         for path in reversed(found):
@@ -135,13 +121,13 @@ def save_checkpoint(
     with whole_weights(objective):
         if distributed.is_main():
             try:
-                if live and state.live_state and not (kept == state.live_state and is_complete(output / kept)):
-                    with atomic_directory(output / state.live_state) as directory:
+                if live and state.live_state and not (kept == state.live_state and files.is_complete(output / kept)):
+                    with files.atomic_directory(output / state.live_state) as directory:
                         live.save(directory)
-                with atomic_directory(path) as directory:
+                with files.atomic_directory(path) as directory:
                     objective.save_pretrained(directory)
                     torch.save(tensors, directory / TENSORS_FILE)
-                    write_json(directory / STATE_FILE, asdict(state))
+                    files.write_json(directory / STATE_FILE, asdict(state))
                     if (output / ARGUMENTS_FILE).exists():
                         shutil.copyfile(output / ARGUMENTS_FILE, directory / ARGUMENTS_FILE)
             except (OSError, RuntimeError, SafetensorError) as error:  # libraries do not agree on a full disk
@@ -214,5 +200,5 @@ def promote(source: Path, output: Path) -> None:
         if path.is_dir():
             (output / relative).mkdir(exist_ok=True)
         else:
-            with atomic_file(output / relative) as temporary:
+            with files.atomic_file(output / relative) as temporary:
                 shutil.copyfile(path, temporary)

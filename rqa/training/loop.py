@@ -7,9 +7,9 @@ micro-batches and processes gives the same gradient.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -48,9 +48,8 @@ class Batches:
         self.size = size
         self.collate = collate
         self.flags = flags
-        self.step_size = (
-            flags.per_device_train_batch_size * flags.gradient_accumulation_steps * distributed.world_size()
-        )
+        examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+        self.step_size = examples * distributed.world_size()
         self.start_at(0, 0)
 
     def start_at(self, step: int, position: int) -> None:
@@ -69,7 +68,8 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Any]:
         stream = range(self.position(step), self.position(step + 1))
-        mine = distributed.share([self._order(place // self.size)[place % self.size] for place in stream])
+        order = partial(_order, self.size, self.flags.seed)
+        mine = distributed.share([order(place // self.size)[place % self.size] for place in stream])
         width = self.flags.per_device_train_batch_size
         return [self.collate(mine[start : start + width]) for start in range(0, len(mine), width)]
 
@@ -78,9 +78,6 @@ class Batches:
         if strategy == "epoch":
             return self.position(step) // self.size > self.position(step - 1) // self.size
         return strategy == "steps" and step % every == 0
-
-    def _order(self, epoch: int) -> list[int]:
-        return _order(self.size, self.flags.seed, epoch)
 
 
 @lru_cache(2)
@@ -96,26 +93,21 @@ def train(
     before_step: Callable[[int], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_first: bool = False,
-    eval_size: int = 0,
     checkpoint: Path | None = None,
+    eval_size: int = 0,
 ) -> RunState:
     """Train the objective's parameters and leave the best model at the top of the output directory.
 
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
-        batches: The micro-batches of each optimizer step.
-        before_step: Called with the number of steps done, before the batch of the next one is made; returns
-            statistics. If it is a `LiveState` it is saved with each checkpoint.
-        evaluate: Called with the number of steps done; returns metrics by name.
-        evaluate_first: Evaluate before the first step, too.
-        eval_size: Questions that `evaluate` asks, told if no step improved the model.
+        before_step: Steps done -> statistics; called before the next batch is made. May be a `LiveState`.
+        evaluate: Steps done -> metrics by name.
+        evaluate_first: Whether to evaluate before the first step, too.
         checkpoint: Where to continue; the objective already holds its weights.
+        eval_size: Number of questions that `evaluate` asks; the log names it if no step improved the model.
 
     Returns:
         The run's state; `interrupted` if a signal ended it early.
-
-    Raises:
-        UserError: the loss or the gradient is not finite; the last checkpoint stands.
     """
     output = Path(flags.output_dir)
     module = parallelize(
@@ -129,7 +121,10 @@ def train(
         load_checkpoint(checkpoint, optimization, state, live)
     if not checkpoint or not continues(checkpoint, flags):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
-    feed = load_batches(batches, state.step, flags.dataloader_num_workers)
+    steps = range(state.step, len(batches))
+    # The loader draws seeds for its workers: from a generator of its own, so that no dropout depends on them.
+    options = {"num_workers": flags.dataloader_num_workers, "generator": torch.Generator()}
+    feed = iter(DataLoader(batches, batch_size=None, sampler=steps, **options))
     objective.train()
     measure, save = evaluate_first and state.step == 0, False
     with deferred_signals() as interruption, closing(Journal(state, len(batches), flags)) as journal:
@@ -146,7 +141,7 @@ def train(
                 break
 
             news = journal.without_events(before_step(state.step)) if before_step else {}
-            micro_batches = next(feed)
+            micro_batches = next(feed)  # made now, unless workers make it ahead
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
@@ -176,16 +171,6 @@ def train(
     return state
 
 
-def load_batches(batches: Batches, start: int, workers: int) -> Iterator[list[Any]]:
-    """The micro-batches of each step from `start` on.
-
-    Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its workers:
-    from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
-    """
-    steps = range(start, len(batches))
-    return iter(DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator()))
-
-
 def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:
     """Refuse a loss that is NaN or infinite, naming the step and the examples."""
     finite = torch.stack(losses).isfinite().tolist()
@@ -202,9 +187,8 @@ def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArgum
             problem = damage(best) if best and flags.load_best_model_at_end else "it is not wanted"
             if best and not problem:
                 if best.name == "checkpoint-0" and state.step:
-                    log.warning(
-                        "best model: step 0, untrained; %s never improved (%d questions)", metric_name(flags), eval_size
-                    )
+                    untrained = "best model: step 0, untrained; %s never improved (%d questions)"
+                    log.warning(untrained, metric_name(flags), eval_size)
                 promote(best, output)
             else:
                 if best and flags.load_best_model_at_end:

@@ -14,9 +14,9 @@ import pytest
 from regression import Regression, run, weight_in
 from safetensors.torch import load_file, save_file
 
+from rqa.runtime import files
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file, damage
-from rqa.training import checkpoint
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoint_to_resume, delete_old_checkpoints
 from rqa.training.journal import RunState
@@ -142,7 +142,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
     owner, name = {
         "weights": (Regression, "save_pretrained"),
         "tensors": (torch, "save"),
-        "state": (checkpoint, "write_json"),
+        "state": (files, "write_json"),
         "index": (Drift, "save"),
     }[where]
     write = getattr(owner, name)
