@@ -20,73 +20,8 @@ from rqa.runtime.errors import UserError
 log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
-NEVER = -1
 THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-SECONDS_BETWEEN_LINES = 30
-
-
-def tune_allocator() -> None:
-    """Have large blocks come from the heap, and the heap keep what is freed.
-
-    Call it before the first large allocation. It does nothing without glibc, and nothing where the user has chosen an
-    allocator (`LD_PRELOAD`) or its settings (`MALLOC_*`, `GLIBC_TUNABLES`).
-
-    Source: mallopt(3).
-    """
-    if platform.libc_ver()[0] != "glibc" or any(name.startswith(THEIR_SETTINGS) for name in os.environ):
-        return
-    libc = ctypes.CDLL(None)
-    libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, NEVER)
-
-
-class _OnlyMainProcess(logging.Filter):
-    def filter(self, record: logging.LogRecord) -> bool:
-        return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
-
-
-def start_logging() -> None:
-    """Messages of `rqa` on the standard error stream, from the main process."""
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S"))
-    handler.addFilter(_OnlyMainProcess())
-    logger = logging.getLogger("rqa")
-    logger.handlers = [handler]
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
-
-
-def log_to_file(path: str) -> None:
-    """Send the same messages to a file, too; appended, so that a resumed run keeps its log."""
-    handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
-    handler.addFilter(_OnlyMainProcess())
-    logging.getLogger("rqa").addHandler(handler)
-
-
-def progress(
-    iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any
-) -> tqdm:
-    """tqdm with its arguments: a bar on a terminal, elsewhere a log line every half minute."""
-    kind = tqdm if sys.stderr.isatty() else _ProgressLines
-    return kind(iterable, leave=leave, **options, **({"disable": True} if disable else {}))  # else $TQDM_DISABLE counts
-
-
-class _ProgressLines(tqdm):
-    """What a bar would show, as lines of a log: files do not want carriage returns."""
-
-    def __init__(self, iterable: Iterable[Any] | None, **options: Any) -> None:
-        self.last_line = time.monotonic()
-        super().__init__(iterable, file=StringIO(), mininterval=1, **options)
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        if time.monotonic() - self.last_line >= SECONDS_BETWEEN_LINES:
-            self.last_line = time.monotonic()
-            shown = self.format_dict
-            total = f" of {shown['total']:,}" if shown["total"] else ""
-            rate = (shown["n"] - shown["initial"]) / shown["elapsed"]
-            log.info("%s: %s%s, %.3g/s", self.desc.removesuffix(": "), f"{shown['n']:,}", total, rate)
+SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
 
 
 def run(main: Callable[[], Any]) -> None:
@@ -103,36 +38,90 @@ def run(main: Callable[[], Any]) -> None:
     try:
         main()
     except UserError as error:
-        sys.exit(_report(str(error)))
+        _exit(2, str(error))
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        sys.exit(_report(f"{error.filename}: {error.strerror}"))
+        _exit(2, f"{error.filename}: {error.strerror}")
     except RuntimeError as error:
-        if not _is_lost_peer(error):
+        # gloo raises plain RuntimeErrors, NCCL those of its own
+        is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
+        if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (is_nccl or "gloo/transport" in str(error)):
             raise
-        _report("another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on")
-        sys.exit(1)
+        _exit(1, "another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on")
     except KeyboardInterrupt:
         sys.exit(130)
 
 
-def _is_lost_peer(error: RuntimeError) -> bool:
-    """Whether an exchange between processes failed: gloo raises plain RuntimeErrors, NCCL those of its own."""
-    is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
-    return int(os.environ.get("WORLD_SIZE", 1)) > 1 and (is_nccl or "gloo/transport" in str(error))
-
-
-def _report(message: str) -> int:
+def _exit(status: int, message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
-    return 2
+    sys.exit(status)
+
+
+def tune_allocator() -> None:
+    """Have large blocks come from the heap, and the heap keep what is freed. Call it before the first large allocation.
+
+    It does nothing without glibc, and nothing where the user has chosen an allocator (`LD_PRELOAD`) or its settings
+    (`MALLOC_*`, `GLIBC_TUNABLES`). Source: mallopt(3).
+    """
+    if platform.libc_ver()[0] != "glibc" or any(name.startswith(THEIR_SETTINGS) for name in os.environ):
+        return
+    libc = ctypes.CDLL(None)
+    libc.mallopt(M_MMAP_MAX, 0)
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def start_logging() -> None:
+    """Messages of `rqa` on the standard error stream, from the main process."""
+    logger = logging.getLogger("rqa")
+    logger.handlers = []
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
+    _log_to(logging.StreamHandler(), "%H:%M:%S")
+
+
+def log_to_file(path: str) -> None:
+    """Send the same messages to a file, too; appended, so that a resumed run keeps its log."""
+    _log_to(logging.FileHandler(path, encoding="utf-8"), None)
+
+
+def _log_to(handler: logging.Handler, time_format: str | None) -> None:
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", time_format))
+    handler.addFilter(lambda record: record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0")
+    logging.getLogger("rqa").addHandler(handler)
+
+
+def progress(
+    iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any
+) -> tqdm:
+    """tqdm with tqdm's arguments: a bar on a terminal, elsewhere a log line every half minute."""
+    kind = tqdm if sys.stderr.isatty() else _ProgressLines
+    options |= {"disable": True} if disable else {}  # otherwise $TQDM_DISABLE decides
+    return kind(iterable, leave=leave, **options)
+
+
+class _ProgressLines(tqdm):
+    """A bar without its carriage returns, which make a file of them unreadable."""
+
+    def __init__(self, iterable: Iterable[Any] | None, **options: Any) -> None:
+        self.started = self.last_line = time.monotonic()
+        super().__init__(iterable, file=StringIO(), mininterval=1, **options)
+
+    def display(self, *_: object, **__: object) -> None:
+        now = time.monotonic()
+        if now < self.last_line + SECONDS_BETWEEN_LINES:
+            return
+        self.last_line = now
+        done = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
+        rate = (self.n - self.initial) / (now - self.started)
+        log.info("%s: %s, %s/s", self.desc, done, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}")
 
 
 class Interruption:
     """Whether somebody asked this process to stop."""
 
-    def __init__(self) -> None:
-        self.requested = False
+    requested = False
 
     def request(self, signum: int, frame: FrameType | None) -> None:
         """Remember the first signal; a second one acts as it would have without us."""

@@ -1,4 +1,4 @@
-"""What was expensive to compute, kept by key in a file that runs and processes share."""
+"""Files that are whole or absent: atomic writes, checksums, JSON; and a store of what was expensive to compute."""
 
 import hashlib
 import json
@@ -14,20 +14,13 @@ from typing import Any
 from rqa.runtime.errors import UserError
 
 COMPLETION_MARK = "COMPLETE"
+KEYS_PER_QUERY = 500  # SQLite built with its oldest limit takes 999
+SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
 def cache_root() -> Path:
     """Where what may be reused between runs lives: `$RQA_CACHE`, by default `~/.cache/rqa`."""
     return Path(os.environ.get("RQA_CACHE") or Path.home() / ".cache" / "rqa").expanduser()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that a rename after it never precedes its content."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 @contextmanager
@@ -39,9 +32,9 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
     try:
         with _naming(path):
             yield temporary
-            sync(temporary)
+            _sync(temporary)
             os.replace(temporary, path)
-            sync(path.parent)
+            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -63,16 +56,35 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             files = sorted(child for child in temporary.rglob("*") if child.is_file())
             sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
             (temporary / COMPLETION_MARK).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-            for child in sorted(temporary.rglob("*")):
-                sync(child)
-            sync(temporary)
+            for child in (*sorted(temporary.rglob("*")), temporary):
+                _sync(child)
             if path.exists():
                 os.replace(path, retired)
             os.replace(temporary, path)
-            sync(path.parent)
+            _sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
         shutil.rmtree(retired, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    """Flush a file or directory to the disk, so that a rename after it never precedes its content."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """A full disk does not say which file it refused; the user needs to know."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
 
 
 def is_complete(directory: str | Path) -> bool:
@@ -96,6 +108,11 @@ def damage(directory: str | Path) -> str | None:
     return None
 
 
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def remove_leftovers(directory: str | Path) -> None:
     """Delete what a crash left of `atomic_file` and `atomic_directory`; no process may be writing there.
 
@@ -111,25 +128,6 @@ def remove_leftovers(directory: str | Path) -> None:
             path.unlink()
 
 
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk does not say which file it refused; the user needs to know."""
-    try:
-        yield
-    except OSError as error:
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
@@ -139,8 +137,7 @@ def write_json(path: str | Path, value: Any) -> None:
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
     """Write one JSON object a line, atomically."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -149,10 +146,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     Raises:
         UserError: the file is missing or unreadable, not UTF-8, or a line is not one JSON object.
     """
-    path = Path(path)
     number = 0
     try:
-        with path.open("rb") as file:
+        with Path(path).open("rb") as file:
             for number, data in enumerate(file, start=1):
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
@@ -160,27 +156,21 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 row = json.loads(line)
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-                if "\\ud" in line.lower():
-                    _refuse_half_characters(row, f"{path}:{number}")
+                if "\\ud" in line.lower():  # one half of a surrogate pair: no tokenizer takes it, and no file holds it
+                    json.dumps(row, ensure_ascii=False).encode("utf-8")
                 yield number, row
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+    except UnicodeEncodeError as error:
+        half = ord(error.object[error.start])
+        raise UserError(f"{path}:{number}: holds \\u{half:04x}, half of a character; remove it") from None
     except (ValueError, RecursionError) as error:  # a number may be too long, too
         reason = getattr(error, "msg", None) or str(error)
         raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
-
-
-def _refuse_half_characters(row: dict[str, Any], where: str) -> None:
-    """JSON can escape one half of a surrogate pair, which no tokenizer takes and no file holds."""
-    try:
-        json.dumps(row, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError as error:
-        half = error.object[error.start]
-        raise UserError(f"{where}: holds \\u{ord(half):04x}, half of a character; remove it") from None
 
 
 def fingerprint(*parts: str | bytes) -> str:
@@ -197,21 +187,14 @@ def fingerprint_of(parts: Iterable[str | bytes]) -> str:
     return digest.hexdigest()
 
 
-KEYS_PER_QUERY = 500  # SQLite built with its oldest limit takes 999
-SECONDS_TO_WAIT = 60  # for another process's transaction
-
-
 class Store:
-    """JSON values by key, in one SQLite file.
+    """JSON values by key, in one SQLite file, which is made if absent.
 
     Each `put` is one transaction: it is kept whole or not at all, whatever kills the process. Several processes may
     use one file. The journal is SQLite's default, since its write-ahead log does not work on network file systems.
 
-    Args:
-        path: The file; made, with its directory, if absent.
-
     Raises:
-        UserError: from every method too: the file is damaged or cannot be written, or the disk is full.
+        UserError: from every method: the file is damaged or cannot be written, or the disk is full.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -228,16 +211,12 @@ class Store:
         with self._one_line_for_errors():
             for start in range(0, len(names), KEYS_PER_QUERY):
                 part = names[start : start + KEYS_PER_QUERY]
-                rows = self._database.execute(
-                    f"SELECT key, value FROM kept WHERE key IN ({','.join('?' * len(part))})", part
-                )
-                found.update((key, json.loads(value)) for key, value in rows)
+                query = f"SELECT key, value FROM kept WHERE key IN ({','.join('?' * len(part))})"
+                found.update((key, json.loads(value)) for key, value in self._database.execute(query, part))
         return found
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Keep all these values, or on an error none; a key's older value is replaced."""
-        if not values:
-            return
         rows = [(key, json.dumps(value)) for key, value in values.items()]
         with self._one_line_for_errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)

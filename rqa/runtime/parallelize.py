@@ -1,8 +1,8 @@
 """How a module runs: gradient checkpointing, then compile, then DDP or FSDP2. Always in that order."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -20,12 +20,17 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class WholePass(nn.Module):
+    """A module whose `forward` and `forward_methods` each run a whole pass through the models inside it.
+
+    FSDP2 gathers weights around these calls, so that the module and not its models is the root of what is divided.
+    """
+
+    forward_methods: tuple[str, ...] = ()
+
+
 def parallelize(
-    module: nn.Module,
-    gradient_checkpointing: bool,
-    compile: bool,
-    shard: bool = False,
-    dtype: torch.dtype = torch.float32,
+    module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
 ) -> nn.Module:
     """Move a module to its device and wrap it for training; its parameters stay those of `module`.
 
@@ -45,32 +50,31 @@ def parallelize(
     if compile:
         for part in _layers(module) if shard and several else [module]:  # a compiled layer lies inside its sharding
             part.compile(dynamic=True)
-    if not several:
-        return module
-    if shard:
-        return _shard(module, device, dtype)
-    return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    if several and shard:
+        _shard(module, dtype)
+    elif several:
+        return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
+    return module
 
 
-def _shard(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
+def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves.
 
     The main process sends each of these parts when it is divided: no other process ever needs a whole model.
     """
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
-    mesh = dist.init_device_mesh(device.type, (distributed.world_size(),))
+    mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
     for layer in _layers(module):
         _shard_part(layer, mesh=mesh, mp_policy=policy)
     for model in _roots(module):
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
         _shard_part(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name in getattr(model, "forward_methods", ()):
+        for name in model.forward_methods if isinstance(model, WholePass) else ():
             register_fsdp_forward_method(model, name)
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
-    return module
 
 
 @torch.no_grad()
@@ -79,16 +83,13 @@ def _shard_part(part: nn.Module, **options: Any) -> None:
     fully_shard(part, **options)
     for name, value in whole.items():
         parameter = part.get_parameter(name)
-        parameter.to_local().copy_(_from_main(value, parameter).to_local())
+        parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
-    """The models, and outside of them whatever else owns parameters, such as a projection.
-
-    A module with `forward_methods` is one with its model: they, too, are whole passes.
-    """
+    """The models, and outside of them whatever else owns parameters, such as a projection."""
     owns = any(True for _ in module.parameters(recurse=False))
-    if isinstance(module, PreTrainedModel) or hasattr(module, "forward_methods") or owns:
+    if isinstance(module, PreTrainedModel | WholePass) or owns:
         return [module]
     return [root for child in module.children() for root in _roots(child)]
 
@@ -100,17 +101,12 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [layer for child in module.children() for layer in _layers(child)]
 
 
-@contextmanager
-def gradient_sync(module: nn.Module, enabled: bool) -> Iterator[None]:
+def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
     """Exchange gradients in this backward pass, or only accumulate them.
 
     FSDP2 always exchanges: an accumulated whole gradient would take the memory that sharding saves.
     """
-    if enabled or not isinstance(module, DistributedDataParallel):
-        yield
-    else:
-        with module.no_sync():
-            yield
+    return module.no_sync() if isinstance(module, DistributedDataParallel) and not enabled else nullcontext()
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -134,12 +130,8 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
     Every process enters; only the main process gets the tensors, one copy of them. Tied weights stay tied.
     """
-    whole: dict[int, Tensor] = {}
-    for parameter in module.parameters():
-        if isinstance(parameter, DTensor):
-            tensor = parameter.detach().full_tensor()
-            if distributed.is_main():
-                whole[id(parameter)] = tensor.cpu()
+    divided = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
+    whole = {id(parameter): whole_on_main(parameter.detach()) for parameter in divided}
 
     def replace(part: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name, parameter in part.named_parameters(recurse=False):
@@ -159,62 +151,27 @@ def assembled(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def whole_on_main(tensor: Tensor) -> Tensor:
+    """The same in CPU memory of the main process; empty on the others."""
+    whole = assembled(tensor)
+    return whole.cpu() if distributed.is_main() else whole.new_empty(0)
+
+
 def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`module.load_state_dict`, each process keeping its part of what the main process has.
+    """`module.load_state_dict` of the main process's weights; those of the others only tell shapes."""
+    present = module.state_dict()
+    module.load_state_dict({name: divided_like(present[name], value, source=0) for name, value in weights.items()})
+
+
+def divided_like(like: Tensor, value: Tensor, source: int | None = None) -> Tensor:
+    """A whole tensor, placed as another one and, unless it is a scalar, divided as that is.
 
     Args:
-        weights: Those of the other processes only tell shapes.
+        source: The process whose value counts; None: each has the same.
     """
-    present = module.state_dict()
-    module.load_state_dict({name: _from_main(value, present[name]) for name, value in weights.items()})
-
-
-def _from_main(value: Tensor, like: Tensor) -> Tensor:
-    """The main process's value, divided and placed as another tensor is."""
     value = value.to(like.device)
-    if isinstance(like, DTensor):
-        return distribute_tensor(value, like.device_mesh, like.placements)
-    if distributed.world_size() > 1:
-        dist.broadcast(value, src=0)
+    if isinstance(like, DTensor) and value.ndim:
+        return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=source)
+    if source is not None and distributed.world_size() > 1:
+        dist.broadcast(value, src=source)
     return value
-
-
-def shard_like(parameter: Tensor | None, value: Tensor) -> Tensor:
-    """This process's part of a whole tensor that each has, divided as the parameter is; all if the parameter is."""
-    if not isinstance(parameter, DTensor):
-        return value
-    value = value.to(parameter.device)
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
-def whole_optimizer_state(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """`optimizer.state_dict()` with whole tensors in CPU memory, on the main process; every process calls this."""
-    state = optimizer.state_dict()
-    moments = {number: dict(_gather_values(values.items())) for number, values in state["state"].items()}
-    return {**state, "state": moments if distributed.is_main() else {}}
-
-
-def _gather_values(values: Iterable[tuple[str, Any]]) -> Iterator[tuple[str, Any]]:
-    for name, value in values:
-        value = assembled(value)
-        if distributed.is_main():
-            yield name, value.cpu() if isinstance(value, Tensor) else value
-
-
-def shard_optimizer_state(state: Mapping[str, Any], parameters: Sequence[Tensor]) -> dict[str, Any]:
-    """The inverse of `whole_optimizer_state`, for parameters in the order of the optimizer's groups.
-
-    Raises:
-        ValueError: a moment has another shape than its parameter.
-    """
-    moments = {}
-    for number, values in state["state"].items():
-        parameter = parameters[number]
-        for value in values.values():
-            if isinstance(value, Tensor) and value.ndim and value.shape != parameter.shape:
-                raise ValueError("the optimizer's state is of a model with other parameters")
-        moments[number] = {
-            name: shard_like(parameter, value) if isinstance(value, Tensor) and value.ndim else value
-            for name, value in values.items()
-        }
-    return {**state, "state": moments}

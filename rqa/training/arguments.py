@@ -20,13 +20,13 @@ class OptimizerArguments(Arguments):
     """How weights are updated."""
 
     learning_rate: float = flag(5e-5, "Peak learning rate.")
-    new_layers: str | None = flag(
-        None, "Regular expression; parameters whose name it finds get their own rate.", rare=True
+    new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
+    new_layers_learning_rate: float | None = flag(
+        None, "Peak learning rate of the parameters that new_layers finds.", rare=True
     )
-    new_layers_learning_rate: float | None = flag(None, "Peak learning rate of --new_layers.", rare=True)
     lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", choices=SCHEDULES)
     warmup_ratio: float = flag(0.0, "Share of all steps in which the learning rate rises from 0 to its peak.")
-    warmup_steps: int = flag(0, "Number of warm-up steps; a positive number replaces --warmup_ratio.", rare=True)
+    warmup_steps: int = flag(0, "Steps of the warm-up; a positive number replaces warmup_ratio.", rare=True)
     weight_decay: float = flag(0.0, "AdamW's weight decay; biases and normalisation weights do not decay.")
     adam_beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient.", rare=True)
     adam_beta2: float = flag(0.999, "AdamW's decay rate of the mean squared gradient.", rare=True)
@@ -34,8 +34,8 @@ class OptimizerArguments(Arguments):
     max_grad_norm: float = flag(1.0, "Norm to which larger gradients are clipped; 0 clips none.")
 
     def check(self) -> None:
-        self.check_bounds("learning_rate", "new_layers_learning_rate", "warmup_steps", "weight_decay", at_least=0)
-        self.check_bounds("adam_epsilon", "max_grad_norm", at_least=0)
+        amounts = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
+        self.check_bounds(*amounts, "warmup_steps", at_least=0)
         self.check_bounds("warmup_ratio", at_least=0, at_most=1)
         self.check_bounds("adam_beta1", "adam_beta2", at_least=0, below=1)
         if (self.new_layers is None) != (self.new_layers_learning_rate is None):
@@ -50,14 +50,10 @@ class OptimizerArguments(Arguments):
 class DeviceArguments(LoadingArguments):
     """What fits on a device, and how fast it runs."""
 
-    fp16: bool = flag(False, "Compute in float16 with a loss scaler (CUDA only).", rare=True)
-    gradient_checkpointing: bool = flag(False, "Recompute activations in the backward pass: slower, less memory.")
-    torch_compile: bool = flag(False, "Compile the model with torch.compile.", rare=True)
-    fsdp: str = flag(
-        "no",
-        "full_shard divides weights, gradients and optimizer state among torchrun's processes (FSDP2).",
-        choices=["no", "full_shard"],
-    )
+    fp16: bool = flag(False, "Whether to compute in float16 with a loss scaler (CUDA only).", rare=True)
+    gradient_checkpointing: bool = flag(False, "Whether to recompute activations: slower, less memory.")
+    torch_compile: bool = flag(False, "Whether to compile the model with torch.compile.", rare=True)
+    fsdp: str = flag("no", "FSDP2: full_shard divides the model among processes.", choices=["no", "full_shard"])
 
     @property
     def dtype(self) -> torch.dtype:
@@ -82,14 +78,14 @@ class JournalArguments(Arguments):
     save_strategy: str = flag("steps", "When to save a checkpoint.", choices=STRATEGIES, rare=True)
     save_steps: int = flag(500, "Steps between two checkpoints.")
     save_total_limit: int = flag(2, "Newest checkpoints to keep; the best one is always kept.")
-    metric_for_best_model: str | None = flag(None, "Evaluation metric that chooses the best model.")
-    greater_is_better: bool | None = flag(
-        None,
-        "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.",
-        rare=True,
+    metric_for_best_model: str | None = flag(
+        None, "Metric of eval_file that chooses the best model. Default: the algorithm's."
     )
-    load_best_model_at_end: bool = flag(True, "Put the best model, not the last, at the top of output_dir.", rare=True)
-    write_predictions: bool = flag(False, "Write each evaluation's predictions as JSONL.", rare=True)
+    greater_is_better: bool | None = flag(
+        None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
+    )
+    load_best_model_at_end: bool = flag(True, "Whether output_dir gets the best model, or the last.", rare=True)
+    write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
     report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"])
     run_project: str = flag("rqa", "Project name in the tracker.", rare=True)
     run_group: str | None = flag(None, "Group of runs in the tracker.", rare=True)
@@ -111,8 +107,10 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     """How a run goes: its directory, its batches and its length."""
 
     output_dir: str = flag(help="Directory for checkpoints, logs, scores and the best model.")
-    overwrite_output_dir: bool = flag(False, "Start afresh in an output_dir that holds a run.")
-    resume_from_checkpoint: str | None = flag(None, "true: continue from output_dir's newest checkpoint; or a path.")
+    overwrite_output_dir: bool = flag(False, "Whether to start afresh in an output_dir that holds a run.")
+    resume_from_checkpoint: str | None = flag(
+        None, "Checkpoint to continue from: a path, or true for output_dir's newest."
+    )
     seed: int = flag(42, "Seed of data order, dropout and new weights.")
     per_device_train_batch_size: int = flag(8, "Examples in one forward pass of training.")
     per_device_eval_batch_size: int = flag(8, "Examples in one forward pass of evaluation (readers).")
@@ -126,8 +124,8 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             value = getattr(self, name)
             if isinstance(value, int | float) and not abs(value) < 2**32:  # NaN, too
                 raise UserError(f"--{name} {value}: must be a finite number below 2**32")
-        self.check_bounds("per_device_train_batch_size", "per_device_eval_batch_size", at_least=1)
-        self.check_bounds("gradient_accumulation_steps", at_least=1)
+        counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
+        self.check_bounds(*counts, at_least=1)
         self.check_bounds("seed", "dataloader_num_workers", at_least=0)
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"--max_steps {self.max_steps}: must be at least 1, or -1: num_train_epochs decides")

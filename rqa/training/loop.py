@@ -8,7 +8,8 @@ micro-batches and processes gives the same gradient.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from functools import lru_cache
+from contextlib import closing
+from functools import lru_cache, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,14 +20,15 @@ from torch.utils.data import DataLoader
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
-from rqa.runtime.distributed import autocast
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import damage
 from rqa.runtime.parallelize import gradient_sync, parallelize, whole_weights
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import LiveState, delete_old_checkpoints, load_checkpoint, promote, save_checkpoint
-from rqa.training.journal import Journal, RunState, continues, is_best, resume_state
+from rqa.training.journal import Journal, RunState, continues, metric_name, remember_if_best, resume_state
 from rqa.training.optim import Optimization
+
+log = logging.getLogger(__name__)
 
 
 class Batches:
@@ -36,22 +38,18 @@ class Batches:
     the next `step_size` of them, dealt out over processes and micro-batches, so that all steps are full and all
     processes run equally often. A resumed run needs its step and its position in the stream and nothing else to see
     the very same batches; with another number of processes or batch size it goes on where the stream was left.
+
+    Args:
+        size: The number of examples.
+        collate: Example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
     """
 
-    def __init__(self, size: int, collate: Callable[[Sequence[int]], Any], arguments: LoopArguments) -> None:
-        """
-        Args:
-            size: The number of examples.
-            collate: Example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
-            arguments: Batch size, accumulation, epochs or steps, and seed.
-        """
+    def __init__(self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments) -> None:
         self.size = size
         self.collate = collate
-        self.width = arguments.per_device_train_batch_size
-        self.step_size = self.width * arguments.gradient_accumulation_steps * distributed.world_size()
-        self.seed = arguments.seed
-        self.max_steps = arguments.max_steps
-        self.epochs = arguments.num_train_epochs
+        self.flags = flags
+        examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
+        self.step_size = examples * distributed.world_size()
         self.start_at(0, 0)
 
     def start_at(self, step: int, position: int) -> None:
@@ -59,26 +57,27 @@ class Batches:
         self.first_step, self.first_position = step, position
 
     def __len__(self) -> int:
-        if self.max_steps > 0:
-            return self.max_steps
-        return self.first_step + max(math.ceil((self.epochs * self.size - self.first_position) / self.step_size), 0)
+        if self.flags.max_steps > 0:
+            return self.flags.max_steps
+        left = self.flags.num_train_epochs * self.size - self.first_position
+        return self.first_step + max(math.ceil(left / self.step_size), 0)
 
     def position(self, step: int) -> int:
         """Examples that the steps before this one take from the stream."""
         return self.first_position + (step - self.first_step) * self.step_size
 
-    def epoch(self, step: int) -> float:
-        """Passes over the data after so many steps."""
-        return self.position(step) / self.size
-
     def __getitem__(self, step: int) -> list[Any]:
         stream = range(self.position(step), self.position(step + 1))
-        orders = {
-            epoch: _order(self.size, self.seed, epoch) for epoch in {position // self.size for position in stream}
-        }
-        examples = [orders[position // self.size][position % self.size] for position in stream]
-        mine = distributed.share(examples)
-        return [self.collate(mine[start : start + self.width]) for start in range(0, len(mine), self.width)]
+        order = partial(_order, self.size, self.flags.seed)
+        mine = distributed.share([order(place // self.size)[place % self.size] for place in stream])
+        width = self.flags.per_device_train_batch_size
+        return [self.collate(mine[start : start + width]) for start in range(0, len(mine), width)]
+
+    def due(self, strategy: str, every: int, step: int) -> bool:
+        """Whether a strategy (no, steps, epoch) acts after this step."""
+        if strategy == "epoch":
+            return self.position(step) // self.size > self.position(step - 1) // self.size
+        return strategy == "steps" and step % every == 0
 
 
 @lru_cache(2)
@@ -87,142 +86,112 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
     return torch.randperm(size, generator=generator).tolist()
 
 
-log = logging.getLogger(__name__)
-
-
 def train(
     objective: nn.Module,
     batches: Batches,
-    arguments: LoopArguments,
+    flags: LoopArguments,
     before_step: Callable[[int], Mapping[str, float]] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
     evaluate_first: bool = False,
     checkpoint: Path | None = None,
+    eval_size: int = 0,
 ) -> RunState:
     """Train the objective's parameters and leave the best model at the top of the output directory.
 
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
-        batches: The micro-batches of each optimizer step.
-        before_step: Called with the number of steps done, before the batch of the next one is made; returns
-            statistics. A `LiveState` is saved with each checkpoint.
-        evaluate: Called with the number of steps done; returns metrics by name.
-        evaluate_first: Evaluate before step 0, too.
+        before_step: Steps done -> statistics; called before the next batch is made. May be a `LiveState`.
+        evaluate: Steps done -> metrics by name.
+        evaluate_first: Whether to evaluate before the first step, too.
         checkpoint: Where to continue; the objective already holds its weights.
+        eval_size: Number of questions that `evaluate` asks; the log names it if no step improved the model.
 
     Returns:
         The run's state; `interrupted` if a signal ended it early.
-
-    Raises:
-        UserError: the loss or the gradient is not finite; the last checkpoint stands.
     """
-    output, saving = Path(arguments.output_dir), arguments.save_strategy != "no"
-    device, dtype = distributed.device(), arguments.dtype
+    output = Path(flags.output_dir)
     module = parallelize(
-        objective,
-        arguments.gradient_checkpointing,
-        arguments.torch_compile,
-        shard=arguments.fsdp == "full_shard",
-        dtype=dtype,
+        objective, flags.gradient_checkpointing, flags.torch_compile, flags.fsdp == "full_shard", flags.dtype
     )
     live = before_step if isinstance(before_step, LiveState) else None
-    state = resume_state(checkpoint, arguments) if checkpoint else RunState()
+    state = resume_state(checkpoint, flags) if checkpoint else RunState()
     batches.start_at(state.step, state.examples)
-    optimization = Optimization(objective, arguments, len(batches))
+    optimization = Optimization(objective, flags, len(batches))
     if checkpoint:
         load_checkpoint(checkpoint, optimization, state, live)
-    if not checkpoint or not continues(checkpoint, arguments):
+    if not checkpoint or not continues(checkpoint, flags):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
-    feed = iter(load_batches(batches, state.step, arguments.dataloader_num_workers))
-
-    def evaluate_now() -> bool:
-        assert evaluate
-        metrics = evaluate(state.step)
-        objective.train()
-        journal.record(metrics)
-        return is_best(metrics, state, arguments)
-
-    def save_now() -> None:
-        save_checkpoint(output, objective, optimization, state, live)
-        delete_old_checkpoints(output, arguments.save_total_limit, state)
-
+    steps = range(state.step, len(batches))
+    # The loader draws seeds for its workers: from a generator of its own, so that no dropout depends on them.
+    options = {"num_workers": flags.dataloader_num_workers, "generator": torch.Generator()}
+    feed = iter(DataLoader(batches, batch_size=None, sampler=steps, **options))
     objective.train()
-    with deferred_signals() as interruption, Journal(state, len(batches), arguments) as journal:
-        if evaluate and evaluate_first and state.step == 0 and evaluate_now() and saving:
-            save_now()
-        while state.step < len(batches):
-            news = journal.statistics(before_step(state.step) if before_step else {})
-            micro_batches = next(feed)
+    measure, save = evaluate_first and state.step == 0, False
+    with deferred_signals() as interruption, closing(Journal(state, len(batches), flags)) as journal:
+        while True:
+            if evaluate and measure:
+                metrics = evaluate(state.step)
+                objective.train()
+                journal.record(metrics)
+                save |= remember_if_best(metrics, state, flags)
+            if (save and flags.save_strategy != "no") or state.interrupted:
+                save_checkpoint(output, objective, optimization, state, live)
+                delete_old_checkpoints(output, flags.save_total_limit, state)
+            if state.interrupted or state.step >= len(batches):
+                break
+
+            news = journal.without_events(before_step(state.step)) if before_step else {}
+            micro_batches = next(feed)  # made now, unless workers make it ahead
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(module, enabled=number == len(micro_batches)):
-                    with autocast(dtype):
-                        loss, values = module(batch.to(device))
+                    with distributed.autocast(flags.dtype):
+                        loss, values = module(batch.to(distributed.device()))
                     optimization.backward(loss * (distributed.world_size() / weight))
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
             require_finite(losses, micro_batches, state.step)
-            norm, rate = optimization.step(), optimization.learning_rate
+            norm = optimization.step(state.step)
             state.step += 1
             state.examples = batches.position(state.step)
             tokens = sum(batch.num_tokens for batch in micro_batches)
+            rate = optimization.learning_rates(state.step)[0]
             journal.step_done(float(sum(losses)) / weight, tokens, statistics, norm, rate)
 
             last = state.step == len(batches)
             state.interrupted = bool(stop) and not last
-            save = last or due(arguments.save_strategy, arguments.save_steps, state.step, batches)
-            measure = last or (due(arguments.eval_strategy, arguments.eval_steps, state.step, batches) and not stop)
-            if evaluate and measure:
-                save |= evaluate_now()
-            if (save and saving) or state.interrupted:
-                save_now()
-            if state.interrupted:
-                log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
-                break
+            save = last or batches.due(flags.save_strategy, flags.save_steps, state.step)
+            measure = last or (batches.due(flags.eval_strategy, flags.eval_steps, state.step) and not stop)
     journal.save()
-    if not state.interrupted:
-        finish(output, objective, state, arguments)
+    if state.interrupted:
+        log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
+    else:
+        finish(output, objective, state, flags, eval_size)
     return state
 
 
-def load_batches(batches: Batches, start: int, workers: int) -> DataLoader:
-    """The micro-batches of each step from `start` on.
-
-    Without workers a batch is made when it is asked for, behind `before_step`. The loader draws a seed for its workers:
-    from a generator of its own, so that dropout in a resumed run is that of the uninterrupted one.
-    """
-    steps = range(start, len(batches))
-    return DataLoader(batches, batch_size=None, sampler=steps, num_workers=workers, generator=torch.Generator())
-
-
-def due(strategy: str, every: int, step: int, batches: Batches) -> bool:
-    """Whether a strategy (no, steps, epoch) acts after this step."""
-    if strategy == "epoch":
-        return int(batches.epoch(step)) > int(batches.epoch(step - 1))
-    return strategy == "steps" and step % every == 0
-
-
 def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:
-    """Raises:
-    UserError: a loss is NaN or infinite; names the step and the examples.
-    """
+    """Refuse a loss that is NaN or infinite, naming the step and the examples."""
     finite = torch.stack(losses).isfinite().tolist()
     guilty = [index for batch, ok in zip(micro_batches, finite, strict=True) if not ok for index in batch.indices]
     if not all(finite):
         raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
 
 
-def finish(output: Path, objective: nn.Module, state: RunState, arguments: LoopArguments) -> None:
+def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:
     """Put the best model, or the last, at the top of the output directory."""
     best = output / state.best_model_checkpoint if state.best_model_checkpoint else None
     with whole_weights(objective):
         if distributed.is_main():
-            problem = damage(best) if best and arguments.load_best_model_at_end else "it is not wanted"
+            problem = damage(best) if best and flags.load_best_model_at_end else "it is not wanted"
             if best and not problem:
+                if best.name == "checkpoint-0" and state.step:
+                    untrained = "best model: step 0, untrained; %s never improved (%d questions)"
+                    log.warning(untrained, metric_name(flags), eval_size)
                 promote(best, output)
             else:
-                if best and arguments.load_best_model_at_end:
+                if best and flags.load_best_model_at_end:
                     log.warning("%s, the best, cannot be used (%s): the last model takes its place", best, problem)
                 with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
                     objective.save_pretrained(directory)

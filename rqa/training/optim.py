@@ -1,4 +1,4 @@
-"""The optimizer, its schedule and the loss scaler: everything between a loss and new weights."""
+"""The optimizer, its learning rate and the loss scaler: everything between a loss and new weights."""
 
 import math
 import re
@@ -6,103 +6,108 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from transformers import get_scheduler
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.parallelize import shard_optimizer_state, whole_optimizer_state
+from rqa.runtime.parallelize import assembled, divided_like, whole_on_main
 from rqa.training.arguments import LoopArguments
 
 
+def rate_factor(kind: str, step: int, warmup: int, steps: int) -> float:
+    """The share of the peak learning rate after `step` of `steps` steps, as `transformers.get_scheduler` has it."""
+    if step < warmup and kind != "constant":
+        return step / warmup
+    if kind.startswith("constant"):
+        return 1.0
+    if kind == "cosine":
+        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup)))))
+    return max(0.0, (steps - step) / max(1, steps - warmup))
+
+
 class Optimization:
-    """AdamW on a schedule, with gradient clipping and, for fp16, loss scaling."""
+    """AdamW with gradient clipping and, for fp16, loss scaling."""
 
-    def __init__(self, module: nn.Module, arguments: LoopArguments, steps: int) -> None:
-        groups = parameter_groups(module, arguments)
-        self.trained = [parameter for group in groups for parameter in group["params"]]
-        self.max_norm = arguments.max_grad_norm or math.inf
-        self.optimizer = torch.optim.AdamW(
-            groups,
-            lr=arguments.learning_rate,
-            betas=(arguments.adam_beta1, arguments.adam_beta2),
-            eps=arguments.adam_epsilon,
-            fused=True,
-        )
-        warmup = arguments.warmup_steps or round(arguments.warmup_ratio * steps)
-        self.schedule = get_scheduler(arguments.lr_scheduler_type, self.optimizer, warmup, steps)
-        self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=arguments.fp16)
+    def __init__(self, module: nn.Module, flags: LoopArguments, steps: int) -> None:
+        self.flags = flags
+        self.steps = steps
+        self.warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
+        betas = (flags.adam_beta1, flags.adam_beta2)
+        groups = parameter_groups(module, flags)
+        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=flags.adam_epsilon, fused=True)
+        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
+        named = [zip(group["param_names"], group["params"], strict=True) for group in self.optimizer.param_groups]
+        self.trained: dict[str, nn.Parameter] = {name: parameter for group in named for name, parameter in group}
+        self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
 
-    @property
-    def learning_rate(self) -> float:
-        return float(self.schedule.get_last_lr()[0])
+    def learning_rates(self, step: int) -> list[float]:
+        """Of each parameter group, after so many steps."""
+        factor = rate_factor(self.flags.lr_scheduler_type, step, self.warmup, self.steps)
+        return [peak * factor for peak in self.peaks]
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of a loss."""
         self.scaler.scale(loss).backward()
 
-    def step(self) -> float:
-        """Clip, update the weights, advance the schedule; the gradient's norm before clipping.
+    def step(self, done: int) -> float:
+        """Clip, and update the weights, after so many steps. Returns the gradient's norm before clipping.
 
         Raises:
             UserError: the gradient is not finite; the weights are as before.
         """
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
+            group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained, self.max_norm)
-        norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
+        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.flags.max_grad_norm or math.inf)
+        norm = float(assembled(norm))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
         self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
         self.scaler.update()
-        self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
     def state_dict(self) -> dict[str, Any]:
-        """The optimizer's moments, whole and on the CPU, and the loss scale. Every process calls this."""
-        return {"optimizer": whole_optimizer_state(self.optimizer), "scaler": self.scaler.state_dict()}
+        """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""
+        state = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
+        moments = {name: {key: whole_on_main(value) for key, value in own.items()} for name, own in state.items()}
+        return {"optimizer": moments, "scaler": self.scaler.state_dict()}
 
-    def load_state_dict(self, state: dict[str, Any], steps: int) -> None:
-        """Restore moments and loss scale after so many steps; rates and decay stay those of the present arguments.
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore moments and loss scale; learning rates and decay stay those of the present flags.
 
         Raises:
             ValueError: they are not of these parameters.
         """
-        present = self.optimizer.state_dict()["param_groups"]
-        saved = state["optimizer"]["param_groups"]
-        if [len(group["params"]) for group in saved] != [len(group["params"]) for group in present]:
+        moments = state["optimizer"]
+        if "param_groups" in moments:  # until November 2026 parameters were numbered, in the same order
+            numbers = [number for group in moments["param_groups"] for number in group["params"]]
+            moments = {name: moments["state"].get(n, {}) for name, n in zip(self.trained, numbers, strict=True)}
+        same = moments.keys() == self.trained.keys() and all(
+            value.shape in ((), self.trained[name].shape) for name, own in moments.items() for value in own.values()
+        )
+        if not same:
             raise ValueError("the optimizer's state is of a model with other parameters")
-        ordered = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-        moments = shard_optimizer_state(state["optimizer"], ordered)["state"]
-        self.optimizer.load_state_dict({"state": moments, "param_groups": present})
+        for name, own in moments.items():
+            if own:  # nothing before the first step
+                parameter = self.trained[name]
+                self.optimizer.state[parameter] = {key: divided_like(parameter, value) for key, value in own.items()}
         self.scaler.load_state_dict(state["scaler"])
-        self.schedule.last_epoch = steps
-        rates = [
-            base * factor(steps) for base, factor in zip(self.schedule.base_lrs, self.schedule.lr_lambdas, strict=True)
-        ]
-        self.schedule._last_lr = rates
-        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
 
 
-def parameter_groups(module: nn.Module, arguments: LoopArguments) -> list[dict[str, Any]]:
-    """What is trained: matrices decay, biases and normalisation weights do not; new layers learn at their own rate.
-
-    Raises:
-        UserError: `--new_layers` is found in no parameter's name.
-    """
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+def parameter_groups(module: nn.Module, flags: LoopArguments) -> list[dict[str, Any]]:
+    """What is trained: matrices decay, biases and normalisation weights do not; new layers learn at their own rate."""
+    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            new = arguments.new_layers is not None and re.search(arguments.new_layers, name) is not None
-            groups.setdefault((new, parameter.ndim < 2), []).append(parameter)
-    if arguments.new_layers is not None and not any(new for new, _ in groups):
-        raise UserError(f"--new_layers {arguments.new_layers}: found in the name of no parameter that is trained")
+            new = flags.new_layers is not None and re.search(flags.new_layers, name) is not None
+            groups.setdefault((new, parameter.ndim < 2), []).append((name, parameter))
+    if flags.new_layers is not None and not any(new for new, _ in groups):
+        raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
     return [
         {
-            "params": parameters,
-            "weight_decay": 0.0 if vector else arguments.weight_decay,
-            "lr": arguments.new_layers_learning_rate if new else arguments.learning_rate,
+            "params": named,
+            "weight_decay": 0.0 if vector else flags.weight_decay,
+            "lr": flags.new_layers_learning_rate if new else flags.learning_rate,
         }
-        for (new, vector), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (new, vector), named in sorted(groups.items(), key=lambda item: item[0])
     ]

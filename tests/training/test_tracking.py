@@ -7,21 +7,22 @@ from typing import Any
 import pytest
 
 from rqa.runtime.errors import UserError
+from rqa.training.arguments import LoopArguments
 from rqa.training.journal import start_tracker
+
+
+def flags(kind: str) -> LoopArguments:
+    return LoopArguments(output_dir="out/run-1", report_to=kind, run_project="project", run_group="group")
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])
 def test_a_tracker_gets_project_group_settings_and_metrics(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[Any] = []
-    tracker = SimpleNamespace(
-        init=lambda **options: calls.append(options), log=lambda metrics, step: calls.append((metrics, step))
-    )
+    tracker = SimpleNamespace(init=lambda **given: calls.append(given), log=lambda *it, step: calls.append((*it, step)))
     monkeypatch.setitem(sys.modules, kind, tracker)
-    start_tracker(kind, "out/run-1", "project", "group", {"seed": 1})({"loss": 0.5}, 7)
-    assert calls == [
-        {"project": "project", "group": "group", "name": "run-1", "config": {"seed": 1}},
-        ({"loss": 0.5}, 7),
-    ]
+    start_tracker(flags(kind))({"loss": 0.5}, 7)
+    assert calls[0].pop("config")["seed"] == 42
+    assert calls == [{"project": "project", "group": "group", "name": "run-1"}, ({"loss": 0.5}, 7)]
 
 
 def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,11 +30,12 @@ def test_tensorboard_gets_scalars(monkeypatch: pytest.MonkeyPatch) -> None:
     writer = SimpleNamespace(add_scalar=lambda *scalar: calls.append(scalar))
     module = SimpleNamespace(SummaryWriter=lambda directory: calls.append(directory) or writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
-    start_tracker("tensorboard", "out", "project", None, {})({"loss": 0.5, "norm": 2.0}, 3)
-    assert calls == ["out", ("loss", 0.5, 3), ("norm", 2.0, 3)]
+    start_tracker(flags("tensorboard"))({"loss": 0.5, "norm": 2.0}, 3)
+    assert calls == ["out/run-1", ("loss", 0.5, 3), ("norm", 2.0, 3)]
 
 
-def test_none_tracks_nothing_and_a_missing_package_is_named() -> None:
-    assert start_tracker("none", "out", "project", None, {})({"loss": 0.5}, 1) is None
+def test_none_tracks_nothing_and_a_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert start_tracker(flags("none"))({"loss": 0.5}, 1) is None
+    monkeypatch.setitem(sys.modules, "trackio", None)
     with pytest.raises(UserError, match="--report_to trackio: the package is not installed"):
-        start_tracker("trackio", "out", "project", None, {})
+        start_tracker(flags("trackio"))

@@ -1,0 +1,75 @@
+"""An objective small enough to compute by hand, and a run of it as a recipe makes one."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from safetensors.torch import load_file, save_file
+
+from rqa.training.arguments import LoopArguments
+from rqa.training.checkpoint import checkpoint_to_resume
+from rqa.training.loop import Batches, train
+
+
+@dataclass
+class Batch:
+    """Rows with unequal weights, like answers of unequal length."""
+
+    rows: Tensor  # [n, 4]
+    weights: Tensor  # [n]
+    indices: tuple[int, ...]
+
+    @property
+    def weight(self) -> float:
+        return float(self.weights.sum())
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
+
+    def to(self, device: torch.device) -> "Batch":
+        return self
+
+
+class Regression(nn.Module):
+    """A linear layer behind dropout: the loss sum is the weighted squared error."""
+
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.linear = nn.Linear(4, 1)
+        self.dropout = nn.Dropout(dropout)
+        self.seen: list[int] = []
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.seen += batch.indices
+        error = self.linear(self.dropout(batch.rows)).squeeze(-1) - batch.rows.sum(-1)
+        return (batch.weights * error**2).sum(), {"answer": 42.0}
+
+    def save_pretrained(self, directory: str | Path) -> None:
+        save_file(dict(self.state_dict()), Path(directory) / "w.safetensors")
+
+
+def make_batches(flags: LoopArguments, size: int = 16, poison: int | None = None) -> Batches:
+    rows = torch.randn(size, 4, generator=torch.Generator().manual_seed(5))
+    weights = torch.arange(1.0, size + 1)
+    if poison is not None:
+        rows[poison] = math.inf
+    return Batches(size, lambda indices: Batch(rows[list(indices)], weights[list(indices)], tuple(indices)), flags)
+
+
+def run(flags: LoopArguments, objective: Regression | None = None, **options: object) -> Regression:
+    """Resume if asked, then train; the trained objective has the run's state."""
+    Path(flags.output_dir).mkdir(parents=True, exist_ok=True)
+    objective = objective or Regression(dropout=0.2)
+    torch.manual_seed(flags.seed)
+    if checkpoint := checkpoint_to_resume(flags):
+        objective.load_state_dict(load_file(checkpoint / "w.safetensors"))
+    objective.state = train(objective, make_batches(flags), flags, checkpoint=checkpoint, **options)
+    return objective
+
+
+def weight_in(directory: Path) -> Tensor:
+    return load_file(directory / "w.safetensors")["linear.weight"]
