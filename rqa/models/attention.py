@@ -4,8 +4,8 @@ A packed row holds several sequences end to end. `cu_seq_lens_q` says where they
 alone, so that no padding is computed. Every other call behaves as `transformers`' own sdpa. What is not supported
 raises: nothing is ever attended to by mistake.
 
-In a packed row attention probabilities are not dropped, whatever the model's configuration says: no fused kernel does,
-and probabilities written out for it take half of a training step's memory. Dropout of hidden states is the model's own.
+Attention probabilities of a packed row are never dropped, whatever the model's configuration says: no fused kernel
+drops them, and written out they take half of a training step's memory. Dropout of hidden states is the model's own.
 """
 
 import math
@@ -24,12 +24,11 @@ from rqa.runtime.distributed import cpu_has_bf16
 
 PACKED_ATTENTION = "rqa_packed"
 
-# A packed row's mask would hold T x T values. One byte expanded to that shape stands for it, of a dtype that says
-# whether the pattern also has a window, and that sdpa refuses should it ever get there.
+# A packed row's mask would hold T x T values. One byte, expanded to that shape, takes its place. Its dtype says whether
+# the pattern has a window, too; sdpa refuses both dtypes, should one ever get there.
 PACKED_MASK, WINDOWED_MASK = torch.uint8, torch.int8
 
-CHANGES_SCORES = ("softcap", "position_bias", "cache")
-QUERY_ROWS = 256  # of a written-out causal block, which meets only the keys before its end
+QUERY_ROWS = 256  # of a written-out block; a causal block meets only the keys before its end
 LONGEST_WRITTEN_OUT = 1024  # tokens; their probabilities are kept for the backward pass
 
 
@@ -48,34 +47,28 @@ def packed_attention(
     kept: list[tuple[Tensor, Tensor]] | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sequence of a packed row; anything else goes to sdpa.
+    """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]
 
     Args:
-        query: [1, H, T, d]; key and value [1, H_kv, T, d], where H_kv divides H.
-        dropout: Of the probabilities, where the call goes to sdpa.
+        query: [1, H, T, d]; key and value are [1, H_kv, T, d], where H_kv divides H.
+        dropout: Dropout of the probabilities where the call goes to sdpa.
         sliding_window: A token sees another only if they are less than this many positions apart.
-        cu_seq_lens_q: Where each sequence begins, and T. [B + 1]
-        max_length_q: The longest sequence.
-        kept: Where this layer's keys and values are to be appended, for a cache.
-
-    Returns:
-        The attended values [1, T, H, d], and no weights.
-
-    Raises:
-        NotImplementedError: a packed row together with something that changes scores and is not computed here.
+        cu_seq_lens_q: Where each sequence begins, and T at the end. [B + 1]
+        max_length_q: Length of the longest sequence.
+        kept: A list that gets this layer's keys and values, for a cache.
     """
     if kept is not None:
         kept.append((key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     stands_in = attention_mask is not None and attention_mask.dtype in (PACKED_MASK, WINDOWED_MASK)
     windowed = attention_mask is not None and attention_mask.dtype == WINDOWED_MASK
-    if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's mask cannot tell: a row of one sequence
+    if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's row without borders is one sequence
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
     if kwargs.get("s_aux") is not None:
         raise NotImplementedError("attention sinks (s_aux): sdpa would leave them out; load the model with eager")
     one_sequence = cu_seq_lens_q is None or (attention_mask is not None and cu_seq_lens_q.numel() == 2)
-    if one_sequence and not stands_in:  # or a batch: the mask, if any, says it all
+    if one_sequence and not stands_in:  # or a padded batch, whose mask says everything
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
@@ -85,7 +78,7 @@ def packed_attention(
         "a pattern that only its mask knows": windowed and sliding_window is None,
         "several rows": query.shape[0] != 1,
         "keys that are not the queries' own": query.shape[2] != key.shape[2],
-    } | {name: kwargs.get(name) is not None for name in CHANGES_SCORES}
+    } | {name: kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache")}
     if any(refused.values()):
         raise NotImplementedError(f"packed attention with {next(name for name, found in refused.items() if found)}")
 
@@ -93,78 +86,38 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
-    if _has_flash_kernel(query):
+    if query.is_cuda and query.element_size() == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0):
         reach = -1 if window is None else window - 1
-        output = varlen_attn(
-            *(x[0].transpose(0, 1) for x in (query, key, value)),  # [T, H, d]
-            cu_seq_lens_q,
-            cu_seq_lens_q,
-            max_length_q,
-            max_length_q,
-            scale=scale,
-            window_size=(reach, 0 if causal else reach),
-            enable_gqa=True,
-        )
+        rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d] each
+        borders = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
+        output = varlen_attn(*rows, *borders, scale=scale, window_size=(reach, 0 if causal else reach), enable_gqa=True)
         return output[None], None
     return _one_by_one(query, key, value, cu_seq_lens_q, scale, causal, window).transpose(1, 2), None
 
 
-def packed_mask(
-    *,
-    batch_size: int,
-    q_length: int,
-    kv_length: int,
-    attention_mask: Tensor | None = None,
-    local_size: int | None = None,
-    allow_is_causal_skip: bool = True,
-    use_vmap: bool = False,
-    device: torch.device | str = "cpu",
-    **kwargs: Any,
-) -> Tensor | None:
-    """sdpa's mask, or its stand-in [1, 1, T, T] for one unpadded row that may be packed.
+def packed_mask(**call: Any) -> Tensor | None:
+    """sdpa's mask, or for one unpadded row, which may be packed, the byte that takes its place. [1, 1, T, T]
 
     `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
     """
-    one_row = attention_mask is None and batch_size == 1 and q_length == kv_length
-    encoder_without_window = kwargs.get("allow_is_bidirectional_skip", False) and local_size is None
-    if one_row and not (allow_is_causal_skip or encoder_without_window or use_vmap):
-        dtype = PACKED_MASK if local_size is None else WINDOWED_MASK
-        return torch.zeros((), dtype=dtype, device=device).expand(1, 1, q_length, kv_length)
-    return sdpa_mask(
-        batch_size=batch_size,
-        q_length=q_length,
-        kv_length=kv_length,
-        attention_mask=attention_mask,
-        local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip,
-        use_vmap=use_vmap,
-        device=device,
-        **kwargs,
-    )
-
-
-def _has_flash_kernel(query: Tensor) -> bool:
-    return (
-        query.is_cuda
-        and query.dtype in (torch.bfloat16, torch.float16)
-        and torch.cuda.get_device_capability(query.device) >= (8, 0)
-    )
+    length, window = call["q_length"], call.get("local_size")
+    one_row = call.get("attention_mask") is None and call["batch_size"] == 1 and length == call["kv_length"]
+    encoder_without_window = call.get("allow_is_bidirectional_skip", False) and window is None
+    if one_row and not (call.get("allow_is_causal_skip", True) or encoder_without_window or call.get("use_vmap")):
+        dtype = PACKED_MASK if window is None else WINDOWED_MASK
+        return torch.zeros((), dtype=dtype, device=call.get("device", "cpu")).expand(1, 1, length, length)
+    return sdpa_mask(**call)
 
 
 @torch.compiler.disable  # the lengths are data: one graph break, instead of a compilation for every batch
 def _one_by_one(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    cu_seq_lens: Tensor,
-    scale: float,
-    causal: bool,
-    window: int | None,
+    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Attend in one sequence after the other; neighbours of one length go together. -> [1, H, T, d]
+    """Attend in one sequence after the other; neighbours of equal length go together. -> [1, H, T, d]
 
-    With bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 (864 tokens, causal) to 3 times (190, full) as long as its
-    formula written out. Elsewhere, and in float32, it is as fast or faster, and keeps no probabilities.
+    On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
+    full) as long as its formula written out. Elsewhere, and in float32, sdpa is as fast or faster, and keeps no
+    probabilities.
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     runs = [(length, len(list(run))) for length, run in groupby(cu_seq_lens.diff().tolist())]

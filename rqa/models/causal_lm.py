@@ -12,19 +12,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, packing_is_exact
+from rqa.models.loading import LoadingArguments, attention_of, evaluating, hidden_states, load_model, packing_is_exact
 from rqa.models.reader import LocalReader
-from rqa.packing import AnswerBatch, pack, pad
+from rqa.packing import AnswerBatch, pack
 from rqa.runtime.parallelize import is_sharded
 
 
 def load_causal_lm(
-    path: str,
-    flags: LoadingArguments = LoadingArguments(),
-    dtype: torch.dtype = torch.float32,
-    main_only: bool = False,
+    path: str, flags: LoadingArguments = LoadingArguments(), dtype: torch.dtype = torch.float32, main_only: bool = False
 ) -> PreTrainedModel:
-    """A decoder from a directory or hub name, as `load_model` loads it."""
+    """A decoder from a directory or hub name; the arguments are those of `load_model`."""
     return load_model(AutoModelForCausalLM, path, flags, dtype, main_only)
 
 
@@ -50,19 +47,20 @@ class InPlaceCache(StaticCache):
 
 
 def new_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """An empty cache for so many tokens of each sequence; none for a model that needs one of its own kind."""
-    return InPlaceCache(model.config, max_cache_len=length) if model._can_compile_fullgraph else None
+    """An empty cache for so many tokens of each sequence; None if the model needs a cache of its own kind."""
+    fits = model._can_compile_fullgraph  # private: transformers says nowhere else which models take a StaticCache
+    return InPlaceCache(model.config, max_cache_len=length) if fits else None
 
 
 def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: StaticCache) -> None:
     """Put keys and values of all but each prompt's last token into an empty cache, from one packed row.
 
-    `generate` would read a padded batch, and attend under a mask. It goes on from here, its prompts padded on the left.
+    `generate` would read a padded batch, under a mask. It goes on from here, with prompts padded on the left.
     """
     batch = pack([prompt[:-1] for prompt in prompts]).to(model.device)
     kept: list[tuple[Tensor, Tensor]] = []
     hidden_states(model, batch, kept=kept)
-    if len(kept) != len(cache.layers):  # layers that share their keys: `generate` reads the prompts itself
+    if len(kept) != len(cache.layers):  # layers share their keys: `generate` reads the prompts itself
         return
     lengths = batch.lengths.tolist()
     for layer, states in enumerate(kept):
@@ -78,7 +76,6 @@ class CausalLMReader(LocalReader[list[int]]):
         return self.prompter.encode(example, passages).ids
 
     def cost(self, prompt: list[int]) -> int:
-        """Prompt and answer, padding included."""
         return len(prompt) + self.prompter.arguments.max_new_tokens
 
     @property
@@ -86,26 +83,24 @@ class CausalLMReader(LocalReader[list[int]]):
         return self.prompter.stop_ids
 
     @cached_property
-    def packs(self) -> bool:
-        """Whether prompts are read as one packed row, without padding; the same on every process."""
-        return self.model.config._attn_implementation == PACKED_ATTENTION and packing_is_exact(self.model)
+    def _packs(self) -> bool:
+        """Whether prompts are read as one packed row, without padding."""
+        return attention_of(self.model) == PACKED_ATTENTION and packing_is_exact(self.model)
 
     @torch.no_grad()
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
-        stop = self.prompter.stop_ids
-        # Right-padding the reversed prompts and reversing again pads on the left.
-        reversed_batch = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device)
-        inputs = {name: value.flip(1) for name, value in reversed_batch.inputs.items()}  # [B, L]
-        most = max_new_tokens or self.prompter.arguments.max_new_tokens
+        stop, most = self.prompter.stop_ids, max_new_tokens or self.prompter.arguments.max_new_tokens
+        left = {"batch_first": True, "padding_side": "left"}
+        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=stop[0], **left)  # [B, L]
+        mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)  # [B, L]
         config = self.flags.config(most, stop, disable_compile=True)
+        synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
-            synced = is_sharded(self.model)  # then a process that is done steps on until all are
-            cache = new_cache(self.model, inputs["input_ids"].shape[1] + most)
+            cache = new_cache(self.model, ids.shape[1] + most)
             plain = not synced and config.num_beams == 1 and min(map(len, prompts)) > 1
-            if cache is not None and plain and self.packs:
+            if cache is not None and plain and self._packs:
                 read_prompts(self.model, prompts, cache)
-            output = self.model.generate(
-                **inputs, generation_config=config, synced_gpus=synced, past_key_values=cache
-            )  # [B, L + new]
-        new = output[:, inputs["input_ids"].shape[1] :].tolist()
-        return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in new]
+            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+            options = {"generation_config": config, "synced_gpus": synced, "past_key_values": cache}
+            answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :].tolist()  # [B, new]
+        return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]

@@ -1,4 +1,4 @@
-"""Checkpoints in, models and tokenizers out; and whether a model may be packed."""
+"""Checkpoints in, models and tokenizers out; LoRA adapters; and whether a model may be packed."""
 
 import json
 import logging
@@ -9,12 +9,10 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from pickle import UnpicklingError
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from safetensors import SafetensorError
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
@@ -31,88 +29,6 @@ log = logging.getLogger(__name__)
 disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
-
-
-@dataclass(kw_only=True)
-class LoraArguments(Arguments):
-    """LoRA: low-rank adapters instead of the whole model."""
-
-    use_lora: bool = flag(False, "Whether to train low-rank adapters and freeze the model itself.")
-    lora_r: int = flag(16, "Rank of the adapters.")
-    lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
-    lora_dropout: float = flag(0.0, "Dropout on the adapters' input.", rare=True)
-    lora_target_modules: list[str] = flag(
-        ["all-linear"], "Names of the layers that get an adapter, or all-linear.", rare=True
-    )
-    merge_lora_on_save: bool = flag(
-        False, "Whether output_dir gets a plain model, with the adapters merged; checkpoints keep adapters."
-    )
-
-    def check(self) -> None:
-        self.check_bounds("lora_r", at_least=1)
-        self.check_bounds("lora_dropout", at_least=0, below=1)
-        if self.merge_lora_on_save and not self.use_lora:
-            raise UserError("--merge_lora_on_save true: there is nothing to merge without --use_lora true")
-
-
-def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
-    """Freeze a model and give it adapters to train; those that it was loaded with are trained on.
-
-    Raises:
-        UserError: peft is missing, a target module does not exist, or the model has adapters of another kind.
-    """
-    present = getattr(model, "peft_config", None) if getattr(model, "_hf_peft_config_loaded", False) else None
-    if not flags.use_lora:
-        if present:
-            raise UserError(f"model {model.name_or_path}: is a LoRA adapter; train it on with --use_lora true")
-        return
-    if not model.name_or_path:
-        raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
-    require_peft("--use_lora true")
-    if present:
-        (adapter,) = present
-        for name, saved in (("lora_r", present[adapter].r), ("lora_alpha", present[adapter].lora_alpha)):
-            if getattr(flags, name) != saved:
-                raise UserError(f"--{name} {getattr(flags, name)}: the adapter to train on has {saved}")
-        model.set_adapter(adapter)
-        return
-    _add_adapters(model, flags)
-
-
-def _add_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
-    from peft import LoraConfig
-
-    targets = flags.lora_target_modules
-    config = LoraConfig(
-        r=flags.lora_r,
-        lora_alpha=flags.lora_alpha,
-        lora_dropout=flags.lora_dropout,
-        target_modules=targets[0] if targets == ["all-linear"] else targets,
-    )
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
-    if model.name_or_path and Path(model.name_or_path).is_dir():  # the adapter is of use from any working directory
-        config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
-
-
-def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
-    """The plain model that an adapter directory and its base amount to, in CPU memory."""
-    from peft import PeftConfig, PeftModel
-
-    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
-    return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
-
-
-def require_peft(reason: str) -> None:
-    """Raises:
-    UserError: peft is not installed.
-    """
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"') from None
 
 
 @dataclass(kw_only=True)
@@ -142,14 +58,13 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint on this process's device, with packed attention: flash-attn's kernel when asked, else ours.
 
-    The processes of a node load in turn, so that its memory holds one whole model at a time beside those on devices.
+    The processes of a node load in turn: its memory holds only one model that is not on its device yet.
 
     Args:
-        auto_class: A class of `transformers` with `from_pretrained`, such as `AutoModelForCausalLM`.
+        auto_class: A class with `from_pretrained`, such as `AutoModelForCausalLM`.
         path: A directory, or a hub name.
-        dtype: What the weights are stored in.
-        main_only: The main process alone reads weights; the others reserve memory that `parallelize` fills.
-        config: Values that replace those of the checkpoint's configuration.
+        main_only: The main process alone reads weights; the others reserve memory, which `parallelize` fills.
+        config: Values that replace those of the checkpoint's configuration, or options of `from_pretrained`.
     """
     if flags.use_flash_attention and not is_flash_attn_2_available():
         raise UserError(
@@ -157,77 +72,64 @@ def load_model(
             'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         )
     if (Path(path) / ADAPTER_CONFIG).exists():
-        require_peft(f"model {path}: is a LoRA adapter")
-    empty = main_only and not distributed.is_main()
+        _require_peft(f"model {path}: is a LoRA adapter")
+    reserve = main_only and not distributed.is_main()
     config |= {"dtype": dtype, "trust_remote_code": flags.trust_remote_code}
-    config |= {"device_map": "meta"} if empty else {}
-    with nullcontext() if main_only else distributed.in_turn():
-        for attention in ("flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION, "eager"):
-            try:
-                model = auto_class.from_pretrained(path, attn_implementation=attention, **config)
-                # A model that computes attention itself adds the mask to its scores, and ours is true and false.
-                if attention != PACKED_ATTENTION or model._supports_attention_backend:
-                    return _reserve(model) if empty else model.to(distributed.device())
-            except ValueError as error:
-                if attention == "eager" or "attention" not in str(error).lower():
-                    raise _unreadable(path, error) from None
-            except (OSError, KeyError, ImportError, RuntimeError, SafetensorError, UnpicklingError) as error:
-                raise _unreadable(path, error) from None
-    raise AssertionError("unreachable")
+    config |= {"device_map": "meta"} if reserve else {}
 
+    def load(attention: str) -> PreTrainedModel:
+        return auto_class.from_pretrained(path, attn_implementation=attention, **config)
 
-def _reserve(model: PreTrainedModel) -> PreTrainedModel:
-    """A model on the meta device with memory on this process's, whatever it holds."""
-    model.to_empty(device=distributed.device())
-    model.tie_weights()
-    return model
+    with nullcontext() if main_only else distributed.in_turn(), _reading(path):
+        try:
+            model = load("flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION)
+            if not (flags.use_flash_attention or model.is_backend_compatible()):
+                model = load("eager")  # this model adds the mask to its scores, and ours is true and false
+        except ValueError as error:
+            if "attention" not in str(error).lower():
+                raise
+            model = load("eager")
+        if reserve:
+            model.to_empty(device=distributed.device()).tie_weights()
+        return model.to(distributed.device())
 
 
 def is_encoder_decoder(path: str, trust_remote_code: bool = False) -> bool:
-    """Whether a checkpoint, or the one that a LoRA adapter belongs to, is an encoder-decoder.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    try:
+    """Whether a checkpoint, or the one that a LoRA adapter belongs to, is an encoder-decoder."""
+    with _reading(path):
         adapter = Path(path) / ADAPTER_CONFIG
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).is_encoder_decoder
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise _unreadable(path, error) from None
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Load a tokenizer.
-
-    Raises:
-        UserError: it cannot be found or read.
-    """
-    try:
+    with _reading(path):
         return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-    except Exception as error:  # the tokenizers library raises bare Exception
-        raise _unreadable(path, error) from None
 
 
-def _unreadable(path: str, error: Exception) -> UserError:
-    reason = one_line(error)
-    if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
-        reason = "no such directory"
-    elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):
-        reason = f"no such directory, and no model hub can be reached ({reason})"
-    return UserError(f"model {path}: cannot be loaded: {reason}")
+@contextmanager
+def _reading(path: str) -> Iterator[None]:
+    """Say in one line what is wrong with a checkpoint; damaged files make `transformers` raise nearly anything."""
+    try:
+        yield
+    except Exception as error:
+        reason = one_line(error)
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+            reason = "no such directory"
+        elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):
+            reason = f"no such directory, and no model hub can be reached ({reason})"
+        raise UserError(f"model {path}: cannot be loaded: {reason}") from None
 
 
 def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
     """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
 
-    Relative position biases, positions that do not start at 0 and state-space layers show up as a difference. Nothing
-    is assumed from the architecture's name. Every process calls this, and the main process decides: its model has
-    weights.
+    Relative position biases, positions that do not start at 0 and state-space layers show up as a difference; no
+    architecture is known by name. Every process calls this; the main process decides, as its model surely has weights.
     """
     if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
         return pack
-    log.info("%s cannot be packed; padded batches of similar length serve instead", type(model).__name__)
+    log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
     return partial(pad, pad_id=pad_id or 0)
 
 
@@ -237,7 +139,7 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
-    dtype = torch.bfloat16 if "flash" in (model.config._attn_implementation or "") else model.dtype
+    dtype = torch.bfloat16 if "flash" in attention_of(model) else model.dtype
     with evaluating(model), distributed.autocast(dtype):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
@@ -251,21 +153,25 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     return bool((packed - expected).abs().max() <= tolerance)
 
 
-def freeze_pooler(model: PreTrainedModel) -> None:
-    """BERT has a layer behind its last one that nothing here depends on; DDP would wait for its gradient."""
-    if pooler := getattr(model, "pooler", None):
-        pooler.requires_grad_(False)
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the attention function that a model was loaded with."""
+    return model.config._attn_implementation or ""  # private: transformers has a public setter and no getter
 
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> Tensor:
     """The last layer's output, flattened; options go to the model. -> [rows, D]"""
     options |= {"use_cache": False} if model.can_generate() else {}
-    output = model.base_model(**batch.inputs, **options)
-    return output.last_hidden_state.flatten(0, 1)
+    return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
+
+
+def freeze_pooler(model: PreTrainedModel) -> None:
+    """Freeze the layer behind BERT's last one: nothing here depends on it, and DDP would wait for its gradient."""
+    if pooler := getattr(model, "pooler", None):
+        pooler.requires_grad_(False)
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of a model's weights, also of divided ones, and of its tokenizer."""
+    """A hash of a model's weights, sharded or not, and of its tokenizer."""
     tensors = (assembled(tensor.detach()).contiguous().cpu() for tensor in model.state_dict().values())
     weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
     rules = str(tokenizer)
@@ -279,10 +185,72 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
 def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module in eval mode, and afterwards each of its parts back in the mode it was in."""
     training = [part for part in module.modules() if part.training]
-    if training:
-        module.eval()
+    module.eval()
     try:
         yield
     finally:
         for part in training:
             part.training = True
+
+
+@dataclass(kw_only=True)
+class LoraArguments(Arguments):
+    """LoRA: low-rank adapters are trained instead of the whole model."""
+
+    use_lora: bool = flag(False, "Whether to train low-rank adapters and freeze the model itself.")
+    lora_r: int = flag(16, "Rank of the adapters.")
+    lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
+    lora_dropout: float = flag(0.0, "Dropout of the adapters' input.", rare=True)
+    lora_target_modules: list[str] = flag(["all-linear"], "Names of the layers that get an adapter.", rare=True)
+    merge_lora_on_save: bool = flag(False, "Whether output_dir gets a plain model, with the adapters merged.")
+
+    def check(self) -> None:
+        self.check_bounds("lora_r", at_least=1)
+        self.check_bounds("lora_dropout", at_least=0, below=1)
+        if self.merge_lora_on_save and not self.use_lora:
+            raise UserError("--merge_lora_on_save true: there is nothing to merge without --use_lora true")
+
+
+def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
+    """With `--use_lora`, freeze a model and give it adapters to train; those that it was loaded with are trained on."""
+    present = getattr(model, "peft_config", None)
+    if not flags.use_lora:
+        if present:
+            raise UserError(f"model {model.name_or_path}: is a LoRA adapter; train it on with --use_lora true")
+        return
+    if not model.name_or_path:
+        raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
+    _require_peft("--use_lora true")
+    if present:
+        ((adapter, config),) = present.items()
+        for name, saved in (("lora_r", config.r), ("lora_alpha", config.lora_alpha)):
+            if getattr(flags, name) != saved:
+                raise UserError(f"--{name} {getattr(flags, name)}: the adapter to train on has {saved}")
+        model.set_adapter(adapter)
+        return
+    from peft import LoraConfig
+
+    targets = flags.lora_target_modules
+    numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
+    config = LoraConfig(target_modules=targets[0] if targets == ["all-linear"] else targets, **numbers)
+    try:
+        model.add_adapter(config)
+    except ValueError as error:
+        raise UserError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
+    if Path(model.name_or_path).is_dir():  # so that the adapter finds its base from any working directory
+        config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
+
+
+def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
+    """The plain model that an adapter directory and its base amount to, in CPU memory."""
+    from peft import PeftConfig, PeftModel
+
+    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
+    return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
+
+
+def _require_peft(reason: str) -> None:
+    try:
+        import peft  # noqa: F401
+    except ImportError:
+        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"') from None

@@ -32,7 +32,7 @@ class GenerationArguments(Arguments):
     num_beams: int = flag(1, "Beams of the search; 1 is greedy search.")
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
-    top_p: float = flag(1.0, "Total probability of the likeliest tokens that are sampled from.", rare=True)
+    top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", at_least=1)
@@ -44,18 +44,11 @@ class GenerationArguments(Arguments):
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
         """These settings as `transformers` takes them; answers end at any of the stop tokens."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
-        return GenerationConfig(
-            max_new_tokens=max_new_tokens,
-            num_beams=self.num_beams,
-            do_sample=self.do_sample,
-            **sampling,
-            min_length=0,  # what is not set here comes from the checkpoint's generation_config.json
-            repetition_penalty=1.0,
-            no_repeat_ngram_size=0,
-            eos_token_id=list(stop),
-            pad_token_id=stop[0],
-            **options,
-        )
+        # What is not set here would come from the checkpoint's generation_config.json.
+        unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
+        ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
+        search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
+        return GenerationConfig(**search, **sampling, **unset, **ends, **options)
 
 
 @dataclass(frozen=True)
@@ -66,7 +59,7 @@ class Answer:
         num_tokens: Tokens generated.
         seconds: How long its batch took. None where nothing was generated: the question did not fit, or the answer was
             kept from an earlier run.
-        batch_size: Questions answered together; only for 1 are the seconds a latency that a user would see.
+        batch_size: Questions of that batch. Only if it is 1 are the seconds what a user would have waited.
     """
 
     text: str
@@ -79,30 +72,24 @@ class LocalReader(ABC, Generic[Prompt]):
     """A reader in this process; each kind says what a prompt is, what it costs and how answers are generated.
 
     Attributes:
-        model: May be in training, its mode is restored.
+        model: Its mode is restored after each answer.
         max_batch_tokens: What the prompts of one batch may cost together.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        prompter: Any,
-        flags: GenerationArguments = GenerationArguments(),
-        max_batch_tokens: int = 16384,
-    ) -> None:
+    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         self.model = model
         self.prompter = prompter
         self.flags = flags
-        self.max_batch_tokens = max_batch_tokens
+        self.max_batch_tokens = 16384
 
     @property
     @abstractmethod
     def filler(self) -> Prompt:
         """What a sharded model is asked when another process has more to ask."""
 
-    @abstractmethod
     def encode(self, example: Example, passages: Sequence[Document]) -> Prompt:
         """The prompt of a question; raises `DoesNotFit`."""
+        return self.prompter.encode(example, passages)
 
     @abstractmethod
     def cost(self, prompt: Prompt) -> int:
@@ -110,28 +97,21 @@ class LocalReader(ABC, Generic[Prompt]):
 
     @abstractmethod
     def generate(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> list[list[int]]:
-        """Answers of one batch of prompts, up to the token that ends them. [B] -> [B]
-
-        Args:
-            max_new_tokens: Of each; by default as many as an answer may have.
-        """
+        """Answers of one batch of prompts, each up to the token that ends it. [B] -> [B]"""
 
     def answer(
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
-        """One answer for each question. [Q] -> [Q]
-
-        A question that does not fit by itself is reported and answered by nothing.
-        """
+        """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
         return self.answer_prompts([self._prompt(*pair) for pair in zip(examples, passages, strict=True)], progress)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Begin an answer, so that what only a first batch costs is in no latency."""
+        """Begin an answer, so that no latency contains what only a first batch costs."""
         if prompt := self._prompt(example, passages):
             self.generate([prompt], WARM_UP_TOKENS)
 
     def answer_prompts(self, prompts: Sequence[Prompt | None], progress: bool) -> list[Answer]:
-        """One answer for each prompt, those of similar length together; no prompt, nothing for an answer. [Q] -> [Q]"""
+        """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
         answers = [Answer("", 0)] * len(prompts)
         asked = {index: prompt for index, prompt in enumerate(prompts) if prompt}
         numbers = list(asked)

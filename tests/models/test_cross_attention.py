@@ -3,16 +3,23 @@
 import copy
 from collections.abc import Sequence
 
+from dataclasses import dataclass
 import torch
 import pytest
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.encoder_decoder import load_fusion, mean_by_owner, observe, passage_scores, start_token
+from rqa.models.encoder_decoder import load_encoder_decoder, mean_by_owner, observe, passage_scores, start_token
 from rqa.models.loading import choose_collate
-from rqa.packing import FusionBatch, fusion_batch
-from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence
+from rqa.packing import FiDBatch, fid_batch
+from rqa.models.encoder_decoder import EncoderDecoderArguments
+from rqa.prompts import FiDPromptArguments, FiDPrompter, FiDSequence
+
+@dataclass(kw_only=True)
+class Flags(EncoderDecoderArguments, FiDPromptArguments):
+    """x"""
+
 
 ABSENT = float("-inf")
 
@@ -20,10 +27,10 @@ ABSENT = float("-inf")
 @pytest.fixture(params=["t5", "bart", "bert"])
 def reader(
     request: pytest.FixtureRequest, t5_path: str, bart_path: str, encoder_path: str
-) -> tuple[PreTrainedModel, FusionPrompter]:
+) -> tuple[PreTrainedModel, FiDPrompter]:
     path = {"t5": t5_path, "bart": bart_path, "bert": f"bert::{encoder_path}"}[request.param]
-    arguments = FusionPromptArguments(max_encoder_seq_length=64, max_decoder_seq_length=16)
-    model, prompter = load_fusion(path, arguments)
+    arguments = Flags(max_encoder_seq_length=64, max_decoder_seq_length=16)
+    model, prompter = load_encoder_decoder(path, arguments)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -33,14 +40,14 @@ def reader(
 
 @pytest.fixture
 def sequences(
-    reader: tuple[PreTrainedModel, FusionPrompter], examples: Sequence[Example], documents: Sequence[Document]
-) -> list[FusionSequence]:
+    reader: tuple[PreTrainedModel, FiDPrompter], examples: Sequence[Example], documents: Sequence[Document]
+) -> list[FiDSequence]:
     """Three questions over 3, 2 and 1 passages."""
     return [reader[1].encode(example, documents[n:3]) for n, example in enumerate(examples[:3])]
 
 
-def collated(model: PreTrainedModel, sequences: Sequence[FusionSequence]) -> FusionBatch:
-    return fusion_batch(sequences, choose_collate(model.get_encoder(), 0), 16384)
+def collated(model: PreTrainedModel, sequences: Sequence[FiDSequence]) -> FiDBatch:
+    return fid_batch(sequences, choose_collate(model.get_encoder(), 0), 16384)
 
 
 def cross_attentions(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Linear, nn.Linear, nn.Linear, int]]:
@@ -57,7 +64,7 @@ def cross_attentions(model: PreTrainedModel) -> list[tuple[nn.Module, nn.Linear,
     return found
 
 
-def by_hand(model: PreTrainedModel, sequence: FusionSequence, kind: str) -> Tensor:
+def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
     """Q_0 . K of each layer from the states that its projections were given, one head after the other. -> [K]"""
     model = copy.deepcopy(model)
     model.set_attn_implementation("eager")
@@ -92,7 +99,7 @@ def by_hand(model: PreTrainedModel, sequence: FusionSequence, kind: str) -> Tens
 
 @pytest.mark.parametrize("kind", ["plain", "value_norm"])
 def test_scores_are_the_models_own_projections_multiplied_by_hand(
-    kind: str, reader: tuple[PreTrainedModel, FusionPrompter], sequences: list[FusionSequence]
+    kind: str, reader: tuple[PreTrainedModel, FiDPrompter], sequences: list[FiDSequence]
 ) -> None:
     model, _ = reader
     expected = [by_hand(model, sequence, kind) for sequence in sequences]
@@ -105,7 +112,7 @@ def test_scores_are_the_models_own_projections_multiplied_by_hand(
 
 
 def test_padding_and_order_of_passages_change_no_score(
-    reader: tuple[PreTrainedModel, FusionPrompter], sequences: list[FusionSequence]
+    reader: tuple[PreTrainedModel, FiDPrompter], sequences: list[FiDSequence]
 ) -> None:
     model, _ = reader
     observe(model)
@@ -113,24 +120,24 @@ def test_padding_and_order_of_passages_change_no_score(
     for row, sequence in zip(together, sequences, strict=True):
         alone = passage_scores(model, collated(model, [sequence]))[0]
         torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-4, atol=1e-5)
-    turned = [FusionSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
+    turned = [FiDSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
     torch.testing.assert_close(
         passage_scores(model, collated(model, turned))[0], together[0].flip(0), rtol=1e-4, atol=1e-5
     )
 
 
 def test_a_score_depends_on_the_passages_beside_it(
-    reader: tuple[PreTrainedModel, FusionPrompter], sequences: list[FusionSequence]
+    reader: tuple[PreTrainedModel, FiDPrompter], sequences: list[FiDSequence]
 ) -> None:
     model, _ = reader
     observe(model)
     whole = passage_scores(model, collated(model, sequences[:1]))[0]
-    part = passage_scores(model, collated(model, [FusionSequence(sequences[0].passages[:2], [])]))[0]
+    part = passage_scores(model, collated(model, [FiDSequence(sequences[0].passages[:2], [])]))[0]
     assert (whole[:2] - part).abs().max() > 1e-5
 
 
 def test_observing_changes_no_output(
-    reader: tuple[PreTrainedModel, FusionPrompter], sequences: list[FusionSequence]
+    reader: tuple[PreTrainedModel, FiDPrompter], sequences: list[FiDSequence]
 ) -> None:
     model, _ = reader
     inputs = {

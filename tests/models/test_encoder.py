@@ -65,7 +65,7 @@ def test_a_saved_encoder_embeds_alike_in_sentence_transformers(
     queries: list[str],
     passages: list[str],
 ) -> None:
-    given = EncoderArguments(pooling, normalize, *prefixes)
+    given = EncoderArguments(pooling_type=pooling, normalize=normalize, query_prefix=prefixes[0], passage_prefix=prefixes[1])
     ours = load_encoder(encoder_path, given)
     ours.save_pretrained(tmp_path)
     theirs = SentenceTransformer(str(tmp_path), device="cpu")
@@ -140,9 +140,9 @@ def test_a_damaged_file_of_a_checkpoint_is_named(name: str, encoder: Encoder, tm
 
 
 def test_arguments_override_the_checkpoint(encoder_path: str, tmp_path: Path) -> None:
-    load_encoder(encoder_path, EncoderArguments("cls", False, "q ", "p ", 20, 30)).save_pretrained(tmp_path)
+    load_encoder(encoder_path, EncoderArguments(pooling_type="cls", normalize=False, query_prefix="q ", passage_prefix="p ", max_query_length=20, max_passage_length=30)).save_pretrained(tmp_path)
     assert load_encoder(str(tmp_path)).settings == EncoderSettings("cls", False, "q ", "p ", 20, 30)
-    given = EncoderArguments("mean", True, "", "", 21, 31)
+    given = EncoderArguments(pooling_type="mean", normalize=True, query_prefix="", passage_prefix="", max_query_length=21, max_passage_length=31)
     assert load_encoder(str(tmp_path), given).settings == EncoderSettings("mean", True, "", "", 21, 31)
 
 
@@ -179,7 +179,7 @@ def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
 def test_packed_equals_padded_equals_one_by_one_by_hand(
     normalize: bool, pooling: str, encoder_path: str, passages: list[str]
 ) -> None:
-    encoder = load_encoder(encoder_path, EncoderArguments(pooling, normalize))
+    encoder = load_encoder(encoder_path, EncoderArguments(pooling_type=pooling, normalize=normalize))
     model = AutoModel.from_pretrained(encoder_path, attn_implementation="eager").eval().double()
     tokenizer = AutoTokenizer.from_pretrained(encoder_path)
     expected = []

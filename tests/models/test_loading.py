@@ -137,7 +137,7 @@ def test_an_empty_model_has_the_layout_and_the_ties_of_the_real_one(
 ) -> None:
     path = request.getfixturevalue(fixture)
     kind = {"lm_path": AutoModelForCausalLM, "encoder_path": AutoModel, "t5_path": AutoModelForSeq2SeqLM}[fixture]
-    real, empty = load_model(kind, path), load_model(kind, path, empty=True)
+    real, empty = load_model(kind, path), load_model(kind, path, main_only=True)
     for of in (nn.Module.named_parameters, nn.Module.named_buffers):  # without duplicates: ties count
         ours, theirs = ({n: (t.shape, t.dtype, t.device) for n, t in of(model)} for model in (empty, real))
         assert ours == theirs
@@ -271,7 +271,7 @@ def test_flash_attention_without_its_package_is_a_clear_error(lm_path: str) -> N
     if is_flash_attn_2_available():
         pytest.skip("flash-attn is installed here")
     with pytest.raises(UserError, match=r"^--use_flash_attention true: flash-attn is not installed") as caught:
-        load_model(AutoModelForCausalLM, lm_path, flash=True)
+        load_model(AutoModelForCausalLM, lm_path, LoadingArguments(use_flash_attention=True))
     assert "\n" not in str(caught.value)
 
 

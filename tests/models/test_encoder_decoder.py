@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from dataclasses import dataclass
 import torch
 import pytest
 from torch import Tensor
@@ -17,15 +18,21 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
-from rqa.models.encoder_decoder import FusionReader, load_fusion, refuse_overflow
+from rqa.models.encoder_decoder import FiDReader, load_encoder_decoder, refuse_overflow
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.fid import FusionLikelihood
 from rqa.packing import pack
-from rqa.prompts import FusionPromptArguments, FusionSequence
+from rqa.models.encoder_decoder import EncoderDecoderArguments
+from rqa.prompts import FiDPromptArguments, FiDSequence
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
 
-ARGUMENTS = FusionPromptArguments(max_encoder_seq_length=64, max_decoder_seq_length=24)
+@dataclass(kw_only=True)
+class Flags(EncoderDecoderArguments, FiDPromptArguments):
+    """x"""
+
+
+ARGUMENTS = Flags(max_encoder_seq_length=64, max_decoder_seq_length=24)
 Load = Callable[..., FusionLikelihood]
 
 
@@ -42,7 +49,7 @@ def path(kind: str, t5_path: str, bart_path: str, encoder_path: str) -> str:
 @pytest.fixture
 def objective(path: str) -> FusionLikelihood:
     """Without dropout, in float64, with weights large enough that passages matter."""
-    model, prompter = load_fusion(path, ARGUMENTS)
+    model, prompter = load_encoder_decoder(path, ARGUMENTS)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -60,24 +67,24 @@ def plain(objective: FusionLikelihood, tmp_path: Path) -> PreTrainedModel:
 @pytest.fixture
 def sequences(
     objective: FusionLikelihood, examples: Sequence[Example], documents: Sequence[Document]
-) -> list[FusionSequence]:
+) -> list[FiDSequence]:
     """Four questions over 1 to 4 passages of different lengths."""
     texts = [*documents[:3], Document(documents[4].page_content + " " + documents[5].page_content)]
     encode = objective.prompter.encode
     return [encode(example, texts[: n + 1], example.gold_answer) for n, example in enumerate(examples[:4])]
 
 
-def loss(objective: FusionLikelihood, sequences: Sequence[FusionSequence]) -> float:
+def loss(objective: FusionLikelihood, sequences: Sequence[FiDSequence]) -> float:
     return float(objective(objective.batch(sequences))[0].detach())
 
 
-def naive_states(plain: PreTrainedModel, sequence: FusionSequence) -> BaseModelOutput:
+def naive_states(plain: PreTrainedModel, sequence: FiDSequence) -> BaseModelOutput:
     encoder = plain.get_encoder()
     states = [encoder(input_ids=torch.tensor([ids])).last_hidden_state for ids in sequence.passages]
     return BaseModelOutput(last_hidden_state=torch.cat(states, dim=1))
 
 
-def naive_loss(plain: PreTrainedModel, sequence: FusionSequence) -> Tensor:
+def naive_loss(plain: PreTrainedModel, sequence: FiDSequence) -> Tensor:
     """One passage after the other, nothing padded."""
     start = plain.generation_config.decoder_start_token_id or plain.config.decoder_start_token_id
     inputs = torch.tensor([[start, *sequence.answer[:-1]]])
@@ -86,7 +93,7 @@ def naive_loss(plain: PreTrainedModel, sequence: FusionSequence) -> Tensor:
 
 
 def test_with_one_passage_the_loss_is_the_plain_models(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
 ) -> None:
     (one,) = [sequence for sequence in sequences if len(sequence.passages) == 1]
     theirs = plain(input_ids=torch.tensor(one.passages), labels=torch.tensor([one.answer])).loss
@@ -94,7 +101,7 @@ def test_with_one_passage_the_loss_is_the_plain_models(
 
 
 def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
 ) -> None:
     ours = objective(objective.batch(sequences))[0]
     theirs = torch.stack([naive_loss(plain, sequence) for sequence in sequences]).sum()
@@ -108,15 +115,15 @@ def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
             assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest, name
 
 
-def test_permuting_passages_permutes_nothing(objective: FusionLikelihood, sequences: list[FusionSequence]) -> None:
-    turned = [FusionSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
+def test_permuting_passages_permutes_nothing(objective: FusionLikelihood, sequences: list[FiDSequence]) -> None:
+    turned = [FiDSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
     assert loss(objective, turned) == pytest.approx(loss(objective, sequences), rel=1e-6)
-    other = [FusionSequence(sequence.passages[:1], sequence.answer) for sequence in sequences]
+    other = [FiDSequence(sequence.passages[:1], sequence.answer) for sequence in sequences]
     assert abs(loss(objective, other) - loss(objective, sequences)) > 1e-3
 
 
 def test_another_question_in_the_batch_and_its_padding_change_nothing(
-    objective: FusionLikelihood, sequences: list[FusionSequence]
+    objective: FusionLikelihood, sequences: list[FiDSequence]
 ) -> None:
     together = loss(objective, sequences)
     assert together == pytest.approx(sum(loss(objective, [sequence]) for sequence in sequences), rel=1e-6)
@@ -127,7 +134,7 @@ def test_another_question_in_the_batch_and_its_padding_change_nothing(
 
 
 def test_a_batch_pads_a_passage_by_a_quarter_at_most_and_bert_pads_none(
-    objective: FusionLikelihood, kind: str, sequences: list[FusionSequence]
+    objective: FusionLikelihood, kind: str, sequences: list[FiDSequence]
 ) -> None:
     assert (objective.collate is pack) == (kind == "bert")
     for part in objective.batch(sequences).parts:
@@ -136,7 +143,7 @@ def test_a_batch_pads_a_passage_by_a_quarter_at_most_and_bert_pads_none(
 
 
 def test_the_saved_checkpoint_is_an_ordinary_one(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
 ) -> None:
     ours = objective.fusion.model.state_dict()
     assert plain.state_dict().keys() == ours.keys()
@@ -150,9 +157,9 @@ def test_the_saved_checkpoint_is_an_ordinary_one(
 
 @pytest.mark.parametrize("beams", [1, 3])
 def test_generation_is_that_of_the_plain_model_over_all_passages(
-    beams: int, objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FusionSequence]
+    beams: int, objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
 ) -> None:
-    reader = FusionReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
+    reader = FiDReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
     end = objective.prompter.end_token
     config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
     for ours, sequence in zip(reader.generate(sequences), sequences, strict=True):
@@ -163,10 +170,10 @@ def test_generation_is_that_of_the_plain_model_over_all_passages(
 
 
 def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
-    objective: FusionLikelihood, sequences: list[FusionSequence]
+    objective: FusionLikelihood, sequences: list[FiDSequence]
 ) -> None:
     def generate(**arguments: object) -> list[list[int]]:
-        return FusionReader(
+        return FiDReader(
             objective.fusion, objective.prompter, GenerationArguments(**arguments), objective.collate
         ).generate(sequences)
 
@@ -178,7 +185,7 @@ def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
 def test_passages_are_encoded_once_and_questions_answered_in_their_order(
     objective: FusionLikelihood, examples: list[Example], documents: list[Document]
 ) -> None:
-    reader = FusionReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
+    reader = FiDReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
     asked, passages = examples[:3], [documents[:3], documents[3:4], []]
     tokens: list[int] = []
     objective.fusion.model.get_encoder().register_forward_hook(
@@ -193,12 +200,12 @@ def test_passages_are_encoded_once_and_questions_answered_in_their_order(
 
 
 def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(
-    path: str, sequences: list[FusionSequence]
+    path: str, sequences: list[FiDSequence]
 ) -> None:
     gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(5)
-        model, prompter = load_fusion(path, ARGUMENTS)
+        model, prompter = load_encoder_decoder(path, ARGUMENTS)
         objective = FusionLikelihood(model, prompter)
         parallelize(objective, torch.device("cpu"), checkpointing, compile=False)
         objective.train()
@@ -217,15 +224,15 @@ def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gr
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_bfloat16_is_near_float32(path: str, sequences: list[FusionSequence]) -> None:
-    objective = FusionLikelihood(*load_fusion(path, ARGUMENTS)).eval()
+def test_bfloat16_is_near_float32(path: str, sequences: list[FiDSequence]) -> None:
+    objective = FusionLikelihood(*load_encoder_decoder(path, ARGUMENTS)).eval()
     exact = loss(objective, sequences)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert loss(objective, sequences) == pytest.approx(exact, rel=0.02)
 
 
 def test_float16_is_refused_for_t5_alone(path: str, kind: str) -> None:
-    model, _ = load_fusion(path, ARGUMENTS)
+    model, _ = load_encoder_decoder(path, ARGUMENTS)
     refuse_overflow(model, torch.bfloat16)
     if kind == "t5":
         with pytest.raises(UserError, match="--fp16 true: T5's activations exceed"):
@@ -236,13 +243,13 @@ def test_float16_is_refused_for_t5_alone(path: str, kind: str) -> None:
 
 def test_lengths_beyond_the_models_positions_are_refused(encoder_path: str, bart_path: str) -> None:
     with pytest.raises(UserError, match=r"--max_encoder_seq_length 512: .* takes at most 64 tokens"):
-        load_fusion(f"bert::{encoder_path}", FusionPromptArguments())
+        load_encoder_decoder(f"bert::{encoder_path}", Flags())
     with pytest.raises(UserError, match=r"--max_decoder_seq_length 256: .* takes at most 128 tokens"):
-        load_fusion(bart_path, FusionPromptArguments(max_encoder_seq_length=128))
+        load_encoder_decoder(bart_path, Flags(max_encoder_seq_length=128))
 
 
 def test_a_warm_started_decoder_attends_to_passages_as_to_its_own_text(encoder_path: str) -> None:
-    model, _ = load_fusion(f"bert::{encoder_path}", ARGUMENTS)
+    model, _ = load_encoder_decoder(f"bert::{encoder_path}", ARGUMENTS)
     layers = [layer for layer in model.get_decoder().modules() if hasattr(layer, "crossattention")]
     assert len(layers) == model.config.decoder.num_hidden_layers
     for layer in layers:
@@ -251,7 +258,7 @@ def test_a_warm_started_decoder_attends_to_passages_as_to_its_own_text(encoder_p
 
 
 def test_the_head_that_a_warm_started_decoder_lacked_begins_as_the_identity(encoder_path: str) -> None:
-    model, _ = load_fusion(f"bert::{encoder_path}", ARGUMENTS)
+    model, _ = load_encoder_decoder(f"bert::{encoder_path}", ARGUMENTS)
     states = 0.3 * torch.randn(50, model.config.decoder.hidden_size)  # as small as final states are
     transformed = model.get_decoder().cls.predictions.transform(states)
     wanted = torch.nn.functional.layer_norm(states, states.shape[1:])
@@ -262,7 +269,7 @@ def test_a_head_that_the_checkpoint_has_is_kept(encoder_path: str, tmp_path: Pat
     whole = BertForMaskedLM(BertConfig.from_pretrained(encoder_path))
     whole.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_path).save_pretrained(tmp_path)
-    model, _ = load_fusion(f"bert::{tmp_path}", ARGUMENTS)
+    model, _ = load_encoder_decoder(f"bert::{tmp_path}", ARGUMENTS)
     weights = model.get_decoder().cls.predictions.transform.state_dict()
     for name, weight in whole.cls.predictions.transform.state_dict().items():
         torch.testing.assert_close(weights[name], weight)
@@ -270,9 +277,9 @@ def test_a_head_that_the_checkpoint_has_is_kept(encoder_path: str, tmp_path: Pat
 
 def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:
     with pytest.raises(UserError, match="cannot be loaded"):
-        load_fusion(lm_path, ARGUMENTS)
+        load_encoder_decoder(lm_path, ARGUMENTS)
     with pytest.raises(UserError, match=r"the tokenizer lacks \[CLS\]"):
-        load_fusion(f"bert::{lm_path}", ARGUMENTS)
+        load_encoder_decoder(f"bert::{lm_path}", ARGUMENTS)
 
 
 @pytest.mark.parametrize(
