@@ -26,14 +26,14 @@ class Seen(NamedTuple):
 
 
 class OpenAIServer:
-    """What it is asked it repeats, unless told otherwise.
+    """Repeats what it is asked, unless told otherwise.
 
     Attributes:
         url: Its base URL.
         seen: Requests so far, in order of arrival.
         faults: What goes wrong with the next requests for a completion; None: nothing.
-        delay: Seconds that every reply takes.
-        most_at_once: Requests that were in work at the same time.
+        delay: Seconds that every completion takes.
+        most_at_once: Requests for completions that were in work at the same time.
     """
 
     def __init__(self) -> None:
@@ -69,8 +69,6 @@ class OpenAIServer:
             text = self.say(body["messages"])
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             return JSONResponse({"choices": [choice], "usage": {"completion_tokens": len(text.split())}})
-        except Refusal as refusal:
-            return error(400, str(refusal))
         finally:
             self.at_once -= 1
 
@@ -78,9 +76,10 @@ class OpenAIServer:
         """The bodies of the requests to a path."""
         return [seen.body for seen in self.seen if seen.path == path]
 
-
-class Refusal(Exception):
-    """Status 400."""
+    @property
+    def questions(self) -> list[str]:
+        """The last message of each conversation so far."""
+        return [body["messages"][-1]["content"] for body in self.of("chat/completions")]
 
 
 def error(status: int, message: str, **extra: str) -> JSONResponse:
@@ -97,19 +96,12 @@ def half_a_reply() -> Response:
     return StreamingResponse(body(), headers={"content-length": "1000", "content-type": "application/json"})
 
 
-def slow() -> Response:
-    time.sleep(1)
-    return JSONResponse({})
-
-
 @contextmanager
 def serve() -> Iterator[OpenAIServer]:
     """Serve on a free port of loopback, from a thread."""
     ours = OpenAIServer()
-    routes = [Route("/v1/{path:path}", ours.answer, methods=["GET", "POST"])]
-    server = uvicorn.Server(
-        uvicorn.Config(Starlette(routes=routes), host="127.0.0.1", port=0, log_level="critical", lifespan="off")
-    )
+    app = Starlette(routes=[Route("/v1/{path:path}", ours.answer, methods=["GET", "POST"])])
+    server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
@@ -118,6 +110,5 @@ def serve() -> Iterator[OpenAIServer]:
     try:
         yield ours
     finally:
-        server.should_exit = True
-        server.force_exit = True
+        server.should_exit = server.force_exit = True
         thread.join(10)

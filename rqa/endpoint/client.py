@@ -12,9 +12,8 @@ from functools import cached_property, partial
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
-from tqdm import tqdm
-
 from rqa.runtime import distributed
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import Store, cache_root, fingerprint
 from rqa.runtime.flags import Arguments, flag
@@ -168,7 +167,7 @@ class Endpoint:
 
         if missing:
             self._repeated = 0
-            with tqdm(total=len(missing), desc=desc, unit="q", leave=False, disable=not distributed.is_main()) as bar:
+            with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
             if self._repeated:
                 log.info("%s: %d requests were sent again", self.base_url, self._repeated)

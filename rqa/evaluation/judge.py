@@ -45,7 +45,7 @@ class JudgeArguments(RequestArguments):
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
     judge_api_key: str | None = flag(None, "Judge's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
-    judge_price: list[float] = flag([], "Dollars for a million tokens in, and out; the cost is said before.", rare=True)
+    judge_price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("judge_max_examples", at_least=0)

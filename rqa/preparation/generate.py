@@ -64,9 +64,9 @@ class GeneratorArguments(LoadingArguments, EndpointArguments):
 
     model_name_or_path: str = flag(help="Model that writes: a directory, a hub name, or openai::http://host:port/v1.")
     max_new_tokens: int = flag(256, "Tokens of a reply, at most.")
-    prompt_template: str | None = flag(None, "Text file that replaces the prompt; it has the default's placeholders.")
-    price: list[float] = flag([], "Dollars for a million tokens in, and out; the cost is said before.")
-    estimate_only: bool = flag(False, "Whether to say what it would cost, and stop.")
+    prompt_template: str | None = flag(None, "Text file that replaces the prompt and keeps its placeholders.")
+    price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out, for the estimate.")
+    estimate_only: bool = flag(False, "Whether to log what it would cost and stop.")
 
     def check(self) -> None:
         self.check_bounds("max_new_tokens", at_least=1)
@@ -80,9 +80,9 @@ class SampleArguments(Arguments):
     num_train_passages: int = flag(1000, "Number of passages in the training split.")
     num_eval_passages: int = flag(100, "Number of passages in the evaluation split.")
     num_test_passages: int = flag(100, "Number of passages in the test split.")
-    split_by: str = flag("passage", "Unit that no two splits share.", ["passage", "source"])
+    split_by: str = flag("passage", "What no two splits share: a passage, or a source.", ["passage", "source"])
     min_passage_words: int = flag(20, "Words of a passage, at least; shorter ones are not asked about.")
-    seed: int = flag(42, "Seed that decides which passages.")
+    seed: int = flag(42, "Seed that decides which passages are chosen.")
 
     def check(self) -> None:
         if min(self.sizes.values()) < 0 or not any(self.sizes.values()):

@@ -6,29 +6,17 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from email.utils import formatdate
-from pathlib import Path
 
 import pytest
-from openai_server import OpenAIServer, Refusal, error, half_a_reply, serve, slow
+from openai_server import OpenAIServer, error, half_a_reply
 from starlette.responses import HTMLResponse, JSONResponse, Response
 
-from rqa.endpoint import client
 from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
 from rqa.runtime.errors import UserError
 
 WORDS = [f"word {number}" for number in range(12)]
-
-
-@pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
-    monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
-    monkeypatch.setattr(client, "PAUSE", 0.01)
-    with serve() as ours:
-        yield ours
 
 
 def connect(server: OpenAIServer, **settings: object) -> Endpoint:
@@ -41,10 +29,6 @@ def say(*texts: str) -> list[list[dict[str, str]]]:
 
 def texts(replies: list[Reply]) -> list[str]:
     return [reply.text for reply in replies]
-
-
-def asked(server: OpenAIServer) -> list[str]:
-    return [body["messages"][-1]["content"] for body in server.of("chat/completions")]
 
 
 @pytest.mark.parametrize("concurrency", [1, 6])
@@ -62,9 +46,8 @@ def test_as_many_requests_as_allowed_are_in_flight_and_replies_keep_the_order(
 
 
 def test_a_question_is_sent_and_timed_once_by_one_run_and_by_the_next(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     with caplog.at_level(logging.INFO, "rqa"):
         first = connect(server).ask(say("a", "b", "a"), 7)
         assert "kept" not in caplog.text
@@ -72,17 +55,15 @@ def test_a_question_is_sent_and_timed_once_by_one_run_and_by_the_next(
     assert texts(first + second) == [f"You said: {word}" for word in "ababcb"]
     assert [reply.seconds is not None for reply in first + second] == [True, True, False, False, True, False]
     assert [reply.num_tokens for reply in first + second] == [3] * 6
-    assert sorted(asked(server)) == ["a", "b", "c"]
+    assert sorted(server.questions) == ["a", "b", "c"]
     assert "2 of 3 replies were kept from an earlier run" in caplog.text
 
 
 def test_whatever_decides_a_reply_asks_anew(server: OpenAIServer) -> None:
     server.models = ["tiny", "other"]
-    connect(server, model="tiny").ask(say("a"), 7)
-    connect(server, model="other").ask(say("a"), 7)
-    connect(server, model="tiny").ask(say("a"), 8)
-    connect(server, model="tiny").ask([[{"role": "system", "content": "a"}]], 7)
-    assert asked(server) == ["a"] * 4
+    for model, role, tokens in (("tiny", "user", 7), ("other", "user", 7), ("tiny", "user", 8), ("tiny", "system", 7)):
+        connect(server, model=model).ask([[{"role": role, "content": "a"}]], tokens)
+    assert server.questions == ["a"] * 4
 
 
 FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
@@ -91,7 +72,10 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "internal error": (lambda: error(500, "out of memory"), "500, out of memory; asked 3 times"),
     "overloaded": (lambda: HTMLResponse("<h1>Bad gateway</h1>", 502), "502, .*Bad gateway.*; asked 3 times"),
     "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
-    "slow": (slow, "no answer within 0.5 seconds, asked 3 times; lower --endpoint_concurrency"),
+    "slow": (
+        lambda: time.sleep(1) or Response(),
+        "no answer within 0.5 seconds, asked 3 times; lower",
+    ),
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*\(\{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
@@ -107,16 +91,16 @@ def test_what_may_pass_is_asked_again_and_what_does_not_pass_is_one_line(
     name: str, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault, expected = FAULTS[name]
-    monkeypatch.setattr(client, "RETRIES", 2)
+    monkeypatch.setattr("rqa.endpoint.client.RETRIES", 2)
     if name == "slow":
-        monkeypatch.setattr(client, "TIMEOUT", 0.5)
+        monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.5)
     server.faults = [None, fault, fault]
     assert texts(connect(server, concurrency=1).ask(say("a", "b"), 7)) == ["You said: a", "You said: b"]
-    assert asked(server) == ["a", "b", "b", "b"]
+    assert server.questions == ["a", "b", "b", "b"]
     server.faults = [fault] * 3
     with pytest.raises(UserError, match=rf"^http://127\.0\.0\.1:\d+/v1: {expected}") as caught:
         connect(server).ask(say("c"), 7)
-    assert asked(server)[4:] == ["c"] * 3
+    assert server.questions[4:] == ["c"] * 3
     assert "\n" not in str(caught.value)
 
 
@@ -134,7 +118,7 @@ def test_the_server_says_how_long_to_wait(after: Callable[[], str], server: Open
         (lambda: error(429, "wait for tomorrow", retry_after="86400"), "429, wait for tomorrow; asked 1 time"),
         (lambda: error(429, "no money left", code="insufficient_quota"), "429, no money left; asked 1 time"),
         (lambda: error(403, "not for you"), "403, not for you; the key is refused"),
-        (lambda: error(400, "maximum context length is 512"), "maximum context length is 512; the server refuses"),
+        (lambda: error(400, "echo is not supported"), "400, echo is not supported; the server refuses the request"),
         (lambda: JSONResponse({"detail": "Not Found"}, 404), "404, Not Found; no such model or path"),
     ],
 )
@@ -142,7 +126,7 @@ def test_what_will_not_pass_is_asked_once(fault: Callable[[], Response], expecte
     server.faults = [fault]
     with pytest.raises(UserError, match=expected):
         connect(server).ask(say("a"), 7)
-    assert asked(server) == ["a"]
+    assert server.questions == ["a"]
 
 
 def test_the_key_comes_from_the_flag_or_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,7 +176,7 @@ def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> N
         connect(server, concurrency=1).ask(say(*WORDS), 7)
     server.seen.clear()
     assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
-    assert asked(server) == WORDS[7:]
+    assert server.questions == WORDS[7:]
 
 
 def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
@@ -205,7 +189,7 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
         return error(500, "too late")
 
     def interrupt() -> None:
-        while len(asked(server)) < 8:
+        while len(server.questions) < 8:
             time.sleep(0.005)
         os.kill(os.getpid(), signal.SIGINT)
 
@@ -218,7 +202,7 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
     thread.join()
     server.seen.clear()
     assert texts(connect(server).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
-    assert len(asked(server)) == len(WORDS) - 6
+    assert len(server.questions) == len(WORDS) - 6
 
 
 def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
@@ -251,19 +235,14 @@ def test_scores_are_the_mean_over_the_answers_tokens(server: OpenAIServer) -> No
     assert len(server.of("completions")) == 3  # the same text with another border is another question
 
 
-def refuse_echo(body: dict) -> dict:
-    raise Refusal("echo is not supported")
-
-
 def test_a_server_that_scores_no_prompts_is_one_line(server: OpenAIServer) -> None:
-    for complete, expected in (
-        (refuse_echo, "echo is not supported; the server refuses"),
-        (lambda body: characters(body | {"echo": False}), "gives no log-probabilities of the prompt"),
-        (lambda body: characters(body | {"echo": False, "max_tokens": 9}), "gives no log-probabilities of the prompt"),
-        (lambda body: {"choices": [{"text": "hm", "logprobs": None}]}, "gives no log-probabilities of the prompt"),
+    for complete in (
+        lambda body: characters(body | {"echo": False}),
+        lambda body: characters(body | {"echo": False, "max_tokens": 9}),
+        lambda body: {"choices": [{"text": "hm", "logprobs": None}]},
     ):
         server.complete = complete
-        with pytest.raises(UserError, match=expected):
+        with pytest.raises(UserError, match="gives no log-probabilities of the prompt"):
             connect(server).answer_logprobs(["a long prompt, longer than nine: "], ["abc"])
 
 

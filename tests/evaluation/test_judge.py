@@ -3,12 +3,11 @@
 import json
 import logging
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from openai_server import OpenAIServer, serve
+from openai_server import OpenAIServer
 
 from rqa.evaluation.judge import INSTRUCTION, JudgeArguments, judge_answers, judge_results, parse_verdict
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES
@@ -18,13 +17,10 @@ GIVEN = {"answer 0": "correct", "answer 1": "partially", "answer 2": "incorrect"
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
-    with serve() as ours:
-        ours.models = ["gpt-4o"]
-        ours.say = lambda messages: json.dumps({"reason": "so", "verdict": GIVEN[_answer(messages)]})
-        yield ours
+def judge(server: OpenAIServer) -> OpenAIServer:
+    server.models = ["gpt-4o"]
+    server.say = lambda messages: json.dumps({"reason": "so", "verdict": GIVEN[_answer(messages)]})
+    return server
 
 
 def _answer(messages: list[dict[str, Any]]) -> str:
@@ -39,15 +35,15 @@ def rows(size: int = 4) -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
-def arguments(server: OpenAIServer, **others: Any) -> JudgeArguments:
-    return JudgeArguments(gen_gpt4eval=True, judge_base_url=server.url, **others)
+def arguments(judge: OpenAIServer, **others: Any) -> JudgeArguments:
+    return JudgeArguments(gen_gpt4eval=True, judge_base_url=judge.url, **others)
 
 
 def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict(
-    server: OpenAIServer, tmp_path: Path
+    judge: OpenAIServer, tmp_path: Path
 ) -> None:
     judged = rows()
-    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, judged, arguments(server))
+    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, judged, arguments(judge))
     assert scores == {
         "test_gen/f1": 0.25,
         "test_gen/gpt4eval": 0.5,
@@ -63,32 +59,29 @@ def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict
     assert 0 <= detail["low"] <= 0.5 <= detail["high"] <= 1
 
 
-def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zero(server: OpenAIServer) -> None:
+def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zero(judge: OpenAIServer) -> None:
     (row,) = rows(1)
-    judge_answers([row | {"chat_history": [{"speaker": "user", "message": "Hm."}]}], arguments(server))
-    (body,) = server.of("chat/completions")
+    judge_answers([row | {"chat_history": [{"speaker": "user", "message": "Hm."}]}], arguments(judge))
+    (body,) = judge.of("chat/completions")
+    texts = {"earlier_turns": [{"speaker": "user", "message": "Hm."}], "question": "Why 0?"}
+    texts |= {"reference_answer": "So 0.", "system_answer": "answer 0"}
     assert body["temperature"] == 0
     assert body["messages"][0] == {"role": "system", "content": INSTRUCTION}
-    assert json.loads(body["messages"][1]["content"]) == {
-        "earlier_turns": [{"speaker": "user", "message": "Hm."}],
-        "question": "Why 0?",
-        "reference_answer": "So 0.",
-        "system_answer": "answer 0",
-    }
+    assert json.loads(body["messages"][1]["content"]) == texts
 
 
 def test_a_verdict_is_paid_once_for_the_same_content_and_as_many_are_asked_for_at_once_as_allowed(
-    server: OpenAIServer,
+    judge: OpenAIServer,
 ) -> None:
-    server.delay = 0.05
-    judge_answers(rows(3), arguments(server, endpoint_concurrency=2))
-    assert server.most_at_once == 2
-    judge_answers(rows(4), arguments(server))
-    assert len(server.of("chat/completions")) == 4
+    judge.delay = 0.05
+    judge_answers(rows(3), arguments(judge, endpoint_concurrency=2))
+    assert judge.most_at_once == 2
+    judge_answers(rows(4), arguments(judge))
+    assert len(judge.questions) == 4
 
 
 def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
-    server: OpenAIServer, caplog: pytest.LogCaptureFixture
+    judge: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     def say(messages: list[dict[str, Any]]) -> str:
         answer = _answer(messages)
@@ -96,21 +89,21 @@ def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
             return "I would rather not."
         return json.dumps({"verdict": GIVEN[answer]})
 
-    server.say = say
+    judge.say = say
     judged = rows()
-    scores = judge_answers(judged, arguments(server))
+    scores = judge_answers(judged, arguments(judge))
     assert scores["gen/gpt4eval"] == pytest.approx(2 / 3)
     assert scores["gen/gpt4eval_unparsed"] == 1
     assert judged[1]["gpt4eval"] is None
     assert judged[1]["scores"] == {}
     assert judged[2]["gpt4eval"]["verdict"] == "incorrect"
-    asked = [_answer(body["messages"]) for body in server.of("chat/completions")]
+    asked = [_answer(body["messages"]) for body in judge.of("chat/completions")]
     assert sorted(asked) == ["answer 0", *["answer 1"] * 3, *["answer 2"] * 2, "answer 3"]
     assert "1 of 4 verdicts cannot be read" in caplog.text
-    again = server.of("chat/completions")[-1]["messages"]
+    again = judge.of("chat/completions")[-1]["messages"]
     assert [turn["role"] for turn in again] == ["system", "user", "assistant", "user", "assistant", "user"]
     with pytest.raises(UserError, match="--judge_model gpt-4o: none of its 1 verdicts can be read"):
-        judge_answers(judged[1:2], arguments(server))
+        judge_answers(judged[1:2], arguments(judge))
 
 
 @pytest.mark.parametrize(
@@ -134,48 +127,43 @@ def test_verdicts_are_read_from_what_models_write(reply: str, expected: str | No
     assert (verdict and verdict["verdict"]) == expected
 
 
-def test_so_many_examples_at_most_and_always_the_same(server: OpenAIServer) -> None:
+def test_so_many_examples_at_most_and_always_the_same(judge: OpenAIServer) -> None:
     judged, again = rows(), rows()
-    scores = judge_answers(judged, arguments(server, judge_max_examples=3))
+    scores = judge_answers(judged, arguments(judge, judge_max_examples=3))
     chosen = [number for number, row in enumerate(judged) if "gpt4eval" in row]
-    assert len(chosen) == 3 == len(server.of("chat/completions"))
+    assert len(chosen) == 3 == len(judge.questions)
     right = [GIVEN[f"answer {number}"] for number in chosen].count("correct")
     assert scores["gen/gpt4eval"] == pytest.approx(right / 3)
-    judge_answers(again, arguments(server, judge_max_examples=3))
+    judge_answers(again, arguments(judge, judge_max_examples=3))
     assert again == judged
 
 
-@pytest.mark.parametrize(
-    ("price", "cost"), [([1000.0, 2000.0], r"at most 512 out, at most \$1\.\d\d;"), ([], r"at most 512 out;")]
-)
-def test_the_cost_is_estimated_before_the_judge_is_asked(
-    price: list[float], cost: str, server: OpenAIServer, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_cost_is_estimated_before_the_judge_is_asked(judge: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
     said_before = []
-    say = server.say
-    server.say = lambda messages: said_before.append(caplog.text) or say(messages)
+    say = judge.say
+    judge.say = lambda messages: said_before.append(caplog.text) or say(messages)
     with caplog.at_level(logging.INFO, "rqa"):
-        judge_answers(rows(2), arguments(server, judge_price=price))
-    assert all("2 answers, some " in text and "at most 512 out" in text for text in said_before)
-    assert len(said_before) == 2
-    assert caplog.records[0].getMessage().startswith("judge ")
-    assert re.search(cost, caplog.records[0].getMessage())
+        judge_answers(rows(2), arguments(judge, judge_price=[1000.0, 2000.0]))
+        judge_answers(rows(2), arguments(judge))
+    cost = re.compile(r"judge gpt-4o: 2 answers, some \d+ tokens in, at most 512 out, at most \$1\.\d\d;")
+    assert [bool(cost.search(text)) for text in said_before] == [True, True]
+    assert "at most 512 out;" in caplog.text  # without a price
 
 
-def test_a_judge_that_cannot_be_asked_costs_no_results(server: OpenAIServer, tmp_path: Path) -> None:
-    server.key = "another"
+def test_a_judge_that_cannot_be_asked_costs_no_results(judge: OpenAIServer, tmp_path: Path) -> None:
+    judge.key = "another"
     with pytest.raises(UserError, match="the key is refused"):
-        judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(server, judge_api_key="mine"))
+        judge_results(tmp_path, {"test_gen/f1": 0.25}, rows(), arguments(judge, judge_api_key="mine"))
     assert json.loads((tmp_path / SCORES).read_text()) == {"test_gen/f1": 0.25}
     assert len((tmp_path / PREDICTIONS).read_text().splitlines()) == 4
     with pytest.raises(UserError, match="--gen_gpt4eval true: there are no answers to judge"):
-        judge_results(tmp_path, {}, [], arguments(server))
+        judge_results(tmp_path, {}, [], arguments(judge))
 
 
 def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_asked_for(
-    server: OpenAIServer, tmp_path: Path
+    judge: OpenAIServer, tmp_path: Path
 ) -> None:
-    flags = JudgeArguments(judge_base_url=server.url, judge_api_key="secret")
+    flags = JudgeArguments(judge_base_url=judge.url, judge_api_key="secret")
     scores, _ = judge_results(tmp_path, {"a": 1.0}, rows(), flags)
     assert scores == {"a": 1.0}
     assert not (tmp_path / "all_args.json").exists()
@@ -183,7 +171,7 @@ def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_as
     written = json.loads((tmp_path / "all_args.json").read_text())
     assert written["judge_model"] == "gpt-4o"
     assert "secret" not in str(written) + repr(flags)
-    assert not server.seen
+    assert not judge.seen
 
 
 @pytest.mark.parametrize("wrong", [{"judge_max_examples": -1}, {"judge_price": [1.0]}, {"judge_price": [1.0, -1.0]}])

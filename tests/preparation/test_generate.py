@@ -3,13 +3,13 @@
 import json
 import logging
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import pytest
-from openai_server import OpenAIServer, serve
+from openai_server import OpenAIServer
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
@@ -27,9 +27,8 @@ Run = Callable[[str, dict[str, object]], int]
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
-    """Asks two numbered questions with the words of the passage, and answers with the passage."""
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+def writer(server: OpenAIServer) -> OpenAIServer:
+    """Asks two numbered questions with the words of the passage, and answers the first with the passage."""
 
     def say(messages: list[dict[str, Any]]) -> str:
         text = messages[-1]["content"]
@@ -39,19 +38,22 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAISe
         words = passage.rstrip(".").lower()
         return f"Sure!\n1. Is it true that {words}?\n2) **Who said second that {words}?**\nI hope this helps."
 
-    with serve() as ours:
-        ours.say = say
-        yield ours
+    server.say = say
+    return server
 
 
 SAMPLE = {"num_train_passages": 10, "num_eval_passages": 2, "num_test_passages": 4, "min_passage_words": 5}
 
 
 @pytest.fixture
-def flags(server: OpenAIServer, data: Path, tmp_path: Path) -> dict[str, object]:
-    model = f"openai::{server.url}"
-    return {"document_path": data / "documents.jsonl", "model_name_or_path": model, "output_dir": tmp_path / "out",
-            **SAMPLE}  # fmt: skip
+def flags(writer: OpenAIServer, data: Path, tmp_path: Path) -> dict[str, object]:
+    model = {"model_name_or_path": f"openai::{writer.url}"}
+    return {"document_path": data / "documents.jsonl", "output_dir": tmp_path / "out", **model, **SAMPLE}
+
+
+def asking(model: object, inputs: object, output: Path) -> dict[str, object]:
+    """The flags of generate_answers."""
+    return {"model_name_or_path": model, "input_path": inputs, "output_dir": output}
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
@@ -63,34 +65,32 @@ def questions_in(directory: Path) -> list[str]:
 
 
 def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage_and_asked_for_once(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
+    writer: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    server.delay = 0.02
-    assert run_executable("generate_questions", {**flags, "endpoint_concurrency": 4}) == 0
-    printed = capsys.readouterr().out
-    for name, count in {"train": 20, "eval": 4, "test": 8}.items():
-        assert f"{name}_w_q.jsonl: {count} questions" in printed
-    assert 1 < server.most_at_once <= 4
+    writer.delay = 0.02
     out = tmp_path / "out"
-    asked = {split: rows(out / f"{split}_w_q.jsonl") for split in ("train", "eval", "test")}
-    assert {split: len(found) for split, found in asked.items()} == {"train": 10, "eval": 2, "test": 4}
+    assert run_executable("generate_questions", {**flags, "endpoint_concurrency": 4}) == 0
+    assert 1 < writer.most_at_once <= 4
+    printed = capsys.readouterr().out
+    asked = {}
+    for split, passages, questions in (("train", 10, 20), ("eval", 2, 4), ("test", 4, 8)):
+        assert f"{split}_w_q.jsonl: {questions} questions" in printed
+        asked[split] = rows(out / f"{split}_w_q.jsonl")
+        assert len(asked[split]) == passages
     for row in asked["train"]:
         assert set(row) == {"gold_docs", "chat_history", "questions"}
         words = row["gold_docs"][0]["page_content"].rstrip(".").lower()
         assert row["questions"] == [f"Is it true that {words}?", f"Who said second that {words}?"]
-    passages = [row["gold_docs"][0]["page_content"] for found in asked.values() for row in found]
-    assert len(set(passages)) == 16 == len(server.of("chat/completions"))
+    texts = {row["gold_docs"][0]["page_content"] for found in asked.values() for row in found}
+    assert len(texts) == 16 == len(writer.questions)
     assert run_executable("generate_questions", {**flags, "output_dir": tmp_path / "again"}) == 0
-    assert len(server.of("chat/completions")) == 16
+    assert len(writer.questions) == 16
     for path in out.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    answers = {"input_path": sorted(out.glob("*_w_q.jsonl")), "output_dir": out, "price": [1, 2]}
-    capsys.readouterr()
-    assert run_executable("generate_answers", {**answers, "model_name_or_path": flags["model_name_or_path"]}) == 0
-    told = capsys.readouterr()
-    assert "16 answers, 16 questions left out without an answer" in told.out
-    assert re.search(r"32 replies, some [\d,]+ tokens in, at most 8,192 out, at most \$0\.0\d;", told.err)
+    answers = asking(flags["model_name_or_path"], sorted(out.glob("*_w_q.jsonl")), out)
+    assert run_executable("generate_answers", answers) == 0
+    assert "16 answers, 16 questions left out without an answer" in capsys.readouterr().out
     for split, found in asked.items():
         examples = read_examples(out / f"{split}_w_qa.jsonl", answers=True)
         assert [example.question for example in examples] == [row["questions"][0] for row in found]
@@ -98,72 +98,69 @@ def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage_and_as
 
 
 def test_the_estimate_comes_first_and_alone_if_asked(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
+    writer: OpenAIServer, flags: dict[str, object], run_executable: Run, data: Path, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    flags |= {"estimate_only": "true", "price": [1.0, 10.0], "max_new_tokens": 1000}
-    assert run_executable("generate_questions", flags) == 0
-    told = capsys.readouterr().err
-    given = int(re.search(r"16 replies, some ([\d,]+) tokens in, at most 16,000 out", told)[1].replace(",", ""))
-    assert f"at most ${(given + 160_000) / 1e6:.2f}" in told
-    assert not server.seen
+    answers = asking(flags["model_name_or_path"], data / "train_w_qa.jsonl", tmp_path / "out")
+    for name, ours in (("questions", flags), ("answers", answers)):
+        ours |= {"estimate_only": "true", "price": [1.0, 10.0], "max_new_tokens": 1000}
+        assert run_executable(f"generate_{name}", ours) == 0
+        told = capsys.readouterr().err
+        given = int(re.search(r"16 replies, some ([\d,]+) tokens in, at most 16,000 out", told)[1].replace(",", ""))
+        assert f"at most ${(given + 160_000) / 1e6:.2f}" in told
+    assert not writer.seen
     assert not (tmp_path / "out").exists()
 
 
-def test_the_round_trip_keeps_what_finds_its_passage(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path, encoder_path: str,
+def test_the_round_trip_keeps_what_finds_its_passage_and_a_split_that_loses_all_is_not_written(
+    writer: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path, encoder_path: str,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    original = server.say
-    server.say = lambda messages: original(messages).split("\n2)")[0] + f"\n2) Zebra gnu yak {hash(str(messages))}?"
+    passages = sample_passages(read_documents(str(flags["document_path"])), SampleArguments(**SAMPLE))
+    original = writer.say
+
+    def say(messages: list[dict[str, Any]]) -> str:
+        asked, strange = messages[-1]["content"], f"\nZebra gnu yak {hash(str(messages))}?"
+        (split,) = (name for name, found in passages.items() if any(d.page_content in asked for d in found))
+        if "Question: " in asked:
+            return "NO ANSWER" if split == "test" else original(messages)
+        return strange if split == "eval" else original(messages).split("\n2)")[0] + strange
+
+    writer.say = say
     assert run_executable("generate_questions", {**flags, "round_trip_k": 1}) == 0
     questions = questions_in(tmp_path / "out")
-    assert len(questions) == 16
+    assert len(questions) == 14
     assert all(question.startswith("Is it true") for question in questions)
-    assert "16 questions left out by the round trip" in capsys.readouterr().out
-    flags |= {"round_trip_k": 24, "round_trip_model": encoder_path, "output_dir": tmp_path / "all"}
-    assert run_executable("generate_questions", flags) == 0
-    assert len(questions_in(tmp_path / "all")) == 32
-
-
-def test_a_split_without_a_question_or_an_answer_is_not_written(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    out, original = tmp_path / "out", server.say
-    passages = sample_passages(read_documents(str(flags["document_path"])), SampleArguments(**SAMPLE))
-
-    def say_of(split: str, reply: str) -> Callable[[list[dict[str, Any]]], str]:
-        texts = [document.page_content for document in passages[split]]
-        return lambda messages: reply if any(text in messages[-1]["content"] for text in texts) else original(messages)
-
-    server.say = say_of("eval", "Zebra gnu yak?")
-    assert run_executable("generate_questions", {**flags, "round_trip_k": 1}) == 0
-    assert "eval_w_q.jsonl: not written, since no question is left" in capsys.readouterr().out
-    assert sorted(path.name for path in out.iterdir()) == ["test_w_q.jsonl", "train_w_q.jsonl"]
-    server.say = say_of("test", "NO ANSWER")
-    answers = {"input_path": sorted(out.iterdir()), "output_dir": tmp_path / "answers",
-               "model_name_or_path": flags["model_name_or_path"]}  # fmt: skip
+    printed = capsys.readouterr().out
+    assert "16 questions left out by the round trip" in printed
+    assert "eval_w_q.jsonl: not written, since no question is left" in printed
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["test_w_q.jsonl", "train_w_q.jsonl"]
+    answers = asking(flags["model_name_or_path"], sorted((tmp_path / "out").iterdir()), tmp_path / "answers")
     assert run_executable("generate_answers", answers) == 0
     assert "test_w_qa.jsonl: not written, since no question was answered" in capsys.readouterr().out
     assert [path.name for path in (tmp_path / "answers").iterdir()] == ["train_w_qa.jsonl"]
-    server.say = lambda messages: f"Zebra gnu yak {hash(str(messages))}?"
-    again = {**flags, "round_trip_k": 1, "output_dir": tmp_path / "none", "max_new_tokens": 99}
-    assert run_executable("generate_questions", again) == 2
+    flags |= {"round_trip_k": 24, "round_trip_model": encoder_path, "output_dir": tmp_path / "all"}
+    assert run_executable("generate_questions", flags) == 0
+    assert len(questions_in(tmp_path / "all")) == 30
+    writer.say = lambda messages: f"Zebra gnu yak {hash(str(messages))}?"
+    flags |= {"round_trip_k": 1, "round_trip_model": "bm25", "output_dir": tmp_path / "none", "max_new_tokens": 99}
+    assert run_executable("generate_questions", flags) == 2
     assert "none: no question is left, and nothing is written: 16 passages" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 
-def test_a_question_that_fits_two_passages_is_asked_of_neither_and_an_empty_split_is_not_written(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, documents: list[Document], tmp_path: Path
+def test_a_prompt_of_ones_own_a_question_that_fits_two_passages_and_splits_of_no_passages(
+    writer: OpenAIServer, flags: dict[str, object], run_executable: Run, documents: list[Document], tmp_path: Path
 ) -> None:
     write_documents(tmp_path / "d.jsonl", documents[:3])
-    original = server.say
-    server.say = lambda messages: original(messages).replace("Sure!", "What is said here?")
-    flags |= {"full_dataset_file_path": tmp_path / "d.jsonl", "num_train_passages": 3, "num_eval_passages": 0,
-              "num_test_passages": 0, "questions_per_passage": 3}  # fmt: skip
-    del flags["document_path"]
+    (tmp_path / "prompt.txt").write_text("Frage {number} mal: {passage}\n")
+    original = writer.say
+    writer.say = lambda messages: original(messages).replace("Sure!", "What is said here?")
+    flags |= {"num_train_passages": 3, "num_eval_passages": 0, "num_test_passages": 0, "questions_per_passage": 3}
+    flags |= {"document_path": tmp_path / "d.jsonl", "prompt_template": tmp_path / "prompt.txt"}
     assert run_executable("generate_questions", flags) == 0
+    assert len(writer.questions) == 3
+    assert all(question.startswith("Frage 3 mal: Source:") for question in writer.questions)
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_w_q.jsonl"]
     examples = read_examples(tmp_path / "out/train_w_q.jsonl")
     assert {document.key for e in examples for document in e.gold_docs} == {document.key for document in documents[:3]}
@@ -171,43 +168,34 @@ def test_a_question_that_fits_two_passages_is_asked_of_neither_and_an_empty_spli
     assert "What is said here?" not in {example.question for example in examples}
 
 
-def test_prompts_of_ones_own(
-    server: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    (tmp_path / "prompt.txt").write_text("Frage {number} mal: {passage}\n")
-    assert run_executable("generate_questions", {**flags, "prompt_template": tmp_path / "prompt.txt"}) == 0
-    for body in server.of("chat/completions"):
-        assert body["messages"][0]["content"].startswith("Frage 2 mal: Source:")
-    (tmp_path / "prompt.txt").write_text("Frage: {passage}")
-    assert run_executable("generate_questions", {**flags, "prompt_template": tmp_path / "prompt.txt"}) == 2
-    assert "prompt.txt: the placeholder {number} is missing" in capsys.readouterr().err
-
-
 def test_bad_input_is_one_line_and_writes_nothing(
-    flags: dict[str, object], server: OpenAIServer, run_executable: Run, data: Path, tmp_path: Path,
+    flags: dict[str, object], writer: OpenAIServer, run_executable: Run, data: Path, tmp_path: Path,
     encoder_path: str, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    server.say = lambda messages: "No answer"
-    answers = {"model_name_or_path": flags["model_name_or_path"], "output_dir": tmp_path / "out"}
+    writer.say = lambda messages: "No answer"
     write_examples(tmp_path / "bare.jsonl", [Example("Who?")])
-    for name, change, message in (
-        ("questions", {"num_train_passages": 100}, "--num_train_passages 100: the database has 24 distinct passages"),
-        ("questions", {"num_test_passages": 100}, "--num_test_passages 100"),
-        ("questions", {"num_train_passages": -1}, "--num_train_passages"),
-        ("questions", {"questions_per_passage": 0}, "--questions_per_passage 0"),
-        ("questions", {"round_trip_k": -1}, "--round_trip_k -1"),
-        ("questions", {"max_new_tokens": 0}, "--max_new_tokens 0"),
-        ("questions", {"price": [1]}, "--price: takes two numbers"),
-        ("questions", {"model_name_or_path": "/nowhere/model"}, "model /nowhere/model: cannot be loaded"),
-        ("questions", {"prompt_template": "/nowhere/p.txt"}, "--prompt_template /nowhere/p.txt: cannot be read"),
-        ("questions", {}, "none of 16 replies holds a question; the first: 'No answer'"),
-        ("answers", {"input_path": data / "train_w_qa.jsonl"}, "answered none of 16 questions"),
-        ("answers", {"input_path": tmp_path / "bare.jsonl"}, "bare.jsonl:1: field 'gold_docs' is empty"),
-        ("answers", {"input_path": [data / "train_w_qa.jsonl"] * 2}, "train_w_qa_w_qa.jsonl would be written twice"),
-        ("answers", {"input_path": data / "eval_w_qa.jsonl", "model_name_or_path": encoder_path}, "no chat template"),
+    (tmp_path / "prompt.txt").write_text("Frage: {passage}")
+    flags["full_dataset_file_path"] = flags.pop("document_path")
+    for change, message in (
+        ({"num_train_passages": 100}, "--num_train_passages 100: the database has 24 distinct passages"),
+        ({"num_test_passages": 100}, "--num_test_passages 100"),
+        ({"num_train_passages": -1}, "--num_train_passages"),
+        ({"questions_per_passage": 0}, "--questions_per_passage 0"),
+        ({"round_trip_k": -1}, "--round_trip_k -1"),
+        ({"max_new_tokens": 0}, "--max_new_tokens 0"),
+        ({"price": [1]}, "--price: takes two numbers"),
+        ({"model_name_or_path": "/nowhere/model"}, "model /nowhere/model: cannot be loaded"),
+        ({"prompt_template": "/nowhere/p.txt"}, "--prompt_template /nowhere/p.txt: cannot be read"),
+        ({"prompt_template": tmp_path / "prompt.txt"}, "prompt.txt: the placeholder {number} is missing"),
+        ({}, "none of 16 replies holds a question; the first: 'No answer'"),
+        ({"input_path": data / "train_w_qa.jsonl"}, "answered none of 16 questions"),
+        ({"input_path": tmp_path / "bare.jsonl"}, "bare.jsonl:1: field 'gold_docs' is empty"),
+        ({"input_path": [data / "train_w_qa.jsonl"] * 2}, "train_w_qa_w_qa.jsonl would be written twice"),
+        ({"input_path": data / "eval_w_qa.jsonl", "model_name_or_path": encoder_path}, "has no chat template"),
     ):
-        assert run_executable(f"generate_{name}", (flags if name == "questions" else answers) | change) == 2
+        name = "generate_answers" if "input_path" in change else "generate_questions"
+        given = asking(flags["model_name_or_path"], None, tmp_path / "out") if "input_path" in change else flags
+        assert run_executable(name, given | change) == 2
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
         assert message in line
     assert not (tmp_path / "out").exists()
@@ -265,9 +253,9 @@ def test_answers_are_read_from_replies(reply: str, expected: str | None) -> None
     assert parse_answer(reply, "So, is it?") == expected
 
 
-def test_a_local_model_replies_as_it_does_alone_and_is_asked_once(
-    lm_path: str, tokenizer: PreTrainedTokenizerBase, documents: list[Document], tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables_too(
+    lm_path: str, tokenizer: PreTrainedTokenizerBase, documents: list[Document], data: Path, tmp_path: Path,
+    run_executable: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     monkeypatch.setenv("RQA_CACHE", str(tmp_path))
     monkeypatch.setattr("rqa.preparation.generate.KEPT_AT_ONCE", 3)
@@ -292,14 +280,6 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once(
     monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)
     assert generator.generate([long]) == [""]
     assert "1 passages are longer than the model can read" in caplog.text
-
-
-def test_the_executables_take_a_local_model(
-    data: Path, lm_path: str, run_executable: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
-    answers = {"input_path": data / "eval_w_qa.jsonl", "output_dir": tmp_path / "out", "max_new_tokens": 6}
-    assert run_executable("generate_answers", {**answers, "model_name_or_path": lm_path}) == 0
-    (out,) = (tmp_path / "out").iterdir()
-    assert out.name == "eval_w_qa_w_qa.jsonl"
-    assert len(read_examples(out, answers=True)) == 4
+    answers = asking(lm_path, data / "eval_w_qa.jsonl", tmp_path / "out")
+    assert run_executable("generate_answers", {**answers, "max_new_tokens": 6}) == 0
+    assert len(read_examples(tmp_path / "out/eval_w_qa_w_qa.jsonl", answers=True)) == 4
