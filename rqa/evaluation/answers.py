@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import numpy as np
@@ -14,20 +14,12 @@ from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.models.loading import evaluating
-from rqa.models.reader import Answer
+from rqa.models.reader import Answer, LocalReader
 from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step
-
-
-class Reader(Protocol):
-    """Whatever answers questions over passages."""
-
-    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]: ...
-
-    def warm_up(self, example: Example, passages: Sequence[Document]) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -53,7 +45,7 @@ class EvaluationDataArguments(Arguments):
 
 
 def evaluate_answers(
-    reader: Reader,
+    reader: LocalReader,
     examples: Sequence[Example],
     found: Sequence[Sequence[Document]],
     flags: EvaluationArguments,
@@ -62,6 +54,7 @@ def evaluate_answers(
     """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
 
     Args:
+        reader: Or what answers and warms up like one, such as an `EndpointReader`.
         warm_up: Whether a short answer comes before, which is not timed.
 
     Returns:
@@ -128,7 +121,7 @@ class ReaderEvaluation:
         self.found = find_passages(self.retriever, self.examples, self.flags) if asks else None
 
     def __call__(
-        self, objective: nn.Module, reader: Reader, warm_up: bool = False
+        self, objective: nn.Module, reader: LocalReader, warm_up: bool = False
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics by name, and one row a question; objective and reader hold the same model.
 
