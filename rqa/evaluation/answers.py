@@ -113,8 +113,7 @@ class ReaderEvaluation:
 
     retriever: PassageRetriever | None
     examples: Sequence[Example]
-    flags: EvaluationArguments
-    batch_size: int
+    flags: Any  # EvaluationArguments, and the loop's per_device_eval_batch_size
 
     def __post_init__(self) -> None:
         asks = self.retriever and self.examples
@@ -139,8 +138,8 @@ class ReaderEvaluation:
     def loss(self, objective: nn.Module, passages: Sequence[Sequence[Document]]) -> float:
         """Mean negative log-likelihood of the gold answers' tokens."""
         encoded = list(encode_examples(objective.prompter, self.examples, passages).values())
-        sequences, filler = distributed.share(encoded), encoded[:1]
-        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        sequences, filler, size = distributed.share(encoded), encoded[:1], self.flags.per_device_eval_batch_size
+        parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
         sums = [0.0, 0.0]
         with evaluating(objective):
             for part in in_step(objective, parts, filler):

@@ -13,6 +13,7 @@ from rqa.evaluation.answers import EvaluationDataArguments, evaluate_answers
 from rqa.evaluation.retrieval import EvaluationArguments, measure_speed
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
 from rqa.models.reader import Answer, GenerationArguments
+from rqa.recipe.reader import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.retriever import Hits
 from rqa.runtime.errors import UserError
@@ -125,8 +126,6 @@ def test_what_was_not_generated_now_enters_no_time(documents: list[Document], ex
 def test_readers_warm_up_with_a_few_tokens(
     lm_path: str, t5_path: str, documents: list[Document], examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from rqa.recipe import ReaderArguments, load_reader
-
     asked, config = [], GenerationArguments.config
     monkeypatch.setattr(
         GenerationArguments, "config", lambda self, n, *a, **o: asked.append(n) or config(self, n, *a, **o)
