@@ -35,7 +35,7 @@ class EvaluationDataArguments(Arguments):
         None, "Index; built there if absent or stale. Default: in memory.", also="full_dataset_index_path"
     )
     eval_data_path: str = flag(
-        help="Examples, JSONL: with gold passages, and answers for a reader.", also="eval_file test_file"
+        help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"
     )
     output_dir: str = flag(help="Directory that receives scores, predictions and report.")
     max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
