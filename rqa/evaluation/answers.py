@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import numpy as np
@@ -14,20 +14,12 @@ from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.models.loading import evaluating
-from rqa.models.reader import Answer
+from rqa.models.reader import Answer, LocalReader
 from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step
-
-
-class Reader(Protocol):
-    """Whatever answers questions over passages."""
-
-    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]: ...
-
-    def warm_up(self, example: Example, passages: Sequence[Document]) -> None: ...
 
 
 @dataclass(kw_only=True)
@@ -43,7 +35,7 @@ class EvaluationDataArguments(Arguments):
         None, "Index; built there if absent or stale. Default: in memory.", also="full_dataset_index_path"
     )
     eval_data_path: str = flag(
-        help="Examples, JSONL: with gold passages, and answers for a reader.", also="eval_file test_file"
+        help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"
     )
     output_dir: str = flag(help="Directory that receives scores, predictions and report.")
     max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
@@ -53,7 +45,7 @@ class EvaluationDataArguments(Arguments):
 
 
 def evaluate_answers(
-    reader: Reader,
+    reader: LocalReader,
     examples: Sequence[Example],
     found: Sequence[Sequence[Document]],
     flags: EvaluationArguments,
@@ -62,6 +54,7 @@ def evaluate_answers(
     """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
 
     Args:
+        reader: Or what answers and warms up like one, such as an `EndpointReader`.
         warm_up: Whether a short answer comes before, which is not timed.
 
     Returns:
@@ -120,15 +113,14 @@ class ReaderEvaluation:
 
     retriever: PassageRetriever | None
     examples: Sequence[Example]
-    flags: EvaluationArguments
-    batch_size: int
+    flags: Any  # EvaluationArguments, and the loop's per_device_eval_batch_size
 
     def __post_init__(self) -> None:
         asks = self.retriever and self.examples
         self.found = find_passages(self.retriever, self.examples, self.flags) if asks else None
 
     def __call__(
-        self, objective: nn.Module, reader: Reader, warm_up: bool = False
+        self, objective: nn.Module, reader: LocalReader, warm_up: bool = False
     ) -> tuple[dict[str, float], list[dict[str, Any]]]:
         """Metrics by name, and one row a question; objective and reader hold the same model.
 
@@ -146,8 +138,8 @@ class ReaderEvaluation:
     def loss(self, objective: nn.Module, passages: Sequence[Sequence[Document]]) -> float:
         """Mean negative log-likelihood of the gold answers' tokens."""
         encoded = list(encode_examples(objective.prompter, self.examples, passages).values())
-        sequences, filler = distributed.share(encoded), encoded[:1]
-        parts = [sequences[i : i + self.batch_size] for i in range(0, len(sequences), self.batch_size)]
+        sequences, filler, size = distributed.share(encoded), encoded[:1], self.flags.per_device_eval_batch_size
+        parts = [sequences[i : i + size] for i in range(0, len(sequences), size)]
         sums = [0.0, 0.0]
         with evaluating(objective):
             for part in in_step(objective, parts, filler):

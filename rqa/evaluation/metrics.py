@@ -28,11 +28,6 @@ def token_f1(answer: str, reference: str) -> float:
     return 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
 
 
-def exact_match(answer: str, reference: str) -> float:
-    """1 if both are the same normalised words."""
-    return float(normalize_answer(answer) == normalize_answer(reference))
-
-
 def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
     """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none.
 
@@ -50,7 +45,8 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 def score_answer(answer: str, reference: str) -> dict[str, float]:
     """The scores of one answer beside its reference that can be averaged over answers."""
     rouge = {kind: score.fmeasure for kind, score in _rouge().score(reference, answer).items()}
-    return rouge | {"f1": token_f1(answer, reference), "exact_match": exact_match(answer, reference)}
+    same = float(normalize_answer(answer) == normalize_answer(reference))
+    return rouge | {"f1": token_f1(answer, reference), "exact_match": same}
 
 
 @cache
@@ -82,11 +78,6 @@ def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     return bleu([sum(column) for column in zip(*rows, strict=True)])
 
 
-def recall_at(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> float:
-    """1 if ALL gold documents are among the first k."""
-    return float(gold <= set(ranking[:k]))
-
-
 def reciprocal_rank(ranking: Sequence[Hashable], gold: Set[Hashable], k: int = 10) -> float:
     """One over the rank of the first gold document; 0 if it is not among the first k."""
     return next((1 / rank for rank in _gold_ranks(ranking, gold, k)), 0.0)
@@ -112,9 +103,9 @@ def _gold_ranks(ranking: Sequence[Hashable], gold: Set[Hashable], k: int) -> lis
 
 
 def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Sequence[int]) -> dict[str, float]:
-    """The scores of one ranking that can be averaged over questions."""
+    """The scores of one ranking that can be averaged over questions; recall is 1 if ALL gold is among the first k."""
     return {
-        **{f"recall@{k}": recall_at(ranking, gold, k) for k in cutoffs},
+        **{f"recall@{k}": float(gold <= set(ranking[:k])) for k in cutoffs},
         "mrr@10": reciprocal_rank(ranking, gold),
         "ndcg@10": ndcg(ranking, gold),
         "map@10": average_precision(ranking, gold),

@@ -1,28 +1,21 @@
-"""Metrics against values worked out by hand, plain loops and the libraries themselves."""
+"""Metrics against values worked out by hand, plain loops and the libraries themselves; and files for trec_eval."""
 
 import itertools
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
+import pytrec_eval
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import ndcg_score
 
 from rqa.data import Document, Example
-from rqa.evaluation.metrics import (
-    average_precision,
-    corpus_bleu,
-    exact_match,
-    faithfulness,
-    ndcg,
-    normalize_answer,
-    recall_at,
-    reciprocal_rank,
-    score_answer,
-    token_f1,
-)
-from rqa.evaluation.retrieval import mean_scores, score_questions
+from rqa.evaluation import metrics
+from rqa.evaluation.metrics import faithfulness, normalize_answer, score_answer
+from rqa.evaluation.retrieval import document_name, mean_scores, retrieval_rows, write_qrels, write_run
+from rqa.retrieval.retriever import Hits
 
 PAIRS = [
     ("Arlen trades in copper.", "Arlen trades in copper."),
@@ -35,99 +28,58 @@ PAIRS = [
 ]
 
 
-# ---------------------------------------------------------------- answers
+def test_answers_are_normalised_as_squad_does() -> None:
+    assert normalize_answer("The  Harbour, of a Town!") == ["harbour", "of", "town"]
+    assert normalize_answer("An apple; the theme") == ["apple", "theme"]
+    assert normalize_answer("U.S. don't") == ["us", "dont"]
+    assert normalize_answer("a the an") == []
+    assert normalize_answer("Ärmel\tÜ") == ["ärmel", "ü"]
 
 
-@pytest.mark.parametrize(
-    ("text", "words"),
-    [
-        ("The  Harbour, of a Town!", ["harbour", "of", "town"]),
-        ("An apple; the theme", ["apple", "theme"]),
-        ("U.S. don't", ["us", "dont"]),
-        ("a the an", []),
-        ("Ärmel\tÜ", ["ärmel", "ü"]),
-    ],
-)
-def test_answers_are_normalised_as_squad_does(text: str, words: list[str]) -> None:
-    assert normalize_answer(text) == words
+def test_f1_and_exact_match_worked_out_by_hand() -> None:
+    for answer, reference, f1, exact in [
+        ("The Copper!", "copper", 1, 1),
+        ("wool", "copper", 0, 0),
+        ("copper wool", "wool copper", 1, 0),
+        ("copper and wool", "copper", 2 * (1 / 3) * 1 / (1 / 3 + 1), 0),
+        ("copper copper wool", "copper copper salt", 2 / 3, 0),
+        ("in year 1100", "in the year of 1100", 2 * 1 * (3 / 4) / (7 / 4), 0),
+        ("", "copper", 0, 0),
+        ("", "", 1, 1),
+        ("the", "a", 1, 1),
+    ]:
+        for ours in (score_answer(answer, reference), score_answer(reference, answer)):
+            assert (ours["f1"], ours["exact_match"]) == (pytest.approx(f1, abs=1e-12), exact)
 
 
-@pytest.mark.parametrize(
-    ("answer", "reference", "f1"),
-    [
-        ("copper", "copper", 1.0),
-        ("The Copper!", "copper", 1.0),
-        ("wool", "copper", 0.0),
-        ("copper and wool", "copper", 2 * (1 / 3) * 1 / (1 / 3 + 1)),
-        ("copper copper", "copper", 2 * 0.5 * 1 / 1.5),
-        ("copper copper wool", "copper copper salt", 2 / 3),
-        ("in year 1100", "in the year of 1100", 2 * 1 * (3 / 4) / (7 / 4)),
-        ("", "copper", 0.0),
-        ("copper", "", 0.0),
-        ("", "", 1.0),
-        ("the", "a", 1.0),
-    ],
-)
-def test_token_f1_is_the_value_worked_out_by_hand(answer: str, reference: str, f1: float) -> None:
-    assert token_f1(answer, reference) == pytest.approx(f1, abs=1e-12)
-    assert token_f1(reference, answer) == pytest.approx(f1, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("answer", "reference", "expected"),
-    [
-        ("The copper.", "copper", 1.0),
-        ("copper wool", "wool copper", 0.0),
-        ("copper", "copper copper", 0.0),
-        ("", "the", 1.0),
-    ],
-)
-def test_an_exact_match_is_one_of_normalised_words(answer: str, reference: str, expected: float) -> None:
-    assert exact_match(answer, reference) == expected
-
-
-@pytest.mark.parametrize(("answer", "reference"), PAIRS)
-def test_rouge_is_that_of_rouge_score(answer: str, reference: str) -> None:
-    theirs = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True).score(target=reference, prediction=answer)
-    ours = score_answer(answer, reference)
-    assert {kind: ours[kind] for kind in theirs} == {kind: score.fmeasure for kind, score in theirs.items()}
-    assert ours["f1"] == token_f1(answer, reference)
-    assert ours["exact_match"] == exact_match(answer, reference)
-    assert set(ours) == {"rouge1", "rouge2", "rougeL", "f1", "exact_match"}
-
-
-def test_rouge_worked_out_by_hand() -> None:
+def test_rouge_is_that_of_rouge_score_and_worked_out_by_hand() -> None:
+    library = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    for answer, reference in PAIRS:
+        ours, theirs = score_answer(answer, reference), library.score(target=reference, prediction=answer)
+        assert {kind: ours[kind] for kind in theirs} == {kind: score.fmeasure for kind, score in theirs.items()}
+        assert set(ours) == {*theirs, "f1", "exact_match"}
     scores = score_answer("one two four", "one two three four five")
-    assert scores["rouge1"] == pytest.approx(2 * 1 * 0.6 / 1.6)
+    assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
     assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 4) / (3 / 4))
-    assert scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
 
 
-@pytest.mark.parametrize(
-    ("answer", "passages", "words", "pairs"),
-    [
+def test_faithfulness_worked_out_by_hand() -> None:
+    for answer, passages, words, pairs in [
         ("Copper and wool.", ["They sell copper.", "and some wool"], 1.0, 0.0),
         ("copper and wool", ["The copper and wool!"], 1.0, 1.0),
         ("copper copper copper wool", ["copper, copper"], 0.5, 1 / 3),
         ("the copper", ["a copper"], 1.0, 0.0),
-        ("amber", ["copper"], 0.0, 0.0),
         ("", ["copper"], 0.0, 0.0),
         ("copper", [], 0.0, 0.0),
-    ],
-)
-def test_faithfulness_is_the_share_of_the_answer_that_the_passages_hold(
-    answer: str, passages: list[str], words: float, pairs: float
-) -> None:
-    assert faithfulness(answer, passages) == pytest.approx(words)
-    assert faithfulness(answer, passages, 2) == pytest.approx(pairs)
+    ]:
+        assert (faithfulness(answer, passages), faithfulness(answer, passages, 2)) == pytest.approx((words, pairs))
 
 
-@pytest.mark.parametrize("seed", range(10))
-def test_faithfulness_is_a_rate_that_counting_one_by_one_gives(seed: int) -> None:
-    chance = random.Random(seed)
-    answer = chance.choices("bcdef", k=chance.randint(1, 9))
-    passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
-    for size in (1, 2):
+def test_faithfulness_is_a_rate_that_counting_one_by_one_gives() -> None:
+    chance = random.Random(0)
+    for size in [1, 2] * 10:
+        answer = chance.choices("bcdef", k=chance.randint(1, 9))
+        passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
         runs = [answer[i : i + size] for i in range(len(answer) - size + 1)]
         left = [passage[i : i + size] for passage in passages for i in range(len(passage) - size + 1)]
         held = 0
@@ -140,116 +92,66 @@ def test_faithfulness_is_a_rate_that_counting_one_by_one_gives(seed: int) -> Non
         assert 0 <= ours <= 1
 
 
-@pytest.mark.parametrize("size", range(1, len(PAIRS) + 1))
-def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus(size: int) -> None:
-    answers, references = zip(*PAIRS[:size], strict=True)
-    theirs = sacrebleu.BLEU().corpus_score(list(answers), [list(references)]).score
-    assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
+def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
+    for size in range(1, len(PAIRS) + 1):
+        answers, references = zip(*PAIRS[:size], strict=True)
+        theirs = sacrebleu.BLEU().corpus_score(list(answers), [list(references)]).score
+        assert metrics.corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
 
 
 def test_every_score_of_an_answer_is_between_0_and_1() -> None:
-    perfect = [(f"{'word ' * n}", f"{'word ' * n}") for n in range(1, 12)] + [
-        (document, document) for document in ("the cat sat on the mat", "one two three four five six seven")
-    ]
+    texts = [*("word " * n for n in range(1, 12)), "the cat sat on the mat", "one two three four five six seven"]
+    perfect = [(text, text) for text in texts]
     for answer, reference in [*PAIRS, *perfect, *itertools.product(["", "a", "b c"], repeat=2)]:
         assert all(0 <= score <= 1 for score in score_answer(answer, reference).values())
-        assert 0 <= corpus_bleu([answer], [reference]) <= 1
+        assert 0 <= metrics.corpus_bleu([answer], [reference]) <= 1
 
 
-# ---------------------------------------------------------------- rankings
+TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
+RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
+    ("abcd", "ab", 1, 0, 1, 1, 1 / 2),
+    ("abcd", "ab", 2, 1, 1, 1, 1),
+    ("abcd", "ad", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
+    ("abcd", "ad", 4, 1, 1, (1 + FOUR) / (1 + TWO), (1 + 2 / 4) / 2),
+    ("abcd", "c", 10, 1, 1 / 3, THREE, 1 / 3),
+    ("abcd", "ac", 10, 1, 1, (1 + THREE) / (1 + TWO), (1 + 2 / 3) / 2),
+    ("abcd", "cd", 10, 1, 1 / 3, (THREE + FOUR) / (1 + TWO), (1 / 3 + 2 / 4) / 2),
+    ("abcd", "bd", 10, 1, 1 / 2, (TWO + FOUR) / (1 + TWO), (1 / 2 + 2 / 4) / 2),
+    ("abcd", "bd", 3, 0, 1 / 2, TWO / (1 + TWO), (1 / 2) / 2),
+    ("abcd", "abx", 10, 0, 1, (1 + TWO) / (1 + TWO + THREE), (1 + 1) / 3),
+    ("abcd", "d", 3, 0, 0, 0, 0),
+    ("abcd", "x", 10, 0, 0, 0, 0),
+    ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),
+    ("", "a", 5, 0, 0, 0, 0),
+]
 
 
-@pytest.mark.parametrize(
-    ("ranking", "gold", "k", "recall"),
-    [
-        ("abcd", "a", 1, 1.0),
-        ("abcd", "b", 1, 0.0),
-        ("abcd", "ab", 1, 0.0),
-        ("abcd", "ab", 2, 1.0),
-        ("abcd", "ad", 3, 0.0),
-        ("abcd", "ad", 4, 1.0),
-        ("ab", "b", 10, 1.0),
-        ("", "a", 5, 0.0),
-    ],
-)
-def test_a_question_is_recalled_when_all_its_gold_is_found(ranking: str, gold: str, k: int, recall: float) -> None:
-    assert recall_at(ranking, set(gold), k) == recall
+def test_scores_of_a_ranking_worked_out_by_hand() -> None:
+    for ranking, gold, k, recall, rank, gain, precision in RANKINGS:
+        assert metrics.score_ranking(ranking, set(gold), [k])[f"recall@{k}"] == recall
+        assert metrics.reciprocal_rank(ranking, set(gold), k) == rank
+        assert metrics.ndcg(ranking, set(gold), k) == pytest.approx(gain, abs=1e-12)
+        assert metrics.average_precision(ranking, set(gold), k) == pytest.approx(precision, abs=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("ranking", "gold", "k", "expected"),
-    [("abcd", "a", 10, 1.0), ("abcd", "cd", 10, 1 / 3), ("abcd", "d", 3, 0.0), ("abcd", "x", 10, 0.0)],
-)
-def test_the_reciprocal_rank_is_the_first_gold_ones(ranking: str, gold: str, k: int, expected: float) -> None:
-    assert reciprocal_rank(ranking, set(gold), k) == expected
+def test_ndcg_is_that_of_scikit_learn_and_a_document_found_twice_counts_once() -> None:
+    chance = random.Random(0)
+    for _ in range(20):
+        ranking, gold = chance.sample(range(30), 30), set(chance.sample(range(30), chance.randint(1, 15)))
+        relevance = np.array([[float(document in gold) for document in ranking]])
+        theirs = ndcg_score(relevance, np.arange(30, 0, -1.0)[None], k=10)
+        assert metrics.ndcg(ranking, gold, 10) == pytest.approx(theirs, abs=1e-12)
+        twice = metrics.score_ranking(chance.choices(range(4), k=12), gold & {*range(4)} or {0}, [1, 3, 10])
+        assert all(0 <= score <= 1 for score in twice.values())
+    assert metrics.ndcg([0, 0, 0], {0}, 10) == metrics.ndcg([0, 1, 2], {0}, 10) == 1
 
 
-@pytest.mark.parametrize(
-    ("ranking", "gold", "k", "expected"),
-    [
-        ("abcd", "a", 10, 1.0),
-        ("abcd", "b", 10, 0.6309297535714575),  # 1 / log2(3)
-        ("abcd", "c", 10, 0.5),  # 1 / log2(4)
-        ("abcd", "ac", 10, 1.5 / 1.6309297535714575),
-        ("abcd", "ab", 10, 1.0),
-        ("abcd", "abx", 10, 1.6309297535714575 / 2.1309297535714575),
-        ("abcd", "abc", 1, 1.0),
-        ("abcd", "d", 3, 0.0),
-    ],
-)
-def test_ndcg_is_the_value_worked_out_by_hand(ranking: str, gold: str, k: int, expected: float) -> None:
-    assert ndcg(ranking, set(gold), k) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize(
-    ("ranking", "gold", "k", "expected"),
-    [
-        ("abcd", "a", 10, 1.0),
-        ("abcd", "bd", 10, (1 / 2 + 2 / 4) / 2),
-        ("abcd", "bx", 10, (1 / 2) / 2),
-        ("abcd", "bd", 3, (1 / 2) / 2),
-        ("abab", "b", 10, 1 / 2),
-        ("", "b", 10, 0.0),
-    ],
-)
-def test_average_precision_is_the_value_worked_out_by_hand(ranking: str, gold: str, k: int, expected: float) -> None:
-    assert average_precision(ranking, set(gold), k) == pytest.approx(expected, abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_ndcg_is_that_of_scikit_learn(seed: int) -> None:
-    chance = random.Random(seed)
-    ranking = chance.sample(range(30), 30)
-    gold = set(chance.sample(range(30), chance.randint(1, 15)))
-    relevance = np.array([[float(document in gold) for document in ranking]])
-    theirs = ndcg_score(relevance, np.arange(30, 0, -1.0)[None], k=10)
-    assert ndcg(ranking, gold, 10) == pytest.approx(theirs, abs=1e-12)
-
-
-@pytest.mark.parametrize("seed", range(20))
-def test_a_document_found_twice_counts_once(seed: int) -> None:
-    chance = random.Random(seed)
-    ranking = [chance.randrange(4) for _ in range(12)]
-    gold = set(chance.sample(range(4), chance.randint(1, 3)))
-    for k in (1, 3, 10):
-        assert 0 <= recall_at(ranking, gold, k) <= 1
-        assert 0 <= reciprocal_rank(ranking, gold, k) <= 1
-        assert 0 <= ndcg(ranking, gold, k) <= 1
-    assert ndcg([0, 0, 0], {0}, 10) == ndcg([0, 1, 2], {0}, 10) == 1
-
-
-def random_questions(seed: int) -> tuple[list[list[Document]], list[Example]]:
-    chance = random.Random(seed)
+def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give() -> None:
+    chance = random.Random(0)
     pool = [Document(f"Passage {i}.", {"source": str(i)}) for i in range(25)]
-    found = [chance.sample(pool, 20) for _ in range(40)]
-    examples = [Example(f"Question {i}?", tuple(chance.sample(pool, chance.randint(0, 3)))) for i in range(40)]
-    return found, examples
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give(seed: int) -> None:
-    found, examples = random_questions(seed)
-    ours = mean_scores(score_questions(found, examples, [1, 4, 10]))
+    found = [chance.sample(pool, 20) for _ in range(200)]
+    examples = [Example(f"Question {i}?", tuple(chance.sample(pool, chance.randint(0, 3)))) for i in range(200)]
+    ours = mean_scores(retrieval_rows(found, examples, [1, 4, 10]))
     recall, mrr, gains = {1: [], 4: [], 10: []}, [], []
     for documents, example in zip(found, examples, strict=True):
         if not example.gold_docs:
@@ -259,31 +161,70 @@ def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give(seed:
         for k, values in recall.items():
             values.append(1.0 if all(name in names[:k] for name in gold) else 0.0)
         ranks = sorted(names.index(name) + 1 for name in gold if name in names[:10])
-        mrr.append(np.float64(1) / ranks[0] if ranks else 0.0)
-        ideal = sum(np.float64(1) / np.log2(rank + 1) for rank in range(1, len(gold) + 1))
-        gains.append(sum(np.float64(1) / np.log2(rank + 1) for rank in ranks) / ideal)
+        mrr.append(1 / ranks[0] if ranks else 0.0)
+        ideal = sum(1 / np.log2(rank + 1) for rank in range(1, len(gold) + 1))
+        gains.append(sum(1 / np.log2(rank + 1) for rank in ranks) / ideal)
     assert 0 < len(mrr) < len(examples)
     for k, values in recall.items():
         assert ours[f"retr/recall@{k}"] == pytest.approx(np.mean(values), abs=1e-12)
         assert ours[f"retr/document_recall/recall{k}"] == ours[f"retr/recall@{k}"]
     assert ours["retr/mrr@10"] == pytest.approx(np.mean(mrr), abs=1e-12)
     assert ours["retr/ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-12)
-    assert all(0 <= value <= 1 for value in ours.values())
     assert len(ours) == 9
 
 
-def test_documents_are_gold_by_source_and_content() -> None:
-    found = [[Document("Text.", {"source": "b"}), Document("Text.", {"source": "a", "title": "more"}, "formatted")]]
-    scores = mean_scores(score_questions(found, [Example("Why?", (Document("Text.", {"source": "a"}),))], [1, 2]))
-    assert (scores["retr/recall@1"], scores["retr/recall@2"], scores["retr/mrr@10"]) == (0, 1, 0.5)
-
-
-def test_gold_named_twice_is_one_document() -> None:
+def test_documents_are_gold_by_source_and_content_and_count_once_and_without_gold_nothing_does() -> None:
+    found = [Document("Text.", {"source": "b"}), Document("Text.", {"source": "a", "title": "more"}, "formatted")]
     gold = Document("Text.", {"source": "a"})
-    scores = mean_scores(score_questions([[gold]], [Example("Why?", (gold, gold))], [1]))
-    assert set(scores.values()) == {1.0}
+    scores = mean_scores(retrieval_rows([found, []], [Example("Why?", (gold, gold)), Example("How?")], [1, 2]))
+    assert (scores["retr/recall@1"], scores["retr/recall@2"], scores["retr/mrr@10"]) == (0, 1, 0.5)
+    assert set(mean_scores(retrieval_rows([[gold]], [Example("Why?", (gold, gold))], [1])).values()) == {1.0}
+    assert mean_scores(retrieval_rows([[]], [Example("Why?")], [1])) == mean_scores([]) == {}
 
 
-def test_questions_without_gold_have_no_scores() -> None:
-    assert mean_scores(score_questions([[], []], [Example("Why?"), Example("How?")], [1])) == {}
-    assert mean_scores([]) == {}
+MEASURES = {"recip_rank", "ndcg_cut.10", "map_cut.10", "recall.1,4,10"}
+
+
+def as_trec_eval_ranks(scores: dict[str, float]) -> list[str]:
+    """By score in single precision, ties by the name that sorts last."""
+    return sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
+
+
+def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
+    """Scores with many ties, and gold documents of which some are never found."""
+    chance = random.Random(0)
+    names, run, qrels = [f"d{i}" for i in range(30)], {}, {}
+    for number in range(600):
+        found = chance.sample(names, chance.randint(1, 20))
+        run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
+        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.randint(1, 4)), 1)
+    for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
+        ours = metrics.score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
+        assert ours["ndcg@10"] == pytest.approx(theirs["ndcg_cut_10"], abs=1e-6)
+        assert ours["map@10"] == pytest.approx(theirs["map_cut_10"], abs=1e-6)
+        for k in (1, 4, 10):  # a question counts when all its gold is found
+            assert ours[f"recall@{k}"] == float(theirs[f"recall_{k}"] == 1)
+        first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
+        assert ours["mrr@10"] == pytest.approx(first_ten, abs=1e-6)
+
+
+def test_trec_eval_finds_our_scores_and_our_order_in_the_files_we_write(tmp_path: Path) -> None:
+    chance = random.Random(0)
+    documents = [Document(f"Passage {i}.", {"source": f"a b/{i}"}) for i in range(25)]
+    examples = [Example(f"Q{i}?", tuple(chance.sample(documents, chance.randint(1, 3)))) for i in range(100)]
+    ids = np.array([chance.sample(range(25), 12) for _ in examples])
+    ids[0, 5:] = -1
+    scores = -np.sort(-np.array([[chance.choice([0.5, 0.5000001, 3.0]) for _ in range(12)] for _ in examples]))
+    write_run(tmp_path / "run", Hits(ids, scores), documents)
+    write_qrels(tmp_path / "qrels", examples)
+    with (tmp_path / "run").open() as run, (tmp_path / "qrels").open() as qrels:
+        run, qrels = pytrec_eval.parse_run(run), pytrec_eval.parse_qrel(qrels)
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run)
+    found = [[documents[i] for i in row if i >= 0] for row in ids.tolist()]
+    ours = mean_scores(retrieval_rows(found, examples, [1, 4, 10]))
+    for name, measure in (("retr/ndcg@10", "ndcg_cut_10"), ("retr/map@10", "map_cut_10")):
+        assert ours[name] == pytest.approx(np.mean([row[measure] for row in theirs.values()]), abs=1e-6)
+    assert ours["retr/recall@4"] == np.mean([row["recall_4"] == 1 for row in theirs.values()])
+    for number, (ranking, example) in enumerate(zip(found, examples, strict=True), start=1):
+        assert as_trec_eval_ranks(run[str(number)]) == [document_name(document) for document in ranking]
+        assert qrels[str(number)] == {document_name(document): 1 for document in example.gold_docs}

@@ -5,6 +5,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
+from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
@@ -16,28 +17,25 @@ from rqa.data import Document, Example, Turn
 from rqa.evaluation.report import line_chart, write_report
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import retrieval_rows
-
-VOID = {"meta", "br", "input", "link", "img"}
+from rqa.runtime.flags import Arguments, flag
 
 
 class Page(HTMLParser):
-    """The text and elements of a page; fails on a tag that is closed wrongly."""
+    """The text and elements of a run's page; fails on a tag that is closed wrongly."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, run: Path) -> None:
         super().__init__()
         self.open: list[str] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
-        self.feed(text)
+        self.source = (run / "report.html").read_text(encoding="utf-8")
+        self.feed(self.source)
         assert not self.open
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append((tag, dict(attrs)))
-        if tag not in VOID:
+        if tag not in ("meta", "br", "input", "link", "img"):
             self.open.append(tag)
-
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -50,8 +48,13 @@ class Page(HTMLParser):
         return sum(name in (attributes.get("class") or "").split() for _, attributes in self.elements)
 
 
-def page_of(directory: Path) -> Page:
-    return Page((directory / "report.html").read_text(encoding="utf-8"))
+@dataclass(kw_only=True)
+class Flags(Arguments):
+    """A trainer's."""
+
+    model_name_or_path: str = flag("a/model")
+    learning_rate: float = flag(1e-4)
+    endpoint_api_key: str = flag("sk-1")
 
 
 @pytest.fixture
@@ -61,8 +64,7 @@ def rows(documents: list[Document]) -> list[dict[str, Any]]:
         Example("What <b>does</b> Arlen & Co trade in?", (documents[0],), "Copper.", (Turn("user", "Hello there"),)),
         Example("When?", (documents[9],), "Later."),
     ]
-    found = [[documents[1], documents[0]], [documents[2], documents[3]]]
-    rows = retrieval_rows(found, examples, [1, 4])
+    rows = retrieval_rows([[documents[1], documents[0]], [documents[2], documents[3]]], examples, [1, 4])
     for row, answer, f1 in zip(rows, ("<script>alert(1)</script>", ""), (1.0, 0.0), strict=True):
         row["generated_answer"] = answer
         row["scores"] |= {"gen/f1": f1}
@@ -77,9 +79,6 @@ def run(tmp_path: Path) -> Path:
     history += [{"step": step, "eval_loss": 1.0, "eval_retr/recall@4": 0.5} for step in (5, 10)]
     state = {"log_history": history, "best_model_checkpoint": "checkpoint-5"}
     (tmp_path / "trainer_state.json").write_text(json.dumps(state))
-    (tmp_path / "all_args.json").write_text(
-        json.dumps({"model_name_or_path": "a/model", "learning_rate": 1e-4, "endpoint_api_key": "sk-1"})
-    )
     (tmp_path / "checkpoint-10").mkdir()
     return tmp_path
 
@@ -87,8 +86,9 @@ def run(tmp_path: Path) -> Path:
 def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questions(
     run: Path, rows: list[dict[str, Any]]
 ) -> None:
-    write_results(run, {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 654321.0}, rows)
-    page = page_of(run)
+    scores = {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 654321.0}
+    write_results(run, scores, rows, Flags())
+    page = Page(run)
     details = json.loads((run / "score_details.json").read_text())["scores"]
     for name in ("retr/recall@4", "gen/f1"):
         row = details[f"test_{name}"]
@@ -96,7 +96,7 @@ def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questio
         assert f"{row['low']:.3f} to {row['high']:.3f}" in page.text
     for text in ("a/model", "--learning_rate", "tokens_per_second", "654,321", "1.25", "torch", "Kl", "Hello there"):
         assert text in page.text, text
-    assert "sk-1" not in page.text
+    assert "sk-1" not in page.source + (run / "all_args.json").read_text()
     assert page.with_class("tiles") == 1
     assert sum(tag == "svg" for tag, _ in page.elements) == 4  # loss, recall, learning rate, the objective's own kl
     drawn = [str(attributes["id"]) for _, attributes in page.elements if "id" in attributes]
@@ -104,84 +104,62 @@ def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questio
     marks = Counter(mark[1] for name in drawn if (mark := re.search(r"-(best|saved|refreshed)-\d+$", name)))
     assert marks == {"best": 4, "saved": 4, "refreshed": 8}
     assert "With 2 questions it is up to" in page.text
+    assert "answered in batches" not in page.text
 
 
-def test_gold_passages_are_marked_and_missed_ones_named(run: Path, rows: list[dict[str, Any]]) -> None:
-    write_results(run, {}, rows)
-    page = page_of(run)
+def test_questions_show_gold_and_what_a_model_says_is_text_and_never_markup_or_network(
+    run: Path, rows: list[dict[str, Any]]
+) -> None:
+    write_results(run, {"test_gen/questions_per_batch": 8.0}, rows)
+    page = Page(run)
     sides = [attributes["data-side"] for _, attributes in page.elements if "data-side" in attributes]
     assert sides == ["right", "wrong"]
     assert (page.with_class("passage"), page.with_class("gold")) == (5, 2)
     assert page.text.count("missed") == 1
     assert "(none)" in page.text
-
-
-def test_what_a_model_says_is_text_and_never_markup(run: Path, rows: list[dict[str, Any]]) -> None:
-    write_results(run, {}, rows)
-    page = page_of(run)
+    assert "Questions were answered in batches" in page.text
     assert "<script>alert(1)</script>" in page.text
     assert "What <b>does</b> Arlen & Co trade in?" in page.text
     assert sum(tag == "script" for tag, _ in page.elements) == 1
+    # It needs no network and follows its reader's scheme.
+    assert not re.search(r"""(src|href)\s*=\s*"?[^"#]|@import|url\([^#]|fetch\(""", page.source)
+    assert "prefers-color-scheme: dark" in page.source
+    assert 'name="viewport"' in page.source
 
 
-def test_a_page_needs_no_network_and_follows_the_readers_scheme(run: Path, rows: list[dict[str, Any]]) -> None:
-    write_results(run, {}, rows)
-    text = (run / "report.html").read_text(encoding="utf-8")
-    assert not re.search(r"""(src|href)\s*=\s*"?[^"#]|@import|url\([^#]|fetch\(""", text)
-    assert "prefers-color-scheme: dark" in text
-    assert 'name="viewport"' in text
-
-
-def test_a_run_without_a_test_file_has_its_curves(run: Path) -> None:
+def test_a_run_without_a_test_file_has_its_curves_and_an_evaluation_has_none(
+    run: Path, rows: list[dict[str, Any]]
+) -> None:
     write_report(run)
-    page = page_of(run)
+    page = Page(run)
     assert "Training" in page.text
     assert "Scores" not in page.text
     assert page.with_class("example") == 0
-
-
-def test_an_evaluation_has_no_curves(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    write_results(tmp_path / "new", {}, rows)
-    page = page_of(tmp_path / "new")
+    write_results(run / "new", {}, rows * 150)
+    page = Page(run / "new")
     assert "Training" not in page.text
-    assert page.with_class("example") == 2
-
-
-def test_a_long_test_file_is_cut_and_says_so(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
-    write_results(tmp_path, {}, rows * 150)
-    page = page_of(tmp_path)
     assert page.with_class("example") == 200
-    assert "The first 200 of 300." in page.text
-
-
-# ---------------------------------------------------------------- charts
+    assert "The first 200 of 300." in page.text  # a long test file is cut and says so
 
 
 def path_of(svg: str, name: str) -> list[tuple[float, float]]:
     """The points of a line or mark, from the path that Matplotlib drew."""
-    (group,) = (
-        element
-        for element in ElementTree.fromstring(svg).iter()
-        if re.search(rf"-{name}(-\d+)?$", element.get("id", ""))
-    )
+    elements = ElementTree.fromstring(svg).iter()
+    (group,) = (element for element in elements if re.search(rf"-{name}(-\d+)?$", element.get("id", "")))
     path = next(element for element in group.iter() if element.tag.endswith("path"))
     numbers = [float(number) for number in re.findall(r"[-\d.]+", path.get("d"))]
     return list(zip(numbers[::2], numbers[1::2], strict=True))
 
 
 def test_points_and_marks_stand_where_their_values_say() -> None:
-    svg = line_chart(
-        {"loss": [(0, 0.0), (5, 2.5), (10, 10.0)], "other": [(0, 5.0), (10, 5.0)]},
-        {"best": [5], "saved": [10], "refreshed": [0]},
-    )
+    lines = {"loss": [(0, 0.0), (5, 2.5), (10, 10.0)], "other": [(0, 5.0), (10, 5.0)]}
+    svg = line_chart(lines, {"best": [5], "saved": [10], "refreshed": [0]})
     (left, bottom), middle, (right, top) = path_of(svg, "loss")
     assert left < right
     assert top < bottom
     assert middle == pytest.approx(((left + right) / 2, bottom - (bottom - top) / 4))
-    assert path_of(svg, "other") == [
-        (left, pytest.approx((top + bottom) / 2)),
-        (right, pytest.approx((top + bottom) / 2)),
-    ]
+    half = pytest.approx((top + bottom) / 2)
+    assert path_of(svg, "other") == [(left, half), (right, half)]
     (best_x, best_low), (_, best_high) = path_of(svg, "best")
     assert best_x == pytest.approx((left + right) / 2)
     assert best_high < top < bottom < best_low
@@ -193,16 +171,15 @@ def test_points_and_marks_stand_where_their_values_say() -> None:
     assert refreshed_low < best_high + 0.1 * (best_low - best_high)
 
 
-@pytest.mark.parametrize(
-    "values",
-    [[3.0, 3.0], [0.0, 0.0], [-2.0, 5.0], [1e-7, 3e-7], [1e6, 4e6], [0.1, math.nan, 0.3], [2.0, math.inf, 1.0]],
-)
-def test_every_finite_point_is_inside_the_chart(values: list[float]) -> None:
-    svg = line_chart({"a & b/c": list(enumerate(values))})
-    drawn = path_of(svg, "a & b/c")
-    assert len(drawn) == 2
-    _, _, width, height = map(float, ElementTree.fromstring(svg).get("viewBox").split())
-    assert all(0 <= x <= width and 0 <= y <= height for x, y in drawn)
+def test_every_finite_point_is_inside_the_chart_and_without_one_there_is_none() -> None:
+    ranges = [[3.0, 3.0], [0.0, 0.0], [-2.0, 5.0], [1e-7, 3e-7], [1e6, 4e6]]
+    for values in [*ranges, [0.1, math.nan, 0.3], [2.0, math.inf, 1.0]]:
+        svg = line_chart({"a & b/c": list(enumerate(values))})
+        drawn = path_of(svg, "a & b/c")
+        assert len(drawn) == 2
+        _, _, width, height = map(float, ElementTree.fromstring(svg).get("viewBox").split())
+        assert all(0 <= x <= width and 0 <= y <= height for x, y in drawn)
+    assert line_chart({"loss": [(1, math.inf)]}) == line_chart({}) == ""
 
 
 def test_the_page_colours_a_chart() -> None:
@@ -211,7 +188,3 @@ def test_the_page_colours_a_chart() -> None:
     assert colours == {f"var(--{name})" for name in ("line-0", "line-1", "line-3", "muted", "rule", "good")}
     styles = files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8")
     assert all(styles.count(f"{colour[4:-1]}: #") == 2 for colour in colours)  # light and dark
-
-
-def test_no_values_no_chart() -> None:
-    assert line_chart({"loss": [(1, math.inf)]}) == line_chart({}) == ""
