@@ -66,7 +66,7 @@ class RetrieverRun(Run):
                     judged.open(index_path)
                 found = find_passages(judged, examples, flags)
             rows = retrieval_rows(found, examples, flags.recall_at)
-            return mean_scores([row["scores"] for row in rows]), rows
+            return mean_scores(rows), rows
 
         def test() -> tuple[Scores, Rows]:
             if refresher:
