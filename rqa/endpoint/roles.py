@@ -4,9 +4,10 @@ import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import cache
+from typing import Any
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint, EndpointArguments
+from rqa.endpoint.client import Endpoint
 from rqa.models.loading import load_tokenizer
 from rqa.models.reader import Answer
 from rqa.objectives.teacher import Pair
@@ -95,14 +96,14 @@ class EndpointScorer:
         return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
 
 
-def remote_scorer(
-    path: str, prompt: PromptArguments, flags: EndpointArguments, tokenizer: str | None, trust_remote_code: bool
-) -> tuple[EndpointScorer, str]:
-    """The scorer at `openai::URL`, and what identifies its model.
+def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
+    """The scorer at `--lm_model_path openai::URL`, and what tells its model from others.
 
     Args:
-        tokenizer: The server's, a directory or a hub name, to count `max_seq_length`; None: by estimate.
+        flags: `LanguageModelArguments` and `EndpointArguments` in one.
     """
-    endpoint = Endpoint(path, flags)
-    counts = load_tokenizer(tokenizer, trust_remote_code) if tokenizer else EstimatedTokens()
-    return EndpointScorer(endpoint, Prompter(counts, prompt)), fingerprint(endpoint.base_url, endpoint.model)
+    endpoint = Endpoint(flags.lm_model_path, flags)
+    name = flags.lm_tokenizer
+    tokenizer = load_tokenizer(name, flags.trust_remote_code) if name else EstimatedTokens()
+    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
+    return EndpointScorer(endpoint, prompter), fingerprint(endpoint.base_url, endpoint.model)

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,12 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
-from rqa.endpoint.client import Endpoint, EndpointArguments
+from rqa.endpoint.client import Endpoint
 from rqa.endpoint.roles import EndpointReader, EndpointScorer, remote_scorer
 from rqa.models.causal_lm import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
+from rqa.recipe.retriever import TeacherArguments
 
 Run = Callable[[str, dict[str, object]], int]
 
@@ -99,13 +101,11 @@ def test_scores_from_a_server_equal_those_of_the_same_model_here_and_what_does_n
 def test_a_scorer_without_a_tokenizer_cuts_by_estimate(
     scoring: OpenAIServer, documents: list[Document], examples: list[Example]
 ) -> None:
-    flags = EndpointArguments(endpoint_model="tiny")
-    prompt = PromptArguments(max_seq_length=70, max_new_tokens=1)
-    scorer, identity = remote_scorer(f"openai::{scoring.url}", prompt, flags, None, False)
+    flags = TeacherArguments(lm_model_path=f"openai::{scoring.url}", text_maxlength=70, endpoint_model="tiny")
+    scorer, identity = remote_scorer(flags)
     assert len(list(scorer([Pair(example, documents[0]) for example in examples[:4]]))) == 4
     assert 200 < max(len(body["prompt"]) for body in scoring.of("completions")) <= 70 * 3
-    other = EndpointArguments(endpoint_model="other")
-    assert remote_scorer(f"openai::{scoring.url}", prompt, other, None, False)[1] != identity
+    assert remote_scorer(replace(flags, endpoint_model="other"))[1] != identity
 
 
 @pytest.fixture
