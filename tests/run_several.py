@@ -13,12 +13,8 @@ import torch
 BIN = Path(__file__).parents[1] / "bin"
 
 
-def main() -> None:
+if __name__ == "__main__":
     torch.set_num_threads(1)
     for name, flags in json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")):
         sys.argv = [name, *(str(part) for flag, value in flags.items() for part in (f"--{flag}", value))]
         runpy.run_path(str(BIN / name), run_name="__main__")
-
-
-if __name__ == "__main__":
-    main()

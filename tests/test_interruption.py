@@ -29,7 +29,6 @@ def endless(data: Path, lm_path: str, tmp_path: Path) -> dict[str, object]:
         "output_dir": tmp_path / "out",
         "max_steps": 10_000_000,
         "save_steps": 20,
-        "save_total_limit": 2,
         "per_device_train_batch_size": 2,
     }
 
@@ -42,54 +41,42 @@ def wait_for_checkpoint(output: Path) -> None:
 
 
 @contextmanager
-def torchrun(flags: dict[str, object]) -> Iterator[subprocess.Popen[str]]:
-    """Two processes, past their first checkpoint."""
+def torchrun(flags: dict[str, object]) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
+    """Two processes, past their first checkpoint; torchrun itself, and their ids."""
     line = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command += [str(BIN / "train_sft"), *line]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    with subprocess.Popen(
-        [*command, str(BIN / "train_sft"), *line], env=environment, stderr=subprocess.PIPE, text=True
-    ) as process:
+    with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as process:
         try:
             wait_for_checkpoint(Path(str(flags["output_dir"])))
-            yield process
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            ours = [int(child) for child in children if b"train_sft" in Path(f"/proc/{child}/cmdline").read_bytes()]
+            yield process, ours
         finally:
             process.kill()
 
 
-def workers(process: subprocess.Popen[str]) -> list[int]:
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-    return [int(child) for child in children if b"train_sft" in Path(f"/proc/{child}/cmdline").read_bytes()]
-
-
-needs_proc = pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
-
-
-@needs_proc
-def test_when_one_process_is_killed_all_end_within_a_minute_with_a_message(endless: dict[str, object]) -> None:
-    with torchrun(endless) as process:
-        killed, other = workers(process)
-        os.kill(killed, signal.SIGKILL)
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("how", ["one process is killed", "torchrun is asked to stop"])
+def test_all_processes_end_within_a_minute_with_a_message_and_a_good_checkpoint(
+    how: str, endless: dict[str, object]
+) -> None:
+    with torchrun(endless) as (process, workers):
+        if how == "one process is killed":
+            os.kill(workers[0], signal.SIGKILL)
+        else:
+            process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
-    assert not Path(f"/proc/{other}").exists()
-    assert "error: another process of this run has ended" in errors
-    assert "Signal 9 (SIGKILL)" in errors
-    assert damage(checkpoints(Path(str(endless["output_dir"])))[-1]) is None
-
-
-@needs_proc
-def test_torchrun_that_is_asked_to_stop_saves_and_ends(endless: dict[str, object]) -> None:
-    with torchrun(endless) as process:
-        pids = workers(process)
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=60)
-    assert "interrupted after step" in errors
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
-    step = int(errors.split("interrupted after step ")[1].split(";")[0])
-    output = Path(str(endless["output_dir"]))
-    assert checkpoints(output)[-1] == output / f"checkpoint-{step}"
-    assert damage(output / f"checkpoint-{step}") is None
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    newest = checkpoints(Path(str(endless["output_dir"])))[-1]
+    assert damage(newest) is None
+    if how == "one process is killed":
+        assert "error: another process of this run has ended" in errors
+        assert "Signal 9 (SIGKILL)" in errors
+    else:
+        assert f"interrupted after step {newest.name.removeprefix('checkpoint-')};" in errors
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
