@@ -1,44 +1,120 @@
-"""Every layout by its name."""
+"""Every layout by its name: which fields it has and what they hold, for reading and for writing alike."""
 
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
 from rqa.data import Document, Example
 from rqa.preparation.reading import Row
 
+JSONL, ARRAY = ("", "\n", "\n"), ("[\n", ",\n", "\n]\n")
+LISTS = ("gold_docs", "hard_neg_docs", "ctxs", "others")  # of passages, in the order in which they join the database
+
 
 @dataclass(frozen=True)
-class RowFormat:
-    """One layout.
+class Layout:
+    """One layout: the path of each field, in the order in which they are written, and what it holds.
 
-    Attributes:
-        read: What a row holds. An unanswerable question has the answer "".
-        write: Rows of examples, in order.
-        document: The row of a passage, where the layout has a corpus of its own.
-        answers: Whether its questions have answers.
-        key: The field that holds the rows, where a file is one JSON object.
-        around: What stands before and behind the rows of a JSON array; None: JSONL.
+    In a row: `number` and `name` (its position, as a number and as a string), `question`, `answer` (the gold one),
+    `answers`, and passages: `gold_docs`, `hard_neg_docs`, `ctxs`, and `others`, which join the database and are not
+    written. In a passage: `source`, `title`, `text`, `contents` (title and text as FlashRAG joins them), `score`, and
+    `gold` or `selected` (true or 1: it is gold). Anything else is a constant.
     """
 
-    read: Callable[[Row], Iterator[Document | Example]]
-    write: Callable[[Iterable[Example]], Iterator[dict[str, Any]]]
-    document: Callable[[Document], dict[str, Any]] | None = None
-    answers: bool = True
-    key: str = ""
-    around: tuple[str, str] | None = None
+    row: dict[str, Any] = field(default_factory=dict)
+    passage: dict[str, Any] = field(default_factory=dict)  # empty: a passage is a string
+    answers: bool = True  # whether questions have answers
+    no_answer: str = ""  # the answer of unanswerable questions; empty: they have none
+    corpus: bool = False  # whether a row without a question is a passage, and corpus.jsonl holds such rows
+    key: str = ""  # the field that holds the rows, where a file is one JSON object
+    around: tuple[str, str, str] = JSONL  # what stands before, between and behind the rows
+
+    @cached_property
+    def paths(self) -> dict[str, str]:
+        """The path of what is held."""
+        return {held: path for path, held in (*self.row.items(), *self.passage.items()) if isinstance(held, str)}
+
+    def read(self, row: Row) -> Iterator[Document | Example]:
+        """The passages of a row, then its question. An unanswerable question has the answer ""."""
+        paths = self.paths
+        if self.corpus and row.find(paths["question"])[1] is None:
+            yield from filter(None, [self._read_passage(row)])
+            return
+        lists = {name: self._read_passages(row, paths[name]) for name in LISTS if name in paths}
+        for pairs in lists.values():
+            yield from (document for document, _ in pairs)
+        contexts, scores = lists.get("ctxs", []), None
+        if contexts and "score" in paths and all(each.find(paths["score"])[1] is not None for _, each in contexts):
+            scores = tuple(each.number(paths["score"]) for _, each in contexts)
+        if mark := paths.get("gold") or paths.get("selected"):
+            lists["gold_docs"] = [pair for pair in contexts if pair[1].text(mark, default="") in ("1", "True")]
+        answers = [text for name in ("answer", "answers") if name in paths for text in row.texts(paths[name])]
+        unique = [text for text in dict.fromkeys(answers) if text not in ("", self.no_answer)]
+        first, *others = unique or ["" if self.answers else None]
+        question = row.text(paths["question"])
+        found = {name: tuple(document for document, _ in pairs) for name, pairs in lists.items() if name != "others"}
+        yield Example(
+            question, gold_answer=first, other_answers=tuple(others), ctx_scores=scores, where=row.where, **found
+        )
+
+    def _read_passages(self, row: Row, path: str) -> list[tuple[Document, Row]]:
+        if not self.passage:
+            return [(Document(text), row) for text in row.texts(path) if text.strip()]
+        found = [(self._read_passage(each), each) for each in row.rows(path)]
+        return [(document, each) for document, each in found if document]
+
+    def _read_passage(self, row: Row) -> Document | None:
+        """A passage whose text is blank is its title; one that has neither is none, or wrong where titles exist."""
+        paths = self.paths
+        title = row.text(paths["title"], default="") if "title" in paths else ""
+        text = row.text(paths["contents"] if "contents" in paths else paths["text"])
+        if "contents" in paths and "\n" in text:
+            title, _, text = text.partition("\n")
+            title = title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title
+        content = text if text.strip() else title
+        if content.strip():
+            return Document(content, {"source": row.text(paths["source"], default=title), "title": title})
+        if "title" in paths:
+            raise row.wrong(paths["text"], "a text that is not blank")
+        return None
+
+    def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+        """Rows of examples, in order."""
+        no_answers = [self.no_answer] if self.no_answer else [] if self.answers else None
+        for number, example in enumerate(examples):
+            gold = {document.key for document in example.gold_docs}
+            contexts = example.ctxs or (*example.gold_docs, *example.hard_neg_docs)
+            scores = example.ctx_scores or [float(-rank) for rank in range(len(contexts))]
+            held: dict[str, Any] = {"number": number, "name": str(number), "question": example.question, "others": []}
+            held |= {"answer": example.gold_answer or "", "answers": all_answers(example) or no_answers}
+            held["gold_docs"] = [self.write_passage(document) for document in example.gold_docs]
+            held["hard_neg_docs"] = [self.write_passage(document) for document in example.hard_neg_docs]
+            held["ctxs"] = [self.write_passage(d, d.key in gold, s) for d, s in zip(contexts, scores, strict=True)]
+            yield _filled(self.row, held)
+
+    def write_passage(self, document: Document, gold: bool = False, score: float = 0.0) -> Any:
+        """A passage in a row, or a row of the corpus."""
+        if not self.passage:
+            return document.fmt_content
+        title, text = str(document.metadata.get("title") or ""), document.page_content
+        held = {"source": document.key[0], "title": title, "text": text, "contents": f'"{title}"\n{text}'}
+        return _filled(self.passage, {**held, "score": str(score), "gold": gold, "selected": int(gold)})
 
 
-def one_row_each(write: Callable[[int, Example], dict[str, Any]]) -> Callable[..., Iterator[dict[str, Any]]]:
-    """A writer of examples from a writer of one, which is told its number."""
-    return lambda examples: (write(number, example) for number, example in enumerate(examples))
-
-
-def with_answers(question: str, answers: list[str], where: str, **passages: Any) -> Example:
-    """An example whose first answer is the gold one; without any it is unanswerable."""
-    first, *others = answers or [""]
-    return Example(question, gold_answer=first, other_answers=tuple(others), where=where, **passages)
+def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
+    """An object with a value at each path; None has no place."""
+    filled: dict[str, Any] = {}
+    for path, what in fields.items():
+        *above, name = (part.partition("|")[0] for part in path.split("."))
+        place = filled
+        for part in above:
+            place = place.setdefault(part, {})
+        value = held.get(what, what) if isinstance(what, str) else what
+        if value is not None:
+            place[name] = value
+    return filled
 
 
 def all_answers(example: Example) -> list[str]:
@@ -46,250 +122,74 @@ def all_answers(example: Example) -> list[str]:
     return [answer for answer in (example.gold_answer, *example.other_answers) if answer]
 
 
-def titled(row: Row, *identifiers: str) -> Document:
-    """A passage with `title` and `text`, and an identifier under one of these names; a blank text is its title."""
-    title = row.text("title", default="")
-    text = row.text("text")
-    content = text if text.strip() else title
-    if not content.strip():
-        raise row.wrong("text", "a text that is not blank")
-    return Document(content, {"source": row.text(*identifiers, default=title), "title": title})
+class SQuAD(Layout):
+    """A row is an article: paragraphs, and the questions about each."""
+
+    def read(self, row: Row) -> Iterator[Document | Example]:
+        title = row.text("title", default="")
+        for paragraph in row.rows("paragraphs"):
+            document = Document(paragraph.text("context"), {"source": title, "title": title})
+            yield document
+            for asked in paragraph.rows("qas"):
+                impossible = asked.values.get("is_impossible") is True
+                answers = [] if impossible else [answer.text("text") for answer in asked.rows("answers")]
+                first, *others = dict.fromkeys(answers or [""])
+                question = asked.text("question")
+                yield Example(question, (document,), first, other_answers=tuple(others), where=row.where)
+
+    def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
+        """Neighbouring questions about one passage and one title stand together; one without a passage has no place.
+
+        An answer that the passage does not hold word for word, unlike SQuAD's own, starts at -1.
+        """
+        asked = ((example.gold_docs[0], example) for example in examples if example.gold_docs)
+        numbered = ((document, number, example) for number, (document, example) in enumerate(asked))
+        for title, article in groupby(numbered, key=lambda item: str(item[0].metadata.get("title") or "")):
+            paragraphs = []
+            for context, items in groupby(article, key=lambda item: item[0].page_content):
+                questions: list[dict[str, Any]] = []
+                for _, number, example in items:
+                    answers = [{"text": text, "answer_start": context.find(text)} for text in all_answers(example)]
+                    question = {"id": str(number), "question": example.question, "answers": answers}
+                    questions.append({**question, "is_impossible": not answers})
+                paragraphs.append({"context": context, "qas": questions})
+            yield {"title": title, "paragraphs": paragraphs}
 
 
-def title_and_text(document: Document) -> dict[str, Any]:
-    return {"title": str(document.metadata.get("title") or ""), "text": document.page_content}
-
-
-def source(document: Document) -> str:
-    return str(document.metadata.get("source", ""))
-
-
-# ---------------------------------------------------------------- questions and answers without passages
-
-
-def read_nq_open(row: Row) -> Iterator[Example]:
-    yield with_answers(row.text("question"), row.texts("answer"), row.where)
-
-
-def write_nq_open(_: int, example: Example) -> dict[str, Any]:
-    return {"question": example.question, "answer": all_answers(example)}
-
-
-def read_triviaqa(row: Row) -> Iterator[Example]:
-    answer = row.values.get("Answer", row.values.get("answer"))
-    if not isinstance(answer, dict):
-        raise row.wrong("Answer", "an object")
-    inner = Row(answer, row.where)
-    answers = list(dict.fromkeys([inner.text("Value", "value"), *inner.texts("Aliases", "aliases")]))
-    yield with_answers(row.text("Question", "question"), answers, row.where)
-
-
-def write_triviaqa(number: int, example: Example) -> dict[str, Any]:
-    answers = all_answers(example)
-    answer = {"Value": example.gold_answer or "", "Aliases": answers, "Type": "FreeForm"}
-    return {"Question": example.question, "QuestionId": str(number), "Answer": answer}
-
-
-# ---------------------------------------------------------------- SQuAD: a row is an article
-
-
-def read_squad(row: Row) -> Iterator[Document | Example]:
-    title = row.text("title", default="")
-    for paragraph in row.rows("paragraphs"):
-        document = Document(paragraph.text("context"), {"source": title, "title": title})
-        yield document
-        for question in paragraph.rows("qas"):
-            impossible = question.values.get("is_impossible") is True
-            answers = [] if impossible else [answer.text("text") for answer in question.rows("answers")]
-            unique = list(dict.fromkeys(answers))
-            yield with_answers(question.text("question"), unique, row.where, gold_docs=(document,))
-
-
-def write_squad(examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-    """Neighbouring questions about one passage and one title stand together; those without a passage have no place."""
-    asked = ((example.gold_docs[0], example) for example in examples if example.gold_docs)
-    numbered = ((document, number, example) for number, (document, example) in enumerate(asked))
-    for title, articles in groupby(numbered, key=lambda item: str(item[0].metadata.get("title") or "")):
-        paragraphs = [
-            {"context": content, "qas": [_squad_question(number, example, content) for _, number, example in items]}
-            for content, items in groupby(articles, key=lambda item: item[0].page_content)
-        ]
-        yield {"title": title, "paragraphs": paragraphs}
-
-
-def _squad_question(number: int, example: Example, context: str) -> dict[str, Any]:
-    """An answer that the passage does not hold word for word, unlike SQuAD's own, starts at -1."""
-    answers = [{"text": answer, "answer_start": context.find(answer)} for answer in all_answers(example)]
-    return {"id": str(number), "question": example.question, "answers": answers, "is_impossible": not answers}
-
-
-NOT_IN_MSMARCO = "No Answer Present."
-
-
-# ---------------------------------------------------------------- DPR and FiD
-
-
-def read_dpr(row: Row) -> Iterator[Document | Example]:
-    passages = {
-        name: tuple(titled(context, "passage_id", "psg_id") for context in row.rows(name))
-        for name in ("positive_ctxs", "hard_negative_ctxs", "negative_ctxs")
-    }
-    for found in passages.values():
-        yield from found
-    gold, hard = passages["positive_ctxs"], passages["hard_negative_ctxs"]
-    yield with_answers(row.text("question"), row.texts("answers"), row.where, gold_docs=gold, hard_neg_docs=hard)
-
-
-def write_dpr(_: int, example: Example) -> dict[str, Any]:
-    def contexts(documents: Iterable[Document]) -> list[dict[str, Any]]:
-        return [{**title_and_text(d), "score": 0, "title_score": 0, "passage_id": source(d)} for d in documents]
-
-    return {
-        "question": example.question,
-        "answers": all_answers(example),
-        "positive_ctxs": contexts(example.gold_docs),
-        "negative_ctxs": [],
-        "hard_negative_ctxs": contexts(example.hard_neg_docs),
-    }
-
-
-def read_fid(row: Row) -> Iterator[Document | Example]:
-    """The gold passages are those that are said to hold an answer."""
-    contexts = row.rows("ctxs")
-    documents = tuple(titled(context, "id", "passage_id") for context in contexts)
-    yield from documents
-    marks = [context.values.get("hasanswer", context.values.get("has_answer")) for context in contexts]
-    gold = tuple(document for document, mark in zip(documents, marks, strict=True) if mark is True)
-    answers = list(dict.fromkeys([*row.texts("target"), *row.texts("answers")]))
-    example = with_answers(row.text("question"), answers, row.where, gold_docs=gold, ctxs=documents)
-    scored = bool(contexts) and all("score" in context.values for context in contexts)
-    yield replace(example, ctx_scores=tuple(_number(context) for context in contexts)) if scored else example
-
-
-def _number(context: Row) -> float:
-    try:
-        return float(context.text("score"))
-    except ValueError:
-        raise context.wrong("score", "a number") from None
-
-
-def write_fid(number: int, example: Example) -> dict[str, Any]:
-    gold = {document.key for document in example.gold_docs}
-    contexts = example.ctxs or (*example.gold_docs, *example.hard_neg_docs)
-    scores = example.ctx_scores or [float(-rank) for rank in range(len(contexts))]
-    return {
-        "id": str(number),
-        "question": example.question,
-        "target": example.gold_answer or "",
-        "answers": all_answers(example),
-        "ctxs": [
-            {"id": source(d), **title_and_text(d), "score": str(score), "hasanswer": d.key in gold}
-            for d, score in zip(contexts, scores, strict=True)
-        ],
-    }
-
-
-# ---------------------------------------------------------------- MS MARCO, with all its passages
-
-
-def read_msmarco(row: Row) -> Iterator[Document | Example]:
-    passages = [passage for passage in row.rows("passages") if passage.text("passage_text").strip()]
-    metadata = [{"source": passage.text("url", default=""), "title": ""} for passage in passages]
-    documents = tuple(Document(p.text("passage_text"), m) for p, m in zip(passages, metadata, strict=True))
-    yield from documents
-    gold = tuple(d for d, p in zip(documents, passages, strict=True) if p.text("is_selected", default="0") == "1")
-    answers = [answer for answer in row.texts("answers") if answer != NOT_IN_MSMARCO]
-    yield with_answers(row.text("query"), answers, row.where, gold_docs=gold, ctxs=documents)
-
-
-def write_msmarco(number: int, example: Example) -> dict[str, Any]:
-    gold = {document.key for document in example.gold_docs}
-    passages = example.ctxs or (*example.gold_docs, *example.hard_neg_docs)
-    return {
-        "query_id": number,
-        "query": example.question,
-        "answers": all_answers(example) or [NOT_IN_MSMARCO],
-        "passages": [
-            {"is_selected": int(d.key in gold), "url": source(d), "passage_text": d.page_content} for d in passages
-        ],
-    }
-
-
-# ---------------------------------------------------------------- tevatron, FlagEmbedding, FlashRAG
-
-
-def read_tevatron(row: Row) -> Iterator[Document | Example]:
-    """A row of the corpus has no query."""
-    if "query" not in row.values:
-        yield titled(row, "docid")
-        return
-    positive, negative = (
-        tuple(titled(passage, "docid") for passage in row.rows(name))
-        for name in ("positive_passages", "negative_passages")
-    )
-    yield from (*positive, *negative)
-    first, *others = [*row.texts("answers"), None]
-    others = tuple(answer for answer in others if answer)
-    yield Example(row.text("query"), positive, first, (), negative, other_answers=others, where=row.where)
-
-
-def write_tevatron(number: int, example: Example) -> dict[str, Any]:
-    answers = {"answers": all_answers(example)} if example.gold_answer else {}
-    return {
-        "query_id": str(number),
-        "query": example.question,
-        **answers,
-        "positive_passages": [write_tevatron_passage(document) for document in example.gold_docs],
-        "negative_passages": [write_tevatron_passage(document) for document in example.hard_neg_docs],
-    }
-
-
-def write_tevatron_passage(document: Document) -> dict[str, Any]:
-    return {"docid": source(document), **title_and_text(document)}
-
-
-def read_flagembedding(row: Row) -> Iterator[Document | Example]:
-    positive, negative = (tuple(Document(text) for text in row.texts(name) if text.strip()) for name in ("pos", "neg"))
-    yield from (*positive, *negative)
-    yield Example(row.text("query"), positive, hard_neg_docs=negative, where=row.where)
-
-
-def write_flagembedding(_: int, example: Example) -> dict[str, Any]:
-    positive, negative = (
-        [d.fmt_content for d in documents] for documents in (example.gold_docs, example.hard_neg_docs)
-    )
-    return {"query": example.question, "pos": positive, "neg": negative}
-
-
-def read_flashrag(row: Row) -> Iterator[Document | Example]:
-    """A row of the corpus has `contents`: the title, in quotes, on the first line."""
-    if "contents" not in row.values:
-        yield with_answers(row.text("question"), row.texts("golden_answers"), row.where)
-        return
-    title, line_end, text = row.text("contents").partition("\n")
-    if not line_end:
-        title, text = "", title
-    title = title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title
-    yield Document(text, {"source": row.text("id"), "title": title})
-
-
-def write_flashrag(number: int, example: Example) -> dict[str, Any]:
-    return {"id": str(number), "question": example.question, "golden_answers": all_answers(example), "metadata": {}}
-
-
-def write_flashrag_passage(document: Document) -> dict[str, Any]:
-    title = str(document.metadata.get("title") or "")
-    return {"id": source(document), "contents": f'"{title}"\n{document.page_content}'}
-
-
-FORMATS = {
-    "dpr": RowFormat(read_dpr, one_row_each(write_dpr), around=("[", "]")),
-    "fid": RowFormat(read_fid, one_row_each(write_fid), around=("[", "]")),
-    "squad": RowFormat(read_squad, write_squad, key="data", around=('{"version": "v2.0", "data": [', "]}")),
-    "msmarco": RowFormat(read_msmarco, one_row_each(write_msmarco)),
-    "nq_open": RowFormat(read_nq_open, one_row_each(write_nq_open)),
-    "triviaqa": RowFormat(read_triviaqa, one_row_each(write_triviaqa), key="Data", around=('{"Data": [', "]}")),
-    "tevatron": RowFormat(read_tevatron, one_row_each(write_tevatron), write_tevatron_passage, answers=False),
-    "flagembedding": RowFormat(read_flagembedding, one_row_each(write_flagembedding), answers=False),
-    "flashrag": RowFormat(read_flashrag, one_row_each(write_flashrag), write_flashrag_passage),
-}
+LAYOUTS = {
+    "dpr": Layout(
+        {"question": "question", "answers": "answers", "positive_ctxs": "gold_docs", "negative_ctxs": "others",
+         "hard_negative_ctxs": "hard_neg_docs"},
+        {"title": "title", "text": "text", "score": 0, "title_score": 0, "passage_id|psg_id": "source"},
+        around=ARRAY,
+    ),
+    "fid": Layout(
+        {"id": "name", "question": "question", "target": "answer", "answers": "answers", "ctxs": "ctxs"},
+        {"id|passage_id": "source", "title": "title", "text": "text", "score": "score", "hasanswer|has_answer": "gold"},
+        around=ARRAY,
+    ),
+    "squad": SQuAD(key="data", around=('{"version": "v2.0", "data": [\n', ",\n", "\n]}\n")),
+    "msmarco": Layout(
+        {"query_id": "number", "query": "question", "answers": "answers", "passages": "ctxs"},
+        {"is_selected": "selected", "url": "source", "passage_text": "text"},
+        no_answer="No Answer Present.",
+    ),
+    "nq_open": Layout({"question": "question", "answer": "answers"}),
+    "triviaqa": Layout(
+        {"Question|question": "question", "QuestionId": "name", "Answer|answer.Value|value": "answer",
+         "Answer|answer.Aliases|aliases": "answers", "Answer|answer.Type": "FreeForm"},
+        key="Data", around=('{"Data": [\n', ",\n", "\n]}\n"),
+    ),
+    "tevatron": Layout(
+        {"query_id": "name", "query": "question", "answers": "answers", "positive_passages": "gold_docs",
+         "negative_passages": "hard_neg_docs"},
+        {"docid": "source", "title": "title", "text": "text"},
+        answers=False, corpus=True,
+    ),
+    "flagembedding": Layout({"query": "question", "pos": "gold_docs", "neg": "hard_neg_docs"}, answers=False),
+    "flashrag": Layout(
+        {"id": "name", "question": "question", "golden_answers": "answers", "metadata": {}},
+        {"id": "source", "contents": "contents"},
+        corpus=True,
+    ),
+}  # fmt: skip

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import numpy as np
-from tqdm import tqdm
+from tqdm import tqdm as progress
 
 from rqa.data import Document
 from rqa.objectives.ctl import NegativeChooser
@@ -18,11 +18,10 @@ def mine(
 ) -> list[list[Document]]:
     """The hard negatives of each question, `count` at most, taken in turn from each retriever's ranking, none twice.
 
-    Args:
-        rankings: What each retriever found for all questions, `chooser.depth` deep or more. [Q, k] each
+    Rankings are those of all questions, `chooser.depth` deep or more. [Q, k] each
     """
     found = []
-    for number in tqdm(range(len(rankings[0].ids)), desc="choose negatives", unit="q", leave=False):
+    for number in progress(range(len(rankings[0].ids)), desc="choose negatives", unit="q", leave=False):
         lists = [chooser(number, hits.ids[number].tolist(), hits.scores[number].tolist()) for hits in rankings]
         chosen: dict[str, int] = {}
         for i in (i for row in zip_longest(*lists) for i in row if i is not None):
@@ -40,18 +39,14 @@ def rank_in_parts(
 ) -> Hits:
     """The k best documents of a database that is indexed a part at a time, so that memory does not grow with it.
 
-    Embeddings find the same in parts as at once. BM25 weighs words by how often they occur in the part.
-
-    Args:
-        open_part: A retriever over these documents.
-        part_size: Documents indexed at once.
+    Embeddings find the same in parts as at once. BM25 weighs words by how often they occur in the part. -> [Q, k]
     """
     kept = stack([best(np.empty(0), np.empty(0, dtype=np.int64), k) for _ in queries], k)
     for start in range(0, len(documents), part_size):
         retriever = open_part(documents[start : start + part_size])
         part = f"search {start + 1} to {start + len(retriever.documents)}"
         rows = []
-        for first in tqdm(range(0, len(queries), QUERIES_AT_ONCE), desc=part, unit="batch", leave=False):
+        for first in progress(range(0, len(queries), QUERIES_AT_ONCE), desc=part, unit="batch", leave=False):
             chosen = slice(first, first + QUERIES_AT_ONCE)
             hits = retriever.retrieve(queries[chosen], min(k, len(retriever.documents)))
             ids = np.concatenate([kept.ids[chosen], np.where(hits.ids >= 0, hits.ids + start, -1)], axis=1)

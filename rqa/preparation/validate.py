@@ -2,14 +2,14 @@
 
 from array import array
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm
+from tqdm import tqdm as progress
 
 from rqa.data import iterate_documents, iterate_examples, normalize
 from rqa.preparation.chunking import Seen
@@ -18,93 +18,59 @@ BATCH = 1024  # texts tokenised at once
 
 
 @dataclass
-class SplitStatistics:
-    """One file of examples.
+class Split:
+    """One file of examples; questions are normalised, and passages stand by their keys."""
 
-    Attributes:
-        questions: The normalised questions, with how often each is asked.
-        gold: The identities of gold passages, with how many questions have each.
-        gold_counts: For each number of gold passages, how many questions have so many.
-    """
-
-    questions: Counter[str] = field(default_factory=Counter)
-    gold: Counter[tuple[str, str]] = field(default_factory=Counter)
-    gold_counts: Counter[int] = field(default_factory=Counter)
+    questions: Counter[str] = field(default_factory=Counter)  # how often each is asked
+    gold: Counter[tuple[str, str]] = field(default_factory=Counter)  # how many questions have each passage
+    gold_counts: Counter[int] = field(default_factory=Counter)  # how many questions have so many gold passages
     answers: int = 0
 
-    @property
-    def total(self) -> int:
-        return self.questions.total()
 
-
-def validate(document_path: Path | None, splits: dict[str, Path], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Read every file, and yield what there is to say about it, a line at a time.
+def validate(document_path: Path | None, paths: dict[str, Path], tokenizer: Tokenizer | None) -> Iterator[str]:
+    """Read every file, and yield what there is to say about it, a line at a time. Without a tokenizer words count.
 
     Questions and gold passages are held; the database streams.
-
-    Args:
-        tokenizer: Counts lengths in tokens; without one they are counted in words.
-
-    Raises:
-        UserError: a file is malformed; the message names the line.
     """
-    measure = _Lengths(tokenizer)
-    statistics = {split: _read_split(path, measure, split) for split, path in splits.items()}
-    wanted = set().union(*(split.gold for split in statistics.values()))
-    found = wanted
-    if document_path:
-        found, counts = _read_database(document_path, wanted, measure)
-        repeated = counts["duplicates"]
-        yield f"{document_path}: {counts['documents']} passages, {repeated} with the words of an earlier one"
-    for split, numbers in statistics.items():
-        yield from _describe(split, numbers, found, document_path)
-    for (one, first), (other, second) in combinations(statistics.items(), 2):
-        questions, passages = len(first.questions.keys() & second.questions), len(first.gold.keys() & second.gold)
-        yield f"{one} and {other}: {questions} questions and {passages} gold passages are in both"
-    yield from measure.table()
-
-
-def _read_split(path: Path, measure: "_Lengths", split: str) -> SplitStatistics:
-    statistics = SplitStatistics()
-    for example in tqdm(iterate_examples(path), desc=path.name, unit="question"):
-        statistics.questions[normalize(example.question)] += 1
-        statistics.gold.update({document.key for document in example.gold_docs})
-        statistics.gold_counts[len(example.gold_docs)] += 1
-        statistics.answers += example.gold_answer is not None
-        measure.add(f"questions of {split}", example.question)
-        if example.gold_answer is not None:
-            measure.add(f"answers of {split}", example.gold_answer)
-    return statistics
-
-
-def _read_database(
-    path: Path, wanted: set[tuple[str, str]], measure: "_Lengths"
-) -> tuple[set[tuple[str, str]], Counter[str]]:
-    """Which of the wanted passages the database holds, and how many passages, and duplicates among them."""
+    lengths = _Lengths(tokenizer)
+    splits = {name: _read_split(path, lengths, name) for name, path in paths.items()}
     found: set[tuple[str, str]] = set()
-    counts: Counter[str] = Counter()
-    seen = Seen()
-    for document in tqdm(iterate_documents(path), desc=path.name, unit="passage"):
-        counts["documents"] += 1
-        counts["duplicates"] += not seen.add(normalize(document.page_content))
-        if document.key in wanted:
-            found.add(document.key)
-        measure.add("passages", document.page_content)
-    return found, counts
+    if document_path:
+        wanted = set().union(*(split.gold for split in splits.values()))
+        passages, repeated, seen = 0, 0, Seen()
+        for document in progress(iterate_documents(document_path), desc=document_path.name, unit="passage"):
+            passages += 1
+            repeated += not seen.add(normalize(document.page_content))
+            if document.key in wanted:
+                found.add(document.key)
+            lengths.add("passages", document.page_content)
+        yield f"{document_path}: {passages} passages, {repeated} with the words of an earlier one"
+    for name, split in splits.items():
+        total = split.questions.total()
+        yield f"{name}: {total} questions, {split.answers} with an answer, {total - len(split.questions)} asked before"
+        with_gold, several = total - split.gold_counts[0], sum(n for size, n in split.gold_counts.items() if size > 1)
+        yield f"{name}: {with_gold} questions with a gold passage, {several} of them with several"
+        if document_path and split.gold:
+            gold = split.gold.total()
+            inside = sum(count for key, count in split.gold.items() if key in found)
+            yield f"{name}: {inside} of {gold} gold passages ({inside / gold:.1%}) are in the database"
+    for (one, first), (other, second) in combinations(splits.items(), 2):
+        questions, golds = len(first.questions.keys() & second.questions), len(first.gold.keys() & second.gold)
+        yield f"{one} and {other}: {questions} questions and {golds} gold passages are in both"
+    yield from lengths.table()
 
 
-def _describe(
-    split: str, numbers: SplitStatistics, found: set[tuple[str, str]], database: Path | None
-) -> Iterator[str]:
-    total = numbers.total
-    yield f"{split}: {total} questions, {numbers.answers} with an answer, {total - len(numbers.questions)} asked before"
-    with_gold = total - numbers.gold_counts[0]
-    several = sum(count for size, count in numbers.gold_counts.items() if size > 1)
-    yield f"{split}: {with_gold} questions with a gold passage, {several} of them with several"
-    if database and numbers.gold:
-        inside = sum(count for key, count in numbers.gold.items() if key in found)
-        share = inside / numbers.gold.total()
-        yield f"{split}: {inside} of {numbers.gold.total()} gold passages ({share:.1%}) are in the database"
+def _read_split(path: Path, lengths: "_Lengths", name: str) -> Split:
+    split = Split()
+    for example in progress(iterate_examples(path), desc=path.name, unit="question"):
+        split.questions[normalize(example.question)] += 1
+        split.gold.update({document.key for document in example.gold_docs})
+        split.gold_counts[len(example.gold_docs)] += 1
+        lengths.add(f"questions of {name}", example.question)
+        if example.gold_answer is not None:
+            split.answers += 1
+            lengths.add(f"answers of {name}", example.gold_answer)
+    return split
 
 
 class _Lengths:
@@ -125,13 +91,9 @@ class _Lengths:
             self._count(kind)
 
     def _count(self, kind: str) -> None:
-        texts = self._waiting.pop(kind, [])
-        if self.tokenizer:
-            encodings = self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-            lengths: Iterable[int] = (len(encoding) for encoding in encodings)
-        else:
-            lengths = (len(text.split()) for text in texts)
-        self._lengths.setdefault(kind, array("q")).extend(lengths)
+        texts = self._waiting.pop(kind)
+        tokens = self.tokenizer and self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        self._lengths.setdefault(kind, array("q")).extend(map(len, tokens or map(str.split, texts)))
 
     def table(self) -> Iterator[str]:
         """One line a kind: mean, median, 95th percentile and maximum."""
