@@ -30,16 +30,6 @@ def random_sequences(count: int, vocabulary: int, seed: int) -> list[TokenSequen
     return made
 
 
-@pytest.fixture(scope="module")
-def ours(lm_path: str) -> PreTrainedModel:
-    return load_causal_lm(lm_path, dtype=torch.float64).eval()
-
-
-@pytest.fixture(scope="module")
-def theirs(lm_path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float64, attn_implementation="sdpa").eval()
-
-
 def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """The full logits of one sequence at a time, and of them the rows before each answer token."""
     rows = []
@@ -52,26 +42,16 @@ def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> to
 # ---------------------------------------------------------------- batches
 
 
-def test_packing_lays_sequences_end_to_end() -> None:
-    inputs = pack(SEQUENCES).inputs
-    ids, positions, borders = [], [], [0]
-    for sequence in SEQUENCES:
-        for position, token in enumerate(sequence):
-            ids.append(token)
-            positions.append(position)
-        borders.append(len(ids))
-    assert inputs["input_ids"].tolist() == [ids]
-    assert inputs["position_ids"].tolist() == [positions]
-    assert inputs["cu_seq_lens_q"].tolist() == inputs["cu_seq_lens_k"].tolist() == borders
-    assert inputs["cu_seq_lens_q"].dtype == torch.int32  # flash-attn takes no other
-    assert inputs["max_length_q"] == inputs["max_length_k"] == 5
-    assert "attention_mask" not in inputs
-
-
-def test_padding_is_on_the_right_and_masked() -> None:
-    inputs = pad(SEQUENCES, PAD_ID).inputs
-    assert inputs["input_ids"].tolist() == [s + [PAD_ID] * (5 - len(s)) for s in SEQUENCES]
-    assert inputs["attention_mask"].tolist() == [[1] * len(s) + [0] * (5 - len(s)) for s in SEQUENCES]
+def test_packing_lays_sequences_end_to_end_and_padding_is_on_the_right_and_masked() -> None:
+    packed, padded = pack(SEQUENCES).inputs, pad(SEQUENCES, PAD_ID).inputs
+    assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]]
+    assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 4, 9, 11]
+    assert packed["cu_seq_lens_q"].dtype == torch.int32  # flash-attn takes no other
+    assert packed["max_length_q"] == packed["max_length_k"] == 5
+    assert "attention_mask" not in packed
+    assert padded["input_ids"].tolist() == [s + [PAD_ID] * (5 - len(s)) for s in SEQUENCES]
+    assert padded["attention_mask"].tolist() == [[1] * len(s) + [0] * (5 - len(s)) for s in SEQUENCES]
 
 
 @packed_and_padded
@@ -119,38 +99,20 @@ def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Col
 
 
 @pytest.mark.parametrize("collate", [pack, pad, pad_99])
-@torch.no_grad()
-def test_the_answers_logits_are_those_rows_of_the_full_logits_alone_or_in_a_batch_of_any_order(
-    collate: Collate, ours: PreTrainedModel, theirs: PreTrainedModel
+def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_in_any_order(
+    collate: Collate, lm_path: str
 ) -> None:
+    ours = load_causal_lm(lm_path, dtype=torch.float64).eval()
+    theirs = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float64, attn_implementation="sdpa").eval()
     alone = [[TokenSequence([3, 4], 1)], [TokenSequence(list(range(3, 33)), 20)]]
     for sequences in [*alone, *(random_sequences(8, ours.config.vocab_size, seed) for seed in range(3))]:
         for turned in (sequences, random.Random(0).sample(sequences, len(sequences))):
             logits, expected = answer_logits(ours, answer_batch(turned, collate)), naive_rows(theirs, turned)
             assert logits.shape == expected.shape
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
-
-
-@torch.no_grad()
-def test_a_sequence_does_not_see_its_neighbours(ours: PreTrainedModel) -> None:
-    first, second, third = random_sequences(4, ours.config.vocab_size, seed=6)[1:]
-    changed = TokenSequence([token // 2 + 3 for token in second.ids], second.answer_start)
-    before, after = (answer_batch([first, middle, third], pack) for middle in (second, changed))
-    logits, others = answer_logits(ours, before), answer_logits(ours, after)
-    outside = before.owners != 1
-    torch.testing.assert_close(logits[outside], others[outside], rtol=0, atol=1e-12)
-    assert (logits[~outside] - others[~outside]).abs().max() > 1e-3
-
-
-@packed_and_padded
-def test_the_gradient_is_that_of_the_sequences_one_by_one(collate: Collate, lm_path: str) -> None:
-    sequences = random_sequences(5, 200, seed=7)
-    ours = load_causal_lm(lm_path, dtype=torch.float64)
-    theirs = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float64, attn_implementation="sdpa")
-    batch = answer_batch(sequences, collate)
-    torch.nn.functional.cross_entropy(answer_logits(ours, batch), batch.targets, reduction="sum").backward()
-    targets = torch.tensor([token for sequence in sequences for token in sequence.ids[sequence.answer_start :]])
-    torch.nn.functional.cross_entropy(naive_rows(theirs, sequences), targets, reduction="sum").backward()
+    for rows in (logits, expected):
+        targets = torch.tensor([token for sequence in turned for token in sequence.ids[sequence.answer_start :]])
+        torch.nn.functional.cross_entropy(rows, targets, reduction="sum").backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 

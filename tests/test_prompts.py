@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 from tokenizers import processors
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rqa.data import Document, Example, Turn
 from rqa.prompts import (
@@ -30,32 +31,22 @@ HISTORY = (
     Turn("Assistant", "It is held each spring."),
 )
 ANSWER = "Arlen trades in copper."
-ALTERNATING = (
+ASKED = Example("What does Arlen trade in?", where="train.jsonl:7")
+TALKED = replace(ASKED, chat_history=HISTORY)
+ALTERNATING = (  # as Llama 2's, Mistral's and Gemma's templates want roles to be
     "{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}"
-    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}"
-    "<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant') }}{% endif %}{% endfor %}"
 )
 both_formats = pytest.mark.parametrize("chat_format", ["prefix", "template"])
 
 
-def clone(tokenizer: PreTrainedTokenizerBase, template: str | None = None, **given: object) -> PreTrainedTokenizerBase:
+def clone(tokenizer: Tokenizer, template: str | None = None, **given: object) -> Tokenizer:
     """A tokenizer of our own to change."""
     core = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
     special = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
     made = PreTrainedTokenizerFast(tokenizer_object=core, **special | given)
     made.chat_template = template if template is not None else tokenizer.chat_template
     return made
-
-
-@pytest.fixture(scope="module")
-def example(examples: list[Example]) -> Example:
-    return examples[0]
-
-
-@pytest.fixture(scope="module")
-def talked(example: Example) -> Example:
-    return replace(example, chat_history=HISTORY, where="train.jsonl:7")
 
 
 def arguments(chat_format: str, **given: object) -> PromptArguments:
@@ -74,26 +65,22 @@ def passage_characters(text: str, passages: list[Document]) -> int:
 # ---------------------------------------------------------------- the text
 
 
-def test_the_prefix_format_is_the_documented_text(
-    tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
-) -> None:
+def test_the_prefix_format_is_the_documented_text(tokenizer: Tokenizer, documents: list[Document]) -> None:
     style = arguments("prefix", user_prefix="U:", assistant_prefix="A:", sep_user="|u|", sep_sys="|s|")
-    prompt = Prompter(tokenizer, style).encode(talked, documents[:2], "Copper.")
+    prompt = Prompter(tokenizer, style).encode(TALKED, documents[:2], "Copper.")
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == (
         "U: Tell me about the harbour of Arlen.|u|A: It is known for its trade.|s|<|endoftext|>"
         "U: And the market of Brask?|u|A: It is held each spring.|s|<|endoftext|>"
         "U: Use the passages to answer the question. Reply with the answer alone.\n\n"
-        f"[1] {documents[0].fmt_content}\n\n[2] {documents[1].fmt_content}\n\nQuestion: {talked.question}|u|A:"
+        f"[1] {documents[0].fmt_content}\n\n[2] {documents[1].fmt_content}\n\nQuestion: {TALKED.question}|u|A:"
     )
     assert tokenizer.decode(prompt.ids[prompt.answer_start :]) == " Copper.|s|<|endoftext|>"
 
 
-def test_the_template_format_is_the_tokenizers_own(
-    tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
-) -> None:
-    prompt = Prompter(tokenizer, arguments("template")).encode(talked, documents[:1], " Copper. ")
+def test_the_template_format_is_the_tokenizers_own(tokenizer: Tokenizer, documents: list[Document]) -> None:
+    prompt = Prompter(tokenizer, arguments("template")).encode(TALKED, documents[:1], " Copper. ")
     request = INSTRUCTION.replace("{passages}", f"[1] {documents[0].fmt_content}")
-    turns = [turn.message for turn in HISTORY] + [request.replace("{question}", talked.question), "Copper."]
+    turns = [turn.message for turn in HISTORY] + [request.replace("{question}", TALKED.question), "Copper."]
     messages = [{"role": role, "content": text} for role, text in zip(["user", "assistant"] * 3, turns, strict=True)]
     theirs = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == theirs
@@ -103,11 +90,11 @@ def test_the_template_format_is_the_tokenizers_own(
 @both_formats
 @pytest.mark.parametrize("case", [(0, 0, 2048), (1, 1, 120), (4, 4, 120), (4, 4, 160), (1, 4, 220), (4, 0, 160)])
 def test_training_ids_are_the_generation_prompts_followed_by_the_answers(
-    case: tuple[int, int, int], chat_format: str, tokenizer: PreTrainedTokenizerBase, documents: list[Document]
+    case: tuple[int, int, int], chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     count, history, length = case
     prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
-    asked = Example("What does Arlen trade in?", chat_history=HISTORY[len(HISTORY) - history :])
+    asked = replace(ASKED, chat_history=HISTORY[len(HISTORY) - history :])
     trained = prompter.encode(asked, documents[:count], ANSWER)
     generated = prompter.encode(asked, documents[:count])
     assert len(prompter.encode_answer(ANSWER)) <= 24
@@ -118,12 +105,12 @@ def test_training_ids_are_the_generation_prompts_followed_by_the_answers(
 
 @both_formats
 def test_only_an_answer_beyond_max_new_tokens_that_lacks_room_has_its_prompt_cut_more_than_in_generation(
-    chat_format: str, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
+    chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
-    whole = Prompter(tokenizer, arguments(chat_format)).encode(example, documents[:2]).ids
+    whole = Prompter(tokenizer, arguments(chat_format)).encode(ASKED, documents[:2]).ids
     for length in (len(whole) + 24, 2048):
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
-        generated, trained = (prompter.encode(example, documents[:2], given) for given in (None, ANSWER * 9))
+        generated, trained = (prompter.encode(ASKED, documents[:2], given) for given in (None, ANSWER * 9))
         answer = prompter.encode_answer(ANSWER * 9)
         assert len(answer) > 24
         assert generated.ids == whole
@@ -133,10 +120,10 @@ def test_only_an_answer_beyond_max_new_tokens_that_lacks_room_has_its_prompt_cut
         assert not generated.cut_more
 
 
-def test_the_assistants_turns_are_known_by_their_speaker(tokenizer: PreTrainedTokenizerBase, example: Example) -> None:
+def test_the_assistants_turns_are_known_by_their_speaker(tokenizer: Tokenizer) -> None:
     def text(*history: Turn) -> str:
-        asked = Example(example.question, chat_history=history)
-        return tokenizer.decode(Prompter(tokenizer, arguments("prefix")).encode(asked, []).ids)
+        prompter = Prompter(tokenizer, arguments("prefix"))
+        return tokenizer.decode(prompter.encode(replace(ASKED, chat_history=history), []).ids)
 
     for speaker in ("Assistant", "assistant", "AI", "system", "Agent 2", "bot"):
         said = text(Turn("Human", "hi"), Turn(speaker, "hello"))
@@ -148,7 +135,7 @@ def test_the_assistants_turns_are_known_by_their_speaker(tokenizer: PreTrainedTo
     ("chat_format", "sep_sys"), [("prefix", ""), ("prefix", "\n"), ("prefix", "\n<|im_end|>\n"), ("template", "")]
 )
 def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_with(
-    chat_format: str, sep_sys: str, tmp_path: Path, tokenizer: PreTrainedTokenizerBase
+    chat_format: str, sep_sys: str, tmp_path: Path, tokenizer: Tokenizer
 ) -> None:
     (tmp_path / "template.txt").write_text("{passages}{question}")
     style = arguments(chat_format, sep_sys=sep_sys, prompt_template=str(tmp_path / "template.txt"))
@@ -166,12 +153,12 @@ def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_wi
 @both_formats
 @pytest.mark.parametrize("with_history", [False, True])
 def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
-    with_history: bool, chat_format: str, tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
+    with_history: bool, chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
-    asked = talked if with_history else Example(talked.question, where=talked.where)
+    asked = TALKED if with_history else ASKED
     passages = documents[:3]
     whole = Prompter(tokenizer, arguments(chat_format)).encode(asked, passages, ANSWER)
-    alone = Prompter(tokenizer, arguments(chat_format)).encode(Example(talked.question), [], ANSWER)
+    alone = Prompter(tokenizer, arguments(chat_format)).encode(ASKED, [], ANSWER)
     shown, kept_turns = [], []
     for length in [*range(len(alone.ids), len(whole.ids) + 30, 3), len(whole.ids) + 30]:
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
@@ -179,7 +166,7 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
         assert len(sequence.ids) <= length
         assert sequence.ids[sequence.answer_start :] == prompter.encode_answer(ANSWER)
         text = tokenizer.decode(sequence.ids[: sequence.answer_start])
-        assert f"\n\nQuestion: {talked.question}" in text
+        assert f"\n\nQuestion: {TALKED.question}" in text
         assert text.startswith("USER: " if chat_format == "prefix" else "<|im_start|>user\n")
         turns = [turn.message in text for turn in asked.chat_history]
         assert turns == sorted(turns), "an older turn outlived a newer one"
@@ -198,12 +185,12 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
 
 @both_formats
 def test_passages_fill_the_room_that_there_is_and_are_cut_at_word_ends(
-    chat_format: str, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
+    chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     words = [document.fmt_content.split() for document in documents[:2]]
     longest_word = max(len(tokenizer.encode(" " + word)) for word in itertools.chain(*words))
     for length in range(100, 138):
-        prompt = Prompter(tokenizer, arguments(chat_format, max_seq_length=length)).encode(example, documents[:2])
+        prompt = Prompter(tokenizer, arguments(chat_format, max_seq_length=length)).encode(ASKED, documents[:2])
         assert length - 24 - 2 * (longest_word + 2) <= len(prompt.ids) <= length - 24
         body = tokenizer.decode(prompt.ids).partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
         for text, whole in zip(body.removeprefix("[1] ").split("\n\n[2] "), words, strict=True):
@@ -211,14 +198,14 @@ def test_passages_fill_the_room_that_there_is_and_are_cut_at_word_ends(
 
 
 def test_cutting_the_history_never_leaves_an_answer_without_its_question(
-    tokenizer: PreTrainedTokenizerBase, talked: Example, documents: list[Document]
+    tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
-    strict = clone(tokenizer, ALTERNATING)  # as Llama 2's, Mistral's and Gemma's templates do
-    whole = len(Prompter(strict, arguments("template")).encode(talked, []).ids)
+    strict = clone(tokenizer, ALTERNATING + tokenizer.chat_template)
+    whole = len(Prompter(strict, arguments("template")).encode(TALKED, []).ids)
     texts = set()
     for length in range(whole + 24, 60, -2):
         prompter = Prompter(strict, arguments("template", max_seq_length=length))
-        text = strict.decode(prompter.encode(talked, documents[:1]).ids)
+        text = strict.decode(prompter.encode(TALKED, documents[:1]).ids)
         texts.add(tuple(turn.message in text for turn in HISTORY))
     assert texts == {(True,) * 4, (False, False, True, True), (False,) * 4}
 
@@ -245,9 +232,7 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
 
 
 @both_formats
-def test_placeholders_in_questions_and_passages_are_plain_text(
-    chat_format: str, tokenizer: PreTrainedTokenizerBase
-) -> None:
+def test_placeholders_in_questions_and_passages_are_plain_text(chat_format: str, tokenizer: Tokenizer) -> None:
     question = r"What does {passages} or {question} or {0} or {x!r} mean, and \1 and \g<0>?"
     passage = Document(r"The template has {question} and {passages} and \2.")
     prompt = Prompter(tokenizer, arguments(chat_format)).encode(Example(question), [passage])
@@ -256,14 +241,12 @@ def test_placeholders_in_questions_and_passages_are_plain_text(
     assert text.count(question) == text.count(passage.page_content) == 1
 
 
-def test_the_retriever_is_asked_with_the_conversation(example: Example, talked: Example) -> None:
-    assert retrieval_query(example) == example.question
-    assert retrieval_query(talked).split("\n") == [*(turn.message for turn in HISTORY), example.question]
+def test_the_retriever_is_asked_with_the_conversation() -> None:
+    assert retrieval_query(ASKED) == ASKED.question
+    assert retrieval_query(TALKED).split("\n") == [*(turn.message for turn in HISTORY), ASKED.question]
 
 
-def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(
-    tokenizer: PreTrainedTokenizerBase, example: Example, talked: Example, documents: list[Document]
-) -> None:
+def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(tokenizer: Tokenizer, documents: list[Document]) -> None:
     adds_bos = clone(tokenizer, bos_token="<s>")  # in front of every text, as Llama's does
     bos = adds_bos.bos_token_id
     adds_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
@@ -271,23 +254,23 @@ def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(
     )
     assert adds_bos.encode("text") == [bos, *adds_bos.encode("text", add_special_tokens=False)]
 
-    def ids(of: PreTrainedTokenizerBase, asked: Example, style: PromptArguments) -> list[int]:
+    def ids(of: Tokenizer, asked: Example, style: PromptArguments) -> list[int]:
         return Prompter(of, style).encode(asked, documents[:2], "Copper.").ids
 
     prefixed = [
-        ids(adds_bos, example, arguments("prefix", user_prefix=prefix)) for prefix in ("USER:", "<s>USER:", "<s> USER:")
+        ids(adds_bos, ASKED, arguments("prefix", user_prefix=prefix)) for prefix in ("USER:", "<s>USER:", "<s> USER:")
     ]
     assert prefixed[0] == prefixed[1]
-    assert prefixed[2] == ids(adds_bos, example, arguments("prefix", user_prefix=" USER:"))
+    assert prefixed[2] == ids(adds_bos, ASKED, arguments("prefix", user_prefix=" USER:"))
     templated = [
-        ids(clone(adds_bos, start + adds_bos.chat_template, bos_token="<s>"), talked, arguments("template"))
+        ids(clone(adds_bos, start + adds_bos.chat_template, bos_token="<s>"), TALKED, arguments("template"))
         for start in ("", "{{ bos_token }}")
     ]
     for first, *others in prefixed + templated:
         assert first == bos
         assert bos not in others
     knows_bos = clone(tokenizer, bos_token="<s>")
-    assert bos not in ids(knows_bos, example, arguments("prefix"))
+    assert bos not in ids(knows_bos, ASKED, arguments("prefix"))
 
 
 # ---------------------------------------------------------------- the end of a turn
@@ -306,7 +289,7 @@ def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(
     ],
 )
 def test_every_answer_ends_with_one_special_token_at_which_generation_stops(
-    style: dict[str, str], text: str, tokenizer: PreTrainedTokenizerBase
+    style: dict[str, str], text: str, tokenizer: Tokenizer
 ) -> None:
     prompter = Prompter(tokenizer, PromptArguments(**style))
     assert tokenizer.decode(prompter.end_of_turn) == text
@@ -314,7 +297,7 @@ def test_every_answer_ends_with_one_special_token_at_which_generation_stops(
     assert prompter.decode(prompter.encode_answer(" An answer. ")[: -len(prompter.end_of_turn)]) == "An answer."
 
 
-def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: PreTrainedTokenizerBase) -> None:
+def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: Tokenizer) -> None:
     endless = clone(tokenizer, eos_token=None)
     with pytest.raises(UserError, match="--sep_sys"):
         Prompter(endless)
@@ -326,13 +309,13 @@ def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: PreTrainedToken
 
 
 def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_its_path(
-    tmp_path: Path, tokenizer: PreTrainedTokenizerBase, example: Example, documents: list[Document]
+    tmp_path: Path, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     path = tmp_path / "template.txt"
     path.write_text("Q={question} {other} P={passages}\n", encoding="utf-8")
     prompter = Prompter(tokenizer, arguments("prefix", prompt_template=str(path)))
-    text = tokenizer.decode(prompter.encode(example, documents[:1]).ids)
-    assert text == f"USER: Q={example.question} {{other}} P=[1] {documents[0].fmt_content}\nASSISTANT:"
+    text = tokenizer.decode(prompter.encode(ASKED, documents[:1]).ids)
+    assert text == f"USER: Q={ASKED.question} {{other}} P=[1] {documents[0].fmt_content}\nASSISTANT:"
     bad = {
         b"Question: {question}": r"\{passages\}",
         b"Passages: {passages}": r"\{question\}",
@@ -346,11 +329,10 @@ def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_it
             Prompter(tokenizer, arguments("prefix", prompt_template=str(tmp_path / str(name))))
 
 
-def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(
-    tokenizer: PreTrainedTokenizerBase, example: Example
-) -> None:
-    strict, never, plain = (clone(tokenizer, text) for text in (ALTERNATING, "{{ raise_exception('never') }}", ""))
-    asked = replace(example, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
+def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(tokenizer: Tokenizer) -> None:
+    strict = clone(tokenizer, ALTERNATING + tokenizer.chat_template)
+    never, plain = (clone(tokenizer, text) for text in ("{{ raise_exception('never') }}", ""))
+    asked = replace(ASKED, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
     with pytest.raises(UserError, match=r"--chat_format template.*roles must alternate"):
         Prompter(strict, arguments("template")).encode(asked, [])
     with pytest.raises(UserError, match=r"--chat_format template.*never"):
@@ -371,19 +353,19 @@ def fid(t5_path: str) -> FiDPrompter:
     return FiDPrompter(AutoTokenizer.from_pretrained(t5_path), style)
 
 
-def test_each_passage_stands_beside_the_whole_question_and_is_cut_to_fit(fid: FiDPrompter, example: Example) -> None:
+def test_each_passage_stands_beside_the_whole_question_and_is_cut_to_fit(fid: FiDPrompter) -> None:
     short = [Document(f"Amber {number}.") for number in range(3)]
     long = Document(" ".join(["The harbour of Arlen."] * 40))
-    encoded = fid.encode(example, [*short, long], example.gold_answer)
-    texts = [f"question: {example.question} context: {passage.fmt_content}" for passage in [*short, long]]
+    encoded = fid.encode(ASKED, [*short, long], ANSWER)
+    texts = [f"question: {ASKED.question} context: {passage.fmt_content}" for passage in [*short, long]]
     whole = [fid.tokenizer(text)["input_ids"] for text in texts]
     assert encoded.passages[:3] == whole[:3]
     cut = encoded.passages[3]
     assert LIMIT - 3 <= len(cut) <= LIMIT
     assert cut[:-1] == whole[3][: len(cut) - 1]
     assert cut[-1] == encoded.answer[-1] == fid.tokenizer.eos_token_id
-    assert encoded.answer == fid.tokenizer(example.gold_answer)["input_ids"]
-    assert fid.encode(example, short).answer == []
+    assert encoded.answer == fid.tokenizer(ANSWER)["input_ids"]
+    assert fid.encode(ASKED, short).answer == []
     assert fid.decode(encoded.answer) == fid.tokenizer.decode(encoded.answer[:-1])
 
 
