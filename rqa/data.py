@@ -13,8 +13,16 @@ from typing import Any, BinaryIO
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
+from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class DocumentArguments(Arguments):
+    """What is retrieved."""
+
+    document_path: str = flag(help="Document database: .jsonl, or LocalRQA's .pkl.", also="full_dataset_file_path")
 
 
 @dataclass(frozen=True)

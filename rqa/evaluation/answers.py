@@ -9,7 +9,7 @@ import torch
 import numpy as np
 from torch import nn
 
-from rqa.data import Document, Example
+from rqa.data import Document, DocumentArguments, Example
 from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
@@ -18,21 +18,17 @@ from rqa.models.reader import Answer, LocalReader
 from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
 
 
 @dataclass(kw_only=True)
-class EvaluationDataArguments(Arguments):
+class EvaluationDataArguments(DocumentArguments):
     """What is evaluated, and on what."""
 
     embedding_model: str = flag(
         help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
         also="embedding_model_name_or_path eval_embedding_model",
-    )
-    document_path: str = flag(help="Document database, .jsonl or LocalRQA's .pkl.", also="full_dataset_file_path")
-    index_path: str | None = flag(
-        None, "Index; built there if absent or stale. Default: in memory.", also="full_dataset_index_path"
     )
     eval_data_path: str = flag(
         help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"

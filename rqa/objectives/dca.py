@@ -71,7 +71,7 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 
 
 def find_contexts(
-    flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document], index_path: str | None
+    flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
 ) -> list[list[Document]]:
     """The passages of each example: its `ctxs`, else what is retrieved from the database; the same in a resumed run.
 
@@ -82,7 +82,7 @@ def find_contexts(
     bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
         with flags.autocast():
-            retriever = open_retriever(flags, model, documents, index_path)
+            retriever = open_retriever(flags, model, documents)
             hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
         for number, found in zip(bare, retriever.documents_of(hits), strict=True):
             contexts[number] = found

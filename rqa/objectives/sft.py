@@ -1,5 +1,6 @@
 """SFT: the likelihood of the answer after its prompt. SwR differs in the passages that the prompt shows."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,8 @@ from rqa.packing import AnswerBatch, answer_batch
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -79,4 +82,6 @@ def encode_examples(
     sequences = fitting(prompter.encode, rows, "the example is left out")
     if not sequences:
         raise UserError(f"{prompter.length_flag}: no example fits; raise it")
+    if more := sum(sequence.cut_more for sequence in sequences.values()):
+        log.warning("%d prompts are cut more than in generation, since their answers exceed --max_new_tokens", more)
     return sequences

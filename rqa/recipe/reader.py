@@ -66,9 +66,7 @@ class ReaderRun(Run):
         self.retriever = None
         if self.retrieves:
             with flags.autocast():
-                self.retriever = open_retriever(
-                    flags, flags.embedding_model, self.documents, flags.index_path, self.eval
-                )
+                self.retriever = open_retriever(flags, flags.embedding_model, self.documents, self.eval)
 
     def finish(self, passages: Sequence[Sequence[Document]]) -> Scores:
         """Train, evaluate, test.

@@ -11,14 +11,14 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from rqa.data import read_documents, read_examples, subset
+from rqa.data import DocumentArguments, read_documents, read_examples, subset
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to_file
 from rqa.runtime.files import write_json, write_jsonl
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
 from rqa.training.journal import continues
@@ -34,18 +34,13 @@ FEW_QUESTIONS = 30  # fewer cannot choose a model
 
 
 @dataclass(kw_only=True)
-class DataArguments(Arguments):
-    """The model, the examples and the document database."""
+class DataArguments(DocumentArguments):
+    """The model and the examples."""
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
     train_file: str = flag(help="Training examples, JSONL.")
-    document_path: str = flag(help="Document database: .jsonl, or LocalRQA's .pkl.", also="full_dataset_file_path")
     eval_file: str | None = flag(None, "Examples that choose the best model, JSONL.")
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
-    index_path: str | None = flag(
-        None, "Index: loaded from there, or built there if absent or stale. Default: in memory.",
-        also="full_dataset_index_path",
-    )  # fmt: skip
 
 
 @dataclass(kw_only=True)

@@ -50,7 +50,6 @@ def open_retriever(
     flags: RetrieverArguments,
     embedding_model: str | None,
     documents: Sequence[Document],
-    index_path: str | None = None,
     examples: Sequence[Example] = (),
 ) -> PassageRetriever:
     """The retriever that the flags name, with its index loaded or built. Call it under `flags.autocast()`.
@@ -73,7 +72,7 @@ def open_retriever(
             "--fusion weighted: give --fusion_weight, or questions with gold passages that choose it "
             "(--fusion_eval_path, or a trainer's --eval_file)"
         )
-    dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(index_path)
+    dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
         return dense
     weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight

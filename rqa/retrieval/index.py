@@ -22,8 +22,12 @@ INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
 
 @dataclass(kw_only=True)
 class IndexArguments(Arguments):
-    """How the index is built and searched."""
+    """Where the index is, and how it is built and searched."""
 
+    index_path: str | None = flag(
+        None, "Index: loaded from there, or built there if absent or stale. Default: in memory.",
+        also="full_dataset_index_path",
+    )  # fmt: skip
     index_factory: str = flag("Flat", "FAISS factory string, such as Flat, HNSW32 or IVF4096,Flat.")
     index_search_parameters: str = flag("", "FAISS search parameters, such as nprobe=32 or efSearch=128.", rare=True)
 
