@@ -109,6 +109,10 @@ class RetrieverRun(Run):
 class TeacherArguments(LanguageModelArguments, EndpointArguments):
     """The language model that judges documents, and how it is asked where it stands behind a server."""
 
+    def check(self) -> None:
+        if self.lm_tokenizer and not is_endpoint(self.lm_model_path):
+            raise UserError("--lm_tokenizer: a local model brings its own; give it with --lm_model_path openai::URL")
+
 
 def open_teacher(flags: TeacherArguments) -> Teacher:
     """The mean log-likelihood of the answer given one document, by a local model or by a server's."""
