@@ -155,11 +155,8 @@ class GivenScores:
                 raise UserError(f"{example.where}: field 'ctxs' must hold documents with a 'score'; --with_score true")
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        return [self._score(pair) for pair in pairs]
-
-    def _score(self, pair: Pair) -> float:
-        keys = [document.key for document in pair.example.ctxs]
-        return (pair.example.ctx_scores or ())[keys.index(pair.document.key)]
+        known = [([context.key for context in pair.example.ctxs], pair.example.ctx_scores or ()) for pair in pairs]
+        return [scores[keys.index(pair.document.key)] for pair, (keys, scores) in zip(pairs, known, strict=True)]
 
 
 class ReaderScores:

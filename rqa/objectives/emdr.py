@@ -8,21 +8,13 @@ from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
-from rqa.objectives.rpg import (
-    CandidateArguments,
-    LanguageModelArguments,
-    ListArguments,
-    ListBatch,
-    ListObjective,
-    agreement,
-)
+from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective, agreement
 from rqa.prompts import Prompter
-from rqa.retrieval.refresh import RefreshArguments
 from rqa.runtime.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EMDRArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+class EMDRArguments(LikelihoodArguments):
     """EMDR2's own flags."""
 
     def check(self) -> None:

@@ -23,7 +23,7 @@ from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.files import fingerprint
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 
 
 @dataclass(kw_only=True)
@@ -43,23 +43,14 @@ class ListArguments(ChunkArguments):
 
 
 @dataclass(kw_only=True)
-class CandidateArguments(Arguments):
-    """Which documents a question is trained on."""
-
-    num_docs: int = flag(20, "Documents retrieved for each question.")
-    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
-
-    def check(self) -> None:
-        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
-
-
-@dataclass(kw_only=True)
-class LanguageModelArguments(LoadingArguments):
-    """The frozen language model that judges documents, here or behind a server."""
+class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments):
+    """The frozen language model that judges documents, here or behind a server, and which documents it judges."""
 
     lm_model_path: str = flag(help="Language model: a directory, a hub name, or openai::http://host:port/v1.")
+    num_docs: int = flag(20, "Documents retrieved for each question.")
+    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
     text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
-    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.")
+    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.", rare=True)
     lm_chat_format: str | None = flag(
         None, "Prompt format: USER/ASSISTANT prefixes, or the tokenizer's chat template. Default: the template if any.",
         choices=["prefix", "template"],
@@ -70,27 +61,29 @@ class LanguageModelArguments(LoadingArguments):
 
     def check(self) -> None:
         self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
+        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
 
-    def lm_prompt(self, tokenizer: object) -> PromptArguments:
+    def lm_prompt(self, tokenizer: Any) -> PromptArguments:
         """How the language model is asked; it answers nothing, so that hardly any room is kept."""
-        chat_format = self.lm_chat_format or ("template" if getattr(tokenizer, "chat_template", None) else "prefix")
+        chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
         return PromptArguments(chat_format=chat_format, max_seq_length=self.text_maxlength, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
-class RPGArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+class RPGArguments(LikelihoodArguments):
     """RPG's own flags."""
 
     lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
     kl_direction: str = flag(
-        "lm_to_retriever", "Divergence: KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"]
-    )
+        "lm_to_retriever", "Divergence: KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"],
+        rare=True,
+    )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("lm_temperature", above=0)
 
 
-def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
+def local_scorer(flags: LikelihoodArguments) -> tuple[AnswerScorer, str]:
     """A language model on this machine, and the fingerprint of it."""
     tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
@@ -162,33 +155,26 @@ def agreement(batch: ListBatch, logits: Tensor) -> dict[str, float]:
 
 
 class RetrievedCandidates:
-    """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing.
+    """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing."""
 
-    Args:
-        dtype: In which the questions are encoded, as the documents of the index were.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], retriever: Retriever, flags: CandidateArguments, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples = examples
         self.retriever = retriever
         self.flags = flags
-        self.dtype = dtype
         self._numbers = {document.key: number for number, document in enumerate(retriever.documents)}
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database of each example's documents, K at most. [B] lists"""
-        questions = [retrieval_query(self.examples[i]) for i in indices]
-        with distributed.autocast(self.dtype):
-            hits = self.retriever.retrieve(questions, self.flags.num_docs)
+        examples = [self.examples[i] for i in indices]
+        with self.flags.autocast():  # as the documents of the index were encoded
+            hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
-        return [self._with_gold(self.examples[i], row) for i, row in zip(indices, rows, strict=True)]
+        return (
+            [self._with_gold(*pair) for pair in zip(examples, rows, strict=True)] if self.flags.include_gold else rows
+        )
 
     def _with_gold(self, example: Example, found: list[int]) -> list[int]:
         K = self.flags.num_docs
-        if not self.flags.include_gold:
-            return found[:K]
         gold = {self._numbers[document.key]: None for document in example.gold_docs if document.key in self._numbers}
         missing = [number for number in gold if number not in found]
         others = [number for number in found if number not in gold]

@@ -14,7 +14,7 @@ from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler, train_adapters
-from rqa.objectives.rpg import LanguageModelArguments, language_model_teacher, local_scorer
+from rqa.objectives.rpg import LikelihoodArguments, language_model_teacher, local_scorer
 from rqa.objectives.teacher import Teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.index import IndexArguments
@@ -106,7 +106,7 @@ class RetrieverRun(Run):
 
 
 @dataclass(kw_only=True)
-class TeacherArguments(LanguageModelArguments, EndpointArguments):
+class TeacherArguments(LikelihoodArguments, EndpointArguments):
     """The language model that judges documents, and how it is asked where it stands behind a server."""
 
     def check(self) -> None:
