@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, StaticCache
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import LoadingArguments, attention_of, evaluating, hidden_states, load_model, packing_is_exact
-from rqa.models.reader import LocalReader
+from rqa.models.reader import GenerationArguments, LocalReader
 from rqa.packing import AnswerBatch, pack
 from rqa.runtime.parallelize import is_sharded
 
@@ -69,18 +69,17 @@ def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache
         cache.update(*(x.transpose(1, 2) for x in padded), layer)
 
 
-class CausalLMReader(LocalReader[list[int]]):
+class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
+
+    def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
+        super().__init__(model, prompter, flags, filler=prompter.stop_ids)
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
 
     def cost(self, prompt: list[int]) -> int:
         return len(prompt) + self.prompter.arguments.max_new_tokens
-
-    @property
-    def filler(self) -> list[int]:
-        return self.prompter.stop_ids
 
     @cached_property
     def _packs(self) -> bool:

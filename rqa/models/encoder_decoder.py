@@ -42,17 +42,14 @@ class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
 def load_encoder_decoder(
     path: str, flags: EncoderDecoderArguments, dtype: torch.dtype = torch.float32, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
-    """An encoder-decoder, and what builds its inputs; `dtype` and `main_only` are those of `load_model`.
+    """An encoder-decoder from a directory or hub name, and what builds its inputs.
 
-    Args:
-        path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe
-            et al. 2020), whose cross-attention begins as the checkpoint's attention.
+    `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe et al. 2020).
     """
     name = path.removeprefix(WARM_START)
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     load = partial(load_model, path=name, flags=flags, dtype=dtype, main_only=main_only)
-    warm = path.startswith(WARM_START)
-    model = _warm_start(name, tokenizer, load) if warm else load(transformers.AutoModelForSeq2SeqLM)
+    model = load(transformers.AutoModelForSeq2SeqLM) if path == name else _warm_start(name, tokenizer, load)
     if not flags.use_flash_attention:
         try:
             model.set_attn_implementation("sdpa")
@@ -139,19 +136,15 @@ class FiD(nn.Module):
         return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
 
 
-class FiDReader(LocalReader[FiDSequence]):
+class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
     def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
-        super().__init__(fid, prompter, flags)
+        super().__init__(fid, prompter, flags, filler=FiDSequence([[prompter.end_token]], []))
         self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
-
-    @property
-    def filler(self) -> FiDSequence:
-        return FiDSequence([[self.prompter.end_token]], [])
 
     def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token

@@ -5,7 +5,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 from torch import nn
 from tqdm import tqdm
@@ -19,8 +19,6 @@ from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step
 
 log = logging.getLogger(__name__)
-
-Prompt = TypeVar("Prompt")
 
 WARM_UP_TOKENS = 4
 
@@ -43,12 +41,12 @@ class GenerationArguments(Arguments):
 
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
         """These settings as `transformers` takes them; answers end at any of the stop tokens."""
-        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
+        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        search = sampling if self.do_sample else {"do_sample": False}
         # What is not set here would come from the checkpoint's generation_config.json.
         unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
-        search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
-        return GenerationConfig(**search, **sampling, **unset, **ends, **options)
+        return GenerationConfig(num_beams=self.num_beams, **search, **unset, **ends, **options)
 
 
 @dataclass(frozen=True)
@@ -57,8 +55,7 @@ class Answer:
 
     Attributes:
         num_tokens: Tokens generated.
-        seconds: How long its batch took. None where nothing was generated: the question did not fit, or the answer was
-            kept from an earlier run.
+        seconds: How long its batch took. None where nothing was generated: no prompt fits, or an earlier run answered.
         batch_size: Questions of that batch. Only if it is 1 are the seconds what a user would have waited.
     """
 
@@ -68,35 +65,31 @@ class Answer:
     batch_size: int = 1
 
 
-class LocalReader(ABC, Generic[Prompt]):
-    """A reader in this process; each kind says what a prompt is, what it costs and how answers are generated.
+class LocalReader(ABC):
+    """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated.
 
     Attributes:
-        model: Its mode is restored after each answer.
+        filler: The prompt for a sharded model when another process has more questions.
         max_batch_tokens: What the prompts of one batch may cost together.
     """
 
-    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
+    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any) -> None:
         self.model = model
         self.prompter = prompter
         self.flags = flags
+        self.filler = filler
         self.max_batch_tokens = 16384
 
-    @property
-    @abstractmethod
-    def filler(self) -> Prompt:
-        """What a sharded model is asked when another process has more to ask."""
-
-    def encode(self, example: Example, passages: Sequence[Document]) -> Prompt:
+    def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
         return self.prompter.encode(example, passages)
 
     @abstractmethod
-    def cost(self, prompt: Prompt) -> int:
+    def cost(self, prompt: Any) -> int:
         """The tokens that a prompt adds to a batch."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Prompt], max_new_tokens: int | None = None) -> list[list[int]]:
+    def generate(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[list[int]]:
         """Answers of one batch of prompts, each up to the token that ends it. [B] -> [B]"""
 
     def answer(
@@ -110,24 +103,24 @@ class LocalReader(ABC, Generic[Prompt]):
         if prompt := self._prompt(example, passages):
             self.generate([prompt], WARM_UP_TOKENS)
 
-    def answer_prompts(self, prompts: Sequence[Prompt | None], progress: bool) -> list[Answer]:
+    def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
         answers = [Answer("", 0)] * len(prompts)
-        asked = {index: prompt for index, prompt in enumerate(prompts) if prompt}
-        numbers = list(asked)
-        batches = token_budget_batches(list(map(self.cost, asked.values())), self.max_batch_tokens, padded=True)
+        asked = [index for index, prompt in enumerate(prompts) if prompt]
+        costs = [self.cost(prompts[index]) for index in asked]
+        batches = token_budget_batches(costs, self.max_batch_tokens, padded=True)
         with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
-                batch = [numbers[place] for place in chosen]
+                batch = [asked[place] for place in chosen]
                 started = time.perf_counter()
-                generated = self.generate([asked[index] for index in batch] or [self.filler])
+                generated = self.generate([prompts[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
                     answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
                 bar.update(len(batch))
         return answers
 
-    def _prompt(self, example: Example, passages: Sequence[Document]) -> Prompt | None:
+    def _prompt(self, example: Example, passages: Sequence[Document]) -> Any:
         try:
             return self.encode(example, passages)
         except DoesNotFit as error:
