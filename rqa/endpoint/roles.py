@@ -1,4 +1,4 @@
-"""What a server stands in for: a reader, and the language model that scores answers; and what asking it costs."""
+"""What a server stands in for: a reader, and the language model that scores answers."""
 
 import logging
 from collections.abc import Iterable, Sequence
@@ -7,17 +7,14 @@ from functools import cache
 from typing import Any
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint
+from rqa.endpoint.client import Endpoint, estimated_tokens
 from rqa.models.loading import load_tokenizer
 from rqa.models.reader import Answer
 from rqa.objectives.teacher import Pair
 from rqa.prompts import PromptArguments, Prompter, fitting
-from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 
 log = logging.getLogger(__name__)
-
-BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 
 
 class EstimatedTokens:
@@ -32,24 +29,7 @@ class EstimatedTokens:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As many ids as the text probably has tokens; they mean nothing."""
-        return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
-
-
-def count_tokens(conversations: Sequence[Sequence[dict[str, str]]]) -> int:
-    """About how many tokens conversations have, `{"role", "content"}` a turn."""
-    return sum(len(EstimatedTokens().encode(turn["content"])) for turns in conversations for turn in turns)
-
-
-def check_price(flag: str, price: Sequence[float]) -> None:
-    """Refuse prices that are not two."""
-    if len(price) not in (0, 2) or min(price, default=0) < 0:
-        raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
-
-
-def cost(asked: str, given: int, written: int, price: Sequence[float]) -> str:
-    """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
-    dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
-    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"
+        return [0] * estimated_tokens(text)
 
 
 class EndpointReader:
