@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, setup
 
 REQUIRED = [
     "torch>=2.12",  # arithmetic, optimizer, processes; from 2.12 on its varlen_attn knows windows and grouped heads
@@ -65,7 +65,7 @@ setup(
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.11",  # as transformers 5.23
-    packages=find_packages(include=["rqa", "rqa.*"]),
+    packages=find_namespace_packages(include=["rqa", "rqa.*"]),
     package_data={"rqa.evaluation": ["report.html"]},
     scripts=sorted(str(path) for path in Path("bin").iterdir() if path.is_file()),
     install_requires=REQUIRED,

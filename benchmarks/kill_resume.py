@@ -193,9 +193,10 @@ class Child:
 
 def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
     """Run an executable of bin/ and watch its phases."""
+    from rqa.recipes import retriever
+
     from rqa.evaluation.answers import ReaderEvaluation
     from rqa.objectives.teacher import Teacher
-    from rqa.recipes import retriever
     from rqa.retrieval.refresh import Refresher
     from rqa.training import loop
     from rqa.training.loop import Batches

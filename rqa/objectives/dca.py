@@ -17,6 +17,9 @@ from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import (
     MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
+    FiDPrompter,
+    FiDSequence,
+    fid_batch,
     load_encoder_decoder,
     observe,
     passage_scores,
@@ -26,8 +29,7 @@ from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
-from rqa.packing import fid_batch
-from rqa.prompts import FiDPrompter, FiDSequence, fitting, retrieval_query
+from rqa.prompts import fitting, retrieval_query
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError

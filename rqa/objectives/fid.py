@@ -15,7 +15,12 @@ from rqa.models.encoder_decoder import (
     MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
     FiD,
+    FiDBatch,
+    FiDPromptArguments,
+    FiDPrompter,
     FiDReader,
+    FiDSequence,
+    fid_batch,
     load_encoder_decoder,
     refuse_overflow,
 )
@@ -23,8 +28,6 @@ from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.objectives.swr import SwRArguments
-from rqa.packing import FiDBatch, fid_batch
-from rqa.prompts import FiDPromptArguments, FiDPrompter, FiDSequence
 
 
 @dataclass(kw_only=True)

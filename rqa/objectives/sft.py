@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import CausalLMReader, answer_logits, load_causal_lm
+from rqa.models.causal_lm import answer_logits, load_causal_lm
 from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer
-from rqa.models.reader import GenerationArguments
+from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting

@@ -13,8 +13,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
 from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, cost, is_endpoint
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.models.reader import CausalLMReader
 from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed

@@ -1,16 +1,17 @@
 """A trained system: whichever reader is named, ready to answer over what a retriever finds."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.endpoint.roles import EndpointReader
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDReader, load_encoder_decoder
+from rqa.endpoint.scorer import EstimatedTokens
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
 from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
-from rqa.models.reader import GenerationArguments
+from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
-from rqa.prompts import FiDPromptArguments, Prompter
+from rqa.prompts import PromptArguments, Prompter, fitting
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.errors import UserError
 
@@ -18,6 +19,30 @@ from rqa.runtime.errors import UserError
 @dataclass(kw_only=True)
 class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArguments, EndpointArguments):
     """How a reader of any kind is asked."""
+
+
+class EndpointReader:
+    """Answers questions over passages by chat; the instruction is that of every other reader, the format the server's.
+
+    `max_seq_length` bounds what is sent, in tokens by estimate.
+    """
+
+    def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
+        self.endpoint = endpoint
+        self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
+
+    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
+        """One answer at temperature 0 for each question, many asked at once. [Q] -> [Q]
+
+        A question that does not fit by itself is reported and gets an empty answer.
+        """
+        asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
+        replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
+        answers = dict(zip(asked, replies, strict=True))
+        return [Answer(*answers.get(number, ("", 0))) for number in range(len(examples))]
+
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Nothing: a server is asked no question twice, and may have to be paid."""
 
 
 def load_reader(

@@ -12,7 +12,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
-from rqa.models.causal_lm import CausalLMReader, new_cache, read_prompts
+from rqa.models.reader import CausalLMReader, new_cache, read_prompts
 from rqa.packing import pack
 
 WIDTH, VOCABULARY = 16, 50

@@ -10,7 +10,8 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.reader import CausalLMReader
 from rqa.prompts import PromptArguments, Prompter
 
 NEW_TOKENS = 8

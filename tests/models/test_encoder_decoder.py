@@ -26,7 +26,9 @@ from rqa.data import Document, Example
 from rqa.models.encoder_decoder import (
     NEW_LAYERS,
     EncoderDecoderArguments,
+    FiDPromptArguments,
     FiDReader,
+    FiDSequence,
     load_encoder_decoder,
     mean_by_owner,
     observe,
@@ -37,7 +39,6 @@ from rqa.models.encoder_decoder import (
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.fid import FiDLikelihood
 from rqa.packing import pack
-from rqa.prompts import FiDPromptArguments, FiDSequence
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
 

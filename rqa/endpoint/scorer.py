@@ -2,16 +2,13 @@
 
 import logging
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 from functools import cache
 from typing import Any
 
-from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, estimated_tokens
 from rqa.models.loading import load_tokenizer
-from rqa.models.reader import Answer
 from rqa.objectives.teacher import Pair
-from rqa.prompts import PromptArguments, Prompter, fitting
+from rqa.prompts import Prompter, fitting
 from rqa.runtime.files import fingerprint
 
 log = logging.getLogger(__name__)
@@ -30,30 +27,6 @@ class EstimatedTokens:
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As many ids as the text probably has tokens; they mean nothing."""
         return [0] * estimated_tokens(text)
-
-
-class EndpointReader:
-    """Answers questions over passages by chat; the instruction is that of every other reader, the format the server's.
-
-    `max_seq_length` bounds what is sent, in tokens by estimate.
-    """
-
-    def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
-        self.endpoint = endpoint
-        self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
-
-    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
-        """One answer at temperature 0 for each question, many asked at once. [Q] -> [Q]
-
-        A question that does not fit by itself is reported and gets an empty answer.
-        """
-        asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
-        replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        answers = dict(zip(asked, replies, strict=True))
-        return [Answer(*answers.get(number, ("", 0))) for number in range(len(examples))]
-
-    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Nothing: a server is asked no question twice, and may have to be paid."""
 
 
 class EndpointScorer:
