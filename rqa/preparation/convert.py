@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm as progress
-
 from rqa.data import Document, Example, iterate_documents, iterate_examples
 from rqa.preparation.chunking import Seen
 from rqa.preparation.layouts import JSONL, LAYOUTS
 from rqa.preparation.reading import read_rows, read_table
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
 
