@@ -44,12 +44,20 @@ POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls
 class EncoderArguments(LoadingArguments):
     """How texts become vectors. What is not given is taken from the checkpoint."""
 
-    pooling_type: str | None = flag(None, "Pooling of tokens. Default: the checkpoint's, or mean.", ["mean", "cls"])
-    normalize: bool | None = flag(None, "Whether embeddings get length 1. Default: as in the checkpoint, or true.")
+    pooling_type: str | None = flag(
+        None, "Pooling of tokens. Default: the checkpoint's, or mean.", ["mean", "cls"], rare=True
+    )
+    normalize: bool | None = flag(
+        None, "Whether embeddings get length 1. Default: as in the checkpoint, or true.", rare=True
+    )
     query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
-    max_query_length: int | None = flag(None, "Tokens of a question; the rest is cut. Default: the checkpoint's.")
-    max_passage_length: int | None = flag(None, "Tokens of a passage; the rest is cut. Default: the checkpoint's.")
+    max_query_length: int | None = flag(
+        None, "Tokens of a question; the rest is cut. Default: the checkpoint's.", rare=True
+    )
+    max_passage_length: int | None = flag(
+        None, "Tokens of a passage; the rest is cut. Default: the checkpoint's.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("max_query_length", "max_passage_length", at_least=3)

@@ -190,11 +190,13 @@ class LoraArguments(Arguments):
     """LoRA: low-rank adapters are trained instead of the whole model."""
 
     use_lora: bool = flag(False, "Whether to train low-rank adapters and freeze the model itself.")
-    lora_r: int = flag(16, "Rank of the adapters.")
+    lora_r: int = flag(16, "Rank of the adapters.", rare=True)
     lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
     lora_dropout: float = flag(0.0, "Dropout of the adapters' input.", rare=True)
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the layers that get an adapter.", rare=True)
-    merge_lora_on_save: bool = flag(False, "Whether output_dir gets a plain model, with the adapters merged.")
+    merge_lora_on_save: bool = flag(
+        False, "Whether output_dir gets a plain model, with the adapters merged.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("lora_r", at_least=1)

@@ -34,6 +34,7 @@ class RetrieverArguments(EncoderArguments, IndexArguments):
     fusion_weight: float | None = flag(
         None,
         "Dense share of the weighted sum. Default: the best one on --fusion_eval_path, or a trainer's --eval_file.",
+        rare=True,
     )
     fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
     fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)

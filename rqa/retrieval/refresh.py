@@ -33,7 +33,9 @@ class RefreshArguments(Arguments):
         False, "Encode on a copy of the weights while training goes on; swap the index when ready."
     )
     train_query_encoder_only: bool = flag(
-        False, "Keep the initial encoder for passages; it is saved beside the trained one, and nothing is refreshed."
+        False,
+        "Keep the initial encoder for passages; it is saved beside the trained one, and nothing is refreshed.",
+        rare=True,
     )
 
     def check(self) -> None:
