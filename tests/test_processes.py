@@ -177,7 +177,9 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
             assert (found[name] - weight).abs().max() < 1e-3 * change, (way, name)
         ours, theirs = score(two / trainer / way), score(one)
         assert ours.keys() == theirs.keys()
-        assert ours == pytest.approx(theirs, rel=1e-3), way
+        for name, value in theirs.items():
+            # Two passages may be as near to a question as float32 can tell: one of five may be ranked the other way.
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=0.2 if "retr/" in name else None), (way, name)
 
 
 def test_an_index_made_in_the_background_is_swapped_at_the_same_step(two: Path) -> None:
