@@ -94,8 +94,8 @@ def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[C
                 files[name].write(before)
                 counts[name] = 0
             for row in rows:
-                files[name].write(between if counts[name] else "")
-                files[name].write(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False))
+                text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+                files[name].write(between + text if counts[name] else text)
                 counts[name] += 1
 
         yield write, counts

@@ -91,46 +91,34 @@ def ours(directory: Path) -> tuple[Path | None, dict[str, Path]]:
     return (documents if documents.exists() else None), {p.name.split("_w_")[0]: p for p in directory.glob("*_w_*")}
 
 
-def contents(path: Path) -> list[str]:
-    return [document.page_content for document in iterate_documents(path)]
+def contents(path: Path | None) -> list[str]:
+    return [document.page_content for document in iterate_documents(path)] if path else []
 
 
 def gold(examples: list[Example]) -> list[list[str]]:
     return [[document.page_content for document in example.gold_docs] for example in examples]
 
 
-def converted(layout: str, row: dict[str, Any], folder: Path, no_answer: str = "") -> Example:
-    """The only example of a file with one row."""
-    folder.mkdir(exist_ok=True)
-    (folder / "dev.json").write_text(json.dumps(row))
-    read_layout(layout, [folder / "dev.json"], folder, no_answer)
-    (example,) = iterate_examples(next(folder.glob("dev_w_*")))
-    return example
-
-
 @pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_a_layout_survives_the_way_to_ours_and_back(layout: str, tmp_path: Path) -> None:
+def test_a_layout_survives_the_way_to_ours_and_back_and_ours_the_way_to_it(
+    layout: str, tmp_path: Path, data: Path
+) -> None:
     for line_end in ("\n", "\r\n"):
         path = write_sample(tmp_path / "theirs", layout, line_end)
         read_layout(layout, [path], tmp_path / "ours", no_answer="not said")
         documents, splits = ours(tmp_path / "ours")
-        assert len(contents(documents) if documents else []) == PASSAGES[layout]
+        assert len(contents(documents)) == PASSAGES[layout]
         write_layout(layout, tmp_path / "back", documents, splits, no_answer="not said")
         text = (tmp_path / "back" / path.name).read_text(encoding="utf-8")
         if layout in ARRAYS:
             assert (json.loads(text)[ARRAYS[layout]] if ARRAYS[layout] else json.loads(text)) == SAMPLES[layout]
         else:
             assert [json.loads(line) for line in text.split("\n") if line] == SAMPLES[layout]
-
-
-@pytest.mark.parametrize("layout", sorted(LAYOUTS))
-def test_what_is_converted_is_read_by_the_trainers(layout: str, tmp_path: Path, data: Path) -> None:
-    """Ours into the layout and back again; the passages that it keeps are the same, and so are the questions."""
     before = list(iterate_examples(data / "train_w_qa.jsonl"))
-    write_layout(layout, tmp_path / "theirs", data / "documents.jsonl", {"train": data / "train_w_qa.jsonl"}, "")
-    read_layout(layout, sorted((tmp_path / "theirs").glob("train.*")), tmp_path / "ours")
+    write_layout(layout, tmp_path / "there", data / "documents.jsonl", {"train": data / "train_w_qa.jsonl"})
+    read_layout(layout, sorted((tmp_path / "there").glob("train.*")), tmp_path / "again")
     answers = LAYOUTS[layout].answers
-    after = list(iterate_examples(ours(tmp_path / "ours")[1]["train"], answers=answers))
+    after = list(iterate_examples(ours(tmp_path / "again")[1]["train"], answers=answers))
     assert [example.question for example in after] == [example.question for example in before]
     if answers:
         assert [example.gold_answer for example in after] == [example.gold_answer for example in before]
@@ -149,47 +137,50 @@ def test_unanswerable_questions_are_left_out_unless_they_have_a_text(tmp_path: P
         assert left["questions of train"] == kept["questions of train"] - 1
 
 
-def test_several_answers_are_kept_behind_the_first_under_each_name_of_a_field(tmp_path: Path) -> None:
-    rows: dict[str, list[dict[str, Any]]] = {
-        "nq_open": [{"question": "q", "answer": ["one", "two", "one"]}],
-        "triviaqa": [{"Question": "q", "Answer": {"Value": "one", "Aliases": ["two"]}},
-                     {"question": "q", "answer": {"value": "one", "aliases": ["one", "two"]}}],
-        "fid": [{"question": "q", "target": "one", "answers": ["two", "one"]}],
-    }  # fmt: skip
-    for layout, each in rows.items():
-        for row in each:
-            example = converted(layout, row, tmp_path)
-            assert (example.gold_answer, example.other_answers) == ("one", ("two",))
+BLANK = {"title": "Brask", "text": " ", "passage_id": 1}
+MARCO = SAMPLES["msmarco"][0]
+COLUMNS = {name: [passage[name] for passage in MARCO["passages"]] for name in MARCO["passages"][0]}
+QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
+    # layout, row; answers, gold passages and all passages of it
+    ("nq_open", {"question": "q", "answer": ["one", "two", "one"]}, ["one", "two"], [], []),
+    ("triviaqa", {"Question": "q", "Answer": {"Value": "one", "Aliases": ["two"]}}, ["one", "two"], [], []),
+    ("triviaqa", {"question": "q", "answer": {"value": "one", "aliases": ["one"]}}, ["one"], [], []),
+    ("fid", {"question": "q", "target": "one", "answers": ["two", "one"]}, ["one", "two"], [], []),
+    ("fid", {"question": "q", "target": "one", "ctxs": [{"text": WOOL, "has_answer": True}, {"text": SALT}]},
+     ["one"], [WOOL], [WOOL, SALT]),
+    ("msmarco", {**MARCO, "passages": COLUMNS}, ["Brask", "The town"], [WOOL], [SALT, WOOL, TITLELESS]),
+    ("msmarco", {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
+     ["a"], [WOOL], [WOOL]),
+    # Parquet gives null for what is not there, and Wikipedia dumps hold pages without text.
+    ("dpr", {"question": "q", "answers": None, "positive_ctxs": [BLANK], "hard_negative_ctxs": None},
+     ["none"], ["Brask"], ["Brask"]),
+    ("dpr", {"question": "q", "answers": "a", "positive_ctxs": [{"psg_id": 5, "title": None, "text": WOOL}],
+             "negative_ctxs": [{"text": SALT}]}, ["a"], [WOOL], [WOOL, SALT]),
+    ("flagembedding", {"query": "q", "pos": [WOOL, ""], "neg": None}, [], [WOOL], [WOOL]),
+]  # fmt: skip
 
 
-def test_rows_of_columns_identifiers_by_other_names_and_passages_that_are_not_gold(tmp_path: Path) -> None:
-    row = SAMPLES["msmarco"][0]
-    columns = {name: [passage[name] for passage in row["passages"]] for name in row["passages"][0]}
-    example = converted("msmarco", {**row, "passages": columns}, tmp_path / "marco")
-    assert contents(tmp_path / "marco/documents.jsonl") == [SALT, WOOL, TITLELESS]
-    assert (gold([example]), len(example.ctxs)) == ([[WOOL]], 3)
-    row = {"question": "q", "answers": ["a"], "positive_ctxs": [{"psg_id": 5, "title": None, "text": WOOL}],
-           "negative_ctxs": [{"passage_id": "6", "title": "", "text": SALT}]}  # fmt: skip
-    example = converted("dpr", row, tmp_path / "dpr")
-    assert example.gold_docs[0].metadata == {"source": "5", "title": ""}
-    assert contents(tmp_path / "dpr/documents.jsonl") == [WOOL, SALT]
-    contexts = [{"passage_id": "1", "text": WOOL, "score": 82.5, "has_answer": True}, {"text": SALT, "score": "-1e3"}]
-    example = converted("fid", {"question": "q", "target": "a", "ctxs": contexts}, tmp_path / "fid")
-    assert (gold([example]), example.ctx_scores) == ([[WOOL]], (82.5, -1000.0))
+@pytest.mark.parametrize(("layout", "row", "answers", "golden", "passages"), QUIRKS)
+def test_fields_by_other_names_columns_repeated_answers_blanks_and_nulls_are_read(
+    layout: str, row: dict[str, Any], answers: list[str], golden: list[str], passages: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "dev.json").write_text(json.dumps(row))
+    read_layout(layout, [tmp_path / "dev.json"], tmp_path / "ours", "none")
+    documents, splits = ours(tmp_path / "ours")
+    (example,) = iterate_examples(splits["dev"])
+    assert [answer for answer in (example.gold_answer, *example.other_answers) if answer] == answers
+    assert (gold([example]), contents(documents)) == ([golden], passages)
 
 
-def test_blank_passages_and_empty_fields_do_no_harm(tmp_path: Path) -> None:
-    """Wikipedia dumps hold pages without text, and Parquet gives null for what is not there."""
-    blank = {"title": "Brask", "text": " ", "passage_id": 1}
-    rows = {
-        "dpr": {"question": "q", "answers": None, "positive_ctxs": [blank], "hard_negative_ctxs": None},
-        "msmarco": {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
-        "flagembedding": {"query": "q", "pos": [WOOL, ""], "neg": None},
-    }
-    for layout, row in rows.items():
-        expected = ["Brask" if layout == "dpr" else WOOL]
-        assert gold([converted(layout, row, tmp_path / layout, "none")]) == [expected]
-        assert contents(tmp_path / layout / "documents.jsonl") == expected
+def test_identifiers_and_scores_may_be_numbers(tmp_path: Path) -> None:
+    contexts = [{"id": 5, "title": "T", "text": WOOL, "score": 82.5}, {"text": SALT, "score": "-1e3"}]
+    (tmp_path / "dev.json").write_text(json.dumps([{"question": "q", "answers": ["a"], "ctxs": contexts}]))
+    read_layout("fid", [tmp_path / "dev.json"], tmp_path)
+    (example,) = iterate_examples(tmp_path / "dev_w_qa.jsonl")
+    assert example.ctx_scores == (82.5, -1000.0)
+    assert [document.metadata for document in example.ctxs] == [
+        {"source": "5", "title": "T"}, {"source": "", "title": ""},
+    ]  # fmt: skip
 
 
 def test_a_corpus_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -198,7 +189,7 @@ def test_a_corpus_in_a_file_of_its_own(tmp_path: Path) -> None:
     read_layout("flashrag", [tmp_path / "corpus.jsonl", write_sample(tmp_path / "q", "flashrag")], tmp_path / "ours")
     documents = [(d.metadata["title"], d.page_content) for d in iterate_documents(tmp_path / "ours/documents.jsonl")]
     assert documents == [("Arlen", "It sells copper.\nAnd tin."), ("", "no title")]
-    write_layout("flashrag", tmp_path / "back", tmp_path / "ours/documents.jsonl", {}, "")
+    write_layout("flashrag", tmp_path / "back", tmp_path / "ours/documents.jsonl", {})
     back = [json.loads(line) for line in (tmp_path / "back/corpus.jsonl").open(encoding="utf-8")]
     assert back == [rows[0], {"id": "8", "contents": '""\nno title'}]
 
@@ -228,7 +219,7 @@ def test_beir_survives_the_way_to_ours_and_back(tmp_path: Path) -> None:
         assert path.read_bytes() == (tmp_path / "unpacked" / path.name).read_bytes()
     documents, splits = ours(tmp_path / "ours")
     assert gold(list(iterate_examples(splits["test"]))) == [[WOOL, TITLELESS], [SALT]]
-    counts = write_layout("beir", tmp_path / "back", documents, splits, "")
+    counts = write_layout("beir", tmp_path / "back", documents, splits)
     assert counts == {"corpus.jsonl": 3, "queries.jsonl": 2, "qrels/test.tsv": 3}
     for name in ("corpus.jsonl", "queries.jsonl"):
         back, before = ((path / name).read_text(encoding="utf-8").split("\n") for path in (tmp_path / "back", plain))
@@ -241,7 +232,7 @@ def test_passages_of_one_source_get_names_of_their_own(tmp_path: Path) -> None:
     rows = [{"page_content": text, "metadata": {"source": "guide"}} for text in ("one", "two")]
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "q", "gold_docs": [rows[1]]}))
-    write_layout("beir", tmp_path / "b", tmp_path / "documents.jsonl", {"test": tmp_path / "test.jsonl"}, "")
+    write_layout("beir", tmp_path / "b", tmp_path / "documents.jsonl", {"test": tmp_path / "test.jsonl"})
     assert [json.loads(line)["_id"] for line in (tmp_path / "b/corpus.jsonl").open()] == ["guide", "guide#1"]
     assert (tmp_path / "b/qrels/test.tsv").read_text().splitlines()[1] == "test-0\tguide#1\t1"
 

@@ -95,16 +95,11 @@ def test_google_sections_become_entries_and_end_where_the_indentation_does() -> 
     ]
 
 
-def test_a_returned_type_without_a_name_is_no_name() -> None:
+def test_an_entry_reads_as_name_type_and_description_and_a_type_alone_is_no_name() -> None:
     (block,) = parse("Returns\n-------\nlist of int\n    The places.")
-    assert block == Block("returns", "", "list of int", "The places.")
-    assert block.text == "list of int: The places."
-
-
-def test_an_entry_reads_as_name_type_and_description() -> None:
-    assert Block("parameters", "key", "str", "What is compared.").text == "key (str): What is compared."
-    assert Block("parameters", "key", "", "What is compared.").text == "key: What is compared."
-    assert Block("parameters", "key", "str", "").text == "key (str)"
+    assert (block, block.text) == (Block("returns", "", "list of int", "The places."), "list of int: The places.")
+    texts = [Block("parameters", "key", *rest).text for rest in (("str", "What it is."), ("", "What."), ("str", ""))]
+    assert texts == ["key (str): What it is.", "key: What.", "key (str)"]
 
 
 def test_only_the_signature_of_the_object_itself_is_left_out() -> None:
@@ -112,11 +107,8 @@ def test_only_the_signature_of_the_object_itself_is_left_out() -> None:
     assert [block.text for block in parse("g(x) -> int\n\nCounts.", {"f"})] == ["g(x) -> int", "Counts."]
 
 
-def test_markup_is_reduced_to_what_it_shows() -> None:
+def test_markup_is_reduced_to_what_it_shows_and_sentences_do_not_end_in_abbreviations() -> None:
     marked = "A :class:`~torch.nn.Linear` of ``x``, *never* **y**, [`Trainer`], `docs <a.html>`_, a * b * c"
     assert plain(marked) == "A `torch.nn.Linear` of `x`, never y, `Trainer`, docs, a * b * c"
-
-
-def test_sentences_end_behind_full_stops_but_not_behind_abbreviations() -> None:
     text = "Of a kind, e.g. Gaussian. The default is 1.5. `None` is none! Done"
     assert sentences(text) == ["Of a kind, e.g. Gaussian.", "The default is 1.5.", "`None` is none!", "Done"]
