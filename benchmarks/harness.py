@@ -178,7 +178,6 @@ def train_rqa(
         batch: Their numbers -> a micro-batch.
         steps: Optimizer steps.
     """
-    from rqa.runtime import distributed
     from rqa.training.arguments import LoopArguments
     from rqa.training.loop import Batches, train
 
@@ -187,7 +186,7 @@ def train_rqa(
         return {"eval_loss": 0.0}
 
     with TemporaryDirectory() as directory:
-        loop = LoopArguments(
+        flags = LoopArguments(
             output_dir=directory,
             per_device_train_batch_size=batch_size,
             max_steps=steps,
@@ -197,8 +196,8 @@ def train_rqa(
             eval_strategy="no",
             metric_for_best_model="loss",
         )
-        batches = Batches(examples, batch, loop)
-        train(objective, batches, loop, distributed.start(), before_step=clock.tick, evaluate=last_moment)
+        batches = Batches(examples, batch, flags)
+        train(objective, batches, flags, before_step=clock.tick, evaluate=last_moment)
 
 
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
