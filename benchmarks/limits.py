@@ -32,7 +32,7 @@ from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
 from rqa.models.causal_lm import CausalLMReader, load_causal_lm
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.models.encoder_decoder import EncoderDecoderArguments, load_encoder_decoder
+from rqa.models.encoder_decoder import load_encoder_decoder
 from rqa.models.loading import LoadingArguments, load_tokenizer
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
@@ -48,6 +48,7 @@ from rqa.objectives.rpg import (
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter
+from rqa.recipe.reader import ReaderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.distributed import device
@@ -290,14 +291,14 @@ def rpg_step(bench: Bench, warm: bool) -> Work:
 
 
 def fid_step(bench: Bench) -> Work:
-    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", EncoderDecoderArguments())
+    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", ReaderArguments())
     objective = FiDLikelihood(model, prompter)
     batch = objective.batch([prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(4, 5)])
     return Work(bench.training(objective, lambda: batch), (20, "passages"))
 
 
 def dca_scoring(bench: Bench) -> Work:
-    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", EncoderDecoderArguments())
+    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", ReaderArguments())
     scorer = CrossAttentionScorer(model, prompter, 4)
     pairs = [Pair(e, document, tuple(passages)) for e, passages in bench.contexts(4, 5) for document in passages]
     return Work(bench.inference(lambda: list(scorer(pairs))), (len(pairs), "passages"))
