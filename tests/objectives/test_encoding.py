@@ -21,13 +21,11 @@ def sequences(encoder: Encoder) -> list[list[int]]:
     return encoder.tokenize_passages(texts)
 
 
-def loss_and_gradients(
-    encoder: Encoder, sequences: list[list[int]], size: int, device: str = "cpu"
-) -> tuple[Tensor, dict[str, Tensor]]:
+def loss_and_gradients(encoder: Encoder, sequences: list[list[int]], size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Of a loss that every number of every embedding decides."""
     encoder.zero_grad()
     embeddings = embed_in_chunks(encoder, sequences, size)
-    weights = torch.linspace(-1, 1, embeddings.numel(), device=device).sin().view_as(embeddings)
+    weights = torch.linspace(-1, 1, embeddings.numel(), device=embeddings.device).sin().view_as(embeddings)
     loss = (embeddings * weights).sum()
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
@@ -39,7 +37,7 @@ def test_chunks_give_the_embeddings_of_one_text_at_a_time_and_the_gradient_of_th
 ) -> None:
     expected = torch.cat([torch.from_numpy(encoder.embed([ids])) for ids in sequences])
     ours = embed_in_chunks(encoder, sequences, size)
-    torch.testing.assert_close(ours.detach(), expected, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(ours.detach().cpu(), expected, atol=1e-5, rtol=1e-4)
     (loss, found), (whole, wanted) = (loss_and_gradients(encoder, sequences, n) for n in (size, 0))
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
@@ -55,7 +53,7 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
     found = []
     for seed in (1, 1, 2):
         torch.manual_seed(seed)
-        found.append(loss_and_gradients(encoder, sequences, 2, device))
+        found.append(loss_and_gradients(encoder, sequences, 2))
     (loss, gradients), (_, again), (other, _) = found
     assert loss != other  # dropout is on
     torch.testing.assert_close(gradients, again, atol=1e-6, rtol=1e-4)
@@ -67,7 +65,7 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
             if name in gradients:
                 parameter -= step * gradients[name]
     torch.manual_seed(1)
-    lower, _ = loss_and_gradients(encoder, sequences, 2, device)
+    lower, _ = loss_and_gradients(encoder, sequences, 2)
     assert (loss - lower).item() == pytest.approx(step * slope, rel=0.1)
 
 

@@ -1,4 +1,4 @@
-"""FiD as an objective: saved, loaded again, and batches of what fits. Its loss is told in models/test_encoder_decoder."""
+"""FiD as an objective: saved, loaded again, and batches of what fits; models/test_encoder_decoder.py has its loss."""
 
 from pathlib import Path
 
