@@ -1,11 +1,11 @@
-"""Embeddings with gradient: in chunks as all at once, under dropout too, and none for frozen passages."""
+"""Embeddings with gradient: in chunks as all at once, under dropout too."""
 
 import torch
 import pytest
 from torch import Tensor
 
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.objectives.encoding import EncoderObjective, embed_in_chunks
+from rqa.objectives.encoding import embed_in_chunks
 
 
 @pytest.fixture
@@ -67,15 +67,3 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
     torch.manual_seed(1)
     lower, _ = loss_and_gradients(encoder, sequences, 2)
     assert (loss - lower).item() == pytest.approx(step * slope, rel=0.1)
-
-
-def test_frozen_passages_have_embeddings_without_gradient(encoder: Encoder, sequences: list[list[int]]) -> None:
-    objective = EncoderObjective(encoder, 1.0, chunk_size=2)
-    assert objective.embed_passages(sequences).requires_grad
-    encoder.freeze_passages()
-    with torch.no_grad():
-        encoder.backbone.embeddings.word_embeddings.weight.mul_(torch.rand(32) + 0.5)
-    queries, passages = objective.embed_queries(sequences), objective.embed_passages(sequences)
-    assert queries.requires_grad
-    assert not passages.requires_grad
-    assert (queries - passages).abs().max() > 1e-3

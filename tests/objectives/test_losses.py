@@ -99,16 +99,6 @@ def test_losses_over_lists_and_their_gradients_are_those_of_the_documents_there_
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)
-def test_distillation_is_zero_with_zero_gradient_when_both_are_equal_up_to_a_constant(direction: str) -> None:
-    teacher = torch.randn(3, 6)
-    student = (teacher + torch.tensor([[1.0], [-2.0], [30.0]])).requires_grad_()
-    loss = distillation(teacher, student, direction)
-    loss.sum().backward()
-    torch.testing.assert_close(loss, torch.zeros(3), atol=1e-5, rtol=0)
-    torch.testing.assert_close(student.grad, torch.zeros(3, 6), atol=1e-5, rtol=0)
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_distillation_is_finite_in_bf16_with_extreme_logits(direction: str) -> None:
     teacher = torch.tensor([[3000.0, -3000.0, 0.0, -INF], [-3000.0, -3000.0, -INF, -INF]], dtype=torch.bfloat16)
     student = torch.tensor([[-3000.0, 3000.0, 0.0, -INF], [3000.0, -3000.0, -INF, -INF]], dtype=torch.bfloat16)

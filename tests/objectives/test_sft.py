@@ -50,12 +50,9 @@ def test_the_loss_and_its_gradient_are_those_of_the_answers_alone_however_the_ba
 
 
 def test_what_does_not_fit_is_left_out_and_a_prompt_that_is_cut_more_than_in_generation_is_counted(
-    tokenizer: PreTrainedTokenizerBase,
-    examples: list[Example],
-    documents: list[Document],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+    tokenizer: PreTrainedTokenizerBase, examples: list[Example], documents: list[Document],
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
     monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     prompter = Prompter(tokenizer, PromptArguments(max_seq_length=100, max_new_tokens=16))
     endless = replace(examples[1], question="Why? " * 100, where="train.jsonl:7")

@@ -61,6 +61,7 @@ def ask(lm: PreTrainedModel, prompter: Prompter, pairs: Sequence[Pair], tokens: 
 def test_scores_are_the_mean_log_probability_of_a_plain_forward_pass_in_float64_whatever_is_asked_beside_them(
     tokens_per_batch: int, lm: PreTrainedModel, plain: PreTrainedModel, prompter: Prompter, pairs: list[Pair]
 ) -> None:
+    lm.train().model.norm.register_forward_hook(lambda module, _, states: dropout(states, 0.5, module.training))
     expected = [plain_score(plain, prompter, pair.example, [pair.document]) for pair in pairs]
     assert max(expected) - min(expected) > 0.01
     for order in (range(len(pairs)), torch.randperm(len(pairs)).tolist(), [3], []):
@@ -68,14 +69,6 @@ def test_scores_are_the_mean_log_probability_of_a_plain_forward_pass_in_float64_
         assert ours == pytest.approx([expected[i] for i in order], abs=1e-5)
     half = ask(lm.to(torch.bfloat16), prompter, pairs, tokens_per_batch)
     assert half == pytest.approx(expected, abs=0.05)
-
-
-def test_scoring_leaves_the_models_mode_and_asks_for_no_gradient(
-    lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair]
-) -> None:
-    lm.model.norm.register_forward_hook(lambda module, _, states: dropout(states, 0.5, module.training))
-    lm.train()
-    assert ask(lm, prompter, pairs) == ask(lm, prompter, pairs)
     assert lm.training
     assert not any(parameter.requires_grad for parameter in lm.parameters())
 
@@ -97,12 +90,9 @@ def test_a_prompt_that_is_too_long_loses_passage_tokens_and_not_the_answer(
 
 
 def test_where_question_and_answer_do_not_fit_all_documents_score_alike_with_a_warning(
-    lm: PreTrainedModel,
-    prompter: Prompter,
-    pairs: list[Pair],
-    caplog: pytest.LogCaptureFixture,
+    lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
-) -> None:
+) -> None:  # fmt: skip
     monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     endless = replace(pairs[0].example, question="Why? " * LIMIT, where="train.jsonl:7")
     mixed = [Pair(endless, pairs[0].document), pairs[1], Pair(endless, pairs[2].document)]
