@@ -32,8 +32,8 @@ from harness import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data import Document, Example
+from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import load_tokenizer
-from rqa.prompts import FiDPromptArguments, FiDPrompter, FiDSequence
 
 PADDED_LENGTH = 512
 GENERATED = 50  # tokens of the reference's scoring run

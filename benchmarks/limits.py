@@ -30,17 +30,17 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
 from rqa.models.loading import LoadingArguments, load_tokenizer
+from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
 from rqa.objectives.fid import FiDLikelihood
 from rqa.objectives.rpg import (
-    CandidateArguments,
     Distillation,
-    LanguageModelArguments,
+    LikelihoodArguments,
     RetrievedCandidates,
     ScoredCandidates,
     local_scorer,
@@ -48,7 +48,7 @@ from rqa.objectives.rpg import (
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter
-from rqa.recipe.reader import ReaderArguments
+from rqa.recipe.system import ReaderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.distributed import device
@@ -272,9 +272,9 @@ def rpg_step(bench: Bench, warm: bool) -> Work:
     retriever, examples = bench.retriever(), bench.examples[:4]
     with bench.flags.autocast():
         retriever.open()
-    lm = LanguageModelArguments(lm_model_path=bench.arguments.model_name_or_path, bf16=bench.flags.bf16)
+    lm = LikelihoodArguments(lm_model_path=bench.arguments.model_name_or_path, bf16=bench.flags.bf16, num_docs=4)
     (scorer, _), fresh = local_scorer(lm), count()
-    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=4), bench.dtype)
+    choose = RetrievedCandidates(examples, retriever, lm)
 
     def teacher() -> Teacher:
         return Teacher(scorer, "", Path(bench.arguments.directory) / f"{bench.arguments.system} {next(fresh)}.sqlite")

@@ -24,9 +24,8 @@ from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoadingArguments, load_tokenizer
 from rqa.objectives.rpg import (
-    CandidateArguments,
     Distillation,
-    LanguageModelArguments,
+    LikelihoodArguments,
     RetrievedCandidates,
     ScoredCandidates,
     language_model_teacher,
@@ -76,9 +75,11 @@ def rqa_steps(
     """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
     encoder, bf16 = retriever.encoder, arguments.precision == "bf16"
     os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # nothing is known from an earlier run
-    lm = LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16)
+    lm = LikelihoodArguments(
+        lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth
+    )
     teacher = language_model_teacher(*local_scorer(lm))
-    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=depth), lm.dtype)
+    choose = RetrievedCandidates(examples, retriever, lm)
     collate = ScoredCandidates(examples, retriever.documents, encoder, choose, teacher, TEMPERATURE)
     objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
     epoch = arguments.warmup + arguments.steps
@@ -96,7 +97,7 @@ def usual_steps(
     encoder, flags = retriever.encoder, LoadingArguments(bf16=arguments.precision == "bf16")
     backbone = encoder.backbone.train()
     tokenizer = load_tokenizer(arguments.lm_model_path)
-    lm = LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
+    lm = LikelihoodArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
     prompter = Prompter(tokenizer, lm.lm_prompt(tokenizer))
     model = load_causal_lm(arguments.lm_model_path, dtype=flags.dtype).eval()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)
