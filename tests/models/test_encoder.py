@@ -241,16 +241,8 @@ def test_neither_the_order_nor_the_size_of_batches_matters_and_none_is_larger_th
     assert embed_queries(encoder, []).shape == (0, encoder.dimension) == (0, 32)
 
 
-def test_embedding_gives_no_gradient_and_forward_does(encoder: Encoder, passages: list[str]) -> None:
-    encoder.train()
-    embed_passages(encoder, passages[:3])
-    assert all(parameter.grad is None for parameter in encoder.parameters())
-    encoder(encoder.collate(encoder.tokenize_passages(passages[:3])))[:, 0].sum().backward()
-    assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_embedding_is_without_dropout_and_restores_the_mode(
+def test_embedding_has_no_dropout_and_no_gradient_and_restores_the_mode(
     training: bool, encoder: Encoder, passages: list[str]
 ) -> None:
     assert encoder.backbone.config.hidden_dropout_prob > 0
@@ -260,9 +252,11 @@ def test_embedding_is_without_dropout_and_restores_the_mode(
     with pytest.raises(IndexError):
         encoder.embed([[10**6]])
     assert all(module.training == training for module in encoder.modules())
-    with torch.no_grad():
-        direct = encoder(encoder.collate(encoder.tokenize_passages(passages))).numpy()
-    assert (np.abs(direct - expected).max() > 1e-2) == training
+    direct = encoder(encoder.collate(encoder.tokenize_passages(passages)))
+    assert (np.abs(direct.detach().numpy() - expected).max() > 1e-2) == training
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    direct[:, 0].sum().backward()  # embedding gives no gradient, forward does
+    assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
 
 
 # ---------------------------------------------------------------- a projection, and an encoder of passages alone
@@ -326,14 +320,9 @@ def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
     frozen.train()
     assert all(module.training for module in frozen.backbone.modules())
     assert not any(module.training for module in frozen.passage_side.modules())
-    batch = ContrastiveBatch(
-        queries=frozen.tokenize_queries(QUERIES[:3]),
-        passages=frozen.tokenize_passages(passages[:3]),
-        documents=torch.arange(3),
-        targets=torch.arange(3),
-        gold=torch.arange(3)[:, None],
-        indices=range(3),
-    )
+    queries, texts = frozen.tokenize_queries(QUERIES[:3]), frozen.tokenize_passages(passages[:3])
+    three = torch.arange(3)
+    batch = ContrastiveBatch(queries, texts, indices=range(3), documents=three, targets=three, gold=three[:, None])
     for chunk_size in (0, 1):
         frozen.zero_grad()
         Contrastive(frozen, 0.05, chunk_size)(batch)[0].backward()
@@ -347,14 +336,10 @@ def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
 # ---------------------------------------------------------------- the fingerprint
 
 
-def test_the_fingerprint_is_the_same_for_the_same_embeddings(
-    encoder: Encoder, encoder_path: str, passages: list[str]
-) -> None:
+def test_the_fingerprint_is_the_same_for_the_same_embeddings(encoder: Encoder, encoder_path: str) -> None:
     before = encoder.fingerprint()
     assert load_encoder(encoder_path).fingerprint() == before
-    embed_passages(encoder, passages)
-    encoder.train()
-    assert encoder.fingerprint() == before
+    embed_passages(encoder.train(), ["some text"])
     encoder.tokenizer(["padded", "to one length"], padding=True, truncation=True, max_length=5)
     assert encoder.fingerprint() == before
 
