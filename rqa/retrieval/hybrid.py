@@ -32,7 +32,7 @@ class RetrieverArguments(EncoderArguments, IndexArguments):
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
     fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
     fusion_weight: float | None = flag(
-        None, "Dense share of the weighted sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file."
+        None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
     )
     fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
     fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)

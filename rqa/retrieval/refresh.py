@@ -30,7 +30,9 @@ class RefreshArguments(Arguments):
 
     refresh_step: str = flag("10", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
     refresh_async: bool = flag(False, "Encode on a copy of the weights while training goes on; then swap the index.")
-    train_query_encoder_only: bool = flag(False, "Keep the initial encoder for passages; nothing is refreshed.")
+    train_query_encoder_only: bool = flag(
+        False, "Keep the initial encoder for passages; it is saved beside the trained one, never refreshed.", rare=True
+    )
 
     def check(self) -> None:
         parse_schedule(self.refresh_step)
