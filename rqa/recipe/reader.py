@@ -27,35 +27,25 @@ class ReaderRun(Run):
     flags: Any  # ReaderTraining, and what the objective's `load` and `reader` read
 
     def __init__(self, flags: Any, objective: type) -> None:
-        """Files, the reader to train, and the retriever.
-
-        Args:
-            objective: The class of what is trained: `AnswerLikelihood` or `FiDLikelihood`.
-        """
-        self.retrieves = bool(flags.embedding_model) or flags.retriever == "bm25"
-        if not self.retrieves and flags.retriever == "hybrid":
+        """`objective` is the class of what is trained: `AnswerLikelihood` or `FiDLikelihood`."""
+        retrieves = bool(flags.embedding_model) or flags.retriever == "bm25"
+        if not retrieves and flags.retriever == "hybrid":
             raise UserError("--retriever hybrid: name its encoder, too (--embedding_model)")
-        if not self.retrieves and flags.gen_gpt4eval:
-            raise UserError(
-                "--gen_gpt4eval true: there are no answers without a retriever; name one, or --retriever bm25"
-            )
+        if not retrieves and flags.gen_gpt4eval:
+            cure = "name one, or --retriever bm25"
+            raise UserError(f"--gen_gpt4eval true: there are no answers without a retriever; {cure}")
         super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         self.objective = objective.load(self.source, flags)
         self.model = self.objective.model
         train_adapters(self.model, flags)
         if self.model.config.is_encoder_decoder:
             freeze_pooler(self.model.get_encoder())
-        self.retriever = None
-        if self.retrieves:
-            with flags.autocast():
-                self.retriever = open_retriever(flags, flags.embedding_model, self.documents, self.eval)
+        with flags.autocast():
+            asked = (flags, flags.embedding_model, self.documents, self.eval)
+            self.retriever = open_retriever(*asked) if retrieves else None
 
     def finish(self, passages: Sequence[Sequence[Document]]) -> Scores:
-        """Train, evaluate, test.
-
-        Args:
-            passages: Those of each training prompt.
-        """
+        """Train on prompts with these passages, evaluate, test."""
         with self.flags.autocast():
             self.on_eval = ReaderEvaluation(self.retriever, self.eval, self.flags)
             self.on_test = ReaderEvaluation(self.retriever, self.test, self.flags)

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -13,13 +13,14 @@ from rqa.endpoint.scorer import remote_scorer
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler, train_adapters
-from rqa.objectives.rpg import LikelihoodArguments, language_model_teacher, local_scorer
+from rqa.objectives.rpg import LikelihoodArguments, local_scorer
 from rqa.objectives.teacher import Teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
 
@@ -36,7 +37,6 @@ class RetrieverRun(Run):
     trains_retriever = True
 
     def __init__(self, flags: RetrieverTraining, answers: bool = False) -> None:
-        """Files, then the encoder. `answers`: whether training examples must have answers."""
         super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
         flags.ignore("per_device_eval_batch_size", "questions are encoded by tokens, not by number")
         self.encoder = load_encoder(self.source, flags)
@@ -50,18 +50,13 @@ class RetrieverRun(Run):
     def finish(
         self, objective: nn.Module, collate: Callable[[Sequence[int]], Any], refresher: Refresher | None = None
     ) -> Scores:
-        """Train, evaluate, test.
-
-        Args:
-            collate: Numbers of training examples -> one micro-batch.
-            refresher: Keeps the live retriever's index fresh; None where nothing is retrieved in training.
-        """
+        """Train, evaluate, test; without a refresher nothing is retrieved in training."""
         self.refresher = refresher
         frozen = self.encoder.passage_encoder is not None
         if frozen and self.flags.use_lora:
             raise UserError("--train_query_encoder_only true: trains the whole query encoder; leave out --use_lora")
-        for name, asked in (("refresh_async", refresher and refresher.flags.refresh_async),
-                            ("train_query_encoder_only", frozen)):  # fmt: skip
+        whole = {"refresh_async": refresher and refresher.flags.refresh_async, "train_query_encoder_only": frozen}
+        for name, asked in whole.items():
             if asked and self.flags.fsdp != "no":
                 raise UserError(f"--{name} true: needs the whole encoder on every process; leave out --fsdp")
         if refresher and self.flags.index_path and not self.checkpoint:
@@ -99,6 +94,7 @@ class TeacherArguments(LikelihoodArguments, EndpointArguments):
 
 
 def open_teacher(flags: TeacherArguments) -> Teacher:
-    """The mean log-likelihood of the answer given one document, by a local model or by a server's."""
+    """The mean log-likelihood of the answer's tokens given one document, by a local model or by a server's."""
     scorer, model = remote_scorer(flags) if is_endpoint(flags.lm_model_path) else local_scorer(flags)
-    return language_model_teacher(scorer, model)
+    prompter = scorer.prompter
+    return Teacher(scorer, fingerprint(model, str(asdict(prompter.arguments)), prompter.instruction))

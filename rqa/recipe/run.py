@@ -36,7 +36,7 @@ FEW_QUESTIONS = 30  # fewer cannot choose a model
 
 
 @dataclass(kw_only=True)
-class DataArguments(DocumentArguments):
+class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
     """The model and the examples."""
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
@@ -45,31 +45,17 @@ class DataArguments(DocumentArguments):
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
 
 
-@dataclass(kw_only=True)
-class TrainingArguments(DataArguments, LoopArguments, EvaluationArguments):
-    """What every run reads from the command line."""
-
-
 class Run(ABC):
     """A run that has begun: processes joined, seed set, every file read, the output directory open.
 
-    Attributes:
-        checkpoint: Where to continue; None for a new run.
-        source: Where the model to train is loaded from: the checkpoint, or what the user named.
-        documents, train, eval, test: What the files hold; empty where none was given.
-        model: What is trained, and may carry adapters.
+    The best model is chosen by `metric`, unless the user says another. `train_answers`: whether training examples must
+    have answers; `eval_answers`: whether those of the other files must.
     """
 
-    model: PreTrainedModel
+    model: PreTrainedModel  # what is trained, and may carry adapters
     trains_retriever = False
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
-        """
-        Args:
-            metric: What chooses the best model, unless the user said.
-            train_answers: Whether training examples must have answers.
-            eval_answers: Whether those of the other files must.
-        """
         distributed.start()
         self.flags = flags
         self.output = Path(flags.output_dir)
@@ -103,11 +89,7 @@ class Run(ABC):
     def train_and_test(self, objective: nn.Module, batches: Batches, before_step: Any = None) -> Scores:
         """Train, choose the best model by the eval file, score it on the test file.
 
-        Args:
-            objective: As `train` takes it, with `before_step`.
-
-        Returns:
-            The test file's scores; empty without one, or if a signal ended the run.
+        Returns the test file's scores; none without one, or if a signal ended the run.
         """
 
         def evaluate(step: int) -> Scores:
@@ -147,6 +129,5 @@ class Run(ABC):
         with suppress(OSError, ValueError, TypeError):
             then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
-        if changed:
-            told = ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed)
+        if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
             log.warning("other flags than those of %s: %s; the command line wins", self.checkpoint, told)

@@ -22,20 +22,14 @@ class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArgume
 
 
 class EndpointReader:
-    """Answers questions over passages by chat; the instruction is that of every other reader, the format the server's.
-
-    `max_seq_length` bounds what is sent, in tokens by estimate.
-    """
+    """Answers questions over passages by chat: every reader's instruction, `max_seq_length` in estimated tokens."""
 
     def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
         self.endpoint = endpoint
         self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
-        """One answer at temperature 0 for each question, many asked at once. [Q] -> [Q]
-
-        A question that does not fit by itself is reported and gets an empty answer.
-        """
+        """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
         asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
         replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
         answers = dict(zip(asked, replies, strict=True))
@@ -45,10 +39,10 @@ class EndpointReader:
         """Nothing: a server is asked no question twice, and may have to be paid."""
 
 
-def load_reader(
-    path: str,
-    flags: ReaderArguments = ReaderArguments(),
-) -> CausalLMReader | FiDReader | EndpointReader:
+Reader = CausalLMReader | FiDReader | EndpointReader
+
+
+def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader:
     """The reader at `path`, ready to answer: a directory, a hub name, or `openai::http://host:port/v1`."""
     if is_endpoint(path):
         if any(getattr(flags, name) != getattr(GenerationArguments, name) for name in vars(GenerationArguments())):
@@ -62,10 +56,7 @@ def load_reader(
     return CausalLMReader(load_causal_lm(path, flags), prompter, flags)
 
 
-def answer(
-    question: str, retriever: PassageRetriever, reader: CausalLMReader | FiDReader | EndpointReader, k: int = 3
-) -> tuple[str, list[Document]]:
+def answer(question: str, retriever: PassageRetriever, reader: Reader, k: int = 3) -> tuple[str, list[Document]]:
     """The reader's answer to a question over the k best passages, and those passages."""
-    example = Example(question)
     (passages,) = retriever.documents_of(retriever.retrieve([question], k))
-    return reader.answer([example], [passages])[0].text, passages
+    return reader.answer([Example(question)], [passages])[0].text, passages

@@ -38,20 +38,13 @@ def flag(
     default: Any = MISSING,
     help: str = "",
     choices: list[str] | None = None,
-    also: str = "",
-    rare: bool = False,
-    secret: bool = False,
+    also: str = "",  # other names that the command line accepts, separated by spaces
+    rare: bool = False,  # shown by `-h full` only
+    secret: bool = False,  # left out of the dataclass's `repr`
 ) -> Any:
-    """A dataclass field that is a flag; required without a default.
-
-    Args:
-        also: Other names that the command line accepts, separated by spaces.
-        rare: Shown by `-h full` only.
-        secret: Left out of the dataclass's `repr`.
-    """
+    """A dataclass field that is a flag; required without a default."""
     about: dict[str, Any] = {"help": help, "aliases": [f"--{name}" for name in also.split()], "rare": rare}
-    if choices:
-        about["choices"] = choices
+    about |= {"choices": choices} if choices else {}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about, repr=not secret)
@@ -75,9 +68,7 @@ class Arguments:
         for name in names:
             given = getattr(self, name)
             for value in given if isinstance(given, list) else [given]:
-                if value is not None and not (
-                    value >= at_least and value > above and value <= at_most and value < below
-                ):
+                if value is not None and not (at_least <= value <= at_most and above < value < below):
                     raise UserError(f"--{name} {value}: must be {told}")
 
     def ignore(self, name: str, why: str) -> None:
@@ -93,16 +84,7 @@ class Arguments:
 
 
 def parse(kind: type[Flags], description: str, line: list[str] | None = None) -> Flags:
-    """The flags of the command line, or of a single `.json` file.
-
-    Args:
-        kind: A dataclass; its fields are the flags, grouped by the class that declares them.
-        description: What the executable does, for `-h`.
-        line: The command line; by default the process's.
-
-    Raises:
-        UserError: a flag is unknown or missing, or its value is refused.
-    """
+    """The flags of a command line, by default the process's, or of a single `.json` file."""
     line = sys.argv[1:] if line is None else line
     if len(line) == 1 and line[0].endswith(".json"):
         line = _from_json(line[0])
@@ -127,14 +109,8 @@ class _Parser(HfArgumentParser):
 
     def __init__(self, kind: type[Arguments], description: str, full: bool) -> None:
         self.full = full
-        rest = "" if full else "`-h full` shows all flags."
-        options: Any = {
-            "description": description,
-            "epilog": rest,
-            "formatter_class": partial(_Help, max_help_position=32),
-            "allow_abbrev": False,
-        }
-        super().__init__(kind, **options)
+        epilog, formatter = "" if full else "`-h full` shows all flags.", partial(_Help, max_help_position=32)
+        super().__init__(kind, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         hints, titles = get_type_hints(dtype), {}
