@@ -1,8 +1,9 @@
-"""BM25 against its formula in a plain float64 loop; fusion against values worked out by hand and loops; opening."""
+"""BM25 against its formula in a plain float64 loop; fusion of ranks and scores against loops; opening."""
 
 import math
 import random
 import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,65 +93,32 @@ def hits(*rows: list[tuple[int, float]]) -> Hits:
     return Hits(np.array([[i for i, _ in row] for row in rows]), np.array([[s for _, s in row] for row in rows]))
 
 
-DENSE = hits([(7, 0.9), (3, 0.5), (5, 0.1)])
-LEXICAL = hits([(3, 12.0), (8, 4.0), (-1, -np.inf)])
-NOTHING, ONE = hits([(-1, -np.inf), (-1, -np.inf)]), hits([(6, 3.0), (-1, -np.inf)])
-
-
-def test_reciprocal_rank_fusion_is_the_value_worked_out_by_hand() -> None:
-    fused = reciprocal_rank_fusion([DENSE, LEXICAL], 5)
-    assert fused.ids.tolist() == [[3, 7, 8, 5, -1]]
-    np.testing.assert_allclose(fused.scores[0, :4], [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], rtol=1e-6)
-    equal = reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
-    assert equal.ids.tolist() == [[4, 9]]  # by position
-
-
-@pytest.mark.parametrize(
-    ("weight", "normalization", "expected"),
-    [  # dense, min-max: 1, 0.5, 0; lexical: 1, 0
-        (1.0, "min_max", {7: 1.0, 3: 0.5, 5: 0.0, 8: 0.0}),
-        (0.0, "min_max", {3: 1.0, 5: 0.0, 7: 0.0, 8: 0.0}),
-        (0.6, "min_max", {3: 0.7, 7: 0.6, 5: 0.0, 8: 0.0}),
-        # in standard deviations above the last: sqrt(8 / 75) of dense, 4 of lexical
-        (0.5, "z", {3: 0.5 * 0.4 / (8 / 75) ** 0.5 + 1.0, 7: 0.5 * 0.8 / (8 / 75) ** 0.5, 5: 0.0, 8: 0.0}),
-    ],
-)
-def test_a_weighted_sum_is_the_value_worked_out_by_hand(
-    weight: float, normalization: str, expected: dict[int, float]
-) -> None:
-    fused = weighted_sum(DENSE, LEXICAL, weight, 4, normalization)
-    found = dict(zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True))
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert list(found) == sorted(expected, key=lambda i: (-expected[i], i))
-    # One single hit is better than none.
-    assert weighted_sum(NOTHING, ONE, 0.5, 2, normalization).ids.tolist() == [[6, -1]]
-    assert weighted_sum(hits([(2, 1.0), (4, 0.5)]), ONE, 0.3, 3, normalization).ids[0, 0] == 6
-    assert weighted_sum(NOTHING, NOTHING, 0.5, 2, normalization).ids.tolist() == [[-1, -1]]
-
-
-def test_fusion_is_that_of_plain_loops() -> None:
+@pytest.mark.parametrize(("weight", "normalization"), [(0.3, "min_max"), (0.6, "z"), (1.0, "min_max"), (0.0, "z")])
+def test_fusion_is_that_of_plain_loops(weight: float, normalization: str) -> None:
+    """Ranks start at 1; the last score of a list counts zero, and one where all are equal."""
     chance = random.Random(0)
-
-    def ranked() -> list[tuple[int, float]]:
-        found = chance.sample(range(15), 8)
-        return sorted(((i, chance.choice([0.1, 0.4, 0.7, 2.0])) for i in found), key=lambda pair: -pair[1])
-
     for _ in range(20):
-        first, second = ranked(), ranked()
         ranks: dict[int, float] = {}
         sums: dict[int, float] = {}
-        for weight, row in ((0.3, first), (0.7, second)):
-            low, high = row[-1][1], row[0][1]
+        lists = []
+        for share in (weight, 1 - weight):
+            found = chance.sample(range(15), chance.randint(0, 8))
+            row = sorted(((i, chance.choice([0.1, 0.4, 0.7, 2.0])) for i in found), key=lambda pair: -pair[1])
+            lists.append(hits(row + [(-1, -np.inf)] * (8 - len(row))))
+            scores = [score for _, score in row]
             for rank, (document, score) in enumerate(row, start=1):
+                unit = statistics.pstdev(scores) if normalization == "z" else scores[0] - scores[-1]
                 ranks[document] = ranks.get(document, 0) + 1 / (60 + rank)
-                sums[document] = sums.get(document, 0) + weight * ((score - low) / (high - low) if high > low else 1)
-        for fused, wanted in (
-            (reciprocal_rank_fusion([hits(first), hits(second)], 15), ranks),
-            (weighted_sum(hits(first), hits(second), 0.3, 15), sums),
-        ):
-            found = [(i, s) for i, s in zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True) if i >= 0]
-            assert dict(found) == pytest.approx(wanted, abs=1e-6)
-            assert [s for _, s in found] == sorted((s for _, s in found), reverse=True)
+                above = (score - scores[-1]) / unit if scores[0] > scores[-1] else 1
+                sums[document] = sums.get(document, 0) + share * above
+        summed = weighted_sum(*lists, weight, 15, normalization)
+        for fused, wanted in ((reciprocal_rank_fusion(lists, 15), ranks), (summed, sums)):
+            pairs = zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True)
+            found_scores = {i: score for i, score in pairs if i >= 0}
+            assert found_scores == pytest.approx(wanted, abs=1e-6)
+            assert list(found_scores.values()) == sorted(found_scores.values(), reverse=True)
+    equal = reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
+    assert equal.ids.tolist() == [[4, 9]]  # by position
 
 
 def test_the_chosen_weight_is_the_best_of_all() -> None:
