@@ -142,6 +142,7 @@ class Refresher:
         self.retriever.refresh()
         log.info("step %d  documents encoded in %.1f s", step, time.perf_counter() - started)
         self.refreshes += 1
+        self._begun_at = step
         self._follow(step)
 
     def _refresh_in_background(self, step: int) -> None:
