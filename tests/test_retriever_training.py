@@ -218,7 +218,7 @@ MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}
 def test_options_train_together(
     name: str, own: dict[str, object], train: Train, hard: dict[str, object], encoder_path: str
 ) -> None:
-    output = train(name, **hard | own, test_file=None)
+    output = train(name, **hard | own, test_file=None, load_best_model_at_end="false")
     before, after = (load_file(Path(path) / "model.safetensors") for path in (encoder_path, output))
     assert np.isfinite(history(output, "loss")).all()
     assert any((after[name] != weight).any() for name, weight in before.items())
