@@ -75,9 +75,9 @@ class Run:
         self.documents = read_documents(flags.document_path)
         self.train = read_examples(flags.train_file, train_answers)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
-        if 0 < len(self.eval) < FEW_QUESTIONS:
-            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
         self._open_output()
+        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
+            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
 
     def _open_output(self) -> None:
         """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
@@ -123,7 +123,8 @@ class Run:
             return {f"eval_{name}": value for name, value in scores.items()}
 
         judge = evaluate_and_keep if self.eval and self.flags.eval_strategy != "no" else None
-        state = train(objective, batches, self.flags, before_step, judge, evaluate_first, self.checkpoint)
+        asked = len(self.eval)
+        state = train(objective, batches, self.flags, before_step, judge, evaluate_first, self.checkpoint, asked)
         if state.interrupted or not self.test:
             write_report(self.output)
         if state.interrupted:
