@@ -53,7 +53,7 @@ def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
     """The scorer at `--lm_model_path openai::URL`, and what tells its model from others.
 
     Args:
-        flags: `LanguageModelArguments` and `EndpointArguments` in one.
+        flags: `LikelihoodArguments` and `EndpointArguments` in one.
     """
     endpoint = Endpoint(flags.lm_model_path, flags)
     name = flags.lm_tokenizer

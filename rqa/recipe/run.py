@@ -67,11 +67,11 @@ class Run(ABC):
         self.documents = read_documents(flags.document_path)
         self.train = read_examples(flags.train_file, train_answers)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
-        if 0 < len(self.eval) < FEW_QUESTIONS:
-            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
         if distributed.is_main():
             self._open_output()
         distributed.barrier()
+        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
+            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
 
     @abstractmethod
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
