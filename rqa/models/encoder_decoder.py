@@ -29,7 +29,9 @@ from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 
 WARM_START = "bert::"
-NEW_LAYERS = "crossattention|predictions|lm_head"  # names of the parameters that a warm start makes anew; must learn faster
+NEW_LAYERS = (
+    "crossattention|predictions|lm_head"  # names of the parameters that a warm start makes anew; must learn faster
+)
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
 NEAR_ZERO = 0.1
 MAX_ENCODER_TOKENS = 16384
