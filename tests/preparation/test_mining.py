@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
+from rqa.data import Document, Example, normalize, read_documents, read_examples
 from rqa.models.encoder import load_encoder
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.mine import mine, rank_in_parts
@@ -92,20 +92,6 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
         assert len(example.hard_neg_docs) == 3
         assert {d.key for d in example.hard_neg_docs} <= {d.key for d in expected[:8]}
     assert "48 negatives of 16 questions over 24 passages; 0 questions have fewer than 3" in capsys.readouterr().out
-
-
-def test_a_negative_scores_no_more_than_its_share_of_the_gold(
-    flags: dict[str, object], run_executable: Run, documents: list[Document], tmp_path: Path
-) -> None:
-    write_documents(tmp_path / "copy.jsonl", documents[:5])
-    write_examples(tmp_path / "one.jsonl", [Example("What does Arlen trade in?", (documents[0],))])
-    flags |= {"document_path": tmp_path / "copy.jsonl", "negatives_max_share": 0.5, "negatives_to_rank": 2}
-    assert run_executable("mine_negatives", {**flags, "train_file": tmp_path / "one.jsonl"}) == 0
-    (example,) = read_examples(str(flags["output_path"]))
-    hits = LexicalRetriever(documents[:5]).retrieve([example.question], 3)
-    ranking = list(zip(hits.ids[0].tolist(), hits.scores[0].tolist(), strict=True))
-    gold = next(score for i, score in ranking if i == 0)
-    assert list(example.hard_neg_docs) == [documents[i] for i, score in ranking if i > 0 and score <= 0.5 * gold]
 
 
 @pytest.mark.parametrize(
