@@ -1,5 +1,6 @@
 """Files to passages, as bin/chunk_documents does it."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,8 +10,9 @@ from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from rqa.data import read_documents
-from rqa.preparation import sources
 from rqa.preparation.chunking import Seen
+from rqa.preparation.sources import find_files
+from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]
 
@@ -113,15 +115,11 @@ def test_what_cannot_be_read_is_one_line_and_writes_nothing(
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_parser_that_is_not_installed_is_asked_for(
-    folder: Path, encoder_path: str, run_executable: Run, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    find = sources.importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
-    flags = {"document_path": folder / "scan.pdf", "model_name_or_path": encoder_path}
-    assert run_executable("chunk_documents", flags) == 2
-    assert 'scan.pdf: reading it needs pypdf; pip install "rqa[documents]"' in capsys.readouterr().err
+def test_a_parser_that_is_not_installed_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
+    with pytest.raises(UserError, match=r'scan.pdf: reading it needs pypdf; pip install "rqa\[documents\]"'):
+        find_files(folder / "scan.pdf")
 
 
 def test_seen_texts_are_told_from_new_ones_with_the_boundaries_of_their_parts() -> None:

@@ -21,19 +21,13 @@ ASCEND = '''
 def ascend(values, key, again):
     """Put the numbers of a list in order without changing the list itself.
 
-    Parameters
-    ----------
-    values : list of float
-        The numbers that are to be ordered. None of them may be missing.
-    key : callable
-        See `middle`.
-    again : int
-        A number.
+    Args:
+        values (list of float): The numbers that are to be ordered. None of them may be missing.
+        key (callable): See `middle`.
+        again (int): A number.
 
-    Raises
-    ------
-    TypeError
-        If two of the numbers cannot be compared.
+    Raises:
+        TypeError: If two of the numbers cannot be compared.
 
     See Also
     --------

@@ -1,110 +1,51 @@
 """Docstrings are cut where a reader would cut them; every expectation is written by hand."""
 
+import pytest
 from pydocs.docstrings import PROSE, Block, parse, plain, sentences
 
-NUMPY = """
-    order(values, key=None)
-
-    Put values in order.
-
-    Equal values keep their places, see [1]_.
-
-    Parameters
-    ----------
-    values : list of float, optional
-        What is put in order.
-        ``None`` is *empty*.
-
-        .. versionadded:: 2.0
-            In the second release.
-    a, b : int
-        Two ends.
-
-    Returns
-    -------
-    ordered : list
-        The same values, the :func:`~rqa.smallest` first.
-
-    Raises
-    ------
-    TypeError
-        If two values
-        cannot be compared.
-
-    See Also
-    --------
-    middle : The value in the
-        middle.
-    first, last
-
-    Examples
-    --------
-    >>> order([2, 1])
-    [1, 2]
-    """
-
-GOOGLE = """Put values in order.
-
-    .. note::
-        Equal values keep their places.
-
-    Args:
-        values (`list[float]`, *optional*, defaults to `f(1)`):
-            What is put in order.
-        key: says what is compared:
-            first this, then that.
-        *rest (int): ends
-
-    Returns:
-        `list`: the same values.
-
-    Example::
-
-        >>> order([2, 1])
-
-    Slow for many values.
-
-    ```python
-    order([2, 1])
-    ```
-    """
-
-
-def test_numpy_sections_become_entries() -> None:
-    assert parse(NUMPY, {"order"}) == [
-        Block(PROSE, "", "", "Put values in order."),
-        Block(PROSE, "", "", "Equal values keep their places, see ."),
+FORMS = {
+    "order(values) -> list\n\nPut in order.\n\nEqual values keep their places, see [1]_.": [
+        Block(PROSE, "", "", "Put in order."), Block(PROSE, "", "", "Equal values keep their places, see .")],
+    "f(x) -> int\n\nCounts.": [Block(PROSE, "", "", "f(x) -> int"), Block(PROSE, "", "", "Counts.")],
+    ".. note::\n    They keep their places.\n\n```python\norder([2, 1])\n```": [
+        Block(PROSE, "", "", "They keep their places.")],
+    # numpy's sections
+    "Parameters\n----------\nvalues : list of float, optional\n    What is put in order.\n    ``None`` is *empty*.\n\n"
+    "    .. versionadded:: 2.0\n        In the second release.\na, b : int\n    Two ends.": [
         Block("parameters", "values", "list of float, optional", "What is put in order. `None` is empty."),
-        Block("parameters", "a, b", "int", "Two ends."),
-        Block("returns", "ordered", "list", "The same values, the `rqa.smallest` first."),
-        Block("raises", "TypeError", "", "If two values cannot be compared."),
-        Block("see also", "middle", "", "The value in the middle."),
-        Block("see also", "first, last", "", ""),
-    ]
-
-
-def test_google_sections_become_entries_and_end_where_the_indentation_does() -> None:
-    assert parse(GOOGLE) == [
-        Block(PROSE, "", "", "Put values in order."),
-        Block(PROSE, "", "", "Equal values keep their places."),
+        Block("parameters", "a, b", "int", "Two ends.")],
+    "Returns\n-------\nordered : list\n    The same, the :func:`~rqa.smallest` first.": [
+        Block("returns", "ordered", "list", "The same, the `rqa.smallest` first.")],
+    "Returns\n-------\nlist of int\n    The places.": [Block("returns", "", "list of int", "The places.")],
+    "Raises\n------\nTypeError\n    If two values\n    cannot be compared.": [
+        Block("raises", "TypeError", "", "If two values cannot be compared.")],
+    "See Also\n--------\nmiddle : The value in the\n    middle.\nfirst, last\n\nExamples\n--------\n>>> order([2])": [
+        Block("see also", "middle", "", "The value in the middle."), Block("see also", "first, last", "", "")],
+    # Google's sections, which end where the indentation does
+    "Args:\n    values (`list[float]`, *optional*, defaults to `f(1)`):\n        What is put in order.\n"
+    "    key: says what is compared:\n        first this, then that.\n    *rest (int): ends": [
         Block("parameters", "values", "`list[float]`, optional, defaults to `f(1)`", "What is put in order."),
         Block("parameters", "key", "", "says what is compared: first this, then that."),
-        Block("parameters", "*rest", "int", "ends"),
-        Block("returns", "", "`list`", "the same values."),
-        Block(PROSE, "", "", "Slow for many values."),
-    ]
+        Block("parameters", "*rest", "int", "ends")],
+    "Returns:\n    `list`: the same.\n\nExample::\n\n    >>> order([2, 1])\n\nSlow for many values.": [
+        Block("returns", "", "`list`", "the same."), Block(PROSE, "", "", "Slow for many values.")],
+}  # fmt: skip
 
 
-def test_an_entry_reads_as_name_type_and_description_and_a_type_alone_is_no_name() -> None:
-    (block,) = parse("Returns\n-------\nlist of int\n    The places.")
-    assert (block, block.text) == (Block("returns", "", "list of int", "The places."), "list of int: The places.")
-    texts = [Block("parameters", "key", *rest).text for rest in (("str", "What it is."), ("", "What."), ("str", ""))]
-    assert texts == ["key (str): What it is.", "key: What.", "key (str)"]
+@pytest.mark.parametrize("docstring", FORMS)
+def test_a_docstring_is_cut_into_paragraphs_and_entries(docstring: str) -> None:
+    assert parse(f"\n{docstring}", {"order"}) == FORMS[docstring]
 
 
-def test_only_the_signature_of_the_object_itself_is_left_out() -> None:
-    assert [block.text for block in parse("f(x) -> int\n\nCounts.", {"f"})] == ["Counts."]
-    assert [block.text for block in parse("g(x) -> int\n\nCounts.", {"f"})] == ["g(x) -> int", "Counts."]
+def test_sections_end_where_the_next_one_begins() -> None:
+    sections = [docstring for docstring in FORMS if "(values) ->" not in docstring]
+    assert parse("\n" + "\n\n".join(sections)) == [block for docstring in sections for block in FORMS[docstring]]
+
+
+def test_an_entry_reads_as_name_type_and_description() -> None:
+    texts = [Block("returns", *parts).text for parts in (("key", "str", "It."), ("key", "", "It."), ("key", "str", ""))]
+    assert texts == ["key (str): It.", "key: It.", "key (str)"]
+    assert Block("returns", "", "list of int", "The places.").text == "list of int: The places."
 
 
 def test_markup_is_reduced_to_what_it_shows_and_sentences_do_not_end_in_abbreviations() -> None:
