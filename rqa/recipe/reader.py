@@ -55,9 +55,9 @@ class ReaderRun(Run):
             raise UserError(
                 "--gen_gpt4eval true: there are no answers without a retriever; name one, or --retriever bm25"
             )
-        super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         if flags.model_name_or_path.startswith(WARM_START) and not flags.new_layers:
             flags.new_layers, flags.new_layers_learning_rate = NEW_LAYERS, FASTER * flags.learning_rate
+        super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         self.objective = objective.load(self.source, flags)
         self.model = self.objective.model
         train_adapters(self.model, flags)
