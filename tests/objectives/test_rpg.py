@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
+from rqa.endpoint.scorer import EstimatedTokens
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives import rpg
 from rqa.objectives.rpg import Distillation, LikelihoodArguments, ListArguments, ListBatch, ScoredCandidates
@@ -52,7 +53,7 @@ def test_the_language_model_is_asked_by_its_chat_template_where_it_has_one(token
     without = SimpleNamespace(chat_template=None)
     asked = {
         (name, given): rpg.LikelihoodArguments(lm_model_path="lm", lm_chat_format=given).lm_prompt(kind).chat_format
-        for name, kind in (("with", tokenizer), ("without", without), ("counts bytes", object()))
+        for name, kind in (("with", tokenizer), ("without", without), ("counts bytes", EstimatedTokens()))
         for given in (None, "prefix")
     }
     assert [name for name, chat_format in asked.items() if chat_format == "template"] == [("with", None)]
