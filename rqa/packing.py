@@ -12,10 +12,9 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from rqa.prompts import FiDSequence, TokenSequence
+from rqa.prompts import TokenSequence
 
 IGNORED = -100  # the label of a position without loss
-LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
 
 
 class Batch:
@@ -113,53 +112,6 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
     targets = torch.tensor([token for answer in answers for token in answer])
     owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
     return AnswerBatch(tokens, torch.cat(positions), targets, owners, tuple(indices))
-
-
-@dataclass(frozen=True)
-class FiDBatch(Batch):
-    """B questions with their passages, encoded one by one, and their answers."""
-
-    parts: tuple[TokenBatch, ...]  # the passages of all questions, those of similar length together
-    places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
-    owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
-    labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
-    indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
-
-    @property
-    def weight(self) -> int:
-        """Target tokens."""
-        return int((self.labels != IGNORED).sum())
-
-    @property
-    def num_tokens(self) -> int:
-        """Real tokens of passages and answers."""
-        return len(self.places) + self.weight
-
-
-def fid_batch(
-    sequences: Sequence[FiDSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
-) -> FiDBatch:
-    """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
-    passages = [passage for sequence in sequences for passage in sequence.passages]
-    width = max(sum(map(len, sequence.passages)) for sequence in sequences)
-    owners = torch.full((len(sequences), width), -1)
-    places = []
-    for row, sequence in enumerate(sequences):
-        end = 0
-        for number, passage in enumerate(sequence.passages):
-            start, end = end, end + len(passage)
-            owners[row, start:end] = number
-            places.append(torch.arange(start, end) + row * width)
-    padded = collate is not pack
-    chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
-    answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
-    return FiDBatch(
-        tuple(collate([passages[i] for i in part]) for part in chosen),
-        torch.cat([places[i] for part in chosen for i in part]),
-        owners,
-        torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED),
-        tuple(indices),
-    )
 
 
 def token_budget_batches(

@@ -31,7 +31,6 @@ Use the passages to answer the question. Reply with the answer alone.
 {passages}
 
 Question: {question}"""
-FID_TEMPLATE = "question: {question} context: {passage}"
 
 
 class DoesNotFit(UserError):
@@ -251,75 +250,3 @@ class Prompter:
         if self.tokenizer.eos_token_id is None:
             raise UserError("--sep_sys: the tokenizer has no end token; name a special token that ends an answer")
         return suffix + self.tokenizer.eos_token, [*ids, self.tokenizer.eos_token_id]
-
-
-@dataclass(kw_only=True)
-class PassagePromptArguments(Arguments):
-    """How an encoder-decoder is asked, passage by passage."""
-
-    prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
-    max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
-
-    def check(self) -> None:
-        self.check_bounds(*(name for name in vars(self) if name.endswith("seq_length")), at_least=2)
-
-
-@dataclass(kw_only=True)
-class FiDPromptArguments(PassagePromptArguments):
-    """How long an encoder-decoder's answers are."""
-
-    max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
-
-
-@dataclass(frozen=True)
-class FiDSequence:
-    """Token ids of each passage's prompt, and of the answer with its end token."""
-
-    passages: list[list[int]]
-    answer: list[int]
-    cut_more = False  # the answer has a length of its own
-
-
-class FiDPrompter:
-    """Builds what a fusion-in-decoder reader sees: one prompt a passage, and the answer."""
-
-    length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
-
-    def __init__(
-        self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.arguments = arguments or FiDPromptArguments()
-        self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
-        self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
-        end = tokenizer.eos_token_id
-        self.end_token = tokenizer.sep_token_id if end is None else end  # behind every answer
-        if self.end_token is None:
-            raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
-
-    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
-        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.
-
-        A passage is cut at a word boundary; a question that is too long by itself loses its oldest turns.
-        """
-        limit = self.arguments.max_encoder_seq_length
-        bare, kept = cut_history(self._prompt, example, limit)
-        target = [] if answer is None else self._encode_answer(answer)
-        for part, ids, side in (("question", bare, "encoder"), ("answer", target, "decoder")):
-            if ids and len(ids) > (most := getattr(self.arguments, f"max_{side}_seq_length")):
-                taken = f"the {part} takes {len(ids)} tokens, more than --max_{side}_seq_length {most}"
-                raise DoesNotFit(f"{example.where or 'example'}: {taken}")
-        texts = [passage.fmt_content for passage in passages]
-        prompts = [cut_passages(partial(self._prompt, kept, text), len(text), limit) for text in texts]
-        return FiDSequence(prompts or [bare], target)
-
-    decode = Prompter.decode
-
-    def _encode_answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer(text_target=answer.strip())["input_ids"]
-        ids = ids[1:] if ids[:1] == [self.start_token] else ids
-        return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
-
-    def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
-        fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
-        return self.tokenizer.encode(fill(self.template, fields))

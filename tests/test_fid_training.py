@@ -8,8 +8,7 @@ import pytest
 from trainers import history, scores, shown_to
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rqa.models.encoder_decoder import NEW_LAYERS
-from rqa.prompts import FiDPrompter
+from rqa.models.encoder_decoder import NEW_LAYERS, FiDPrompter
 
 Train = Callable[..., Path]
 LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beams": 2}

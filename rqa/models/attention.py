@@ -51,10 +51,8 @@ def packed_attention(
 
     Args:
         query: [1, H, T, d]; key and value are [1, H_kv, T, d], where H_kv divides H.
-        dropout: Dropout of the probabilities where the call goes to sdpa.
         sliding_window: A token sees another only if they are less than this many positions apart.
         cu_seq_lens_q: Where each sequence begins, and T at the end. [B + 1]
-        max_length_q: Length of the longest sequence.
         kept: A list that gets this layer's keys and values, for a cache.
     """
     if kept is not None:

@@ -38,19 +38,26 @@ POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "
 TYPES = "sentence_transformers.models."
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}  # old ones and new ones
-MAX_BATCH_TOKENS = 16384
 
 
 @dataclass(kw_only=True)
 class EncoderArguments(LoadingArguments):
     """How texts become vectors. What is not given is taken from the checkpoint."""
 
-    pooling_type: str | None = flag(None, "Pooling of tokens. Default: the checkpoint's, or mean.", ["mean", "cls"])
-    normalize: bool | None = flag(None, "Whether embeddings get length 1. Default: as in the checkpoint, or true.")
+    pooling_type: str | None = flag(
+        None, "Pooling of tokens. Default: the checkpoint's, or mean.", ["mean", "cls"], rare=True
+    )
+    normalize: bool | None = flag(
+        None, "Whether embeddings get length 1. Default: as in the checkpoint, or true.", rare=True
+    )
     query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
-    max_query_length: int | None = flag(None, "Tokens of a question; the rest is cut. Default: the checkpoint's.")
-    max_passage_length: int | None = flag(None, "Tokens of a passage; the rest is cut. Default: the checkpoint's.")
+    max_query_length: int | None = flag(
+        None, "Tokens of a question; the rest is cut. Default: the checkpoint's.", rare=True
+    )
+    max_passage_length: int | None = flag(
+        None, "Tokens of a passage; the rest is cut. Default: the checkpoint's.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("max_query_length", "max_passage_length", at_least=3)
@@ -82,7 +89,6 @@ class Encoder(nn.Module):
     Attributes:
         projection: From the pooled embedding to the one that is compared; None where that is the same.
         passage_encoder: A frozen encoder of passages; None where this one encodes questions and passages.
-        collate: How batches are built.
     """
 
     def __init__(
@@ -156,14 +162,9 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def embed(
-        self, sequences: Sequence[Sequence[int]], max_batch_tokens: int = MAX_BATCH_TOKENS, desc: str | None = None
+        self, sequences: Sequence[Sequence[int]], max_batch_tokens: int = 16384, desc: str | None = None
     ) -> np.ndarray:
-        """Embeddings of token ids, without gradient, longest first. [N] -> float32 [N, D]
-
-        Args:
-            max_batch_tokens: Tokens of one forward pass.
-            desc: The progress bar's name; no bar without it.
-        """
+        """Embeddings of token ids without gradient, longest first; a bar if it is described. [N] -> float32 [N, D]"""
         embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
         batches = token_budget_batches(list(map(len, sequences)), max_batch_tokens, padded=self.collate is not pack)
         bar = tqdm(total=len(sequences), desc=desc, unit="text", disable=desc is None, leave=False)
@@ -216,6 +217,9 @@ def load_encoder(path: str, flags: EncoderArguments = EncoderArguments(), main_o
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
     settings = EncoderSettings(**(stored | lengths | given))
+    if (pooling := settings.pooling_type) not in POOLING_KEYS:
+        file = f"{path}/{POOLING}/config.json"
+        raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
     width, passages = settings.projection, None
     if two_encoders:
         model = load_model(AutoModel, path, flags, main_only=main_only, subfolder=PASSAGE_ENCODER)
@@ -268,21 +272,17 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
             "parameters": {"default_route": "query"},
         }
     top = top | ({NORMALIZE: "Normalize"} if settings.normalize else {})
+    listed = [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]} for i, path in enumerate(top)]
+    pooling = {key: settings.pooling_type == name for name, key in POOLING_KEYS.items()}
     return files | {
-        "modules.json": [
-            {"idx": index, "name": str(index), "path": path, "type": TYPES + name}
-            for index, (path, name) in enumerate(top.items())
-        ],
+        "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
         "config_sentence_transformers.json": {
             "prompts": {"query": settings.query_prefix, "document": settings.passage_prefix},
             "default_prompt_name": None,
             "similarity_fn_name": "cosine" if settings.normalize else "dot",
         },
-        f"{POOLING}/config.json": {
-            "word_embedding_dimension": width,
-            **{key: settings.pooling_type == name for name, key in POOLING_KEYS.items()},
-        },
+        f"{POOLING}/config.json": {"word_embedding_dimension": width, **pooling},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": encoder.passage_encoder is not None},
     }
 
@@ -304,23 +304,14 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
         "passage_prefix": prompts.get("document") or prompts.get("passage") or "",
     }
     if "Pooling" in modules:
-        stored["pooling_type"] = _stored_pooling(path, f"{modules['Pooling']}/config.json")
+        config = _read_json(path, f"{modules['Pooling']}/config.json")
+        modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
+                 if key.startswith("pooling_mode_") and value is True]  # fmt: skip
+        mode = config["pooling_mode"] if isinstance(config.get("pooling_mode"), str) else "+".join(modes)
+        stored["pooling_type"] = POOLING_NAMES.get(mode, mode or "none")
     if length := _read_json(path, "sentence_bert_config.json").get("max_seq_length"):
         stored |= {"max_query_length": length, "max_passage_length": length}
     return stored, False
-
-
-def _stored_pooling(path: str, name: str) -> str:
-    config = _read_json(path, name)
-    true = [key for key, value in config.items() if value is True and key.startswith("pooling_mode_")]
-    modes = [key.removeprefix("pooling_mode_") for key in true]
-    if isinstance(config.get("pooling_mode"), str):
-        modes = [config["pooling_mode"]]
-    if len(modes) != 1 or modes[0] not in POOLING_NAMES:
-        raise UserError(
-            f"{path}/{name}: pooling {'+'.join(modes) or 'none'} is not supported; choose --pooling_type mean or cls"
-        )
-    return POOLING_NAMES[modes[0]]
 
 
 def _read_json(path: str, name: str) -> Any:

@@ -61,34 +61,28 @@ def load_model(
     The processes of a node load in turn: its memory holds only one model that is not on its device yet.
 
     Args:
-        auto_class: A class with `from_pretrained`, such as `AutoModelForCausalLM`.
         path: A directory, or a hub name.
         main_only: The main process alone reads weights; the others reserve memory, which `parallelize` fills.
-        config: Values that replace those of the checkpoint's configuration, or options of `from_pretrained`.
+        config: Values that replace the configuration's, and options of `from_pretrained`.
     """
     if flags.use_flash_attention and not is_flash_attn_2_available():
-        raise UserError(
-            "--use_flash_attention true: flash-attn is not installed or finds no CUDA device; "
-            'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
-        )
+        cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
+        raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
     if (Path(path) / ADAPTER_CONFIG).exists():
         _require_peft(f"model {path}: is a LoRA adapter")
     reserve = main_only and not distributed.is_main()
-    config |= {"dtype": dtype, "trust_remote_code": flags.trust_remote_code}
     config |= {"device_map": "meta"} if reserve else {}
-
-    def load(attention: str) -> PreTrainedModel:
-        return auto_class.from_pretrained(path, attn_implementation=attention, **config)
-
+    load = partial(auto_class.from_pretrained, path, dtype=dtype, trust_remote_code=flags.trust_remote_code, **config)
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
         try:
-            model = load("flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION)
+            model = load(attn_implementation="flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION)
+            # A model that computes attention itself adds the mask to its scores, and ours is true and false.
             if not (flags.use_flash_attention or model.is_backend_compatible()):
-                model = load("eager")  # this model adds the mask to its scores, and ours is true and false
+                model = load(attn_implementation="eager")
         except ValueError as error:
             if "attention" not in str(error).lower():
                 raise
-            model = load("eager")
+            model = load(attn_implementation="eager")
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
         return model.to(distributed.device())
@@ -147,10 +141,8 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
             return False
         single = [hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences]
     expected = torch.cat(single)
-    if packed.shape != expected.shape:
-        return False
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().std()
-    return bool((packed - expected).abs().max() <= tolerance)
+    return packed.shape == expected.shape and bool((packed - expected).abs().max() <= tolerance)
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -198,11 +190,13 @@ class LoraArguments(Arguments):
     """LoRA: low-rank adapters are trained instead of the whole model."""
 
     use_lora: bool = flag(False, "Whether to train low-rank adapters and freeze the model itself.")
-    lora_r: int = flag(16, "Rank of the adapters.")
+    lora_r: int = flag(16, "Rank of the adapters.", rare=True)
     lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
     lora_dropout: float = flag(0.0, "Dropout of the adapters' input.", rare=True)
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the layers that get an adapter.", rare=True)
-    merge_lora_on_save: bool = flag(False, "Whether output_dir gets a plain model, with the adapters merged.")
+    merge_lora_on_save: bool = flag(
+        False, "Whether output_dir gets a plain model, with the adapters merged.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("lora_r", at_least=1)

@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 from itertools import zip_longest
 
 import numpy as np
-from tqdm import tqdm as progress
 
 from rqa.data import Document
 from rqa.objectives.ctl import NegativeChooser
 from rqa.retrieval.retriever import Hits, PassageRetriever, best, stack
+from rqa.runtime.cli import progress
 
 QUERIES_AT_ONCE = 256
 
@@ -21,7 +21,7 @@ def mine(
     Rankings are those of all questions, `chooser.depth` deep or more. [Q, k] each
     """
     found = []
-    for number in progress(range(len(rankings[0].ids)), desc="choose negatives", unit="q", leave=False):
+    for number in progress(range(len(rankings[0].ids)), desc="choose negatives", unit="q"):
         lists = [chooser(number, hits.ids[number].tolist(), hits.scores[number].tolist()) for hits in rankings]
         chosen: dict[str, int] = {}
         for i in (i for row in zip_longest(*lists) for i in row if i is not None):
@@ -46,7 +46,7 @@ def rank_in_parts(
         retriever = open_part(documents[start : start + part_size])
         part = f"search {start + 1} to {start + len(retriever.documents)}"
         rows = []
-        for first in progress(range(0, len(queries), QUERIES_AT_ONCE), desc=part, unit="batch", leave=False):
+        for first in progress(range(0, len(queries), QUERIES_AT_ONCE), desc=part, unit="batch"):
             chosen = slice(first, first + QUERIES_AT_ONCE)
             hits = retriever.retrieve(queries[chosen], min(k, len(retriever.documents)))
             ids = np.concatenate([kept.ids[chosen], np.where(hits.ids >= 0, hits.ids + start, -1)], axis=1)

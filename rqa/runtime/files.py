@@ -1,11 +1,13 @@
 """Files that are whole or absent: atomic writes, checksums, JSON; and a store of what was expensive to compute."""
 
+import gzip
 import hashlib
 import json
 import os
 import shutil
 import sqlite3
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -141,14 +143,14 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line that is not blank.
+    """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too.
 
     Raises:
         UserError: the file is missing or unreadable, not UTF-8, or a line is not one JSON object.
     """
     number = 0
     try:
-        with Path(path).open("rb") as file:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             for number, data in enumerate(file, start=1):
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
@@ -169,6 +171,8 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     except (ValueError, RecursionError) as error:  # a number may be too long, too
         reason = getattr(error, "msg", None) or str(error)
         raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 

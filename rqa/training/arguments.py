@@ -24,14 +24,16 @@ class OptimizerArguments(Arguments):
     new_layers_learning_rate: float | None = flag(
         None, "Peak learning rate of the parameters that new_layers finds.", rare=True
     )
-    lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", choices=SCHEDULES)
+    lr_scheduler_type: str = flag(
+        "linear", "Course of the learning rate after the warm-up.", choices=SCHEDULES, rare=True
+    )
     warmup_ratio: float = flag(0.0, "Share of all steps in which the learning rate rises from 0 to its peak.")
     warmup_steps: int = flag(0, "Steps of the warm-up; a positive number replaces warmup_ratio.", rare=True)
-    weight_decay: float = flag(0.0, "AdamW's weight decay; biases and normalisation weights do not decay.")
+    weight_decay: float = flag(0.0, "AdamW's weight decay; biases and normalisation weights do not decay.", rare=True)
     adam_beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient.", rare=True)
     adam_beta2: float = flag(0.999, "AdamW's decay rate of the mean squared gradient.", rare=True)
     adam_epsilon: float = flag(1e-8, "AdamW's epsilon, which keeps the division stable.", rare=True)
-    max_grad_norm: float = flag(1.0, "Norm to which larger gradients are clipped; 0 clips none.")
+    max_grad_norm: float = flag(1.0, "Norm to which larger gradients are clipped; 0 clips none.", rare=True)
 
     def check(self) -> None:
         amounts = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
@@ -86,7 +88,7 @@ class JournalArguments(Arguments):
     )
     load_best_model_at_end: bool = flag(True, "Whether output_dir gets the best model, or the last.", rare=True)
     write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
-    report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"])
+    report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"], rare=True)
     run_project: str = flag("rqa", "Project name in the tracker.", rare=True)
     run_group: str | None = flag(None, "Group of runs in the tracker.", rare=True)
 
@@ -111,9 +113,9 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     resume_from_checkpoint: str | None = flag(
         None, "Checkpoint to continue from: a path, or true for output_dir's newest."
     )
-    seed: int = flag(42, "Seed of data order, dropout and new weights.")
+    seed: int = flag(42, "Seed of data order, dropout and new weights.", rare=True)
     per_device_train_batch_size: int = flag(8, "Examples in one forward pass of training.")
-    per_device_eval_batch_size: int = flag(8, "Examples in one forward pass of evaluation (readers).")
+    per_device_eval_batch_size: int = flag(8, "Examples in one forward pass of evaluation (readers).", rare=True)
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")

@@ -69,13 +69,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
-    """The checkpoint that the flags ask to continue from; None for a new run.
-
-    What a crash left half-written in the output directory is deleted.
-
-    Raises:
-        UserError: it does not exist, is incomplete or damaged, or the output directory already holds a run.
-    """
+    """The checkpoint that the flags ask to continue from; None for a new run. What a crash left half-written goes."""
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
     anew = wanted.lower() == "false"
     if flags.overwrite_output_dir or not anew:
@@ -108,21 +102,19 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
 def save_checkpoint(
     output: Path, objective: Any, optimization: Optimization, state: RunState, live: LiveState | None = None
 ) -> None:
-    """Write `checkpoint-<step>`, whole or not at all, and what lives if it is new. Every process calls this.
-
-    Raises:
-        UserError: the disk is full or cannot be written; on every process. Earlier checkpoints stay as they are.
-    """
+    """Write `checkpoint-<step>`, whole or not at all, and before it what lives, if that is new. All call this."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     generators = distributed.gather([{"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}])
     tensors = {"optimization": optimization.state_dict(), "random": generators}
-    kept, state.live_state = state.live_state, live.version if live else None
+    version = live.version if live else None
+    known = version == state.live_state and version is not None and files.is_complete(output / version)
+    state.live_state = version
     path, failure = output / f"checkpoint-{state.step}", None
     with whole_weights(objective):
         if distributed.is_main():
             try:
-                if live and state.live_state and not (kept == state.live_state and files.is_complete(output / kept)):
-                    with files.atomic_directory(output / state.live_state) as directory:
+                if live and version and not known:
+                    with files.atomic_directory(output / version) as directory:
                         live.save(directory)
                 with files.atomic_directory(path) as directory:
                     objective.save_pretrained(directory)
@@ -139,11 +131,7 @@ def save_checkpoint(
 
 
 def load_checkpoint(directory: Path, optimization: Optimization, state: RunState, live: LiveState | None) -> None:
-    """Restore all but the model's weights, which the caller loaded from the same directory.
-
-    Raises:
-        UserError: the files do not fit the model or cannot be read.
-    """
+    """Restore all but the model's weights, which the caller loaded from the same directory."""
     try:
         tensors = torch.load(directory / TENSORS_FILE, map_location="cpu", mmap=True, weights_only=True)
         generators = tensors["random"]

@@ -27,23 +27,14 @@ EVENTS = {"index_refreshed"}  # they happen between two steps; all other statist
 
 @dataclass
 class RunState:
-    """How far a run is. Small and readable: `trainer_state.json`.
+    """How far a run is. Small and readable: `trainer_state.json`."""
 
-    Attributes:
-        step: Optimizer steps done.
-        examples: Examples that these steps took from the stream; with the seed it fixes the next batch.
-        log_history: Every log line and evaluation, oldest first.
-        best_metric: The best value of the metric that chooses the best model.
-        best_model_checkpoint: The name of the checkpoint that reached it, inside the output directory.
-        live_state: The name of the index that the next step depends on, a directory beside the checkpoint.
-    """
-
-    step: int = 0
-    examples: int = 0
-    log_history: list[dict[str, float]] = field(default_factory=list)
-    best_metric: float | None = None
-    best_model_checkpoint: str | None = None
-    live_state: str | None = None
+    step: int = 0  # optimizer steps done
+    examples: int = 0  # what these steps took from the stream; with the seed it fixes the next batch
+    log_history: list[dict[str, float]] = field(default_factory=list)  # log lines and evaluations, oldest first
+    best_metric: float | None = None  # of the metric that chooses the best model
+    best_model_checkpoint: str | None = None  # the name of the checkpoint that reached it
+    live_state: str | None = None  # the name of the index, a directory beside the checkpoint
     interrupted: bool = False
 
 
@@ -53,11 +44,7 @@ def continues(checkpoint: Path, flags: LoopArguments) -> bool:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """How far a checkpoint's run was.
-
-    Raises:
-        UserError: its `trainer_state.json` cannot be read, or is not what a run writes.
-    """
+    """How far a checkpoint's run was; an error if its `trainer_state.json` is not what a run writes."""
     try:
         saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
         saved.pop("window", None)  # rqa kept it until November 2026
@@ -103,11 +90,7 @@ def metric_name(flags: LoopArguments) -> str:
 
 
 def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopArguments) -> bool:
-    """Whether these metrics are the best so far, and then the state says so. Of equal models the later one is better.
-
-    Raises:
-        UserError: `metric_for_best_model` is not among them.
-    """
+    """Whether these metrics are the best so far, and if so note them. Of equal models the later one is better."""
     value = metrics.get(metric_name(flags))
     if value is None:
         wanted, known = flags.metric_for_best_model, ", ".join(sorted(metrics))
@@ -150,12 +133,9 @@ class Journal:
     def step_done(
         self, loss: float, tokens: float, statistics: Sequence[Mapping[str, float]], norm: float, rate: float
     ) -> None:
-        """Count one optimizer step; after the first and every `logging_steps`, tell.
+        """Count one optimizer step of this process; after the first and every `logging_steps`, tell.
 
-        Args:
-            loss: This process's loss sum over the weight of the whole step.
-            tokens: Real tokens of this process.
-            statistics: Of each micro-batch; their mean is told.
+        `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is told.
         """
         counts = Counter({"loss": loss, "micro_batches": len(statistics)})
         for values in statistics:
@@ -212,11 +192,7 @@ class Journal:
 
 
 def start_tracker(flags: LoopArguments) -> Callable[[Mapping[str, float], int], object]:
-    """A function of (metrics, step); nothing is tracked but by the main process.
-
-    Raises:
-        UserError: the tracker's package is not installed.
-    """
+    """A function of (metrics, step); nothing is tracked but by the main process."""
     kind, name = flags.report_to, Path(flags.output_dir).name
     if kind == "none" or not distributed.is_main():
         return lambda metrics, step: None

@@ -49,11 +49,7 @@ class Optimization:
         self.scaler.scale(loss).backward()
 
     def step(self, done: int) -> float:
-        """Clip, and update the weights, after so many steps. Returns the gradient's norm before clipping.
-
-        Raises:
-            UserError: the gradient is not finite; the weights are as before.
-        """
+        """Clip, and update the weights, after so many steps. Returns the gradient's norm before clipping."""
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
@@ -73,11 +69,7 @@ class Optimization:
         return {"optimizer": moments, "scaler": self.scaler.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restore moments and loss scale; learning rates and decay stay those of the present flags.
-
-        Raises:
-            ValueError: they are not of these parameters.
-        """
+        """Restore moments and loss scale; learning rates and decay stay those of the present flags."""
         moments = state["optimizer"]
         if "param_groups" in moments:  # until November 2026 parameters were numbered, in the same order
             numbers = [number for group in moments["param_groups"] for number in group["params"]]

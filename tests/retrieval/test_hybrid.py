@@ -1,16 +1,18 @@
-"""Fusion against values worked out by hand and plain loops over dictionaries."""
+"""BM25 against its formula in a plain float64 loop; fusion of ranks and scores against loops; opening."""
 
-import logging
+import math
 import random
+import re
+import statistics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import torch
 import numpy as np
 import pytest
 
 from rqa.data import Document, Example, write_examples
-from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.encoder import load_encoder
 from rqa.retrieval.hybrid import (
     HybridRetriever,
     LexicalRetriever,
@@ -20,96 +22,114 @@ from rqa.retrieval.hybrid import (
     reciprocal_rank_fusion,
     weighted_sum,
 )
-from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.retriever import Hits, Retriever
+from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best
 from rqa.runtime.errors import UserError
 
-CPU = torch.device("cpu")
+QUESTIONS = ["What does Arlen trade in?", "when was BRASK founded", "amber amber honey", "zzz", "", "?!"]
+
+
+def expected_scores(question: str, texts: list[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
+    """Lucene's BM25 as Kamphuis et al. (2020) print it."""
+    documents = [re.findall(r"\w+", text.lower()) for text in texts]
+    mean = sum(map(len, documents)) / len(documents)
+    scores = []
+    for words in documents:
+        score = 0.0
+        for word in re.findall(r"\w+", question.lower()):
+            holding = sum(word in other for other in documents)
+            idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
+            count = words.count(word)
+            score += idf * count / (count + k1 * (1 - b + b * len(words) / mean))
+        scores.append(score)
+    return scores
+
+
+@pytest.mark.parametrize("parameters", [{}, {"k1": 0.9, "b": 0.4}])
+def test_documents_are_ranked_by_bm25_and_those_without_a_common_word_are_not_found(
+    parameters: dict[str, float], documents: list[Document]
+) -> None:
+    hits = LexicalRetriever(documents, **parameters).retrieve(QUESTIONS, 99)
+    assert hits.ids.shape == hits.scores.shape == (len(QUESTIONS), 24)
+    for row, question in enumerate(QUESTIONS):
+        scores = expected_scores(question, [document.fmt_content for document in documents], **parameters)
+        ranking = sorted((i for i in range(24) if scores[i] > 0), key=lambda i: (-round(scores[i], 5), i))
+        assert hits.ids[row].tolist() == ranking + [-1] * (24 - len(ranking))
+        wanted = [scores[i] for i in ranking] + [-np.inf] * (24 - len(ranking))
+        np.testing.assert_allclose(hits.scores[row], wanted, rtol=1e-5)
+    assert LexicalRetriever(documents).retrieve([], 5).ids.shape == (0, 5)
+
+
+@pytest.mark.parametrize(
+    ("texts", "questions", "expected"),
+    [
+        (["same words"] * 50, ["words"], [list(range(7))]),  # in the database's order
+        (["!?", "..."], ["", "!?", "word"], [[-1, -1]] * 3),
+        (["!?", "word"], ["word", ""], [[1, -1], [-1, -1]]),
+        (["Die STRASSE nach Köln", "x y z"], ["straße", "KÖLN", "Y"], [[0, -1], [0, -1], [1, -1]]),
+    ],
+)
+def test_words_are_those_of_unicode_and_documents_without_any_are_never_found(
+    texts: list[str], questions: list[str], expected: list[list[int]]
+) -> None:
+    retriever = LexicalRetriever([Document(text, {"n": n}) for n, text in enumerate(texts)])
+    assert retriever.retrieve(questions, 7).ids.tolist() == expected
+
+
+def test_the_best_are_those_of_a_stable_sort() -> None:
+    chance = random.Random(0)
+    for _ in range(50):
+        scores = [chance.choice([0.5, 1.0, 2.0, 3.0]) for _ in range(chance.randint(0, 12))]
+        ids, k = chance.sample(range(100), len(scores)), chance.randint(1, 14)
+        expected = sorted(zip(scores, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
+        expected += [(-np.inf, -1)] * (k - len(expected))
+        found_ids, found_scores = best(np.array(scores), np.array(ids, dtype=np.int64), k)
+        assert list(zip(found_scores.tolist(), found_ids.tolist(), strict=True)) == expected
+
+
+# ---------------------------------------------------------------- fusion
 
 
 def hits(*rows: list[tuple[int, float]]) -> Hits:
     return Hits(np.array([[i for i, _ in row] for row in rows]), np.array([[s for _, s in row] for row in rows]))
 
 
-DENSE = hits([(7, 0.9), (3, 0.5), (5, 0.1)])
-LEXICAL = hits([(3, 12.0), (8, 4.0), (-1, -np.inf)])
-
-
-def test_reciprocal_rank_fusion_is_the_value_worked_out_by_hand() -> None:
-    fused = reciprocal_rank_fusion([DENSE, LEXICAL], 5)
-    assert fused.ids.tolist() == [[3, 7, 8, 5, -1]]
-    np.testing.assert_allclose(fused.scores[0, :4], [1 / 62 + 1 / 61, 1 / 61, 1 / 62, 1 / 63], rtol=1e-6)
-
-
-def test_equal_sums_are_ranked_by_position() -> None:
-    fused = reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
-    assert fused.ids.tolist() == [[4, 9]]
-
-
-@pytest.mark.parametrize(
-    ("weight", "normalization", "expected"),
-    [  # dense, min-max: 1, 0.5, 0; lexical: 1, 0
-        (1.0, "min_max", {7: 1.0, 3: 0.5, 5: 0.0, 8: 0.0}),
-        (0.0, "min_max", {3: 1.0, 5: 0.0, 7: 0.0, 8: 0.0}),
-        (0.6, "min_max", {3: 0.7, 7: 0.6, 5: 0.0, 8: 0.0}),
-        # in standard deviations above the last: sqrt(8 / 75) of dense, 4 of lexical
-        (0.5, "z", {3: 0.5 * 0.4 / (8 / 75) ** 0.5 + 1.0, 7: 0.5 * 0.8 / (8 / 75) ** 0.5, 5: 0.0, 8: 0.0}),
-    ],
-)
-def test_a_weighted_sum_is_the_value_worked_out_by_hand(
-    weight: float, normalization: str, expected: dict[int, float]
-) -> None:
-    fused = weighted_sum(DENSE, LEXICAL, weight, 4, normalization)
-    found = dict(zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True))
-    assert found == pytest.approx(expected, abs=1e-6)
-    assert list(found) == sorted(expected, key=lambda i: (-expected[i], i))
-
-
-@pytest.mark.parametrize("normalization", ["min_max", "z"])
-def test_one_single_hit_is_better_than_none(normalization: str) -> None:
-    nothing, one = hits([(-1, -np.inf), (-1, -np.inf)]), hits([(6, 3.0), (-1, -np.inf)])
-    assert weighted_sum(nothing, one, 0.5, 2, normalization).ids.tolist() == [[6, -1]]
-    assert weighted_sum(hits([(2, 1.0), (4, 0.5)]), one, 0.3, 3, normalization).ids[0, 0] == 6
-    assert weighted_sum(nothing, nothing, 0.5, 2, normalization).ids.tolist() == [[-1, -1]]
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_fusion_is_that_of_plain_loops(seed: int) -> None:
-    chance = random.Random(seed)
-
-    def ranked() -> list[tuple[int, float]]:
-        found = chance.sample(range(15), 8)
-        return sorted(((i, chance.choice([0.1, 0.4, 0.7, 2.0])) for i in found), key=lambda pair: -pair[1])
-
-    first, second = ranked(), ranked()
-    ranks: dict[int, float] = {}
-    sums: dict[int, float] = {}
-    for weight, row in ((0.3, first), (0.7, second)):
-        low, high = row[-1][1], row[0][1]
-        for rank, (document, score) in enumerate(row, start=1):
-            ranks[document] = ranks.get(document, 0) + 1 / (60 + rank)
-            sums[document] = sums.get(document, 0) + weight * ((score - low) / (high - low) if high > low else 1)
-    for fused, wanted in (
-        (reciprocal_rank_fusion([hits(first), hits(second)], 15), ranks),
-        (weighted_sum(hits(first), hits(second), 0.3, 15), sums),
-    ):
-        found = [(i, s) for i, s in zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True) if i >= 0]
-        assert dict(found) == pytest.approx(wanted, abs=1e-6)
-        assert [s for _, s in found] == sorted((s for _, s in found), reverse=True)
+@pytest.mark.parametrize(("weight", "normalization"), [(0.3, "min_max"), (0.6, "z"), (1.0, "min_max"), (0.0, "z")])
+def test_fusion_is_that_of_plain_loops(weight: float, normalization: str) -> None:
+    """Ranks start at 1; the last score of a list counts zero, and one where all are equal."""
+    chance = random.Random(0)
+    for _ in range(20):
+        ranks: dict[int, float] = {}
+        sums: dict[int, float] = {}
+        lists = []
+        for share in (weight, 1 - weight):
+            found = chance.sample(range(15), chance.randint(0, 8))
+            row = sorted(((i, chance.choice([0.1, 0.4, 0.7, 2.0])) for i in found), key=lambda pair: -pair[1])
+            lists.append(hits(row + [(-1, -np.inf)] * (8 - len(row))))
+            scores = [score for _, score in row]
+            for rank, (document, score) in enumerate(row, start=1):
+                unit = statistics.pstdev(scores) if normalization == "z" else scores[0] - scores[-1]
+                ranks[document] = ranks.get(document, 0) + 1 / (60 + rank)
+                above = (score - scores[-1]) / unit if scores[0] > scores[-1] else 1
+                sums[document] = sums.get(document, 0) + share * above
+        summed = weighted_sum(*lists, weight, 15, normalization)
+        for fused, wanted in ((reciprocal_rank_fusion(lists, 15), ranks), (summed, sums)):
+            pairs = zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True)
+            found_scores = {i: score for i, score in pairs if i >= 0}
+            assert found_scores == pytest.approx(wanted, abs=1e-6)
+            assert list(found_scores.values()) == sorted(found_scores.values(), reverse=True)
+    equal = reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
+    assert equal.ids.tolist() == [[4, 9]]  # by position
 
 
 def test_the_chosen_weight_is_the_best_of_all() -> None:
     right, wrong = hits([(1, 3.0), (2, 2.0), (0, 1.0)]), hits([(2, 3.0), (0, 2.0), (1, 1.0)])
     assert choose_weight(right, wrong, [{1}]) > 0.5
     assert choose_weight(wrong, right, [{1}]) < 0.5
-    assert choose_weight(right, right, [{1}]) == 0.5
-    assert choose_weight(right, wrong, [{99}]) == 0.5
+    assert choose_weight(right, right, [{1}]) == choose_weight(right, wrong, [{99}]) == 0.5
 
 
 def test_hybrid_finds_what_both_find_fused(encoder_path: str, documents: list[Document]) -> None:
-    dense = Retriever(load_encoder(encoder_path), documents, IndexArguments())
-    dense.open(None)
-    lexical = LexicalRetriever(documents)
+    dense, lexical = Retriever(load_encoder(encoder_path), documents).open(), LexicalRetriever(documents)
     questions = ["What does Arlen trade in?", "silk", "qqq"]
     fused = HybridRetriever(dense, lexical).retrieve(questions, 4)
     wanted = reciprocal_rank_fusion([dense.retrieve(questions, 100), lexical.retrieve(questions, 100)], 4)
@@ -117,27 +137,37 @@ def test_hybrid_finds_what_both_find_fused(encoder_path: str, documents: list[Do
     # No word in common: the dense list alone decides.
     np.testing.assert_array_equal(fused.ids[2], dense.retrieve(["qqq"], 4).ids[0])
     assert HybridRetriever(dense, lexical).retrieve(questions, 99).ids.shape == (3, 24)
-    kinds = [HybridRetriever(dense, lexical), HybridRetriever(dense, lexical, "weighted"), dense, lexical]
-    assert len({retriever.identity() for retriever in kinds}) == 4
+
+
+def test_whatever_decides_what_is_found_makes_another_identity(documents: list[Document]) -> None:
+    def made() -> list[PassageRetriever]:
+        words = [LexicalRetriever(documents), LexicalRetriever(documents[1:]), LexicalRetriever(documents, k1=0.9),
+                 LexicalRetriever(documents, b=0.4)]  # fmt: skip
+        pair = words[0], words[2]
+        return [*words, HybridRetriever(*pair), HybridRetriever(*pair[::-1]), HybridRetriever(*pair, "weighted"),
+                HybridRetriever(*pair, weight=0.4), HybridRetriever(*pair, normalization="z")]  # fmt: skip
+
+    first, again = ([retriever.identity() for retriever in made()] for _ in range(2))
+    assert first == again
+    assert len(set(first)) == 9
 
 
 # ---------------------------------------------------------------- opening
 
 
 @pytest.fixture
-def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Callable[..., object]:
-    def open_with(model: str = encoder_path, examples: tuple[Example, ...] = (), **flags: object) -> object:
-        arguments = RetrieverArguments(**flags)
-        return open_retriever(
-            arguments, model, documents, EncoderArguments(), IndexArguments(), tmp_path / "index", CPU, examples
-        )
+def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Callable[..., Any]:
+    def open_with(model: str | None = encoder_path, examples: tuple[Example, ...] = (), **flags: Any) -> Any:
+        arguments = RetrieverArguments(index_path=str(tmp_path / "index"), **flags)
+        return open_retriever(arguments, model, documents, examples)
 
     return open_with
 
 
-def test_each_flag_opens_its_retriever(opened: Callable[..., object], tmp_path: Path) -> None:
+def test_each_flag_opens_its_retriever(opened: Callable[..., Any], tmp_path: Path) -> None:
     assert isinstance(opened("bm25"), LexicalRetriever)
-    assert isinstance(opened("a/path/that/does/not/exist", retriever="bm25"), LexicalRetriever)
+    for needless in ("a/path/that/does/not/exist", None):
+        assert isinstance(opened(needless, retriever="bm25"), LexicalRetriever)
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)
     hybrid = opened(retriever="hybrid", fusion="weighted", fusion_weight=0.25, fusion_normalization="z")
@@ -147,9 +177,8 @@ def test_each_flag_opens_its_retriever(opened: Callable[..., object], tmp_path: 
 
 
 def test_the_weight_is_chosen_on_the_file_or_the_given_examples(
-    opened: Callable[..., HybridRetriever], examples: list[Example], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    opened: Callable[..., Any], examples: list[Example], tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)
     write_examples(tmp_path / "eval.jsonl", examples)
     by_file = opened(retriever="hybrid", fusion="weighted", fusion_eval_path=str(tmp_path / "eval.jsonl"))
     by_argument = opened(retriever="hybrid", fusion="weighted", examples=tuple(examples))
@@ -159,14 +188,17 @@ def test_the_weight_is_chosen_on_the_file_or_the_given_examples(
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        ({"model": "bm25", "retriever": "hybrid"}, "--retriever hybrid"),
+        ({"model": "bm25", "retriever": "hybrid"}, "--retriever hybrid: needs an encoder beside BM25"),
+        ({"model": None}, "--retriever dense: name its encoder, too"),
         ({"retriever": "hybrid", "fusion": "weighted"}, "--fusion weighted: give --fusion_weight"),
-        ({"retriever": "hybrid", "fusion": "weighted", "examples": (Example("Why?"),)}, "--fusion weighted"),
+        ({"retriever": "hybrid", "fusion": "weighted", "examples": (Example("Why?"),)}, "--fusion weighted: give"),
         ({"fusion_weight": 1.5}, "--fusion_weight 1.5"),
+        ({"fusion_weight": 0.5, "retriever": "hybrid"}, "--fusion_weight: reciprocal ranks have no weight"),
+        ({"fusion": "weighted"}, "--fusion weighted: there is nothing to fuse; add --retriever hybrid"),
     ],
 )
 def test_what_cannot_be_opened_says_why(
-    flags: dict[str, object], message: str, opened: Callable[..., object], tmp_path: Path
+    flags: dict[str, Any], message: str, opened: Callable[..., Any], tmp_path: Path
 ) -> None:
     with pytest.raises(UserError, match=message):
         opened(**flags)

@@ -1,0 +1,216 @@
+"""RPG: candidates in columns, one document for retriever and teacher; and only the retriever learns."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import numpy as np
+import pytest
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from rqa.data import Document, Example
+from rqa.endpoint.scorer import EstimatedTokens
+from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.objectives import rpg
+from rqa.objectives.rpg import Distillation, LikelihoodArguments, ListArguments, ListBatch, ScoredCandidates
+from rqa.objectives.teacher import Pair, Teacher
+from rqa.retrieval.retriever import Hits, Retriever
+from rqa.runtime.errors import UserError
+
+TEMPERATURE = 0.1
+ABSENT = float("-inf")
+DIRECTIONS = ["teacher_to_student", "student_to_teacher"]
+
+
+@pytest.fixture
+def encoder(encoder_path: str) -> Encoder:
+    """Without dropout, so that runs can be compared."""
+    return load_encoder(encoder_path).eval()
+
+
+def test_the_retrievers_temperature_is_a_tenth_for_normalised_embeddings_and_else_the_root_of_the_width(
+    encoder_path: str,
+) -> None:
+    """At the root of the width, the likeliest of two documents as unlike as can be would get 0.59."""
+    unit, plain = (load_encoder(encoder_path, EncoderArguments(normalize=on)) for on in (True, False))
+    default, given = ListArguments(), ListArguments(retrieve_temperature=0.7)
+    assert [default.temperature_for(unit), default.temperature_for(plain)] == [0.1, math.sqrt(32)]
+    assert [given.temperature_for(unit), given.temperature_for(plain)] == [0.7, 0.7]
+    plain.project(9)
+    assert default.temperature_for(plain) == 3
+    with pytest.raises(UserError, match=r"--retrieve_temperature 0\.0: must be above 0"):
+        ListArguments(retrieve_temperature=0.0)
+    with pytest.raises(UserError, match="--num_docs 1: must be at least 2"):
+        LikelihoodArguments(lm_model_path="lm", num_docs=1)
+
+
+def test_the_language_model_is_asked_by_its_chat_template_where_it_has_one(tokenizer: PreTrainedTokenizerBase) -> None:
+    without = SimpleNamespace(chat_template=None)
+    asked = {
+        (name, given): rpg.LikelihoodArguments(lm_model_path="lm", lm_chat_format=given).lm_prompt(kind).chat_format
+        for name, kind in (("with", tokenizer), ("without", without), ("counts bytes", EstimatedTokens()))
+        for given in (None, "prefix")
+    }
+    assert [name for name, chat_format in asked.items() if chat_format == "template"] == [("with", None)]
+
+
+@pytest.mark.parametrize(
+    ("row", "gold", "num_docs", "include_gold", "expected"),
+    [
+        ([3, 1, 2], [1], 3, True, [3, 1, 2]),
+        ([3, 1, 2], [7], 3, True, [3, 1, 7]),
+        ([3, 1, 2], [7], 3, False, [3, 1, 2]),
+        ([3, 1, 2], [7, 8], 2, True, [7, 8]),
+        ([3, 1, 2], [7, 8, 9], 2, True, [7, 8]),
+        ([3, 1, 2], [1, 8, 8], 3, True, [3, 1, 8]),
+        ([3, -1, -1], [7], 3, True, [3, 7]),
+        ([-1, -1, -1], [7], 3, False, []),
+        ([3, 1, 2], [None], 3, True, [3, 1, 2]),  # a gold passage that the database lacks
+    ],
+)
+def test_the_gold_passage_replaces_the_last_one_if_it_is_missing(
+    row: list[int], gold: list[int | None], num_docs: int, include_gold: bool, expected: list[int],
+    documents: list[Document], examples: list[Example],
+) -> None:  # fmt: skip
+    asked: list[int] = []
+
+    def retrieve(questions: Sequence[str], k: int) -> Hits:
+        asked.append(len(questions))
+        return Hits(np.array([row[:k]] * 2), np.zeros((2, k)))
+
+    elsewhere = Document("Elsewhere.", {"source": "elsewhere"})
+    example = replace(examples[0], gold_docs=tuple(elsewhere if n is None else documents[n] for n in gold))
+    retriever: Any = SimpleNamespace(documents=documents, retrieve=retrieve)
+    flags = LikelihoodArguments(lm_model_path="lm", num_docs=num_docs, include_gold=include_gold)
+    choose = rpg.RetrievedCandidates([example, example], retriever, flags)
+    assert choose([1, 0]) == [expected, expected]
+    assert asked == [2]  # all questions at once
+
+
+def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
+    """A score that tells question and document: by lengths, last pair first."""
+    yield from reversed([(n, -len(p.document.page_content) - 1 / len(p.example.question)) for n, p in enumerate(pairs)])
+
+
+@pytest.fixture
+def teacher(tmp_path: Path) -> Teacher:
+    return Teacher(score, "lengths", tmp_path / "scores.sqlite")
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5])
+def test_a_column_is_one_document_for_retriever_and_teacher(
+    temperature: float, encoder: Encoder, teacher: Teacher, documents: list[Document], examples: list[Example]
+) -> None:
+    chosen = [[3, 1, 2], [1], [], [2, 5]]
+    collate = ScoredCandidates(examples, documents, encoder, lambda _: chosen, teacher, temperature)
+    batch = collate([4, 0, 2, 9])
+    texts = encoder.tokenize_passages([document.fmt_content for document in documents])
+    assert len(batch.passages) == 4  # distinct ones
+    for row, (index, numbers) in enumerate(zip([4, 0, 2, 9], chosen, strict=True)):
+        assert batch.queries[row] == encoder.tokenize_queries([examples[index].question])[0]
+        assert [batch.passages[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
+        expected = [value for n in numbers for _, value in score([Pair(examples[index], documents[n])])]
+        assert (batch.teacher[row, : len(numbers)] * temperature).tolist() == pytest.approx(expected)
+        assert batch.teacher[row, len(numbers) :].isneginf().all()
+    assert batch.weight == 4
+    assert batch.hit_rate == 0
+    assert collate([4, 0, 2, 9]).hit_rate == 0.5
+
+
+def gradients(objective: Distillation, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor]]:
+    objective.zero_grad()
+    loss, statistics = objective(batch)
+    assert all(map(math.isfinite, statistics.values()))
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_question_without_documents_contributes_zero_and_counts_and_leaves_the_others_alone(
+    direction: str, encoder: Encoder, teacher: Teacher, documents: list[Document], examples: list[Example]
+) -> None:
+    chosen: dict[int, list[int]] = {0: [3, 1, 2], 5: []}
+    collate = ScoredCandidates(examples, documents, encoder, lambda rows: [chosen[i] for i in rows], teacher, 10.0)
+    objective = Distillation(encoder, TEMPERATURE, direction)
+    torch.testing.assert_close(
+        gradients(objective, collate([0, 5])), gradients(objective, collate([0])), rtol=1e-3, atol=1e-6
+    )
+    nothing, found = gradients(objective, collate([5, 5]))
+    assert nothing == 0
+    assert collate([0, 5]).weight == collate([5, 5]).weight == 2
+    assert all((gradient == 0).all() for gradient in found.values())
+
+
+@pytest.fixture
+def batch(encoder: Encoder, examples: list[Example], documents: list[Document]) -> ListBatch:
+    """Three questions with four documents of six, the last question with two."""
+    return ListBatch(
+        queries=encoder.tokenize_queries([example.question for example in examples[:3]]),
+        passages=encoder.tokenize_passages([document.fmt_content for document in documents[:6]]),
+        columns=torch.tensor([[0, 1, 2, 3], [5, 4, 1, 0], [2, 3, 0, 0]]),
+        teacher=torch.tensor([[-1.0, -9.0, -3.0, -4.0], [-2.0, -2.5, -7.0, -1.5], [-3.0, -6.0, ABSENT, ABSENT]]),
+        indices=[0, 1, 2],
+    )
+
+
+def test_the_gradient_reaches_the_whole_encoder_and_is_the_same_for_other_numbers_columns_and_chunks(
+    encoder: Encoder, batch: ListBatch
+) -> None:
+    objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
+    expected = gradients(objective, batch)
+    found = expected[1]
+    assert all("pooler" in name for name in {name for name, _ in objective.named_parameters()} - found.keys())
+    assert all(gradient.abs().sum() > 0 for name, gradient in found.items() if "key.bias" not in name)
+    order, columns = torch.tensor([3, 5, 0, 1, 4, 2]), torch.tensor([2, 0, 3, 1])
+    permuted = replace(
+        batch,
+        passages=[batch.passages[i] for i in order],
+        columns=order.argsort()[batch.columns][:, columns],
+        teacher=batch.teacher[:, columns],
+    )
+    elsewhere = batch.columns.clone()
+    elsewhere[2, 2:] = 5  # a column without document may name any passage
+    for same in (permuted, replace(batch, columns=elsewhere)):
+        ours = gradients(Distillation(encoder, TEMPERATURE, DIRECTIONS[0], chunk_size=2), same)
+        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
+    misaligned, _ = gradients(objective, replace(batch, columns=batch.columns[:, [1, 0, 2, 3]]))
+    assert abs(misaligned - expected[0]) > 1e-2
+
+
+@pytest.mark.parametrize("bf16", [False, True])
+def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_the_naive_divergence(
+    bf16: bool, encoder: Encoder, batch: ListBatch, examples: list[Example], documents: list[Document]
+) -> None:
+    retriever = Retriever(encoder, documents)
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        retriever.refresh()
+        hits = retriever.retrieve([example.question for example in examples[:3]], len(documents))
+        similarity = rpg.ListObjective(encoder, TEMPERATURE).logits(batch).detach() * TEMPERATURE
+        losses = [float(Distillation(encoder, TEMPERATURE, way)(batch)[0].detach()) for way in DIRECTIONS]
+    expected = np.zeros(2)
+    for row, columns in enumerate(batch.columns.tolist()):
+        present = [k for k in range(4) if batch.teacher[row, k] > ABSENT]
+        ranked = dict(zip(hits.ids[row].tolist(), hits.scores[row].tolist(), strict=True))
+        scores = np.array([ranked[columns[k]] for k in present])
+        # In bf16 the embeddings of differently packed rows differ by rounding; products are exact either way.
+        assert similarity[row, present].tolist() == pytest.approx(scores, abs=1e-3 if bf16 else 1e-6)
+        logits = batch.teacher[row, present].double().numpy(), scores / TEMPERATURE
+        p, q = (np.exp(x) / np.exp(x).sum() for x in logits)
+        expected += np.array([(p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()])
+    assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-4)
+
+
+def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(encoder: Encoder, batch: ListBatch) -> None:
+    objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
+    similarity = torch.from_numpy(encoder.embed(batch.queries) @ encoder.embed(batch.passages).T)
+    ranking = similarity.gather(1, batch.columns)
+    ranking[2, 2:] = ABSENT
+    assert objective(replace(batch, teacher=ranking))[1]["agreement"] == 1
+    ranking[0] = -ranking[0]
+    statistics = objective(replace(batch, teacher=ranking, hit_rate=0.25))[1]
+    assert statistics == {"agreement": pytest.approx(2 / 3), "teacher_hit_rate": 0.25}
