@@ -117,7 +117,8 @@ class Run(ABC):
             return {f"eval_{name}": value for name, value in scores.items()}
 
         judge = evaluate if self.eval and self.flags.eval_strategy != "no" else None
-        state = train(objective, batches, self.flags, before_step, judge, self.trains_retriever, self.checkpoint)
+        course = (before_step, judge, self.trains_retriever, self.checkpoint, len(self.eval))
+        state = train(objective, batches, self.flags, *course)
         if state.interrupted or not self.test:
             write_report(self.output)
         if state.interrupted:
