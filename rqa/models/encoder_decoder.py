@@ -26,7 +26,7 @@ from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, pad, token_bu
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.parallelize import WholePass, in_step, is_sharded
+from rqa.runtime.parallelize import in_step, is_sharded
 
 WARM_START = "bert::"
 NEW_LAYERS = "crossattention|predictions"  # names of the parameters that a warm start makes anew; must learn faster
@@ -233,10 +233,10 @@ def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}
 
 
-class FiD(WholePass):
+class FiD(nn.Module):
     """An encoder-decoder that reads the passages of each question one by one."""
 
-    forward_methods = ("generate",)
+    whole_passes = ("generate",)  # see `parallelize`
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

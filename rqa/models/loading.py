@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import fingerprint_of
+from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import assembled
 
@@ -170,7 +169,7 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         rules = json.dumps(state, sort_keys=True)
-    return fingerprint_of(chain([rules], weights))
+    return fingerprint(rules, more=weights)
 
 
 @contextmanager

@@ -112,7 +112,7 @@ def train(
     journal = Journal(state, len(batches), flags)
     objective.train()
     measure, save = evaluate_first and state.step == 0, False
-    with deferred_signals() as interruption, journal.bar:
+    with deferred_signals() as signals, journal.bar:
         while True:
             if evaluate and measure:
                 metrics = evaluate(state.step)
@@ -127,7 +127,7 @@ def train(
 
             news = journal.without_events(before_step(state.step)) if before_step else {}
             micro_batches = next(feed)  # made now, unless workers make it ahead
-            weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
+            weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(module, enabled=number == len(micro_batches)):
