@@ -92,7 +92,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Exchange gradients in this backward pass, or not yet. FSDP2 always does: a whole gradient takes the memory it saves."""
+    """Exchange gradients in this backward pass, or not yet. FSDP2 always does: whole ones take the memory it saves."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not enabled else nullcontext()
 
 
