@@ -1,15 +1,13 @@
 """LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
-import json
 import logging
 import pickle
 import pickletools
 import random
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
@@ -82,38 +80,6 @@ def iterate_documents(path: str | Path) -> Iterator[Document]:
         yield from _read_pickle(Path(path))
     else:
         yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
-
-
-class DocumentFile(Sequence[Document]):
-    """The documents of a `.jsonl`, read when they are asked for: a database larger than memory."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: BinaryIO | None = None
-        self._starts, self._lines = array("q"), array("q")
-        for _ in iterate_documents(path):
-            pass  # a malformed line is refused now
-        with self.path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    self._starts.append(start)
-                    self._lines.append(number)
-                start += len(line)
-        if not self._starts:
-            raise UserError(f"{path}: holds no documents")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [self[each] for each in range(*position.indices(len(self)))]
-        if self._file is None:
-            self._file = self.path.open("rb")
-        self._file.seek(self._starts[position])
-        row = json.loads(self._file.readline().decode("utf-8-sig"))
-        return parse_document(row, f"{self.path}:{self._lines[position]}")
 
 
 def write_documents(path: str | Path, documents: Iterable[Document]) -> None:

@@ -5,12 +5,12 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rqa.runtime.errors import UserError
 
@@ -28,14 +28,12 @@ def cache_root() -> Path:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and takes `path`'s name."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming(path):
+        with _renaming_to(path):
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -44,12 +42,11 @@ def atomic_file(path: str | Path) -> Iterator[Path]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory; on success it is marked complete (with checksums), synced, and is `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     retired = temporary.with_suffix(".old")
     try:
-        with _naming(path):
+        with _renaming_to(path):
+            temporary.mkdir()
             yield temporary
             files = sorted(child for child in temporary.rglob("*") if child.is_file())
             sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
@@ -59,7 +56,6 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, retired)
             os.replace(temporary, path)
-            _sync(path.parent)
     finally:
         for left in (temporary, retired):
             shutil.rmtree(left, ignore_errors=True)
@@ -75,11 +71,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk does not say which file it refused; the user needs to know."""
+def _renaming_to(path: Path) -> Iterator[None]:
+    """Make the directory of `path`, and afterwards sync it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+        _sync(path.parent)
+    except OSError as error:  # a full disk does not say which file it refused; the user needs to know
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise

@@ -101,15 +101,14 @@ def save_checkpoint(
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     generators = distributed.gather([{"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}])
     tensors = {"optimization": optimization.state_dict(), "random": generators}
-    version = live.version if live else None
-    known = version == state.live_state and version is not None and files.is_complete(output / version)
-    state.live_state = version
+    known, state.live_state = state.live_state, live.version if live else None
+    index = output / state.live_state if state.live_state else None
     path, failure = output / f"checkpoint-{state.step}", None
     with whole_weights(objective):
         if distributed.is_main():
             try:
-                if live and version and not known:
-                    with files.atomic_directory(output / version) as directory:
+                if live and index and not (index.name == known and files.is_complete(index)):
+                    with files.atomic_directory(index) as directory:
                         live.save(directory)
                 with files.atomic_directory(path) as directory:
                     objective.save_pretrained(directory)
@@ -172,16 +171,15 @@ def promote(source: Path, output: Path) -> None:
 
     Weights of another kind that stand there, whole or adapters, would be loaded beside these and go.
     """
-    for pattern in WEIGHTS:
-        for path in output.glob(pattern):
-            if not (source / path.name).exists():
-                path.unlink()
+    for path in (path for pattern in WEIGHTS for path in output.glob(pattern)):
+        if not (source / path.name).exists():
+            path.unlink()
     for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if relative.parts[0] in NOT_MODEL_FILES:
+        copy = output / path.relative_to(source)
+        if path.relative_to(source).parts[0] in NOT_MODEL_FILES:
             continue
         if path.is_dir():
-            (output / relative).mkdir(exist_ok=True)
+            copy.mkdir(exist_ok=True)
         else:
-            with files.atomic_file(output / relative) as temporary:
+            with files.atomic_file(copy) as temporary:
                 shutil.copyfile(path, temporary)
