@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import pytest
 from trainers import BIN, EXECUTABLES, TRAINERS, flags_of, history, parsed, scores, shown_to
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rqa.data import Document, Example, read_documents, write_examples
+from rqa.data import read_documents
 from rqa.models.encoder import load_encoder
 from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever
