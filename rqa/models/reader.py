@@ -1,6 +1,5 @@
 """How a local reader generates: settings, prompts of similar length together, and what an answer took."""
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
 from rqa.packing import pack, token_budget_batches
-from rqa.prompts import DoesNotFit
+from rqa.prompts import fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
-
-log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
 
@@ -88,12 +85,12 @@ class LocalReader(ABC):
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
         """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
-        return self.answer_prompts([self._prompt(*pair) for pair in zip(examples, passages, strict=True)], progress)
+        return self.answer_prompts(self._prompts(examples, passages), progress)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
-        if prompt := self._prompt(example, passages):
-            self.generate([prompt], WARM_UP_TOKENS)
+        if any(prompts := self._prompts([example], [passages])):
+            self.generate(prompts, WARM_UP_TOKENS)
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
@@ -112,12 +109,9 @@ class LocalReader(ABC):
                 bar.update(len(batch))
         return answers
 
-    def _prompt(self, example: Example, passages: Sequence[Document]) -> Any:
-        try:
-            return self.encode(example, passages)
-        except DoesNotFit as error:
-            log.warning("%s; it is left unanswered", error)
-            return None
+    def _prompts(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Any]:
+        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
+        return [fitted.get(number) for number in range(len(examples))]
 
 
 class InPlaceCache(StaticCache):

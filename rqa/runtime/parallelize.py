@@ -48,6 +48,7 @@ def parallelize(
     return module
 
 
+@torch.no_grad()
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves.
 
@@ -57,23 +58,17 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
-    for layer in _layers(module):
-        _shard_part(layer, mesh=mesh, mp_policy=policy)
-    for model in _roots(module):  # gathered again in the backward pass: outside of both everything is sharded
-        _shard_part(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name in getattr(model, "whole_passes", ()):
-            register_fsdp_forward_method(model, name)
+    for part in [*_layers(module), *_roots(module)]:
+        whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
+        # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name, value in whole.items():
+            parameter = part.get_parameter(name)
+            parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
+        for name in getattr(part, "whole_passes", ()):
+            register_fsdp_forward_method(part, name)
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
-
-
-@torch.no_grad()
-def _shard_part(part: nn.Module, **options: Any) -> None:
-    whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
-    fully_shard(part, **options)
-    for name, value in whole.items():
-        parameter = part.get_parameter(name)
-        parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
