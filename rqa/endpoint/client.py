@@ -25,9 +25,8 @@ BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scrip
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
 RETRIES = 6  # after half a second, one, two ... eight, or when the server says, if that is within two minutes
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
-REFUSED_KEY = "the key is refused: set $OPENAI_API_KEY or the flag of the key"
-NOT_FOUND = "no such model or path: check the model's name, and that the URL ends in /v1"
-ADVICE = {401: REFUSED_KEY, 403: REFUSED_KEY, 404: NOT_FOUND}
+ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
+ADVICE |= dict.fromkeys((401, 403), "the key is refused: set $OPENAI_API_KEY or the flag of the key")
 
 
 @dataclass(kw_only=True)
@@ -57,11 +56,11 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One request: under which key its result is kept, what is sent, and what is made of the reply."""
+    """One request."""
 
-    key: str
+    key: str  # under which its result is kept
     body: dict[str, Any]
-    parse: Callable[[Any], Any]
+    parse: Callable[[Any], Any]  # what is made of the reply
 
 
 def is_endpoint(name: str) -> bool:
@@ -70,21 +69,17 @@ def is_endpoint(name: str) -> bool:
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible server.
+    """A model behind an OpenAI-compatible server, named as `is_endpoint` says.
 
     What the server replied is kept in `$RQA_CACHE/endpoint.sqlite` under its URL, the model, the text and the settings:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
-
-    Args:
-        spec: `openai::http://host:port/v1`.
     """
 
     def __init__(self, spec: str, flags: EndpointArguments | None = None) -> None:
         self.base_url = spec.removeprefix(PREFIX).rstrip("/")
         self.flags = flags or EndpointArguments()
         self._store = Store(cache_root() / "endpoint.sqlite")
-        self._reached = False
-        self._repeated = 0
+        self._reached, self._repeated = False, 0
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.netloc:
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
@@ -104,21 +99,17 @@ class Endpoint:
         return names[0]
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
-        """The likeliest reply to each conversation; equal conversations are sent once. [Q] -> [Q]
+        """The likeliest reply to each conversation, whose turns are `{"role", "content"}`. [Q] -> [Q]
 
-        Of equal conversations the first reply alone has a time, and none that an earlier run kept.
-
-        Args:
-            conversations: `{"role", "content"}` a turn.
-            max_tokens: Tokens of a reply, at most.
-            desc: What the progress bar says.
+        Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept.
         """
         jobs = []
         for turns in conversations:
             messages = [{name: _valid(text) for name, text in turn.items()} for turn in turns]
             body = {"messages": messages, self._limit: max_tokens, "temperature": 0.0}
             jobs.append(Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply))
-        return [Reply(*kept[:2], seconds) for kept, seconds in self._ask_all("chat/completions", jobs, desc)]
+        replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
+        return [Reply(*kept[:2], seconds) for kept, seconds in replies]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
         """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
@@ -130,21 +121,19 @@ class Endpoint:
             # No token is wanted, but many servers refuse to generate none.
             body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
             jobs.append(Job(self._key("echo", prompt, answer), body, partial(self._mean, prompt, answer)))
-        return [mean for mean, _ in self._ask_all("completions", jobs, "score")]
+        return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         values = answer_tokens(reply, prompt, answer)
         if not values:
-            raise UserError(
-                f"{self.base_url}: gives no log-probabilities of the prompt; scoring needs a completions API with echo "
-                "and logprobs, such as vLLM's"
-            )
+            needs = "scoring needs a completions API with echo and logprobs, such as vLLM's"
+            raise UserError(f"{self.base_url}: gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
     def _key(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
-    def _ask_all(self, api: str, jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
+    def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
         """What is made of the reply to each job, and its seconds; None for a reply of an earlier run or job."""
         known = self._store.get({job.key for job in jobs})
         if number := sum(job.key in known for job in jobs):
@@ -161,10 +150,10 @@ class Endpoint:
                 bar.update()
 
         async def ask_all(client: Any) -> None:
-            kinds = {"chat/completions": client.chat.completions, "completions": client.completions}
+            create = api(client).with_raw_response.create
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.flags.endpoint_concurrency, len(missing))):
-                    group.create_task(ask(kinds[api].with_raw_response.create))
+                    group.create_task(ask(create))
 
         if missing:
             self._repeated = 0
@@ -246,16 +235,15 @@ def chat_reply(reply: Any) -> tuple[str, int]:
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probabilities of the answer's tokens, from a completion of prompt + answer that echoes it.
+    """The log-probabilities of the answer's tokens, from a completion that echoes prompt + answer; none if it does not.
 
-    Args:
-        reply: The completion; its `text_offset` says where each token begins. One token may be generated behind it.
+    Its `text_offset` says where each token begins. One token may be generated behind it.
     """
     choice = reply["choices"][0]
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
     if len(tokens) < 2 or len(choice["text"]) < len(prompt + answer):
-        return []  # not echoed
+        return []
     # A server may show, and count, a token that it puts before every text.
     start = len(prompt) + (0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0])
     end = start + len(answer)

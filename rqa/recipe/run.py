@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, set_seed
 
 from rqa.data import DocumentArguments, read_documents, read_examples, subset
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
-from rqa.evaluation.results import write_results
+from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
@@ -27,9 +27,6 @@ from rqa.training.journal import continues
 from rqa.training.loop import Batches, train
 
 log = logging.getLogger(__name__)
-
-Scores = dict[str, float]
-Rows = list[dict[str, Any]]
 
 ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
 FEW_QUESTIONS = 30  # fewer cannot choose a model
