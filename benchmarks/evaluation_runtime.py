@@ -19,11 +19,11 @@ import torch
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
-from rqa.evaluation.answers import EvaluationArguments, evaluate_answers, find_passages
+from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.metrics import corpus_bleu, score_answer
+from rqa.evaluation.retrieval import EvaluationArguments, find_passages
 from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
-from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 
 SYSTEMS = {"rqa": 0, "transformers, batches in file order": 8, "transformers, one question at a time": 1}  # at once
@@ -66,28 +66,27 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each part, and the answers."""
     from transformers import AutoModelForCausalLM
 
-    from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+    from rqa.models.causal_lm import load_causal_lm
     from rqa.models.encoder import load_encoder
-    from rqa.models.loading import load_tokenizer
-    from rqa.runtime import distributed
-    from rqa.runtime.distributed import autocast, compute_dtype
+    from rqa.models.loading import LoadingArguments, load_tokenizer
+    from rqa.models.reader import CausalLMReader
+    from rqa.runtime.distributed import device
 
-    device = distributed.start()
     documents, examples = read(arguments)
     flags = PromptArguments(
-        "template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
+        chat_format="template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
     )
     prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), flags)
-    retriever = Retriever(load_encoder(arguments.embedding_model).to(device), documents, IndexArguments())
+    retriever = Retriever(load_encoder(arguments.embedding_model), documents)
     batch, took, answers = SYSTEMS[arguments.system], {}, []
-    with autocast(device, compute_dtype(arguments.precision == "bf16", False, device)):
+    with LoadingArguments(bf16=arguments.precision == "bf16").autocast():
         retriever.open(f"{arguments.directory}/index")
         if batch:
             dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(arguments.qa_model_name_or_path, dtype=dtype).to(device)
+            model = AutoModelForCausalLM.from_pretrained(arguments.qa_model_name_or_path, dtype=dtype).to(device())
             run_transformers(model, prompter, retriever, examples, batch, took, answers)
         else:
-            reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path).to(device), prompter)
+            reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path), prompter)
             run_rqa(reader, retriever, examples, took, answers)
     total = sum(took.values())
     return {

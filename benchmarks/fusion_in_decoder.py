@@ -32,8 +32,8 @@ from harness import (
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data import Document, Example
+from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import load_tokenizer
-from rqa.prompts import FusionPromptArguments, FusionPrompter, FusionSequence
 
 PADDED_LENGTH = 512
 GENERATED = 50  # tokens of the reference's scoring run
@@ -71,8 +71,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         **SIZES[arguments.size],
     )
     model = T5ForConditionalGeneration(config).to("cuda" if torch.cuda.is_available() else "cpu")
-    prompter = FusionPrompter(
-        tokenizer, FusionPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
+    prompter = FiDPrompter(
+        tokenizer, FiDPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
     )
     work = {
         "rqa: training": train_product,
@@ -97,13 +97,13 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
 
 
 def train_product(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
     """The product's own loop and objective."""
-    from rqa.objectives.fid import FusionLikelihood
+    from rqa.objectives.fid import FiDLikelihood
 
     sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in rows]
-    objective, clock = FusionLikelihood(model, prompter), Clock()
+    objective, clock = FiDLikelihood(model, prompter), Clock()
 
     def batch(indices: Sequence[int]) -> Any:
         clock.units.append(arguments.n_context * len(indices))
@@ -115,7 +115,7 @@ def train_product(
 
 
 def train_padded(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
     """Every passage padded to one length; states side by side, padding and all."""
     optimizer, clock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), Clock()
@@ -136,7 +136,7 @@ def train_padded(
 
 
 def score_rqa(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
     """The product's own scorer."""
     from rqa.objectives.dca import CrossAttentionScorer
@@ -158,7 +158,7 @@ def score_rqa(
 
 @torch.no_grad()
 def score_padded(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FusionPrompter, rows: list[Question]
+    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
     """An answer is generated; that scores are read off the first step costs nothing beside it."""
     model.eval()
@@ -179,7 +179,7 @@ def batches(arguments: argparse.Namespace, rows: list[Question]) -> list[list[Qu
     return [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
 
 
-def encode_padded(model: T5ForConditionalGeneration, sequences: list[FusionSequence]) -> dict[str, Any]:
+def encode_padded(model: T5ForConditionalGeneration, sequences: list[FiDSequence]) -> dict[str, Any]:
     """All passages in one dense batch; a question's states, padding included, in one row."""
     from transformers.modeling_outputs import BaseModelOutput
 

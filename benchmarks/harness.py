@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.metadata import requires, version
+from importlib.metadata import Distribution, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -135,9 +135,10 @@ class Clock:
         self.units: list[int] = []
         self.moments: list[float] = []
 
-    def tick(self, *_: Any) -> None:
-        """One step ends, the next begins."""
+    def tick(self, *_: Any) -> dict[str, float]:
+        """One step ends, the next begins. Nothing is to be logged: the loop's `before_step` returns statistics."""
         self.moments.append(time.perf_counter())
+        return {}
 
     def steps(self, skip: int = 0) -> list[tuple[int, float]]:
         """(units, seconds) of each step but the first ones."""
@@ -178,7 +179,6 @@ def train_rqa(
         batch: Their numbers -> a micro-batch.
         steps: Optimizer steps.
     """
-    from rqa.runtime import distributed
     from rqa.training.arguments import LoopArguments
     from rqa.training.loop import Batches, train
 
@@ -187,7 +187,7 @@ def train_rqa(
         return {"eval_loss": 0.0}
 
     with TemporaryDirectory() as directory:
-        loop = LoopArguments(
+        flags = LoopArguments(
             output_dir=directory,
             per_device_train_batch_size=batch_size,
             max_steps=steps,
@@ -197,8 +197,8 @@ def train_rqa(
             eval_strategy="no",
             metric_for_best_model="loss",
         )
-        batches = Batches(examples, batch, loop)
-        train(objective, batches, loop, distributed.start(), before_step=clock.tick, evaluate=last_moment)
+        batches = Batches(examples, batch, flags)
+        train(objective, batches, flags, before_step=clock.tick, evaluate=last_moment)
 
 
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
@@ -245,9 +245,10 @@ def print_result(script: str, arguments: argparse.Namespace, rows: Sequence[Any]
 
 
 def peer_versions() -> dict[str, str]:
-    """What setup.py's extra `bench` has installed."""
+    """What is installed of setup.py's extra `bench`."""
     asked = [Requirement(line) for line in requires("rqa") or ()]
-    return {each.name: version(each.name) for each in asked if each.marker and each.marker.evaluate({"extra": "bench"})}
+    peers = [each.name for each in asked if each.marker and each.marker.evaluate({"extra": "bench"})]
+    return {name: version(name) for name in peers if any(Distribution.discover(name=name))}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:

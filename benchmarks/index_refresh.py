@@ -33,7 +33,6 @@ from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import retrieval_rows
 from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
-from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import BackgroundEncoding, Refresher
 from rqa.retrieval.retriever import Retriever
 
@@ -49,7 +48,6 @@ def ways(arguments: argparse.Namespace) -> dict[str, list[str]]:
         "never": ["--refresh_step", str(steps + 1)],
         f"every {every} steps": often,
         f"every {every}, later {4 * every}": ["--refresh_step", seldom],
-        f"{arguments.fraction:.0%} every {every}": [*often, "--refresh_fraction", str(arguments.fraction)],
         f"in the background every {every}": [*often, "--refresh_async", "true"],
         "questions only": [*often, "--train_query_encoder_only", "true"],
     }
@@ -81,7 +79,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--lm_model_path", help="the language model of RPG")
     parser.add_argument("--steps", type=int, default=120, help="optimizer steps")
     parser.add_argument("--every", type=int, default=10, help="steps between two refreshes")
-    parser.add_argument("--fraction", type=float, default=0.2, help="of the documents, in a partial refresh")
     parser.add_argument("--batch_size", default="16", help="questions of a step")
     parser.add_argument("--flags", default="", help="further flags of the executable, in one string")
     parser.add_argument("--max_train", type=int, help="use so many training questions")
@@ -106,7 +103,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     calls: list[tuple[float, float, float]] = []  # (begin, end, staleness) of what precedes each step
     due: list[bool] = []
     background: list[float] = []
-    call, result = Refresher.__call__, BackgroundEncoding.result
+    call, finished = Refresher.__call__, BackgroundEncoding.finished
 
     def timed(self: Refresher, step: int) -> dict[str, float]:
         started = time.perf_counter()
@@ -115,11 +112,12 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         due.append(self.due(step))
         return statistics
 
-    def noted(self: BackgroundEncoding) -> np.ndarray:
-        background.append(self.seconds)
-        return result(self)
+    def noted(self: BackgroundEncoding) -> bool:
+        if done := finished(self):
+            background.append(self.seconds)
+        return done
 
-    Refresher.__call__, BackgroundEncoding.result = timed, noted
+    Refresher.__call__, BackgroundEncoding.finished = timed, noted
     run_executable(arguments)
     seconds = calls[-1][0] - calls[0][1]  # of all steps but the last, without the first index
     waited = [end - started for started, end, _ in calls[1:-1]]
@@ -141,7 +139,7 @@ def run_executable(arguments: argparse.Namespace) -> None:
     os.environ["RQA_CACHE"] = str(directory / f"{arguments.way} cache")  # a teacher that knows nothing yet
     flags = ["--model_name_or_path", arguments.model_name_or_path, "--output_dir", str(directory / arguments.way)]
     flags += ["--train_file", str(directory / "train.jsonl"), "--max_steps", str(arguments.steps)]
-    flags += ["--full_dataset_file_path", str(directory / "documents.jsonl"), "--eval_strategy", "no"]
+    flags += ["--document_path", str(directory / "documents.jsonl"), "--eval_strategy", "no"]
     flags += ["--per_device_train_batch_size", arguments.batch_size, "--save_strategy", "no"]
     if arguments.algorithm == "rpg":
         flags += ["--lm_model_path", arguments.lm_model_path]
@@ -157,8 +155,7 @@ def run_executable(arguments: argparse.Namespace) -> None:
 
 def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]) -> dict[str, Any]:
     """Recall@4 of an encoder over a whole new index, with its interval."""
-    retriever = Retriever(load_encoder(path), documents, IndexArguments())
-    retriever.refresh()
+    retriever = Retriever(load_encoder(path), documents).open()
     found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
     rows = retrieval_rows(found, examples, (4,))
     values = np.array([[row["scores"][METRIC]] for row in rows if row["scores"]])  # [n, 1]

@@ -76,7 +76,7 @@ class Trial:
             **models,
             "train_file": data / "train_w_qa.jsonl",
             "eval_file": data / "eval_w_qa.jsonl",
-            "full_dataset_file_path": data / "documents.jsonl",
+            "document_path": data / "documents.jsonl",
             "output_dir": output,
             "resume_from_checkpoint": "true",
             **FLAGS,
@@ -195,7 +195,7 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
     """Run an executable of bin/ and watch its phases."""
     from rqa.evaluation.answers import ReaderEvaluation
     from rqa.objectives.teacher import Teacher
-    from rqa.recipes import retriever
+    from rqa.recipe import retriever
     from rqa.retrieval.refresh import Refresher
     from rqa.training import loop
     from rqa.training.loop import Batches

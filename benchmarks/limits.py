@@ -30,21 +30,28 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder, load_encoder
-from rqa.models.encoder_decoder import load_fusion
-from rqa.models.loading import load_tokenizer
+from rqa.models.encoder_decoder import load_encoder_decoder
+from rqa.models.loading import LoadingArguments, load_tokenizer
+from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
-from rqa.objectives.fid import FusionLikelihood
-from rqa.objectives.rpg import CandidateArguments, Distillation, RetrievedCandidates, ScoredCandidates
+from rqa.objectives.fid import FiDLikelihood
+from rqa.objectives.rpg import (
+    Distillation,
+    LikelihoodArguments,
+    RetrievedCandidates,
+    ScoredCandidates,
+    local_scorer,
+)
 from rqa.objectives.sft import AnswerLikelihood
-from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
-from rqa.prompts import FusionPromptArguments, PromptArguments, Prompter
+from rqa.objectives.teacher import Pair, Teacher
+from rqa.prompts import PromptArguments, Prompter
+from rqa.recipe.system import ReaderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.retriever import Retriever
-from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast, compute_dtype
+from rqa.runtime.distributed import device
 from rqa.training.arguments import LoopArguments
 from rqa.training.optim import Optimization
 
@@ -202,17 +209,15 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.device = distributed.start()
-        self.bf16 = arguments.precision == "bf16"
-        self.dtype = compute_dtype(self.bf16, False, self.device)
+        self.flags = LoadingArguments(bf16=arguments.precision == "bf16")
+        self.dtype = self.flags.dtype
         self.documents, self.examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
 
     def encoder(self) -> Encoder:
-        return load_encoder(self.arguments.embedding_model).to(self.device)
+        return load_encoder(self.arguments.embedding_model)
 
     def retriever(self) -> Retriever:
-        chosen = list(self.documents[: self.arguments.documents])
-        return Retriever(self.encoder(), chosen, IndexArguments())
+        return Retriever(self.encoder(), list(self.documents[: self.arguments.documents]))
 
     def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
         """Questions with their gold passages and others, as many for each."""
@@ -225,28 +230,28 @@ class Bench:
 
     def inference(self, work: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
-            with torch.no_grad(), autocast(self.device, self.dtype):
+            with torch.no_grad(), self.flags.autocast():
                 work()
 
         return run
 
     def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
         """A step as the loop makes it."""
-        loop = LoopArguments(output_dir=self.arguments.directory, bf16=self.bf16, learning_rate=1e-6)
-        optimization = Optimization(objective.train(), loop, 1000, self.device)
+        loop = LoopArguments(output_dir=self.arguments.directory, bf16=self.flags.bf16, learning_rate=1e-6)
+        optimization, steps = Optimization(objective.train(), loop, 1000), count()
 
         def run() -> None:
             made = batch()
-            with autocast(self.device, self.dtype):
-                loss, _ = objective(made.to(self.device))
+            with self.flags.autocast():
+                loss, _ = objective(made.to(device()))
             optimization.backward(loss / made.weight)
-            optimization.step()
+            optimization.step(next(steps))
 
         return run
 
 
 def sft_step(bench: Bench) -> Work:
-    model = load_causal_lm(bench.arguments.model_name_or_path).to(bench.device)
+    model = load_causal_lm(bench.arguments.model_name_or_path)
     objective = AnswerLikelihood(model, Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments()))
     prompts = [objective.prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(2, 3)]
     batch = objective.batch(prompts)
@@ -258,20 +263,18 @@ def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
     queries = encoder.tokenize_queries([example.question for example, _ in pairs])
     passages = encoder.tokenize_passages([pair[which].fmt_content for which in (0, 1) for _, pair in pairs])
     gold = torch.arange(len(pairs))
-    batch = ContrastiveBatch(queries, passages, [], torch.arange(len(passages)), gold, gold[:, None])
+    batch = ContrastiveBatch(queries, passages, [], torch.arange(len(passages)), gold, gold=gold[:, None])
     objective = Contrastive(encoder, 0.05, chunk_size)
     return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
 
 
 def rpg_step(bench: Bench, warm: bool) -> Work:
     retriever, examples = bench.retriever(), bench.examples[:4]
-    with autocast(bench.device, bench.dtype):
-        retriever.refresh()
-    tokenizer = load_tokenizer(bench.arguments.model_name_or_path)
-    prompter = Prompter(tokenizer, PromptArguments(max_seq_length=512, max_new_tokens=1))
-    model = load_causal_lm(bench.arguments.model_name_or_path, dtype=bench.dtype).to(bench.device)
-    scorer, fresh = AnswerScorer(model, prompter, 8192), count()
-    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=4), bench.dtype)
+    with bench.flags.autocast():
+        retriever.open()
+    lm = LikelihoodArguments(lm_model_path=bench.arguments.model_name_or_path, bf16=bench.flags.bf16, num_docs=4)
+    (scorer, _), fresh = local_scorer(lm), count()
+    choose = RetrievedCandidates(examples, retriever, lm)
 
     def teacher() -> Teacher:
         return Teacher(scorer, "", Path(bench.arguments.directory) / f"{bench.arguments.system} {next(fresh)}.sqlite")
@@ -288,15 +291,15 @@ def rpg_step(bench: Bench, warm: bool) -> Work:
 
 
 def fid_step(bench: Bench) -> Work:
-    model, prompter = load_fusion(f"bert::{bench.arguments.embedding_model}", FusionPromptArguments())
-    objective = FusionLikelihood(model.to(bench.device), prompter)
+    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", ReaderArguments())
+    objective = FiDLikelihood(model, prompter)
     batch = objective.batch([prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(4, 5)])
     return Work(bench.training(objective, lambda: batch), (20, "passages"))
 
 
 def dca_scoring(bench: Bench) -> Work:
-    model, prompter = load_fusion(f"bert::{bench.arguments.embedding_model}", FusionPromptArguments())
-    scorer = CrossAttentionScorer(model.to(bench.device), prompter, 4)
+    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", ReaderArguments())
+    scorer = CrossAttentionScorer(model, prompter, 4)
     pairs = [Pair(e, document, tuple(passages)) for e, passages in bench.contexts(4, 5) for document in passages]
     return Work(bench.inference(lambda: list(scorer(pairs))), (len(pairs), "passages"))
 
@@ -334,7 +337,7 @@ def tokenisation(bench: Bench) -> Work:
 
 
 def generation(bench: Bench) -> Work:
-    model = load_causal_lm(bench.arguments.model_name_or_path).to(bench.device)
+    model = load_causal_lm(bench.arguments.model_name_or_path)
     prompter = Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments())
     reader = CausalLMReader(model, prompter)
     prompts = [prompter.encode(*context).ids for context in bench.contexts(8, 1)]

@@ -149,21 +149,17 @@ def time_batches(
 
 def open_rqa(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encode, Find, float]:
     from rqa.data import Document
-    from rqa.models.encoder import load_encoder
-    from rqa.retrieval.index import IndexArguments
+    from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.retrieval.retriever import Retriever
-    from rqa.runtime import distributed
-    from rqa.runtime.distributed import autocast, compute_dtype
 
-    device = distributed.start()
-    dtype = compute_dtype(arguments.precision == "bf16", False, device)
-    encoder = load_encoder(arguments.embedding_model).to(device)
-    retriever = Retriever(encoder, [Document(text, fmt_content=text) for text in documents], IndexArguments())
-    with autocast(device, dtype):
+    flags = EncoderArguments(bf16=arguments.precision == "bf16")
+    encoder = load_encoder(arguments.embedding_model, flags)
+    retriever = Retriever(encoder, [Document(text, fmt_content=text) for text in documents])
+    with flags.autocast():
         duration = seconds(retriever.refresh)
 
     def encode(questions: Sequence[str]) -> np.ndarray:
-        with autocast(device, dtype):
+        with flags.autocast():
             return encoder.embed(encoder.tokenize_queries(questions))
 
     return encode, lambda embeddings: retriever.index.search(embeddings, K)[1].tolist(), duration
@@ -249,7 +245,7 @@ def time_index(
     from rqa.retrieval.index import Index, IndexArguments
 
     parameters = next((value for name, value in PARAMETERS.items() if factory.startswith(name)), "")
-    ours = Index(IndexArguments(factory, parameters))
+    ours = Index(IndexArguments(index_factory=factory, index_search_parameters=parameters))
     build_seconds = seconds(lambda: ours.replace(vectors))
     with TemporaryDirectory() as directory:
         ours.save(Path(directory) / "index")

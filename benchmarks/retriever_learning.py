@@ -29,11 +29,9 @@ from harness import new_parser, print_result, print_table, read_corpus
 from rqa.data import Document, Example, write_documents, write_examples
 from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import retrieval_rows
-from rqa.models.encoder import load_encoder
 from rqa.prompts import retrieval_query
-from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, tuned_weight
-from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.retriever import PassageRetriever, Retriever
+from rqa.retrieval.hybrid import LexicalRetriever, RetrieverArguments, open_retriever
+from rqa.retrieval.retriever import PassageRetriever
 
 METRICS = ("retr/recall@1", "retr/recall@4", "retr/recall@10", "retr/mrr@10")
 BIN = Path(__file__).resolve().parents[1] / "bin"
@@ -45,16 +43,13 @@ def main() -> None:
     documents, train, held_out = read_inputs(arguments)
     write_documents(output / "documents.jsonl", documents)
     write_examples(output / "train.jsonl", train)
-    lexical = LexicalRetriever(documents)
-    rows, weight = [measure("BM25", lexical, held_out)], None
+    rows, weight = [measure("BM25", LexicalRetriever(documents), held_out)], None
     for name, path in train_systems(arguments, output, train):
-        dense = Retriever(load_encoder(path), documents, IndexArguments())
-        dense.open(output / "indexes" / name)
-        fused = HybridRetriever(dense, lexical, "weighted")
-        if weight is None:  # a trained encoder knows the training questions too well to ask them
-            weight = tuned_weight(fused, train)
-        fused.weight = weight
-        rows += [measure(name, dense, held_out), measure(f"{name} + BM25", fused, held_out)]
+        index = str(output / "indexes" / name)
+        flags = RetrieverArguments(index_path=index, retriever="hybrid", fusion="weighted", fusion_weight=weight)
+        fused = open_retriever(flags, path, documents, train)
+        weight = fused.weight  # of the untrained encoder: a trained one knows the training questions too well
+        rows += [measure(name, fused.dense, held_out), measure(f"{name} + BM25", fused, held_out)]
         print(f"{name}: {rows[-2]['scores']}, with BM25 {rows[-1]['scores']}", file=sys.stderr, flush=True)
     report(arguments, weight, rows)
 
@@ -99,7 +94,7 @@ def train_rqa(arguments: argparse.Namespace, output: Path, executable: str, flag
     if not (directory / "modules.json").exists():
         line = [sys.executable, str(BIN / executable), "--model_name_or_path", arguments.model_name_or_path]
         line += ["--train_file", str(output / "train.jsonl"), "--output_dir", str(directory)]
-        line += ["--full_dataset_file_path", str(output / "documents.jsonl"), "--eval_strategy", "no"]
+        line += ["--document_path", str(output / "documents.jsonl"), "--eval_strategy", "no"]
         subprocess.run([*line, "--save_strategy", "no", "--overwrite_output_dir", "true", *flags], check=True)
     return str(directory)
 

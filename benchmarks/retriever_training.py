@@ -87,12 +87,11 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
     from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.models.loading import evaluating
     from rqa.objectives.ctl import Contrastive, ContrastiveBatch
-    from rqa.runtime import distributed
-    from rqa.runtime.distributed import autocast, compute_dtype
+    from rqa.runtime.distributed import device
 
-    device, size, bf16 = distributed.start(), len(triples), arguments.precision == "bf16"
-    encoder = load_encoder(arguments.model_name_or_path, EncoderArguments(max_passage_length=arguments.max_length))
-    encoder = encoder.to(device)
+    size, bf16 = len(triples), arguments.precision == "bf16"
+    flags = EncoderArguments(max_passage_length=arguments.max_length, bf16=bf16)
+    encoder = load_encoder(arguments.model_name_or_path, flags)
     queries = encoder.tokenize_queries([question for question, _, _ in triples])
     passages = encoder.tokenize_passages([triple[1] for triple in triples] + [triple[2] for triple in triples])
     clock = Clock()
@@ -100,12 +99,12 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
     def batch(indices: Sequence[int]) -> ContrastiveBatch:
         clock.units.append(size)
         documents, targets = torch.arange(2 * size), torch.arange(size)
-        return ContrastiveBatch(queries, passages, indices, documents, targets, targets[:, None])
+        return ContrastiveBatch(queries, passages, indices, documents, targets, gold=targets[:, None])
 
     objective = Contrastive(encoder, TEMPERATURE, CHUNK if arguments.system == "rqa in chunks" else 0)
-    with torch.no_grad(), evaluating(objective), autocast(device, compute_dtype(bf16, False, device)):
+    with torch.no_grad(), evaluating(objective), flags.autocast():
         chunked = Contrastive(encoder, TEMPERATURE, CHUNK)  # not to count memory that training would not need
-        loss = float(chunked(batch([]).to(device))[0]) / size
+        loss = float(chunked(batch([]).to(device()))[0]) / size
     clock.units.clear()
     train_rqa(objective, size, batch, size, arguments.warmup + arguments.steps, bf16, clock)
     return loss, clock

@@ -22,21 +22,16 @@ from harness import Clock, new_parser, print_result, print_table, read_corpus, r
 from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import LoadingArguments, load_tokenizer
 from rqa.objectives.rpg import (
-    CandidateArguments,
     Distillation,
-    LanguageModelArguments,
     RetrievedCandidates,
     ScoredCandidates,
-    load_teacher,
 )
-from rqa.prompts import PromptArguments, Prompter
-from rqa.retrieval.index import IndexArguments
+from rqa.prompts import Prompter
+from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.retrieval.retriever import Retriever
-from rqa.runtime import distributed
-from rqa.runtime.distributed import autocast, compute_dtype
-from rqa.training.arguments import LoopArguments
+from rqa.runtime.distributed import device
 
 QUESTIONS, MAX_LENGTH, TEMPERATURE = 4, 512, 0.1
 
@@ -62,9 +57,7 @@ def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequ
 
 
 def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document]) -> Retriever:
-    retriever = Retriever(load_encoder(arguments.model_name_or_path), documents, IndexArguments())
-    retriever.open(f"{arguments.directory}/index")
-    return retriever
+    return Retriever(load_encoder(arguments.model_name_or_path), documents).open(f"{arguments.directory}/index")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -78,13 +71,12 @@ def rqa_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
     """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
-    device, encoder, bf16 = distributed.start(), retriever.encoder, arguments.precision == "bf16"
+    encoder, bf16 = retriever.encoder, arguments.precision == "bf16"
     os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # nothing is known from an earlier run
-    lm = LanguageModelArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
-    teacher = load_teacher(lm, LoopArguments(output_dir=arguments.directory, bf16=bf16), device)
-    dtype = compute_dtype(bf16, False, device)
-    choose = RetrievedCandidates(examples, retriever, CandidateArguments(num_docs=depth), dtype)
-    collate = ScoredCandidates(examples, retriever.documents, encoder.to(device), choose, teacher, TEMPERATURE)
+    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth)
+    teacher = open_teacher(lm)
+    choose = RetrievedCandidates(examples, retriever, lm)
+    collate = ScoredCandidates(examples, retriever.documents, encoder, choose, teacher, TEMPERATURE)
     objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
     epoch = arguments.warmup + arguments.steps
     clock.units = [QUESTIONS] * 2 * epoch
@@ -98,18 +90,18 @@ def usual_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
     """RPG as released trainers write it, step by step."""
-    device, encoder = distributed.start(), retriever.encoder
-    dtype = compute_dtype(arguments.precision == "bf16", False, device)
-    backbone = encoder.to(device).backbone.train()
+    encoder, flags = retriever.encoder, LoadingArguments(bf16=arguments.precision == "bf16")
+    backbone = encoder.backbone.train()
     tokenizer = load_tokenizer(arguments.lm_model_path)
-    prompter = Prompter(tokenizer, PromptArguments(max_seq_length=MAX_LENGTH, max_new_tokens=1))
-    model = load_causal_lm(arguments.lm_model_path, dtype=dtype).to(device).eval()
+    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
+    prompter = Prompter(tokenizer, lm.lm_prompt(tokenizer))
+    model = load_causal_lm(arguments.lm_model_path, dtype=flags.dtype).eval()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)
     clock = Clock()
 
     def embed(texts: Sequence[str]) -> torch.Tensor:
         batch = encoder.tokenizer(list(texts), padding=True, truncation=True, max_length=256, return_tensors="pt")
-        hidden = backbone(**batch.to(device)).last_hidden_state  # [B, L, D]
+        hidden = backbone(**batch.to(device())).last_hidden_state  # [B, L, D]
         mask = batch["attention_mask"][..., None]
         return torch.nn.functional.normalize((hidden * mask).sum(1) / mask.sum(1), dim=-1)
 
@@ -117,17 +109,17 @@ def usual_steps(
     def likelihood(example: Example, document: Document) -> torch.Tensor:
         sequence = prompter.encode(example, [document], example.gold_answer)
         padding = MAX_LENGTH - len(sequence.ids)
-        ids = torch.tensor([sequence.ids + [0] * padding], device=device)
-        mask = torch.tensor([[1] * len(sequence.ids) + [0] * padding], device=device)
+        ids = torch.tensor([sequence.ids + [0] * padding], device=device())
+        mask = torch.tensor([[1] * len(sequence.ids) + [0] * padding], device=device())
         logits = model(input_ids=ids, attention_mask=mask).logits[0].float()  # [L, V]
-        answer = torch.arange(sequence.answer_start, len(sequence.ids), device=device)
+        answer = torch.arange(sequence.answer_start, len(sequence.ids), device=device())
         return logits.log_softmax(-1)[answer - 1, ids[0, answer]].mean()
 
     for start in range(0, len(examples), QUESTIONS):
         clock.tick()
         clock.units.append(QUESTIONS)
         losses = []
-        with autocast(device, dtype):
+        with flags.autocast():
             for example in examples[start : start + QUESTIONS]:
                 (documents,) = retriever.documents_of(retriever.retrieve([example.question], depth))
                 scores = torch.stack([likelihood(example, document) for document in documents])

@@ -66,20 +66,17 @@ def make_sequences(arguments: argparse.Namespace) -> Sequences:
     """The same for every system, two for each step."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
-    from rqa.objectives.swr import PassageArguments, gold_and_retrieved
+    from rqa.objectives.swr import SwRArguments, gold_and_retrieved
     from rqa.prompts import PromptArguments, Prompter
-    from rqa.retrieval.index import IndexArguments
     from rqa.retrieval.retriever import Retriever
 
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     examples = examples[: 2 * (arguments.steps + arguments.warmup)]
-    retriever = Retriever(load_encoder(arguments.embedding_model), documents, IndexArguments())
-    retriever.open(None)
+    retriever = Retriever(load_encoder(arguments.embedding_model), documents).open()
     prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments(max_seq_length=PADDED_LENGTH))
-    found = retriever.documents_of(retriever.retrieve([example.question for example in examples], PASSAGES))
+    flags = SwRArguments(embedding_model=arguments.embedding_model)
     sequences = []
-    for example, retrieved in zip(examples, found, strict=True):
-        passages = gold_and_retrieved(example, retrieved, PASSAGES + 1, PassageArguments(), "0")
+    for example, passages in zip(examples, gold_and_retrieved(examples, retriever, PASSAGES, flags, 0), strict=True):
         sequence = prompter.encode(example, passages, example.gold_answer)
         sequences.append((sequence.ids, sequence.answer_start))
     return sequences
@@ -97,9 +94,8 @@ def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.sft import AnswerLikelihood
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
-    from rqa.runtime import distributed
 
-    model = load_causal_lm(arguments.model_name_or_path).to(distributed.start())
+    model = load_causal_lm(arguments.model_name_or_path)
     prompter = Prompter(load_tokenizer(arguments.model_name_or_path), PromptArguments())
     objective, clock = AnswerLikelihood(model, prompter), Clock()
 

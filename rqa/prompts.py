@@ -31,7 +31,6 @@ Use the passages to answer the question. Reply with the answer alone.
 {passages}
 
 Question: {question}"""
-FID_TEMPLATE = "question: {question} context: {passage}"
 
 
 class DoesNotFit(UserError):
@@ -43,9 +42,7 @@ def fitting(
 ) -> dict[int, Encoded]:
     """`encode(*row)` of each row that fits, by the row's number; why another does not fit is said once.
 
-    Args:
-        consequence: What happens to a row that does not fit: "the example is left out".
-        say: A caller that keeps `functools.cache(log.warning)` says it once in all its calls.
+    A caller that keeps `functools.cache(log.warning)`, and passes it as `say`, says it once in all its calls.
     """
     encoded = {}
     say_once = cache(say)
@@ -75,9 +72,8 @@ def read_template(path: str | None, default: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
-    for name in re.findall(r"\{(\w+)\}", default):
-        if f"{{{name}}}" not in text:
-            raise UserError(f"--prompt_template {path}: the placeholder {{{name}}} is missing")
+    if missing := [name for name in re.findall(r"\{\w+\}", default) if name not in text]:
+        raise UserError(f"--prompt_template {path}: the placeholder {missing[0]} is missing")
     return text.rstrip("\n")
 
 
@@ -91,8 +87,7 @@ def cut(text: str, cap: int | None) -> str:
 
 def cut_passages(render: Callable[[int | None], Prompt], longest: int, budget: int) -> Prompt:
     """The prompt with passages of as many characters as the budget of tokens allows, of the `longest` at most."""
-    prompt = render(None)
-    if len(prompt) > budget:
+    if len(prompt := render(None)) > budget:
         # Token counts are only nearly monotone in the cut, hence the walk down at the end.
         cap = max(bisect_right(range(longest), budget, key=lambda cap: len(render(cap))) - 1, 0)
         while len(prompt := render(cap)) > budget and cap:
@@ -123,9 +118,7 @@ class PromptArguments(Arguments):
     user_prefix: str = flag("USER:", "Text before a user's turn.")
     assistant_prefix: str = flag("ASSISTANT:", "Text before an assistant's turn.")
     sep_user: str = flag("\n", "Text after a user's turn.", rare=True)
-    sep_sys: str = flag(
-        "", "Text after an assistant's turn; without a special token, the end token follows.", rare=True
-    )
+    sep_sys: str = flag("", "Text after a reply; without a special token in it, the end token follows.", rare=True)
     prompt_template: str | None = flag(None, "Text file with {passages} and {question} that replaces the instruction.")
     max_seq_length: int = flag(2048, "Tokens of prompt and answer together, at most.")
     max_new_tokens: int = flag(256, "Tokens of a generated answer, at most.")
@@ -172,9 +165,8 @@ class Prompter:
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:
         """Token ids of the prompt and, when given, of the answer and its end of turn; or `DoesNotFit`.
 
-        Room for `max_new_tokens` is kept whether an answer is given or not, so that a prompt is cut alike in training
-        and generation. Only for an answer that is longer, and does not fit behind it, is a prompt cut more. Passages
-        are cut first, at word boundaries and to one common length; then the oldest turns go.
+        Room for `max_new_tokens` is kept in training, too, so that a prompt is cut as in generation; only for a longer
+        answer that does not fit behind it more. Passages are cut first, to one common length; then the oldest turns go.
         """
         target = [] if answer is None else self.encode_answer(answer)
         prompt, cut_more = self._fit(example, passages, len(target))
@@ -213,15 +205,14 @@ class Prompter:
         texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
         request = fill(self.instruction, {"passages": numbered, "question": example.question})
-        turns = [*((_role(turn.speaker), turn.message) for turn in example.chat_history), ("user", request)]
+        turns = [(_role(turn.speaker), turn.message) for turn in example.chat_history] + [("user", request)]
         messages = [{"role": role, "content": said} for role, said in turns]
         if style.chat_format == "template":
             text = self._apply_template(messages)
         else:
             before = {"user": style.user_prefix, "assistant": style.assistant_prefix}
             after = {"user": style.sep_user, "assistant": self._end_of_reply}
-            parts = [f"{before[role]} {said}{after[role]}" for role, said in turns]
-            text = "".join(parts) + style.assistant_prefix
+            text = "".join(f"{before[role]} {said}{after[role]}" for role, said in turns) + style.assistant_prefix
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return _Prompt(messages, text, ids if ids[: len(self._bos)] == self._bos else self._bos + ids)
 
@@ -245,81 +236,8 @@ class Prompter:
             suffix = self._apply_template(said).rpartition("An answer.")[2]
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if suffix else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        for position, token in enumerate(ids):
-            if token in special:
-                return suffix, ids[: position + 1]
+        if ends := [position for position, token in enumerate(ids, start=1) if token in special]:
+            return suffix, ids[: ends[0]]
         if self.tokenizer.eos_token_id is None:
             raise UserError("--sep_sys: the tokenizer has no end token; name a special token that ends an answer")
         return suffix + self.tokenizer.eos_token, [*ids, self.tokenizer.eos_token_id]
-
-
-@dataclass(kw_only=True)
-class PassagePromptArguments(Arguments):
-    """How an encoder-decoder is asked, passage by passage."""
-
-    prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
-    max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
-
-    def check(self) -> None:
-        self.check_bounds(*(name for name in vars(self) if name.endswith("seq_length")), at_least=2)
-
-
-@dataclass(kw_only=True)
-class FiDPromptArguments(PassagePromptArguments):
-    """How long an encoder-decoder's answers are."""
-
-    max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
-
-
-@dataclass(frozen=True)
-class FiDSequence:
-    """Token ids of each passage's prompt, and of the answer with its end token."""
-
-    passages: list[list[int]]
-    answer: list[int]
-    cut_more = False  # the answer has a length of its own
-
-
-class FiDPrompter:
-    """Builds what a fusion-in-decoder reader sees: one prompt a passage, and the answer."""
-
-    length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
-
-    def __init__(
-        self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
-    ) -> None:
-        self.tokenizer = tokenizer
-        self.arguments = arguments or FiDPromptArguments()
-        self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
-        self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
-        end = tokenizer.eos_token_id
-        self.end_token = tokenizer.sep_token_id if end is None else end  # behind every answer
-        if self.end_token is None:
-            raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
-
-    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
-        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.
-
-        A passage is cut at a word boundary; a question that is too long by itself loses its oldest turns.
-        """
-        limit = self.arguments.max_encoder_seq_length
-        bare, kept = cut_history(self._prompt, example, limit)
-        target = [] if answer is None else self._encode_answer(answer)
-        for part, ids, side in (("question", bare, "encoder"), ("answer", target, "decoder")):
-            if ids and len(ids) > (most := getattr(self.arguments, f"max_{side}_seq_length")):
-                taken = f"the {part} takes {len(ids)} tokens, more than --max_{side}_seq_length {most}"
-                raise DoesNotFit(f"{example.where or 'example'}: {taken}")
-        texts = [passage.fmt_content for passage in passages]
-        prompts = [cut_passages(partial(self._prompt, kept, text), len(text), limit) for text in texts]
-        return FiDSequence(prompts or [bare], target)
-
-    decode = Prompter.decode
-
-    def _encode_answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer(text_target=answer.strip())["input_ids"]
-        ids = ids[1:] if ids[:1] == [self.start_token] else ids
-        return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
-
-    def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
-        fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
-        return self.tokenizer.encode(fill(self.template, fields))

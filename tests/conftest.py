@@ -1,4 +1,4 @@
-"""A corpus of a few passages, and models with a few thousand random weights."""
+"""A corpus of a few passages, models with a few thousand random weights, and executables run in this process."""
 
 import copy
 import json
@@ -6,12 +6,15 @@ import logging
 import os
 import runpy
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from string import ascii_lowercase
+from typing import TYPE_CHECKING, Any
 
 import torch
 import pytest
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     BartConfig,
@@ -20,6 +23,7 @@ from transformers import (
     BertModel,
     LlamaConfig,
     LlamaForCausalLM,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
@@ -31,32 +35,34 @@ from rqa.data import Document, Example, write_documents, write_examples
 if TYPE_CHECKING:
     from openai_server import OpenAIServer
 
-CITIES = (
-    "Arlen",
-    "Brask",
-    "Corvo",
-    "Dunmore",
-    "Elbeth",
-    "Farrow",
-    "Gildern",
-    "Hask",
-    "Istra",
-    "Jorvik",
-    "Kessel",
-    "Lund",
-)
+CITIES = ("Arlen", "Brask", "Corvo", "Dunmore", "Elbeth", "Farrow", "Gildern", "Hask", "Istra", "Jorvik", "Kessel",
+          "Lund")  # fmt: skip
 TRADES = ("copper", "wool", "amber", "salt", "timber", "glass", "honey", "paper", "silver", "grain", "silk", "pepper")
 CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+# The files that take longest, longest first: with `--dist loadfile` no worker is left with one of them at the end.
+LONGEST = ["test_processes", "test_retriever_training", "test_interruption", "test_executables", "test_quickstart",
+           "test_distilled_training", "test_fid_training", "test_architecture"]  # fmt: skip
+
+settings.register_profile(
+    "default", max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
+settings.load_profile("default")  # `pytest --hypothesis-profile thorough` takes its time
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(places)))
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
-    os.environ["HF_HUB_OFFLINE"] = "1"
-    torch.set_num_threads(1)  # tiny matrices gain nothing from more, and threads of parallel processes get in the way
-    os.environ["RQA_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+    os.environ |= {"HF_HUB_OFFLINE": "1", "RQA_CACHE": str(tmp_path_factory.mktemp("cache"))}
+    os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from more, and other processes lose
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)
@@ -70,6 +76,7 @@ def run_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
     logger = logging.getLogger("rqa")
     for name in ("handlers", "level", "propagate"):  # an executable sets them, and the next test is no executable
         monkeypatch.setattr(logger, name, getattr(logger, name))
+    monkeypatch.setattr("rqa.evaluation.report.line_chart", lambda *_: "<svg/>")  # half the time of a small run
 
     def run(name: str, *line: object) -> int:
         path = str(Path(__file__).parents[1] / "bin" / name)
@@ -95,6 +102,49 @@ def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, obj
 
 
 @pytest.fixture
+def trainer_flags(
+    files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[..., dict[str, object]]:  # fmt: skip
+    """Flags for four small steps of a trainer, and others by name; None leaves one out. What is kept is the test's."""
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    decoder = {"model_name_or_path": lm_path, "max_new_tokens": 8, "max_seq_length": 256}
+    judge = {"lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
+    own: dict[str, dict[str, object]] = {
+        "train_sft": decoder,
+        "train_swr": decoder | {"embedding_model": encoder_path},
+        "train_fid": {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path,
+                      "max_encoder_seq_length": 64, "max_decoder_seq_length": 16},
+        "train_ctl": {},
+        "train_dca": {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
+        "train_rpg": judge,
+        "train_emdr": judge,
+    }  # fmt: skip
+    retriever = {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4}
+    reader = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+
+    def flags(name: str, **others: object) -> dict[str, object]:
+        kind = reader if name in ("train_sft", "train_swr", "train_fid") else retriever
+        common = {**files, "output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
+        given = {**kind, **common, **own[name], **others}
+        return {flag: value for flag, value in given.items() if value is not None}
+
+    return flags
+
+
+@pytest.fixture
+def train(trainer_flags: Callable[..., dict[str, object]], run_executable: Callable[..., int]) -> Callable[..., Path]:
+    """Run a trainer to its end on `trainer_flags`; its output directory."""
+
+    def run(name: str, **others: object) -> Path:
+        flags = trainer_flags(name, **others)
+        assert run_executable(name, flags) == 0
+        return Path(str(flags["output_dir"]))
+
+    return run
+
+
+@pytest.fixture
 def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["OpenAIServer"]:
     """An OpenAI-compatible server on loopback that is asked again without delay; nothing is kept from another test."""
     from openai_server import serve
@@ -113,12 +163,10 @@ def documents() -> list[Document]:
     """Two passages a city: what it trades, and who founded it."""
     texts = []
     for number, (city, trade) in enumerate(zip(CITIES, TRADES, strict=True)):
-        texts.append(
-            (city, f"The harbour of {city} is known for its trade in {trade}, sold on the market each spring.")
-        )
-        texts.append(
-            (city, f"{city} was founded in the year {1100 + 7 * number} by settlers from {CITIES[number - 1]}.")
-        )
+        texts += [
+            (city, f"The harbour of {city} is known for its trade in {trade}, sold on the market each spring."),
+            (city, f"{city} was founded in the year {1100 + 7 * number} by settlers from {CITIES[number - 1]}."),
+        ]
     return [Document(text, {"source": f"guide/{i}", "title": city}) for i, (city, text) in enumerate(texts)]
 
 
@@ -127,9 +175,9 @@ def examples(documents: list[Document]) -> list[Example]:
     """One question a passage."""
     asked = []
     for number, (city, trade) in enumerate(zip(CITIES, TRADES, strict=True)):
-        gold = documents[2 * number : 2 * number + 2]
-        asked.append(Example(f"What does {city} trade in?", (gold[0],), f"{city} trades in {trade}."))
-        asked.append(Example(f"When was {city} founded?", (gold[1],), f"In the year {1100 + 7 * number}."))
+        trades, founded = documents[2 * number : 2 * number + 2]
+        asked.append(Example(f"What does {city} trade in?", (trades,), f"{city} trades in {trade}."))
+        asked.append(Example(f"When was {city} founded?", (founded,), f"In the year {1100 + 7 * number}."))
     return asked
 
 
@@ -139,15 +187,9 @@ def tokenizer(documents: list[Document], examples: list[Example]) -> PreTrainedT
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     core.decoder = decoders.ByteLevel()
-    core.train_from_iterator(
-        _texts(documents, examples),
-        trainers.BpeTrainer(
-            vocab_size=600,
-            special_tokens=["<|endoftext|>", "<|im_start|>", "<|im_end|>"],
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            show_progress=False,
-        ),
-    )
+    special, letters = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"], pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=special, initial_alphabet=letters, show_progress=False)
+    core.train_from_iterator(_texts(documents, examples), trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=core, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
     fast.chat_template = CHAT_TEMPLATE
     return fast
@@ -159,117 +201,80 @@ def wordpiece(documents: list[Document], examples: list[Example]) -> PreTrainedT
     core = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     core.normalizer = normalizers.BertNormalizer()
     core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    texts = map(core.normalizer.normalize_str, _texts(documents, examples))
+    words = Counter(word for text in texts for word, _ in core.pre_tokenizer.pre_tokenize_str(text))
+    letters = sorted({*ascii_lowercase, *"".join(words)})
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
-    core.train_from_iterator(
-        _texts(documents, examples),
-        trainers.WordPieceTrainer(vocab_size=400, special_tokens=special, show_progress=False),
-    )
+    often = sorted(word for word, count in words.items() if count > 1 and len(word) > 1)
+    pieces = [*special, *letters, *(f"##{letter}" for letter in letters), *often]  # WordPieceTrainer draws lots
+    core.model = models.WordPiece({piece: number for number, piece in enumerate(pieces)}, unk_token="[UNK]")
     core.post_processor = processors.TemplateProcessing(
         single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B [SEP]", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
     )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=core,
-        pad_token="[PAD]",
-        unk_token="[UNK]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-        mask_token="[MASK]",
-        model_max_length=64,
-    )
+    names = {f"{name.strip('[]').lower()}_token": name for name in special}
+    return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
 
 
 @pytest.fixture(scope="session")
-def lm_path(tokenizer: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
+    """Save a model with random weights, and its tokenizer."""
+
+    def save(name: str, seed: int, kind: type[PreTrainedModel], config: Any, tokenizer: Any) -> str:
+        torch.manual_seed(seed)
+        path = tmp_path_factory.mktemp(name)
+        kind(config).save_pretrained(path)
+        tokenizer.save_pretrained(path)
+        return str(path)
+
+    return save
+
+
+@pytest.fixture(scope="session")
+def lm_path(tokenizer: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer Llama with grouped queries, saved."""
-    torch.manual_seed(1)
     config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        bos_token_id=None,
-        eos_token_id=tokenizer.eos_token_id,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
-    )
-    path = tmp_path_factory.mktemp("lm")
-    LlamaForCausalLM(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+    )  # fmt: skip
+    return saved("lm", 1, LlamaForCausalLM, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
-def encoder_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer BERT, saved as a plain `transformers` checkpoint."""
-    torch.manual_seed(2)
     config = BertConfig(
-        vocab_size=len(wordpiece),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
+        vocab_size=len(wordpiece), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
         max_position_embeddings=64,
-    )
-    path = tmp_path_factory.mktemp("encoder")
-    BertModel(config).save_pretrained(path)
-    wordpiece.save_pretrained(path)
-    return str(path)
+    )  # fmt: skip
+    return saved("encoder", 2, BertModel, config, wordpiece)
 
 
 @pytest.fixture(scope="session")
-def t5_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+def t5_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer T5, whose tokenizer ends a text and does not begin it."""
-    torch.manual_seed(3)
     tokenizer = copy.deepcopy(wordpiece)
     ending = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
     tokenizer.backend_tokenizer.post_processor = ending
     tokenizer.add_special_tokens({"eos_token": "[SEP]"})
     config = T5Config(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        d_kv=8,
-        d_ff=64,
-        num_layers=2,
-        num_heads=4,
-        feed_forward_proj="gated-gelu",
-        pad_token_id=0,
-        eos_token_id=3,
-        decoder_start_token_id=0,
-    )
-    path = tmp_path_factory.mktemp("t5")
-    T5ForConditionalGeneration(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+        vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
+        feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=3, decoder_start_token_id=0,
+    )  # fmt: skip
+    return saved("t5", 3, T5ForConditionalGeneration, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
-def bart_path(wordpiece: PreTrainedTokenizerBase, tmp_path_factory: pytest.TempPathFactory) -> str:
+def bart_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer BART, whose decoder starts from the end token."""
-    torch.manual_seed(4)
     tokenizer = copy.deepcopy(wordpiece)
     tokenizer.add_special_tokens({"eos_token": "[SEP]", "bos_token": "[CLS]"})
     config = BartConfig(
-        vocab_size=len(tokenizer),
-        d_model=32,
-        encoder_layers=2,
-        decoder_layers=2,
-        encoder_attention_heads=4,
-        decoder_attention_heads=4,
-        encoder_ffn_dim=64,
-        decoder_ffn_dim=64,
-        max_position_embeddings=128,
-        pad_token_id=0,
-        bos_token_id=2,
-        eos_token_id=3,
-        decoder_start_token_id=3,
-        forced_eos_token_id=None,
-    )
-    path = tmp_path_factory.mktemp("bart")
-    BartForConditionalGeneration(config).save_pretrained(path)
-    tokenizer.save_pretrained(path)
-    return str(path)
+        vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
+        decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128,
+        pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
+    )  # fmt: skip
+    return saved("bart", 4, BartForConditionalGeneration, config, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -10,8 +10,9 @@ import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.models.causal_lm import answer_logits, load_causal_lm
-from rqa.packing import Collate, answer_batch, fid_batch, pack, pad, token_budget_batches
-from rqa.prompts import FiDSequence, TokenSequence
+from rqa.models.encoder_decoder import FiDSequence, fid_batch
+from rqa.packing import Collate, answer_batch, pack, pad, token_budget_batches
+from rqa.prompts import TokenSequence
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
 PAD_ID = 99

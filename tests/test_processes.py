@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -155,7 +156,7 @@ def losses(path: Path) -> dict[int, float]:
 
 def score(path: Path) -> dict[str, float]:
     scores = json.loads((path / "score.json").read_text())
-    return {name: value for name, value in scores.items() if "per_second" not in name and "latency" not in name}
+    return {name: value for name, value in scores.items() if not re.search("second|latency|per_batch", name)}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
@@ -176,7 +177,9 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
             assert (found[name] - weight).abs().max() < 1e-3 * change, (way, name)
         ours, theirs = score(two / trainer / way), score(one)
         assert ours.keys() == theirs.keys()
-        assert ours == pytest.approx(theirs, rel=1e-3), way
+        for name, value in theirs.items():
+            # Two passages may be as near to a question as float32 can tell: one of five may be ranked the other way.
+            assert ours[name] == pytest.approx(value, rel=1e-3, abs=0.2 if "retr/" in name else None), (way, name)
 
 
 def test_an_index_made_in_the_background_is_swapped_at_the_same_step(two: Path) -> None:
@@ -200,7 +203,7 @@ def test_a_sharded_run_resumes_sharded_and_on_one_process(
     two: Path, paths: dict[str, str], run_executable: Callable[[str, dict[str, object]], int], tmp_path: Path
 ) -> None:
     whole = flags("swr", 1, paths, output_dir=tmp_path / "whole", max_steps=4)
-    assert run_executable("train_swr", whole) == 0
+    assert run_executable("train_swr", {**whole, "logging_steps": 1}) == 0
     expected = weights(tmp_path / "whole" / "checkpoint-4")
     alone = tmp_path / "alone"
     shutil.copytree(two / "swr" / "fsdp" / "checkpoint-2", alone / "checkpoint-2")
@@ -211,7 +214,8 @@ def test_a_sharded_run_resumes_sharded_and_on_one_process(
     for path in (two / "resumed", alone):
         found = weights(path / "checkpoint-4")
         assert max(float((found[name] - expected[name]).abs().max()) for name in expected) < 1e-3 * change, path
-        assert losses(path) == pytest.approx(losses(tmp_path / "whole"), rel=1e-3)
+        ours, theirs = ({step: losses(run)[step] for step in (3, 4)} for run in (path, tmp_path / "whole"))
+        assert ours == pytest.approx(theirs, rel=1e-3)  # a resumed run's first line is of its own steps
     state = torch.load(alone / "checkpoint-4" / "training_state.pt", weights_only=True)["optimization"]["optimizer"]
     shapes = {name.removeprefix("model."): values["exp_avg"].shape for name, values in state.items()}
     assert shapes == {name.removeprefix("./"): weight.shape for name, weight in expected.items()}

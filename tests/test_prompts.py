@@ -12,16 +12,8 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rqa.data import Document, Example, Turn
-from rqa.prompts import (
-    INSTRUCTION,
-    DoesNotFit,
-    FiDPromptArguments,
-    FiDPrompter,
-    PromptArguments,
-    Prompter,
-    fitting,
-    retrieval_query,
-)
+from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter
+from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting, retrieval_query
 from rqa.runtime.errors import UserError
 
 HISTORY = (

@@ -1,15 +1,56 @@
-"""What the tests of trainers do with flags and logs."""
+"""What the tests of executables do with their flags, logs and prompts."""
 
 import json
+import runpy
+from dataclasses import MISSING, fields
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rqa.runtime.flags import Arguments, parse
+
+BIN = Path(__file__).parents[1] / "bin"
+EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
+TRAINERS = [name for name in EXECUTABLES if name.startswith("train_")]
 
 
-def history(output: object, name: str) -> list[float]:
+@cache
+def flags_of(name: str) -> tuple[type[Arguments], str]:
+    """The class of an executable's flags, and what the executable says of itself."""
+    module = runpy.run_path(str(BIN / name), run_name="executable")
+    (kind,) = (value for value in module.values() if getattr(value, "__module__", "") == "executable"
+               and isinstance(value, type) and issubclass(value, Arguments))  # fmt: skip
+    return kind, module["__doc__"]
+
+
+def parsed(name: str, line: list[str]) -> Any:
+    """An executable's flags from a command line; a required one that it lacks is "x"."""
+    kind, about = flags_of(name)
+    required = [flag for flag in fields(kind) if flag.default is MISSING and flag.default_factory is MISSING]
+    names = {flag.name: {f"--{flag.name}", *flag.metadata["aliases"]} for flag in required}
+    return parse(kind, about, [*(f"--{flag}=x" for flag, known in names.items() if not known & {*line}), *line])
+
+
+def history(output: Path, name: str) -> list[float]:
     """A logged value, by step."""
-    state = json.loads((Path(str(output)) / "trainer_state.json").read_text())
+    state = json.loads((output / "trainer_state.json").read_text())
     return [entry[name] for entry in state["log_history"] if name in entry]
 
 
-def without(flags: dict[str, object], *names: str) -> dict[str, object]:
-    """The other flags."""
-    return {name: value for name, value in flags.items() if name not in names}
+def scores(output: Path) -> dict[str, float]:
+    return json.loads((output / "score.json").read_text())
+
+
+def shown_to(monkeypatch: pytest.MonkeyPatch, prompter: type) -> list[tuple[bool, Any, list[Any]]]:
+    """What prompts will be made of: whether an answer is to be generated, the example, the passages."""
+    shown: list[tuple[bool, Any, list[Any]]] = []
+    original = prompter.encode
+
+    def spy(self: Any, example: Any, passages: Any, answer: str | None = None) -> Any:
+        shown.append((answer is None, example, list(passages)))
+        return original(self, example, passages, answer)
+
+    monkeypatch.setattr(prompter, "encode", spy)
+    return shown

@@ -84,9 +84,6 @@ def build_corpus(packages: Sequence[str] = PACKAGES, chunk_tokens: int = 128, se
         packages: Modules to import. Each gives its own public functions and classes: name submodules too.
         chunk_tokens: The most tokens of a passage, as `count_tokens` counts them.
         seed: Changes which facts are asked for, in which words, and the split.
-
-    Raises:
-        UserError: a module cannot be imported, or no docstring is long enough.
     """
     pages, homes = collect_pages(packages)
     if not pages:

@@ -42,11 +42,7 @@ class Page:
 
 
 def collect_pages(modules: Sequence[str]) -> tuple[list[Page], dict[str, str]]:
-    """The pages of these modules, and the page's name for every name of an object.
-
-    Raises:
-        UserError: a module cannot be imported.
-    """
+    """The pages of these modules, and the page's name for every name of an object."""
     names = _collect_afresh(modules)
     pages = _distinct([page for docstring, called in names.items() if (page := _page(called, docstring))])
     return pages, {name: called[0] for called in names.values() for name in called}

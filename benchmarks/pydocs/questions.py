@@ -48,12 +48,7 @@ class Fact(NamedTuple):
 
 
 def draft_questions(pages: Sequence[Page], homes: dict[str, str], seed: int) -> Iterator[tuple[Page, str, Fact]]:
-    """Yield (page, question, fact); what two facts answer word for word is not asked for.
-
-    Args:
-        homes: The page's name for every name of an object.
-        seed: Changes which facts are asked for, and in which words.
-    """
+    """Yield (page, question, fact); what two facts answer word for word is not asked for."""
     tasks = _paraphrases(pages, homes)
     facts = {page.name: _facts(page) for page in pages}
     given = Counter(fact.answer.lower() for found in facts.values() for fact in found)

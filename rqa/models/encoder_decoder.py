@@ -18,20 +18,140 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
+from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
-from rqa.packing import IGNORED, Collate, FiDBatch, fid_batch, pad
-from rqa.prompts import FiDPrompter, FiDSequence, PassagePromptArguments
+from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, pad, token_budget_batches
+from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
+from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
 
 WARM_START = "bert::"
-NEW_LAYERS = "crossattention|predictions"  # names of the parameters that a warm start makes anew; must learn faster
+NEW_LAYERS = (
+    "crossattention|predictions|lm_head"  # names of the parameters that a warm start makes anew; must learn faster
+)
+FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
 NEAR_ZERO = 0.1
 MAX_ENCODER_TOKENS = 16384
 RECORDING_ATTENTION = "rqa_recording"
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+FID_TEMPLATE = "question: {question} context: {passage}"
+LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
+
+
+@dataclass(kw_only=True)
+class PassagePromptArguments(Arguments):
+    """How an encoder-decoder is asked, passage by passage."""
+
+    prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
+    max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
+
+    def check(self) -> None:
+        self.check_bounds(*(name for name in vars(self) if name.endswith("seq_length")), at_least=2)
+
+
+@dataclass(kw_only=True)
+class FiDPromptArguments(PassagePromptArguments):
+    """How long an encoder-decoder's answers are."""
+
+    max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
+
+
+@dataclass(frozen=True)
+class FiDSequence:
+    """Token ids of each passage's prompt, and of the answer with its end token."""
+
+    passages: list[list[int]]
+    answer: list[int]
+    cut_more = False  # the answer has a length of its own
+
+
+class FiDPrompter:
+    """Builds what a fusion-in-decoder reader sees: one prompt a passage, and the answer."""
+
+    length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
+
+    def __init__(
+        self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
+    ) -> None:
+        self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
+        self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
+        self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
+        end = tokenizer.eos_token_id
+        self.end_token = tokenizer.sep_token_id if end is None else end  # behind every answer
+        if self.end_token is None:
+            raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
+
+    def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
+        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.
+
+        A passage is cut at a word boundary; a question that is too long by itself loses its oldest turns.
+        """
+        limit = self.arguments.max_encoder_seq_length
+        bare, kept = cut_history(self._prompt, example, limit)
+        target = [] if answer is None else self._encode_answer(answer)
+        for part, ids, side in (("question", bare, "encoder"), ("answer", target, "decoder")):
+            if ids and len(ids) > (most := getattr(self.arguments, f"max_{side}_seq_length")):
+                taken = f"the {part} takes {len(ids)} tokens, more than --max_{side}_seq_length {most}"
+                raise DoesNotFit(f"{example.where or 'example'}: {taken}")
+        texts = [passage.fmt_content for passage in passages]
+        prompts = [cut_passages(partial(self._prompt, kept, text), len(text), limit) for text in texts]
+        return FiDSequence(prompts or [bare], target)
+
+    decode = Prompter.decode
+
+    def _encode_answer(self, answer: str) -> list[int]:
+        ids = self.tokenizer(text_target=answer.strip())["input_ids"]
+        ids = ids[1:] if ids[:1] == [self.start_token] else ids
+        return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
+
+    def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
+        fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
+        return self.tokenizer.encode(fill(self.template, fields))
+
+
+@dataclass(frozen=True)
+class FiDBatch(Batch):
+    """B questions with their passages, encoded one by one, and their answers."""
+
+    parts: tuple[TokenBatch, ...]  # the passages of all questions, those of similar length together
+    places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
+    owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
+    labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
+    indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
+
+    @property
+    def weight(self) -> int:
+        """Target tokens."""
+        return int((self.labels != IGNORED).sum())
+
+    @property
+    def num_tokens(self) -> int:
+        """Real tokens of passages and answers."""
+        return len(self.places) + self.weight
+
+
+def fid_batch(
+    sequences: Sequence[FiDSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
+) -> FiDBatch:
+    """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
+    passages = [passage for sequence in sequences for passage in sequence.passages]
+    width = max(sum(map(len, sequence.passages)) for sequence in sequences)
+    owners, places = torch.full((len(sequences), width), -1), []
+    for row, sequence in enumerate(sequences):
+        end = 0
+        for number, passage in enumerate(sequence.passages):
+            start, end = end, end + len(passage)
+            owners[row, start:end] = number
+            places.append(torch.arange(start, end) + row * width)
+    padded = collate is not pack
+    chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
+    answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
+    parts = tuple(collate([passages[i] for i in part]) for part in chosen)
+    labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    return FiDBatch(parts, torch.cat([places[i] for part in chosen for i in part]), owners, labels, tuple(indices))
 
 
 @dataclass(kw_only=True)
@@ -42,17 +162,11 @@ class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
 def load_encoder_decoder(
     path: str, flags: EncoderDecoderArguments, dtype: torch.dtype = torch.float32, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
-    """An encoder-decoder, and what builds its inputs; `dtype` and `main_only` are those of `load_model`.
-
-    Args:
-        path: A directory or hub name; `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe
-            et al. 2020), whose cross-attention begins as the checkpoint's attention.
-    """
+    """A model and what builds its inputs; `bert::path` makes both sides of one BERT-like model (Rothe et al. 2020)."""
     name = path.removeprefix(WARM_START)
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     load = partial(load_model, path=name, flags=flags, dtype=dtype, main_only=main_only)
-    warm = path.startswith(WARM_START)
-    model = _warm_start(name, tokenizer, load) if warm else load(transformers.AutoModelForSeq2SeqLM)
+    model = load(transformers.AutoModelForSeq2SeqLM) if path == name else _warm_start(name, tokenizer, load)
     if not flags.use_flash_attention:
         try:
             model.set_attn_implementation("sdpa")
@@ -113,12 +227,9 @@ def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
 
 
 class FiD(nn.Module):
-    """An encoder-decoder that reads the passages of each question one by one.
+    """An encoder-decoder that reads the passages of each question one by one."""
 
-    `forward` and `generate` are whole passes through encoder and decoder: what FSDP2 gathers weights around.
-    """
-
-    forward_methods = ("generate",)
+    whole_passes = ("generate",)  # see `parallelize`
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -139,19 +250,15 @@ class FiD(nn.Module):
         return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
 
 
-class FiDReader(LocalReader[FiDSequence]):
+class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
     def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
-        super().__init__(fid, prompter, flags)
+        super().__init__(fid, prompter, flags, filler=FiDSequence([[prompter.end_token]], []))
         self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
-
-    @property
-    def filler(self) -> FiDSequence:
-        return FiDSequence([[self.prompter.end_token]], [])
 
     def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token
@@ -171,9 +278,7 @@ def recording_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """sdpa; within `passage_scores` attention of the one decoded position, written out and recorded.
 
-    Args:
-        query: [B, H, 1, d]; key and value are [B, H_kv, S, d], where H_kv divides H.
-        attention_mask: True where a key is seen. [B, 1, 1, S]
+    query: [B, H, 1, d]; key and value: [B, H_kv, S, d], where H_kv divides H; mask: True where a key is seen.
     """
     record = _record.get()
     if record is None:
@@ -203,11 +308,8 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
     """How much the first decoded position attends to each passage (Izacard & Grave 2020, section 3.2). -> [B, K]
 
     The mean over layers, heads and the passage's real tokens, in float32; -inf where a question has fewer passages.
-
-    Args:
-        model: An encoder-decoder that `observe` was called with.
-        kind: `plain` takes the score before the softmax, with the model's own scale; `value_norm` the probability
-            times the norm of the value (Izacard et al. 2022, Atlas, equation 3).
+    `plain` takes the score before the softmax, with the model's own scale; `value_norm` the probability times the norm
+    of the value (Izacard et al. 2022, Atlas, equation 3). The model is one that `observe` was called with.
     """
     first = torch.full((len(batch.owners), 1), start_token(model), device=batch.owners.device)
     layers: list[Tensor] = []
@@ -229,8 +331,7 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
 def mean_by_owner(values: Tensor, owners: Tensor) -> Tensor:
     """The mean of each passage's values; -inf for a passage that a question does not have. [B, S], [B, S] -> [B, K]"""
     column = owners + 1  # column 0 gets the padding, and is dropped
-    shape = (len(owners), int(column.max()) + 1)
     values = values.masked_fill(owners < 0, 0.0)  # padding scores -inf
-    sums = values.new_zeros(shape).scatter_add(1, column, values)
-    counts = values.new_zeros(shape).scatter_add(1, column, torch.ones_like(values))
+    nothing = values.new_zeros(len(owners), int(column.max()) + 1)
+    sums, counts = (nothing.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
     return (sums / counts).masked_fill(counts == 0, float("-inf"))[:, 1:]

@@ -41,15 +41,11 @@ TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 class NegativeArguments(Arguments):
     """Which passages of a ranking are hard negatives."""
 
-    negatives_from_rank: int = flag(
-        1, "Highest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
-    )
-    negatives_to_rank: int = flag(
-        100, "Lowest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
-    )
+    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.")
+    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.")
     negatives_max_share: float | None = flag(
         None, "Highest score of a hard negative, as a share of the best gold passage's, such as 0.95; none is taken "
-        "where no gold passage is found. Default: any score will do.", rare=True,
+        "where no gold passage is found. Default: any score will do.",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -67,47 +63,32 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     num_hard_negatives: int = flag(0, "Hard negatives of each question; they replace the ratio.")
     hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.")
     mine_negatives: bool = flag(False, "Take hard negatives from the live retriever instead of the data file.")
-    negatives_to_rank: int = flag(
-        20, "Lowest-ranked passage that may become a hard negative (gold passages are not counted).", rare=True
-    )
+    negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
 
     def check(self) -> None:
         self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
         self.check_bounds("temperature", above=0)
-        asked, room = self.num_hard_negatives or self.hard_neg_ratio, self.negatives_to_rank - self.negatives_from_rank
+        asked = self.num_hard_negatives or self.hard_neg_ratio
+        room = self.negatives_to_rank - self.negatives_from_rank + 1
         if self.mine_negatives and not asked:
             raise UserError("--mine_negatives true: say how many, by --num_hard_negatives or --hard_neg_ratio")
-        if self.mine_negatives and asked > room + 1:
-            raise UserError(
-                f"--negatives_to_rank {self.negatives_to_rank}: leaves {room + 1} hard negatives a question; raise it"
-            )
+        if self.mine_negatives and asked > room:
+            given = f"--negatives_to_rank {self.negatives_to_rank}"
+            raise UserError(f"{given}: leaves {room} hard negatives a question; raise it")
         window = [item.name for item in fields(NegativeArguments)] + ["refresh_async"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
         if stray and not self.mine_negatives:
             raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
 
-    def sample(self, pools: Sequence[Sequence[Document]], chance: random.Random) -> list[Document]:
-        """Hard negatives of a batch, from those of each of its questions."""
-        if self.num_hard_negatives:
-            return [d for pool in pools for d in chance.sample(pool, min(self.num_hard_negatives, len(pool)))]
-        together = [document for pool in pools for document in pool]
-        return chance.sample(together, min(math.ceil(self.hard_neg_ratio * len(pools)), len(together)))
-
 
 @dataclass(frozen=True)
 class ContrastiveBatch(EncoderBatch):
-    """Questions, and the documents that they are told apart from.
+    """Questions, and the documents that they are told apart from."""
 
-    Attributes:
-        documents: The documents' numbers: equal for the same document, in every process. [P]
-        targets: The number of each question's own positive, one of `documents`. [B]
-        gold: Numbers of all gold documents of each question, padded with -1. [B, G]
-    """
-
-    documents: Tensor
-    targets: Tensor
-    gold: Tensor
+    documents: Tensor  # the documents' numbers, equal for the same document in every process. [P]
+    targets: Tensor  # the number of each question's own positive, one of `documents`. [B]
+    gold: Tensor  # the numbers of all gold documents of each question, padded with -1. [B, G]
 
 
 class Contrastive(EncoderObjective):
@@ -115,8 +96,8 @@ class Contrastive(EncoderObjective):
 
     def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over questions, and how often the positive ranks first. -> []"""
-        queries = self.embed_queries(batch.queries)  # [B, D]
-        passages = distributed.gather_rows(self.embed_passages(batch.passages))  # [P, D]
+        queries, passages = self.embed(batch)
+        passages = distributed.gather_rows(passages)  # [P, D], of all processes
         documents = distributed.gather_rows(batch.documents)  # [P]
         with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = queries @ passages.T / self.temperature  # [B, P]
@@ -127,10 +108,8 @@ class Contrastive(EncoderObjective):
 class Contrasts:
     """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
 
-    Args:
-        documents: The database; examples may bring others.
-        hard: What hard negatives are sampled from, by the example's number.
-        seed: Of what is sampled; a batch of the same examples is the same batch.
+    Negatives are sampled from `hard[number of the example]`; a batch of the same examples is the same batch. Examples
+    may bring documents that the database lacks.
     """
 
     def __init__(
@@ -147,20 +126,23 @@ class Contrasts:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
             unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
-        self.examples = examples
-        self.hard = hard
-        self.flags = flags
-        self.seed = seed
+        self.examples, self.hard = examples, hard
+        self.flags, self.seed = flags, seed
         self._numbers = {key: number for number, key in enumerate(unique)}
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])
 
     def __call__(self, indices: Sequence[int]) -> ContrastiveBatch:
-        """One micro-batch."""
         chance = random.Random(f"{self.seed}-{indices}")
         gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
-        negatives = self.flags.sample([self.hard[i] for i in indices], chance)
+        pools = [self.hard[i] for i in indices]
+        if count := self.flags.num_hard_negatives:
+            negatives = [document for pool in pools for document in chance.sample(pool, min(count, len(pool)))]
+        else:
+            together = [document for pool in pools for document in pool]
+            count = math.ceil(self.flags.hard_neg_ratio * len(pools))
+            negatives = chance.sample(together, min(count, len(together)))
         documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
         return ContrastiveBatch(
             queries=[self._queries[i] for i in indices],
@@ -181,19 +163,17 @@ class NegativeChooser:
     A gold passage that the ranking lacks scores no higher than its last passage, if the database holds it. So with a
     share nothing of such a ranking is chosen: whatever ranks before gold may well answer the question (de Souza Moreira
     et al. 2024, NV-Retriever, "TopK-PercPos").
-
-    Attributes:
-        counts: What was chosen from and left out, over all rankings.
     """
 
     def __init__(self, examples: Sequence[Example], documents: Sequence[Document], flags: NegativeArguments) -> None:
         self.flags = flags
-        self.counts: Counter[str] = Counter()
-        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _text(documents[number]))
-        gold: dict[str, set[str]] = {}
-        for example in examples:
-            gold.setdefault(_question(example), set()).update(map(_text, example.gold_docs))
-        self._gold = [gold[_question(example)] for example in examples]
+        self.counts: Counter[str] = Counter()  # what was found and left out, over all rankings
+        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _normalized(documents[number].page_content))
+        questions = [_normalized(retrieval_query(example)) for example in examples]
+        gold: dict[str, set[str]] = {question: set() for question in questions}
+        for question, example in zip(questions, examples, strict=True):
+            gold[question].update(_normalized(document.page_content) for document in example.gold_docs)
+        self._gold = [gold[question] for question in questions]
 
     @property
     def depth(self) -> int:
@@ -201,12 +181,9 @@ class NegativeChooser:
         return self.flags.negatives_to_rank + max(map(len, self._gold), default=0)
 
     def __call__(self, example: int, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
-        """The hard negatives in one question's ranking, best first.
+        """The hard negatives in the ranking of one question, which is numbered as the examples are; best first.
 
-        Args:
-            example: The question's position among the examples.
-            ids: The ranking's positions in the database, best first; -1 stands for none. [k]
-            scores: Theirs. [k]
+        The ranking is of positions in the database and their scores, best first; -1 stands for none. [k], [k]
         """
         gold_score = -np.inf
         ranked: dict[str, tuple[int, float]] = {}
@@ -219,9 +196,8 @@ class NegativeChooser:
                 self.counts["passages left out as gold"] += 1
             else:
                 ranked.setdefault(text, (number, score))
-        share, highest = self.flags.negatives_max_share, np.inf
-        if share is not None:
-            highest = gold_score - (1 - share) * abs(gold_score)
+        share = self.flags.negatives_max_share
+        highest = np.inf if share is None else gold_score - (1 - share) * abs(gold_score)
         window = list(ranked.values())[self.flags.negatives_from_rank - 1 : self.flags.negatives_to_rank]
         chosen = [number for number, score in window if score <= highest]
         self.counts["searches that found a gold passage"] += bool(gold_score > -np.inf)
@@ -229,12 +205,8 @@ class NegativeChooser:
         return chosen
 
 
-def _text(document: Document) -> str:
-    return fingerprint(normalize(document.page_content))
-
-
-def _question(example: Example) -> str:
-    return fingerprint(normalize(retrieval_query(example)))
+def _normalized(text: str) -> str:
+    return fingerprint(normalize(text))
 
 
 class MinedNegatives:
@@ -256,17 +228,14 @@ class MinedNegatives:
         for start in range(0, len(numbers), QUERIES_AT_ONCE):
             part = numbers[start : start + QUERIES_AT_ONCE]
             hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            rankings = zip(part, hits.ids.tolist(), hits.scores.tolist(), strict=True)
-            found += [self._chooser(*ranking) for ranking in rankings]
+            found += map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())
         self._found = distributed.gather(found)
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
     def save(self, directory: Path) -> None:
-        """Write what was found."""
         (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        """Read it; as many questions must have been asked."""
         found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
         if len(found) != len(self._queries):
             raise ValueError("its mined negatives are of another training file")

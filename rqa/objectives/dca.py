@@ -17,6 +17,9 @@ from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import (
     MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
+    FiDPrompter,
+    FiDSequence,
+    fid_batch,
     load_encoder_decoder,
     observe,
     passage_scores,
@@ -26,8 +29,7 @@ from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
-from rqa.packing import fid_batch
-from rqa.prompts import FiDPrompter, FiDSequence, fitting, retrieval_query
+from rqa.prompts import fitting, retrieval_query
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
@@ -41,19 +43,14 @@ log = logging.getLogger(__name__)
 class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
     """DCA's own flags."""
 
-    reader_model_path: str | None = flag(
-        None, "Frozen encoder-decoder: a directory or a hub name. Not needed with --with_score true."
-    )
+    reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
     with_score: bool = flag(False, "Take the scores that stand beside the examples' ctxs instead of asking a reader.")
     reader_batch_size: int = flag(4, "Questions that the reader reads at once.")
     reader_temperature: float = flag(0.1, "Temperature of the reader's softmax over passages.")
     attention_score: str = flag(
-        "plain", "Score of a passage: before the softmax, or the probability times the value's norm (Atlas).",
-        choices=["plain", "value_norm"],
-    )  # fmt: skip
-    boost_gold: bool = flag(
-        False, "Raise gold passages' scores to the maximum of their row plus its population standard deviation."
+        "plain", "Score: before the softmax, or probability times the value's norm (Atlas).", ["plain", "value_norm"]
     )
+    boost_gold: bool = flag(False, "Raise gold passages' scores to their row's maximum plus its standard deviation.")
     n_context: int = flag(20, "Passages of each question.")
     retriever: str = flag(
         "dense", "Who finds passages where an example has no ctxs: the model before training, BM25, or both.",
@@ -73,10 +70,9 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 def find_contexts(
     flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
 ) -> list[list[Document]]:
-    """The passages of each example: its `ctxs`, else what is retrieved from the database; the same in a resumed run.
+    """The passages of each example: its `ctxs`, else what is retrieved from the database.
 
-    Args:
-        model: The encoder before training, whatever checkpoint training goes on from.
+    `model` is the encoder before training, whatever checkpoint training goes on from: a resumed run finds the same.
     """
     contexts = [list(example.ctxs[: flags.n_context]) for example in examples]
     bare = [number for number, row in enumerate(contexts) if not row]
@@ -105,18 +101,14 @@ class CrossAttentionScorer:
 
     The first layer's score of a passage depends on nothing else, but what that layer reads changes the queries of the
     next: a score belongs to the whole set of passages that a question is read with, in whatever order. So a `Pair`
-    names them all, in `beside`, and the `Teacher` keeps a score under question and set.
-
-    Args:
-        batch_size: Questions of one forward pass, each with all its passages.
-        kind: As in `passage_scores`.
+    names them all, in `beside`, and the `Teacher` keeps a score under question and set. `batch_size` counts questions,
+    and `kind` is that of `passage_scores`.
     """
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter = prompter
-        self.batch_size = batch_size
-        self.kind = kind
+        self.batch_size, self.kind = batch_size, kind
         self._warn_once = cache(log.warning)
         self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
         observe(model)
@@ -136,12 +128,10 @@ class CrossAttentionScorer:
                 inputs = fid_batch(sequences, self._collate, MAX_ENCODER_TOKENS).to(self.model.device)
                 scores = passage_scores(self.model, inputs, self.kind).tolist()
                 for (_, positions), row in zip(batch, scores, strict=True):
-                    yield from ((position, self._find(pairs[position], row)) for position in positions)
-
-    def _find(self, pair: Pair, scores: Sequence[float]) -> float:
-        """A question that does not fit was read alone: its passages score alike."""
-        place = pair.beside.index(pair.document)
-        return scores[place] if place < len(scores) and scores[place] > float("-inf") else scores[0]
+                    for position in positions:
+                        place = pairs[position].beside.index(pairs[position].document)
+                        # A question that does not fit was read alone: its passages score alike.
+                        yield position, row[place] if place < len(row) and row[place] > float("-inf") else row[0]
 
 
 class GivenScores:
@@ -155,20 +145,14 @@ class GivenScores:
                 raise UserError(f"{example.where}: field 'ctxs' must hold documents with a 'score'; --with_score true")
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        return [self._score(pair) for pair in pairs]
-
-    def _score(self, pair: Pair) -> float:
-        keys = [document.key for document in pair.example.ctxs]
-        return (pair.example.ctx_scores or ())[keys.index(pair.document.key)]
+        known = [([context.key for context in pair.example.ctxs], pair.example.ctx_scores or ()) for pair in pairs]
+        return [scores[keys.index(pair.document.key)] for pair, (keys, scores) in zip(pairs, known, strict=True)]
 
 
 class ReaderScores:
-    """DCA's collate function: a fixed list of contexts for each question, and the reader's target over them.
+    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target over them.
 
-    Args:
-        contexts: The documents of each example; one that stands twice counts once.
-        temperature: The scores are divided by it.
-        boost: Whether the gold documents' scores are raised (`losses.boost_gold`).
+    The target is the scores over `temperature`; `boost` raises those of gold documents before (`losses.boost_gold`).
     """
 
     def __init__(
@@ -184,16 +168,12 @@ class ReaderScores:
         numbers = {document.key: number for number, document in enumerate(documents)}
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
         self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
-
-        def choose(indices: Sequence[int]) -> list[list[int]]:
-            return [self._rows[i] for i in indices]
-
-        self._scored = ScoredCandidates(examples, documents, encoder, choose, teacher, together=True)
-        self.temperature = temperature
-        self.boost = boost
+        self._scored = ScoredCandidates(
+            examples, documents, encoder, lambda indices: [self._rows[i] for i in indices], teacher, together=True
+        )
+        self.temperature, self.boost = temperature, boost
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
-        """One micro-batch; no scores are asked for twice."""
         batch = self._scored(indices)
         scores = batch.teacher
         if self.boost:

@@ -8,21 +8,13 @@ from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
-from rqa.objectives.rpg import (
-    CandidateArguments,
-    LanguageModelArguments,
-    ListArguments,
-    ListBatch,
-    ListObjective,
-    agreement,
-)
+from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective
 from rqa.prompts import Prompter
-from rqa.retrieval.refresh import RefreshArguments
 from rqa.runtime.errors import UserError
 
 
 @dataclass(kw_only=True)
-class EMDRArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+class EMDRArguments(LikelihoodArguments):
     """EMDR2's own flags."""
 
     def check(self) -> None:
@@ -31,12 +23,10 @@ class EMDRArguments(LanguageModelArguments, CandidateArguments, RefreshArguments
 
 
 class MarginalLikelihood(ListObjective):
-    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the language model is frozen."""
+    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the frozen language model's log p_LM is of whole answers."""
 
-    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
-        """The loss summed over questions; `batch.teacher` holds log p_LM of the whole answers. -> []"""
-        logits = self.logits(batch)
-        return marginal_nll(batch.teacher, logits).sum(), agreement(batch, logits)
+    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
+        return marginal_nll(teacher, student)
 
 
 class WholeAnswers:
@@ -54,6 +44,5 @@ class WholeAnswers:
         self._lengths = torch.tensor(lengths).clamp(min=1)
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
-        """One micro-batch."""
         batch = self.collate(indices)
         return replace(batch, teacher=batch.teacher * self._lengths[list(indices), None])

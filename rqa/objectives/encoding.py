@@ -17,10 +17,7 @@ from rqa.runtime.flags import Arguments, flag
 class ChunkArguments(Arguments):
     """How many texts are encoded at once in training."""
 
-    chunk_size: int = flag(
-        0, "Texts encoded at once: memory is bounded, the gradient stays the same. 0: the whole batch.",
-        also="grad_cache_chunk_size",
-    )  # fmt: skip
+    chunk_size: int = flag(0, "Texts encoded at once; the gradient is the same. 0: all.", also="grad_cache_chunk_size")
 
     def check(self) -> None:
         self.check_bounds("chunk_size", at_least=0)
@@ -28,17 +25,11 @@ class ChunkArguments(Arguments):
 
 @dataclass(frozen=True)
 class EncoderBatch(Batch):
-    """B questions, and the P distinct documents that they are compared with.
+    """B questions, and the P distinct documents that they are compared with."""
 
-    Attributes:
-        queries: Token ids of the questions. [B]
-        passages: Token ids of the documents. [P]
-        indices: The examples' numbers in their file.
-    """
-
-    queries: Sequence[Sequence[int]]
-    passages: Sequence[Sequence[int]]
-    indices: Sequence[int]
+    queries: Sequence[Sequence[int]]  # token ids of the questions. [B]
+    passages: Sequence[Sequence[int]]  # token ids of the documents. [P]
+    indices: Sequence[int]  # the examples' numbers in their file
 
     @property
     def weight(self) -> int:
@@ -51,12 +42,7 @@ class EncoderBatch(Batch):
 
 
 class EncoderObjective(nn.Module):
-    """An encoder that is trained by similarities; each algorithm brings its `forward`.
-
-    Args:
-        temperature: Similarities are divided by it.
-        chunk_size: As in `embed_in_chunks`.
-    """
+    """An encoder that is trained by similarities over `temperature`; each algorithm brings its `forward`."""
 
     def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
         super().__init__()
@@ -64,13 +50,10 @@ class EncoderObjective(nn.Module):
         self.temperature = temperature
         self.chunk_size = chunk_size
 
-    def embed_queries(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Embeddings of questions, with gradient. [N] -> [N, D]"""
-        return embed_in_chunks(self.encoder, sequences, self.chunk_size)
-
-    def embed_passages(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        """Embeddings of passages, with gradient unless they are frozen. [N] -> [N, D]"""
-        return embed_in_chunks(self.encoder.passage_side, sequences, self.chunk_size)
+    def embed(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
+        """Embeddings of questions and passages, with gradient unless these are frozen. -> [B, D], [P, D]"""
+        queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)
+        return queries, embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size)
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save the encoder in the layout of `sentence-transformers`."""
@@ -78,13 +61,10 @@ class EncoderObjective(nn.Module):
 
 
 def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: int) -> Tensor:
-    """Embeddings with gradient; the activations of one chunk at a time are held. [N] -> [N, D]
+    """Embeddings with gradient, of `size` sequences of similar length at once; 0: of all. [N] -> [N, D]
 
-    A chunk's activations are computed again in the backward pass: the gradient is that of one large batch, exactly
-    (Gao et al. 2021, whose two passes are what activation checkpointing does).
-
-    Args:
-        size: Sequences of a chunk, of similar length; 0: all at once, nothing computed twice.
+    Only one chunk's activations are held, and computed again in the backward pass: the gradient is that of one large
+    batch, exactly (Gao et al. 2021, whose two passes are what activation checkpointing does).
     """
     device = encoder.backbone.device
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
@@ -92,10 +72,9 @@ def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: 
     chunks = [order[start : start + size] for start in range(0, len(order), size)]
     batches = [encoder.collate([sequences[i] for i in chunk]).to(device) for chunk in chunks]
     if len(batches) == 1:
-        embeddings = encoder(batches[0])
+        parts = [encoder(batches[0])]
     else:
         # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
         # arguments that are tensors, and does not see those inside a batch; hence `starts`.
         parts = [checkpoint(lambda _, b=batch: encoder(b), batch.starts, use_reentrant=False) for batch in batches]
-        embeddings = torch.cat(parts)
-    return embeddings[torch.tensor(order, device=device).argsort()]
+    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]

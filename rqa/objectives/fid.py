@@ -15,7 +15,12 @@ from rqa.models.encoder_decoder import (
     MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
     FiD,
+    FiDBatch,
+    FiDPromptArguments,
+    FiDPrompter,
     FiDReader,
+    FiDSequence,
+    fid_batch,
     load_encoder_decoder,
     refuse_overflow,
 )
@@ -23,8 +28,6 @@ from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.objectives.swr import SwRArguments
-from rqa.packing import FiDBatch, fid_batch
-from rqa.prompts import FiDPromptArguments, FiDPrompter, FiDSequence
 
 
 @dataclass(kw_only=True)
@@ -53,18 +56,15 @@ class FiDLikelihood(nn.Module):
         return self.fid.model
 
     def reader(self, flags: GenerationArguments) -> FiDReader:
-        """Answers with the weights as they are."""
         return FiDReader(self.fid, self.prompter, flags, self.collate)
 
     def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> FiDBatch:
-        """Questions, passages and answers as this model takes them; `indices` are the examples' numbers."""
         return fid_batch(sequences, self.collate, MAX_ENCODER_TOKENS, indices)
 
     def forward(self, batch: FiDBatch) -> tuple[Tensor, dict[str, float]]:
-        """The sum of the answer tokens' negative log-likelihoods; the batch's `weight` is their number. -> []"""
+        """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""
         return answer_nll(*self.fid(batch)).sum(), {}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save model and tokenizer in the layout of `transformers`."""
         self.model.save_pretrained(directory)
         self.prompter.tokenizer.save_pretrained(directory)

@@ -20,8 +20,7 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
         targets: The number of each question's positive. [B]
         gold: Numbers of all gold documents of each question, padded with -1. [B, G]
 
-    Returns:
-        The loss of each question, and whether its positive scores highest. [B], [B]
+    Returns: the loss of each question, and whether its positive scores highest. [B], [B]
     """
     same = documents[:, None] == documents[None, :]  # [P, P]
     repeated = same.tril(-1).any(1)  # [P]
@@ -35,9 +34,7 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
     """Gold documents' scores raised to the maximum of their row plus its standard deviation. [B, K] x 2 -> [B, K]
 
-    Args:
-        scores: -inf where a question has fewer than K documents; these count for neither.
-        gold: Whether a document is gold for its question.
+    Scores are -inf where a question has fewer than K documents; these count for neither.
     """
     present = scores.isfinite()
     count = present.sum(-1, keepdim=True).clamp(min=1)
@@ -51,11 +48,10 @@ def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
 def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_student") -> Tensor:
     """KL divergence of each question's distribution over its K documents, summed over documents. [B, K] x 2 -> [B]
 
-    A question without any document contributes zero, and no gradient.
+    Both are logits, -inf where a question has fewer than K documents; the teacher's get no gradient. A question without
+    any document contributes zero, and no gradient.
 
     Args:
-        teacher: Logits of the target, which gets no gradient; -inf where a question has fewer than K documents.
-        student: Logits of the retriever, -inf at the same places.
         direction: `teacher_to_student` is KL(teacher || student); `student_to_teacher` the reverse (Shi et al. 2023).
     """
     empty = teacher.isneginf().all(-1, keepdim=True)  # [B, 1]; two uniform distributions stand in, which agree
@@ -69,11 +65,8 @@ def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_
 def marginal_nll(log_likelihood: Tensor, student: Tensor) -> Tensor:
     """-log sum_k P_R(d_k | q) p_LM(a | q, d_k), P_R the retriever's softmax (Sachan et al. 2021). [B, K] x 2 -> [B]
 
-    A question without any document contributes zero, and no gradient.
-
-    Args:
-        log_likelihood: log p_LM, of the whole answer; it gets no gradient. -inf where there are fewer than K documents.
-        student: Logits of the retriever, -inf at the same places.
+    `log_likelihood` is log p_LM of the whole answer, without gradient; `student` the retriever's logits; both are -inf
+    where there are fewer than K documents. A question without any document contributes zero, and no gradient.
     """
     empty = log_likelihood.isneginf().all(-1, keepdim=True)  # [B, 1]
     target, logits = (x.float().masked_fill(empty, 0.0) for x in (log_likelihood.detach(), student))

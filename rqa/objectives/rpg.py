@@ -5,7 +5,7 @@ The batches, and the objective over lists of documents, are DCA's and EMDR2's, t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,13 +17,12 @@ from rqa.models.encoder import Encoder
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective
 from rqa.objectives.losses import distillation
-from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
+from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.files import fingerprint
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 
 
 @dataclass(kw_only=True)
@@ -38,59 +37,48 @@ class ListArguments(ChunkArguments):
         self.check_bounds("retrieve_temperature", above=0)
 
     def temperature_for(self, encoder: Encoder) -> float:
-        """The temperature; over the root of the width, similarities of normalised embeddings would be nearly equal."""
+        """Over the root of the width, similarities of normalised embeddings would be nearly equal: 0.1 for those."""
         return self.retrieve_temperature or (0.1 if encoder.settings.normalize else math.sqrt(encoder.dimension))
 
 
 @dataclass(kw_only=True)
-class CandidateArguments(Arguments):
-    """Which documents a question is trained on."""
-
-    num_docs: int = flag(20, "Documents retrieved for each question.")
-    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
-
-    def check(self) -> None:
-        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
-
-
-@dataclass(kw_only=True)
-class LanguageModelArguments(LoadingArguments):
-    """The frozen language model that judges documents, here or behind a server."""
+class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments):
+    """The frozen language model that judges documents, here or behind a server, and which documents it judges."""
 
     lm_model_path: str = flag(help="Language model: a directory, a hub name, or openai::http://host:port/v1.")
+    num_docs: int = flag(20, "Documents retrieved for each question.")
+    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
     text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
-    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.")
+    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.", rare=True)
     lm_chat_format: str | None = flag(
-        None, "Prompt format: USER/ASSISTANT prefixes, or the tokenizer's chat template. Default: the template if any.",
-        choices=["prefix", "template"],
-    )  # fmt: skip
-    lm_tokenizer: str | None = flag(
-        None, "Tokenizer of a server's model, to cut prompts by. Default: three bytes count as a token.", rare=True
+        None, "Prompt: USER/ASSISTANT or the chat template. Default: the template if any.", ["prefix", "template"]
     )
+    lm_tokenizer: str | None = flag(None, "Tokenizer of a server's model. Default: a token every 3 bytes.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
+        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
 
-    def lm_prompt(self, tokenizer: object) -> PromptArguments:
+    def lm_prompt(self, tokenizer: Any) -> PromptArguments:
         """How the language model is asked; it answers nothing, so that hardly any room is kept."""
-        chat_format = self.lm_chat_format or ("template" if getattr(tokenizer, "chat_template", None) else "prefix")
+        chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
         return PromptArguments(chat_format=chat_format, max_seq_length=self.text_maxlength, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
-class RPGArguments(LanguageModelArguments, CandidateArguments, RefreshArguments, ListArguments):
+class RPGArguments(LikelihoodArguments):
     """RPG's own flags."""
 
     lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
     kl_direction: str = flag(
-        "lm_to_retriever", "Divergence: KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"]
+        "lm_to_retriever", "KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"], rare=True
     )
 
     def check(self) -> None:
         self.check_bounds("lm_temperature", above=0)
 
 
-def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
+def local_scorer(flags: LikelihoodArguments) -> tuple[AnswerScorer, str]:
     """A language model on this machine, and the fingerprint of it."""
     tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
@@ -98,97 +86,67 @@ def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
     return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), model_fingerprint(model, tokenizer)
 
 
-def language_model_teacher(scorer: Any, model: str) -> Teacher:
-    """The mean log-likelihood of the answer's tokens given one document, each pair computed once.
-
-    Args:
-        scorer: As `Teacher` takes it, with its `prompter`.
-        model: What tells this model from others.
-    """
-    prompter = scorer.prompter
-    return Teacher(scorer, fingerprint(model, str(asdict(prompter.arguments)), prompter.instruction))
-
-
 @dataclass(frozen=True)
 class ListBatch(EncoderBatch):
-    """Questions with K documents each, and what the teacher thinks of them.
+    """Questions with K documents each, and what the teacher thinks of them; the loss of one without any is zero."""
 
-    A question without any document counts in the weight, and its loss is zero.
-
-    Attributes:
-        columns: Which of `passages` each document is. [B, K]
-        teacher: The teacher's logits, -inf where a question has fewer than K documents. [B, K]
-        hit_rate: Share of the teacher's scores, so far in this run, that did not have to be computed.
-    """
-
-    columns: Tensor
-    teacher: Tensor
-    hit_rate: float = 1.0
+    columns: Tensor  # which of `passages` each document is. [B, K]
+    teacher: Tensor  # the teacher's logits, -inf where a question has fewer than K documents. [B, K]
+    hit_rate: float = 1.0  # share of the teacher's scores, so far in this run, that did not have to be computed
 
 
 class ListObjective(EncoderObjective):
-    """An objective over K documents of each question, which a teacher has scored."""
+    """An objective over K documents of each question, scored by a teacher; each algorithm brings its `losses`."""
 
     def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
-        queries = self.embed_queries(batch.queries)  # [B, D]
-        passages = self.embed_passages(batch.passages)  # [P, D]
+        queries, passages = self.embed(batch)
         with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
         return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
 
+    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
+        """The loss of each question, from both logits. [B, K] x 2 -> [B]"""
+        raise NotImplementedError
+
+    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
+        """The loss summed over questions, and how often retriever and teacher agree on the first document. -> []"""
+        student = self.logits(batch)
+        same = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
+        statistics = {"agreement": float(same), "teacher_hit_rate": batch.hit_rate}
+        return self.losses(batch.teacher, student).sum(), statistics
+
 
 class Distillation(ListObjective):
-    """KL divergence between the teacher's softmax over the K documents and the retriever's.
-
-    Args:
-        direction: As in `losses.distillation`.
-    """
+    """KL divergence between the teacher's softmax and the retriever's, in a direction of `losses.distillation`."""
 
     def __init__(self, encoder: Encoder, temperature: float, direction: str, chunk_size: int = 0) -> None:
         super().__init__(encoder, temperature, chunk_size)
         self.direction = direction
 
-    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
-        """The divergence summed over questions, and how often both rank the same document first. -> []"""
-        logits = self.logits(batch)
-        return distillation(batch.teacher, logits, self.direction).sum(), agreement(batch, logits)
-
-
-def agreement(batch: ListBatch, logits: Tensor) -> dict[str, float]:
-    """How often teacher and retriever rank the same document first, and how often the teacher had to be asked."""
-    same = (logits.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-    return {"agreement": float(same), "teacher_hit_rate": batch.hit_rate}
+    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
+        return distillation(teacher, student, self.direction)
 
 
 class RetrievedCandidates:
-    """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing.
+    """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing."""
 
-    Args:
-        dtype: In which the questions are encoded, as the documents of the index were.
-    """
-
-    def __init__(
-        self, examples: Sequence[Example], retriever: Retriever, flags: CandidateArguments, dtype: torch.dtype
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples = examples
         self.retriever = retriever
         self.flags = flags
-        self.dtype = dtype
         self._numbers = {document.key: number for number, document in enumerate(retriever.documents)}
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
-        """Positions in the database of each example's documents, K at most. [B] lists"""
-        questions = [retrieval_query(self.examples[i]) for i in indices]
-        with distributed.autocast(self.dtype):
-            hits = self.retriever.retrieve(questions, self.flags.num_docs)
+        """Positions in the database, K at most for each example. [B] lists"""
+        examples = [self.examples[i] for i in indices]
+        with self.flags.autocast():  # as the documents of the index were encoded
+            hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
-        return [self._with_gold(self.examples[i], row) for i, row in zip(indices, rows, strict=True)]
+        return list(map(self._with_gold, examples, rows)) if self.flags.include_gold else rows
 
     def _with_gold(self, example: Example, found: list[int]) -> list[int]:
         K = self.flags.num_docs
-        if not self.flags.include_gold:
-            return found[:K]
         gold = {self._numbers[document.key]: None for document in example.gold_docs if document.key in self._numbers}
         missing = [number for number in gold if number not in found]
         others = [number for number in found if number not in gold]
@@ -200,10 +158,8 @@ class ScoredCandidates:
     """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once.
 
     Args:
-        documents: All that may be chosen.
         choose: Example numbers -> positions in `documents`, some for each example; called once a batch.
-        teacher: Asked for every pair of an example and one of its documents; `hit_rate` tells how many it knew.
-        temperature: The teacher's scores are divided by it. 1: the batch holds the scores themselves.
+        teacher: Pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew.
         together: Whether a document's score depends on those that stand beside it.
     """
 
@@ -217,12 +173,9 @@ class ScoredCandidates:
         temperature: float = 1.0,
         together: bool = False,
     ) -> None:
-        self.examples = examples
-        self.documents = documents
-        self.choose = choose
-        self.teacher = teacher
-        self.temperature = temperature
-        self.together = together
+        self.examples, self.documents = examples, documents
+        self.choose, self.teacher = choose, teacher
+        self.temperature, self.together = temperature, together
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
 
@@ -235,7 +188,11 @@ class ScoredCandidates:
         shape = (len(indices), max(1, *map(len, chosen)))
         columns = torch.zeros(shape, dtype=torch.long)  # [B, K]
         scores = torch.full(shape, float("-inf"))  # [B, K]
-        found = iter(self.teacher(self._pairs(indices, chosen)))
+        pairs = []
+        for i, numbers in zip(indices, chosen, strict=True):
+            documents = tuple(self.documents[number] for number in numbers)
+            pairs += [Pair(self.examples[i], each, documents if self.together else ()) for each in documents]
+        found = iter(self.teacher(pairs))
         for row, numbers in enumerate(chosen):
             columns[row, : len(numbers)] = torch.tensor([position[number] for number in numbers])
             scores[row, : len(numbers)] = torch.tensor([next(found) for _ in numbers])
@@ -247,11 +204,3 @@ class ScoredCandidates:
             indices=indices,
             hit_rate=self.teacher.hit_rate,
         )
-
-    def _pairs(self, indices: Sequence[int], chosen: Sequence[Sequence[int]]) -> list[Pair]:
-        pairs = []
-        for i, numbers in zip(indices, chosen, strict=True):
-            documents = tuple(self.documents[number] for number in numbers)
-            beside = documents if self.together else ()
-            pairs += [Pair(self.examples[i], document, beside) for document in documents]
-        return pairs

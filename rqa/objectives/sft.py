@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import CausalLMReader, answer_logits, load_causal_lm
+from rqa.models.causal_lm import answer_logits, load_causal_lm
 from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer
-from rqa.models.reader import GenerationArguments
+from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting
@@ -53,19 +53,16 @@ class AnswerLikelihood(nn.Module):
         return cls(load_causal_lm(path, flags, main_only=True), prompter)
 
     def reader(self, flags: GenerationArguments) -> CausalLMReader:
-        """Answers with the weights as they are."""
         return CausalLMReader(self.model, self.prompter, flags)
 
     def batch(self, sequences: Sequence[TokenSequence], indices: Sequence[int] = ()) -> AnswerBatch:
-        """Prompts with answers as this model takes them; `indices` are the examples' numbers."""
         return answer_batch(sequences, self._collate, indices)
 
     def forward(self, batch: AnswerBatch) -> tuple[Tensor, dict[str, float]]:
-        """The sum of the answer tokens' negative log-likelihoods; the batch's `weight` is their number. -> []"""
+        """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""
         return answer_nll(answer_logits(self.model, batch), batch.targets).sum(), {}
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save model and tokenizer in the layout of `transformers`."""
         self.model.save_pretrained(directory)
         self.prompter.tokenizer.save_pretrained(directory)
 
@@ -73,11 +70,7 @@ class AnswerLikelihood(nn.Module):
 def encode_examples(
     prompter: Any, examples: Sequence[Example], passages: Sequence[Sequence[Document]]
 ) -> dict[int, Any]:
-    """Prompts with their gold answers, by the example's number; one that does not fit is reported and left out.
-
-    Args:
-        prompter: A `Prompter` or `FiDPrompter`.
-    """
+    """Prompts of a `Prompter` or `FiDPrompter` with gold answers, by the example's number, of what fits."""
     rows = [(example, row, example.gold_answer) for example, row in zip(examples, passages, strict=True)]
     sequences = fitting(prompter.encode, rows, "the example is left out")
     if not sequences:

@@ -35,13 +35,7 @@ def gold_and_retrieved(
 
 
 def mix(example: Example, retrieved: Sequence[Document], limit: int, flags: SwRArguments, seed: str) -> list[Document]:
-    """Gold passages, then retrieved ones, none twice.
-
-    Args:
-        retrieved: Best first, from the whole database.
-        limit: Passages at most.
-        seed: Decides what is random, for this example alone.
-    """
+    """Gold passages, then retrieved ones, none twice; `seed` decides what is random, for this example alone."""
     chance = random.Random(seed)
     gold = {document.key: document for document in example.gold_docs}
     others = {document.key: document for document in retrieved if document.key not in gold}

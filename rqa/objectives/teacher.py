@@ -26,18 +26,14 @@ NOT_TOLD_APART = "its documents are not told apart"
 
 
 class Pair(NamedTuple):
-    """A question with its answer, and a document that may help.
-
-    Attributes:
-        beside: All documents that are read at once, this one among them, for a teacher whose score they decide.
-    """
+    """A question with its answer, and a document that may help."""
 
     example: Example
     document: Document
-    beside: tuple[Document, ...] = ()
+    beside: tuple[Document, ...] = ()  # all that are read at once, this one among them, where they decide its score
 
 
-Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]
+Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]  # (position, score), a few at a time, in any order
 
 
 class Teacher:
@@ -46,10 +42,7 @@ class Teacher:
     What is asked for is scored in parts, each part one transaction. So an interruption loses at most one part, and a
     resumed run packs the others as they would have been: its scores are the same to the last bit.
 
-    Args:
-        scorer: Pairs -> (position, score), a few at a time, in any order.
-        identity: What, beside the pair, decides a score: model, prompt, settings.
-        path: The SQLite file.
+    `identity` tells what, beside the pair, decides a score (model, prompt, settings), and `path` is the SQLite file.
     """
 
     def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
@@ -61,7 +54,7 @@ class Teacher:
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """The score of each pair; only those never seen before are computed."""
-        keys = [self._key(pair) for pair in pairs]
+        keys = list(map(self._key, pairs))
         self._kept |= self._store.get({key for key in keys if key not in self._kept})
         self.asked += len(pairs)
         self.known += sum(key in self._kept for key in keys)

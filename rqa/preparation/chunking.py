@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from tokenizers import Tokenizer
-from tqdm import tqdm as progress
 
 from rqa.data import Document, normalize
 from rqa.preparation.sources import Source, Unreadable, find_files, read_sources
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag

@@ -8,12 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from tqdm import tqdm as progress
-
 from rqa.data import Document, Example, iterate_documents, iterate_examples
 from rqa.preparation.chunking import Seen
 from rqa.preparation.layouts import JSONL, LAYOUTS
 from rqa.preparation.reading import read_rows, read_table
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
 
@@ -95,8 +94,8 @@ def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[C
                 files[name].write(before)
                 counts[name] = 0
             for row in rows:
-                files[name].write(between if counts[name] else "")
-                files[name].write(row if isinstance(row, str) else json.dumps(row, ensure_ascii=False))
+                text = row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)
+                files[name].write(between + text if counts[name] else text)
                 counts[name] += 1
 
         yield write, counts

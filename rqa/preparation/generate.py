@@ -12,10 +12,10 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
-from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.endpoint.roles import check_price, cost, count_tokens
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, cost, is_endpoint
+from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.models.reader import CausalLMReader
 from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
@@ -180,8 +180,7 @@ def open_generator(flags: GeneratorArguments) -> EndpointGenerator | LocalGenera
 
 def estimate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
     """What generating will cost at most, before anything is asked."""
-    written = flags.max_new_tokens * len(conversations)
-    return cost(f"{len(conversations)} replies", count_tokens(conversations), written, flags.price)
+    return cost(f"{len(conversations)} replies", conversations, flags.max_new_tokens, flags.price)
 
 
 def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:

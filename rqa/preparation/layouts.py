@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import groupby
 from typing import Any
 
@@ -107,7 +107,7 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
     """An object with a value at each path; None has no place."""
     filled: dict[str, Any] = {}
     for path, what in fields.items():
-        *above, name = (part.partition("|")[0] for part in path.split("."))
+        *above, name = _names(path)
         place = filled
         for part in above:
             place = place.setdefault(part, {})
@@ -115,6 +115,11 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             place[name] = value
     return filled
+
+
+@cache
+def _names(path: str) -> list[str]:
+    return [part.partition("|")[0] for part in path.split(".")]
 
 
 def all_answers(example: Example) -> list[str]:

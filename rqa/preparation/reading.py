@@ -1,8 +1,8 @@
 """Other projects' files row by row, whatever their size: JSONL, JSON arrays, tab-separated values, gzipped or not."""
 
 import gzip
-import json
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +14,7 @@ from typing import Any, TextIO
 import ijson
 
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_jsonl
 
 START = 1 << 20  # characters that tell an array from lines
 
@@ -33,6 +34,8 @@ class Row:
 
     def find(self, path: str) -> tuple[str, Any]:
         """The field's own name, and its value or None."""
+        if (value := self.values.get(path)) is not None:  # most paths are names
+            return path, value
         name, value = "", self.values
         for part in path.split("."):
             if not isinstance(value, dict):
@@ -82,21 +85,19 @@ class Row:
 def read_rows(path: Path, key: str = "") -> Iterator[Row]:
     """Yield the objects of JSONL, of a JSON array, or of the array at `key` of an object; one in memory at a time."""
     with _open(path) as file:
-        start = file.read(START)
+        if not re.search(rf'"{key}"\s*:\s*\[' if key else r"\A\s*\[", file.read(START)):
+            yield from (Row(row, f"{path}:{line}") for line, row in read_jsonl(path))
+            return
         file.seek(0)
-        where, found = f"{path}:", _lines(path, file)
-        if re.search(rf'"{key}"\s*:\s*\[' if key else r"\A\s*\[", start):
-            data = SimpleNamespace(read=lambda size: file.read(size).encode())
-            where, found = f"{path}: item ", enumerate(ijson.items(data, f"{key}.item" if key else "item"), start=1)
-        number = 0
+        number, data = 0, SimpleNamespace(read=lambda size: file.read(size).encode())
         try:
-            for number, value in found:
+            for number, value in enumerate(ijson.items(data, f"{key}.item" if key else "item"), start=1):
                 if not isinstance(value, dict):
-                    raise UserError(f"{where}{number}: expected a JSON object, found {type(value).__name__}")
-                yield Row(value, f"{where}{number}")
+                    raise UserError(f"{path}: item {number}: expected a JSON object, found {type(value).__name__}")
+                yield Row(value, f"{path}: item {number}")
         except ijson.JSONError as error:
             reason = re.split(r"\n|\\n", str(error).removeprefix("b'"))[0]  # behind it stands what surrounds the place
-            raise UserError(f"{where}{number + 1}: not valid JSON ({reason})") from None
+            raise UserError(f"{path}: item {number + 1}: not valid JSON ({reason})") from None
 
 
 def read_table(path: Path) -> Iterator[tuple[str, list[str]]]:
@@ -117,14 +118,5 @@ def _open(path: Path) -> Iterator[TextIO]:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error})") from None
-
-
-def _lines(path: Path, file: TextIO) -> Iterator[tuple[int, Any]]:
-    for number, line in enumerate(file, start=1):
-        if line.strip():
-            try:
-                yield number, json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise UserError(f"{path}:{number}: not valid JSON ({getattr(error, 'msg', error)})") from None

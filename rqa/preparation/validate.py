@@ -9,10 +9,10 @@ from pathlib import Path
 
 import numpy as np
 from tokenizers import Tokenizer
-from tqdm import tqdm as progress
 
 from rqa.data import iterate_documents, iterate_examples, normalize
 from rqa.preparation.chunking import Seen
+from rqa.runtime.cli import progress
 
 BATCH = 1024  # texts tokenised at once
 

@@ -2,7 +2,8 @@
 
 import json
 import logging
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -13,10 +14,11 @@ from transformers import PreTrainedModel, set_seed
 
 from rqa.data import DocumentArguments, read_documents, read_examples, subset
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
+from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
-from rqa.runtime.cli import log_to_file
+from rqa.runtime.cli import log_to
 from rqa.runtime.files import write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
@@ -34,7 +36,7 @@ FEW_QUESTIONS = 30  # fewer cannot choose a model
 
 
 @dataclass(kw_only=True)
-class DataArguments(DocumentArguments):
+class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
     """The model and the examples."""
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
@@ -43,27 +45,17 @@ class DataArguments(DocumentArguments):
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
 
 
-@dataclass(kw_only=True)
-class TrainingArguments(DataArguments, LoopArguments, EvaluationArguments):
-    """What every run reads from the command line."""
-
-
-class Run:
+class Run(ABC):
     """A run that has begun: processes joined, seed set, every file read, the output directory open.
 
-    Attributes:
-        checkpoint: Where to continue; None for a new run.
-        source: Where the model to train is loaded from: the checkpoint, or what the user named.
-        documents, train, eval, test: What the files hold; empty where none was given.
+    The best model is chosen by `metric`, unless the user says another. `train_answers`: whether training examples must
+    have answers; `eval_answers`: whether those of the other files must.
     """
 
+    model: PreTrainedModel  # what is trained, and may carry adapters
+    trains_retriever = False
+
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
-        """
-        Args:
-            metric: What chooses the best model, unless the user said.
-            train_answers: Whether training examples must have answers.
-            eval_answers: Whether those of the other files must.
-        """
         distributed.start()
         self.flags = flags
         self.output = Path(flags.output_dir)
@@ -75,82 +67,67 @@ class Run:
         self.documents = read_documents(flags.document_path)
         self.train = read_examples(flags.train_file, train_answers)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
-        if 0 < len(self.eval) < FEW_QUESTIONS:
-            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
-        self._open_output()
-
-    def _open_output(self) -> None:
-        """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
         if distributed.is_main():
-            self.output.mkdir(parents=True, exist_ok=True)
-            if not self.checkpoint or not continues(self.checkpoint, self.flags):
-                for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
-                    (self.output / name).unlink(missing_ok=True)
-            write_json(self.output / ARGUMENTS_FILE, self.flags.to_json())
-            log_to_file(str(self.output / "train.log"))
-            if self.checkpoint:
-                self._tell_changed_flags(self.checkpoint)
+            self._open_output()
         distributed.barrier()
+        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
+            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
 
-    def run(
-        self,
-        objective: nn.Module,
-        model: PreTrainedModel,
-        batches: Batches,
-        evaluate: Callable[[int], tuple[Scores, Rows]],
-        test: Callable[[], tuple[Scores, Rows]],
-        publish: Callable[[Scores, Rows], Scores],
-        before_step: Callable[[int], dict[str, float]] | None = None,
-        evaluate_first: bool = False,
-    ) -> Scores:
+    @abstractmethod
+    def score_eval(self, step: int) -> tuple[Scores, Rows]:
+        """Scores by name on the eval file after so many steps, and a row for each question."""
+
+    @abstractmethod
+    def score_test(self) -> tuple[Scores, Rows]:
+        """The same of the best model on the test file; called once, after training."""
+
+    def publish(self, scores: Scores, rows: Rows) -> Scores:
+        """Write the test file's scores and rows."""
+        write_results(self.output, scores, rows)
+        return scores
+
+    def train_and_test(self, objective: nn.Module, batches: Batches, before_step: Any = None) -> Scores:
         """Train, choose the best model by the eval file, score it on the test file.
 
-        Args:
-            objective: As `train` takes it, with `before_step` and `evaluate_first`.
-            model: What may carry adapters.
-            evaluate: Steps done -> scores by name on the eval file, and a row for each question.
-            test: The same of the best model on the test file; called once, after training.
-            publish: Writes the test file's scores and rows; returns the scores, with what it adds.
-
-        Returns:
-            The test file's scores; empty without one, or if a signal ended the run.
+        Returns the test file's scores; none without one, or if a signal ended the run.
         """
 
-        def evaluate_and_keep(step: int) -> Scores:
-            scores, rows = evaluate(step)
+        def evaluate(step: int) -> Scores:
+            scores, rows = self.score_eval(step)
             if self.flags.write_predictions and distributed.is_main():
                 write_jsonl(self.output / f"step-{step}-eval-predictions.jsonl", rows)
             return {f"eval_{name}": value for name, value in scores.items()}
 
-        judge = evaluate_and_keep if self.eval and self.flags.eval_strategy != "no" else None
-        state = train(objective, batches, self.flags, before_step, judge, evaluate_first, self.checkpoint)
+        judge = evaluate if self.eval and self.flags.eval_strategy != "no" else None
+        state = train(
+            objective, batches, self.flags, before_step, judge, self.trains_retriever, self.checkpoint, len(self.eval)
+        )
         if state.interrupted or not self.test:
             write_report(self.output)
         if state.interrupted:
             return {}
-        scores, rows = test() if self.test else ({}, [])
-        self._merge_adapters(type(model))
+        scores, rows = self.score_test() if self.test else ({}, [])
+        if self.flags.merge_lora_on_save and distributed.is_main():
+            with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=self.output) as directory:
+                merged(self.output, type(self.model)).save_pretrained(directory)
+                promote(Path(directory), self.output)
+        distributed.barrier()
         if self.test:
-            scores = publish({f"test_{name}": value for name, value in scores.items()}, rows)
+            scores = self.publish({f"test_{name}": value for name, value in scores.items()}, rows)
             log.info("test  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
         return scores
 
-    def _merge_adapters(self, kind: type[PreTrainedModel]) -> None:
-        """If asked for, turn the adapters on top of the output directory into a plain model."""
-        if self.flags.merge_lora_on_save and distributed.is_main():
-            with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=self.output) as directory:
-                merged(self.output, kind).save_pretrained(directory)
-                promote(Path(directory), self.output)
-        distributed.barrier()
-
-    def _tell_changed_flags(self, checkpoint: Path) -> None:
-        """One line for the flags that are not those which the checkpoint was made with."""
-        now = self.flags.to_json()
-        try:
-            then = json.loads((checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8"))
-            names = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
-        except (OSError, ValueError, TypeError):
-            return
-        if names:
-            changes = ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in names)
-            log.warning("other flags than those of %s: %s; the command line wins", checkpoint, changes)
+    def _open_output(self) -> None:
+        """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
+        now, then = self.flags.to_json(), {}
+        self.output.mkdir(parents=True, exist_ok=True)
+        if not self.checkpoint or not continues(self.checkpoint, self.flags):
+            for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
+                (self.output / name).unlink(missing_ok=True)
+        write_json(self.output / ARGUMENTS_FILE, now)
+        log_to(str(self.output / "train.log"))
+        with suppress(OSError, ValueError, TypeError):
+            then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
+        changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
+        if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
+            log.warning("other flags than those of %s: %s; the command line wins", self.checkpoint, told)

@@ -32,8 +32,7 @@ class RetrieverArguments(EncoderArguments, IndexArguments):
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
     fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
     fusion_weight: float | None = flag(
-        None,
-        "Dense share of the weighted sum. Default: the best one on --fusion_eval_path, or a trainer's --eval_file.",
+        None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
     )
     fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
     fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)
@@ -54,13 +53,11 @@ def open_retriever(
 ) -> PassageRetriever:
     """The retriever that the flags name, with its index loaded or built. Call it under `flags.autocast()`.
 
-    Args:
-        embedding_model: The encoder, a directory or a hub name; `bm25` asks for BM25, which needs none.
-        examples: Examples that choose the weight of a weighted sum, if `fusion_eval_path` names none.
+    The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
+    if embedding_model == "bm25" and flags.retriever == "hybrid":
+        raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
     if "bm25" in (flags.retriever, embedding_model):
-        if flags.retriever == "hybrid":
-            raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
         return LexicalRetriever(documents)
     if embedding_model is None:
         raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")
@@ -68,10 +65,8 @@ def open_retriever(
         examples = read_examples(flags.fusion_eval_path)
     chosen_by = [example for example in examples if example.gold_docs]
     if flags.fusion == "weighted" and flags.fusion_weight is None and not chosen_by:
-        raise UserError(
-            "--fusion weighted: give --fusion_weight, or questions with gold passages that choose it "
-            "(--fusion_eval_path, or a trainer's --eval_file)"
-        )
+        chosen = "questions with gold passages that choose it (--fusion_eval_path, or a trainer's --eval_file)"
+        raise UserError(f"--fusion weighted: give --fusion_weight, or {chosen}")
     dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
         return dense
@@ -91,15 +86,10 @@ class LexicalRetriever(PassageRetriever):
 
     A document that shares no word with the question is not found at all. Equal scores are ranked by position in the
     database, so that two runs find the same.
-
-    Args:
-        k1: How soon a word that is repeated stops to count.
-        b: How much a long document is discounted.
     """
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
-        self.documents = documents
-        self._parameters = (k1, b)
+        self.documents, self._parameters = documents, (k1, b)
         self._bm25 = bm25s.BM25(k1=k1, b=b, method="lucene")
         # bm25s cannot index a vocabulary without words: a document that has none gets one that nobody asks for.
         self._bm25.index([_words(document.fmt_content) or [""] for document in documents], show_progress=False)
@@ -122,13 +112,7 @@ def _words(text: str) -> list[str]:
 
 
 class HybridRetriever(PassageRetriever):
-    """Two retrievers over one database, their lists fused.
-
-    Args:
-        fusion: `rrf` (reciprocal rank fusion) or `weighted` (a weighted sum of normalised scores).
-        weight: Of the dense scores, between 0 and 1; the lexical ones weigh `1 - weight`.
-        normalization: `min_max` or `z`, of a weighted sum.
-    """
+    """Two retrievers over one database, their lists fused by `reciprocal_rank_fusion` (rrf) or `weighted_sum`."""
 
     def __init__(
         self,
@@ -138,8 +122,7 @@ class HybridRetriever(PassageRetriever):
         weight: float = 0.5,
         normalization: str = "min_max",
     ) -> None:
-        self.documents = dense.documents
-        self.dense, self.lexical = dense, lexical
+        self.dense, self.lexical, self.documents = dense, lexical, dense.documents
         self.fusion, self.weight, self.normalization = fusion, weight, normalization
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
@@ -171,21 +154,15 @@ def reciprocal_rank_fusion(lists: Sequence[Hits], k: int, constant: int = RRF_CO
 def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalization: str = "min_max") -> Hits:
     """Documents by `weight * dense + (1 - weight) * lexical`, of scores normalised for each question.
 
-    A document that a list does not hold counts there as the list's last one. [Q, d] each -> [Q, k]
-
-    Args:
-        normalization: `min_max`: between 0 and 1 in each list; `z`: in standard deviations of the list.
+    They are normalised to 0 to 1 in each list (`min_max`), or to its standard deviations (`z`). A document that a list
+    does not hold counts there as the list's last one. [Q, d] each -> [Q, k]
     """
     values = [share * _above_the_last(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
     return _sum([dense.ids, lexical.ids], values, k)
 
 
 def choose_weight(dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max") -> float:
-    """The dense share that gives the greatest mean reciprocal rank; of equally good ones the most even.
-
-    Args:
-        gold: The positions of each question's gold documents in the database.
-    """
+    """The dense share with the greatest mean reciprocal rank of the `gold` positions; of equals the most even."""
 
     def quality(weight: float) -> float:
         found = weighted_sum(dense, lexical, weight, 10, normalization).ids  # [Q, 10]

@@ -33,15 +33,11 @@ class IndexArguments(Arguments):
 
 
 class Index:
-    """Inner-product search over N embeddings.
-
-    Attributes:
-        stamp: The fingerprint of documents, encoder and settings that the embeddings were made from.
-    """
+    """Inner-product search over N embeddings."""
 
     def __init__(self, flags: IndexArguments) -> None:
         self.flags = flags
-        self.stamp = ""
+        self.stamp = ""  # the fingerprint of documents, encoder and settings that the embeddings were made from
         self._faiss: faiss.Index | None = None
 
     def __len__(self) -> int:
@@ -55,8 +51,8 @@ class Index:
             index.train(embeddings)
             index.add(embeddings)
         except RuntimeError as error:
-            found = f"FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
-            raise UserError(f"--index_factory {factory}: {found}; try Flat") from None
+            refused = f"FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
+            raise UserError(f"--index_factory {factory}: {refused}; try Flat") from None
         self._use(index, stamp)
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -75,12 +71,11 @@ class Index:
 
     def load(self, directory: str | Path) -> bool:
         """Read what `save` wrote; False, and nothing changed, if it is absent, damaged or of another kind."""
-        directory = Path(directory)
         if damage(directory):
             return False
         try:
-            state = json.loads((directory / "index.json").read_text(encoding="utf-8"))
-            index = faiss.read_index(str(directory / "index.faiss"))
+            state = json.loads(Path(directory, "index.json").read_text(encoding="utf-8"))
+            index = faiss.read_index(str(Path(directory, "index.faiss")))
         except (OSError, ValueError, RuntimeError):
             return False
         expected = {"index_factory": self.flags.index_factory, "documents": index.ntotal if index else -1}

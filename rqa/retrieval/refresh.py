@@ -29,11 +29,9 @@ class RefreshArguments(Arguments):
     """When documents are encoded again in training."""
 
     refresh_step: str = flag("10", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
-    refresh_async: bool = flag(
-        False, "Encode on a copy of the weights while training goes on; swap the index when ready."
-    )
+    refresh_async: bool = flag(False, "Encode on a copy of the weights while training goes on; then swap the index.")
     train_query_encoder_only: bool = flag(
-        False, "Keep the initial encoder for passages; it is saved beside the trained one, and nothing is refreshed."
+        False, "Keep the initial encoder for passages; it is saved beside the trained one, never refreshed.", rare=True
     )
 
     def check(self) -> None:
@@ -46,10 +44,8 @@ class RefreshArguments(Arguments):
         if self.train_query_encoder_only:
             encoder.freeze_passages()
         elif encoder.passage_encoder:
-            raise UserError(
-                "--model_name_or_path: holds a passage encoder of its own, which stays as it is; "
-                "train its encoder of questions with --train_query_encoder_only true"
-            )
+            cure = "train its encoder of questions with --train_query_encoder_only true"
+            raise UserError(f"--model_name_or_path: holds a passage encoder of its own, which stays as it is; {cure}")
 
 
 def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
@@ -67,27 +63,21 @@ class Follower(Protocol):
     """What is made from a fresh index, and lasts until the next: CTL's mined negatives."""
 
     def __call__(self) -> None: ...
-
     def save(self, directory: Path) -> None: ...
-
     def load(self, directory: Path) -> None: ...
 
 
 class Refresher:
     """`before_step` of the loop, and a `LiveState`: an index of the weights before step 0, then on schedule.
 
-    Args:
-        dtype: In which documents are encoded.
-        then: Called after each refresh. Where passages are frozen it is called on schedule, and nothing is encoded.
+    `then` is called after each refresh. Where passages are frozen, it is called on schedule and nothing is encoded.
     """
 
     def __init__(
         self, retriever: Retriever, flags: RefreshArguments, dtype: torch.dtype, then: Follower | None = None
     ) -> None:
-        self.retriever = retriever
-        self.flags = flags
-        self.dtype = dtype
-        self.then = then
+        self.retriever, self.flags = retriever, flags
+        self.dtype, self.then = dtype, then
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights are being used in the background
@@ -95,11 +85,7 @@ class Refresher:
         self._work: BackgroundEncoding | None = None
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet.
-
-        Returns:
-            `index_staleness`, the steps since the weights that made the index, and `index_refreshed` if it is new.
-        """
+        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet; say how old it is."""
         refreshes, frozen = self.refreshes, self.retriever.encoder.passage_encoder is not None
         with distributed.autocast(self.dtype):
             if not len(self.retriever.index):
@@ -180,22 +166,15 @@ class BackgroundEncoding:
     """This process's share of the documents, encoded with the weights of now while training goes on.
 
     It costs the memory of the weights once more until it is dropped, and on a GPU runs in a stream of its own. The
-    copy has its own tokenizer, too: two threads must not share one.
-
-    Args:
-        dtype: Of autocast, which holds for one thread only.
-
-    Attributes:
-        embeddings: This process's, once it is finished. float32 [n, D]
+    copy has its own tokenizer, too: two threads must not share one. Autocast holds for one thread only, hence `dtype`.
     """
 
     def __init__(self, retriever: Retriever, dtype: torch.dtype) -> None:
         self.seconds = 0.0
-        self.embeddings = np.empty(0)
+        self.embeddings = np.empty(0)  # this process's, once it is finished. float32 [n, D]
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
-        self._retriever = retriever
-        self._dtype = dtype
+        self._retriever, self._dtype = retriever, dtype
         self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
         self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
         self._stream = None
@@ -206,15 +185,13 @@ class BackgroundEncoding:
         self._thread.start()
 
     def finished(self) -> bool:
-        """Whether every process is done; raises what ended the thread of any.
-
-        All ask at the same step: the thread itself never talks to another process.
-        """
+        """Whether every process is done; all ask at the same step. Raises what ended the thread of any."""
         done = not self._thread.is_alive()
         dones, failures = distributed.total([done, done and self._error is not None])
         if failures:
+            error = self._error  # of its own; closing makes another one
             self.close()
-            raise self._error or UserError("documents could not be encoded; another process says why")
+            raise error or UserError("documents could not be encoded; another process says why")
         return int(dones) == distributed.world_size()
 
     def close(self) -> None:
@@ -229,16 +206,10 @@ class BackgroundEncoding:
             on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
             with on_stream, distributed.autocast(self._dtype):
                 self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
-        except _Cancelled:
-            pass
-        except BaseException as error:  # it belongs to the main thread
+        except BaseException as error:  # it belongs to the main thread, if that still waits
             self._error = error
         self.seconds = time.perf_counter() - started
 
     def _stop_if_cancelled(self, *_: object) -> None:
         if self._cancelled.is_set():
-            raise _Cancelled
-
-
-class _Cancelled(Exception):
-    """Nobody waits for the embeddings any more."""
+            raise InterruptedError("nobody waits for the embeddings any more")

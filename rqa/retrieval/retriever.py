@@ -21,15 +21,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Hits:
-    """The documents found for Q questions, best first.
+    """The documents found for Q questions, best first."""
 
-    Attributes:
-        ids: Positions in the database, -1 where fewer than k were found. [Q, k]
-        scores: What they are ranked by, the greater the better. [Q, k]
-    """
-
-    ids: np.ndarray
-    scores: np.ndarray
+    ids: np.ndarray  # positions in the database, -1 where fewer than k were found. [Q, k]
+    scores: np.ndarray  # what they are ranked by, the greater the better. [Q, k]
 
 
 class PassageRetriever(ABC):
@@ -70,10 +65,7 @@ class PassageRetriever(ABC):
 
 
 class Retriever(PassageRetriever):
-    """An encoder, a FAISS index and the documents behind it.
-
-    The encoder is the very object that a trainer trains: after `refresh` the index holds its current weights.
-    """
+    """A FAISS index of documents and their encoder, the very object that a trainer trains; `refresh` follows it."""
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
         self.encoder = encoder
@@ -81,10 +73,7 @@ class Retriever(PassageRetriever):
         self.index = Index(flags or IndexArguments())
 
     def open(self, path: str | Path | None = None) -> Self:
-        """Load the index at `path`, or build it there; without a path it is built in memory.
-
-        An index made from other documents, weights or settings is rebuilt, with one line that says so.
-        """
+        """Load the index at `path`, or build it there if it is absent or stale; without a path, build it in memory."""
         if path is None:
             self.refresh()
             return self
@@ -121,10 +110,10 @@ class Retriever(PassageRetriever):
 
     def stamp(self) -> str:
         """A fingerprint of all that decides the index."""
-        texts = [document.fmt_content for document in self.documents]
         kind = distributed.device().type
         precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        return fingerprint(self.encoder.fingerprint(), self.index.flags.index_factory, str(precision), *texts)
+        settings = (self.encoder.fingerprint(), self.index.flags.index_factory, str(precision))
+        return fingerprint(*settings, *(document.fmt_content for document in self.documents))
 
 
 def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

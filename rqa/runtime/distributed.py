@@ -29,29 +29,18 @@ def start() -> None:
         torch.cuda.set_device(device())
     if "RANK" in os.environ and not dist.is_initialized():
         dist.init_process_group("nccl" if device().type == "cuda" else "gloo", timeout=LONGEST_WAIT)
-        atexit.register(stop)
-
-
-def stop() -> None:
-    """Leave the process group."""
-    if dist.is_initialized():
-        dist.destroy_process_group()
+        atexit.register(lambda: dist.is_initialized() and dist.destroy_process_group())
 
 
 def device() -> torch.device:
     """This process's device: its own GPU, or the CPU."""
-    if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
-    return torch.device("cpu")
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
 
 
 @cache
 def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
-    """The dtype that matrix products run in.
-
-    A CPU without bf16 instructions emulates them, about eight times slower than float32: there bf16 is answered by
-    float32, with one line that says so.
-    """
+    """The dtype that matrix products run in; float32, with a warning, where a CPU emulates bf16: 8 times slower."""
     on_cpu = device().type == "cpu"
     if bf16 and fp16:
         raise UserError("--bf16 true and --fp16 true exclude each other; choose one")
@@ -65,9 +54,8 @@ def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
 
 def cpu_has_bf16() -> bool:
     """Whether this CPU multiplies bf16 matrices in hardware."""
-    capabilities = torch.cpu.get_capabilities()
     names = ("bf16",) if platform.machine() in ("arm64", "aarch64") else ("avx512_bf16", "amx_bf16")
-    return any(capabilities.get(name) for name in names)
+    return any(map(torch.cpu.get_capabilities().get, names))
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager:
@@ -149,9 +137,4 @@ def gather_rows(rows: torch.Tensor) -> torch.Tensor:
         return rows
     sizes = [int(size) for size in total_by_rank(len(rows))]
     padded = torch.nn.functional.pad(rows, (0, 0) * (rows.ndim - 1) + (0, max(sizes) - len(rows)))
-    if rows.requires_grad:
-        parts = list(all_gather(padded))
-    else:
-        parts = [torch.empty_like(padded) for _ in sizes]
-        dist.all_gather(parts, padded)
-    return torch.cat([part[:size] for part, size in zip(parts, sizes, strict=True)])
+    return torch.cat([part[:size] for part, size in zip(all_gather(padded), sizes, strict=True)])

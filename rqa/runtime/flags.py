@@ -6,9 +6,8 @@ import difflib
 import json
 import logging
 import sys
-import textwrap
-from collections.abc import Iterator
-from dataclasses import MISSING, Field, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
+from functools import partial
 from inspect import get_annotations
 from math import inf
 from pathlib import Path
@@ -24,7 +23,6 @@ log = logging.getLogger(__name__)
 Flags = TypeVar("Flags", bound="Arguments")
 
 TAKES = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
-MOST_CHOICES = 5  # that stand beside a flag
 REFUSED = {
     "deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard",
     "load_in_4bit": "QLoRA needs bitsandbytes, which rqa does without; use --use_lora true --bf16 true",
@@ -40,20 +38,13 @@ def flag(
     default: Any = MISSING,
     help: str = "",
     choices: list[str] | None = None,
-    also: str = "",
-    rare: bool = False,
-    secret: bool = False,
+    also: str = "",  # other names that the command line accepts, separated by spaces
+    rare: bool = False,  # shown by `-h full` only
+    secret: bool = False,  # left out of the dataclass's `repr`
 ) -> Any:
-    """A dataclass field that is a flag; required without a default.
-
-    Args:
-        also: Other names that the command line accepts, separated by spaces.
-        rare: Shown by `-h full` only.
-        secret: Left out of the dataclass's `repr`.
-    """
+    """A dataclass field that is a flag; required without a default."""
     about: dict[str, Any] = {"help": help, "aliases": [f"--{name}" for name in also.split()], "rare": rare}
-    if choices:
-        about["choices"] = choices
+    about |= {"choices": choices} if choices else {}
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=about)
     return field(default=default, metadata=about, repr=not secret)
@@ -77,9 +68,7 @@ class Arguments:
         for name in names:
             given = getattr(self, name)
             for value in given if isinstance(given, list) else [given]:
-                if value is not None and not (
-                    value >= at_least and value > above and value <= at_most and value < below
-                ):
+                if value is not None and not (at_least <= value <= at_most and above < value < below):
                     raise UserError(f"--{name} {value}: must be {told}")
 
     def ignore(self, name: str, why: str) -> None:
@@ -95,16 +84,7 @@ class Arguments:
 
 
 def parse(kind: type[Flags], description: str, line: list[str] | None = None) -> Flags:
-    """The flags of the command line, or of a single `.json` file.
-
-    Args:
-        kind: A dataclass; its fields are the flags, grouped by the class that declares them.
-        description: What the executable does, for `-h`.
-        line: The command line; by default the process's.
-
-    Raises:
-        UserError: a flag is unknown or missing, or its value is refused.
-    """
+    """The flags of a command line, by default the process's, or of a single `.json` file."""
     line = sys.argv[1:] if line is None else line
     if len(line) == 1 and line[0].endswith(".json"):
         line = _from_json(line[0])
@@ -125,30 +105,26 @@ def parse(kind: type[Flags], description: str, line: list[str] | None = None) ->
 
 
 class _Parser(HfArgumentParser):
-    """Flags in groups; one line for what is wrong."""
+    """Flags grouped by the class that was the first to declare them; one line for what is wrong."""
 
     def __init__(self, kind: type[Arguments], description: str, full: bool) -> None:
         self.full = full
-        rest = "" if full else "`-h full` shows all flags."
-        super().__init__(kind, description=description, epilog=rest, allow_abbrev=False, formatter_class=_Help)  # type: ignore[arg-type]
+        epilog, formatter = "" if full else "`-h full` shows all flags.", partial(_Help, max_help_position=32)
+        super().__init__(kind, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
-        hints = get_type_hints(dtype)
-        for title, members in _groups(dtype):
-            group = self.add_argument_group(title)
-            for member in members:
-                item = copy.copy(member)
-                about = dict(item.metadata)
-                if about.pop("rare") and not self.full:
-                    about["help"] = argparse.SUPPRESS
-                item.metadata, item.type = about, hints[item.name]
-                self._parse_dataclass_field(group, item)  # type: ignore[arg-type]
-                last = self._actions[-1]
-                if last.option_strings[0].startswith("--no_"):
-                    last.help = argparse.SUPPRESS
-
-    def format_usage(self) -> str:
-        return ""
+        hints, titles = get_type_hints(dtype), {}
+        for kind in dtype.__mro__:  # the last one that declares a flag was the first to do so
+            titles |= {name: (kind.__doc__ or "").splitlines()[0].rstrip(".") for name in get_annotations(kind)}
+        groups = {title: self.add_argument_group(title) for title in dict.fromkeys(titles.values())}
+        for member in map(copy.copy, fields(dtype)):
+            about = dict(member.metadata)
+            if about.pop("rare") and not self.full:
+                about["help"] = argparse.SUPPRESS
+            member.metadata, member.type = about, hints[member.name]
+            self._parse_dataclass_field(groups[titles[member.name]], member)
+            if self._actions[-1].option_strings[0].startswith("--no_"):
+                self._actions[-1].help = argparse.SUPPRESS
 
     def format_help(self) -> str:
         formatter = self._get_formatter()
@@ -164,44 +140,21 @@ class _Parser(HfArgumentParser):
         raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
 
 
-def _groups(kind: type[Arguments]) -> Iterator[tuple[str, list[Field]]]:
-    """The first line of each class's docstring, with the flags that the class was the first to declare."""
-    owners = {
-        member.name: [base for base in kind.__mro__ if member.name in get_annotations(base)][-1]
-        for member in fields(kind)
-    }
-    for owner in kind.__mro__:
-        if members := [member for member in fields(kind) if owners[member.name] is owner]:
-            yield (owner.__doc__ or owner.__name__).splitlines()[0].rstrip("."), members
-
-
 class _Help(argparse.RawDescriptionHelpFormatter):
     """One name a flag, what kind of value it takes, and its default."""
 
-    def __init__(self, prog: str) -> None:
-        super().__init__(prog, max_help_position=32)
-
     def _format_action_invocation(self, action: argparse.Action) -> str:
-        takes = TAKES.get(action.type, "TEXT")  # type: ignore[arg-type]
-        if action.choices and len(list(action.choices)) <= MOST_CHOICES:
-            takes = "|".join(action.choices)
+        takes = "|".join(action.choices or ()) or TAKES.get(action.type, "TEXT")  # type: ignore[arg-type]
         return f"{action.option_strings[0]} {takes}" + (" ..." if action.nargs == "+" else "")
 
-    def _split_lines(self, text: str, width: int) -> list[str]:
-        lines = textwrap.wrap(text.replace("(default: ", "(default:\0"), width, break_on_hyphens=False)
-        return [line.replace("\0", " ") for line in lines]
-
     def _get_help_string(self, action: argparse.Action) -> str:
+        values = action.default if isinstance(action.default, list) else [action.default]
         if action.required:
             return f"{action.help} (required)"
-        if action.choices and len(list(action.choices)) > MOST_CHOICES:
-            return f"{action.help} One of {', '.join(action.choices)}."
-        if action.default in (None, "", [], argparse.SUPPRESS) or "default:" in (action.help or "").lower():
+        if "default:" in (action.help or "").lower() or values in ([], [None], [""], [argparse.SUPPRESS]):
             return action.help or ""
-        values = action.default if isinstance(action.default, list) else [action.default]
         shown = " ".join(str(value).lower() if isinstance(value, bool) else str(value) for value in values)
-        shown = shown.replace("\n", "\\n").replace("%", "%%")
-        return f"{action.help} (default: {shown})"
+        return f"{action.help} (default: {shown})".replace("\n", "\\n").replace("%", "%%")
 
 
 def _from_json(path: str) -> list[str]:
@@ -215,7 +168,7 @@ def _from_json(path: str) -> list[str]:
     line: list[str] = []
     for name, value in values.items():
         parts = value if isinstance(value, list) else [value]
-        if not all(isinstance(part, str | int | float) or part is None for part in parts):
+        if not all(part is None or isinstance(part, str | int | float) for part in parts):
             raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
         given = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
         line += [f"--{name}", *given] if given else []

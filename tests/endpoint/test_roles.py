@@ -14,11 +14,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
 from rqa.endpoint.client import Endpoint
-from rqa.endpoint.roles import EndpointReader, EndpointScorer, remote_scorer
+from rqa.endpoint.scorer import EndpointScorer, remote_scorer
 from rqa.models.causal_lm import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments
+from rqa.recipe.system import EndpointReader
 
 Run = Callable[[str, dict[str, object]], int]
 

@@ -13,7 +13,7 @@ from rqa.evaluation.answers import EvaluationDataArguments, evaluate_answers
 from rqa.evaluation.retrieval import EvaluationArguments, measure_speed
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
 from rqa.models.reader import Answer, GenerationArguments
-from rqa.recipe.reader import ReaderArguments, load_reader
+from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.retriever import Hits
 from rqa.runtime.errors import UserError

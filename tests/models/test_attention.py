@@ -8,11 +8,11 @@ import torch
 import pytest
 import transformers
 from torch import Tensor
-from transformers import DynamicCache
+from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
-from rqa.models.causal_lm import CausalLMReader, new_cache, read_prompts
+from rqa.models.reader import CausalLMReader, new_cache, read_prompts
 from rqa.packing import pack
 
 WIDTH, VOCABULARY = 16, 50
@@ -26,56 +26,60 @@ SIZES = {
     "pad_token_id": 0,
     "attention_dropout": 0.0,
 }
-GROUPED = {"num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+ENDS = {"bos_token_id": 1, "eos_token_id": 2}
+GROUPED = {**SIZES, **ENDS, "num_key_value_heads": 2}
 DECODERS = {
-    "Llama": transformers.LlamaConfig(**SIZES, **GROUPED),
-    "Qwen2": transformers.Qwen2Config(**SIZES, **GROUPED),
-    "Qwen3": transformers.Qwen3Config(**SIZES, **GROUPED, head_dim=4),
-    "GPTNeoX": transformers.GPTNeoXConfig(**SIZES, hidden_dropout=0.0, bos_token_id=1, eos_token_id=2),
-    "Mistral": transformers.MistralConfig(**SIZES, **GROUPED, sliding_window=4),
+    "Llama": transformers.LlamaConfig(**GROUPED),
+    "Qwen2": transformers.Qwen2Config(**GROUPED),
+    "Qwen3": transformers.Qwen3Config(**GROUPED, head_dim=4),
+    "GPTNeoX": transformers.GPTNeoXConfig(**SIZES, **ENDS, hidden_dropout=0.0),
+    "Mistral": transformers.MistralConfig(**GROUPED, sliding_window=4),
 }
-ENCODERS = {
+ALL = DECODERS | {
     "Bert": transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
     "ModernBert": transformers.ModernBertConfig(
-        **SIZES, local_attention=6, global_attn_every_n_layers=2, bos_token_id=1, eos_token_id=2, cls_token_id=1
+        **SIZES, **ENDS, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1
     ),
 }
 SEQUENCES = [[5 + (7 * step + shift) % 40 for step in range(length)] for shift, length in enumerate((9, 1, 12, 9, 5))]
 
 
-def build(
-    config: transformers.PreTrainedConfig, implementation: str, head: str = "Model"
-) -> transformers.PreTrainedModel:
+def build(config: PreTrainedConfig, implementation: str, head: str = "Model") -> PreTrainedModel:
     torch.manual_seed(0)
     model_class = getattr(transformers, type(config).__name__.replace("Config", head))
     return model_class._from_config(copy.deepcopy(config), attn_implementation=implementation).float()
 
 
-def states(model: transformers.PreTrainedModel, **inputs: Tensor | int) -> Tensor:
+def states(model: PreTrainedModel, **inputs: Tensor | int) -> Tensor:
     return model(**inputs, **({} if "Bert" in type(model).__name__ else {"use_cache": False})).last_hidden_state[0]
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
-def test_a_packed_row_gives_the_states_and_gradients_of_its_sequences(name: str) -> None:
-    config = (DECODERS | ENCODERS)[name]
-    ours, theirs = build(config, PACKED_ATTENTION), build(config, "eager")
-    packed = states(ours, **pack(SEQUENCES).inputs)
-    single = torch.cat([states(theirs, input_ids=torch.tensor([sequence])) for sequence in SEQUENCES])
-    torch.testing.assert_close(packed, single, atol=2e-6, rtol=1e-5)
+@pytest.mark.parametrize("name", ALL)
+def test_a_packed_row_gives_the_states_and_gradients_of_its_sequences_without_a_mask_in_memory(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    masks = []
+
+    def spy(module: torch.nn.Module, *args: Tensor | None, **kwargs: object) -> tuple[Tensor, None]:
+        masks.append(args[3] if len(args) > 3 else kwargs["attention_mask"])
+        return packed_attention(module, *args, **kwargs)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKED_ATTENTION, spy)
+    ours, theirs = build(ALL[name], PACKED_ATTENTION), build(ALL[name], "eager")
+    for sequences in (SEQUENCES[2:3], SEQUENCES):  # one, longer than a window, is a packed row, too
+        masks.clear()
+        packed = states(ours, **pack(sequences).inputs)
+        assert len(masks) == 2
+        if len(sequences) > 1:
+            assert all(mask is None or mask.untyped_storage().nbytes() == 1 for mask in masks)
+        single = torch.cat([states(theirs, input_ids=torch.tensor([sequence])) for sequence in sequences])
+        torch.testing.assert_close(packed, single, atol=2e-6, rtol=1e-5)
     weights = torch.randn_like(single)
     (packed * weights).sum().backward()
     (single * weights).sum().backward()
     for (parameter, our), (_, their) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         if their.grad is not None:
             torch.testing.assert_close(our.grad, their.grad, atol=2e-5, rtol=1e-4, msg=parameter)
-
-
-@pytest.mark.parametrize("name", ["Mistral", "ModernBert"])
-def test_one_sequence_longer_than_the_window_is_a_packed_row_too(name: str) -> None:
-    ours, theirs = (build((DECODERS | ENCODERS)[name], kind) for kind in (PACKED_ATTENTION, "eager"))
-    ids = SEQUENCES[2]
-    expected = states(theirs, input_ids=torch.tensor([ids]))
-    torch.testing.assert_close(states(ours, **pack([ids]).inputs), expected, atol=2e-6, rtol=1e-5)
 
 
 def test_in_a_packed_row_no_attention_probability_is_dropped() -> None:
@@ -90,9 +94,8 @@ def naive(query: Tensor, key: Tensor, value: Tensor, borders: list[int], causal:
     rows = []
     for start, end in pairwise(borders):
         for at in range(start, end):
-            seen = [
-                other for other in range(start, at + 1 if causal else end) if window is None or abs(at - other) < window
-            ]
+            others = range(start, at + 1 if causal else end)
+            seen = [other for other in others if window is None or abs(at - other) < window]
             heads = []
             for head in range(query.shape[1]):
                 scores = key[0, head // group, seen] @ query[0, head, at] / query.shape[-1] ** 0.5
@@ -102,18 +105,10 @@ def naive(query: Tensor, key: Tensor, value: Tensor, borders: list[int], causal:
 
 
 def attend(
-    inputs: list[Tensor], lengths: list[int], causal: bool, window: int | None = None, **kwargs: object
+    inputs: list[Tensor], lengths: list[int], causal: bool, mask: Tensor | None = None, **more: object
 ) -> Tensor:
-    borders = torch.tensor([0, *lengths]).cumsum(0).int()
-    return packed_attention(
-        SimpleNamespace(is_causal=causal),
-        *inputs,
-        attention_mask=None,
-        sliding_window=window,
-        cu_seq_lens_q=borders,
-        max_length_q=max(lengths),
-        **kwargs,
-    )[0]
+    borders = {"cu_seq_lens_q": torch.tensor([0, *lengths]).cumsum(0).int(), "max_length_q": max(lengths)}
+    return packed_attention(SimpleNamespace(is_causal=causal), *inputs, attention_mask=mask, **borders, **more)[0]
 
 
 def random_inputs(lengths: list[int], key_heads: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -135,7 +130,7 @@ def test_attention_is_the_naive_loop_in_float64_forward_and_backward(
     lengths = [5, 1, 4, 11, 5, 9]
     ours = random_inputs(lengths, key_heads, dtype)
     theirs = [x.detach().double().requires_grad_() for x in ours]
-    output = attend(ours, lengths, causal, window)
+    output = attend(ours, lengths, causal, sliding_window=window)
     expected = naive(*theirs, torch.tensor([0, *lengths]).cumsum(0).tolist(), causal, window)
     weights = torch.randn_like(output)
     output.backward(weights)
@@ -158,38 +153,30 @@ def test_autocast_decides_the_dtype() -> None:
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
     prompts = torch.tensor([[7, 9, 11, 13, 15, 17], [0, 0, 0, 21, 23, 25]] if padded else [[7, 9, 11, 13, 15, 17]])
-    mask = (prompts != 0).long()
+    static = transformers.StaticCache(DECODERS[name], max_cache_len=14)
+    options = {"attention_mask": (prompts != 0).long(), "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     tokens = [
-        build(DECODERS[name], implementation, "ForCausalLM")
-        .eval()
-        .generate(
-            prompts, attention_mask=mask, max_new_tokens=8, do_sample=False, eos_token_id=None, past_key_values=cache
-        )
-        for implementation, cache in (
-            (PACKED_ATTENTION, None),
-            (PACKED_ATTENTION, transformers.StaticCache(DECODERS[name], max_cache_len=14)),
-            ("sdpa", None),
-        )
+        build(DECODERS[name], kind, "ForCausalLM").eval().generate(prompts, past_key_values=cache, **options).tolist()
+        for kind, cache in ((PACKED_ATTENTION, None), (PACKED_ATTENTION, static), ("sdpa", None))
     ]
-    assert tokens[0].shape[1] == 14
-    assert tokens[0].tolist() == tokens[1].tolist() == tokens[2].tolist()
+    assert len(tokens[0][0]) == 14
+    assert tokens[0] == tokens[1] == tokens[2]
 
 
 def reader_of(name: str) -> CausalLMReader:
-    arguments = SimpleNamespace(max_new_tokens=8)
-    prompter = SimpleNamespace(stop_ids=[0], arguments=arguments)  # which none of these models says
+    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8))  # no model here says 0
     return CausalLMReader(build(DECODERS[name], PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_prompts_are_read_as_one_packed_row_and_answered_as_each_alone(name: str) -> None:
     reader, theirs, read = reader_of(name), build(DECODERS[name], "sdpa", "ForCausalLM").eval(), []
-    assert reader.packs
+    sequences = [sequence for sequence in SEQUENCES if len(sequence) > 1]
     embed = reader.model.get_input_embeddings()
     embed.register_forward_pre_hook(lambda _, ids: read.append(tuple(ids[0].shape)))
-    sequences = [sequence for sequence in SEQUENCES if len(sequence) > 1]
     answers = reader.generate(sequences)
-    assert read == [(1, sum(map(len, sequences)) - len(sequences)), *[(len(sequences), 1)] * 8]
+    whole = [(1, sum(map(len, sequences)) - len(sequences)), *[(len(sequences), 1)] * 8]
+    assert read[-len(whole) :] == whole  # behind the probe that finds out whether the model packs
     for sequence, answer in zip(sequences, answers, strict=True):
         alone = theirs.generate(torch.tensor([sequence]), max_new_tokens=8, do_sample=False, eos_token_id=None)
         assert answer == alone[0, len(sequence) :].tolist()
@@ -210,63 +197,35 @@ def test_keys_that_are_kept_are_those_of_each_sequence_also_under_autocast(name:
                 reader.model(torch.tensor([sequence[:-1]]), past_key_values=alone)
             for ours, their in zip(cache.layers, alone.layers, strict=True):
                 end, length = min(ours.keys.shape[2], len(SEQUENCES[0]) - 1), their.keys.shape[2]
-                assert ours.keys.dtype == ours.values.dtype == dtype
                 for our, expected in ((ours.keys, their.keys), (ours.values, their.values)):
+                    assert our.dtype == dtype
                     found = our[row, :, end - length : end].float()
                     torch.testing.assert_close(found, expected[0], atol=tolerance, rtol=tolerance)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
 @pytest.mark.parametrize("padded", [True, False])
+@pytest.mark.parametrize("name", ALL)
 def test_a_batch_that_is_not_packed_is_that_of_sdpa(name: str, padded: bool) -> None:
     ids = torch.randint(3, VOCABULARY, (3 if padded else 1, 12))
     mask = {"attention_mask": (torch.arange(12) < torch.tensor([12, 7, 1])[:, None]).long()} if padded else {}
-    ours, theirs = (
-        states(build((DECODERS | ENCODERS)[name], kind), input_ids=ids, **mask) for kind in (PACKED_ATTENTION, "sdpa")
-    )
+    ours, theirs = (states(build(ALL[name], kind), input_ids=ids, **mask) for kind in (PACKED_ATTENTION, "sdpa"))
     torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("name", [*DECODERS, *ENCODERS])
-def test_a_packed_row_never_has_a_mask_in_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen = []
-
-    def spy(module: torch.nn.Module, *args: Tensor | None, **kwargs: object) -> tuple[Tensor, None]:
-        seen.append(args[3] if len(args) > 3 else kwargs["attention_mask"])
-        return packed_attention(module, *args, **kwargs)
-
-    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKED_ATTENTION, spy)
-    states(build((DECODERS | ENCODERS)[name], PACKED_ATTENTION), **pack(SEQUENCES).inputs)
-    assert len(seen) == 2
-    assert all(mask is None or mask.untyped_storage().nbytes() == 1 for mask in seen)
-
-
-@pytest.mark.parametrize("argument", ["softcap", "s_aux", "position_bias", "cache"])
-def test_what_would_change_scores_is_refused(argument: str) -> None:
-    with pytest.raises(NotImplementedError, match=argument):
-        attend(random_inputs([3, 4], 2), [3, 4], causal=True, **{argument: 1.0})
-
-
-def test_a_pattern_that_only_the_mask_knows_is_refused() -> None:
-    mask = packed_mask(batch_size=1, q_length=7, kv_length=7, local_size=3, allow_is_causal_skip=False)
+def test_what_would_change_scores_is_refused() -> None:
+    for argument in ("softcap", "s_aux", "position_bias", "cache"):
+        with pytest.raises(NotImplementedError, match=argument):
+            attend(random_inputs([3, 4], 2), [3, 4], causal=True, **{argument: 1.0})
+    windowed = packed_mask(batch_size=1, q_length=7, kv_length=7, local_size=3, allow_is_causal_skip=False)
     with pytest.raises(NotImplementedError, match="only its mask knows"):
-        packed_attention(
-            SimpleNamespace(is_causal=True),
-            *random_inputs([3, 4], 2),
-            attention_mask=mask,
-            cu_seq_lens_q=torch.tensor([0, 3, 7]).int(),
-            max_length_q=4,
-        )
-
-
-def test_restarting_positions_without_borders_are_refused() -> None:
-    inputs = {name: pack(SEQUENCES).inputs[name] for name in ("input_ids", "position_ids")}
+        attend(random_inputs([3, 4], 2), [3, 4], causal=True, mask=windowed)
+    without_borders = {name: pack(SEQUENCES).inputs[name] for name in ("input_ids", "position_ids")}
     with pytest.raises(NotImplementedError, match="without cu_seq_lens_q"):
-        states(build(DECODERS["Llama"], PACKED_ATTENTION), **inputs)
+        states(build(DECODERS["Llama"], PACKED_ATTENTION), **without_borders)
 
 
+@pytest.mark.slow
 def test_compiling_gives_the_same() -> None:
-    model = build(DECODERS["Llama"], PACKED_ATTENTION)
-    inputs = pack(SEQUENCES).inputs
+    model, inputs = build(DECODERS["Llama"], PACKED_ATTENTION), pack(SEQUENCES).inputs
     compiled = torch.compile(model, backend="aot_eager")
     torch.testing.assert_close(states(compiled, **inputs), states(model, **inputs), atol=1e-6, rtol=1e-5)

@@ -7,185 +7,144 @@ from dataclasses import replace
 
 import torch
 import pytest
-from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.loading import load_tokenizer
+from rqa.models.reader import CausalLMReader
 from rqa.prompts import PromptArguments, Prompter
 
 NEW_TOKENS = 8
 _GREEDY: dict[tuple[int, ...], list[int]] = {}
+both_formats = pytest.mark.parametrize("case", ["prefix", "template"], indirect=True)
 
 
-@pytest.fixture(scope="module")
-def theirs(lm_path: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(lm_path, attn_implementation="sdpa").eval()
+class Case:
+    """A reader, the model that it answers with as `transformers` loads it, and prompts of many lengths, in no order."""
 
+    def __init__(self, path: str, prompter: Prompter, examples: list[Example], documents: list[Document]):
+        self.reader = CausalLMReader(load_causal_lm(path), prompter)
+        self.theirs = AutoModelForCausalLM.from_pretrained(path, attn_implementation="sdpa").eval()
+        self.examples, self.passages = examples[:6], [documents[: (5 * i) % 4] for i in range(6)]
+        self.prompts = [prompter.encode(*pair).ids for pair in zip(self.examples, self.passages, strict=True)]
 
-@pytest.fixture(params=["prefix", "template"])
-def prompter(request: pytest.FixtureRequest, tokenizer: PreTrainedTokenizerBase) -> Prompter:
-    arguments = PromptArguments(chat_format=request.param, max_seq_length=256, max_new_tokens=NEW_TOKENS)
-    return Prompter(tokenizer, arguments)
+    def greedy(self, prompt: Sequence[int], stop: Sequence[int] = ()) -> list[int]:
+        """The likeliest next token, again and again, without cache, batch or `generate`; up to a stop token."""
+        ids = list(prompt)
+        if tuple(prompt) not in _GREEDY:
+            for _ in range(NEW_TOKENS):
+                with torch.no_grad():
+                    ids.append(int(self.theirs(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
+            _GREEDY[tuple(prompt)] = ids[len(prompt) :]
+        found = _GREEDY[tuple(prompt)]
+        return found[: next((i for i, token in enumerate(found) if token in stop), len(found))]
+
+    @property
+    def expected(self) -> list[list[int]]:
+        return [self.greedy(prompt, self.reader.prompter.stop_ids) for prompt in self.prompts]
 
 
 @pytest.fixture
-def reader(lm_path: str, prompter: Prompter) -> CausalLMReader:
-    return CausalLMReader(load_causal_lm(lm_path), prompter)
+def case(request: pytest.FixtureRequest, lm_path: str, examples: list[Example], documents: list[Document]) -> Case:
+    style = getattr(request, "param", "prefix")
+    flags = PromptArguments(chat_format=style, max_seq_length=256, max_new_tokens=NEW_TOKENS)
+    return Case(lm_path, Prompter(load_tokenizer(lm_path), flags), examples, documents)
 
 
-@pytest.fixture
-def prompts(prompter: Prompter, examples: list[Example], documents: list[Document]) -> list[list[int]]:
-    """Of many lengths, in no order."""
-    return [prompter.encode(example, documents[: (5 * i) % 4]).ids for i, example in enumerate(examples[:6])]
-
-
-def greedy(model: PreTrainedModel, prompt: Sequence[int]) -> list[int]:
-    """The likeliest next token, again and again, without cache, batch or `generate`."""
-    ids = list(prompt)
-    if tuple(prompt) not in _GREEDY:
-        for _ in range(NEW_TOKENS):
-            with torch.no_grad():
-                ids.append(int(model(input_ids=torch.tensor([ids])).logits[0, -1].argmax()))
-        _GREEDY[tuple(prompt)] = ids[len(prompt) :]
-    return _GREEDY[tuple(prompt)]
-
-
-def until(ids: Sequence[int], stop: Sequence[int]) -> list[int]:
-    return list(ids)[: next((i for i, token in enumerate(ids) if token in stop), len(ids))]
-
-
-def test_a_batch_generates_what_one_prompt_at_a_time_does(
-    reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]
-) -> None:
-    assert len({len(prompt) for prompt in prompts}) >= 4
-    stop = reader.prompter.stop_ids
-    expected = []
-    for prompt in prompts:
-        output = theirs.generate(
-            torch.tensor([prompt]), max_new_tokens=NEW_TOKENS, do_sample=False, eos_token_id=stop, pad_token_id=stop[0]
-        )
-        expected.append(until(output[0, len(prompt) :].tolist(), stop))
-    assert reader.generate(prompts) == expected
-    assert expected == [until(greedy(theirs, prompt), stop) for prompt in prompts]
+@both_formats
+def test_a_batch_generates_what_one_prompt_at_a_time_does(case: Case) -> None:
+    assert len({len(prompt) for prompt in case.prompts}) >= 4
+    expected, stop = case.expected, case.reader.prompter.stop_ids
+    assert case.reader.generate(case.prompts) == expected
+    assert case.reader.generate(case.prompts[:1]) == expected[:1]
     assert len({tuple(ids) for ids in expected}) > 1
+    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop[0]}
+    for prompt, ids in zip(case.prompts, expected, strict=True):
+        output = case.theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
+        assert output[: len(ids)] == ids
+        assert all(token in stop for token in output[len(ids) :])
 
 
-def test_one_prompt_is_a_batch_too(reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]) -> None:
-    assert reader.generate(prompts[:1]) == [until(greedy(theirs, prompts[0]), reader.prompter.stop_ids)]
-
-
-def test_generation_ends_at_any_stop_token_and_leaves_it_out(
-    reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]
-) -> None:
-    free = [greedy(theirs, prompt) for prompt in prompts]
+@both_formats
+def test_generation_ends_at_any_stop_token_and_leaves_it_out(case: Case) -> None:
+    free = [case.greedy(prompt) for prompt in case.prompts]
     for stop in ([free[0][3]], sorted({free[0][3], free[1][1]}), [free[2][0]]):
-        reader.prompter.stop_ids = stop
-        ours = reader.generate(prompts)
-        assert ours == [until(ids, stop) for ids in free]
+        case.reader.prompter.stop_ids = stop
+        ours = case.reader.generate(case.prompts)
+        assert ours == case.expected
         assert min(map(len, ours)) < NEW_TOKENS
 
 
-def test_a_batch_ends_when_its_last_answer_does(
-    reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    reader.prompter.stop_ids = [greedy(theirs, prompts[0])[2]]
-    calls = []
-    forward = reader.model.forward
-    monkeypatch.setattr(reader.model, "forward", lambda *a, **k: calls.append(1) or forward(*a, **k))
-    reader.generate(prompts[:1])
-    assert len(calls) <= 3
+def test_a_batch_ends_when_its_last_answer_does(case: Case) -> None:
+    case.reader.prompter.stop_ids, calls = [case.greedy(case.prompts[0])[2]], []
+    case.reader.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
+    case.reader.generate(case.prompts[:1])
+    assert len(calls) == 3
 
 
-def test_decoding_is_greedy_whatever_the_checkpoint_prefers(
-    reader: CausalLMReader, theirs: PreTrainedModel, prompts: list[list[int]]
-) -> None:
-    config = reader.model.generation_config
+def test_decoding_is_greedy_whatever_the_checkpoint_prefers(case: Case) -> None:
+    config = case.reader.model.generation_config
     config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 50, 0.9
     config.max_length, config.num_beams, config.repetition_penalty, config.no_repeat_ngram_size = 20, 3, 3.0, 1
-    stop = reader.prompter.stop_ids
-    assert reader.generate(prompts) == [until(greedy(theirs, prompt), stop) for prompt in prompts]
+    assert case.reader.generate(case.prompts) == case.expected
 
 
-@pytest.mark.parametrize("max_batch_tokens", [1, 300, 16384])
-def test_answers_come_back_in_the_order_asked(
-    max_batch_tokens: int,
-    reader: CausalLMReader,
-    theirs: PreTrainedModel,
-    examples: list[Example],
-    documents: list[Document],
+def test_answers_come_back_in_the_order_asked_from_batches_as_large_as_allowed(
+    case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    reader.max_batch_tokens = max_batch_tokens
-    passages = [documents[: (5 * i) % 4] for i in range(6)]
-    prompts = [reader.prompter.encode(*pair).ids for pair in zip(examples, passages, strict=False)]
-    expected = [until(greedy(theirs, prompt), reader.prompter.stop_ids) for prompt in prompts]
-    order = random.Random(1).sample(range(6), 6)
-    answers = reader.answer([examples[i] for i in order], [passages[i] for i in order], progress=False)
-    assert [answer.text for answer in answers] == [reader.prompter.decode(expected[i]) for i in order]
-    assert len({answer.text for answer in answers}) > 1
-
-
-def test_no_batch_holds_more_tokens_than_allowed_with_its_padding(
-    reader: CausalLMReader, examples: list[Example], documents: list[Document], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    sizes = []
-
-    def generate(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        sizes.append(len(prompts) * (max(map(len, prompts)) + NEW_TOKENS))
-        return [[] for _ in prompts]
-
-    monkeypatch.setattr(reader, "generate", generate)
-    reader.max_batch_tokens = 400
-    reader.answer(examples, [documents[: 4 * (i % 5 == 0)] for i in range(len(examples))], progress=False)
-    assert len(sizes) > 1
-    assert max(sizes) <= 400
-
-
-@pytest.mark.parametrize("training", [True, False])
-def test_the_mode_is_restored_and_answers_have_no_dropout(
-    training: bool, reader: CausalLMReader, prompts: list[list[int]]
-) -> None:
-    reader.model.config.attention_dropout = 0.5
-    for layer in reader.model.model.layers:
-        layer.self_attn.attention_dropout = 0.5
-    expected = reader.model.eval() and reader.generate(prompts)
-    reader.model.train(training)
-    assert reader.generate(prompts) == expected
-    assert all(module.training == training for module in reader.model.modules())
-
-
-@pytest.mark.parametrize("others", [0, 2])
-def test_a_question_that_does_not_fit_is_logged_and_answered_by_nothing(
-    others: int,
-    reader: CausalLMReader,
-    examples: list[Example],
-    documents: list[Document],
-    caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
-    long = Example("Why is that so? " * 200, where="test.jsonl:9")
-    asked = [*examples[:others], long, *examples[others : 2 * others]]
-    with caplog.at_level(logging.WARNING, logger="rqa"):
-        answers = reader.answer(asked, [documents[:1]] * len(asked), progress=False)
-    (message,) = {record.getMessage() for record in caplog.records if record.name.startswith("rqa")}
-    assert message.startswith("test.jsonl:9: ")
-    assert "unanswered" in message
-    texts = [answer.text for answer in answers]
-    rest = [example for example in asked if example is not long]
-    alone = [answer.text for answer in reader.answer(rest, [documents[:1]] * len(rest), progress=False)]
-    assert texts == [*alone[:others], "", *alone[others:]]
-
-
-def test_no_questions_have_no_answers(reader: CausalLMReader) -> None:
+    reader, order, asked = case.reader, random.Random(1).sample(range(6), 6), []
+    texts = [reader.prompter.decode(ids) for ids in case.expected]
+    assert len(set(texts)) > 1
+    generate = reader.generate
+    monkeypatch.setattr(reader, "generate", lambda prompts: asked.append(prompts) or generate(prompts))
+    for budget, sizes in ((1, {1}), (300, {1, 2, 3}), (16384, {6})):
+        reader.max_batch_tokens = budget
+        asked.clear()
+        answers = reader.answer([case.examples[i] for i in order], [case.passages[i] for i in order], progress=False)
+        assert [answer.text for answer in answers] == [texts[i] for i in order]
+        assert {answer.batch_size for answer in answers} == {len(prompts) for prompts in asked} == sizes
+        assert all(answer.seconds > 0 for answer in answers)
+        for prompts in asked:  # padding counts
+            assert len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + NEW_TOKENS) <= budget
     assert reader.answer([], [], progress=False) == []
 
 
-def test_generation_gives_what_training_would_score_highest_after_the_same_prompt(
-    reader: CausalLMReader, theirs: PreTrainedModel, examples: list[Example], documents: list[Document]
+def test_the_mode_is_restored_and_answers_have_no_dropout(case: Case) -> None:
+    model = case.reader.model
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    for training in (True, False):
+        model.train(training)
+        assert case.reader.generate(case.prompts) == case.expected
+        assert all(module.training == training for module in model.modules())
+
+
+def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
+    case: Case, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prompter = Prompter(reader.prompter.tokenizer, replace(reader.prompter.arguments, max_seq_length=140))
-    reader.prompter = prompter
-    trained = prompter.encode(examples[0], documents[:4], examples[0].gold_answer)
-    prompt = trained.ids[: trained.answer_start]
-    answer = reader.answer(examples[:1], [documents[:4]], progress=False)[0]
-    assert answer.text == prompter.decode(until(greedy(theirs, prompt), prompter.stop_ids))
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    long, some = Example("Why is that so? " * 200, where="test.jsonl:9"), case.examples
+
+    def texts(asked: list[Example]) -> list[str]:
+        return [answer.text for answer in case.reader.answer(asked, [case.passages[1]] * len(asked), progress=False)]
+
+    alone = texts(some)
+    with caplog.at_level(logging.WARNING, logger="rqa"):
+        assert texts([long]) == [""]
+        assert texts([*some[:2], long, *some[2:]]) == [*alone[:2], "", *alone[2:]]
+    (message,) = {record.getMessage() for record in caplog.records if record.name.startswith("rqa")}
+    assert message.startswith("test.jsonl:9: ")
+    assert "unanswered" in message
+
+
+@both_formats
+def test_generation_gives_what_training_would_score_highest_after_the_same_prompt(
+    case: Case, documents: list[Document]
+) -> None:
+    old, example = case.reader.prompter, case.examples[0]
+    prompter = case.reader.prompter = Prompter(old.tokenizer, replace(old.arguments, max_seq_length=140))
+    trained = prompter.encode(example, documents[:4], example.gold_answer)
+    answer = case.reader.answer([example], [documents[:4]], progress=False)[0]
+    assert answer.text == prompter.decode(case.greedy(trained.ids[: trained.answer_start], prompter.stop_ids))

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
+import transformers
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
-from rqa.data import Document, Example
+from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
+from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
@@ -23,18 +25,21 @@ try:
 except ImportError:
     from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
 
+D = 12  # of a projection
+PREFIXES = {"query_prefix": "query: ", "passage_prefix": "passage: "}
+QUERIES = [*(f"What does {city} trade in?" for city in ("Arlen", "Brask", "Corvo")), "?", "What " * 100]
 
-@pytest.fixture(scope="module")
-def queries(examples: list[Example]) -> list[str]:
-    return [example.question for example in examples[:7]] + ["?", "What " * 100]
+
+def settings_of(words: str) -> dict[str, Any]:
+    plain = {"pooling_type": words.partition(" ")[0], "normalize": "unit" in words}
+    return plain | (PREFIXES if "prefixes" in words else {})
 
 
 @pytest.fixture(scope="module")
 def passages(documents: list[Document]) -> list[str]:
     """Of many lengths, some longer than the model reads."""
-    return [document.fmt_content[: 7 * number + 1] for number, document in enumerate(documents)] + [
-        " ".join(document.fmt_content for document in documents)
-    ]
+    texts = [document.fmt_content for document in documents]
+    return [text[: 7 * number + 1] for number, text in enumerate(texts)] + [" ".join(texts)]
 
 
 @pytest.fixture
@@ -42,261 +47,327 @@ def encoder(encoder_path: str) -> Encoder:
     return load_encoder(encoder_path)
 
 
+@pytest.fixture
+def projected(encoder: Encoder) -> Encoder:
+    encoder.project(D)
+    torch.nn.init.normal_(encoder.projection.norm.weight)
+    torch.nn.init.normal_(encoder.projection.norm.bias)
+    return encoder
+
+
+@pytest.fixture
+def frozen(encoder_path: str) -> Encoder:
+    """With passages frozen, and other weights for questions than those of passages."""
+    encoder = load_encoder(encoder_path, EncoderArguments(**PREFIXES))
+    encoder.freeze_passages()
+    shift_questions(encoder)
+    return encoder
+
+
+def shift_questions(encoder: Encoder) -> None:
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, encoder.parameters()):
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
 def embed_queries(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
     return encoder.embed(encoder.tokenize_queries(texts), **options)
 
 
 def embed_passages(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
-    return encoder.embed(encoder.tokenize_passages(texts), **options)
+    return encoder.passage_side.embed(encoder.tokenize_passages(texts), **options)
 
 
 # ---------------------------------------------------------------- sentence-transformers
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [True, False])
-@pytest.mark.parametrize("prefixes", [("", ""), ("query: ", "passage: ")])
-def test_a_saved_encoder_embeds_alike_in_sentence_transformers(
-    prefixes: tuple[str, str],
-    normalize: bool,
-    pooling: str,
-    encoder_path: str,
-    tmp_path: Path,
-    queries: list[str],
-    passages: list[str],
+@pytest.mark.parametrize(
+    "words",
+    ["mean unit", "cls free prefixes", "cls unit projected", "mean free prefixes projected",
+     "mean unit prefixes frozen", "cls free projected frozen"],
+)  # fmt: skip
+def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
+    words: str, encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
-    given = EncoderArguments(pooling_type=pooling, normalize=normalize, query_prefix=prefixes[0], passage_prefix=prefixes[1])
-    ours = load_encoder(encoder_path, given)
+    ours = load_encoder(encoder_path, EncoderArguments(**settings_of(words)))
+    if "projected" in words:
+        ours.project(D)
+    if "frozen" in words:
+        ours.freeze_passages()
+        shift_questions(ours)
+        assert np.abs(embed_passages(ours, passages) - ours.embed(ours.tokenize_passages(passages))).max() > 1e-2
     ours.save_pretrained(tmp_path)
-    theirs = SentenceTransformer(str(tmp_path), device="cpu")
-    again = load_encoder(str(tmp_path))
+    again, theirs = load_encoder(str(tmp_path)), SentenceTransformer(str(tmp_path), device="cpu")
     assert again.settings == ours.settings
-    for texts, embed, prompt in ((queries, embed_queries, "query"), (passages, embed_passages, "document")):
-        expected = theirs.encode(texts, prompt_name=prompt)
-        np.testing.assert_allclose(embed(ours, texts), expected, atol=1e-5)
-        np.testing.assert_array_equal(embed(again, texts), embed(ours, texts))
-    if prefixes[0]:
-        assert np.abs(theirs.encode(queries) - embed_queries(ours, queries)).max() > 1e-3
+    assert again.fingerprint() == ours.fingerprint()
+    sides = (QUERIES, embed_queries, theirs.encode_query), (passages, embed_passages, theirs.encode_document)
+    for texts, embed, encode in sides:
+        found = embed(ours, texts)
+        assert found.shape == (len(texts), D if "projected" in words else 32)
+        np.testing.assert_array_equal(embed(again, texts), found)
+        np.testing.assert_allclose(encode(texts), found, atol=1e-5)
+    if "prefixes" in words and "frozen" not in words:
+        assert np.abs(theirs.encode(QUERIES) - embed_queries(ours, QUERIES)).max() > 1e-3
 
 
 @pytest.mark.parametrize("mode", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [True, False])
 @pytest.mark.parametrize("prompts", [{}, {"query": "query: ", "document": "passage: "}])
 def test_a_checkpoint_of_sentence_transformers_loads_with_its_pooling_and_prompts(
-    prompts: dict[str, str],
-    normalize: bool,
-    mode: str,
-    encoder_path: str,
-    tmp_path: Path,
-    queries: list[str],
-    passages: list[str],
+    prompts: dict[str, str], mode: str, encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
+    normalize = (mode == "mean") == bool(prompts)
     modules = [Transformer(encoder_path, max_seq_length=32), Pooling(32, pooling_mode=mode)]
     theirs = SentenceTransformer(modules=modules + [Normalize()] * normalize, prompts=prompts, device="cpu")
     theirs.save_pretrained(str(tmp_path))
     ours = load_encoder(str(tmp_path))
     assert (ours.settings.pooling_type, ours.settings.normalize) == (mode, normalize)
     assert ours.settings.max_passage_length == 32
-    name = {"query": "query", "document": "document"} if prompts else {"query": None, "document": None}
-    np.testing.assert_allclose(
-        embed_queries(ours, queries), theirs.encode(queries, prompt_name=name["query"]), atol=1e-5
-    )
-    np.testing.assert_allclose(
-        embed_passages(ours, passages), theirs.encode(passages, prompt_name=name["document"]), atol=1e-5
-    )
+    for texts, embed, name in ((QUERIES, embed_queries, "query"), (passages, embed_passages, "document")):
+        expected = theirs.encode(texts, prompt_name=name if prompts else None)
+        np.testing.assert_allclose(embed(ours, texts), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("mode", ["max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"])
-def test_a_pooling_that_is_not_offered_is_refused_by_file(mode: str, encoder_path: str, tmp_path: Path) -> None:
+def test_a_pooling_that_is_not_offered_is_refused_by_file_unless_another_is_chosen(
+    mode: str, encoder_path: str, tmp_path: Path
+) -> None:
     modules = [Transformer(encoder_path), Pooling(32, pooling_mode=mode)]
     SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
     with pytest.raises(UserError, match=r"1_Pooling/config\.json: pooling \w*(max|last|sqrt|weighted)\w* is not"):
         load_encoder(str(tmp_path))
+    assert load_encoder(str(tmp_path), EncoderArguments(pooling_type="cls")).settings.pooling_type == "cls"
 
 
-def test_two_poolings_at_once_are_refused_by_file(encoder: Encoder, tmp_path: Path) -> None:
-    encoder.save_pretrained(tmp_path)
-    (tmp_path / "rqa_encoder.json").unlink()
-    path = tmp_path / "1_Pooling" / "config.json"
-    path.write_text(json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True}))
-    with pytest.raises(UserError, match=r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens"):
-        load_encoder(str(tmp_path))
-
-
-def test_a_module_that_is_not_offered_is_refused_by_file(encoder_path: str, tmp_path: Path) -> None:
+def test_what_is_damaged_or_not_offered_is_refused_by_file(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
     modules = [Transformer(encoder_path), Pooling(32), Dense(32, 16)]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
+    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "dense"))
     with pytest.raises(UserError, match=r"modules\.json: module Dense is not supported"):
-        load_encoder(str(tmp_path))
-
-
-@pytest.mark.parametrize("name", ["modules.json", "1_Pooling/config.json", "sentence_bert_config.json"])
-def test_a_damaged_file_of_a_checkpoint_is_named(name: str, encoder: Encoder, tmp_path: Path) -> None:
+        load_encoder(str(tmp_path / "dense"))
     encoder.save_pretrained(tmp_path)
     (tmp_path / "rqa_encoder.json").unlink()
-    (tmp_path / name).write_text("{")
-    with pytest.raises(UserError, match=name):
-        load_encoder(str(tmp_path))
+    two = json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
+    for name, content, message in (
+        ("modules.json", "{", "modules.json"),
+        ("sentence_bert_config.json", "{", "sentence_bert_config.json"),
+        ("1_Pooling/config.json", "{", "1_Pooling/config.json"),
+        ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens"),
+    ):
+        good = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        with pytest.raises(UserError, match=message):
+            load_encoder(str(tmp_path))
+        (tmp_path / name).write_text(good)
+    load_encoder(str(tmp_path))
 
 
-def test_arguments_override_the_checkpoint(encoder_path: str, tmp_path: Path) -> None:
-    load_encoder(encoder_path, EncoderArguments(pooling_type="cls", normalize=False, query_prefix="q ", passage_prefix="p ", max_query_length=20, max_passage_length=30)).save_pretrained(tmp_path)
-    assert load_encoder(str(tmp_path)).settings == EncoderSettings("cls", False, "q ", "p ", 20, 30)
-    given = EncoderArguments(pooling_type="mean", normalize=True, query_prefix="", passage_prefix="", max_query_length=21, max_passage_length=31)
-    assert load_encoder(str(tmp_path), given).settings == EncoderSettings("mean", True, "", "", 21, 31)
-
-
-def test_a_plain_checkpoint_pools_by_the_mean_and_normalises(encoder: Encoder) -> None:
+def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
     assert encoder.settings == EncoderSettings("mean", True, "", "", 64, 64)
+    names = list(EncoderSettings.__dataclass_fields__)[:6]
+    saved, given = ("cls", False, "q ", "p ", 20, 30), ("mean", True, "", "", 21, 31)
+    load_encoder(encoder_path, EncoderArguments(**dict(zip(names, saved, strict=True)))).save_pretrained(tmp_path)
+    assert load_encoder(str(tmp_path)).settings == EncoderSettings(*saved)
+    flags = EncoderArguments(**dict(zip(names, given, strict=True)))
+    assert load_encoder(str(tmp_path), flags).settings == EncoderSettings(*given)
+    with pytest.raises(UserError, match=r"--max_query_length 65: .* takes at most 64 tokens"):
+        load_encoder(encoder_path, EncoderArguments(max_query_length=65))
 
 
 def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
     wordpiece: PreTrainedTokenizerBase, tmp_path: Path
 ) -> None:
-    config = BertConfig(
-        vocab_size=len(wordpiece),
-        hidden_size=8,
-        intermediate_size=8,
-        num_hidden_layers=1,
-        num_attention_heads=1,
-        max_position_embeddings=1024,
-    )
-    BertModel(config).save_pretrained(tmp_path / "plain")
-    wordpiece.save_pretrained(tmp_path / "plain")
-    path = tmp_path / "plain" / "tokenizer_config.json"
+    sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
+    plain, saved = tmp_path / "plain", tmp_path / "saved"
+    BertModel(BertConfig(vocab_size=len(wordpiece), max_position_embeddings=1024, **sizes)).save_pretrained(plain)
+    wordpiece.save_pretrained(plain)
+    path = plain / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 1024}))
-    encoder = load_encoder(str(tmp_path / "plain"), EncoderArguments(max_passage_length=700))
+    encoder = load_encoder(str(plain), EncoderArguments(max_passage_length=700))
     assert (encoder.settings.max_query_length, encoder.settings.max_passage_length) == (512, 700)
-    encoder.save_pretrained(tmp_path / "saved")
-    assert load_encoder(str(tmp_path / "saved")).settings == encoder.settings
+    encoder.save_pretrained(saved)
+    assert load_encoder(str(saved)).settings == encoder.settings
 
 
 # ---------------------------------------------------------------- one by one
 
 
-@pytest.mark.parametrize("pooling", ["mean", "cls"])
-@pytest.mark.parametrize("normalize", [True, False])
-def test_packed_equals_padded_equals_one_by_one_by_hand(
-    normalize: bool, pooling: str, encoder_path: str, passages: list[str]
+BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+MODERN = {"local_attention": 12, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3,
+          "bos_token_id": 2, "eos_token_id": 3}  # fmt: skip
+ROBERTA = BERT | {"max_position_embeddings": 70, "pad_token_id": 1}
+SIZES = {"Bert": BERT, "DistilBert": {"dim": 32, "hidden_dim": 64, "n_layers": 2, "n_heads": 4}, "Roberta": ROBERTA,
+         "MPNet": ROBERTA, "ModernBert": BERT | MODERN}  # fmt: skip
+PACKED = {"Bert": True, "Roberta": False, "MPNet": False}  # of the others either is right
+
+
+@pytest.mark.parametrize("words", ["mean unit", "cls free"])
+@pytest.mark.parametrize("kind", SIZES)
+def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_time_by_hand(
+    kind: str, words: str, wordpiece: PreTrainedTokenizerBase, passages: list[str], tmp_path: Path
 ) -> None:
-    encoder = load_encoder(encoder_path, EncoderArguments(pooling_type=pooling, normalize=normalize))
-    model = AutoModel.from_pretrained(encoder_path, attn_implementation="eager").eval().double()
-    tokenizer = AutoTokenizer.from_pretrained(encoder_path)
+    config = {"vocab_size": len(wordpiece), "pad_token_id": 0, "max_position_embeddings": 64} | SIZES[kind]
+    getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**config)).save_pretrained(tmp_path)
+    wordpiece.save_pretrained(tmp_path)
+    encoder = load_encoder(str(tmp_path), EncoderArguments(**settings_of(words)))
+    model = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval().double()
     expected = []
     for text in passages:
-        inputs = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        ids = wordpiece(text, truncation=True, max_length=64, return_tensors="pt")["input_ids"]
         with torch.no_grad():
-            hidden = model(**inputs).last_hidden_state[0]
-        vector = hidden.mean(0) if pooling == "mean" else hidden[0]
-        expected.append((vector / vector.norm() if normalize else vector).numpy())
-    assert encoder.collate is pack
-    packed = embed_passages(encoder, passages)
-    encoder.collate = partial(pad, pad_id=0)
-    padded = embed_passages(encoder, passages)
-    np.testing.assert_allclose(packed, np.stack(expected), atol=1e-5)
-    np.testing.assert_allclose(padded, np.stack(expected), atol=1e-5)
-    assert packed.dtype == np.float32
-
-
-@pytest.mark.parametrize("budget", [1, 64, 200, 16384])
-def test_neither_the_order_nor_the_size_of_batches_matters(budget: int, encoder: Encoder, passages: list[str]) -> None:
-    expected = embed_passages(encoder, passages)
-    order = random.Random(budget).sample(range(len(passages)), len(passages))
-    shuffled = embed_passages(encoder, [passages[i] for i in order], max_batch_tokens=budget)
-    np.testing.assert_allclose(shuffled, expected[order], atol=1e-6)
+            hidden = model(input_ids=ids).last_hidden_state[0]
+        vector = hidden.mean(0) if "mean" in words else hidden[0]
+        expected.append((vector / vector.norm() if "unit" in words else vector).numpy())
+    assert PACKED.get(kind) in (None, encoder.collate is pack)
+    for collate in (encoder.collate, partial(pad, pad_id=config["pad_token_id"])):
+        encoder.collate = collate  # packed together they are more tokens than the model has positions
+        found = embed_passages(encoder, passages)
+        np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
+        assert found.dtype == np.float32
 
 
 @pytest.mark.parametrize("padded", [False, True])
-def test_no_forward_pass_computes_more_tokens_than_allowed(
-    padded: bool, encoder: Encoder, passages: list[str], monkeypatch: pytest.MonkeyPatch
+def test_neither_the_order_nor_the_size_of_batches_matters_and_none_is_larger_than_allowed(
+    padded: bool, encoder: Encoder, passages: list[str]
 ) -> None:
-    if padded:
-        encoder.collate = partial(pad, pad_id=0)
-    sizes = []
-    forward = Encoder.forward
-    monkeypatch.setattr(
-        Encoder, "forward", lambda self, batch: sizes.append(batch.inputs["input_ids"].numel()) or forward(self, batch)
-    )
-    embed_passages(encoder, passages, max_batch_tokens=150)
-    assert len(sizes) > 1
-    assert max(sizes) <= 150
-
-
-def test_no_texts_are_no_embeddings(encoder: Encoder) -> None:
+    expected, sizes = embed_passages(encoder, passages), []
+    encoder.collate = partial(pad, pad_id=0) if padded else pack
+    encoder.register_forward_pre_hook(lambda _, args: sizes.append(args[0].inputs["input_ids"].numel()))
+    for budget in (1, 64, 150, 16384):
+        order = random.Random(budget).sample(range(len(passages)), len(passages))
+        sizes.clear()
+        shuffled = embed_passages(encoder, [passages[i] for i in order], max_batch_tokens=budget)
+        np.testing.assert_allclose(shuffled, expected[order], atol=1e-6)
+        assert max(sizes) <= max(budget, 64)
+        assert (len(sizes) > 1) == (budget < 16384)
     assert embed_queries(encoder, []).shape == (0, encoder.dimension) == (0, 32)
 
 
-def test_embedding_gives_no_gradient_and_forward_does(encoder: Encoder, passages: list[str]) -> None:
-    encoder.train()
-    embed_passages(encoder, passages[:3])
-    assert all(parameter.grad is None for parameter in encoder.parameters())
-    encoder(encoder.collate(encoder.tokenize_passages(passages[:3])))[:, 0].sum().backward()
-    assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
-
-
 @pytest.mark.parametrize("training", [True, False])
-def test_embedding_is_without_dropout_and_restores_the_mode(
-    training: bool, encoder_path: str, passages: list[str]
+def test_embedding_has_no_dropout_and_no_gradient_and_restores_the_mode(
+    training: bool, encoder: Encoder, passages: list[str]
 ) -> None:
-    encoder = load_encoder(encoder_path)
     assert encoder.backbone.config.hidden_dropout_prob > 0
     expected = embed_passages(encoder.eval(), passages)
     encoder.train(training)
     np.testing.assert_array_equal(embed_passages(encoder, passages), expected)
-    assert all(module.training == training for module in encoder.modules())
-    with torch.no_grad():
-        direct = encoder(encoder.collate(encoder.tokenize_passages(passages))).numpy()
-    assert (np.abs(direct - expected).max() > 1e-2) == training
-
-
-def test_the_mode_is_restored_when_embedding_fails(encoder: Encoder) -> None:
-    encoder.train()
     with pytest.raises(IndexError):
         encoder.embed([[10**6]])
-    assert encoder.training
+    assert all(module.training == training for module in encoder.modules())
+    direct = encoder(encoder.collate(encoder.tokenize_passages(passages)))
+    assert (np.abs(direct.detach().numpy() - expected).max() > 1e-2) == training
+    assert all(parameter.grad is None for parameter in encoder.parameters())
+    direct[:, 0].sum().backward()  # embedding gives no gradient, forward does
+    assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
+
+
+# ---------------------------------------------------------------- a projection, and an encoder of passages alone
+
+
+def test_the_embedding_is_layernorm_of_a_linear_map_of_the_pooled_one(
+    projected: Encoder, encoder_path: str, passages: list[str]
+) -> None:
+    pooled = embed_passages(load_encoder(encoder_path, EncoderArguments(normalize=False)), passages).astype(np.float64)
+    weight, bias, scale, shift = (p.detach().double().numpy() for p in projected.projection.parameters())
+    mapped = pooled @ weight.T + bias
+    centred = mapped - mapped.mean(1, keepdims=True)
+    expected = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * scale + shift
+    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
+    np.testing.assert_allclose(embed_passages(projected, passages), expected, atol=1e-5)
+
+
+def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder, tmp_path: Path) -> None:
+    kept = projected.projection
+    projected.project(D)
+    assert projected.projection is kept
+    with pytest.raises(UserError, match="--indexing_dimension 8: the model's projection has 12 dimensions"):
+        projected.project(8)
+    projected.save_pretrained(tmp_path / "saved")
+    (tmp_path / "saved/2_Dense/model.safetensors").unlink()
+    with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
+        load_encoder(str(tmp_path / "saved"))
+    projected.freeze_passages()
+    with pytest.raises(UserError, match="--projection true: passages have an encoder of their own"):
+        projected.project(D)
+
+
+def test_passages_keep_the_initial_encoder_and_its_folder_is_an_encoder_by_itself(
+    frozen: Encoder, encoder_path: str, passages: list[str], tmp_path: Path
+) -> None:
+    initial = load_encoder(encoder_path, EncoderArguments(**PREFIXES))
+    np.testing.assert_array_equal(embed_passages(frozen, passages), embed_passages(initial, passages))
+    kept = frozen.passage_encoder
+    frozen.freeze_passages()  # once frozen, for ever
+    assert frozen.passage_encoder is kept
+    frozen.save_pretrained(tmp_path)
+    alone = load_encoder(str(tmp_path / "passage_encoder"))
+    assert not alone.passage_encoder
+    assert alone.settings == frozen.settings
+    np.testing.assert_array_equal(embed_queries(alone, passages), embed_queries(initial, passages))
+
+
+def test_a_passage_encoder_that_another_run_left_behind_is_not_loaded(
+    frozen: Encoder, encoder: Encoder, tmp_path: Path
+) -> None:
+    frozen.save_pretrained(tmp_path)
+    encoder.save_pretrained(tmp_path)
+    assert (tmp_path / "passage_encoder").is_dir()
+    assert load_encoder(str(tmp_path)).passage_encoder is None
+    assert SentenceTransformer(str(tmp_path), device="cpu").encode(["What?"]).shape == (1, 32)
+
+
+def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
+    frozen: Encoder, passages: list[str]
+) -> None:
+    frozen.train()
+    assert all(module.training for module in frozen.backbone.modules())
+    assert not any(module.training for module in frozen.passage_side.modules())
+    queries, texts = frozen.tokenize_queries(QUERIES[:3]), frozen.tokenize_passages(passages[:3])
+    three = torch.arange(3)
+    batch = ContrastiveBatch(queries, texts, indices=range(3), documents=three, targets=three, gold=three[:, None])
+    for chunk_size in (0, 1):
+        frozen.zero_grad()
+        Contrastive(frozen, 0.05, chunk_size)(batch)[0].backward()
+        reached = {name.partition(".")[0] for name, p in frozen.named_parameters() if p.grad is not None}
+        assert reached == {"backbone"}
+    frozen.eval()
+    frozen.embed(batch.queries)
+    assert not frozen.passage_side.training
 
 
 # ---------------------------------------------------------------- the fingerprint
 
 
-def test_the_fingerprint_is_the_same_for_the_same_embeddings(
-    encoder: Encoder, encoder_path: str, tmp_path: Path, passages: list[str]
-) -> None:
+def test_the_fingerprint_is_the_same_for_the_same_embeddings(encoder: Encoder, encoder_path: str) -> None:
     before = encoder.fingerprint()
     assert load_encoder(encoder_path).fingerprint() == before
-    embed_passages(encoder, passages)
-    embed_queries(encoder, ["What?"])
-    encoder.train()
-    assert encoder.fingerprint() == before
+    embed_passages(encoder.train(), ["some text"])
     encoder.tokenizer(["padded", "to one length"], padding=True, truncation=True, max_length=5)
     assert encoder.fingerprint() == before
-    encoder.save_pretrained(tmp_path)
-    assert load_encoder(str(tmp_path)).fingerprint() == before
 
 
-@pytest.mark.parametrize("name", list(EncoderSettings.__dataclass_fields__))
-def test_the_fingerprint_changes_with_every_setting(name: str, encoder: Encoder) -> None:
-    value = getattr(encoder.settings, name)
-    other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")
-    before = encoder.fingerprint()
-    encoder.settings = replace(encoder.settings, **{name: other})
-    assert encoder.fingerprint() != before
-
-
-def test_the_fingerprint_changes_with_any_one_weight(encoder: Encoder) -> None:
-    before = encoder.fingerprint()
+def test_the_fingerprint_changes_with_every_setting_any_one_weight_and_the_tokenizer(
+    projected: Encoder, encoder_path: str
+) -> None:
+    encoder, before, found = projected, projected.fingerprint(), []
+    for name, value in vars(encoder.settings).items():
+        other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")
+        settings = encoder.settings
+        encoder.settings = replace(settings, **{name: other})
+        found.append(encoder.fingerprint())
+        encoder.settings = settings
     for parameter in encoder.parameters():
         with torch.no_grad():
             old = parameter.flatten()[-1].item()
             parameter.view(-1)[-1] += 1e-3
-            assert encoder.fingerprint() != before
+            found.append(encoder.fingerprint())
             parameter.view(-1)[-1] = old
     assert encoder.fingerprint() == before
-
-
-def test_the_fingerprint_changes_with_the_tokenizer(encoder: Encoder) -> None:
-    before = encoder.fingerprint()
-    encoder.tokenizer = AutoTokenizer.from_pretrained(encoder.tokenizer.name_or_path)
+    encoder.freeze_passages()
+    with torch.no_grad():
+        next(encoder.passage_encoder.parameters())[0, 0] += 1
+    found.append(encoder.fingerprint())
+    encoder.passage_encoder = None
+    encoder.tokenizer = AutoTokenizer.from_pretrained(encoder_path)
     assert encoder.fingerprint() == before
     encoder.tokenizer.add_tokens(["harbour of"])
-    assert encoder.fingerprint() != before
+    found.append(encoder.fingerprint())
+    assert len({before, *found}) == 1 + len(found)

@@ -1,12 +1,18 @@
-"""Fusion-in-decoder, for T5, BART and a warm-started pair of BERTs: what the plain model gives, and nothing else."""
+"""Fusion-in-decoder, for T5, BART and a warm-started pair of BERTs: what the plain model gives, and nothing else.
 
-from collections.abc import Callable, Sequence
+Scores of passages are the model's own cross-attention: queries and keys by its own projections.
+"""
+
+import copy
+import re
+from contextlib import nullcontext
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
-from dataclasses import dataclass
 import torch
 import pytest
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoModelForSeq2SeqLM,
     AutoTokenizer,
@@ -18,205 +24,183 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
-from rqa.models.encoder_decoder import FiDReader, load_encoder_decoder, refuse_overflow
+from rqa.models.encoder_decoder import (
+    NEW_LAYERS,
+    EncoderDecoderArguments,
+    FiDPromptArguments,
+    FiDReader,
+    FiDSequence,
+    load_encoder_decoder,
+    observe,
+    passage_scores,
+    refuse_overflow,
+    start_token,
+)
 from rqa.models.reader import GenerationArguments
-from rqa.objectives.fid import FusionLikelihood
+from rqa.objectives.fid import FiDLikelihood
 from rqa.packing import pack
-from rqa.models.encoder_decoder import EncoderDecoderArguments
-from rqa.prompts import FiDPromptArguments, FiDSequence
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
 
+
 @dataclass(kw_only=True)
-class Flags(EncoderDecoderArguments, FiDPromptArguments):
-    """x"""
+class Flags(FiDPromptArguments, EncoderDecoderArguments):
+    """What a FiD reader is loaded with."""
 
 
-ARGUMENTS = Flags(max_encoder_seq_length=64, max_decoder_seq_length=24)
-Load = Callable[..., FusionLikelihood]
+FLAGS = Flags(max_encoder_seq_length=64, max_decoder_seq_length=24)
+
+
+class Case:
+    """A reader without dropout, in float64, with weights so large that passages matter, and what it is asked."""
+
+    def __init__(self, kind: str, path: str, directory: Path, examples: list[Example], documents: list[Document]):
+        self.kind, self.path, self.directory = kind, path, directory
+        self.model, prompter = load_encoder_decoder(path, FLAGS)
+        with torch.no_grad():
+            for parameter in self.model.parameters():
+                if parameter.ndim == 2:
+                    parameter.mul_(3.0 if kind == "t5" else 12.0)
+        self.objective = FiDLikelihood(self.model.double().eval(), prompter)
+        texts = [*documents[:3], Document(documents[4].page_content + " " + documents[5].page_content)]
+        self.sequences = [  # four questions over 1 to 4 passages of different lengths
+            prompter.encode(example, texts[: n + 1], example.gold_answer) for n, example in enumerate(examples[:4])
+        ]
+
+    @cached_property
+    def plain(self) -> PreTrainedModel:
+        """What `transformers` alone loads from the saved checkpoint."""
+        self.objective.save_pretrained(self.directory)
+        return AutoModelForSeq2SeqLM.from_pretrained(self.directory, attn_implementation="eager").double().eval()
+
+    def loss(self, sequences: list[FiDSequence]) -> float:
+        return float(self.objective(self.objective.batch(sequences))[0].detach())
+
+    def reader(self, **flags: object) -> FiDReader:
+        return FiDReader(
+            self.objective.fid, self.objective.prompter, GenerationArguments(**flags), self.objective.collate
+        )
+
+    def scores(self, sequences: list[FiDSequence], kind: str = "plain") -> Tensor:
+        return passage_scores(self.model, self.objective.batch(sequences), kind)
 
 
 @pytest.fixture(params=["t5", "bart", "bert"])
-def kind(request: pytest.FixtureRequest) -> str:
-    return request.param
+def case(request: pytest.FixtureRequest, tmp_path: Path, examples: list[Example], documents: list[Document]) -> Case:
+    kind, get = request.param, request.getfixturevalue
+    path = f"bert::{get('encoder_path')}" if kind == "bert" else get(f"{kind}_path")
+    return Case(kind, path, tmp_path, examples, documents)
 
 
-@pytest.fixture
-def path(kind: str, t5_path: str, bart_path: str, encoder_path: str) -> str:
-    return {"t5": t5_path, "bart": bart_path, "bert": f"bert::{encoder_path}"}[kind]
-
-
-@pytest.fixture
-def objective(path: str) -> FusionLikelihood:
-    """Without dropout, in float64, with weights large enough that passages matter."""
-    model, prompter = load_encoder_decoder(path, ARGUMENTS)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 2:
-                parameter.mul_(3.0)
-    return FusionLikelihood(model.double().eval(), prompter)
-
-
-@pytest.fixture
-def plain(objective: FusionLikelihood, tmp_path: Path) -> PreTrainedModel:
-    """What `transformers` alone loads from the saved checkpoint."""
-    objective.save_pretrained(tmp_path / "saved")
-    return AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "saved", attn_implementation="eager").double().eval()
-
-
-@pytest.fixture
-def sequences(
-    objective: FusionLikelihood, examples: Sequence[Example], documents: Sequence[Document]
-) -> list[FiDSequence]:
-    """Four questions over 1 to 4 passages of different lengths."""
-    texts = [*documents[:3], Document(documents[4].page_content + " " + documents[5].page_content)]
-    encode = objective.prompter.encode
-    return [encode(example, texts[: n + 1], example.gold_answer) for n, example in enumerate(examples[:4])]
-
-
-def loss(objective: FusionLikelihood, sequences: Sequence[FiDSequence]) -> float:
-    return float(objective(objective.batch(sequences))[0].detach())
+def turned(sequences: list[FiDSequence]) -> list[FiDSequence]:
+    return [FiDSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
 
 
 def naive_states(plain: PreTrainedModel, sequence: FiDSequence) -> BaseModelOutput:
-    encoder = plain.get_encoder()
-    states = [encoder(input_ids=torch.tensor([ids])).last_hidden_state for ids in sequence.passages]
+    """One passage after the other, nothing padded."""
+    states = [plain.get_encoder()(input_ids=torch.tensor([ids])).last_hidden_state for ids in sequence.passages]
     return BaseModelOutput(last_hidden_state=torch.cat(states, dim=1))
 
 
 def naive_loss(plain: PreTrainedModel, sequence: FiDSequence) -> Tensor:
-    """One passage after the other, nothing padded."""
     start = plain.generation_config.decoder_start_token_id or plain.config.decoder_start_token_id
     inputs = torch.tensor([[start, *sequence.answer[:-1]]])
     logits = plain(encoder_outputs=naive_states(plain, sequence), decoder_input_ids=inputs).logits[0]
     return -logits.log_softmax(-1)[range(len(sequence.answer)), sequence.answer].sum()
 
 
-def test_with_one_passage_the_loss_is_the_plain_models(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
-) -> None:
-    (one,) = [sequence for sequence in sequences if len(sequence.passages) == 1]
-    theirs = plain(input_ids=torch.tensor(one.passages), labels=torch.tensor([one.answer])).loss
-    assert loss(objective, [one]) / len(one.answer) == pytest.approx(float(theirs.detach()), rel=1e-6)
-
-
-def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
-) -> None:
-    ours = objective(objective.batch(sequences))[0]
-    theirs = torch.stack([naive_loss(plain, sequence) for sequence in sequences]).sum()
+def test_the_loss_and_its_gradient_are_those_of_one_passage_at_a_time(case: Case) -> None:
+    one = case.sequences[0]
+    theirs = case.plain(input_ids=torch.tensor(one.passages), labels=torch.tensor([one.answer])).loss
+    assert case.loss([one]) / len(one.answer) == pytest.approx(float(theirs.detach()), rel=1e-6)
+    ours = case.objective(case.objective.batch(case.sequences))[0]
+    theirs = torch.stack([naive_loss(case.plain, sequence) for sequence in case.sequences]).sum()
     assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
     ours.backward()
     theirs.backward()
-    expected = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    expected = {name: parameter.grad for name, parameter in case.plain.named_parameters()}
     largest = max(float(gradient.abs().max()) for gradient in expected.values() if gradient is not None)
-    for name, parameter in objective.fusion.model.named_parameters():
+    for name, parameter in case.model.named_parameters():
         if "pooler" not in name:  # the loss is taken in float32
             assert (parameter.grad - expected[name]).abs().max() <= 1e-5 * largest, name
 
 
-def test_permuting_passages_permutes_nothing(objective: FusionLikelihood, sequences: list[FiDSequence]) -> None:
-    turned = [FiDSequence(sequence.passages[::-1], sequence.answer) for sequence in sequences]
-    assert loss(objective, turned) == pytest.approx(loss(objective, sequences), rel=1e-6)
-    other = [FiDSequence(sequence.passages[:1], sequence.answer) for sequence in sequences]
-    assert abs(loss(objective, other) - loss(objective, sequences)) > 1e-3
-
-
-def test_another_question_in_the_batch_and_its_padding_change_nothing(
-    objective: FusionLikelihood, sequences: list[FiDSequence]
-) -> None:
-    together = loss(objective, sequences)
-    assert together == pytest.approx(sum(loss(objective, [sequence]) for sequence in sequences), rel=1e-6)
-    assert together == pytest.approx(loss(objective, sequences[::-1]), rel=1e-6)
-    batch = objective.batch(sequences)
-    assert batch.weight == sum(len(sequence.answer) for sequence in sequences)
-    assert batch.num_tokens == batch.weight + sum(len(ids) for s in sequences for ids in s.passages)
-
-
-def test_a_batch_pads_a_passage_by_a_quarter_at_most_and_bert_pads_none(
-    objective: FusionLikelihood, kind: str, sequences: list[FiDSequence]
-) -> None:
-    assert (objective.collate is pack) == (kind == "bert")
-    for part in objective.batch(sequences).parts:
+def test_neither_the_order_of_passages_nor_other_questions_nor_padding_change_the_loss(case: Case) -> None:
+    together = case.loss(case.sequences)
+    assert case.loss(turned(case.sequences)) == pytest.approx(together, rel=1e-6)
+    assert case.loss(case.sequences[::-1]) == pytest.approx(together, rel=1e-6)
+    assert sum(case.loss([sequence]) for sequence in case.sequences) == pytest.approx(together, rel=1e-6)
+    other = [FiDSequence(sequence.passages[:1], sequence.answer) for sequence in case.sequences]
+    assert abs(case.loss(other) - together) > 1e-3
+    batch = case.objective.batch(case.sequences)
+    assert batch.weight == sum(len(sequence.answer) for sequence in case.sequences)
+    assert batch.num_tokens == batch.weight + sum(len(ids) for s in case.sequences for ids in s.passages)
+    assert (case.objective.collate is pack) == (case.kind == "bert")
+    for part in batch.parts:  # a passage is padded by a quarter at most
         width = part.inputs["input_ids"].numel() // len(part.lengths)
-        assert int(part.lengths.min()) >= 0.8 * width or objective.collate is pack
+        assert int(part.lengths.min()) >= 0.8 * width or case.kind == "bert"
 
 
-def test_the_saved_checkpoint_is_an_ordinary_one(
-    objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
-) -> None:
-    ours = objective.fusion.model.state_dict()
+def test_the_saved_checkpoint_is_an_ordinary_one(case: Case) -> None:
+    plain, ours = case.plain, case.model.state_dict()
     assert plain.state_dict().keys() == ours.keys()
     for name, weight in plain.state_dict().items():
         torch.testing.assert_close(weight, ours[name].to(weight), msg=name)
     output, embedding = plain.get_output_embeddings().weight, plain.get_decoder().get_input_embeddings().weight
     assert output.data_ptr() == embedding.data_ptr()
-    one = {"input_ids": torch.tensor([sequences[3].passages[0]]), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
-    torch.testing.assert_close(plain(**one).logits, objective.fusion.model(**one).logits, rtol=1e-6, atol=1e-6)
+    one = {"input_ids": torch.tensor([case.sequences[3].passages[0]]), "decoder_input_ids": torch.tensor([[2, 5, 6]])}
+    torch.testing.assert_close(plain(**one).logits, case.model(**one).logits, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generation_is_that_of_the_plain_model_over_all_passages(
-    beams: int, objective: FusionLikelihood, plain: PreTrainedModel, sequences: list[FiDSequence]
-) -> None:
-    reader = FiDReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=beams), objective.collate)
-    end = objective.prompter.end_token
-    config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
-    for ours, sequence in zip(reader.generate(sequences), sequences, strict=True):
-        states = naive_states(plain, sequence)
-        mask = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.long)
-        theirs = plain.generate(encoder_outputs=states, attention_mask=mask, generation_config=config)[0, 1:].tolist()
-        assert ours == (theirs[: theirs.index(end)] if end in theirs else theirs)
+def test_generation_is_that_of_the_plain_model_over_all_passages(case: Case) -> None:
+    end = case.objective.prompter.end_token
+    for beams in (1, 3):
+        answers = case.reader(num_beams=beams).generate(case.sequences)
+        config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
+        for ours, sequence in zip(answers, case.sequences, strict=True):
+            states = naive_states(case.plain, sequence)
+            mask = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.long)
+            output = case.plain.generate(encoder_outputs=states, attention_mask=mask, generation_config=config)
+            theirs = output[0, 1:].tolist()
+            assert ours == (theirs[: theirs.index(end)] if end in theirs else theirs)
 
 
-def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(
-    objective: FusionLikelihood, sequences: list[FiDSequence]
-) -> None:
-    def generate(**arguments: object) -> list[list[int]]:
-        return FiDReader(
-            objective.fusion, objective.prompter, GenerationArguments(**arguments), objective.collate
-        ).generate(sequences)
-
-    greedy = generate()
-    assert generate(do_sample=True, top_p=1e-6) == greedy
-    assert generate(do_sample=True, temperature=5.0) != greedy
+def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(case: Case) -> None:
+    greedy = case.reader().generate(case.sequences)
+    assert case.reader(do_sample=True, top_p=1e-6).generate(case.sequences) == greedy
+    assert case.reader(do_sample=True, temperature=5.0).generate(case.sequences) != greedy
 
 
 def test_passages_are_encoded_once_and_questions_answered_in_their_order(
-    objective: FusionLikelihood, examples: list[Example], documents: list[Document]
+    case: Case, examples: list[Example], documents: list[Document]
 ) -> None:
-    reader = FiDReader(objective.fusion, objective.prompter, GenerationArguments(num_beams=2), objective.collate)
-    asked, passages = examples[:3], [documents[:3], documents[3:4], []]
-    tokens: list[int] = []
-    objective.fusion.model.get_encoder().register_forward_hook(
+    reader, tokens = case.reader(num_beams=2), []
+    pairs = list(zip(examples[:3], [documents[:3], documents[3:4], []], strict=True))
+    case.model.get_encoder().register_forward_hook(
         lambda module, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    answers = [answer.text for answer in reader.answer(asked, passages, progress=False)]
-    prompts = [objective.prompter.encode(*pair) for pair in zip(asked, passages, strict=True)]
-    lengths = [len(ids) for prompt in prompts for ids in prompt.passages]
+    answers = [answer.text for answer in reader.answer(*zip(*pairs, strict=True), progress=False)]
+    lengths = [len(ids) for pair in pairs for ids in case.objective.prompter.encode(*pair).passages]
     assert sum(lengths) <= sum(tokens) <= 1.25 * sum(lengths)
-    alone = [reader.answer([pair[0]], [pair[1]], progress=False) for pair in zip(asked, passages, strict=True)]
-    assert [answer.text for (answer,) in alone] == answers
+    assert [reader.answer([example], [read], progress=False)[0].text for example, read in pairs] == answers
 
 
-def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(
-    path: str, sequences: list[FiDSequence]
-) -> None:
+def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(case: Case) -> None:
     gradients, calls = [], []
     for checkpointing in (False, True):
         torch.manual_seed(5)
-        model, prompter = load_encoder_decoder(path, ARGUMENTS)
-        objective = FusionLikelihood(model, prompter)
-        parallelize(objective, torch.device("cpu"), checkpointing, compile=False)
+        model, prompter = load_encoder_decoder(case.path, FLAGS)
+        objective = FiDLikelihood(model, prompter)
+        parallelize(objective, checkpointing, compile=False, shard=False, dtype=torch.float32)
         objective.train()
         count = dict.fromkeys(("encoder", "decoder"), 0)
         for side in count:
             stack = getattr(model, f"get_{side}")()
-            first = next(m for m in stack.modules() if isinstance(m, torch.nn.ModuleList))[0]
+            first = next(m for m in stack.modules() if isinstance(m, nn.ModuleList))[0]
             norm = next(m for m in first.modules() if "Norm" in type(m).__name__)
             norm.register_forward_hook(lambda *_, side=side, count=count: count.update({side: count[side] + 1}))
         torch.manual_seed(6)
-        objective(objective.batch(sequences))[0].backward()
+        objective(objective.batch(case.sequences))[0].backward()
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
         calls.append(count)
     assert all(calls[1][side] == 2 * calls[0][side] for side in ("encoder", "decoder"))
@@ -224,73 +208,119 @@ def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gr
         torch.testing.assert_close(gradients[1][name], gradient, msg=name)
 
 
-def test_bfloat16_is_near_float32(path: str, sequences: list[FiDSequence]) -> None:
-    objective = FusionLikelihood(*load_encoder_decoder(path, ARGUMENTS)).eval()
-    exact = loss(objective, sequences)
+def test_bfloat16_is_near_float32_and_float16_is_refused_for_t5_alone(case: Case) -> None:
+    objective = FiDLikelihood(*load_encoder_decoder(case.path, FLAGS)).eval()
+    batch = objective.batch(case.sequences)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert loss(objective, sequences) == pytest.approx(exact, rel=0.02)
+        mixed = float(objective(batch)[0].detach())
+    assert mixed == pytest.approx(float(objective(batch)[0].detach()), rel=0.02)
+    refuse_overflow(case.model, torch.bfloat16)
+    t5 = pytest.raises(UserError, match="--fp16 true: T5's activations exceed")
+    with t5 if case.kind == "t5" else nullcontext():
+        refuse_overflow(case.model, torch.float16)
 
 
-def test_float16_is_refused_for_t5_alone(path: str, kind: str) -> None:
-    model, _ = load_encoder_decoder(path, ARGUMENTS)
-    refuse_overflow(model, torch.bfloat16)
-    if kind == "t5":
-        with pytest.raises(UserError, match="--fp16 true: T5's activations exceed"):
-            refuse_overflow(model, torch.float16)
-    else:
-        refuse_overflow(model, torch.float16)
+def test_a_model_that_cannot_take_what_is_asked_is_refused(encoder_path: str, bart_path: str, lm_path: str) -> None:
+    for path, flags, message in (
+        (f"bert::{encoder_path}", Flags(), r"--max_encoder_seq_length 512: .* takes at most 64 tokens"),
+        (bart_path, Flags(max_encoder_seq_length=128), r"--max_decoder_seq_length 256: .* takes at most 128 tokens"),
+        (lm_path, FLAGS, "cannot be loaded"),
+        (f"bert::{lm_path}", FLAGS, r"the tokenizer lacks \[CLS\]"),
+    ):
+        with pytest.raises(UserError, match=message):
+            load_encoder_decoder(path, flags)
 
 
-def test_lengths_beyond_the_models_positions_are_refused(encoder_path: str, bart_path: str) -> None:
-    with pytest.raises(UserError, match=r"--max_encoder_seq_length 512: .* takes at most 64 tokens"):
-        load_encoder_decoder(f"bert::{encoder_path}", Flags())
-    with pytest.raises(UserError, match=r"--max_decoder_seq_length 256: .* takes at most 128 tokens"):
-        load_encoder_decoder(bart_path, Flags(max_encoder_seq_length=128))
-
-
-def test_a_warm_started_decoder_attends_to_passages_as_to_its_own_text(encoder_path: str) -> None:
-    model, _ = load_encoder_decoder(f"bert::{encoder_path}", ARGUMENTS)
-    layers = [layer for layer in model.get_decoder().modules() if hasattr(layer, "crossattention")]
-    assert len(layers) == model.config.decoder.num_hidden_layers
-    for layer in layers:
+def test_a_warm_started_decoder_begins_with_what_the_checkpoint_has(encoder_path: str, tmp_path: Path) -> None:
+    decoder = load_encoder_decoder(f"bert::{encoder_path}", FLAGS)[0].get_decoder()
+    layers = [layer for layer in decoder.modules() if hasattr(layer, "crossattention")]
+    assert len(layers) == decoder.config.num_hidden_layers
+    for layer in layers:  # it attends to passages as to its own text
         for name, weight in layer.attention.state_dict().items():
             torch.testing.assert_close(layer.crossattention.state_dict()[name], weight)
-
-
-def test_the_head_that_a_warm_started_decoder_lacked_begins_as_the_identity(encoder_path: str) -> None:
-    model, _ = load_encoder_decoder(f"bert::{encoder_path}", ARGUMENTS)
-    states = 0.3 * torch.randn(50, model.config.decoder.hidden_size)  # as small as final states are
-    transformed = model.get_decoder().cls.predictions.transform(states)
+    states = 0.3 * torch.randn(50, decoder.config.hidden_size)  # as small as final states are
+    transformed = decoder.cls.predictions.transform(states)  # a head that was lacking begins as the identity
     wanted = torch.nn.functional.layer_norm(states, states.shape[1:])
     assert torch.cosine_similarity(transformed, wanted).min() > 0.99
-
-
-def test_a_head_that_the_checkpoint_has_is_kept(encoder_path: str, tmp_path: Path) -> None:
+    made = [name for name, _ in decoder.named_parameters() if re.search("crossattention|transform|cls.*bias", name)]
+    assert made == [name for name, _ in decoder.named_parameters() if re.search(NEW_LAYERS, name)]
     whole = BertForMaskedLM(BertConfig.from_pretrained(encoder_path))
     whole.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_path).save_pretrained(tmp_path)
-    model, _ = load_encoder_decoder(f"bert::{tmp_path}", ARGUMENTS)
-    weights = model.get_decoder().cls.predictions.transform.state_dict()
+    decoder = load_encoder_decoder(f"bert::{tmp_path}", FLAGS)[0].get_decoder()
+    kept = decoder.cls.predictions.transform.state_dict()
     for name, weight in whole.cls.predictions.transform.state_dict().items():
-        torch.testing.assert_close(weights[name], weight)
+        torch.testing.assert_close(kept[name], weight)
 
 
-def test_a_decoder_alone_is_no_encoder_decoder(lm_path: str) -> None:
-    with pytest.raises(UserError, match="cannot be loaded"):
-        load_encoder_decoder(lm_path, ARGUMENTS)
-    with pytest.raises(UserError, match=r"the tokenizer lacks \[CLS\]"):
-        load_encoder_decoder(f"bert::{lm_path}", ARGUMENTS)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
+def test_impossible_generation_flags_are_refused() -> None:
+    for flags, message in (
         ({"num_beams": 0}, "--num_beams 0: must be at least 1"),
         ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
         ({"top_p": 1.5}, "--top_p 1.5: must be above 0"),
         ({"top_p": 0.5}, "--temperature and --top_p need --do_sample true"),
-    ],
-)
-def test_impossible_generation_flags_are_refused(arguments: dict[str, float], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        GenerationArguments(**arguments)
+    ):
+        with pytest.raises(UserError, match=message):
+            GenerationArguments(**flags)
+
+
+# ---------------------------------------------------------------- cross-attention
+
+
+def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
+    """Q_0 . K of each layer from the states that its projections were given, one head after the other. -> [K]"""
+    model = copy.deepcopy(model)
+    model.set_attn_implementation("eager")
+    names = {"EncDecAttention": ("q", "k", "v", "n_heads"), "encoder_attn": ("q_proj", "k_proj", "v_proj", "num_heads"),
+             "crossattention.self": ("query", "key", "value", "num_attention_heads")}  # fmt: skip
+    given: list[tuple[list[Tensor], int]] = []
+    for name, module in model.get_decoder().named_modules():
+        for *projections, heads in [parts for end, parts in names.items() if name.endswith(end)]:
+            given.append(([], getattr(module, heads)))
+            for part in projections:
+                hook = lambda _, args, output, states=given[-1][0]: states.append(output[0])  # noqa: E731
+                getattr(module, part).register_forward_hook(hook)
+    assert len(given) == 2
+    read = naive_states(model, sequence)
+    model(encoder_outputs=read, decoder_input_ids=torch.tensor([[start_token(model)]]), use_cache=False)
+    total = torch.zeros(read.last_hidden_state.shape[1], dtype=torch.float64)
+    for (query, key, value), heads in given:
+        width = query.shape[-1] // heads
+        scale = 1.0 if model.config.model_type == "t5" else width**-0.5
+        for head in range(heads):
+            part = slice(head * width, (head + 1) * width)
+            scores = key[:, part] @ query[0, part] * scale  # [S]
+            norm = value[:, part].norm(dim=-1)
+            total += (scores.softmax(0) * norm if kind == "value_norm" else scores) / heads / len(given)
+    return torch.stack([part.mean() for part in total.split([len(ids) for ids in sequence.passages])])
+
+
+@pytest.mark.parametrize("kind", ["plain", "value_norm"])
+def test_scores_are_the_models_own_projections_multiplied_by_hand(kind: str, case: Case) -> None:
+    expected = [by_hand(case.model, sequence, kind) for sequence in case.sequences]
+    observe(case.model)
+    for row, one in zip(case.scores(case.sequences, kind), expected, strict=True):
+        torch.testing.assert_close(row[: len(one)].double(), one, rtol=1e-4, atol=1e-5)
+        assert (row[len(one) :] == float("-inf")).all()
+    assert float(expected[-1].detach().std()) > 1e-4
+
+
+def test_a_score_depends_on_the_passages_beside_it_but_not_on_padding_or_their_order(case: Case) -> None:
+    observe(case.model)
+    together = case.scores(case.sequences)
+    for row, sequence in zip(together, case.sequences, strict=True):
+        alone = case.scores([sequence])[0]
+        torch.testing.assert_close(row[: len(alone)], alone, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(case.scores(turned(case.sequences))[3], together[3].flip(0), rtol=1e-4, atol=1e-5)
+    part = case.scores([FiDSequence(case.sequences[3].passages[:2], [])])[0]
+    assert (together[3, :2] - part).abs().max() > 1e-5
+
+
+def test_observing_changes_no_output(case: Case) -> None:
+    start = torch.tensor([[start_token(case.model), 5, 6]])
+    inputs = {"input_ids": torch.tensor([case.sequences[0].passages[0]]), "decoder_input_ids": start}
+    before = case.model(**inputs).logits
+    observe(case.model)
+    torch.testing.assert_close(case.model(**inputs).logits, before)
+    case.scores(case.sequences)
+    torch.testing.assert_close(case.model(**inputs).logits, before)

@@ -1,182 +1,80 @@
-"""Which models are packed, and what a checkpoint that cannot be loaded says."""
+"""What a checkpoint that cannot be loaded says; adapters: trained, saved in peft's layout, loaded, merged, resumed."""
 
 import json
+import os
+import re
 import shutil
 import socket
+import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import huggingface_hub.constants
-import numpy as np
 import pytest
 from torch import nn
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BertConfig,
-    BertModel,
-    DistilBertConfig,
-    DistilBertModel,
-    ModernBertConfig,
-    ModernBertModel,
-    MPNetConfig,
-    MPNetModel,
-    PreTrainedTokenizerBase,
-    RobertaConfig,
-    RobertaModel,
-)
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from transformers.utils import is_flash_attn_2_available
 
-from rqa.data import Document
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
-from rqa.models.loading import choose_collate, evaluating, load_model, load_tokenizer
+from rqa.models.loading import (
+    LoadingArguments,
+    LoraArguments,
+    attention_of,
+    choose_collate,
+    evaluating,
+    is_encoder_decoder,
+    load_model,
+    load_tokenizer,
+    train_adapters,
+)
 from rqa.packing import pack
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
-
-def make(kind: str, vocab_size: int) -> Any:
-    torch.manual_seed(3)
-    common = {"vocab_size": vocab_size, "pad_token_id": 0} | SIZES
-    match kind:
-        case "bert":
-            return BertModel(BertConfig(max_position_embeddings=64, **common))
-        case "distilbert":
-            return DistilBertModel(
-                DistilBertConfig(
-                    vocab_size=vocab_size, dim=32, hidden_dim=64, n_layers=2, n_heads=4, max_position_embeddings=64
-                )
-            )
-        case "roberta":
-            return RobertaModel(RobertaConfig(max_position_embeddings=70, **common | {"pad_token_id": 1}))
-        case "mpnet":
-            return MPNetModel(MPNetConfig(max_position_embeddings=70, **common | {"pad_token_id": 1}))
-        case "modernbert":
-            return ModernBertModel(
-                ModernBertConfig(
-                    max_position_embeddings=64,
-                    local_attention=12,
-                    global_attn_every_n_layers=2,
-                    cls_token_id=2,
-                    sep_token_id=3,
-                    bos_token_id=2,
-                    eos_token_id=3,
-                    **common,
-                )
-            )
-    raise AssertionError(kind)
-
-
-@pytest.mark.parametrize(
-    ("kind", "packed"),
-    [
-        ("bert", True),
-        ("distilbert", None),
-        ("roberta", False),
-        ("mpnet", False),
-        ("modernbert", None),
-    ],
-)
-def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_time(
-    kind: str, packed: bool | None, wordpiece: PreTrainedTokenizerBase, documents: list[Document], tmp_path: Path
-) -> None:
-    make(kind, len(wordpiece)).save_pretrained(tmp_path)
-    wordpiece.save_pretrained(tmp_path)
-    encoder = load_encoder(str(tmp_path))
-    if packed is not None:
-        assert (encoder.collate is pack) == packed
-    sequences = encoder.tokenize_passages([document.fmt_content[: 9 * i + 3] for i, document in enumerate(documents)])
-    assert max(map(len, sequences)) > 24
-    theirs = AutoModel.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    expected = []
-    for ids in sequences:
-        with torch.no_grad():
-            vector = theirs(input_ids=torch.tensor([ids])).last_hidden_state[0].mean(0)
-        expected.append((vector / vector.norm()).numpy())
-    np.testing.assert_allclose(encoder.embed(sequences), np.stack(expected), atol=1e-5)
-
-
-def test_a_decoder_like_llama_is_packed(lm_path: str) -> None:
-    assert choose_collate(load_causal_lm(lm_path), 0) is pack
-
-
-def test_a_decoder_that_attends_to_a_window_gives_one_by_ones_states(
-    tokenizer: PreTrainedTokenizerBase, tmp_path: Path
-) -> None:
-    from transformers import MistralConfig, MistralForCausalLM
-
-    config = MistralConfig(
-        vocab_size=len(tokenizer), num_key_value_heads=2, max_position_embeddings=128, sliding_window=12, **SIZES
-    )
-    MistralForCausalLM(config).save_pretrained(tmp_path)
-    ours = load_causal_lm(str(tmp_path)).eval()
-    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    sequences = [list(range(3, 3 + length)) for length in (40, 5, 25)]
-    with torch.no_grad():
-        batch = choose_collate(ours, 0)(sequences)
-        logits = ours(**batch.inputs, use_cache=False).logits.flatten(0, 1)
-        for sequence, start in zip(sequences, batch.starts.tolist(), strict=True):
-            expected = theirs(input_ids=torch.tensor([sequence])).logits[0]
-            torch.testing.assert_close(logits[start : start + len(sequence)], expected, rtol=0, atol=1e-5)
-
-
-def test_more_packed_tokens_than_positions_are_no_obstacle(encoder_path: str) -> None:
-    encoder = load_encoder(encoder_path)
-    sequences = [[5 + (7 * i + j) % 90 for j in range(60)] for i in range(5)]
-    assert encoder.backbone.config.max_position_embeddings == 64
-    together = encoder.embed(sequences)
-    np.testing.assert_allclose(together, np.concatenate([encoder.embed([s]) for s in sequences]), atol=1e-6)
-
-
-@pytest.mark.parametrize("fixture", ["lm_path", "encoder_path", "t5_path"])
-def test_an_empty_model_has_the_layout_and_the_ties_of_the_real_one(
-    fixture: str, request: pytest.FixtureRequest
-) -> None:
-    path = request.getfixturevalue(fixture)
-    kind = {"lm_path": AutoModelForCausalLM, "encoder_path": AutoModel, "t5_path": AutoModelForSeq2SeqLM}[fixture]
-    real, empty = load_model(kind, path), load_model(kind, path, main_only=True)
-    for of in (nn.Module.named_parameters, nn.Module.named_buffers):  # without duplicates: ties count
-        ours, theirs = ({n: (t.shape, t.dtype, t.device) for n, t in of(model)} for model in (empty, real))
-        assert ours == theirs
-    assert empty.name_or_path == real.name_or_path
-    assert empty.config._attn_implementation == real.config._attn_implementation
-    empty.load_state_dict(real.state_dict())
-    assert all(torch.equal(*pair) for pair in zip(empty.parameters(), real.parameters(), strict=True))
-
-
-def test_choosing_leaves_the_mode_and_the_random_state_alone(lm_path: str) -> None:
+def test_a_decoder_like_llama_is_packed_and_choosing_leaves_mode_and_random_state_alone(lm_path: str) -> None:
     for training in (True, False):
-        model = load_causal_lm(lm_path).train(training)
-        state = torch.get_rng_state()
-        choose_collate(model, 0)
+        model, state = load_causal_lm(lm_path).train(training), torch.get_rng_state()
+        assert choose_collate(model, 0) is pack
         assert all(module.training == training for module in model.modules())
         assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_evaluating_restores_each_part_s_own_mode() -> None:
-    module = torch.nn.Sequential(torch.nn.Sequential(torch.nn.Dropout()), torch.nn.Dropout()).eval()
+@pytest.mark.parametrize(
+    ("fixture", "kind"),
+    [("lm_path", AutoModelForCausalLM), ("encoder_path", AutoModel), ("t5_path", AutoModelForSeq2SeqLM)],
+)
+def test_memory_reserved_for_the_main_process_s_weights_has_their_layout_and_ties(
+    fixture: str, kind: Any, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = request.getfixturevalue(fixture)
+    real = load_model(kind, path, main_only=True)
+    monkeypatch.setattr(distributed, "is_main", lambda: False)
+    reserved = load_model(kind, path, main_only=True)
+    for of in (nn.Module.named_parameters, nn.Module.named_buffers):  # without duplicates: ties count
+        ours, theirs = ({n: (t.shape, t.dtype, t.device) for n, t in of(model)} for model in (reserved, real))
+        assert ours == theirs
+    assert reserved.name_or_path == real.name_or_path
+    assert attention_of(reserved) == attention_of(real)
+    reserved.load_state_dict(real.state_dict())
+    assert all(torch.equal(*pair) for pair in zip(reserved.parameters(), real.parameters(), strict=True))
+
+
+def test_evaluating_restores_each_part_s_own_mode_even_after_an_error() -> None:
+    module = nn.Sequential(nn.Sequential(nn.Dropout()), nn.Dropout()).eval()
     module[0][0].train()  # as adapters are that were put into a model to evaluate
-    with evaluating(module):
-        assert not any(part.training for part in module.modules())
-    assert [part.training for part in module.modules()] == [False, False, True, False]
-
-
-def test_evaluating_restores_the_mode_even_after_an_error() -> None:
-    module = torch.nn.Sequential(torch.nn.Dropout())
-
-    def fail() -> None:
-        with evaluating(module):
-            assert not module[0].training
-            raise KeyError
-
-    for training in (True, False):
-        module.train(training)
-        with pytest.raises(KeyError):
-            fail()
-        assert module.training == module[0].training == training
+    for error in (None, KeyError()):
+        with pytest.raises(KeyError) if error else nullcontext(), evaluating(module):
+            assert not any(part.training for part in module.modules())
+            if error:
+                raise error
+        assert [part.training for part in module.modules()] == [False, False, True, False]
 
 
 # ---------------------------------------------------------------- what cannot be loaded
@@ -188,23 +86,21 @@ def damaged(lm_path: str, tmp_path: Path) -> Path:
     return Path(shutil.copytree(lm_path, tmp_path / "damaged"))
 
 
-def load_lm(path: Path | str) -> None:
-    load_causal_lm(str(path))
-
-
-def one_line_naming(error: pytest.ExceptionInfo[UserError], path: Path | str) -> str:
-    message = str(error.value)
+def refusal(load: Callable[[str], object], path: Path | str) -> str:
+    """The one line that names the checkpoint."""
+    with pytest.raises(UserError) as caught:
+        load(str(path))
+    message = str(caught.value)
     assert message.startswith(f"model {path}: cannot be loaded: ")
     assert "\n" not in message
     assert len(message) < 600
     return message
 
 
-def test_a_missing_directory_is_named(tmp_path: Path) -> None:
-    for load in (load_lm, lambda path: load_tokenizer(str(path)), lambda path: load_encoder(str(path))):
-        with pytest.raises(UserError, match="no such directory") as caught:
-            load(tmp_path / "absent")
-        one_line_naming(caught, tmp_path / "absent")
+def test_a_missing_or_empty_directory_is_named(tmp_path: Path) -> None:
+    for load in (load_causal_lm, load_tokenizer, load_encoder, is_encoder_decoder):
+        assert "no such directory" in refusal(load, tmp_path / "absent")
+        assert "no such directory" not in refusal(load, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -212,88 +108,140 @@ def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     [
         ("model.safetensors", b"garbage" * 100),
         ("model.safetensors", b""),
+        ("model.safetensors", "truncated"),
         ("model.safetensors", None),
         ("config.json", None),
         ("config.json", b"{"),
         ("config.json", b"{}"),
         ("config.json", b"[]"),
         ("config.json", b'{"model_type": "no-such-architecture"}'),
+        ("tokenizer.json", b"garbage"),
+        ("tokenizer.json", b"{}"),
+        ("tokenizer.json", b""),
     ],
 )
-def test_a_damaged_checkpoint_is_one_line_that_names_it(name: str, content: bytes | None, damaged: Path) -> None:
-    (damaged / name).unlink()
-    if content is not None:
-        (damaged / name).write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_lm(damaged)
-    assert "no such directory" not in one_line_naming(caught, damaged)
-
-
-def test_truncated_weights_are_one_line_that_names_them(damaged: Path) -> None:
-    weights = damaged / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:-100])
-    with pytest.raises(UserError) as caught:
-        load_lm(damaged)
-    one_line_naming(caught, damaged)
-
-
-@pytest.mark.parametrize("content", [b"garbage", b"{}", b""])
-def test_a_damaged_tokenizer_is_one_line_that_names_it(content: bytes, damaged: Path) -> None:
-    (damaged / "tokenizer.json").write_bytes(content)
-    with pytest.raises(UserError) as caught:
-        load_tokenizer(str(damaged))
-    one_line_naming(caught, damaged)
-
-
-def test_an_empty_directory_is_one_line_that_names_it(tmp_path: Path) -> None:
-    for load in (load_lm, lambda path: load_tokenizer(str(path))):
-        with pytest.raises(UserError) as caught:
-            load(tmp_path)
-        one_line_naming(caught, tmp_path)
+def test_a_damaged_checkpoint_is_one_line_that_names_it(name: str, content: bytes | str | None, damaged: Path) -> None:
+    if content is None:
+        (damaged / name).unlink()
+    else:
+        (damaged / name).write_bytes((damaged / name).read_bytes()[:-100] if content == "truncated" else content)
+    load = load_tokenizer if name == "tokenizer.json" else load_causal_lm
+    assert "no such directory" not in refusal(load, damaged)
 
 
 def test_a_hub_name_without_a_hub_is_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    def unreachable(*args: object, **options: object) -> None:
-        raise AssertionError("the network was asked")
-
+    asked = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
-    for load in (load_lm, load_tokenizer):
-        with pytest.raises(UserError, match="no such directory, and no model hub can be reached") as caught:
-            load("nobody/no-such-model")
-        one_line_naming(caught, "nobody/no-such-model")
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: asked.append(args))
+    for load in (load_causal_lm, load_tokenizer):
+        assert "no such directory, and no model hub can be reached" in refusal(load, "nobody/no-such-model")
+    assert not asked
 
 
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed here")
 def test_flash_attention_without_its_package_is_a_clear_error(lm_path: str) -> None:
-    from transformers.utils import is_flash_attn_2_available
-
-    if is_flash_attn_2_available():
-        pytest.skip("flash-attn is installed here")
     with pytest.raises(UserError, match=r"^--use_flash_attention true: flash-attn is not installed") as caught:
-        load_model(AutoModelForCausalLM, lm_path, LoadingArguments(use_flash_attention=True))
+        load_causal_lm(lm_path, LoadingArguments(use_flash_attention=True))
     assert "\n" not in str(caught.value)
 
 
-def test_pickled_weights_never_run_code(damaged: Path, tmp_path: Path) -> None:
-    import os
-
+def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged: Path, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
             return os.system, (f"touch {tmp_path / 'ran'}",)
 
-    (damaged / "model.safetensors").unlink()
-    torch.save({"weights": Payload()}, damaged / "pytorch_model.bin")
-    with pytest.raises(UserError):
-        load_lm(damaged)
-    assert not (tmp_path / "ran").exists()
-
-
-def test_a_checkpoints_own_code_does_not_run_unasked(damaged: Path, tmp_path: Path) -> None:
+    pickled = Path(shutil.copytree(damaged, tmp_path / "pickled"))
+    (pickled / "model.safetensors").unlink()
+    torch.save({"weights": Payload()}, pickled / "pytorch_model.bin")
+    refusal(load_causal_lm, pickled)
     config = json.loads((damaged / "config.json").read_text())
     config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
     (damaged / "config.json").write_text(json.dumps(config))
     (damaged / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
-    with pytest.raises(UserError):
-        load_lm(damaged)
+    refusal(load_causal_lm, damaged)
     assert not (tmp_path / "ran").exists()
+
+
+# ---------------------------------------------------------------- LoRA
+
+Run = Callable[[str, dict[str, object]], int]
+TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 4,
+            "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2}  # fmt: skip
+
+
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        output = model.eval()(input_ids=torch.arange(10, 30)[None])
+    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+
+
+def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_on_request(
+    files: dict[str, Path], lm_path: str, encoder_path: str, run_executable: Run, tmp_path: Path
+) -> None:
+    out, half, lengths = tmp_path / "out", tmp_path / "half", {"max_new_tokens": 4, "max_seq_length": 256}
+    flags = {**files, **TRAINING, **lengths, "model_name_or_path": lm_path, "embedding_model": encoder_path}
+    flags |= {"gradient_checkpointing": "true", "save_total_limit": 4}
+    assert run_executable("train_swr", {**flags, "output_dir": out}) == 0
+    for path in (out, out / "checkpoint-2"):
+        assert not (path / "model.safetensors").exists()
+        assert all("lora_" in name for name in load_file(path / "adapter_model.safetensors"))
+    theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(lm_path), out / "checkpoint-4")
+    ours, base = load_causal_lm(str(out / "checkpoint-4")), load_causal_lm(lm_path)
+    assert not is_encoder_decoder(str(out))
+    torch.testing.assert_close(logits(ours), logits(theirs))
+    assert (logits(ours) - logits(base)).abs().max() > 1e-2
+    again = {"qa_model_name_or_path": out, "embedding_model_name_or_path": encoder_path, **lengths,
+             "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"],
+             "output_dir": tmp_path / "again"}  # fmt: skip
+    assert run_executable("evaluate_rqa", again) == 0
+    scores = [json.loads((path / "score.json").read_text())["test_gen/f1"] for path in (out, tmp_path / "again")]
+    assert scores[0] == scores[1]
+
+    shutil.copytree(out / "checkpoint-2", half / "checkpoint-2")
+    rest = {**flags, "output_dir": half, "resume_from_checkpoint": "true", "load_best_model_at_end": "false"}
+    assert run_executable("train_swr", {**rest, "merge_lora_on_save": "true"}) == 0
+    whole, resumed = (load_file(path / "checkpoint-4/adapter_model.safetensors") for path in (out, half))
+    assert whole.keys() == resumed.keys()
+    assert all(torch.equal(whole[name], resumed[name]) for name in whole)
+    assert not (half / "adapter_config.json").exists()
+    assert not any("lora" in name for name in load_file(half / "model.safetensors"))
+    merged = AutoModelForCausalLM.from_pretrained(half)
+    torch.testing.assert_close(logits(merged), logits(ours), rtol=1e-4, atol=1e-5)
+
+    train_adapters(ours, LoraArguments(use_lora=True, lora_r=4))
+    assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in ours.named_parameters())
+    with pytest.raises(UserError, match="--lora_r 8: the adapter to train on has 4"):
+        train_adapters(ours, LoraArguments(use_lora=True, lora_r=8))
+    with pytest.raises(UserError, match="is a LoRA adapter; train it on with --use_lora true"):
+        train_adapters(ours, LoraArguments())
+
+
+def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
+    files: dict[str, Path], run_executable: Run, encoder_path: str, tmp_path: Path
+) -> None:
+    own = {"model_name_or_path": encoder_path, "query_prefix": "query: ", "output_dir": tmp_path}
+    own["load_best_model_at_end"] = "false"  # by chance that is the one before training
+    assert run_executable("train_ctl", {**files, **TRAINING, **own}) == 0
+    encoder, base = load_encoder(str(tmp_path)), load_encoder(encoder_path)
+    assert encoder.settings.query_prefix == "query: "
+    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder_path), tmp_path)
+    torch.testing.assert_close(logits(encoder.backbone), logits(theirs), rtol=1e-4, atol=1e-5)
+    assert (logits(encoder.backbone) - logits(base.backbone)).abs().max() > 1e-3
+
+
+def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    for flags, message in (
+        ({"lora_r": 0}, "--lora_r 0: must be at least 1"),
+        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
+        ({"merge_lora_on_save": True}, "--merge_lora_on_save true: there is nothing to merge"),
+    ):
+        with pytest.raises(UserError, match=message):
+            LoraArguments(**flags)
+    train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, lora_target_modules=["q_proj", "nowhere"]))
+    with pytest.raises(UserError, match="--lora_target_modules nowhere"):
+        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, lora_target_modules=["nowhere"]))
+    monkeypatch.setitem(sys.modules, "peft", None)
+    message = '--use_lora true: peft is not installed; pip install "rqa[lora]"'
+    with pytest.raises(UserError, match=re.escape(message)):
+        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True))

@@ -11,11 +11,11 @@ import pytest
 
 from rqa.data import Document, Example
 from rqa.models.encoder import load_encoder
-from rqa.models.encoder_decoder import load_encoder_decoder, passage_scores
+from rqa.models.encoder_decoder import fid_batch, load_encoder_decoder, passage_scores
 from rqa.objectives.dca import CrossAttentionScorer, GivenScores, ReaderScores
 from rqa.objectives.fid import FiDArguments
 from rqa.objectives.teacher import Pair, Teacher
-from rqa.packing import fid_batch, pad
+from rqa.packing import pad
 from rqa.runtime.errors import UserError
 
 FLAGS = FiDArguments(embedding_model="bm25", max_encoder_seq_length=64, max_decoder_seq_length=16)

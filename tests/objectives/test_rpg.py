@@ -14,9 +14,10 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
+from rqa.endpoint.scorer import EstimatedTokens
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives import rpg
-from rqa.objectives.rpg import CandidateArguments, Distillation, ListArguments, ListBatch, ScoredCandidates
+from rqa.objectives.rpg import Distillation, LikelihoodArguments, ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.retriever import Hits, Retriever
 from rqa.runtime.errors import UserError
@@ -45,14 +46,14 @@ def test_the_retrievers_temperature_is_a_tenth_for_normalised_embeddings_and_els
     with pytest.raises(UserError, match=r"--retrieve_temperature 0\.0: must be above 0"):
         ListArguments(retrieve_temperature=0.0)
     with pytest.raises(UserError, match="--num_docs 1: must be at least 2"):
-        CandidateArguments(num_docs=1)
+        LikelihoodArguments(lm_model_path="lm", num_docs=1)
 
 
 def test_the_language_model_is_asked_by_its_chat_template_where_it_has_one(tokenizer: PreTrainedTokenizerBase) -> None:
     without = SimpleNamespace(chat_template=None)
     asked = {
-        (name, given): rpg.LanguageModelArguments(lm_model_path="lm", lm_chat_format=given).lm_prompt(kind).chat_format
-        for name, kind in (("with", tokenizer), ("without", without), ("counts bytes", object()))
+        (name, given): rpg.LikelihoodArguments(lm_model_path="lm", lm_chat_format=given).lm_prompt(kind).chat_format
+        for name, kind in (("with", tokenizer), ("without", without), ("counts bytes", EstimatedTokens()))
         for given in (None, "prefix")
     }
     assert [name for name, chat_format in asked.items() if chat_format == "template"] == [("with", None)]
@@ -85,8 +86,8 @@ def test_the_gold_passage_replaces_the_last_one_if_it_is_missing(
     elsewhere = Document("Elsewhere.", {"source": "elsewhere"})
     example = replace(examples[0], gold_docs=tuple(elsewhere if n is None else documents[n] for n in gold))
     retriever: Any = SimpleNamespace(documents=documents, retrieve=retrieve)
-    flags = CandidateArguments(num_docs=num_docs, include_gold=include_gold)
-    choose = rpg.RetrievedCandidates([example, example], retriever, flags, torch.float32)
+    flags = LikelihoodArguments(lm_model_path="lm", num_docs=num_docs, include_gold=include_gold)
+    choose = rpg.RetrievedCandidates([example, example], retriever, flags)
     assert choose([1, 0]) == [expected, expected]
     assert asked == [2]  # all questions at once
 

@@ -1,38 +1,22 @@
 """Checkpoints that were damaged, half-written, left behind by a crash, or continued under other circumstances."""
 
 import json
-import resource
 import shutil
-import signal
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 import pytest
-from regression import Regression, run, weight_in
+from fakes import Regression, full_disk, run, weight_in
 from safetensors.torch import load_file, save_file
 
 from rqa.runtime import files
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file, damage
 from rqa.training.arguments import LoopArguments
-from rqa.training.checkpoint import checkpoint_to_resume, delete_old_checkpoints
-from rqa.training.journal import RunState
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> LoopArguments:
-    return LoopArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=0.05,
-        save_steps=2,
-        save_total_limit=9,
-        metric_for_best_model="loss",
-    )
+from rqa.training.checkpoint import checkpoint_to_resume
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -100,14 +84,6 @@ def test_a_run_is_not_overwritten_unless_asked_and_its_later_past_never_replaces
     assert names(flags.output_dir) == ["checkpoint-2", "checkpoint-4"]
 
 
-def test_the_limit_spares_the_best_and_the_only_one(tmp_path: Path) -> None:
-    for step in (2, 4, 6):
-        (tmp_path / f"checkpoint-{step}").mkdir()
-    for limit, state in ((1, RunState(step=6, best_model_checkpoint="checkpoint-2")), (5, RunState(step=6))):
-        delete_old_checkpoints(tmp_path, limit, state)
-        assert names(tmp_path) == ["checkpoint-2", "checkpoint-6"]
-
-
 def test_a_damaged_best_model_is_replaced_by_the_last_with_one_line(
     flags: LoopArguments, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -119,19 +95,6 @@ def test_a_damaged_best_model_is_replaced_by_the_last_with_one_line(
     trained = run(replace(flags, eval_steps=2), evaluate=evaluate)
     assert any("checkpoint-2, the best, cannot be used" in line for line in warnings_of(caplog))
     assert torch.equal(weight_in(Path(flags.output_dir)), trained.linear.weight)
-
-
-@contextmanager
-def full_disk() -> Iterator[None]:
-    """A limit on file size stands for it: the kernel refuses the write in the midst of a file."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-        signal.signal(signal.SIGXFSZ, ignored)
 
 
 @pytest.mark.parametrize("where", ["weights", "tensors", "state", "index"])
@@ -149,7 +112,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
 
     def fill(*arguments: object) -> None:
         path = str(arguments[0] if where == "state" else arguments[-1])
-        with full_disk() if "checkpoint-6" in path or "index-5" in path else nullcontext():
+        with full_disk(10) if "checkpoint-6" in path or "index-5" in path else nullcontext():
             write(*arguments)
 
     monkeypatch.setattr(owner, name, fill)
@@ -167,7 +130,7 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
 
 
 def test_a_write_that_the_disk_refuses_names_the_file(tmp_path: Path) -> None:
-    with full_disk(), pytest.raises(OSError) as error, atomic_file(tmp_path / "rows.jsonl") as path:
+    with full_disk(10), pytest.raises(OSError) as error, atomic_file(tmp_path / "rows.jsonl") as path:
         path.write_text("x" * 100)
     assert error.value.filename == str(tmp_path / "rows.jsonl")
     assert list(tmp_path.iterdir()) == []

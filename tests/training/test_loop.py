@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import pytest
 from torch import Tensor, nn
-from regression import Batch, Regression, make_batches, run, weight_in
+from fakes import Batch, Regression, make_batches, run, weight_in
 from transformers import get_scheduler
 
 from rqa.runtime import distributed
@@ -23,18 +23,6 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoints
 from rqa.training.loop import Batches, train
 from rqa.training.optim import rate_factor
-
-
-@pytest.fixture
-def flags(tmp_path: Path) -> LoopArguments:
-    return LoopArguments(
-        output_dir=str(tmp_path / "run"),
-        max_steps=6,
-        per_device_train_batch_size=4,
-        learning_rate=0.05,
-        logging_steps=2,
-        metric_for_best_model="loss",
-    )
 
 
 @pytest.mark.parametrize(("micro_batches", "size"), [(1, 8), (2, 4), (8, 1)])

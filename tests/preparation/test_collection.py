@@ -1,5 +1,6 @@
 """Files to passages, as bin/chunk_documents does it."""
 
+import importlib.util
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,8 +9,10 @@ import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
-from rqa.data import read_documents, sources
+from rqa.data import read_documents
 from rqa.preparation.chunking import Seen
+from rqa.preparation.sources import find_files
+from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]
 
@@ -52,27 +55,22 @@ def folder(tmp_path: Path) -> Path:
     (root / "empty.txt").write_text(" \n")
     (root / "deep" / ".git" / "hidden.txt").write_text("hidden")
     (root / "image.png").write_bytes(b"\x89PNG")
-    (root / "rows.jsonl").write_text(
-        "\n".join(
-            map(
-                json.dumps,
-                [
-                    {"source": "http://x/1", "title": "One", "text": "Dunmore sells salt.", "lang": "en"},
-                    {"text": " "},
-                    {"text": "Untitled."},
-                ],
-            )
-        )
-    )
+    one = {"source": "http://x/1", "title": "One", "text": "Dunmore sells salt.", "lang": "en"}
+    (root / "rows.jsonl").write_text("\n".join(map(json.dumps, [one, {"text": " "}, {"text": "Untitled."}])))
     return root
 
 
-def test_a_folder_of_all_kinds_becomes_one_database(
+def test_a_folder_of_all_kinds_becomes_one_database_the_same_each_time(
     folder: Path, encoder_path: str, run_executable: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = tmp_path / "documents.jsonl"
-    flags = {"document_path": folder, "model_name_or_path": encoder_path, "output_path": output}
-    assert run_executable("chunk_documents", flags) == 0
+    flags = {"model_name_or_path": encoder_path, "output_path": output}
+    twice = flags | {"document_path": [folder / "guide.md", folder], "chunk_size": 8, "chunk_overlap": 2}
+    written = [run_executable("chunk_documents", twice) or output.read_bytes() for _ in range(2)]
+    assert isinstance(written[0], bytes)
+    assert written[0] == written[1]
+    capsys.readouterr()
+    assert run_executable("chunk_documents", flags | {"document_path": folder}) == 0
     found = {(d.metadata["source"], d.metadata["title"]): d for d in read_documents(output)}
     assert set(found) == {
         ("deep/copy.md", "Brask"), ("deep/report.pdf", "Annual report"), ("notes.txt", "notes"), ("rows.jsonl:3", ""),
@@ -94,16 +92,6 @@ def test_a_folder_of_all_kinds_becomes_one_database(
     assert "hidden.txt" not in printed
 
 
-def test_two_runs_write_the_same_bytes(folder: Path, encoder_path: str, run_executable: Run, tmp_path: Path) -> None:
-    written = []
-    for name in ("a.jsonl", "b.jsonl"):
-        flags = {"document_path": [folder / "guide.md", folder], "model_name_or_path": encoder_path,
-                 "chunk_size": 8, "chunk_overlap": 2, "output_path": tmp_path / name}  # fmt: skip
-        assert run_executable("chunk_documents", flags) == 0
-        written.append((tmp_path / name).read_bytes())
-    assert written[0] == written[1]
-
-
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -116,39 +104,25 @@ def test_two_runs_write_the_same_bytes(folder: Path, encoder_path: str, run_exec
     ],
 )
 def test_what_cannot_be_read_is_one_line_and_writes_nothing(
-    name: str,
-    content: str,
-    message: str,
-    encoder_path: str,
-    run_executable: Run,
-    tmp_path: Path,
+    name: str, content: str, message: str, encoder_path: str, run_executable: Run, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
-) -> None:
+) -> None:  # fmt: skip
     (tmp_path / name).write_text(content)
-    flags = {
-        "document_path": tmp_path / name,
-        "model_name_or_path": encoder_path,
-        "output_path": tmp_path / "out.jsonl",
-    }
+    flags = {"document_path": tmp_path / name, "model_name_or_path": encoder_path, "output_path": tmp_path / "o.jsonl"}
     assert run_executable("chunk_documents", flags) == 2
     (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
     assert message in line
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_a_parser_that_is_not_installed_is_asked_for(
-    folder: Path, encoder_path: str, run_executable: Run, monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:  # fmt: skip
-    find = sources.importlib.util.find_spec
-    monkeypatch.setattr(sources.importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
-    flags = {"document_path": folder / "scan.pdf", "model_name_or_path": encoder_path}
-    assert run_executable("chunk_documents", flags) == 2
-    assert 'scan.pdf: reading it needs pypdf; pip install "rqa[documents]"' in capsys.readouterr().err
+def test_a_parser_that_is_not_installed_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
+    with pytest.raises(UserError, match=r'scan.pdf: reading it needs pypdf; pip install "rqa\[documents\]"'):
+        find_files(folder / "scan.pdf")
 
 
 def test_seen_texts_are_told_from_new_ones_with_the_boundaries_of_their_parts() -> None:
     seen = Seen()
-    assert [seen.add("a", "bc"), seen.add("ab", "c"), seen.add("a", "bc"), seen.add("\ud800")] == [
-        True, True, False, True,
-    ]  # fmt: skip
+    added = [seen.add("a", "bc"), seen.add("ab", "c"), seen.add("a", "bc"), seen.add("\ud800")]
+    assert added == [True, True, False, True]

@@ -1,6 +1,10 @@
-"""An objective small enough to compute by hand, and a run of it as a recipe makes one."""
+"""An objective small enough to compute by hand, a run of it as a recipe makes one, and a full disk."""
 
 import math
+import resource
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -73,3 +77,16 @@ def run(flags: LoopArguments, objective: Regression | None = None, **options: ob
 
 def weight_in(directory: Path) -> Tensor:
     return load_file(directory / "w.safetensors")["linear.weight"]
+
+
+@contextmanager
+def full_disk(size: int) -> Iterator[None]:
+    """No file may grow beyond `size` bytes: the kernel refuses the write, as it does on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)

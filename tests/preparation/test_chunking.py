@@ -1,6 +1,5 @@
 """Chunking, against langchain's splitter with the same tokenizer, and by the properties of passages."""
 
-from collections.abc import Callable
 from itertools import pairwise
 
 import pytest
@@ -10,29 +9,24 @@ from langchain_text_splitters import RecursiveCharacterTextSplitter
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data import Document, chunking
-from rqa.preparation.chunking import LEVELS, ChunkArguments, Chunker
+from rqa.data import Document
+from rqa.preparation import chunking
+from rqa.preparation.chunking import ChunkArguments, Chunker
 from rqa.preparation.sources import Source
 from rqa.runtime.errors import UserError
 
-Cut = Callable[..., list[str]]
 WORDS = ["copper", "a", "harbour's", "1,100", "ships", "Arlen", "sold-on", "spring"]
-TEXTS = st.lists(
-    st.lists(st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join), min_size=1, max_size=4).map(
-        "\n".join
-    ),
-    min_size=1,
-    max_size=5,
-).map("\n\n".join)
+LINES = st.lists(st.sampled_from(WORDS), min_size=1, max_size=12).map(" ".join)
+PARAGRAPHS = st.lists(LINES, min_size=1, max_size=4).map("\n".join)
+TEXTS = st.lists(PARAGRAPHS, min_size=1, max_size=5).map("\n\n".join)
 
 
 def word_tokenizer() -> Tokenizer:
     """A token a word, and one in front and one behind where special tokens are asked for."""
     core = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    core.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[("[CLS]", 1), ("[SEP]", 2)]
-    )
+    special = [("[CLS]", 1), ("[SEP]", 2)]
+    core.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", special_tokens=special)
     return core
 
 
@@ -74,6 +68,19 @@ def test_nothing_is_lost_nothing_added_and_no_passage_is_too_long(text: str, siz
     assert all(len(passage.split()) <= size for passage in passages)
 
 
+def test_no_passage_of_word_pieces_is_too_long_and_the_callers_tokenizer_is_left_as_it_was(
+    wordpiece: PreTrainedTokenizerBase,
+) -> None:
+    text = "The harbour of Arlen is known. It sells copper each spring! " * 40 + "x" * 500
+    counts, core = wordpiece.backend_tokenizer, Tokenizer.from_str(wordpiece.backend_tokenizer.to_str())
+    core.enable_truncation(4)
+    for size in (1, 7, 50):
+        passages = cut(text, core, chunk_size=size, chunk_overlap=0)
+        assert max(len(counts.encode(passage, add_special_tokens=False).ids) for passage in passages) <= size
+        assert "".join("".join(passages).split()) == "".join(text.split())
+    assert core.truncation["max_length"] == 4
+
+
 @settings(max_examples=100, deadline=None)
 @given(ends=st.lists(st.sampled_from([" ", ". ", "\n", "\n\n"]), max_size=60), size=st.integers(2, 12), data=st.data())
 def test_neighbours_share_no_more_than_the_overlap(ends: list[str], size: int, data: st.DataObject) -> None:
@@ -85,40 +92,25 @@ def test_neighbours_share_no_more_than_the_overlap(ends: list[str], size: int, d
     assert all(len(passage) <= size for passage in words)
 
 
-def test_no_passage_of_word_pieces_is_longer_than_asked(wordpiece: PreTrainedTokenizerBase) -> None:
-    text = "The harbour of Arlen is known. It sells copper each spring! " * 40 + "x" * 500
-    core = wordpiece.backend_tokenizer
-    for size in (1, 7, 50):
-        passages = cut(text, core, chunk_size=size, chunk_overlap=0)
-        assert max(len(core.encode(passage, add_special_tokens=False).ids) for passage in passages) <= size
-        assert "".join("".join(passages).split()) == "".join(text.split())
-
-
 @pytest.mark.parametrize(
-    ("text", "size", "expected"),
+    ("text", "size", "overlap", "expected"),
     [
-        ("# A\none two\n\n# B\nthree four", 4, ["# A\none two", "# B\nthree four"]),
-        ("one two\n\nthree\nfour", 3, ["one two", "three\nfour"]),
-        ("one two\nthree four", 3, ["one two", "three four"]),
-        ("One two. Three four! Five six?", 4, ["One two. Three four!", "Five six?"]),
-        ('He said "one." Then two.', 3, ['He said "one."', "Then two."]),
-        ("one two three", 2, ["one two", "three"]),
-        ("one two three", 3, ["one two three"]),
-        (" \n\n ", 3, []),
+        ("# A\none two\n\n# B\nthree four", 4, 0, ["# A\none two", "# B\nthree four"]),
+        ("one two\n\nthree\nfour", 3, 0, ["one two", "three\nfour"]),
+        ("one two\nthree four", 3, 0, ["one two", "three four"]),
+        ("One two. Three four! Five six?", 4, 0, ["One two. Three four!", "Five six?"]),
+        ('He said "one." Then two.', 3, 0, ['He said "one."', "Then two."]),
+        ("one two three", 2, 0, ["one two", "three"]),
+        ("one two three", 3, 0, ["one two three"]),
+        (" \n\n ", 3, 0, []),
+        ("One two. Three four five. Six seven.", 5, 2, ["One two. Three four five.", "Six seven."]),
+        ("One two. Three four five. Six seven.", 5, 3, ["One two. Three four five.", "Three four five. Six seven."]),
     ],
 )
-def test_a_text_is_cut_where_it_keeps_most_together(text: str, size: int, expected: list[str]) -> None:
-    assert cut(text, chunk_size=size, chunk_overlap=0) == expected
-
-
-def test_the_overlap_repeats_whole_sentences_only() -> None:
-    text = "One two. Three four five. Six seven. Eight nine ten."
-    assert cut(text, chunk_size=5, chunk_overlap=2) == ["One two. Three four five.", "Six seven. Eight nine ten."]
-    assert cut(text, chunk_size=5, chunk_overlap=3) == [
-        "One two. Three four five.",
-        "Three four five. Six seven.",
-        "Six seven. Eight nine ten.",
-    ]
+def test_a_text_is_cut_where_it_keeps_most_together_and_whole_sentences_overlap(
+    text: str, size: int, overlap: int, expected: list[str]
+) -> None:
+    assert cut(text, chunk_size=size, chunk_overlap=overlap) == expected
 
 
 def test_a_passage_knows_its_source_its_title_and_the_heading_above_it() -> None:
@@ -136,13 +128,6 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, documents: list
     assert list(chunker.passages(iter(sources))) == expected
 
 
-def test_the_callers_tokenizer_is_left_as_it_was(wordpiece: PreTrainedTokenizerBase) -> None:
-    core = Tokenizer.from_str(wordpiece.backend_tokenizer.to_str())
-    core.enable_truncation(4)
-    assert len(" ".join(cut("one two three four five six seven", core, chunk_size=400)).split()) == 7
-    assert core.truncation["max_length"] == 4
-
-
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
@@ -155,7 +140,3 @@ def test_the_callers_tokenizer_is_left_as_it_was(wordpiece: PreTrainedTokenizerB
 def test_lengths_that_cannot_be_are_refused(flags: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         cut("text", **flags)
-
-
-def test_every_level_has_its_cut() -> None:
-    assert set(LEVELS) == {"heading", *chunking._CUTS}

@@ -1,0 +1,62 @@
+"""What a server stands in for: a reader, and the language model that scores answers."""
+
+import logging
+from collections.abc import Iterable, Sequence
+from functools import cache
+from typing import Any
+
+from rqa.endpoint.client import Endpoint, estimated_tokens
+from rqa.models.loading import load_tokenizer
+from rqa.objectives.teacher import Pair
+from rqa.prompts import Prompter, fitting
+from rqa.runtime.files import fingerprint
+
+log = logging.getLogger(__name__)
+
+
+class EstimatedTokens:
+    """Counts in place of a `Prompter`'s tokenizer: a token every three bytes of UTF-8."""
+
+    chat_template = None
+    bos_token_id = None
+    eos_token_id = 0
+    eos_token = ""
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As many ids as the text probably has tokens; they mean nothing."""
+        return [0] * estimated_tokens(text)
+
+
+class EndpointScorer:
+    """What `AnswerScorer` computes, from a server that returns the log-probabilities of a prompt.
+
+    The server tokenizes prompt and answer in one piece: where its tokenizer merges across their border, scores differ
+    slightly from those of a local model.
+    """
+
+    def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
+        self.endpoint = endpoint
+        self.prompter = prompter
+        self._warn_once = cache(log.warning)  # a question comes with each of its documents
+
+    def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
+        rows = ((pair.example, [pair.document], pair.example.gold_answer) for pair in pairs)
+        texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
+        scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
+        known = dict(zip(texts, scores, strict=True))
+        return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
+
+
+def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
+    """The scorer at `--lm_model_path openai::URL`, and what tells its model from others.
+
+    Args:
+        flags: `LikelihoodArguments` and `EndpointArguments` in one.
+    """
+    endpoint = Endpoint(flags.lm_model_path, flags)
+    name = flags.lm_tokenizer
+    tokenizer = load_tokenizer(name, flags.trust_remote_code) if name else EstimatedTokens()
+    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
+    return EndpointScorer(endpoint, prompter), fingerprint(endpoint.base_url, endpoint.model)

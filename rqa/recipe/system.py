@@ -1,0 +1,62 @@
+"""A trained system: whichever reader is named, ready to answer over what a retriever finds."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from rqa.data import Document, Example
+from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
+from rqa.endpoint.scorer import EstimatedTokens
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
+from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
+from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
+from rqa.objectives.sft import DecoderArguments
+from rqa.prompts import PromptArguments, Prompter, fitting
+from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime.errors import UserError
+
+
+@dataclass(kw_only=True)
+class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArguments, EndpointArguments):
+    """How a reader of any kind is asked."""
+
+
+class EndpointReader:
+    """Answers questions over passages by chat: every reader's instruction, `max_seq_length` in estimated tokens."""
+
+    def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
+        self.endpoint = endpoint
+        self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
+
+    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
+        """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
+        asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
+        replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
+        answers = dict(zip(asked, replies, strict=True))
+        return [Answer(*answers.get(number, ("", 0))) for number in range(len(examples))]
+
+    def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
+        """Nothing: a server is asked no question twice, and may have to be paid."""
+
+
+Reader = CausalLMReader | FiDReader | EndpointReader
+
+
+def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader:
+    """The reader at `path`, ready to answer: a directory, a hub name, or `openai::http://host:port/v1`."""
+    if is_endpoint(path):
+        if any(getattr(flags, name) != getattr(GenerationArguments, name) for name in vars(GenerationArguments())):
+            raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
+        return EndpointReader(Endpoint(path, flags), flags)
+    if is_encoder_decoder(path, flags.trust_remote_code):
+        model, prompter = load_encoder_decoder(path, flags)
+        collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
+        return FiDReader(FiD(model), prompter, flags, collate)
+    prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
+    return CausalLMReader(load_causal_lm(path, flags), prompter, flags)
+
+
+def answer(question: str, retriever: PassageRetriever, reader: Reader, k: int = 3) -> tuple[str, list[Document]]:
+    """The reader's answer to a question over the k best passages, and those passages."""
+    (passages,) = retriever.documents_of(retriever.retrieve([question], k))
+    return reader.answer([Example(question)], [passages])[0].text, passages

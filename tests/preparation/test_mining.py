@@ -1,0 +1,106 @@
+"""Hard negatives for a whole file of questions: a database in parts, and bin/mine_negatives as a user runs it."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from rqa.data import Document, Example, normalize, read_documents, read_examples
+from rqa.models.encoder import load_encoder
+from rqa.objectives.ctl import NegativeArguments, NegativeChooser
+from rqa.preparation.mine import mine, rank_in_parts
+from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
+
+Run = Callable[[str, dict[str, object]], int]
+
+
+def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Document]) -> None:
+    one = Hits(np.array([[0, 1, 2, 3]]), np.array([[4.0, 3, 2, 1]]))
+    two = Hits(np.array([[4, 1, 0, -1]]), np.array([[9.0, 8, 7, -np.inf]]))
+    chooser = NegativeChooser([Example("?", (documents[9],))], documents, NegativeArguments())
+    assert mine(chooser, [one, two], documents, 4) == [[documents[i] for i in (0, 4, 1, 2)]]
+
+
+def test_a_database_in_parts_is_ranked_as_one(
+    documents: list[Document], examples: list[Example], encoder_path: str
+) -> None:
+    encoder = load_encoder(encoder_path)
+    queries = [example.question for example in examples]
+
+    def open_part(part: Sequence[Document]) -> Retriever:
+        return Retriever(encoder, part).open()
+
+    whole = open_part(documents).retrieve(queries, 6)
+    gaps = np.diff(whole.scores, axis=1) < -1e-6  # documents that score alike may stand in either order
+    settled = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
+    for part_size in (1, 5, 24, 100):
+        parts = rank_in_parts(open_part, documents, queries, 6, part_size)
+        assert np.allclose(parts.scores, whole.scores, atol=1e-6)
+        assert (parts.ids == whole.ids)[settled].all()
+
+
+def test_what_shares_no_word_is_found_in_no_part(documents: list[Document]) -> None:
+    hits = rank_in_parts(LexicalRetriever, documents, ["copper", "zzz"], 30, 7)
+    assert hits.ids.shape == (2, 30)
+    assert (hits.ids[0] >= 0).sum() == sum("copper" in d.fmt_content for d in documents)
+    assert (hits.ids[1] == -1).all()
+
+
+@pytest.fixture
+def flags(data: Path, tmp_path: Path) -> dict[str, object]:
+    (tmp_path / "bare.jsonl").write_text('{"question": "Who?"}')
+    return {"train_file": data / "train_w_qa.jsonl", "document_path": data / "documents.jsonl",
+            "output_path": tmp_path / "mined.jsonl"}  # fmt: skip
+
+
+@pytest.mark.parametrize("retriever", ["bm25", "dense", "both"])
+def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
+    retriever: str, flags: dict[str, object], encoder_path: str, run_executable: Run, data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    flags |= {"retriever": retriever, "num_negatives": 3, "passages_at_once": 10 if retriever == "dense" else 1000}
+    flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path}
+    assert run_executable("mine_negatives", flags) == 0
+    before, after = read_examples(data / "train_w_qa.jsonl"), read_examples(str(flags["output_path"]), answers=True)
+    assert [replace(example, hard_neg_docs=()) for example in after] == before
+    documents = read_documents(data / "documents.jsonl")
+    rankers: list[PassageRetriever] = [LexicalRetriever(documents)] * (retriever != "dense")
+    rankers += [Retriever(load_encoder(encoder_path), documents).open()] * (retriever != "bm25")
+    for example in after:
+        gold = {normalize(document.page_content) for document in example.gold_docs}
+        expected = []
+        lists = [[documents[i] for i in ranker.retrieve([example.question], 24).ids[0] if i >= 0] for ranker in rankers]
+        lists = [[d for d in ranking if normalize(d.page_content) not in gold] for ranking in lists]
+        for rank in range(24):
+            expected += [ranking[rank] for ranking in lists if rank < len(ranking) and ranking[rank] not in expected]
+        if retriever == "bm25":
+            assert list(example.hard_neg_docs) == expected[:3]
+        assert len(example.hard_neg_docs) == 3
+        assert {d.key for d in example.hard_neg_docs} <= {d.key for d in expected[:8]}
+    assert "48 negatives of 16 questions over 24 passages; 0 questions have fewer than 3" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"retriever": "dense"}, "--embedding_model: goes with"),
+        ({"num_negatives": 0}, "--num_negatives 0: must be at least 1"),
+        ({"negatives_from_rank": 9, "negatives_to_rank": 8}, "--negatives_to_rank 8"),
+        ({"negatives_margin": 1}, "--negatives_margin: has gone; use --negatives_max_share 0.95"),
+        ({"negatives_max_share": 1.5}, "--negatives_max_share 1.5"),
+        ({"passages_at_once": 0}, "--passages_at_once 0"),
+        ({"document_path": "/nowhere.jsonl"}, "/nowhere.jsonl: no such file"),
+        ({"train_file": "bare.jsonl"}, "bare.jsonl:1: field 'gold_docs' is empty"),
+    ],
+)
+def test_bad_input_is_one_line(
+    change: dict[str, object], message: str, flags: dict[str, object], run_executable: Run, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run_executable("mine_negatives", flags | change) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "mined.jsonl").exists()
