@@ -202,15 +202,18 @@ def test_a_resumed_run_begins_what_fell_due_since_the_weights_of_its_index(
     """What was being encoded is lost; when the next one begins follows from the steps alone."""
     refresher = refresher_of(retriever, "4", refresh_async=True)
     refresher(0)
-    refresher(4)  # begins, and its end is not waited for
+    refresher(4)
+    wait(refresher)
+    assert refresher(5) == new(staleness=1)
+    refresher(8)  # begins, and its end is not waited for
     assert refresher._work
     refresher.close()
     refresher.save(tmp_path)
-    for step, begins in ((3, False), (4, True), (6, True)):
+    for step, begins in ((6, False), (8, True), (10, True)):
         again = refresher_of(Retriever(retriever.encoder, documents), "4", refresh_async=True)
         again.load(tmp_path)
-        assert again.version == "index-0"
-        assert again(step) == {"index_staleness": step}
+        assert again.version == "index-4"
+        assert again(step) == {"index_staleness": step - 4}
         assert (again._work is not None) == begins
         again.close()
     anew = refresher_of(Retriever(retriever.encoder, documents[1:]), "4", refresh_async=True)
