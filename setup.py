@@ -35,6 +35,7 @@ EXTRAS = {
         "starlette>=0.40",  # the OpenAI-compatible server of the tests
         "uvicorn>=0.30",  # serves it over real sockets
         "pytest>=8",  # the test suite
+        "pytest-xdist>=3.7",  # runs it on two cores
         "setuptools>=70.1",  # builds the wheel of a test by itself; older ones need the package `wheel`
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk

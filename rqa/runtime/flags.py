@@ -5,6 +5,7 @@ import copy
 import difflib
 import json
 import logging
+import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
@@ -97,10 +98,9 @@ def parse(kind: type[Flags], description: str, line: list[str] | None = None) ->
                 raise UserError(f"--{name}: {REFUSED[name]}")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
             raise UserError(f"--{name}: unknown flag" + (f"; did you mean --{near[0]}?" if near else ""))
-    try:
-        (flags,) = parser.parse_args_into_dataclasses(line, look_for_args_file=False)
-    except ValueError as error:  # a value that belongs to no flag
-        parser.error(str(error))
+    flags, stray = parser.parse_args_into_dataclasses(line, return_remaining_strings=True, look_for_args_file=False)
+    if stray:
+        parser.error(f"{stray[0]}: belongs to no flag")
     return flags
 
 
@@ -137,7 +137,8 @@ class _Parser(HfArgumentParser):
         return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; see {Path(sys.argv[0]).name} -h")
+        told = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)  # one of the flag's names is enough
+        raise UserError(f"{told}; see {Path(sys.argv[0]).name} -h")
 
 
 class _Help(argparse.RawDescriptionHelpFormatter):
