@@ -66,9 +66,10 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each part, and the answers."""
     from transformers import AutoModelForCausalLM
 
-    from rqa.models.causal_lm import CausalLMReader, load_causal_lm
+    from rqa.models.causal_lm import load_causal_lm
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import LoadingArguments, load_tokenizer
+    from rqa.models.reader import CausalLMReader
     from rqa.runtime.distributed import device
 
     documents, examples = read(arguments)

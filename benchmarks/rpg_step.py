@@ -25,13 +25,11 @@ from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoadingArguments, load_tokenizer
 from rqa.objectives.rpg import (
     Distillation,
-    LikelihoodArguments,
     RetrievedCandidates,
     ScoredCandidates,
-    language_model_teacher,
-    local_scorer,
 )
 from rqa.prompts import Prompter
+from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.distributed import device
 
@@ -75,10 +73,8 @@ def rqa_steps(
     """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
     encoder, bf16 = retriever.encoder, arguments.precision == "bf16"
     os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # nothing is known from an earlier run
-    lm = LikelihoodArguments(
-        lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth
-    )
-    teacher = language_model_teacher(*local_scorer(lm))
+    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth)
+    teacher = open_teacher(lm)
     choose = RetrievedCandidates(examples, retriever, lm)
     collate = ScoredCandidates(examples, retriever.documents, encoder, choose, teacher, TEMPERATURE)
     objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
@@ -97,7 +93,7 @@ def usual_steps(
     encoder, flags = retriever.encoder, LoadingArguments(bf16=arguments.precision == "bf16")
     backbone = encoder.backbone.train()
     tokenizer = load_tokenizer(arguments.lm_model_path)
-    lm = LikelihoodArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
+    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
     prompter = Prompter(tokenizer, lm.lm_prompt(tokenizer))
     model = load_causal_lm(arguments.lm_model_path, dtype=flags.dtype).eval()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)

@@ -8,8 +8,7 @@ import pytest
 from trainers import history, scores, shown_to
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rqa.models.encoder_decoder import NEW_LAYERS
-from rqa.prompts import FiDPrompter
+from rqa.models.encoder_decoder import NEW_LAYERS, FiDPrompter
 
 Train = Callable[..., Path]
 LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beams": 2}
@@ -18,13 +17,13 @@ LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beam
 def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
     train: Train, files: dict[str, Path], encoder_path: str, run_executable: Callable[..., int], tmp_path: Path
 ) -> None:
-    output = train("train_fid", **LENGTHS, max_steps=40, learning_rate=2e-3, eval_steps=20,
+    output = train("train_fid", **LENGTHS, max_steps=24, learning_rate=3e-3, eval_steps=12,
                    gradient_checkpointing="true", gradient_accumulation_steps=2)  # fmt: skip
     losses, found = history(output, "loss"), scores(output)
     assert min(history(output, "eval_loss")) < 0.7 * losses[0]
     assert {"test_loss", "test_retr/recall@4", "test_gen/rougeL"} <= set(found)
     arguments = json.loads((output / "all_args.json").read_text())
-    assert (arguments["new_layers"], arguments["new_layers_learning_rate"]) == (NEW_LAYERS, pytest.approx(0.014))
+    assert (arguments["new_layers"], arguments["new_layers_learning_rate"]) == (NEW_LAYERS, pytest.approx(0.021))
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.generation_config.decoder_start_token_id == tokenizer.cls_token_id
     assert model.generation_config.eos_token_id == tokenizer.sep_token_id

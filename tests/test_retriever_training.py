@@ -18,9 +18,10 @@ from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_tokenizer
 from rqa.objectives.ctl import Contrastive
-from rqa.objectives.rpg import Distillation, RPGArguments, language_model_teacher, local_scorer
+from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
+from rqa.recipe.retriever import TeacherArguments, open_teacher
 
 Train = Callable[..., Path]
 UNTESTED = {"eval_file": None, "test_file": None}
@@ -101,12 +102,12 @@ def test_what_decides_a_score_makes_another_teacher_and_what_does_not_asks_the_s
     pair = Pair(examples[0], examples[1].gold_docs[0])
 
     def hit_rate(**own: Any) -> float:
-        teacher = language_model_teacher(*local_scorer(RPGArguments(lm_model_path=lm_path, **own)))
+        teacher = open_teacher(TeacherArguments(lm_model_path=lm_path, **own))
         teacher([pair])
         return teacher.hit_rate
 
     assert hit_rate() == 0
-    assert hit_rate(lm_temperature=1.0, lm_tokens_per_batch=64, num_docs=2) == 1
+    assert hit_rate(lm_tokens_per_batch=64, num_docs=2) == 1
     assert [hit_rate(**{name: value}) for name, value in (("text_maxlength", 255), ("lm_chat_format", "prefix"))] == [
         0,
         0,

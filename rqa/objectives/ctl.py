@@ -41,11 +41,11 @@ TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 class NegativeArguments(Arguments):
     """Which passages of a ranking are hard negatives."""
 
-    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.", rare=True)
-    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
+    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.")
+    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.")
     negatives_max_share: float | None = flag(
         None, "Highest score of a hard negative, as a share of the best gold passage's, such as 0.95; none is taken "
-        "where no gold passage is found. Default: any score will do.", rare=True,
+        "where no gold passage is found. Default: any score will do.",
     )  # fmt: skip
 
     def check(self) -> None:

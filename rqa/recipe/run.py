@@ -18,7 +18,7 @@ from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
-from rqa.runtime.cli import log_to_file
+from rqa.runtime.cli import log_to
 from rqa.runtime.files import write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
@@ -125,7 +125,7 @@ class Run(ABC):
             for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
                 (self.output / name).unlink(missing_ok=True)
         write_json(self.output / ARGUMENTS_FILE, now)
-        log_to_file(str(self.output / "train.log"))
+        log_to(str(self.output / "train.log"))
         with suppress(OSError, ValueError, TypeError):
             then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]

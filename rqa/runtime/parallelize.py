@@ -20,25 +20,16 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
-class WholePass(nn.Module):
-    """A module whose `forward` and `forward_methods` each run a whole pass through the models inside it.
-
-    FSDP2 gathers weights around these calls, so that the module and not its models is the root of what is divided.
-    """
-
-    forward_methods: tuple[str, ...] = ()
-
-
 def parallelize(
     module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
 ) -> nn.Module:
-    """Move a module to its device and wrap it for training; its parameters stay those of `module`.
+    """Move a module to its device and wrap it for training, on every process with the main process's weights.
 
-    Every process begins with the weights of the main process.
+    `shard`: FSDP2 instead of DDP: parameters, gradients and optimizer state are divided among processes. Parameters are
+    gathered in `dtype`, gradients reduced in float32.
 
-    Args:
-        shard: FSDP2 instead of DDP: parameters, gradients and optimizer state divided among processes.
-        dtype: What sharded parameters are gathered in; gradients are reduced in float32.
+    A module with `whole_passes` is divided as one root. They name its methods, beside `forward`, that run a whole pass
+    through the models inside it: FSDP2 gathers weights around these calls.
     """
     device = distributed.device()
     module.to(device)
@@ -68,10 +59,9 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
     for layer in _layers(module):
         _shard_part(layer, mesh=mesh, mp_policy=policy)
-    for model in _roots(module):
-        # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
+    for model in _roots(module):  # gathered again in the backward pass: outside of both everything is sharded
         _shard_part(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name in model.forward_methods if isinstance(model, WholePass) else ():
+        for name in getattr(model, "whole_passes", ()):
             register_fsdp_forward_method(model, name)
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
@@ -89,7 +79,7 @@ def _shard_part(part: nn.Module, **options: Any) -> None:
 def _roots(module: nn.Module) -> list[nn.Module]:
     """The models, and outside of them whatever else owns parameters, such as a projection."""
     owns = any(True for _ in module.parameters(recurse=False))
-    if isinstance(module, PreTrainedModel | WholePass) or owns:
+    if isinstance(module, PreTrainedModel) or hasattr(module, "whole_passes") or owns:
         return [module]
     return [root for child in module.children() for root in _roots(child)]
 
@@ -102,10 +92,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Exchange gradients in this backward pass, or only accumulate them.
-
-    FSDP2 always exchanges: an accumulated whole gradient would take the memory that sharding saves.
-    """
+    """Exchange gradients in this backward pass, or not yet. FSDP2 always does: whole ones take the memory it saves."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not enabled else nullcontext()
 
 
@@ -166,8 +153,7 @@ def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None
 def divided_like(like: Tensor, value: Tensor, source: int | None = None) -> Tensor:
     """A whole tensor, placed as another one and, unless it is a scalar, divided as that is.
 
-    Args:
-        source: The process whose value counts; None: each has the same.
+    `source` is the process whose value counts; None: each has the same.
     """
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.ndim:
