@@ -123,7 +123,7 @@ class _Parser(HfArgumentParser):
                 about["help"] = argparse.SUPPRESS
             member.metadata, member.type = about, hints[member.name]
             self._parse_dataclass_field(groups[titles[member.name]], member)
-            if self._actions[-1].option_strings[0].startswith("--no_"):
+            if self._actions[-1].nargs == 0:  # --no_x, beside an x that is true by default
                 self._actions[-1].help = argparse.SUPPRESS
 
     def format_help(self) -> str:
