@@ -46,7 +46,9 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
     reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
     with_score: bool = flag(False, "Take the scores that stand beside the examples' ctxs instead of asking a reader.")
     reader_batch_size: int = flag(4, "Questions that the reader reads at once.")
-    reader_temperature: float = flag(0.1, "Temperature of the reader's softmax over passages.")
+    reader_temperature: float = flag(
+        0.1, "Temperature of the reader's softmax over passages; value_norm needs a hundredth of it."
+    )
     attention_score: str = flag(
         "plain", "Score: before the softmax, or probability times the value's norm (Atlas).", ["plain", "value_norm"]
     )

@@ -38,7 +38,7 @@ class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
     train_file: str = flag(help="Training examples, JSONL.")
-    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL.")
+    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL; fewer than 30 questions cannot.")
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
 
 

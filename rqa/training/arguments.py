@@ -74,7 +74,7 @@ class JournalArguments(Arguments):
     eval_max_examples: int = flag(0, "Questions of eval_file to evaluate on, a fixed random subset; 0: all.", rare=True)
     save_strategy: str = flag("steps", "When to save a checkpoint.", choices=STRATEGIES, rare=True)
     save_steps: int = flag(500, "Steps between two checkpoints.")
-    save_total_limit: int = flag(2, "Newest checkpoints to keep; the best one is always kept.")
+    save_total_limit: int = flag(2, "Newest checkpoints to keep beside the best one.")
     metric_for_best_model: str | None = flag(None, "Metric that chooses the best model. Default: the trainer's.")
     greater_is_better: bool | None = flag(None, "Whether a higher metric wins. Default: not for losses.", rare=True)
     load_best_model_at_end: bool = flag(True, "Whether output_dir gets the best model, or the last.", rare=True)
@@ -103,7 +103,9 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     resume_from_checkpoint: str | None = flag(None, "Checkpoint to continue from: a path, or true for the newest.")
     seed: int = flag(42, "Seed of data order, dropout and new weights.", rare=True)
     per_device_train_batch_size: int = flag(8, "Examples in one forward pass of training.")
-    per_device_eval_batch_size: int = flag(8, "Examples in one forward pass of evaluation (readers).", rare=True)
+    per_device_eval_batch_size: int = flag(
+        8, "Questions in one forward pass when the loss of an evaluation is measured (readers).", rare=True
+    )
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
