@@ -23,7 +23,6 @@ log = logging.getLogger(__name__)
 PREFIX = "openai::"
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
-RETRIES = 6  # after half a second, one, two ... eight, or when the server says, if that is within two minutes
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: set $OPENAI_API_KEY or the flag of the key")
@@ -34,9 +33,11 @@ class RequestArguments(Arguments):
     """Requests to OpenAI-compatible servers."""
 
     endpoint_concurrency: int = flag(16, "Number of requests that are in flight at once.", rare=True)
+    endpoint_retries: int = flag(6, "Number of times that a failed request is sent again.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("endpoint_concurrency", at_least=1)
+        self.check_bounds("endpoint_retries", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -176,7 +177,7 @@ class Endpoint:
                 base_url=self.base_url,
                 api_key=self.flags.endpoint_api_key or os.environ.get("OPENAI_API_KEY") or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
-                max_retries=RETRIES,
+                max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
                 http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [give_up_without_quota]}),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
@@ -193,13 +194,13 @@ class Endpoint:
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
         """What is made of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
-        for attempt in range(RETRIES + 1):
+        for attempt in range(self.flags.endpoint_retries + 1):
             reply = await send(**job.body)
             self._repeated += reply.retries_taken + (attempt > 0)
             try:
                 return job.parse(reply.http_response.json())
             except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-                if attempt < RETRIES:
+                if attempt < self.flags.endpoint_retries:
                     await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
         said = one_line(reply.http_response.text[:200]) or "empty"
         raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
