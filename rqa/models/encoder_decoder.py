@@ -26,7 +26,7 @@ from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, pad, token_bu
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.parallelize import in_step, is_sharded
+from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 
 WARM_START = "bert::"
 NEW_LAYERS = (
@@ -226,10 +226,10 @@ def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
     return {"encoder_outputs": BaseModelOutput(last_hidden_state=padded), "attention_mask": mask}
 
 
-class FiD(nn.Module):
+class FiD(WholePass):
     """An encoder-decoder that reads the passages of each question one by one."""
 
-    whole_passes = ("generate",)  # see `parallelize`
+    whole_passes = ("generate",)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()

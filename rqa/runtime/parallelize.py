@@ -20,6 +20,12 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class WholePass(nn.Module):
+    """A module that FSDP2 divides as one root: `forward` and these methods are whole passes through its models."""
+
+    whole_passes: tuple[str, ...] = ()
+
+
 def parallelize(
     module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
 ) -> nn.Module:
@@ -27,9 +33,6 @@ def parallelize(
 
     `shard`: FSDP2 instead of DDP: parameters, gradients and optimizer state are divided among processes. Parameters are
     gathered in `dtype`, gradients reduced in float32.
-
-    A module with `whole_passes` is divided as one root. They name its methods, beside `forward`, that run a whole pass
-    through the models inside it: FSDP2 gathers weights around these calls.
     """
     device = distributed.device()
     module.to(device)
@@ -65,7 +68,7 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
         for name, value in whole.items():
             parameter = part.get_parameter(name)
             parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
-        for name in getattr(part, "whole_passes", ()):
+        for name in part.whole_passes if isinstance(part, WholePass) else ():
             register_fsdp_forward_method(part, name)
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
@@ -74,7 +77,7 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
 def _roots(module: nn.Module) -> list[nn.Module]:
     """The models, and outside of them whatever else owns parameters, such as a projection."""
     owns = any(True for _ in module.parameters(recurse=False))
-    if isinstance(module, PreTrainedModel) or hasattr(module, "whole_passes") or owns:
+    if isinstance(module, PreTrainedModel | WholePass) or owns:
         return [module]
     return [root for child in module.children() for root in _roots(child)]
 

@@ -76,7 +76,9 @@ class JournalArguments(Arguments):
     save_steps: int = flag(500, "Steps between two checkpoints.")
     save_total_limit: int = flag(2, "Newest checkpoints to keep beside the best one.")
     metric_for_best_model: str | None = flag(None, "Metric that chooses the best model. Default: the trainer's.")
-    greater_is_better: bool | None = flag(None, "Whether a higher metric wins. Default: not for losses.", rare=True)
+    greater_is_better: bool | None = flag(
+        None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
+    )
     load_best_model_at_end: bool = flag(True, "Whether output_dir gets the best model, or the last.", rare=True)
     write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
     report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"], rare=True)
