@@ -113,10 +113,7 @@ class Endpoint:
         return [Reply(*kept[:2], seconds) for kept, seconds in replies]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
-
-        The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
-        """
+        """The mean log-probability of each answer's tokens behind its prompt, from an echo of both. [Q] -> [Q]"""
         jobs = []
         for prompt, answer in zip(map(_valid, prompts), map(_valid, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.

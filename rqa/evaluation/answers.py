@@ -74,13 +74,10 @@ def answer_speed(answers: Sequence[Answer], duration: float) -> Scores:
 
 
 class ReaderEvaluation:
-    """Measures a reader in training on one file, over passages found once, when this is made.
-
-    Without a retriever, only the loss is measured, over the gold passages.
-    """
+    """Measures a reader in training on one file; without a retriever only its loss, over the gold passages."""
 
     def __init__(self, retriever: PassageRetriever | None, examples: Sequence[Example], flags: Any) -> None:
-        """`flags`: `EvaluationArguments`, and the loop's `per_device_eval_batch_size`."""
+        """Find passages, once; `flags` has `EvaluationArguments` and the loop's `per_device_eval_batch_size`."""
         self.examples, self.flags = examples, flags
         self.found = find_passages(retriever, examples, flags) if retriever and examples else None
 

@@ -14,8 +14,7 @@ from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime.files import atomic_file, fingerprint
 from rqa.runtime.flags import flag
 
-TIMED_QUESTIONS = 100  # asked one at a time
-WARM_UP = 3
+WARM_UP, TIMED_QUESTIONS = 3, 100  # asked one at a time
 
 
 @dataclass(kw_only=True)

@@ -36,10 +36,7 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
-    """The scores of one answer beside its reference that can be averaged over answers; two empty texts agree.
-
-    F1 is the harmonic mean of word precision and recall.
-    """
+    """The scores of one answer that can be averaged; F1 is that of word precision and recall, 1 for two empty texts."""
     rouge = {kind: score.fmeasure for kind, score in _rouge().score(reference, answer).items()}
     ours, theirs = normalize_answer(answer), normalize_answer(reference)
     same, total = float(ours == theirs), len(ours) + len(theirs)
@@ -90,5 +87,5 @@ def bleu_rate(rows: Rows) -> Rates:
     if not (statistics := answer_statistics(rows)):
         return {}
     low, high = interval(bleu_samples(np.array(statistics))).tolist()
-    value, n = bleu(np.sum(statistics, axis=0)), len(statistics)
-    return {"test_gen/bleu": {"value": value, "n": n, "low": low, "high": high}}
+    value = bleu(np.sum(statistics, axis=0))
+    return {"test_gen/bleu": {"value": value, "n": len(statistics), "low": low, "high": high}}
