@@ -7,13 +7,15 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
 from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 
 @dataclass(kw_only=True)
@@ -188,11 +190,11 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
                 yield example
 
 
-def subset(examples: list[Example], size: int, seed: int = 0) -> list[Example]:
+def subset(items: list[T], size: int, seed: int = 0) -> list[T]:
     """A fixed seeded subset in file order; size 0: all."""
-    if not 0 < size < len(examples):
-        return examples
-    return [examples[i] for i in sorted(random.Random(seed).sample(range(len(examples)), size))]
+    if not 0 < size < len(items):
+        return items
+    return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), size))]
 
 
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
