@@ -244,7 +244,7 @@ class Bench:
             made = batch()
             with self.flags.autocast():
                 loss, _ = objective(made.to(device()))
-            optimization.backward(loss / made.weight)
+            optimization.scaler.scale(loss / made.weight).backward()
             optimization.step(next(steps))
 
         return run

@@ -1,15 +1,13 @@
 """LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
-import json
 import logging
 import pickle
 import pickletools
 import random
-from array import array
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
@@ -56,13 +54,11 @@ def parse_document(value: Any, where: str) -> Document:
     """Check one decoded document; `where` is file, line and field, for the error."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a document object, found {type(value).__name__}")
-    content = value.get("page_content")
+    content, metadata, formatted = value.get("page_content"), value.get("metadata", {}), value.get("fmt_content") or ""
     if not isinstance(content, str) or not content.strip():
         raise UserError(f"{where}: field 'page_content' must be a non-empty string")
-    metadata = value.get("metadata", {})
     if not isinstance(metadata, dict):
         raise UserError(f"{where}: field 'metadata' must be an object")
-    formatted = value.get("fmt_content") or ""
     if not isinstance(formatted, str):
         raise UserError(f"{where}: field 'fmt_content' must be a string")
     return Document(content, metadata, formatted)
@@ -80,44 +76,10 @@ def read_documents(path: str | Path) -> list[Document]:
 
 def iterate_documents(path: str | Path) -> Iterator[Document]:
     """Yield each document of a database, repeated ones too; of a `.jsonl`, one is in memory at a time."""
-    path = Path(path)
-    if path.suffix in (".pkl", ".pickle"):
-        yield from _read_pickle(path)
+    if Path(path).suffix in (".pkl", ".pickle"):
+        yield from _read_pickle(Path(path))
     else:
         yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
-
-
-class DocumentFile(Sequence[Document]):
-    """The documents of a `.jsonl`, read when they are asked for: a database larger than memory."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._file: BinaryIO | None = None
-        self._starts = array("q")
-        self._lines = array("q")
-        for _ in iterate_documents(path):
-            pass  # a malformed line is refused now
-        with self.path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    self._starts.append(start)
-                    self._lines.append(number)
-                start += len(line)
-        if not self._starts:
-            raise UserError(f"{path}: holds no documents")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [self[each] for each in range(*position.indices(len(self)))]
-        if self._file is None:
-            self._file = self.path.open("rb")
-        self._file.seek(self._starts[position])
-        row = json.loads(self._file.readline().decode("utf-8-sig"))
-        return parse_document(row, f"{self.path}:{self._lines[position]}")
 
 
 def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
@@ -204,10 +166,9 @@ class Example:
 
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
-    """Read the examples of a `.jsonl`; a row with several `questions` becomes one example each.
+    """Read a `.jsonl`; a row with several `questions` becomes one example each. `answers`: each row must have one.
 
-    With `answers`, every row must have a `gold_answer`. Generated data holds blank questions and answers: these are
-    reported by line and left out.
+    Generated data holds blank questions and answers: these are reported by line and left out.
     """
     examples = list(iterate_examples(path, answers))
     if not examples:
@@ -259,18 +220,14 @@ def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
             raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
     scores = [context.get("score") for context in _list(row, "ctxs", where) if isinstance(context, dict)]
     scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
-    first = Example(
-        questions[0],
-        gold_docs=_documents(row, "gold_docs", where),
-        gold_answer=answer,
-        chat_history=tuple(Turn(turn["speaker"], turn["message"]) for turn in turns),
-        hard_neg_docs=_documents(row, "hard_neg_docs", where),
-        ctxs=_documents(row, "ctxs", where),
-        ctx_scores=tuple(map(float, scores)) if scored else None,
-        other_answers=tuple(others),
-        where=where,
-    )
-    return [replace(first, question=question) for question in questions]
+    documents = {
+        name: tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
+        for name in ("gold_docs", "hard_neg_docs", "ctxs")
+    }
+    ctx_scores = tuple(map(float, scores)) if scored else None
+    history = tuple(Turn(turn["speaker"], turn["message"]) for turn in turns)
+    known = {"chat_history": history, "ctx_scores": ctx_scores, "other_answers": tuple(others), "where": where}
+    return [Example(question, gold_answer=answer, **documents, **known) for question in questions]
 
 
 def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
@@ -278,10 +235,6 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
     if not isinstance(value, list):
         raise UserError(f"{where}: field '{name}' must be a list")
     return value
-
-
-def _documents(row: dict[str, Any], name: str, where: str) -> tuple[Document, ...]:
-    return tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
 
 
 def normalize(text: str) -> str:

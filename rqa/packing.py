@@ -56,16 +56,11 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     """Lay sequences end to end in one row. [B] lists -> input_ids [1, T]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
-    total, longest = int(borders[-1]), int(lengths.max())
-    cu_seq_lens = borders.to(torch.int32)
-    inputs = {
-        "input_ids": torch.tensor([token for sequence in sequences for token in sequence]).unsqueeze(0),
-        "position_ids": (torch.arange(total) - borders[:-1].repeat_interleave(lengths)).unsqueeze(0),
-        "cu_seq_lens_q": cu_seq_lens,
-        "cu_seq_lens_k": cu_seq_lens,
-        "max_length_q": longest,
-        "max_length_k": longest,
-    }
+    ids = torch.tensor([token for sequence in sequences for token in sequence])  # [T]
+    positions = torch.arange(len(ids)) - borders[:-1].repeat_interleave(lengths)  # [T]
+    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None]}
+    for side in ("q", "k"):  # queries and keys have the same borders
+        inputs |= {f"cu_seq_lens_{side}": borders.to(torch.int32), f"max_length_{side}": int(lengths.max())}
     return TokenBatch(inputs, borders[:-1], lengths)
 
 
@@ -104,10 +99,8 @@ class AnswerBatch(Batch):
 def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:
     """Collate prompts with answers; the logits wanted stand one before each answer token."""
     tokens = collate([sequence.ids for sequence in sequences])
-    positions = [
-        torch.arange(sequence.answer_start - 1, len(sequence.ids) - 1) + start
-        for sequence, start in zip(sequences, tokens.starts, strict=True)
-    ]
+    placed = zip(sequences, tokens.starts, strict=True)
+    positions = [torch.arange(each.answer_start - 1, len(each.ids) - 1) + start for each, start in placed]
     answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
     targets = torch.tensor([token for answer in answers for token in answer])
     owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
@@ -123,13 +116,12 @@ def token_budget_batches(
     sequence costs as much as the longest one; none is shorter than that times `least_full`.
     """
     batches: list[list[int]] = []
-    room = 0
+    longest, room = 0, -1  # of the last batch
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        longest = lengths[batches[-1][0]] if batches else 0
-        cost = longest if batches and padded else lengths[index]
-        if not batches or cost > room or lengths[index] < least_full * longest:
+        cost = longest if padded else lengths[index]
+        if cost > room or lengths[index] < least_full * longest:
             batches.append([])
-            cost = lengths[index]
+            longest = cost = lengths[index]
             room = max(max_tokens, cost)
         batches[-1].append(index)
         room -= cost

@@ -42,9 +42,7 @@ def fitting(
 ) -> dict[int, Encoded]:
     """`encode(*row)` of each row that fits, by the row's number; why another does not fit is said once.
 
-    Args:
-        consequence: What happens to a row that does not fit: "the example is left out".
-        say: A caller that keeps `functools.cache(log.warning)` says it once in all its calls.
+    A caller that keeps `functools.cache(log.warning)`, and passes it as `say`, says it once in all its calls.
     """
     encoded = {}
     say_once = cache(say)
@@ -74,9 +72,8 @@ def read_template(path: str | None, default: str) -> str:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
-    for name in re.findall(r"\{(\w+)\}", default):
-        if f"{{{name}}}" not in text:
-            raise UserError(f"--prompt_template {path}: the placeholder {{{name}}} is missing")
+    if missing := [name for name in re.findall(r"\{\w+\}", default) if name not in text]:
+        raise UserError(f"--prompt_template {path}: the placeholder {missing[0]} is missing")
     return text.rstrip("\n")
 
 
@@ -90,8 +87,7 @@ def cut(text: str, cap: int | None) -> str:
 
 def cut_passages(render: Callable[[int | None], Prompt], longest: int, budget: int) -> Prompt:
     """The prompt with passages of as many characters as the budget of tokens allows, of the `longest` at most."""
-    prompt = render(None)
-    if len(prompt) > budget:
+    if len(prompt := render(None)) > budget:
         # Token counts are only nearly monotone in the cut, hence the walk down at the end.
         cap = max(bisect_right(range(longest), budget, key=lambda cap: len(render(cap))) - 1, 0)
         while len(prompt := render(cap)) > budget and cap:
@@ -122,9 +118,7 @@ class PromptArguments(Arguments):
     user_prefix: str = flag("USER:", "Text before a user's turn.")
     assistant_prefix: str = flag("ASSISTANT:", "Text before an assistant's turn.")
     sep_user: str = flag("\n", "Text after a user's turn.", rare=True)
-    sep_sys: str = flag(
-        "", "Text after an assistant's turn; without a special token, the end token follows.", rare=True
-    )
+    sep_sys: str = flag("", "Text after a reply; without a special token in it, the end token follows.", rare=True)
     prompt_template: str | None = flag(None, "Text file with {passages} and {question} that replaces the instruction.")
     max_seq_length: int = flag(2048, "Tokens of prompt and answer together, at most.")
     max_new_tokens: int = flag(256, "Tokens of a generated answer, at most.")
@@ -171,9 +165,8 @@ class Prompter:
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:
         """Token ids of the prompt and, when given, of the answer and its end of turn; or `DoesNotFit`.
 
-        Room for `max_new_tokens` is kept whether an answer is given or not, so that a prompt is cut alike in training
-        and generation. Only for an answer that is longer, and does not fit behind it, is a prompt cut more. Passages
-        are cut first, at word boundaries and to one common length; then the oldest turns go.
+        Room for `max_new_tokens` is kept in training, too, so that a prompt is cut as in generation; only for a longer
+        answer that does not fit behind it more. Passages are cut first, to one common length; then the oldest turns go.
         """
         target = [] if answer is None else self.encode_answer(answer)
         prompt, cut_more = self._fit(example, passages, len(target))
@@ -212,15 +205,14 @@ class Prompter:
         texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
         request = fill(self.instruction, {"passages": numbered, "question": example.question})
-        turns = [*((_role(turn.speaker), turn.message) for turn in example.chat_history), ("user", request)]
+        turns = [(_role(turn.speaker), turn.message) for turn in example.chat_history] + [("user", request)]
         messages = [{"role": role, "content": said} for role, said in turns]
         if style.chat_format == "template":
             text = self._apply_template(messages)
         else:
             before = {"user": style.user_prefix, "assistant": style.assistant_prefix}
             after = {"user": style.sep_user, "assistant": self._end_of_reply}
-            parts = [f"{before[role]} {said}{after[role]}" for role, said in turns]
-            text = "".join(parts) + style.assistant_prefix
+            text = "".join(f"{before[role]} {said}{after[role]}" for role, said in turns) + style.assistant_prefix
         ids = self.tokenizer.encode(text, add_special_tokens=False)
         return _Prompt(messages, text, ids if ids[: len(self._bos)] == self._bos else self._bos + ids)
 
@@ -244,9 +236,8 @@ class Prompter:
             suffix = self._apply_template(said).rpartition("An answer.")[2]
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if suffix else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
-        for position, token in enumerate(ids):
-            if token in special:
-                return suffix, ids[: position + 1]
+        if ends := [position for position, token in enumerate(ids, start=1) if token in special]:
+            return suffix, ids[: ends[0]]
         if self.tokenizer.eos_token_id is None:
             raise UserError("--sep_sys: the tokenizer has no end token; name a special token that ends an answer")
         return suffix + self.tokenizer.eos_token, [*ids, self.tokenizer.eos_token_id]

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from rqa.data import Document, DocumentFile
+from rqa.data import Document
+from rqa.preparation.mine import DocumentFile
 from rqa.runtime.errors import UserError
 
 

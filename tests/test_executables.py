@@ -178,7 +178,6 @@ REFUSED = {  # by the parser
     "train_ctl --negatives_margin 0.1": "--negatives_margin: has gone; use --negatives_max_share 0.95",
     "train_rpg --refresh_fraction 0.5": "--refresh_fraction: has gone; --refresh_async true costs less",
     "evaluate_rqa --endpoint_timeout 9": "--endpoint_timeout: has gone; a reply may take ten minutes",
-    "evaluate_rqa --endpoint_retries 9": "--endpoint_retries: has gone; a request that fails is sent again",
 }  # fmt: skip
 
 

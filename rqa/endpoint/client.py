@@ -23,11 +23,9 @@ log = logging.getLogger(__name__)
 PREFIX = "openai::"
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
-RETRIES = 6  # after half a second, one, two ... eight, or when the server says, if that is within two minutes
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
-REFUSED_KEY = "the key is refused: set $OPENAI_API_KEY or the flag of the key"
-NOT_FOUND = "no such model or path: check the model's name, and that the URL ends in /v1"
-ADVICE = {401: REFUSED_KEY, 403: REFUSED_KEY, 404: NOT_FOUND}
+ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
+ADVICE |= dict.fromkeys((401, 403), "the key is refused: set $OPENAI_API_KEY or the flag of the key")
 
 
 @dataclass(kw_only=True)
@@ -35,9 +33,11 @@ class RequestArguments(Arguments):
     """Requests to OpenAI-compatible servers."""
 
     endpoint_concurrency: int = flag(16, "Number of requests that are in flight at once.", rare=True)
+    endpoint_retries: int = flag(6, "Number of times that a failed request is sent again.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("endpoint_concurrency", at_least=1)
+        self.check_bounds("endpoint_retries", at_least=0)
 
 
 @dataclass(kw_only=True)
@@ -57,11 +57,11 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One request: under which key its result is kept, what is sent, and what is made of the reply."""
+    """One request."""
 
-    key: str
+    key: str  # under which its result is kept
     body: dict[str, Any]
-    parse: Callable[[Any], Any]
+    parse: Callable[[Any], Any]  # what is made of the reply
 
 
 def is_endpoint(name: str) -> bool:
@@ -70,21 +70,17 @@ def is_endpoint(name: str) -> bool:
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible server.
+    """A model behind an OpenAI-compatible server, named as `is_endpoint` says.
 
     What the server replied is kept in `$RQA_CACHE/endpoint.sqlite` under its URL, the model, the text and the settings:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
-
-    Args:
-        spec: `openai::http://host:port/v1`.
     """
 
     def __init__(self, spec: str, flags: EndpointArguments | None = None) -> None:
         self.base_url = spec.removeprefix(PREFIX).rstrip("/")
         self.flags = flags or EndpointArguments()
         self._store = Store(cache_root() / "endpoint.sqlite")
-        self._reached = False
-        self._repeated = 0
+        self._reached, self._repeated = False, 0
         url = urlsplit(self.base_url)
         if url.scheme not in ("http", "https") or not url.netloc:
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
@@ -104,47 +100,38 @@ class Endpoint:
         return names[0]
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
-        """The likeliest reply to each conversation; equal conversations are sent once. [Q] -> [Q]
+        """The likeliest reply to each conversation, whose turns are `{"role", "content"}`. [Q] -> [Q]
 
-        Of equal conversations the first reply alone has a time, and none that an earlier run kept.
-
-        Args:
-            conversations: `{"role", "content"}` a turn.
-            max_tokens: Tokens of a reply, at most.
-            desc: What the progress bar says.
+        Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept.
         """
         jobs = []
         for turns in conversations:
             messages = [{name: _valid(text) for name, text in turn.items()} for turn in turns]
             body = {"messages": messages, self._limit: max_tokens, "temperature": 0.0}
             jobs.append(Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply))
-        return [Reply(*kept[:2], seconds) for kept, seconds in self._ask_all("chat/completions", jobs, desc)]
+        replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
+        return [Reply(*kept[:2], seconds) for kept, seconds in replies]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]
-
-        The server must return the log-probabilities of the prompt (`echo` with `logprobs`), as vLLM does.
-        """
+        """The mean log-probability of each answer's tokens behind its prompt, from an echo of both. [Q] -> [Q]"""
         jobs = []
         for prompt, answer in zip(map(_valid, prompts), map(_valid, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
             jobs.append(Job(self._key("echo", prompt, answer), body, partial(self._mean, prompt, answer)))
-        return [mean for mean, _ in self._ask_all("completions", jobs, "score")]
+        return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         values = answer_tokens(reply, prompt, answer)
         if not values:
-            raise UserError(
-                f"{self.base_url}: gives no log-probabilities of the prompt; scoring needs a completions API with echo "
-                "and logprobs, such as vLLM's"
-            )
+            needs = "scoring needs a completions API with echo and logprobs, such as vLLM's"
+            raise UserError(f"{self.base_url}: gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
     def _key(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
-    def _ask_all(self, api: str, jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
+    def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
         """What is made of the reply to each job, and its seconds; None for a reply of an earlier run or job."""
         known = self._store.get({job.key for job in jobs})
         if number := sum(job.key in known for job in jobs):
@@ -161,10 +148,10 @@ class Endpoint:
                 bar.update()
 
         async def ask_all(client: Any) -> None:
-            kinds = {"chat/completions": client.chat.completions, "completions": client.completions}
+            create = api(client).with_raw_response.create
             async with asyncio.TaskGroup() as group:
                 for _ in range(min(self.flags.endpoint_concurrency, len(missing))):
-                    group.create_task(ask(kinds[api].with_raw_response.create))
+                    group.create_task(ask(create))
 
         if missing:
             self._repeated = 0
@@ -187,7 +174,7 @@ class Endpoint:
                 base_url=self.base_url,
                 api_key=self.flags.endpoint_api_key or os.environ.get("OPENAI_API_KEY") or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
-                max_retries=RETRIES,
+                max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
                 http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [give_up_without_quota]}),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
@@ -204,13 +191,13 @@ class Endpoint:
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
         """What is made of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
-        for attempt in range(RETRIES + 1):
+        for attempt in range(self.flags.endpoint_retries + 1):
             reply = await send(**job.body)
             self._repeated += reply.retries_taken + (attempt > 0)
             try:
                 return job.parse(reply.http_response.json())
             except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
-                if attempt < RETRIES:
+                if attempt < self.flags.endpoint_retries:
                     await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
         said = one_line(reply.http_response.text[:200]) or "empty"
         raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
@@ -246,16 +233,15 @@ def chat_reply(reply: Any) -> tuple[str, int]:
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probabilities of the answer's tokens, from a completion of prompt + answer that echoes it.
+    """The log-probabilities of the answer's tokens, from a completion that echoes prompt + answer; none if it does not.
 
-    Args:
-        reply: The completion; its `text_offset` says where each token begins. One token may be generated behind it.
+    Its `text_offset` says where each token begins. One token may be generated behind it.
     """
     choice = reply["choices"][0]
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
     if len(tokens) < 2 or len(choice["text"]) < len(prompt + answer):
-        return []  # not echoed
+        return []
     # A server may show, and count, a token that it puts before every text.
     start = len(prompt) + (0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0])
     end = start + len(answer)

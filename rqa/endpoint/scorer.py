@@ -37,8 +37,7 @@ class EndpointScorer:
     """
 
     def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
-        self.endpoint = endpoint
-        self.prompter = prompter
+        self.endpoint, self.prompter = endpoint, prompter
         self._warn_once = cache(log.warning)  # a question comes with each of its documents
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
@@ -50,13 +49,8 @@ class EndpointScorer:
 
 
 def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
-    """The scorer at `--lm_model_path openai::URL`, and what tells its model from others.
-
-    Args:
-        flags: `LikelihoodArguments` and `EndpointArguments` in one.
-    """
-    endpoint = Endpoint(flags.lm_model_path, flags)
-    name = flags.lm_tokenizer
+    """The scorer at `--lm_model_path openai::URL` (`TeacherArguments`), and what tells its model from others."""
+    endpoint, name = Endpoint(flags.lm_model_path, flags), flags.lm_tokenizer
     tokenizer = load_tokenizer(name, flags.trust_remote_code) if name else EstimatedTokens()
-    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
-    return EndpointScorer(endpoint, prompter), fingerprint(endpoint.base_url, endpoint.model)
+    scorer = EndpointScorer(endpoint, Prompter(tokenizer, flags.lm_prompt(tokenizer)))
+    return scorer, fingerprint(endpoint.base_url, endpoint.model)

@@ -2,15 +2,15 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 import numpy as np
 from torch import nn
 
-from rqa.data import Document, DocumentArguments, Example
+from rqa.data import Document, Example
 from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
+from rqa.evaluation.results import Rows, Scores
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.models.loading import evaluating
@@ -18,26 +18,7 @@ from rqa.models.reader import Answer, LocalReader
 from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
-from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
-
-
-@dataclass(kw_only=True)
-class EvaluationDataArguments(DocumentArguments):
-    """What is evaluated, and on what."""
-
-    embedding_model: str = flag(
-        help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
-        also="embedding_model_name_or_path eval_embedding_model",
-    )
-    eval_data_path: str = flag(
-        help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"
-    )
-    output_dir: str = flag(help="Directory that receives scores, predictions and report.")
-    max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
-
-    def check(self) -> None:
-        self.check_bounds("max_examples", at_least=0)
 
 
 def evaluate_answers(
@@ -46,15 +27,11 @@ def evaluate_answers(
     found: Sequence[Sequence[Document]],
     flags: EvaluationArguments,
     warm_up: bool = False,
-) -> tuple[dict[str, float], list[dict[str, Any]]]:
+) -> tuple[Scores, Rows]:
     """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
 
-    Args:
-        reader: Or what answers and warms up like one, such as an `EndpointReader`.
-        warm_up: Whether a short answer comes before, which is not timed.
-
-    Returns:
-        Metrics by name, and one row a question: what was asked, found, answered and scored.
+    `reader` may be what answers and warms up like one; `warm_up` asks it for a short answer before, which is not timed.
+    -> metrics by name, and one row a question: what was asked, found, answered and scored
     """
     read = [list(documents[: flags.embedding_max_num_to_retrieve]) for documents in found]
     mine = distributed.share(range(len(examples)))
@@ -78,13 +55,10 @@ def evaluate_answers(
     return metrics | {f"gen/{name}": value for name, value in answer_speed(answers, duration).items()}, rows
 
 
-def answer_speed(answers: Sequence[Answer], duration: float) -> dict[str, float]:
-    """Throughput, with latencies where every question was asked alone, and otherwise with the seconds of a batch.
+def answer_speed(answers: Sequence[Answer], duration: float) -> Scores:
+    """Throughput of answers given within `duration` seconds, and latencies, or of answers in batches a batch's seconds.
 
     A question that did not fit, or an answer kept from an earlier run, took no time and does not count.
-
-    Args:
-        duration: The seconds in which all were answered.
     """
     timed = [answer for answer in answers if answer.seconds is not None]
     if not timed:
@@ -99,31 +73,16 @@ def answer_speed(answers: Sequence[Answer], duration: float) -> dict[str, float]
     return speed | took | {"questions_per_batch": len(timed) / len(batches)}
 
 
-@dataclass
 class ReaderEvaluation:
-    """Measures a reader in training on one file.
+    """Measures a reader in training on one file; without a retriever only its loss, over the gold passages."""
 
-    Passages are found once, when this is made: the retriever is frozen. Without one, only the loss is measured, over
-    the gold passages.
-    """
+    def __init__(self, retriever: PassageRetriever | None, examples: Sequence[Example], flags: Any) -> None:
+        """Find passages, once; `flags` has `EvaluationArguments` and the loop's `per_device_eval_batch_size`."""
+        self.examples, self.flags = examples, flags
+        self.found = find_passages(retriever, examples, flags) if retriever and examples else None
 
-    retriever: PassageRetriever | None
-    examples: Sequence[Example]
-    flags: Any  # EvaluationArguments, and the loop's per_device_eval_batch_size
-
-    def __post_init__(self) -> None:
-        asks = self.retriever and self.examples
-        self.found = find_passages(self.retriever, self.examples, self.flags) if asks else None
-
-    def __call__(
-        self, objective: nn.Module, reader: LocalReader, warm_up: bool = False
-    ) -> tuple[dict[str, float], list[dict[str, Any]]]:
-        """Metrics by name, and one row a question; objective and reader hold the same model.
-
-        Args:
-            objective: Has `prompter.encode(example, passages, answer)` and `batch(what that returns)`.
-            warm_up: As in `evaluate_answers`.
-        """
+    def __call__(self, objective: nn.Module, reader: LocalReader, warm_up: bool = False) -> tuple[Scores, Rows]:
+        """As `evaluate_answers`, with the loss; objective and reader hold the same model."""
         if self.found is None:
             return {"loss": self.loss(objective, [list(example.gold_docs) for example in self.examples])}, []
         metrics, rows = evaluate_answers(reader, self.examples, self.found, self.flags, warm_up)

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from rqa.data import parse_document
-from rqa.evaluation.metrics import bleu
+from rqa.evaluation.metrics import answer_statistics, bleu, bleu_samples
 from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
-from rqa.evaluation.results import answer_statistics, difference_intervals, interval, statistic_samples
+from rqa.evaluation.results import difference_intervals, interval
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl
 
@@ -21,39 +21,28 @@ TELLING = 6  # a sign test calls five questions that all changed one way chance:
 
 @dataclass(frozen=True)
 class Difference:
-    """One metric of A and B.
-
-    Attributes:
-        low, high: The 95 % interval of B - A, by a paired bootstrap.
-        questions: Those that have the metric.
-        changed: Of those, the ones whose score is not the same.
-    """
+    """One metric of A and B."""
 
     name: str
     first: float
     second: float
-    low: float
+    low: float  # the 95 % interval of B - A, by a paired bootstrap
     high: float
-    questions: int
-    changed: int
+    questions: int  # that have the metric
+    changed: int  # of those, the ones whose score is not the same
 
     @property
     def telling(self) -> bool:
-        """Whether it can be told from chance: the interval excludes 0, and enough questions changed.
-
-        Fewer than six changed questions tell nothing, whatever the bootstrap says: it cannot draw what it never saw.
-        """
+        """Whether the interval excludes 0 and enough questions changed: a bootstrap cannot draw what it never saw."""
         return self.changed >= TELLING and (self.low > 0 or self.high < 0)
 
     def sentence(self) -> str:
         """What a reader wants to know."""
         gap = round(self.second - self.first, 3)
         subject = f"{abs(gap):.3f} {'higher' if gap > 0 else 'lower'} than" if gap else "the same as"
-        return (
-            f"B's {self.name} is {subject} A's (95 % interval {self.low:+.3f} to {self.high:+.3f}, "
-            f"{self.questions} questions, {self.changed} of them changed): "
-            + ("this is more than chance." if self.telling else "this cannot be told from chance.")
-        )
+        how = f"{self.low:+.3f} to {self.high:+.3f}, {self.questions} questions, {self.changed} of them changed"
+        verdict = "this is more than chance" if self.telling else "this cannot be told from chance"
+        return f"B's {self.name} is {subject} A's (95 % interval {how}): {verdict}."
 
 
 def read_predictions(run: str | Path) -> list[Row]:
@@ -78,12 +67,9 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
             gold = frozenset(parse_document(value, "field 'gold_docs'").key for value in row.get("gold_docs") or ())
             side[row["question"], turns, gold, row.get("gold_answer")].append(row)
     for name, ours, theirs in (("A", *sides), ("B", *sides[::-1])):
-        extra = [rows[0]["question"] for key, rows in ours.items() if len(rows) > len(theirs.get(key, ()))]
-        if extra:
-            raise UserError(
-                f"the runs answer different questions: {len(extra)} only in {name}, such as {extra[0][:80]!r}; "
-                "evaluate both on the same file"
-            )
+        if extra := [rows[0]["question"] for key, rows in ours.items() if len(rows) > len(theirs.get(key, ()))]:
+            said = f"{len(extra)} only in {name}, such as {extra[0][:80]!r}; evaluate both on the same file"
+            raise UserError(f"the runs answer different questions: {said}")
     return [both for key, rows in sides[0].items() for both in zip(rows, sides[1][key], strict=True)]
 
 
@@ -99,7 +85,7 @@ def compare(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:
             found.append(Difference(name, *scores.mean(axis=0).tolist(), *ends, len(scores), changed))
     first, second = (np.array(answer_statistics(rows)) for rows in zip(*pairs, strict=True))
     if len(first) == len(second) == len(pairs):
-        ends = interval(statistic_samples(second, bleu) - statistic_samples(first, bleu)).tolist()
+        ends = interval(bleu_samples(second) - bleu_samples(first)).tolist()
         changed = int((first != second).any(axis=1).sum())
         found.append(Difference("gen/bleu", bleu(first.sum(0)), bleu(second.sum(0)), *ends, len(pairs), changed))
     return found

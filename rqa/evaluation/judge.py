@@ -2,14 +2,13 @@
 
 import json
 import logging
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rqa.data import subset
 from rqa.endpoint.client import PREFIX, Endpoint, EndpointArguments, RequestArguments, check_price, cost
-from rqa.evaluation.results import write_results
+from rqa.evaluation.metrics import bleu_rate
+from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
@@ -17,8 +16,8 @@ from rqa.runtime.flags import flag
 log = logging.getLogger(__name__)
 
 VERDICTS = ("correct", "partially", "incorrect")
-ATTEMPTS = 3
-VERDICT_TOKENS = 256
+SHARES = {"gen/gpt4eval": "correct", "gen/gpt4eval_partially": "partially"}
+ATTEMPTS, VERDICT_TOKENS = 3, 256
 
 INSTRUCTION = """\
 You grade the answers of a question answering system. You get a question, a reference answer that you take to be \
@@ -52,54 +51,39 @@ class JudgeArguments(RequestArguments):
 
 
 def judge_results(
-    directory: str | Path,
-    scores: dict[str, float],
-    rows: Sequence[dict[str, Any]],
-    flags: JudgeArguments,
-    write_arguments: bool = False,
-) -> tuple[dict[str, float], str]:
-    """Write an evaluation's results, have them judged if asked for, and write them again. -> scores, their table
-
-    A judge that cannot be asked costs no results.
-    """
-    written = flags if write_arguments else None
-    table = write_results(directory, scores, rows, written)
+    directory: str | Path, scores: Scores, rows: Rows, flags: JudgeArguments, write_arguments: bool = False
+) -> tuple[Scores, str]:
+    """Write the results, and again with verdicts if asked for: a judge that fails costs none. -> scores, their table"""
+    rest = (flags if write_arguments else None, bleu_rate(rows))
+    table = write_results(directory, scores, rows, *rest)
     if not flags.gen_gpt4eval:
         return scores, table
     if not rows:
         raise UserError("--gen_gpt4eval true: there are no answers to judge; name a retriever, so that some are given")
     scores = scores | {f"test_{name}": value for name, value in judge_answers(rows, flags).items()}
-    return scores, write_results(directory, scores, rows, written)
+    return scores, write_results(directory, scores, rows, *rest)
 
 
-def judge_answers(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> dict[str, float]:
-    """Ask for a verdict on each row's answer, at temperature 0; verdicts are kept and never paid twice.
+def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
+    """The shares of right and partly right answers among those whose verdict can be read, and how many cannot.
 
     A judged row receives `gpt4eval`, and under `scores` what counts for the means.
-
-    Returns:
-        `gen/gpt4eval` and `gen/gpt4eval_partially`, shares of the answers whose verdict could be read; and
-        `gen/gpt4eval_unparsed`, how many have none that could.
     """
     chosen = subset(rows, flags.judge_max_examples)
     verdicts = distributed.from_main(_ask(chosen, flags) if distributed.is_main() else [])
     for row, verdict in zip(chosen, verdicts, strict=True):
         row["gpt4eval"] = verdict
         if verdict:
-            row["scores"]["gen/gpt4eval"] = float(verdict["verdict"] == "correct")
-            row["scores"]["gen/gpt4eval_partially"] = float(verdict["verdict"] == "partially")
+            row["scores"] |= {name: float(verdict["verdict"] == kind) for name, kind in SHARES.items()}
     read = [verdict["verdict"] for verdict in verdicts if verdict]
     if not read:
         raise UserError(f"--judge_model {flags.judge_model}: none of its {len(chosen)} verdicts can be read")
-    return {
-        "gen/gpt4eval": read.count("correct") / len(read),
-        "gen/gpt4eval_partially": read.count("partially") / len(read),
-        "gen/gpt4eval_unparsed": float(len(chosen) - len(read)),
-    }
+    shares = {name: read.count(kind) / len(read) for name, kind in SHARES.items()}
+    return shares | {"gen/gpt4eval_unparsed": float(len(chosen) - len(read))}
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict, whatever stands around it; None: there is none."""
+    """The last JSON object in the reply with a known verdict, whatever stands around it."""
     found = None
     for start in (place for place, character in enumerate(reply) if character == "{"):
         try:
@@ -112,25 +96,19 @@ def parse_verdict(reply: str) -> dict[str, str] | None:
     return found
 
 
-def _conversation(row: dict[str, Any]) -> list[dict[str, str]]:
-    texts = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
-    names = {"question": "question", "reference_answer": "gold_answer", "system_answer": "generated_answer"}
-    texts |= {shown: row[name] for shown, name in names.items()}
-    request = json.dumps(texts, indent=1, ensure_ascii=False)
-    return [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]
-
-
-def _ask(rows: Sequence[dict[str, Any]], flags: JudgeArguments) -> list[dict[str, str] | None]:
-    """A verdict on each row; what cannot be read is asked for again, and in the end None."""
-    server = EndpointArguments(
-        endpoint_concurrency=flags.endpoint_concurrency,
-        endpoint_model=flags.judge_model,
-        endpoint_api_key=flags.judge_api_key,
-    )
+def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
+    """A verdict on each row, at temperature 0; what cannot be read is asked for again, and in the end None."""
+    server = {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
+    server = EndpointArguments(endpoint_concurrency=flags.endpoint_concurrency, **server)
     endpoint = Endpoint(PREFIX + flags.judge_base_url, server)
-    waiting = {number: _conversation(row) for number, row in enumerate(rows)}
-    asked = f"judge {flags.judge_model}: {len(rows)} answers"
-    log.info("%s", cost(asked, list(waiting.values()), VERDICT_TOKENS, flags.judge_price))
+    waiting: dict[int, list[dict[str, str]]] = {}  # conversations by row
+    for number, row in enumerate(rows):
+        texts = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
+        texts |= {"question": row["question"], "reference_answer": row["gold_answer"]}
+        request = json.dumps(texts | {"system_answer": row["generated_answer"]}, indent=1, ensure_ascii=False)
+        waiting[number] = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]
+    what = f"judge {flags.judge_model}: {len(rows)} answers"
+    log.info("%s", cost(what, list(waiting.values()), VERDICT_TOKENS, flags.judge_price))
     verdicts: list[dict[str, str] | None] = [None] * len(rows)
     for _ in range(ATTEMPTS):
         replies = endpoint.ask(list(waiting.values()), VERDICT_TOKENS, desc="judge")

@@ -42,11 +42,8 @@ CHARTS = {  # title -> names of its lines, of which a run has some
     "Tokens a second": ("tokens_per_second",),
     "Gradient norm": ("grad_norm",),
 }
-REFRESHED = "index_refreshed"  # an entry of the history that is no measure
 LEGEND = {"loss": "training", "eval_loss": "eval file"}
 
-SIZE = (4.2, 2.3)  # inches; the page scales them
-MARKERS = 40  # a line of more points is drawn without them
 NAMES = ("line-0", "line-1", "line-2", "line-3", "muted", "rule", "good")  # the page's colours
 COLOURS = {name: f"#fade{number:02x}" for number, name in enumerate(NAMES)}  # that stand for them until the end
 MARKS = {  # kind -> bottom and top as shares of the height, and style; many of a kind are short strokes
@@ -75,7 +72,7 @@ def write_report(directory: str | Path) -> None:
     marks = {
         "saved": [float(step) for step in steps if step.isdigit()],
         "best": [float(best)] if best else [],
-        "refreshed": [step for step, _ in _line(history, REFRESHED)],
+        "refreshed": [step for step, _ in _line(history, "index_refreshed")],
     }
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string(files("rqa.evaluation").joinpath("report.html").read_text(encoding="utf-8"))
@@ -89,7 +86,7 @@ def write_report(directory: str | Path) -> None:
         others={name.removeprefix("test_"): value for name, value in other_figures(scores, rates).items()},
         charts=_charts(history, marks),
         refreshed=bool(marks["refreshed"]),
-        examples=[_example(row) for row in rows[:EXAMPLES]],
+        examples=list(map(_example, rows[:EXAMPLES])),
         questions=len(rows),
         arguments=arguments,
         models=[arguments[name] for name in MODELS if arguments.get(name)],
@@ -111,7 +108,7 @@ def figure(value: float) -> str:
 
 def _charts(history: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
     """A title, an SVG and the names and last values of its lines, for each chart that has something to show."""
-    known = {name for names in CHARTS.values() for name in names} | {"step", REFRESHED}
+    known = {name for names in CHARTS.values() for name in names} | {"step", "index_refreshed"}
     own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
     charts = []
     for title, names in {**CHARTS, **{name.replace("_", " ").capitalize(): (name,) for name in own}}.items():
@@ -127,13 +124,9 @@ def _line(history: Sequence[Mapping[str, Any]], name: str) -> Line:
 
 
 def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] | None = None) -> str:
-    """Lines over training steps as one SVG element, or nothing without a finite value.
+    """Lines of (step, value) pairs as one SVG element, or nothing without a finite value; steps are marked by kind.
 
     The n-th line has the colour that the page's style sheet calls `--line-n`; the others are those of `NAMES`.
-
-    Args:
-        lines: (step, value) pairs by name; what is not finite is left out.
-        marks: Steps to mark, by kind (see `MARKS`).
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -144,10 +137,10 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         return ""
     settings = {"svg.fonttype": "none", "svg.hashsalt": " ".join(lines), "font.family": "sans-serif", "font.size": 10.5}
     with rc_context(settings):
-        canvas = Figure(SIZE, layout="constrained")
+        canvas = Figure((4.2, 2.3), layout="constrained")  # inches; the page scales them
         axes = canvas.subplots()
         for number, (name, line) in enumerate(drawn.items()):
-            marker = "o" if len(line) < MARKERS else ""
+            marker = "o" if len(line) < 40 else ""  # more would hide the line
             axes.plot(*np.array(line).reshape(-1, 2).T, color=COLOURS[f"line-{number}"], marker=marker, ms=3, gid=name)
         for kind, places in (marks or {}).items():
             low, high, style = MARKS[kind]

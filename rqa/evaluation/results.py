@@ -1,19 +1,21 @@
 """The files that an evaluation leaves: scores, their intervals, and what was answered to every question."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from rqa.evaluation.metrics import bleu, bleu_statistics
 from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, other_figures, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.runtime import distributed
 from rqa.runtime.files import write_json, write_jsonl
 from rqa.runtime.flags import Arguments
 
-RESAMPLES = 10_000
+Scores = dict[str, float]
+Rows = Sequence[dict[str, Any]]  # one a question
+Rates = dict[str, dict[str, Any]]  # value, n, low and high by the names of the test file's scores
+
 LEVEL = 0.95
 CHUNK = 2**22  # resampled counts held at once
 
@@ -22,13 +24,7 @@ def mean_intervals(values: np.ndarray) -> np.ndarray:
     """95 % intervals of the means over n questions, from resampled questions (Efron 1979, percentiles).
 
     Rates that are 0 for all questions, or 1 for all, would get an interval without width, which claims a certainty that
-    nobody has: theirs is the exact binomial one (Clopper & Pearson 1934).
-
-    Args:
-        values: Scores between 0 and 1 of each question; each column is a metric. [n, M]
-
-    Returns:
-        Lower and upper ends. [M, 2]
+    nobody has: theirs is the exact binomial one (Clopper & Pearson 1934). Scores [n, M] -> lower and upper ends [M, 2]
     """
     ends = difference_intervals(values)
     margin = 1 - ((1 - LEVEL) / 2) ** (1 / len(values))
@@ -43,16 +39,7 @@ def difference_intervals(differences: np.ndarray) -> np.ndarray:
     Source: Koehn (2004), Statistical significance tests for machine translation evaluation.
     """
     n = len(differences)
-    return interval(np.concatenate([counts @ differences for counts in _resampled(n, RESAMPLES)]) / n)
-
-
-def statistic_samples(statistics: np.ndarray, score: Callable[[np.ndarray], float]) -> np.ndarray:
-    """A score of statistics summed over n questions, such as BLEU, with 1,000 resamples. [n, S] -> [1000]
-
-    The same questions are drawn for the same n, so that the samples of two systems may be subtracted.
-    """
-    sums = (sample for counts in _resampled(len(statistics), 1000) for sample in counts @ statistics)
-    return np.array([score(sample) for sample in sums])
+    return interval(np.concatenate([counts @ differences for counts in resampled(n, 10_000)]) / n)
 
 
 def interval(samples: np.ndarray) -> np.ndarray:
@@ -60,7 +47,7 @@ def interval(samples: np.ndarray) -> np.ndarray:
     return np.quantile(samples, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).T
 
 
-def _resampled(n: int, resamples: int) -> Iterator[np.ndarray]:
+def resampled(n: int, resamples: int) -> Iterator[np.ndarray]:
     """How often each question was drawn, the same at every call. -> chunks of [r, n]"""
     chance = np.random.default_rng(0)
     size = max(1, min(resamples, CHUNK // n))
@@ -71,19 +58,14 @@ def _resampled(n: int, resamples: int) -> Iterator[np.ndarray]:
 
 
 def write_results(
-    directory: str | Path, scores: dict[str, float], rows: Sequence[dict[str, Any]], flags: Arguments | None = None
+    directory: str | Path, scores: Scores, rows: Rows, flags: Arguments | None = None, others: Rates | None = None
 ) -> str:
-    """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process.
+    """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process. -> a table
 
-    Args:
-        scores: Numbers by name, `test_gen/f1` and so on.
-        rows: One a question, with its `scores` by name, `gen/f1` and so on.
-        flags: For `all_args.json`; a trainer wrote its own.
-
-    Returns:
-        The scores with their intervals as a Markdown table.
+    `scores` has `test_gen/f1` and so on, a row's own `scores` `gen/f1`. `flags` go to `all_args.json`; a trainer wrote
+    its own. `others` are scores that are no means over questions, such as BLEU.
     """
-    intervals = with_intervals(rows)
+    intervals = with_intervals(rows) | (others or {})
     if distributed.is_main():
         directory = Path(directory)
         if flags:
@@ -96,39 +78,22 @@ def write_results(
     return markdown_table(scores, intervals)
 
 
-def with_intervals(rows: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """Each rate's value, number of questions and 95 % bootstrap interval, by the names of the test file's scores.
-
-    Args:
-        rows: One a question, with its `scores`; those without one of the scores do not count for it.
-    """
+def with_intervals(rows: Rows) -> Rates:
+    """Each rate with its 95 % bootstrap interval; a row without one of the scores does not count for it."""
     holders: dict[str, list[int]] = {}  # the questions that have a rate
     for number, row in enumerate(rows):
         for name in row["scores"]:
             holders.setdefault(name, []).append(number)
-    details: dict[str, dict[str, Any]] = {}
+    details: Rates = {}
     for numbers in dict.fromkeys(map(tuple, holders.values())):  # rates of the same questions are resampled together
         names = [name for name, holder in holders.items() if tuple(holder) == numbers]
         values = np.array([[rows[i]["scores"][name] for name in names] for i in numbers], dtype=np.float64)  # [n, M]
         for name, mean, (low, high) in zip(names, values.mean(0), mean_intervals(values), strict=True):
             details[f"test_{name}"] = {"value": float(mean), "n": len(numbers), "low": float(low), "high": float(high)}
-    if statistics := answer_statistics(rows):
-        low, high = interval(statistic_samples(np.array(statistics), bleu)).tolist()
-        value = bleu(np.sum(statistics, axis=0))
-        details["test_gen/bleu"] = {"value": value, "n": len(statistics), "low": low, "high": high}
     return details
 
 
-def answer_statistics(rows: Sequence[dict[str, Any]]) -> list[list[int]]:
-    """What BLEU needs of each generated answer. [n, 10]"""
-    return [
-        bleu_statistics(row["generated_answer"], row["gold_answer"])
-        for row in rows
-        if "generated_answer" in row and "gold_answer" in row
-    ]
-
-
-def markdown_table(scores: dict[str, float], details: dict[str, dict[str, Any]]) -> str:
+def markdown_table(scores: Scores, details: Rates) -> str:
     """Every score in a table to paste: rates with their interval and number of questions, then the other figures."""
     lines = ["| metric | value | 95 % interval | questions |", "|---|---:|---:|---:|"]
     for name, row in details.items():

@@ -1,23 +1,17 @@
-"""How well a retriever finds the gold documents, and how fast."""
+"""How well a retriever finds the gold documents: rates between 0 and 1."""
 
-from collections.abc import Sequence
+import math
+from collections.abc import Hashable, Sequence, Set
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from rqa.data import Document, Example
-from rqa.evaluation.metrics import score_ranking, with_localrqa_names
-from rqa.evaluation.runtime import latencies, seconds
+from rqa.evaluation.results import Rows, Scores
 from rqa.prompts import retrieval_query
-from rqa.retrieval.retriever import Hits, PassageRetriever
-from rqa.runtime.files import atomic_file, fingerprint
+from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.flags import Arguments, flag
 
-RANKING_DEPTH = 10
-TIMED_QUESTIONS = 100  # asked one at a time
-WARM_UP = 3
+LOCALRQA_NAMES = {"gen/f1": "gen/f1/avg_f1_ans"}
+LOCALRQA_NAMES |= {f"gen/{kind}": f"gen/rouge/avg_{kind}_ans" for kind in ("rouge1", "rouge2", "rougeL")}
 
 
 @dataclass(kw_only=True)
@@ -33,8 +27,8 @@ class EvaluationArguments(Arguments):
 
     @property
     def depth(self) -> int:
-        """Documents of a ranking: as deep as any metric looks, and as the reader reads."""
-        return max(RANKING_DEPTH, self.embedding_max_num_to_retrieve, *self.recall_at)
+        """Documents of a ranking: as deep as any metric looks, MRR@10 and so on, and as the reader reads."""
+        return max(10, self.embedding_max_num_to_retrieve, *self.recall_at)
 
 
 def find_passages(
@@ -44,14 +38,26 @@ def find_passages(
     return retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), flags.depth))
 
 
-def retrieval_rows(
-    found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]
-) -> list[dict[str, Any]]:
+def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Sequence[int], depth: int = 10) -> Scores:
+    """The scores of one ranking that can be averaged over questions; recall is 1 if ALL gold is among the first k.
+
+    NDCG takes a relevance of 0 or 1 (Järvelin & Kekäläinen 2002). MAP divides by all gold documents, also those that
+    are not found (trec_eval's `map_cut`).
+    """
+    ranks = sorted(ranking.index(document) + 1 for document in gold if document in ranking[:depth])  # each counts once
+    gain = sum(1 / math.log2(rank + 1) for rank in ranks)
+    return {
+        **{f"recall@{k}": float(gold <= set(ranking[:k])) for k in cutoffs},
+        f"mrr@{depth}": 1 / ranks[0] if ranks else 0.0,
+        f"ndcg@{depth}": gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(depth, len(gold)) + 1)),
+        f"map@{depth}": sum(found / rank for found, rank in enumerate(ranks, start=1)) / len(gold),
+    }
+
+
+def retrieval_rows(found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]) -> Rows:
     """One row a question: what was asked and found, and its `scores`: `retr/recall@4` and so on, none without gold.
 
-    Args:
-        found: What was retrieved for each question, best first; at least max(cutoffs, 10) documents.
-        cutoffs: The k of Recall@k.
+    `found` holds at least max(cutoffs, 10) documents a question, best first.
     """
     rows = []
     for documents, example in zip(found, examples, strict=True):
@@ -62,48 +68,15 @@ def retrieval_rows(
     return rows
 
 
-def mean_scores(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """The mean of each of the rows' `scores` over the questions that have it, by our name and by LocalRQA's."""
+def mean_scores(rows: Rows) -> Scores:
+    """The mean of each of the rows' `scores` over the questions that have it, by our name and by LocalRQA's.
+
+    Recall@4 is `retr/recall@4` and `retr/document_recall/recall4`. ROUGE is of word stems here, of whole words there.
+    """
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, value in row["scores"].items():
             columns.setdefault(name, []).append(value)
-    return with_localrqa_names({name: sum(values) / len(values) for name, values in columns.items()})
-
-
-def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> dict[str, float]:
-    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else."""
-    queries = [retrieval_query(example) for example in examples]
-    for query in queries[:WARM_UP]:
-        retriever.retrieve([query], k)
-    single = [seconds(lambda query=query: retriever.retrieve([query], k)) for query in queries[:TIMED_QUESTIONS]]
-    together = seconds(lambda: retriever.retrieve(queries, k))
-    speed = latencies(single) | {"questions_per_second": len(queries) / together}
-    return {f"retr/{name}": value for name, value in speed.items()}
-
-
-def document_name(document: Document) -> str:
-    """A name without spaces; two documents have the same one when they are the same."""
-    return fingerprint(*document.key)[:16]
-
-
-def write_run(path: str | Path, hits: Hits, documents: Sequence[Document], tag: str = "rqa") -> None:
-    """Write `question Q0 document rank score tag` lines; questions are numbered from 1, in the order of the hits.
-
-    trec_eval sorts by score, in single precision, and ties by name. So that it ranks as we do, a score that is not
-    below the one before it is written as the next smaller number.
-    """
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for question, (ids, scores) in enumerate(zip(hits.ids, hits.scores.astype(np.float32), strict=True), start=1):
-            before = np.float32(np.inf)
-            for rank, (i, score) in enumerate(zip(ids[ids >= 0], scores[ids >= 0], strict=True), start=1):
-                before = min(score, np.nextafter(before, np.float32(-np.inf)))
-                file.write(f"{question} Q0 {document_name(documents[i])} {rank} {float(before)!r} {tag}\n")
-
-
-def write_qrels(path: str | Path, examples: Sequence[Example]) -> None:
-    """Write `question 0 document 1` lines for the gold documents; questions are numbered from 1."""
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
-        for question, example in enumerate(examples, start=1):
-            for name in dict.fromkeys(document_name(document) for document in example.gold_docs):
-                file.write(f"{question} 0 {name} 1\n")
+    means = {name: sum(values) / len(values) for name, values in columns.items()}
+    theirs = {name: name.replace("retr/recall@", "retr/document_recall/recall") for name in means} | LOCALRQA_NAMES
+    return means | {theirs[name]: mean for name, mean in means.items()}

@@ -34,27 +34,20 @@ LONGEST_WRITTEN_OUT = 1024  # tokens; their probabilities are kept for the backw
 
 def packed_attention(
     module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+    query: Tensor,  # [1, H, T, d]
+    key: Tensor,  # [1, H_kv, T, d], where H_kv divides H
+    value: Tensor,  # [1, H_kv, T, d]
     attention_mask: Tensor | None,
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
+    sliding_window: int | None = None,  # a token sees another only if they are less than this many positions apart
+    cu_seq_lens_q: Tensor | None = None,  # where each sequence begins, and T at the end. [B + 1]
     max_length_q: int | None = None,
-    kept: list[tuple[Tensor, Tensor]] | None = None,
+    kept: list[tuple[Tensor, Tensor]] | None = None,  # gets this layer's keys and values, for a cache
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]
-
-    Args:
-        query: [1, H, T, d]; key and value are [1, H_kv, T, d], where H_kv divides H.
-        sliding_window: A token sees another only if they are less than this many positions apart.
-        cu_seq_lens_q: Where each sequence begins, and T at the end. [B + 1]
-        kept: A list that gets this layer's keys and values, for a cache.
-    """
+    """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]"""
     if kept is not None:
         kept.append((key, value))
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)

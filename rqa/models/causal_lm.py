@@ -1,4 +1,4 @@
-"""Decoder language models: logits of answers alone, and batched generation."""
+"""Decoder language models, and the logits of answers alone."""
 
 import inspect
 

@@ -44,20 +44,12 @@ POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls
 class EncoderArguments(LoadingArguments):
     """How texts become vectors. What is not given is taken from the checkpoint."""
 
-    pooling_type: str | None = flag(
-        None, "Pooling of tokens. Default: the checkpoint's, or mean.", ["mean", "cls"], rare=True
-    )
-    normalize: bool | None = flag(
-        None, "Whether embeddings get length 1. Default: as in the checkpoint, or true.", rare=True
-    )
+    pooling_type: str | None = flag(None, "Pooling. Default: the checkpoint's, or mean.", ["mean", "cls"], rare=True)
+    normalize: bool | None = flag(None, "Whether vectors get length 1. Default: the checkpoint's, or true.", rare=True)
     query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
-    max_query_length: int | None = flag(
-        None, "Tokens of a question; the rest is cut. Default: the checkpoint's.", rare=True
-    )
-    max_passage_length: int | None = flag(
-        None, "Tokens of a passage; the rest is cut. Default: the checkpoint's.", rare=True
-    )
+    max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
+    max_passage_length: int | None = flag(None, "Tokens of a passage, at most. Default: the checkpoint's.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("max_query_length", "max_passage_length", at_least=3)
@@ -76,33 +68,24 @@ class EncoderSettings:
     projection: int = 0  # the projection's width; 0: there is none
 
 
-class Projection(nn.Sequential):
+def new_projection(width: int, dimension: int) -> nn.Sequential:
     """Linear map and LayerNorm (Izacard & Grave 2020, whose retriever ends so). [B, H] -> [B, D]"""
-
-    def __init__(self, width: int, dimension: int) -> None:
-        super().__init__(OrderedDict(linear=nn.Linear(width, dimension), norm=nn.LayerNorm(dimension)))
+    return nn.Sequential(OrderedDict(linear=nn.Linear(width, dimension), norm=nn.LayerNorm(dimension)))
 
 
 class Encoder(nn.Module):
-    """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings.
-
-    Attributes:
-        projection: From the pooled embedding to the one that is compared; None where that is the same.
-        passage_encoder: A frozen encoder of passages; None where this one encodes questions and passages.
-    """
+    """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings."""
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: EncoderSettings,
-        projection: Projection | None = None,
-        passage_encoder: "Encoder | None" = None,
+        projection: nn.Sequential | None = None,  # of the pooled embedding; None: that one is compared
+        passage_encoder: "Encoder | None" = None,  # frozen; None: this one encodes questions and passages
     ) -> None:
         super().__init__()
-        self.backbone = backbone
-        self.tokenizer = tokenizer
-        self.settings = settings
+        self.backbone, self.tokenizer, self.settings = backbone, tokenizer, settings
         self.projection = projection
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.collate = choose_collate(backbone, tokenizer.pad_token_id)
@@ -134,23 +117,21 @@ class Encoder(nn.Module):
         if self.passage_encoder:
             raise UserError("--projection true: passages have an encoder of their own, which stays as it is")
         if not self.projection:
-            self.projection = Projection(self.dimension, dimension).to(self.backbone.device)
+            self.projection = new_projection(self.dimension, dimension).to(self.backbone.device)
             self.settings = replace(self.settings, projection=dimension)
         elif self.dimension != dimension:
             raise UserError(f"--indexing_dimension {dimension}: the model's projection has {self.dimension} dimensions")
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed questions, special tokens included. [N] -> [N]"""
-        return self._tokenize(texts, self.settings.query_prefix, self.settings.max_query_length)
+        return self._tokenize([self.settings.query_prefix + text for text in texts], self.settings.max_query_length)
 
     def tokenize_passages(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed passages, special tokens included. [N] -> [N]"""
-        return self._tokenize(texts, self.settings.passage_prefix, self.settings.max_passage_length)
+        return self._tokenize([self.settings.passage_prefix + text for text in texts], self.settings.max_passage_length)
 
-    def _tokenize(self, texts: Sequence[str], prefix: str, max_length: int) -> list[list[int]]:
-        if not texts:
-            return []
-        return self.tokenizer([prefix + text for text in texts], truncation=True, max_length=max_length)["input_ids"]
+    def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
+        return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
@@ -177,7 +158,7 @@ class Encoder(nn.Module):
 
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
-        sides = [self, *([self.passage_encoder] if self.passage_encoder else [])]
+        sides = [self, self.passage_encoder] if self.passage_encoder else [self]
         models = [model for side in sides for model in (side.backbone, side.projection) if model]
         settings = json.dumps(asdict(self.settings), sort_keys=True)
         return fingerprint(settings, *(model_fingerprint(model, self.tokenizer) for model in models))
@@ -185,8 +166,7 @@ class Encoder(nn.Module):
     def save_pretrained(self, directory: str | Path) -> None:
         """Save in the layout that `sentence_transformers.SentenceTransformer` loads.
 
-        With a passage encoder the encoder of questions is on top and that of passages in `passage_encoder/`;
-        `encode_query` and `encode_document` then go to one each.
+        A passage encoder goes to `passage_encoder/`; `encode_query` and `encode_document` then use one encoder each.
         """
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
@@ -227,10 +207,10 @@ def load_encoder(path: str, flags: EncoderArguments = EncoderArguments(), main_o
     return Encoder(backbone, tokenizer, settings, _load_projection(path, "", backbone, width), passages).eval()
 
 
-def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> Projection | None:
+def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> nn.Sequential | None:
     if not dimension:
         return None
-    projection = Projection(backbone.config.hidden_size, dimension)
+    projection = new_projection(backbone.config.hidden_size, dimension)
     weights: dict[str, Tensor] = {}
     try:
         for part in (DENSE, LAYER_NORM):
@@ -243,12 +223,11 @@ def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimensio
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
     """The mean over each sequence's real tokens, in float32. [rows, D] -> [B, D]"""
-    lengths = batch.lengths
-    owners = torch.arange(len(lengths), device=hidden.device).repeat_interleave(lengths)  # [tokens]
+    owners = torch.arange(len(batch.lengths), device=hidden.device).repeat_interleave(batch.lengths)  # [tokens]
     if len(owners) != len(hidden):
         hidden = hidden[batch.rows]
-    sums = hidden.new_zeros(len(lengths), hidden.shape[1], dtype=torch.float32)
-    return sums.index_add(0, owners, hidden.float()) / lengths[:, None]
+    sums = hidden.new_zeros(len(batch.lengths), hidden.shape[1], dtype=torch.float32)
+    return sums.index_add(0, owners, hidden.float()) / batch.lengths[:, None]
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:
@@ -266,22 +245,17 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
         top = {"": "Router"}
         queries = {path or ".": TYPES + name for path, name in modules.items()}
         passages = {f"{PASSAGE_ENCODER}/{path}".rstrip("/"): TYPES + name for path, name in modules.items()}
-        files["router_config.json"] = {
-            "types": queries | passages,
-            "structure": {"query": list(queries), "document": list(passages)},
-            "parameters": {"default_route": "query"},
-        }
+        routes, options = {"query": list(queries), "document": list(passages)}, {"default_route": "query"}
+        files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
     top = top | ({NORMALIZE: "Normalize"} if settings.normalize else {})
     listed = [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]} for i, path in enumerate(top)]
     pooling = {key: settings.pooling_type == name for name, key in POOLING_KEYS.items()}
+    prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
+    similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
     return files | {
         "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {
-            "prompts": {"query": settings.query_prefix, "document": settings.passage_prefix},
-            "default_prompt_name": None,
-            "similarity_fn_name": "cosine" if settings.normalize else "dot",
-        },
+        "config_sentence_transformers.json": {"prompts": prompts, **similarity},
         f"{POOLING}/config.json": {"word_embedding_dimension": width, **pooling},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": encoder.passage_encoder is not None},
     }
@@ -298,11 +272,8 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
     if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
     prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
-    stored = {
-        "normalize": "Normalize" in modules,
-        "query_prefix": prompts.get("query") or "",
-        "passage_prefix": prompts.get("document") or prompts.get("passage") or "",
-    }
+    stored = {"normalize": "Normalize" in modules, "query_prefix": prompts.get("query") or ""}
+    stored["passage_prefix"] = prompts.get("document") or prompts.get("passage") or ""
     if "Pooling" in modules:
         config = _read_json(path, f"{modules['Pooling']}/config.json")
         modes = [key.removeprefix("pooling_mode_") for key, value in config.items()

@@ -76,8 +76,7 @@ class FiDPrompter:
     def __init__(
         self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
     ) -> None:
-        self.tokenizer = tokenizer
-        self.arguments = arguments or FiDPromptArguments()
+        self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
         self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         end = tokenizer.eos_token_id
@@ -140,8 +139,7 @@ def fid_batch(
     """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
     passages = [passage for sequence in sequences for passage in sequence.passages]
     width = max(sum(map(len, sequence.passages)) for sequence in sequences)
-    owners = torch.full((len(sequences), width), -1)
-    places = []
+    owners, places = torch.full((len(sequences), width), -1), []
     for row, sequence in enumerate(sequences):
         end = 0
         for number, passage in enumerate(sequence.passages):
@@ -151,13 +149,9 @@ def fid_batch(
     padded = collate is not pack
     chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
-    return FiDBatch(
-        tuple(collate([passages[i] for i in part]) for part in chosen),
-        torch.cat([places[i] for part in chosen for i in part]),
-        owners,
-        torch.nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED),
-        tuple(indices),
-    )
+    parts = tuple(collate([passages[i] for i in part]) for part in chosen)
+    labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    return FiDBatch(parts, torch.cat([places[i] for part in chosen for i in part]), owners, labels, tuple(indices))
 
 
 @dataclass(kw_only=True)
@@ -168,10 +162,7 @@ class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
 def load_encoder_decoder(
     path: str, flags: EncoderDecoderArguments, dtype: torch.dtype = torch.float32, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
-    """An encoder-decoder from a directory or hub name, and what builds its inputs.
-
-    `bert::path` builds encoder and decoder from one BERT-like checkpoint (Rothe et al. 2020).
-    """
+    """A model and what builds its inputs; `bert::path` makes both sides of one BERT-like model (Rothe et al. 2020)."""
     name = path.removeprefix(WARM_START)
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     load = partial(load_model, path=name, flags=flags, dtype=dtype, main_only=main_only)
@@ -238,7 +229,7 @@ def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
 class FiD(WholePass):
     """An encoder-decoder that reads the passages of each question one by one."""
 
-    forward_methods = ("generate",)
+    whole_passes = ("generate",)
 
     def __init__(self, model: PreTrainedModel) -> None:
         super().__init__()
@@ -287,9 +278,7 @@ def recording_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """sdpa; within `passage_scores` attention of the one decoded position, written out and recorded.
 
-    Args:
-        query: [B, H, 1, d]; key and value are [B, H_kv, S, d], where H_kv divides H.
-        attention_mask: True where a key is seen. [B, 1, 1, S]
+    query: [B, H, 1, d]; key and value: [B, H_kv, S, d], where H_kv divides H; mask: True where a key is seen.
     """
     record = _record.get()
     if record is None:
@@ -319,11 +308,8 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
     """How much the first decoded position attends to each passage (Izacard & Grave 2020, section 3.2). -> [B, K]
 
     The mean over layers, heads and the passage's real tokens, in float32; -inf where a question has fewer passages.
-
-    Args:
-        model: An encoder-decoder that `observe` was called with.
-        kind: `plain` takes the score before the softmax, with the model's own scale; `value_norm` the probability
-            times the norm of the value (Izacard et al. 2022, Atlas, equation 3).
+    `plain` takes the score before the softmax, with the model's own scale; `value_norm` the probability times the norm
+    of the value (Izacard et al. 2022, Atlas, equation 3). The model is one that `observe` was called with.
     """
     first = torch.full((len(batch.owners), 1), start_token(model), device=batch.owners.device)
     layers: list[Tensor] = []
@@ -345,8 +331,7 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
 def mean_by_owner(values: Tensor, owners: Tensor) -> Tensor:
     """The mean of each passage's values; -inf for a passage that a question does not have. [B, S], [B, S] -> [B, K]"""
     column = owners + 1  # column 0 gets the padding, and is dropped
-    shape = (len(owners), int(column.max()) + 1)
     values = values.masked_fill(owners < 0, 0.0)  # padding scores -inf
-    sums = values.new_zeros(shape).scatter_add(1, column, values)
-    counts = values.new_zeros(shape).scatter_add(1, column, torch.ones_like(values))
+    nothing = values.new_zeros(len(owners), int(column.max()) + 1)
+    sums, counts = (nothing.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
     return (sums / counts).masked_fill(counts == 0, float("-inf"))[:, 1:]

@@ -7,7 +7,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import fingerprint_of
+from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import assembled
 
@@ -58,12 +57,10 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint on this process's device, with packed attention: flash-attn's kernel when asked, else ours.
 
-    The processes of a node load in turn: its memory holds only one model that is not on its device yet.
+    The processes of a node load in turn: its memory holds only one model that is not on its device yet. With
+    `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
 
-    Args:
-        path: A directory, or a hub name.
-        main_only: The main process alone reads weights; the others reserve memory, which `parallelize` fills.
-        config: Values that replace the configuration's, and options of `from_pretrained`.
+    `path` is a directory or a hub name; `config` replaces values of the configuration.
     """
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
@@ -118,8 +115,7 @@ def _reading(path: str) -> Iterator[None]:
 def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
     """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
 
-    Relative position biases, positions that do not start at 0 and state-space layers show up as a difference; no
-    architecture is known by name. Every process calls this; the main process decides, as its model surely has weights.
+    Every process calls this; the main process decides, as its model surely has weights.
     """
     if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
         return pack
@@ -129,7 +125,10 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
 
 @torch.no_grad()
 def packing_is_exact(model: PreTrainedModel) -> bool:
-    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
+    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways.
+
+    Relative position biases, positions that do not start at 0 and state-space layers make a difference.
+    """
     vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
@@ -170,7 +169,7 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         rules = json.dumps(state, sort_keys=True)
-    return fingerprint_of(chain([rules], weights))
+    return fingerprint(rules, more=weights)
 
 
 @contextmanager
@@ -194,9 +193,7 @@ class LoraArguments(Arguments):
     lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
     lora_dropout: float = flag(0.0, "Dropout of the adapters' input.", rare=True)
     lora_target_modules: list[str] = flag(["all-linear"], "Names of the layers that get an adapter.", rare=True)
-    merge_lora_on_save: bool = flag(
-        False, "Whether output_dir gets a plain model, with the adapters merged.", rare=True
-    )
+    merge_lora_on_save: bool = flag(False, "Whether output_dir gets a plain, merged model.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("lora_r", at_least=1)
@@ -224,13 +221,13 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
         return
     from peft import LoraConfig
 
-    targets = flags.lora_target_modules
+    targets = "all-linear" if flags.lora_target_modules == ["all-linear"] else flags.lora_target_modules
     numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
-    config = LoraConfig(target_modules=targets[0] if targets == ["all-linear"] else targets, **numbers)
+    config = LoraConfig(target_modules=targets, **numbers)
     try:
         model.add_adapter(config)
     except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(targets)}: {one_line(error)}") from None
+        raise UserError(f"--lora_target_modules {' '.join(flags.lora_target_modules)}: {one_line(error)}") from None
     if Path(model.name_or_path).is_dir():  # so that the adapter finds its base from any working directory
         config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
 

@@ -1,6 +1,5 @@
 """How a local reader generates: settings, prompts of similar length together, and what an answer took."""
 
-import logging
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -18,12 +17,10 @@ from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
 from rqa.packing import pack, token_budget_batches
-from rqa.prompts import DoesNotFit
+from rqa.prompts import fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
-
-log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
 
@@ -46,44 +43,31 @@ class GenerationArguments(Arguments):
 
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
         """These settings as `transformers` takes them; answers end at any of the stop tokens."""
-        sampling = {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        search = sampling if self.do_sample else {"do_sample": False}
+        sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
         # What is not set here would come from the checkpoint's generation_config.json.
         unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
-        return GenerationConfig(num_beams=self.num_beams, **search, **unset, **ends, **options)
+        search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
+        return GenerationConfig(**search, **sampling, **unset, **ends, **options)
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer and what it took.
-
-    Attributes:
-        num_tokens: Tokens generated.
-        seconds: How long its batch took. None where nothing was generated: no prompt fits, or an earlier run answered.
-        batch_size: Questions of that batch. Only if it is 1 are the seconds what a user would have waited.
-    """
+    """A generated answer and what it took."""
 
     text: str
     num_tokens: int
-    seconds: float | None = None
-    batch_size: int = 1
+    seconds: float | None = None  # of its batch; None: nothing was generated, as no prompt fits or it was kept
+    batch_size: int = 1  # questions of that batch; only if it is 1 are the seconds what a user would have waited
 
 
 class LocalReader(ABC):
-    """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated.
-
-    Attributes:
-        filler: The prompt for a sharded model when another process has more questions.
-        max_batch_tokens: What the prompts of one batch may cost together.
-    """
+    """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated."""
 
     def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any) -> None:
-        self.model = model
-        self.prompter = prompter
-        self.flags = flags
-        self.filler = filler
-        self.max_batch_tokens = 16384
+        self.model, self.prompter, self.flags = model, prompter, flags
+        self.filler = filler  # the prompt for a sharded model when another process has more questions
+        self.max_batch_tokens = 16384  # what the prompts of one batch may cost together
 
     def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
@@ -101,12 +85,12 @@ class LocalReader(ABC):
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
         """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
-        return self.answer_prompts([self._prompt(*pair) for pair in zip(examples, passages, strict=True)], progress)
+        return self.answer_prompts(self._prompts(examples, passages), progress)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
-        if prompt := self._prompt(example, passages):
-            self.generate([prompt], WARM_UP_TOKENS)
+        if any(prompts := self._prompts([example], [passages])):
+            self.generate(prompts, WARM_UP_TOKENS)
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
@@ -125,12 +109,9 @@ class LocalReader(ABC):
                 bar.update(len(batch))
         return answers
 
-    def _prompt(self, example: Example, passages: Sequence[Document]) -> Any:
-        try:
-            return self.encode(example, passages)
-        except DoesNotFit as error:
-            log.warning("%s; it is left unanswered", error)
-            return None
+    def _prompts(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Any]:
+        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
+        return [fitted.get(number) for number in range(len(examples))]
 
 
 class InPlaceCache(StaticCache):
@@ -150,7 +131,7 @@ def new_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
 def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: StaticCache) -> None:
     """Put keys and values of all but each prompt's last token into an empty cache, from one packed row.
 
-    `generate` would read a padded batch, under a mask. It goes on from here, with prompts padded on the left.
+    `generate`, which would read a padded batch under a mask, goes on from there, with prompts padded on the left.
     """
     batch = pack([prompt[:-1] for prompt in prompts]).to(model.device)
     kept: list[tuple[Tensor, Tensor]] = []
@@ -194,7 +175,7 @@ class CausalLMReader(LocalReader):
             plain = not synced and config.num_beams == 1 and min(map(len, prompts)) > 1
             if cache is not None and plain and self._packs:
                 read_prompts(self.model, prompts, cache)
-            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
             options = {"generation_config": config, "synced_gpus": synced, "past_key_values": cache}
+            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
             answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :].tolist()  # [B, new]
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]

@@ -41,11 +41,11 @@ TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 class NegativeArguments(Arguments):
     """Which passages of a ranking are hard negatives."""
 
-    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.", rare=True)
-    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
+    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.")
+    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.")
     negatives_max_share: float | None = flag(
         None, "Highest score of a hard negative, as a share of the best gold passage's, such as 0.95; none is taken "
-        "where no gold passage is found. Default: any score will do.", rare=True,
+        "where no gold passage is found. Default: any score will do.",
     )  # fmt: skip
 
     def check(self) -> None:
@@ -62,7 +62,9 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     temperature: float = flag(0.05, "Temperature: similarities are divided by it.")
     num_hard_negatives: int = flag(0, "Hard negatives of each question; they replace the ratio.")
     hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.")
-    mine_negatives: bool = flag(False, "Take hard negatives from the live retriever instead of the data file.")
+    mine_negatives: bool = flag(
+        False, "Whether hard negatives come from the live retriever; otherwise from the examples' hard_neg_docs."
+    )
     negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
 

@@ -32,7 +32,7 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 
 
 def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
-    """Gold documents' scores raised to the maximum of their row plus its standard deviation. [B, K] x 2 -> [B, K]
+    """Gold documents' scores raised to their row's maximum plus its population standard deviation. [B, K] x 2 -> [B, K]
 
     Scores are -inf where a question has fewer than K documents; these count for neither.
     """

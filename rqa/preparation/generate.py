@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -27,7 +28,6 @@ log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
 
-SPLITS = ("train", "eval", "test")
 KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
 
 ASK_QUESTIONS = """\
@@ -91,7 +91,7 @@ class SampleArguments(Arguments):
     @property
     def sizes(self) -> dict[str, int]:
         """Passages by split."""
-        return {split: getattr(self, f"num_{split}_passages") for split in SPLITS}
+        return {split: getattr(self, f"num_{split}_passages") for split in ("train", "eval", "test")}
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
@@ -99,13 +99,10 @@ def parse_questions(reply: str, number: int) -> list[str]:
 
     Numbers, bullets, quotes and whatever leads to "question:" are taken off.
     """
-    questions: dict[str, None] = {}
-    for line in reply.splitlines():
-        question = _LABEL.sub("", _MARK.sub("", line, count=1)).strip().strip('*"\u201c\u201d ')
-        long_enough = len(question.split()) >= FEWEST_WORDS
-        if long_enough and _QUESTION_END.search(question) and not _UNSEEN.search(question):
-            questions.setdefault(question)
-    return list(questions)[:number]
+    lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
+    lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
+    lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
+    return list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))[:number]
 
 
 def parse_answer(reply: str, question: str) -> str | None:
@@ -116,21 +113,8 @@ def parse_answer(reply: str, question: str) -> str | None:
     return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
 
 
-@dataclass
-class EndpointGenerator:
-    """A model behind an OpenAI-compatible server."""
-
-    endpoint: Endpoint
-    max_new_tokens: int
-
-    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
-        replies = self.endpoint.ask(conversations, self.max_new_tokens) if distributed.is_main() else []
-        return distributed.from_main([reply.text for reply in replies])
-
-
 class LocalGenerator:
-    """The same by a decoder in this process, or a copy of it in each of several; its own chat template is used."""
+    """A decoder in this process, or a copy of it in each of several; its own chat template is used."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
         self.tokenizer = tokenizer
@@ -141,6 +125,7 @@ class LocalGenerator:
         self._identity = fingerprint(model_fingerprint(model, tokenizer), str(max_new_tokens))
 
     def generate(self, conversations: Sequence[Conversation]) -> list[str]:
+        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
         keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
         waiting = dict(zip(keys, conversations, strict=True))
         kept = distributed.from_main(self._store.get(waiting))
@@ -155,27 +140,27 @@ class LocalGenerator:
 
     def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
-        prompts = [self._encode(turns) for turns in distributed.share(conversations)]
+        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        texts = map(ask, distributed.share(conversations))
+        prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
         prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
         answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
         return distributed.gather([answer.text for answer in answers])
 
-    def _encode(self, turns: Conversation) -> list[int]:
-        text = self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        return self.tokenizer.encode(text, add_special_tokens=False)
 
-
-def open_generator(flags: GeneratorArguments) -> EndpointGenerator | LocalGenerator:
-    """The generator that the flags name."""
+def generate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> list[str]:
+    """The reply to each conversation by the server or the local model that the flags name. [Q] -> [Q]"""
     name = flags.model_name_or_path
     if is_endpoint(name):
-        return EndpointGenerator(Endpoint(name, flags), flags.max_new_tokens)
+        endpoint = Endpoint(name, flags)
+        replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
+        return distributed.from_main([reply.text for reply in replies])
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
-    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens)
+    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens).generate(conversations)
 
 
 def estimate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
@@ -218,11 +203,9 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
         numbers: list[int] = []
         while len(numbers) < size:
             if not shuffled:
-                asked = sum(flags.sizes.values())
-                raise UserError(
-                    f"--num_{split}_passages {size}: the database has {len(distinct)} distinct passages of "
-                    f"--min_passage_words {flags.min_passage_words} or more, too few for {asked} in all"
-                )
+                has = f"{len(distinct)} distinct passages of --min_passage_words {flags.min_passage_words} or more"
+                few = f"too few for {sum(flags.sizes.values())} in all"
+                raise UserError(f"--num_{split}_passages {size}: the database has {has}, {few}")
             numbers += shuffled.pop()
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]
     return chosen
@@ -244,9 +227,8 @@ def read_questions(
     counts["passages"] = len(asked)
     counts["passages without a readable question"] = len(asked) - len({id(draft.gold_docs[0]) for _, draft in drafts})
     if not drafts:
-        raise UserError(
-            f"--model_name_or_path: none of {len(asked)} replies holds a question; the first: {replies[0]!r}"
-        )
+        first = f"the first: {replies[0]!r}"
+        raise UserError(f"--model_name_or_path: none of {len(asked)} replies holds a question; {first}")
     frequency = Counter(normalize(draft.question) for _, draft in drafts)
     unique = [(split, draft) for split, draft in drafts if frequency[normalize(draft.question)] == 1]
     counts["questions left out as asked of several passages"] = len(drafts) - len(unique)
@@ -261,19 +243,17 @@ def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int)
     """
     if not examples:
         return []
-    found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], k))
-    return [
-        example
-        for example, documents in zip(examples, found, strict=True)
-        if normalize(example.gold_docs[0].page_content) in {normalize(document.page_content) for document in documents}
-    ]
+    found = retriever.documents_of(retriever.retrieve(list(map(retrieval_query, examples)), k))
+    texts = [{normalize(document.page_content) for document in documents} for documents in found]
+    pairs = zip(examples, texts, strict=True)
+    return [example for example, near in pairs if normalize(example.gold_docs[0].page_content) in near]
 
 
 def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
     """LocalRQA's rows: a passage a line, with its `questions`."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for example in examples:
-        row = rows.setdefault(example.gold_docs[0].key, {**example.to_json(), "questions": []})
+        row = rows.setdefault(example.gold_docs[0].key, example.to_json() | {"questions": []})
         row.pop("question", None)
         row["questions"].append(example.question)
     return rows.values()
@@ -281,6 +261,5 @@ def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
 
 def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Example]:
     """The examples with the answers of the next replies; those that the passage does not answer are left out."""
-    answers = [parse_answer(next(replies), example.question) for example in examples]
-    pairs = zip(examples, answers, strict=True)
+    pairs = [(example, parse_answer(next(replies), example.question)) for example in examples]
     return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]

@@ -14,11 +14,11 @@ from transformers import PreTrainedModel, set_seed
 
 from rqa.data import DocumentArguments, read_documents, read_examples, subset
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
-from rqa.evaluation.results import write_results
+from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
-from rqa.runtime.cli import log_to_file
+from rqa.runtime.cli import log_to
 from rqa.runtime.files import write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
@@ -27,9 +27,6 @@ from rqa.training.journal import continues
 from rqa.training.loop import Batches, train
 
 log = logging.getLogger(__name__)
-
-Scores = dict[str, float]
-Rows = list[dict[str, Any]]
 
 ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
 FEW_QUESTIONS = 30  # fewer cannot choose a model
@@ -41,7 +38,7 @@ class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
     train_file: str = flag(help="Training examples, JSONL.")
-    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL.")
+    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL; fewer than 30 questions cannot.")
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
 
 
@@ -125,7 +122,7 @@ class Run(ABC):
             for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
                 (self.output / name).unlink(missing_ok=True)
         write_json(self.output / ARGUMENTS_FILE, now)
-        log_to_file(str(self.output / "train.log"))
+        log_to(str(self.output / "train.log"))
         with suppress(OSError, ValueError, TypeError):
             then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]

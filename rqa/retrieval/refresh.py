@@ -29,7 +29,9 @@ class RefreshArguments(Arguments):
     """When documents are encoded again in training."""
 
     refresh_step: str = flag("10", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
-    refresh_async: bool = flag(False, "Encode on a copy of the weights while training goes on; then swap the index.")
+    refresh_async: bool = flag(
+        False, "Whether documents are encoded beside training and swapped in when ready; runs then differ."
+    )
     train_query_encoder_only: bool = flag(
         False, "Keep the initial encoder for passages; it is saved beside the trained one, never refreshed.", rare=True
     )
@@ -90,7 +92,9 @@ class Refresher:
         with distributed.autocast(self.dtype):
             if not len(self.retriever.index):
                 self._refresh(step)
-            elif step == 0 or (frozen and self.due(step)):  # the index was opened before training, or never changes
+            elif step == 0 or (
+                frozen and self.then and self.due(step)
+            ):  # the index was opened before training, or stays
                 self._follow(step)
             elif self.flags.refresh_async and not frozen:
                 self._refresh_in_background(step)

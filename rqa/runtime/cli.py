@@ -34,26 +34,30 @@ def run(main: Callable[[], Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    start_logging()
+    logger = logging.getLogger("rqa")
+    logger.handlers = []
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
+    log_to()
     try:
         main()
+        return
     except UserError as error:
-        _exit(2, str(error))
+        status, message = 2, str(error)
     except OSError as error:
         if error.filename is None or error.strerror is None:
             raise
-        _exit(2, f"{error.filename}: {error.strerror}")
+        status, message = 2, f"{error.filename}: {error.strerror}"
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, NCCL those of its own
         is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (is_nccl or "gloo/transport" in str(error)):
             raise
-        _exit(1, "another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on")
+        message = "another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on"
+        status = 1
     except KeyboardInterrupt:
         sys.exit(130)
-
-
-def _exit(status: int, message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(status)
 
@@ -71,23 +75,10 @@ def tune_allocator() -> None:
     libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
-def start_logging() -> None:
-    """Messages of `rqa` on the standard error stream, from the main process."""
-    logger = logging.getLogger("rqa")
-    logger.handlers = []
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
-    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
-    _log_to(logging.StreamHandler(), "%H:%M:%S")
-
-
-def log_to_file(path: str) -> None:
-    """Send the same messages to a file, too; appended, so that a resumed run keeps its log."""
-    _log_to(logging.FileHandler(path, encoding="utf-8"), None)
-
-
-def _log_to(handler: logging.Handler, time_format: str | None) -> None:
-    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", time_format))
+def log_to(path: str | None = None) -> None:
+    """Send messages of `rqa`, from the main process, to standard error or, appended, to a file."""
+    handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", None if path else "%H:%M:%S"))
     handler.addFilter(lambda record: record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0")
     logging.getLogger("rqa").addHandler(handler)
 
@@ -118,24 +109,18 @@ class _ProgressLines(tqdm):
         log.info("%s: %s, %s/s", self.desc, done, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}")
 
 
-class Interruption:
-    """Whether somebody asked this process to stop."""
+@contextmanager
+def deferred_signals() -> Iterator[list[int]]:
+    """Collect SIGTERM and SIGINT inside the block; a second one of a kind acts as it would have without us."""
+    received: list[int] = []
 
-    requested = False
-
-    def request(self, signum: int, frame: FrameType | None) -> None:
-        """Remember the first signal; a second one acts as it would have without us."""
-        self.requested = True
+    def receive(signum: int, frame: FrameType | None) -> None:
+        received.append(signum)
         signal.signal(signum, signal.SIG_DFL if signum == signal.SIGTERM else signal.default_int_handler)
 
-
-@contextmanager
-def deferred_signals() -> Iterator[Interruption]:
-    """Turn SIGTERM and SIGINT into `Interruption.requested` inside the block."""
-    interruption = Interruption()
-    before = {number: signal.signal(number, interruption.request) for number in (signal.SIGTERM, signal.SIGINT)}
+    before = {number: signal.signal(number, receive) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield interruption
+        yield received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -6,12 +6,13 @@ import json
 import os
 import shutil
 import sqlite3
-import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 from rqa.runtime.errors import UserError
 
@@ -29,31 +30,25 @@ def cache_root() -> Path:
 def atomic_file(path: str | Path) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success it is synced and takes `path`'s name."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with _naming(path):
+        with _renaming_to(path):
             yield temporary
             _sync(temporary)
             os.replace(temporary, path)
-            _sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary directory; on success it is marked complete, synced and replaces `path`.
-
-    The completion mark holds the sha256 of each file, for `damage`.
-    """
+    """Yield an empty temporary directory; on success it is marked complete (with checksums), synced, and is `path`."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent))
-    temporary.chmod(0o755)
+    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
     retired = temporary.with_suffix(".old")
     try:
-        with _naming(path):
+        with _renaming_to(path):
+            temporary.mkdir()
             yield temporary
             files = sorted(child for child in temporary.rglob("*") if child.is_file())
             sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
@@ -63,10 +58,9 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
             if path.exists():
                 os.replace(path, retired)
             os.replace(temporary, path)
-            _sync(path.parent)
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(retired, ignore_errors=True)
+        for left in (temporary, retired):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:
@@ -79,11 +73,13 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    """A full disk does not say which file it refused; the user needs to know."""
+def _renaming_to(path: Path) -> Iterator[None]:
+    """Make the directory of `path`, and afterwards sync it."""
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         yield
-    except OSError as error:
+        _sync(path.parent)
+    except OSError as error:  # a full disk does not say which file it refused; the user needs to know
         if error.filename is None and error.errno is not None:
             raise OSError(error.errno, error.strerror, str(path)) from None
         raise
@@ -116,13 +112,10 @@ def _sha256(path: Path) -> str:
 
 
 def remove_leftovers(directory: str | Path) -> None:
-    """Delete what a crash left of `atomic_file` and `atomic_directory`; no process may be writing there.
-
-    A crash between the two renames of `atomic_directory` leaves only the old content: it gets its name back.
-    """
+    """Delete what a crash left of `atomic_file` and `atomic_directory`; no process may be writing there."""
     for path in sorted(Path(directory).glob(".*.tmp")) + sorted(Path(directory).glob(".*.old")):
         original = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if path.suffix == ".old" and not original.exists():
+        if path.suffix == ".old" and not original.exists():  # the crash came between `atomic_directory`'s two renames
             os.replace(path, original)
         elif path.is_dir():
             shutil.rmtree(path)
@@ -143,11 +136,7 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too.
-
-    Raises:
-        UserError: the file is missing or unreadable, not UTF-8, or a line is not one JSON object.
-    """
+    """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too."""
     number = 0
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
@@ -177,15 +166,10 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
-def fingerprint(*parts: str | bytes) -> str:
-    """A sha256 over the parts, each preceded by its length so that boundaries count."""
-    return fingerprint_of(parts)
-
-
-def fingerprint_of(parts: Iterable[str | bytes]) -> str:
-    """`fingerprint` of parts that come one at a time."""
+def fingerprint(*parts: str | bytes, more: Iterable[bytes] = ()) -> str:
+    """A sha256 over the parts, each preceded by its length so that boundaries count; `more` come one at a time."""
     digest = hashlib.sha256()
-    for part in parts:
+    for part in chain(parts, more):
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
         digest.update(len(data).to_bytes(8, "little") + data)
     return digest.hexdigest()
@@ -196,9 +180,6 @@ class Store:
 
     Each `put` is one transaction: it is kept whole or not at all, whatever kills the process. Several processes may
     use one file. The journal is SQLite's default, since its write-ahead log does not work on network file systems.
-
-    Raises:
-        UserError: from every method: the file is damaged or cannot be written, or the disk is full.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -230,7 +211,5 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError) as error:
-            raise UserError(
-                f"{self.path}: nothing can be kept there ({error}); free its disk, delete the file if it is damaged, "
-                "or set another $RQA_CACHE"
-            ) from None
+            cure = "free its disk, delete the file if it is damaged, or set another $RQA_CACHE"
+            raise UserError(f"{self.path}: nothing can be kept there ({error}); {cure}") from None

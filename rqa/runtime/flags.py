@@ -29,7 +29,6 @@ REFUSED = {
     "load_in_4bit": "QLoRA needs bitsandbytes, which rqa does without; use --use_lora true --bf16 true",
     "refresh_fraction": "has gone; --refresh_async true costs less and finds as much",
     "endpoint_timeout": "has gone; a reply may take ten minutes",
-    "endpoint_retries": "has gone; a request that fails is sent again six times",
     "eval_on_start": "has gone; a retriever is always evaluated before its first step",
     "negatives_margin": "has gone; use --negatives_max_share 0.95",
 }

@@ -21,24 +21,18 @@ T = TypeVar("T")
 
 
 class WholePass(nn.Module):
-    """A module whose `forward` and `forward_methods` each run a whole pass through the models inside it.
+    """A module that FSDP2 divides as one root: `forward` and these methods are whole passes through its models."""
 
-    FSDP2 gathers weights around these calls, so that the module and not its models is the root of what is divided.
-    """
-
-    forward_methods: tuple[str, ...] = ()
+    whole_passes: tuple[str, ...] = ()
 
 
 def parallelize(
     module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
 ) -> nn.Module:
-    """Move a module to its device and wrap it for training; its parameters stay those of `module`.
+    """Move a module to its device and wrap it for training, on every process with the main process's weights.
 
-    Every process begins with the weights of the main process.
-
-    Args:
-        shard: FSDP2 instead of DDP: parameters, gradients and optimizer state divided among processes.
-        dtype: What sharded parameters are gathered in; gradients are reduced in float32.
+    `shard`: FSDP2 instead of DDP: parameters, gradients and optimizer state are divided among processes. Parameters are
+    gathered in `dtype`, gradients reduced in float32.
     """
     device = distributed.device()
     module.to(device)
@@ -57,6 +51,7 @@ def parallelize(
     return module
 
 
+@torch.no_grad()
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves.
 
@@ -66,24 +61,17 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
-    for layer in _layers(module):
-        _shard_part(layer, mesh=mesh, mp_policy=policy)
-    for model in _roots(module):
+    for part in [*_layers(module), *_roots(module)]:
+        whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
-        _shard_part(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name in model.forward_methods if isinstance(model, WholePass) else ():
-            register_fsdp_forward_method(model, name)
+        fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
+        for name, value in whole.items():
+            parameter = part.get_parameter(name)
+            parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
+        for name in part.whole_passes if isinstance(part, WholePass) else ():
+            register_fsdp_forward_method(part, name)
     for buffer in module.buffers():
         dist.broadcast(buffer, src=0)
-
-
-@torch.no_grad()
-def _shard_part(part: nn.Module, **options: Any) -> None:
-    whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
-    fully_shard(part, **options)
-    for name, value in whole.items():
-        parameter = part.get_parameter(name)
-        parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
@@ -102,10 +90,7 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 
 def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Exchange gradients in this backward pass, or only accumulate them.
-
-    FSDP2 always exchanges: an accumulated whole gradient would take the memory that sharding saves.
-    """
+    """Exchange gradients in this backward pass, or not yet. FSDP2 always does: whole ones take the memory it saves."""
     return module.no_sync() if isinstance(module, DistributedDataParallel) and not enabled else nullcontext()
 
 
@@ -166,8 +151,7 @@ def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None
 def divided_like(like: Tensor, value: Tensor, source: int | None = None) -> Tensor:
     """A whole tensor, placed as another one and, unless it is a scalar, divided as that is.
 
-    Args:
-        source: The process whose value counts; None: each has the same.
+    `source` is the process whose value counts; None: each has the same.
     """
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.ndim:

@@ -1,7 +1,7 @@
 """The loop's flags, named as in Hugging Face's TrainingArguments."""
 
 import re
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,12 +21,8 @@ class OptimizerArguments(Arguments):
 
     learning_rate: float = flag(5e-5, "Peak learning rate.")
     new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
-    new_layers_learning_rate: float | None = flag(
-        None, "Peak learning rate of the parameters that new_layers finds.", rare=True
-    )
-    lr_scheduler_type: str = flag(
-        "linear", "Course of the learning rate after the warm-up.", choices=SCHEDULES, rare=True
-    )
+    new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)
+    lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", SCHEDULES, rare=True)
     warmup_ratio: float = flag(0.0, "Share of all steps in which the learning rate rises from 0 to its peak.")
     warmup_steps: int = flag(0, "Steps of the warm-up; a positive number replaces warmup_ratio.", rare=True)
     weight_decay: float = flag(0.0, "AdamW's weight decay; biases and normalisation weights do not decay.", rare=True)
@@ -59,7 +55,6 @@ class DeviceArguments(LoadingArguments):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What matrix products run in."""
         return compute_dtype(self.bf16, self.fp16)
 
     def check(self) -> None:
@@ -79,10 +74,8 @@ class JournalArguments(Arguments):
     eval_max_examples: int = flag(0, "Questions of eval_file to evaluate on, a fixed random subset; 0: all.", rare=True)
     save_strategy: str = flag("steps", "When to save a checkpoint.", choices=STRATEGIES, rare=True)
     save_steps: int = flag(500, "Steps between two checkpoints.")
-    save_total_limit: int = flag(2, "Newest checkpoints to keep; the best one is always kept.")
-    metric_for_best_model: str | None = flag(
-        None, "Metric of eval_file that chooses the best model. Default: the algorithm's."
-    )
+    save_total_limit: int = flag(2, "Newest checkpoints to keep beside the best one.")
+    metric_for_best_model: str | None = flag(None, "Metric that chooses the best model. Default: the trainer's.")
     greater_is_better: bool | None = flag(
         None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
     )
@@ -99,9 +92,8 @@ class JournalArguments(Arguments):
     @property
     def maximize(self) -> bool:
         """Whether a greater value of `metric_for_best_model` is a better one."""
-        if self.greater_is_better is None:
-            return not (self.metric_for_best_model or "").endswith("loss")
-        return self.greater_is_better
+        is_loss = (self.metric_for_best_model or "").endswith("loss")
+        return not is_loss if self.greater_is_better is None else self.greater_is_better
 
 
 @dataclass(kw_only=True)
@@ -110,20 +102,19 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
 
     output_dir: str = flag(help="Directory for checkpoints, logs, scores and the best model.")
     overwrite_output_dir: bool = flag(False, "Whether to start afresh in an output_dir that holds a run.")
-    resume_from_checkpoint: str | None = flag(
-        None, "Checkpoint to continue from: a path, or true for output_dir's newest."
-    )
+    resume_from_checkpoint: str | None = flag(None, "Checkpoint to continue from: a path, or true for the newest.")
     seed: int = flag(42, "Seed of data order, dropout and new weights.", rare=True)
     per_device_train_batch_size: int = flag(8, "Examples in one forward pass of training.")
-    per_device_eval_batch_size: int = flag(8, "Examples in one forward pass of evaluation (readers).", rare=True)
+    per_device_eval_batch_size: int = flag(
+        8, "Questions in one forward pass when the loss of an evaluation is measured (readers).", rare=True
+    )
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
     dataloader_num_workers: int = flag(0, "Processes that prepare batches ahead.", rare=True)
 
     def check(self) -> None:
-        for name in (member.name for member in fields(self)):
-            value = getattr(self, name)
+        for name, value in vars(self).items():
             if isinstance(value, int | float) and not abs(value) < 2**32:  # NaN, too
                 raise UserError(f"--{name} {value}: must be a finite number below 2**32")
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")

@@ -31,18 +31,15 @@ class LiveState(Protocol):
 
     A `before_step` with these members is saved once in each of its versions, as `output_dir/<version>/`, to which
     checkpoints refer by name. The directory goes with the last checkpoint that refers to it.
-
-    Attributes:
-        version: "index-" and a number, another one after each refresh, the same on every process; None: nothing yet.
     """
 
-    version: str | None
+    version: str | None  # "index-" and a number, another one after each refresh, the same everywhere; None: nothing yet
 
     def save(self, directory: Path) -> None:
         """Write this version into a new, empty directory. Only the main process calls this."""
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, so that `version == directory.name`. Every process calls this, before a step.
+        """Restore what `save` wrote, before a step, so that `version == directory.name`. Every process calls this.
 
         What the present flags cannot use (other documents) may be left with a warning; then `version` stays None.
         """
@@ -86,10 +83,8 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
         return None
     source = None if anew else Path(wanted)
     if source and (problem := _damage(source)):
-        raise UserError(
-            f"--resume_from_checkpoint {source}: is not a complete checkpoint ({problem}); "
-            "true takes the newest good one of output_dir"
-        )
+        advice = "true takes the newest good one of output_dir"
+        raise UserError(f"--resume_from_checkpoint {source}: is not a complete checkpoint ({problem}); {advice}")
     holds_a_run = bool(found) or (output / STATE_FILE).exists()
     if holds_a_run and not flags.overwrite_output_dir and not (source and continues(source, flags)):
         raise UserError(
@@ -106,15 +101,14 @@ def save_checkpoint(
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     generators = distributed.gather([{"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}])
     tensors = {"optimization": optimization.state_dict(), "random": generators}
-    version = live.version if live else None
-    known = version == state.live_state and version is not None and files.is_complete(output / version)
-    state.live_state = version
+    known, state.live_state = state.live_state, live.version if live else None
+    index = output / state.live_state if state.live_state else None
     path, failure = output / f"checkpoint-{state.step}", None
     with whole_weights(objective):
         if distributed.is_main():
             try:
-                if live and version and not known:
-                    with files.atomic_directory(output / version) as directory:
+                if live and index and not (index.name == known and files.is_complete(index)):
+                    with files.atomic_directory(index) as directory:
                         live.save(directory)
                 with files.atomic_directory(path) as directory:
                     objective.save_pretrained(directory)
@@ -145,18 +139,18 @@ def load_checkpoint(directory: Path, optimization: Optimization, state: RunState
             if mine["cuda"] is not None and torch.cuda.is_available():
                 torch.cuda.set_rng_state(mine["cuda"])
             random.setstate(mine["python"])
+        else:
+            saved, now = len(generators), distributed.world_size()
+            log.info("%d processes saved %s, %d continue: dropout draws anew", saved, directory.name, now)
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"checkpoint {directory}: cannot be resumed ({one_line(error)})") from None
     log.info("continuing from %s, step %d", directory, state.step)
-    if len(generators) != distributed.world_size():
-        log.info("%d processes saved it, %d continue: dropout draws anew", len(generators), distributed.world_size())
 
 
 def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
     """Delete all but the newest `keep` checkpoints and the best one, and every index that none of these refers to.
 
-    Those of later steps than the run's go in any case: they belong to a past that this run does not continue, and
-    would be taken for its newest.
+    Those of later steps than the run's go, too: it does not continue them, and they would be taken for its newest.
     """
     if not distributed.is_main():
         return
@@ -177,16 +171,15 @@ def promote(source: Path, output: Path) -> None:
 
     Weights of another kind that stand there, whole or adapters, would be loaded beside these and go.
     """
-    for pattern in WEIGHTS:
-        for path in output.glob(pattern):
-            if not (source / path.name).exists():
-                path.unlink()
+    for path in (path for pattern in WEIGHTS for path in output.glob(pattern)):
+        if not (source / path.name).exists():
+            path.unlink()
     for path in sorted(source.rglob("*")):
-        relative = path.relative_to(source)
-        if relative.parts[0] in NOT_MODEL_FILES:
+        copy = output / path.relative_to(source)
+        if path.relative_to(source).parts[0] in NOT_MODEL_FILES:
             continue
         if path.is_dir():
-            (output / relative).mkdir(exist_ok=True)
+            copy.mkdir(exist_ok=True)
         else:
-            with files.atomic_file(output / relative) as temporary:
+            with files.atomic_file(copy) as temporary:
                 shutil.copyfile(path, temporary)

@@ -74,11 +74,9 @@ def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
         if stands and metric_name(flags) in entry:
             remember_if_best(entry, state, flags)
     state.step = saved.step
-    if (state.best_metric, state.best_model_checkpoint) != (saved.best_metric, saved.best_model_checkpoint):
-        now, then = (
-            f"{known.best_model_checkpoint} ({known.best_metric})" if known.best_metric is not None else "none"
-            for known in (state, saved)
-        )
+    known = [(each.best_model_checkpoint, each.best_metric) for each in (state, saved)]
+    if known[0] != known[1]:
+        now, then = ("none" if metric is None else f"{name} ({metric})" for name, metric in known)
         log.warning("best model so far: %s, not %s as %s says; %s chooses it among the checkpoints in %s",
                     now, then, checkpoint, metric_name(flags), output)  # fmt: skip
     return state
@@ -91,8 +89,7 @@ def metric_name(flags: LoopArguments) -> str:
 
 def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopArguments) -> bool:
     """Whether these metrics are the best so far, and if so note them. Of equal models the later one is better."""
-    value = metrics.get(metric_name(flags))
-    if value is None:
+    if (value := metrics.get(metric_name(flags))) is None:
         wanted, known = flags.metric_for_best_model, ", ".join(sorted(metrics))
         raise UserError(f"--metric_for_best_model {wanted}: is not measured; choose one of {known}")
     best = value if state.best_metric is None else state.best_metric
@@ -106,14 +103,11 @@ def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopA
 class Journal:
     """Writes what happens in a run, when it happens. Every process has one; the main process's speaks.
 
-    The sums since the last log line and the clock live here and not in the state: the first log line of a resumed run
-    covers its own steps.
+    Sums and clock are no part of the state: the first log line of a resumed run covers its own steps.
     """
 
     def __init__(self, state: RunState, steps: int, flags: LoopArguments) -> None:
-        self.state = state
-        self.flags = flags
-        self.steps = steps
+        self.state, self.flags, self.steps = state, flags, steps
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
         self.sums: Counter[str] = Counter()
@@ -126,16 +120,16 @@ class Journal:
 
     def without_events(self, statistics: Mapping[str, float]) -> dict[str, float]:
         """These statistics without the `EVENTS` among them, which become an entry of their own."""
-        if events := {name: value for name, value in statistics.items() if name in EVENTS}:
+        if events := {name: statistics[name] for name in EVENTS & statistics.keys()}:
             self._keep(events)
         return {name: value for name, value in statistics.items() if name not in EVENTS}
 
     def step_done(
         self, loss: float, tokens: float, statistics: Sequence[Mapping[str, float]], norm: float, rate: float
     ) -> None:
-        """Count one optimizer step of this process; after the first and every `logging_steps`, tell.
+        """Count one optimizer step of this process; after the first and every `logging_steps`, write a log line.
 
-        `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is told.
+        `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is logged.
         """
         counts = Counter({"loss": loss, "micro_batches": len(statistics)})
         for values in statistics:
@@ -148,23 +142,16 @@ class Journal:
         if step == 1 or step % self.flags.logging_steps == 0 or step == self.steps:
             names = list(self.sums)[2:]
             tokens, loss, micro_batches, *others = distributed.total([self.tokens, *self.sums.values()])
-            entry = {
-                "loss": loss / self.counted,
-                "grad_norm": norm,
-                "learning_rate": rate,
-                "tokens_per_second": tokens / (time.perf_counter() - self.started),
-                **{name: value / micro_batches for name, value in zip(names, others, strict=True)},
-            }
-            self.bar.set_postfix(loss=f"{entry['loss']:.4f}", tok_s=f"{entry['tokens_per_second']:.0f}")
+            speed = tokens / (time.perf_counter() - self.started)
+            entry = {"loss": loss / self.counted, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
+            entry |= {name: value / micro_batches for name, value in zip(names, others, strict=True)}
+            self.bar.set_postfix(loss=f"{entry['loss']:.4f}", tok_s=f"{speed:.0f}")
             self.sums.clear()
             self.counted = 0
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """One entry of the history, and one line of the log.
-
-        The clock starts anew behind it: an evaluation is no part of the steps around it.
-        """
+        """An entry of the history and a log line. The clock starts anew: an evaluation is no part of the next steps."""
         self._keep(metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
@@ -186,9 +173,6 @@ class Journal:
         """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.output / STATE_FILE, asdict(self.state))
-
-    def close(self) -> None:
-        self.bar.close()
 
 
 def start_tracker(flags: LoopArguments) -> Callable[[Mapping[str, float], int], object]:

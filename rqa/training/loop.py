@@ -8,8 +8,7 @@ micro-batches and processes gives the same gradient.
 import logging
 import math
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -36,25 +35,17 @@ class Batches:
 
     The examples form one endless stream of permutations, the one of each epoch seeded by (seed, epoch). A step takes
     the next `step_size` of them, dealt out over processes and micro-batches, so that all steps are full and all
-    processes run equally often. A resumed run needs its step and its position in the stream and nothing else to see
-    the very same batches; with another number of processes or batch size it goes on where the stream was left.
+    processes run equally often. From its step and its position in the stream alone a resumed run sees the very same
+    batches; with another number of processes or batch size it goes on where the stream was left.
 
-    Args:
-        size: The number of examples.
-        collate: Example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
+    `collate`: example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
     """
 
     def __init__(self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments) -> None:
-        self.size = size
-        self.collate = collate
-        self.flags = flags
+        self.size, self.collate, self.flags = size, collate, flags
         examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
         self.step_size = examples * distributed.world_size()
-        self.start_at(0, 0)
-
-    def start_at(self, step: int, position: int) -> None:
-        """Go on after so many steps, which took so many examples from the stream."""
-        self.first_step, self.first_position = step, position
+        self.first_step = self.first_position = 0  # of a resumed run: the steps done, and what they took of the stream
 
     def __len__(self) -> int:
         if self.flags.max_steps > 0:
@@ -68,8 +59,7 @@ class Batches:
 
     def __getitem__(self, step: int) -> list[Any]:
         stream = range(self.position(step), self.position(step + 1))
-        order = partial(_order, self.size, self.flags.seed)
-        mine = distributed.share([order(place // self.size)[place % self.size] for place in stream])
+        mine = distributed.share([_order(self.size, self.flags.seed, at // self.size)[at % self.size] for at in stream])
         width = self.flags.per_device_train_batch_size
         return [self.collate(mine[start : start + width]) for start in range(0, len(mine), width)]
 
@@ -101,33 +91,28 @@ def train(
     Args:
         objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
         before_step: Steps done -> statistics; called before the next batch is made. May be a `LiveState`.
-        evaluate: Steps done -> metrics by name.
-        evaluate_first: Whether to evaluate before the first step, too.
+        evaluate: Steps done -> metrics by name; with `evaluate_first` also before the first step.
         checkpoint: Where to continue; the objective already holds its weights.
         eval_size: Number of questions that `evaluate` asks; the log names it if no step improved the model.
-
-    Returns:
-        The run's state; `interrupted` if a signal ended it early.
     """
     output = Path(flags.output_dir)
-    module = parallelize(
-        objective, flags.gradient_checkpointing, flags.torch_compile, flags.fsdp == "full_shard", flags.dtype
-    )
+    shard = flags.fsdp == "full_shard"
+    module = parallelize(objective, flags.gradient_checkpointing, flags.torch_compile, shard, flags.dtype)
     live = before_step if isinstance(before_step, LiveState) else None
     state = resume_state(checkpoint, flags) if checkpoint else RunState()
-    batches.start_at(state.step, state.examples)
+    batches.first_step, batches.first_position = state.step, state.examples
     optimization = Optimization(objective, flags, len(batches))
     if checkpoint:
         load_checkpoint(checkpoint, optimization, state, live)
     if not checkpoint or not continues(checkpoint, flags):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
-    steps = range(state.step, len(batches))
     # The loader draws seeds for its workers: from a generator of its own, so that no dropout depends on them.
     options = {"num_workers": flags.dataloader_num_workers, "generator": torch.Generator()}
-    feed = iter(DataLoader(batches, batch_size=None, sampler=steps, **options))
+    feed = iter(DataLoader(batches, batch_size=None, sampler=range(state.step, len(batches)), **options))
+    journal = Journal(state, len(batches), flags)
     objective.train()
     measure, save = evaluate_first and state.step == 0, False
-    with deferred_signals() as interruption, closing(Journal(state, len(batches), flags)) as journal:
+    with deferred_signals() as signals, journal.bar:
         while True:
             if evaluate and measure:
                 metrics = evaluate(state.step)
@@ -142,21 +127,20 @@ def train(
 
             news = journal.without_events(before_step(state.step)) if before_step else {}
             micro_batches = next(feed)  # made now, unless workers make it ahead
-            weight, stop = distributed.total([sum(b.weight for b in micro_batches), interruption.requested])
+            weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
                 with gradient_sync(module, enabled=number == len(micro_batches)):
                     with distributed.autocast(flags.dtype):
                         loss, values = module(batch.to(distributed.device()))
-                    optimization.backward(loss * (distributed.world_size() / weight))
+                    optimization.scaler.scale(loss * (distributed.world_size() / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
             require_finite(losses, micro_batches, state.step)
             norm = optimization.step(state.step)
             state.step += 1
             state.examples = batches.position(state.step)
-            tokens = sum(batch.num_tokens for batch in micro_batches)
-            rate = optimization.learning_rates(state.step)[0]
+            tokens, rate = sum(b.num_tokens for b in micro_batches), optimization.learning_rates(state.step)[0]
             journal.step_done(float(sum(losses)) / weight, tokens, statistics, norm, rate)
 
             last = state.step == len(batches)
@@ -174,24 +158,24 @@ def train(
 def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:
     """Refuse a loss that is NaN or infinite, naming the step and the examples."""
     finite = torch.stack(losses).isfinite().tolist()
-    guilty = [index for batch, ok in zip(micro_batches, finite, strict=True) if not ok for index in batch.indices]
     if not all(finite):
+        guilty = [index for batch, ok in zip(micro_batches, finite, strict=True) if not ok for index in batch.indices]
         raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
 
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:
     """Put the best model, or the last, at the top of the output directory."""
-    best = output / state.best_model_checkpoint if state.best_model_checkpoint else None
+    wanted = flags.load_best_model_at_end and state.best_model_checkpoint
+    best = output / wanted if wanted else None
     with whole_weights(objective):
         if distributed.is_main():
-            problem = damage(best) if best and flags.load_best_model_at_end else "it is not wanted"
-            if best and not problem:
+            if best and not (problem := damage(best)):
                 if best.name == "checkpoint-0" and state.step:
                     untrained = "best model: step 0, untrained; %s never improved (%d questions)"
                     log.warning(untrained, metric_name(flags), eval_size)
                 promote(best, output)
             else:
-                if best and flags.load_best_model_at_end:
+                if best:
                     log.warning("%s, the best, cannot be used (%s): the last model takes its place", best, problem)
                 with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
                     objective.save_pretrained(directory)

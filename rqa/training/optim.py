@@ -5,7 +5,7 @@ import re
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -28,15 +28,12 @@ class Optimization:
     """AdamW with gradient clipping and, for fp16, loss scaling."""
 
     def __init__(self, module: nn.Module, flags: LoopArguments, steps: int) -> None:
-        self.flags = flags
-        self.steps = steps
+        self.flags, self.steps = flags, steps
         self.warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
-        betas = (flags.adam_beta1, flags.adam_beta2)
-        groups = parameter_groups(module, flags)
+        groups, betas = parameter_groups(module, flags), (flags.adam_beta1, flags.adam_beta2)
+        self.peaks = [group["lr"] for group in groups]
+        self.trained: dict[str, nn.Parameter] = {name: part for group in groups for name, part in group["params"]}
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=flags.adam_epsilon, fused=True)
-        self.peaks = [group["lr"] for group in self.optimizer.param_groups]
-        named = [zip(group["param_names"], group["params"], strict=True) for group in self.optimizer.param_groups]
-        self.trained: dict[str, nn.Parameter] = {name: parameter for group in named for name, parameter in group}
         self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
 
     def learning_rates(self, step: int) -> list[float]:
@@ -44,16 +41,12 @@ class Optimization:
         factor = rate_factor(self.flags.lr_scheduler_type, step, self.warmup, self.steps)
         return [peak * factor for peak in self.peaks]
 
-    def backward(self, loss: Tensor) -> None:
-        """Accumulate the gradient of a loss."""
-        self.scaler.scale(loss).backward()
-
     def step(self, done: int) -> float:
         """Clip, and update the weights, after so many steps. Returns the gradient's norm before clipping."""
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
             group["lr"] = rate
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(list(self.trained.values()), self.flags.max_grad_norm or math.inf)
+        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.flags.max_grad_norm or math.inf)
         norm = float(assembled(norm))
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
@@ -95,11 +88,9 @@ def parameter_groups(module: nn.Module, flags: LoopArguments) -> list[dict[str, 
             groups.setdefault((new, parameter.ndim < 2), []).append((name, parameter))
     if flags.new_layers is not None and not any(new for new, _ in groups):
         raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
+    rates = {False: flags.learning_rate, True: flags.new_layers_learning_rate}
+    decays = {False: flags.weight_decay, True: 0.0}
     return [
-        {
-            "params": named,
-            "weight_decay": 0.0 if vector else flags.weight_decay,
-            "lr": flags.new_layers_learning_rate if new else flags.learning_rate,
-        }
-        for (new, vector), named in sorted(groups.items(), key=lambda item: item[0])
+        {"params": groups[new, is_vector], "weight_decay": decays[is_vector], "lr": rates[new]}
+        for new, is_vector in sorted(groups)
     ]

@@ -91,15 +91,14 @@ def test_what_may_pass_is_asked_again_and_what_does_not_pass_is_one_line(
     name: str, server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault, expected = FAULTS[name]
-    monkeypatch.setattr("rqa.endpoint.client.RETRIES", 2)
     if name == "slow":
         monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.5)
     server.faults = [None, fault, fault]
-    assert texts(connect(server, concurrency=1).ask(say("a", "b"), 7)) == ["You said: a", "You said: b"]
+    assert texts(connect(server, concurrency=1, retries=2).ask(say("a", "b"), 7)) == ["You said: a", "You said: b"]
     assert server.questions == ["a", "b", "b", "b"]
     server.faults = [fault] * 3
     with pytest.raises(UserError, match=rf"^http://127\.0\.0\.1:\d+/v1: {expected}") as caught:
-        connect(server).ask(say("c"), 7)
+        connect(server, retries=2).ask(say("c"), 7)
     assert server.questions[4:] == ["c"] * 3
     assert "\n" not in str(caught.value)
 

@@ -13,13 +13,12 @@ from scipy import stats
 
 from rqa.data import Document, Example, Turn
 from rqa.evaluation.comparison import Difference, changed_sides, compare, headline, pair
-from rqa.evaluation.metrics import bleu, bleu_statistics, corpus_bleu
+from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics, corpus_bleu
 from rqa.evaluation.results import (
     difference_intervals,
     interval,
     markdown_table,
     mean_intervals,
-    statistic_samples,
     with_intervals,
     write_results,
 )
@@ -79,7 +78,7 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_bootstrap() -> None:
     references = [" ".join(chance.choices("abcdef", k=12)) for _ in range(60)]
     answers = [" ".join(word if chance.random() < 0.8 else "x" for word in text.split()) for text in references]
     statistics = np.array([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)])
-    samples = statistic_samples(statistics, bleu)
+    samples = bleu_samples(statistics)
     theirs = sacrebleu.BLEU().corpus_score(answers, [references], n_bootstrap=1000)
     assert bleu(statistics.sum(axis=0)) == corpus_bleu(answers, references) == pytest.approx(theirs.score / 100)
     assert samples.mean() == pytest.approx(theirs._mean / 100, abs=0.01)

@@ -12,9 +12,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import ndcg_score
 
 from rqa.data import Document, Example
-from rqa.evaluation import metrics
-from rqa.evaluation.metrics import faithfulness, normalize_answer, score_answer
-from rqa.evaluation.retrieval import document_name, mean_scores, retrieval_rows, write_qrels, write_run
+from rqa.evaluation.executables import document_name, write_qrels, write_run
+from rqa.evaluation.metrics import corpus_bleu, faithfulness, normalize_answer, score_answer
+from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
 PAIRS = [
@@ -96,7 +96,7 @@ def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
     for size in range(1, len(PAIRS) + 1):
         answers, references = zip(*PAIRS[:size], strict=True)
         theirs = sacrebleu.BLEU().corpus_score(list(answers), [list(references)]).score
-        assert metrics.corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
+        assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
 
 
 def test_every_score_of_an_answer_is_between_0_and_1() -> None:
@@ -104,10 +104,11 @@ def test_every_score_of_an_answer_is_between_0_and_1() -> None:
     perfect = [(text, text) for text in texts]
     for answer, reference in [*PAIRS, *perfect, *itertools.product(["", "a", "b c"], repeat=2)]:
         assert all(0 <= score <= 1 for score in score_answer(answer, reference).values())
-        assert 0 <= metrics.corpus_bleu([answer], [reference]) <= 1
+        assert 0 <= corpus_bleu([answer], [reference]) <= 1
 
 
 TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
+RATES = ("mrr@10", "ndcg@10", "map@10")
 RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
     ("abcd", "ab", 1, 0, 1, 1, 1 / 2),
     ("abcd", "ab", 2, 1, 1, 1, 1),
@@ -128,10 +129,10 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
 
 def test_scores_of_a_ranking_worked_out_by_hand() -> None:
     for ranking, gold, k, recall, rank, gain, precision in RANKINGS:
-        assert metrics.score_ranking(ranking, set(gold), [k])[f"recall@{k}"] == recall
-        assert metrics.reciprocal_rank(ranking, set(gold), k) == rank
-        assert metrics.ndcg(ranking, set(gold), k) == pytest.approx(gain, abs=1e-12)
-        assert metrics.average_precision(ranking, set(gold), k) == pytest.approx(precision, abs=1e-12)
+        scores = score_ranking(ranking, set(gold), [k], depth=k)
+        assert (scores[f"recall@{k}"], scores[f"mrr@{k}"]) == (recall, rank)
+        assert scores[f"ndcg@{k}"] == pytest.approx(gain, abs=1e-12)
+        assert scores[f"map@{k}"] == pytest.approx(precision, abs=1e-12)
 
 
 def test_ndcg_is_that_of_scikit_learn_and_a_document_found_twice_counts_once() -> None:
@@ -140,10 +141,10 @@ def test_ndcg_is_that_of_scikit_learn_and_a_document_found_twice_counts_once() -
         ranking, gold = chance.sample(range(30), 30), set(chance.sample(range(30), chance.randint(1, 15)))
         relevance = np.array([[float(document in gold) for document in ranking]])
         theirs = ndcg_score(relevance, np.arange(30, 0, -1.0)[None], k=10)
-        assert metrics.ndcg(ranking, gold, 10) == pytest.approx(theirs, abs=1e-12)
-        twice = metrics.score_ranking(chance.choices(range(4), k=12), gold & {*range(4)} or {0}, [1, 3, 10])
+        assert score_ranking(ranking, gold, [])["ndcg@10"] == pytest.approx(theirs, abs=1e-12)
+        twice = score_ranking(chance.choices(range(4), k=12), gold & {*range(4)} or {0}, [1, 3, 10])
         assert all(0 <= score <= 1 for score in twice.values())
-    assert metrics.ndcg([0, 0, 0], {0}, 10) == metrics.ndcg([0, 1, 2], {0}, 10) == 1
+    assert score_ranking([0, 0, 0], {0}, []) == score_ranking([0, 1, 2], {0}, []) == dict.fromkeys(RATES, 1.0)
 
 
 def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give() -> None:
@@ -199,7 +200,7 @@ def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
         run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
         qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.randint(1, 4)), 1)
     for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
-        ours = metrics.score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
+        ours = score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
         assert ours["ndcg@10"] == pytest.approx(theirs["ndcg_cut_10"], abs=1e-6)
         assert ours["map@10"] == pytest.approx(theirs["map_cut_10"], abs=1e-6)
         for k in (1, 4, 10):  # a question counts when all its gold is found

@@ -9,8 +9,9 @@ import pytest
 
 from rqa.data import Document, Example
 from rqa.evaluation import runtime
-from rqa.evaluation.answers import EvaluationDataArguments, evaluate_answers
-from rqa.evaluation.retrieval import EvaluationArguments, measure_speed
+from rqa.evaluation.answers import evaluate_answers
+from rqa.evaluation.executables import EvaluationDataArguments, measure_speed
+from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import latencies, machine, machine_line, peak_memory, seconds
 from rqa.models.reader import Answer, GenerationArguments
 from rqa.recipe.system import ReaderArguments, load_reader

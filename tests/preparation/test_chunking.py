@@ -68,13 +68,17 @@ def test_nothing_is_lost_nothing_added_and_no_passage_is_too_long(text: str, siz
     assert all(len(passage.split()) <= size for passage in passages)
 
 
-def test_no_passage_of_word_pieces_is_longer_than_asked(wordpiece: PreTrainedTokenizerBase) -> None:
+def test_no_passage_of_word_pieces_is_too_long_and_the_callers_tokenizer_is_left_as_it_was(
+    wordpiece: PreTrainedTokenizerBase,
+) -> None:
     text = "The harbour of Arlen is known. It sells copper each spring! " * 40 + "x" * 500
-    core = wordpiece.backend_tokenizer
+    counts, core = wordpiece.backend_tokenizer, Tokenizer.from_str(wordpiece.backend_tokenizer.to_str())
+    core.enable_truncation(4)
     for size in (1, 7, 50):
         passages = cut(text, core, chunk_size=size, chunk_overlap=0)
-        assert max(len(core.encode(passage, add_special_tokens=False).ids) for passage in passages) <= size
+        assert max(len(counts.encode(passage, add_special_tokens=False).ids) for passage in passages) <= size
         assert "".join("".join(passages).split()) == "".join(text.split())
+    assert core.truncation["max_length"] == 4
 
 
 @settings(max_examples=100, deadline=None)
@@ -122,13 +126,6 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, documents: list
     expected = list(chunker.passages(sources))
     monkeypatch.setattr(chunking, "BATCH_CHARACTERS", 100)
     assert list(chunker.passages(iter(sources))) == expected
-
-
-def test_the_callers_tokenizer_is_left_as_it_was(wordpiece: PreTrainedTokenizerBase) -> None:
-    core = Tokenizer.from_str(wordpiece.backend_tokenizer.to_str())
-    core.enable_truncation(4)
-    assert len(" ".join(cut("one two three four five six seven", core, chunk_size=400)).split()) == 7
-    assert core.truncation["max_length"] == 4
 
 
 @pytest.mark.parametrize(

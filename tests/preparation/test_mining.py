@@ -17,17 +17,6 @@ from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 Run = Callable[[str, dict[str, object]], int]
 
 
-def test_a_passage_that_is_gold_for_the_same_question_elsewhere_is_no_negative(documents: list[Document]) -> None:
-    question, other = "Where is copper sold?", "Who?"
-    examples = [Example(question, (documents[0],)), Example(other, (documents[3],)),
-                Example(question.upper() + " ", (documents[1],))]  # fmt: skip
-    copy = Document(documents[0].page_content.upper() + "\n", {"source": "copy"})
-    database = [*documents[:4], copy]
-    hits = Hits(np.tile(np.arange(5), (3, 1)), np.tile(np.arange(5.0, 0, -1), (3, 1)))
-    found = mine(NegativeChooser(examples, database, NegativeArguments()), [hits], database, 9)
-    assert found == [documents[2:4], documents[:3], documents[2:4]]
-
-
 def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Document]) -> None:
     one = Hits(np.array([[0, 1, 2, 3]]), np.array([[4.0, 3, 2, 1]]))
     two = Hits(np.array([[4, 1, 0, -1]]), np.array([[9.0, 8, 7, -np.inf]]))

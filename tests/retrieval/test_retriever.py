@@ -84,52 +84,56 @@ def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_enco
     assert all(module.training for module in encoder.modules())
 
 
-def test_more_than_the_database_holds_is_all_of_it(encoder: Encoder, documents: list[Document]) -> None:
+def test_more_than_the_database_holds_is_all_of_it_and_an_index_in_memory_writes_nothing(
+    encoder: Encoder, documents: list[Document], tmp_path: Path
+) -> None:
     retriever = opened(encoder, documents[:3])
     hits = retriever.retrieve(QUESTIONS, 10)
+    assert not list(tmp_path.iterdir())
     for row in retriever.documents_of(hits):
         assert sorted(document.key for document in row) == sorted(document.key for document in documents[:3])
     assert retriever.retrieve_once(QUESTIONS, 10).ids.tolist() == hits.ids.tolist()
-
-
-def test_the_documents_of_hits_stand_in_their_order_without_the_missing(
-    encoder: Encoder, documents: list[Document]
-) -> None:
-    hits = Hits(np.array([[3, 0, 2], [5, -1, -1], [-1, -1, -1]]), np.zeros((3, 3)))
-    found = Retriever(encoder, documents).documents_of(hits)
-    assert found == [[documents[3], documents[0], documents[2]], [documents[5]], []]
+    some = Hits(np.array([[2, 0, 1], [1, -1, -1], [-1, -1, -1]]), np.zeros((3, 3)))
+    assert retriever.documents_of(some) == [[documents[2], documents[0], documents[1]], [documents[1]], []]
 
 
 # ---------------------------------------------------------------- when the index is built
 
 
-def test_a_fresh_index_is_loaded_without_encoding(
+def test_an_index_is_loaded_without_encoding_and_rebuilt_if_it_is_stale_or_damaged(
     encoder: Encoder, encoder_path: str, documents: list[Document], tmp_path: Path, encoded: list[int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    first = opened(encoder, documents, tmp_path / "index").retrieve(QUESTIONS, 4)
-    encoded.clear()
-    with caplog.at_level(logging.INFO, logger="rqa"):
-        retriever = opened(load_encoder(encoder_path), list(documents), tmp_path / "index")
-    assert encoded == []
-    assert [record.levelno for record in caplog.records] == [logging.INFO]
-    np.testing.assert_array_equal(retriever.retrieve(QUESTIONS, 4).ids, first.ids)
-
-
-def test_a_stale_index_is_rebuilt_and_says_so(
-    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int], caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "index"
+    path, other = tmp_path / "index", load_encoder(encoder_path)
+    change_weights(other)
     opened(encoder, documents, path)
-    change_weights(encoder)
-    encoded.clear()
-    for _ in range(2):
-        retriever = opened(encoder, documents, path)
-    assert encoded == [len(documents)]  # once
-    (warning,) = [record.getMessage() for record in caplog.records if record.levelno == logging.WARNING]
-    assert warning == f"index {path} was made from other documents, weights or settings: rebuilding it"
-    best = retriever.retrieve(QUESTIONS, 1).scores[:, 0]
-    np.testing.assert_allclose(best, expected_scores(encoder, documents).max(axis=1), atol=1e-5)
+    for harm, model in (
+        (None, load_encoder(encoder_path)),
+        (lambda: (path / "COMPLETE").unlink(), encoder),
+        (lambda: (path / "index.faiss").write_bytes(b"half"), encoder),
+        (lambda: None, other),
+    ):
+        if harm:
+            harm()
+        for stale in (harm is not None, False):
+            encoded.clear()
+            caplog.clear()
+            with caplog.at_level(logging.INFO, logger="rqa"):
+                retriever = opened(model, list(documents), path)
+            assert encoded == [len(documents)] * stale
+            assert [record.levelno for record in caplog.records] == [logging.WARNING] * stale + [logging.INFO]
+            assert ("was made from other documents, weights or settings: rebuilding it" in caplog.text) == stale
+        best = retriever.retrieve(QUESTIONS, 1).scores[:, 0]
+        np.testing.assert_allclose(best, expected_scores(model, documents).max(axis=1), atol=1e-5)
+
+
+def test_a_foreign_directory_is_refused_before_anything_is_encoded(
+    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
+) -> None:
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match="holds something that is not an rqa index"):
+        opened(encoder, documents, tmp_path)
+    assert encoded == []
 
 
 def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerprint(
@@ -157,35 +161,6 @@ def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerp
     stamp, identity = made(flags={"index_search_parameters": "efSearch=1"})
     assert stamp == stamps[0]
     assert identity not in identities
-
-
-def test_a_damaged_index_is_rebuilt(
-    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
-) -> None:
-    path = tmp_path / "index"
-    opened(encoder, documents, path)
-    for harm in (lambda: (path / "COMPLETE").unlink(), lambda: (path / "index.faiss").write_bytes(b"half")):
-        harm()
-        encoded.clear()
-        opened(encoder, documents, path)
-        opened(encoder, documents, path)
-        assert encoded == [len(documents)]
-
-
-def test_an_index_in_memory_writes_nothing(encoder: Encoder, documents: list[Document], tmp_path: Path) -> None:
-    opened(encoder, documents)
-    assert not list(tmp_path.iterdir())
-
-
-def test_a_foreign_directory_is_refused_before_anything_is_encoded(
-    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
-) -> None:
-    (tmp_path / "precious").mkdir()
-    (tmp_path / "precious" / "thesis.tex").write_text("mine")
-    with pytest.raises(UserError, match="precious"):
-        opened(encoder, documents, tmp_path / "precious")
-    assert encoded == []
-    assert (tmp_path / "precious" / "thesis.tex").read_text() == "mine"
 
 
 # ---------------------------------------------------------------- retrieved once

@@ -1,0 +1,73 @@
+"""What the executables of evaluation alone need: their flags, how fast a retriever is, and files for trec_eval."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from rqa.data import Document, DocumentArguments, Example
+from rqa.evaluation.results import Scores
+from rqa.evaluation.runtime import latencies, seconds
+from rqa.prompts import retrieval_query
+from rqa.retrieval.retriever import Hits, PassageRetriever
+from rqa.runtime.files import atomic_file, fingerprint
+from rqa.runtime.flags import flag
+
+WARM_UP, TIMED_QUESTIONS = 3, 100  # asked one at a time
+
+
+@dataclass(kw_only=True)
+class EvaluationDataArguments(DocumentArguments):
+    """What is evaluated, and on what."""
+
+    embedding_model: str = flag(
+        help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
+        also="embedding_model_name_or_path eval_embedding_model",
+    )
+    eval_data_path: str = flag(
+        help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"
+    )
+    output_dir: str = flag(help="Directory that receives scores, predictions and report.")
+    max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
+
+    def check(self) -> None:
+        self.check_bounds("max_examples", at_least=0)
+
+
+def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:
+    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else."""
+    queries = list(map(retrieval_query, examples))
+    for query in queries[:WARM_UP]:
+        retriever.retrieve([query], k)
+    single = [seconds(lambda query=query: retriever.retrieve([query], k)) for query in queries[:TIMED_QUESTIONS]]
+    together = seconds(lambda: retriever.retrieve(queries, k))
+    speed = latencies(single) | {"questions_per_second": len(queries) / together}
+    return {f"retr/{name}": value for name, value in speed.items()}
+
+
+def document_name(document: Document) -> str:
+    """A name without spaces; two documents have the same one when they are the same."""
+    return fingerprint(*document.key)[:16]
+
+
+def write_run(path: str | Path, hits: Hits, documents: Sequence[Document], tag: str = "rqa") -> None:
+    """Write `question Q0 document rank score tag` lines; questions are numbered from 1, in the order of the hits.
+
+    trec_eval sorts by score, in single precision, and ties by name. So that it ranks as we do, a score that is not
+    below the one before it is written as the next smaller number.
+    """
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for question, (ids, scores) in enumerate(zip(hits.ids, hits.scores.astype(np.float32), strict=True), start=1):
+            before = np.float32(np.inf)
+            for rank, (i, score) in enumerate(zip(ids[ids >= 0], scores[ids >= 0], strict=True), start=1):
+                before = min(score, np.nextafter(before, np.float32(-np.inf)))
+                file.write(f"{question} Q0 {document_name(documents[i])} {rank} {float(before)!r} {tag}\n")
+
+
+def write_qrels(path: str | Path, examples: Sequence[Example]) -> None:
+    """Write `question 0 document 1` lines for the gold documents; questions are numbered from 1."""
+    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+        for question, example in enumerate(examples, start=1):
+            for name in dict.fromkeys(document_name(document) for document in example.gold_docs):
+                file.write(f"{question} 0 {name} 1\n")
