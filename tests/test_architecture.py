@@ -1,4 +1,4 @@
-"""The one-way street, the shape of the repository, and what a wheel contains."""
+"""What may import what, what `import rqa` offers, and what a wheel contains."""
 
 import ast
 import importlib
@@ -8,70 +8,66 @@ import subprocess
 import sys
 import textwrap
 import zipfile
+from collections.abc import Callable
+from functools import partial
+from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+import rqa
+
 ROOT = Path(__file__).parents[1]
-STREET = ["data", "prompts", "packing", "models", "retrieval", "objectives", "training", "evaluation", "recipes"]
-OPTIONAL = [
-    "flash_attn",
-    "peft",
-    "wandb",
-    "tensorboard",
-    "trackio",
-    "gguf",
-    "sentence_transformers",
-    "trl",
-    "trafilatura",
-    "pypdf",
-]
+FILES = sorted((ROOT / "rqa").rglob("*.py"))
+# From the top down: a file imports from its own folder and from those below, not from a neighbour.
+LEVELS = [["recipe"], ["evaluation", "preparation"], ["endpoint"], ["objectives"], ["training", "retrieval"],
+          ["models"], ["packing"], ["prompts"], ["data"], ["runtime"]]  # fmt: skip
+OPTIONAL = ["flash_attn", "peft", "wandb", "tensorboard", "trackio", "gguf", "sentence_transformers", "trl",
+            "trafilatura", "pypdf"]  # fmt: skip
+
+
+def module(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+MODULES = {module(path): path for path in FILES}
 
 
 def imports(path: Path) -> set[str]:
-    """The modules of rqa that a file imports, below the package."""
+    """The modules of rqa that a file imports, wherever in the file."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-        names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-        found |= {name.split(".")[1] for name in names if name.startswith("rqa.")}
-    return found
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: imports by a relative name"
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            found |= {name if name in MODULES else node.module for name in names}
+    return {name for name in found if name.split(".")[0] == "rqa"}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "rqa").rglob("*.py")), ids=lambda path: str(path.relative_to(ROOT)))
-def test_a_file_imports_only_from_its_left(path: Path) -> None:
-    place = path.relative_to(ROOT / "rqa").parts[0].removesuffix(".py")
-    allowed = {"runtime"} if place in ("runtime", "__init__") else {"runtime", *STREET[: STREET.index(place) + 1]}
-    assert imports(path) <= allowed
+def test_a_file_imports_only_from_its_own_folder_and_those_below() -> None:
+    depth = {folder: number for number, level in enumerate(LEVELS) for folder in level}
+    for name, path in MODULES.items():
+        if name != "rqa":
+            own = name.split(".")[1]
+            for other in imports(path):
+                place = other.split(".")[1]
+                assert place == own or depth[place] > depth[own], f"{name} imports {other}"
 
 
-def file_tree() -> str:
-    """Every file of rqa and what it says of itself, as a list in Markdown."""
-    lines = []
-    for path in sorted((ROOT / "rqa").rglob("*.py")):
-        says = ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))) or ""
-        if path.name != "__init__.py":
-            says = re.sub(r" \([^)]*\)", "", " ".join(says.split()))
-            sentence = re.split(r"(?<=[.;])\s", says)[0].rstrip(";.")
-            item = f"- `{path.relative_to(ROOT)}`: {sentence}"
-            lines.append(textwrap.fill(item, 120, subsequent_indent="  ", break_on_hyphens=False))
-    return "\n".join(lines)
-
-
-def test_the_readme_names_every_file_with_its_own_words() -> None:
-    assert file_tree() in (ROOT / "README.md").read_text(encoding="utf-8"), f"it should hold:\n{file_tree()}"
-
-
-def test_no_executable_imports_another() -> None:
-    for path in (ROOT / "bin").iterdir():
+def test_no_import_goes_round_in_a_circle_and_no_executable_imports_another() -> None:
+    TopologicalSorter({name: imports(path) - {name} for name, path in MODULES.items()}).prepare()
+    for path in (path for path in (ROOT / "bin").iterdir() if path.is_file()):
+        assert imports(path) <= set(MODULES), path.name
         assert not re.search(r"^(from|import) bin", path.read_text(encoding="utf-8"), re.MULTILINE)
         assert path.stat().st_mode & 0o111, f"{path.name} has no run bit"
 
 
 def test_torch_is_imported_before_faiss() -> None:
     """The other way round each has an OpenMP of its own, and searches take ten times as long (retrieval/index.py)."""
-    paths = [*(ROOT / "rqa").rglob("*.py"), *(ROOT / "benchmarks").glob("*.py")]
-    texts = [path.read_text(encoding="utf-8") for path in paths]
+    texts = [path.read_text(encoding="utf-8") for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]]
     found = [text for text in texts if "\nimport faiss" in text]
     assert found
     assert all("\nimport torch" in text.partition("\nimport faiss")[0] for text in found)
@@ -83,44 +79,79 @@ def test_every_benchmark_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> Non
         assert importlib.import_module(path.stem).__doc__
 
 
-def test_importing_rqa_loads_no_heavy_and_no_optional_package() -> None:
-    code = f"import rqa, sys; print([m for m in {[*OPTIONAL, 'torch', 'transformers']!r} if m in sys.modules])"
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
-
-
-def test_no_module_needs_an_optional_package_and_none_waits_for_a_slow_one() -> None:
-    modules = [".".join(path.relative_to(ROOT).with_suffix("").parts) for path in (ROOT / "rqa").rglob("*.py")]
-    modules.remove("rqa.endpoint.client")  # imported when a server is asked
+def test_importing_rqa_is_quick_and_no_module_needs_an_optional_package_or_waits_for_a_slow_one() -> None:
+    names = [name for name in MODULES if name != "rqa.endpoint.client"]  # imported when a server is asked
     code = f"""
 import importlib, sys
-for name in {OPTIONAL!r}:
-    sys.modules[name] = None
-for name in {modules!r}:
+import rqa
+print([name for name in ("torch", "transformers") if name in sys.modules])
+sys.modules.update(dict.fromkeys({OPTIONAL!r}))
+for name in {names!r}:
     importlib.import_module(name)
-print([name for name in ("openai", "nltk", "pandas") if name in sys.modules])
+print([name for name in ("openai", "nltk", "pandas", "matplotlib") if name in sys.modules])
 """
-    assert subprocess.check_output([sys.executable, "-c", code], text=True).strip() == "[]"
+    assert subprocess.check_output([sys.executable, "-c", code], text=True).split() == ["[]", "[]"]
 
 
+@pytest.fixture
+def run_code(
+    lm_path: str, encoder_path: str, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> Callable[[str], dict[str, Any]]:
+    """Run a user's code beside the files that it names, whatever models it names replaced by tiny ones."""
+    for name, path in (("load_encoder", encoder_path), ("load_reader", lm_path)):
+        place = importlib.import_module(rqa.SURFACE[name])
+        tiny = partial(lambda load, path, _, *rest, **named: load(path, *rest, **named), getattr(place, name), path)
+        monkeypatch.setattr(place, name, tiny)
+
+    def run(code: str) -> dict[str, Any]:
+        for name in re.findall(r'"([\w./]+\.jsonl)"', code):
+            kind = next((kind for kind in ("train", "eval", "test") if kind in name), None)
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(data / (f"{kind}_w_qa.jsonl" if kind else "documents.jsonl"), tmp_path / name)
+        monkeypatch.chdir(tmp_path)
+        names: dict[str, Any] = {"rqa": rqa, "__name__": "example"}
+        exec(compile(code, "example", "exec"), names)
+        return names
+
+    return run
+
+
+def test_the_surface_is_at_most_ten_names_and_answers_a_question_as_it_says(
+    run_code: Callable[[str], dict[str, Any]],
+) -> None:
+    assert len(rqa.SURFACE) <= 10
+    for name, place in rqa.SURFACE.items():
+        assert getattr(rqa, name) is getattr(importlib.import_module(place), name)
+    assert dir(rqa) == sorted(rqa.SURFACE)
+    with pytest.raises(AttributeError, match="has no attribute 'nothing'"):
+        _ = rqa.nothing
+    code = "\n".join(re.findall("^    .*", rqa.__doc__, re.MULTILINE))
+    names = run_code(textwrap.dedent(code))
+    assert isinstance(names["text"], str)
+    assert [type(passage) for passage in names["passages"]] == [rqa.Document] * 3
+
+
+def test_the_readme_s_algorithm_of_one_s_own_trains(run_code: Callable[[str], dict[str, Any]], tmp_path: Path) -> None:
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    found = re.search(
+        r"^#+ Your own algorithm\n(?:(?!^#+ ).*\n)*?```python\n(.*?)```", readme, re.MULTILINE | re.DOTALL
+    )
+    if not found:
+        pytest.skip('README.md has no ```python block under a heading "Your own algorithm"')
+    run_code(found[1])
+    assert list(tmp_path.rglob("trainer_state.json"))
+    assert list(tmp_path.rglob("model.safetensors"))
+
+
+@pytest.mark.slow
 def test_a_wheel_contains_every_package_and_executable(tmp_path: Path) -> None:
     source = tmp_path / "source"  # without what an earlier build left in the tree
     shutil.copytree(ROOT, source, ignore=shutil.ignore_patterns(".*", "build", "*.egg-info", "__pycache__"))
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "-q",
-        "-w",
-        str(tmp_path),
-        str(source),
-    ]
-    subprocess.run(command, check=True)
+    pip = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "-q"]
+    subprocess.run([*pip, "-w", tmp_path, source], check=True)
     (wheel,) = tmp_path.glob("*.whl")
     names = zipfile.ZipFile(wheel).namelist()
-    for path in [*(ROOT / "rqa").rglob("*.py"), *(ROOT / "rqa").rglob("*.html")]:
+    for path in [*FILES, *(ROOT / "rqa").rglob("*.html")]:
         assert str(path.relative_to(ROOT)) in names
-    for path in (ROOT / "bin").iterdir():
+    for path in (path for path in (ROOT / "bin").iterdir() if path.is_file()):
         assert any(name.endswith(f"scripts/{path.name}") for name in names)

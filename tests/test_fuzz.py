@@ -1,14 +1,14 @@
 """Whatever a file or a command line holds: one line that names it, or a good value; never a traceback.
 
-RQA_FUZZ_EXAMPLES sets how many inputs each test makes up.
+`--hypothesis-profile thorough` makes up a thousand inputs for each test instead of 25.
 """
 
 import ast
 import json
-import os
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,11 @@ import torch
 import numpy as np
 import pytest
 from torch import nn
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
+from trainers import EXECUTABLES, flags_of, parsed, required
 
 from rqa.data import Document, Example, read_documents, read_examples, write_documents, write_examples
-from rqa.models.encoder import EncoderArguments
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import _sha256, damage
@@ -31,34 +31,14 @@ from rqa.training.journal import RunState, resume_state
 from rqa.training.optim import Optimization
 
 ROOT = Path(__file__).parents[1]
-CPU = torch.device("cpu")
-fuzz = settings(
-    max_examples=int(os.environ.get("RQA_FUZZ_EXAMPLES", "100")),
-    deadline=None,
-    derandomize=True,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
-tried = {"refused": 0, "accepted": 0}
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _count(request: pytest.FixtureRequest) -> Iterator[None]:
-    yield
-    with request.config.pluginmanager.getplugin("capturemanager").global_and_fixture_disabled():
-        print(f"\nfuzz: {sum(tried.values())} inputs, {tried['refused']} refused in one line")
 
 
 def result(call: Callable[[], Any], *named: str) -> Any:
     """What a call returns; None if it refuses, in one line that names what it refuses."""
     try:
-        value = call()
+        return call()
     except UserError as error:
         message = str(error)
-    else:
-        tried["accepted"] += 1
-        return value
-    tried["refused"] += 1
     assert "\n" not in message
     assert not named or any(name in message for name in named), message
     return None
@@ -70,20 +50,14 @@ JSON = st.recursive(
     max_leaves=6,
 )
 CONTENT = st.text(max_size=9) | st.just("The \ud800 mark") | JSON
-DOCUMENT = st.fixed_dictionaries({"page_content": CONTENT}, optional={"metadata": JSON | st.fixed_dictionaries(
-    {}, optional={"source": JSON, "title": JSON}), "fmt_content": CONTENT})  # fmt: skip
+METADATA = JSON | st.fixed_dictionaries({}, optional={"source": JSON, "title": JSON})
+DOCUMENT = st.fixed_dictionaries({"page_content": CONTENT}, optional={"metadata": METADATA, "fmt_content": CONTENT})
 DOCUMENTS = st.lists(DOCUMENT, max_size=3) | JSON
-EXAMPLE = st.fixed_dictionaries(
-    {"question": CONTENT},
-    optional={
-        "questions": st.lists(CONTENT, max_size=3) | JSON,
-        "gold_answer": CONTENT,
-        "gold_docs": DOCUMENTS,
-        "hard_neg_docs": DOCUMENTS,
-        "ctxs": DOCUMENTS,
-        "chat_history": st.lists(st.fixed_dictionaries({"speaker": CONTENT, "message": CONTENT}), max_size=2) | JSON,
-    },
-)
+TURN = st.fixed_dictionaries({"speaker": CONTENT, "message": CONTENT})
+OPTIONAL = {"questions": st.lists(CONTENT, max_size=3) | JSON, "gold_answer": CONTENT, "gold_docs": DOCUMENTS,
+            "other_answers": JSON, "hard_neg_docs": DOCUMENTS, "ctxs": DOCUMENTS,
+            "chat_history": st.lists(TURN, max_size=2) | JSON}  # fmt: skip
+EXAMPLE = st.fixed_dictionaries({"question": CONTENT}, optional=OPTIONAL)
 
 
 def lines(rows: st.SearchStrategy[Any]) -> st.SearchStrategy[bytes]:
@@ -105,8 +79,12 @@ def mutated(data: bytes) -> st.SearchStrategy[bytes]:
     return st.lists(edit, min_size=1, max_size=3).map(apply)
 
 
+def copied(source: Path, target: Path) -> Path:
+    shutil.rmtree(target, ignore_errors=True)
+    return shutil.copytree(source, target)
+
+
 @given(data=lines(DOCUMENT) | st.binary(max_size=60))
-@fuzz
 def test_documents(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "documents.jsonl"
     path.write_bytes(data)
@@ -117,7 +95,6 @@ def test_documents(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> Non
 
 
 @given(data=lines(EXAMPLE) | st.binary(max_size=60), answers=st.booleans())
-@fuzz
 def test_examples(data: bytes, answers: bool, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "examples.jsonl"
     path.write_bytes(data)
@@ -132,7 +109,6 @@ PICKLED = pickle.dumps([{"page_content": "A harbour.", "metadata": {"source": "a
 
 
 @given(data=mutated(PICKLED) | st.binary(max_size=60))
-@fuzz
 def test_pickles(data: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     path = tmp_path_factory.getbasetemp() / "documents.pkl"
     path.write_bytes(data)
@@ -150,11 +126,8 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @given(draw=st.data())
-@fuzz
 def test_a_damaged_index_is_not_loaded(draw: st.DataObject, index: Path) -> None:
-    copy = index.with_name("copy")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(index, copy)
+    copy = copied(index, index.with_name("copy"))
     name = draw.draw(st.sampled_from(sorted(path.name for path in copy.iterdir())))
     before = (copy / name).read_bytes()
     (copy / name).write_bytes(draw.draw(mutated(before) | st.binary(max_size=40)))
@@ -168,28 +141,25 @@ class Saved(nn.Linear):
         torch.save(self.state_dict(), directory / "w.pt")
 
 
-def optimization(module: nn.Module, arguments: LoopArguments) -> Optimization:
-    return Optimization(module, arguments, 10, CPU)
+def one_step(optimization: Optimization, module: nn.Module, step: int = 0) -> None:
+    optimization.backward(module(torch.ones(2)).sum())
+    optimization.step(step)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The first of two checkpoints of one run."""
     output, module = tmp_path_factory.mktemp("fuzz"), Saved(2, 2)
-    trained = optimization(module, LoopArguments(output_dir=str(output)))
+    trained = Optimization(module, LoopArguments(output_dir=str(output)), 10)
     for step in (1, 2):
-        trained.backward(module(torch.ones(2)).sum())
-        trained.step()
-        save_checkpoint(output, module, trained, RunState(step=step, examples=8 * step, window={"loss": 1.0}))
+        one_step(trained, module, step - 1)
+        save_checkpoint(output, module, trained, RunState(step=step, examples=8 * step))
     return output / "checkpoint-1"
 
 
 @given(draw=st.data())
-@fuzz
 def test_a_damaged_checkpoint_is_passed_over(draw: st.DataObject, checkpoint: Path) -> None:
-    output = checkpoint.parent.with_name("copy")
-    shutil.rmtree(output, ignore_errors=True)
-    shutil.copytree(checkpoint.parent, output)
+    output = copied(checkpoint.parent, checkpoint.parent.with_name("copy"))
     newest = output / "checkpoint-2"
     name = draw.draw(st.sampled_from(sorted(path.name for path in newest.iterdir())))
     before = (newest / name).read_bytes()
@@ -209,11 +179,8 @@ STATE = st.dictionaries(
 
 
 @given(draw=st.data())
-@fuzz
 def test_a_checkpoint_whose_checksums_lie_is_refused_in_one_line(draw: st.DataObject, checkpoint: Path) -> None:
-    copy = checkpoint.parent.with_name("lying")
-    shutil.rmtree(copy, ignore_errors=True)
-    shutil.copytree(checkpoint, copy)
+    copy = copied(checkpoint, checkpoint.parent.with_name("lying"))
     name = draw.draw(st.sampled_from(["trainer_state.json", "training_state.pt"]))
     made_up = STATE.map(lambda state: json.dumps(state).encode())
     data = draw.draw(
@@ -222,7 +189,8 @@ def test_a_checkpoint_whose_checksums_lie_is_refused_in_one_line(draw: st.DataOb
     (copy / name).write_bytes(data)
     sums = {path.name: _sha256(path) for path in copy.iterdir() if path.name != "COMPLETE"}
     (copy / "COMPLETE").write_text(json.dumps(sums))
-    trained = optimization(Saved(2, 2), LoopArguments(output_dir=str(copy)))
+    module = Saved(2, 2)
+    trained = Optimization(module, LoopArguments(output_dir=str(copy)), 10)
 
     def resume() -> RunState:
         state = resume_state(copy, LoopArguments(output_dir=str(copy.parent), metric_for_best_model="loss"))
@@ -233,65 +201,50 @@ def test_a_checkpoint_whose_checksums_lie_is_refused_in_one_line(draw: st.DataOb
     if state:
         assert state.step >= 0
         assert state.examples >= 0
-        trained.backward(next(iter(trained.trained)).sum())
-        trained.step()
+        one_step(trained, module, state.step)
 
 
-FLAGS = sorted({*LoopArguments.__dataclass_fields__, *EncoderArguments.__dataclass_fields__})
 VALUE = (
     st.sampled_from(["true", "false", "no", "steps", "0", "1", "-1", "nan", "inf", "-0.5", "1e400", "9" * 30, ""])
     | st.text(max_size=6)
     | st.integers().map(str)
     | st.floats().map(str)
 )
-LINE = st.lists(st.tuples(st.sampled_from(FLAGS) | st.text(max_size=8), st.lists(VALUE, max_size=2)), max_size=4)
 
 
-@given(flags=LINE)
-@fuzz
-def test_command_lines(flags: list[tuple[str, list[str]]]) -> None:
-    line = ["--output_dir", "out", *(part for name, values in flags for part in (f"--{name}", *values))]
-    if "--help" in line or "-h" in line:
-        return
-    _check(line)
+@st.composite
+def command_lines(draw: st.DrawFn) -> tuple[str, dict[str, Any]]:
+    """An executable, and flags that are mostly its own."""
+    name = draw(st.sampled_from(EXECUTABLES))
+    flag = st.sampled_from([flag.name for flag in fields(flags_of(name)[0])]) | st.text(max_size=8)
+    return name, draw(st.dictionaries(flag, st.lists(VALUE, max_size=2) | JSON, max_size=4))
 
 
-@given(
-    values=JSON
-    | st.dictionaries(st.sampled_from(FLAGS), JSON | VALUE, max_size=4).map(lambda d: {"output_dir": "out"} | d)
-)
-@fuzz
-def test_files_of_flags(values: Any, tmp_path_factory: pytest.TempPathFactory) -> None:
-    path = tmp_path_factory.getbasetemp() / "flags.json"
-    path.write_text(json.dumps(values))
-    _check([str(path)])
-
-
-def _check(line: list[str]) -> None:
+@given(command=command_lines(), in_file=st.booleans(), other=JSON)
+def test_command_lines_and_files_of_flags(
+    command: tuple[str, dict[str, Any]], in_file: bool, other: Any, tmp_path_factory: pytest.TempPathFactory
+) -> None:
     """What is accepted is good enough to train with."""
-    parsed = result(lambda: parse((LoopArguments, EncoderArguments), "fuzz", line))
-    if parsed:
-        arguments = parsed[0]
-        module = nn.Linear(2, 2)
-        torch.manual_seed(arguments.seed)
-        np.random.seed(arguments.seed)
-        if not arguments.fp16:
-            trained = optimization(module, arguments)
-            trained.backward(module(torch.ones(2)).sum())
-            trained.step()
-
-
-def calls(path: Path) -> Iterator[tuple[str, ast.Call]]:
-    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        if isinstance(node, ast.Call):
-            yield ast.unparse(node.func), node
+    (name, values), path = command, tmp_path_factory.getbasetemp() / "flags.json"
+    parts = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
+    line = [str(part) for flag, given in parts.items() for part in (f"--{flag}", *given)]
+    path.write_text(json.dumps(dict.fromkeys(required(name), "x") | values))
+    if "--help" not in line and "-h" not in line:
+        flags = result(lambda: parse(*flags_of(name), [str(path)]) if in_file else parsed(name, line))
+        if isinstance(flags, LoopArguments) and not flags.fp16 and flags.new_layers is None:
+            torch.manual_seed(flags.seed)
+            module = nn.Linear(2, 2)
+            one_step(Optimization(module, flags, 10), module)
+    path.write_text(json.dumps(other))
+    assert not result(lambda: parse(*flags_of("train_ctl"), [str(path)])), "it lacks what is required"
 
 
 def test_nothing_that_is_read_may_execute_code() -> None:
     sources = [*(ROOT / "rqa").rglob("*.py"), *(path for path in (ROOT / "bin").iterdir() if path.is_file())]
     assert len(sources) > 40
     for path in sources:
-        for name, call in calls(path):
+        for call in (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call)):
+            name = ast.unparse(call.func)
             where = f"{path}:{call.lineno}"
             given = {keyword.arg: ast.unparse(keyword.value) for keyword in call.keywords}
             assert name not in ("eval", "exec", "pickle.load", "pickle.loads", "marshal.loads", "joblib.load"), where

@@ -13,7 +13,6 @@ from rqa.runtime.flags import Arguments, parse
 
 BIN = Path(__file__).parents[1] / "bin"
 EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
-TRAINERS = [name for name in EXECUTABLES if name.startswith("train_")]
 
 
 @cache
@@ -25,12 +24,16 @@ def flags_of(name: str) -> tuple[type[Arguments], str]:
     return kind, module["__doc__"]
 
 
+def required(name: str) -> dict[str, set[str]]:
+    """The flags that an executable cannot do without, each with all that the command line calls it."""
+    lacks_default = (f for f in fields(flags_of(name)[0]) if f.default is MISSING and f.default_factory is MISSING)
+    return {flag.name: {f"--{flag.name}", *flag.metadata["aliases"]} for flag in lacks_default}
+
+
 def parsed(name: str, line: list[str]) -> Any:
     """An executable's flags from a command line; a required one that it lacks is "x"."""
-    kind, about = flags_of(name)
-    required = [flag for flag in fields(kind) if flag.default is MISSING and flag.default_factory is MISSING]
-    names = {flag.name: {f"--{flag.name}", *flag.metadata["aliases"]} for flag in required}
-    return parse(kind, about, [*(f"--{flag}=x" for flag, known in names.items() if not known & {*line}), *line])
+    lacking = [f"--{flag}=x" for flag, names in required(name).items() if not names & {*line}]
+    return parse(*flags_of(name), [*lacking, *line])
 
 
 def history(output: Path, name: str) -> list[float]:
