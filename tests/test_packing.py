@@ -86,7 +86,7 @@ def test_an_answer_batch_names_position_target_and_owner_of_each_answer_token(co
 @packed_and_padded
 def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Collate) -> None:
     asked = [FiDSequence([[1, 2, 3], [4], [5, 6]], [7, 8]), FiDSequence([[9, 10]], []), FiDSequence([[11] * 5], [12])]
-    batch = fid_batch(asked, collate, 6, [4, 5, 6])
+    batch = fid_batch(asked, collate, [4, 5, 6], max_tokens=6)
     assert max(len(part.rows) for part in batch.parts) <= 6
     found = torch.zeros(batch.owners.shape, dtype=torch.long).flatten()
     found[batch.places] = torch.cat([part.inputs["input_ids"].flatten()[part.rows] for part in batch.parts])

@@ -85,8 +85,8 @@ class Encoder(nn.Module):
         passage_encoder: "Encoder | None" = None,  # frozen; None: this one encodes questions and passages
     ) -> None:
         super().__init__()
-        self.backbone, self.tokenizer, self.settings = backbone, tokenizer, settings
-        self.projection = projection
+        self.backbone, self.projection = backbone, projection
+        self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.collate = choose_collate(backbone, tokenizer.pad_token_id)
 

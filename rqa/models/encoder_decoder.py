@@ -29,9 +29,7 @@ from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 
 WARM_START = "bert::"
-NEW_LAYERS = (
-    "crossattention|predictions|lm_head"  # names of the parameters that a warm start makes anew; must learn faster
-)
+NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
 NEAR_ZERO = 0.1
 MAX_ENCODER_TOKENS = 16384
@@ -134,7 +132,10 @@ class FiDBatch(Batch):
 
 
 def fid_batch(
-    sequences: Sequence[FiDSequence], collate: Collate, max_tokens: int, indices: Sequence[int] = ()
+    sequences: Sequence[FiDSequence],
+    collate: Collate,
+    indices: Sequence[int] = (),
+    max_tokens: int = MAX_ENCODER_TOKENS,
 ) -> FiDBatch:
     """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
     passages = [passage for sequence in sequences for passage in sequence.passages]
@@ -179,6 +180,8 @@ def load_encoder_decoder(
         asked = getattr(flags, f"max_{side}_seq_length", None)
         if limit and asked and asked > limit:
             raise UserError(f"--max_{side}_seq_length {asked}: {name} takes at most {limit} tokens")
+    if flags.dtype is torch.float16 and model.config.model_type in OVERFLOWING:
+        raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))
 
 
@@ -202,11 +205,6 @@ def _warm_start(path: str, tokenizer: Any, load: Callable[..., PreTrainedModel])
         for name, token in tokens.items():
             setattr(config, f"{name}_token_id", token)
     return model
-
-
-def refuse_overflow(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    if dtype is torch.float16 and model.config.model_type in OVERFLOWING:
-        raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
 
 
 def start_token(model: PreTrainedModel) -> int:
@@ -265,7 +263,7 @@ class FiDReader(LocalReader):
         most = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
         config = self.flags.config(most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
-            batch = fid_batch(prompts, self.collate, self.max_batch_tokens).to(fid.model.device)
+            batch = fid_batch(prompts, self.collate, max_tokens=self.max_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 
@@ -325,13 +323,8 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
     recording.run(_record.set, record)
     recording.run(model, **inputs, decoder_input_ids=first, use_cache=False)
     assert layers, "no cross-attention was seen"
-    return mean_by_owner(torch.stack(layers).mean(0), batch.owners)
-
-
-def mean_by_owner(values: Tensor, owners: Tensor) -> Tensor:
-    """The mean of each passage's values; -inf for a passage that a question does not have. [B, S], [B, S] -> [B, K]"""
-    column = owners + 1  # column 0 gets the padding, and is dropped
-    values = values.masked_fill(owners < 0, 0.0)  # padding scores -inf
-    nothing = values.new_zeros(len(owners), int(column.max()) + 1)
+    values = torch.stack(layers).mean(0).masked_fill(batch.owners < 0, 0.0)  # padding scores -inf. [B, S]
+    column = batch.owners + 1  # column 0 gets the padding, and is dropped
+    nothing = values.new_zeros(len(values), int(column.max()) + 1)
     sums, counts = (nothing.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
     return (sums / counts).masked_fill(counts == 0, float("-inf"))[:, 1:]

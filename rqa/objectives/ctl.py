@@ -128,8 +128,7 @@ class Contrasts:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
             unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
-        self.examples, self.hard = examples, hard
-        self.flags, self.seed = flags, seed
+        self.examples, self.hard, self.flags, self.seed = examples, hard, flags, seed
         self._numbers = {key: number for number, key in enumerate(unique)}
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])

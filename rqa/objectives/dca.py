@@ -15,7 +15,6 @@ from transformers import PreTrainedModel
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import (
-    MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
     FiDPrompter,
     FiDSequence,
@@ -23,7 +22,6 @@ from rqa.models.encoder_decoder import (
     load_encoder_decoder,
     observe,
     passage_scores,
-    refuse_overflow,
 )
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
@@ -94,7 +92,6 @@ def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher
     if flags.with_score:
         return GivenScores(examples)
     model, prompter = load_encoder_decoder(str(flags.reader_model_path), flags, dtype=flags.dtype)
-    refuse_overflow(model, flags.dtype)
     settings = (prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
     return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
@@ -111,8 +108,7 @@ class CrossAttentionScorer:
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
-        self.prompter = prompter
-        self.batch_size, self.kind = batch_size, kind
+        self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
         self._warn_once = cache(log.warning)
         self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
         observe(model)
@@ -129,7 +125,7 @@ class CrossAttentionScorer:
         with evaluating(self.model):
             for batch in progress(batches, desc="reader", unit="batch", disable=len(batches) < 8):
                 sequences = [sequence for sequence, _ in batch]
-                inputs = fid_batch(sequences, self._collate, MAX_ENCODER_TOKENS).to(self.model.device)
+                inputs = fid_batch(sequences, self._collate).to(self.model.device)
                 scores = passage_scores(self.model, inputs, self.kind).tolist()
                 for (_, positions), row in zip(batch, scores, strict=True):
                     for position in positions:

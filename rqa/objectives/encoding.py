@@ -46,9 +46,7 @@ class EncoderObjective(nn.Module):
 
     def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
         super().__init__()
-        self.encoder = encoder
-        self.temperature = temperature
-        self.chunk_size = chunk_size
+        self.encoder, self.temperature, self.chunk_size = encoder, temperature, chunk_size
 
     def embed(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of questions and passages, with gradient unless these are frozen. -> [B, D], [P, D]"""
@@ -56,7 +54,6 @@ class EncoderObjective(nn.Module):
         return queries, embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save the encoder in the layout of `sentence-transformers`."""
         self.encoder.save_pretrained(directory)
 
 

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.models.encoder_decoder import (
-    MAX_ENCODER_TOKENS,
     EncoderDecoderArguments,
     FiD,
     FiDBatch,
@@ -22,7 +21,6 @@ from rqa.models.encoder_decoder import (
     FiDSequence,
     fid_batch,
     load_encoder_decoder,
-    refuse_overflow,
 )
 from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
@@ -40,16 +38,13 @@ class FiDLikelihood(nn.Module):
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter) -> None:
         super().__init__()
-        self.fid = FiD(model)
-        self.prompter = prompter
+        self.fid, self.prompter = FiD(model), prompter
         self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
 
     @classmethod
     def load(cls, path: str, flags: FiDArguments) -> Self:
         """The objective over the encoder-decoder at `path`; only the main process reads its weights."""
-        model, prompter = load_encoder_decoder(path, flags, main_only=True)
-        refuse_overflow(model, flags.dtype)
-        return cls(model, prompter)
+        return cls(*load_encoder_decoder(path, flags, main_only=True))
 
     @property
     def model(self) -> PreTrainedModel:
@@ -59,7 +54,7 @@ class FiDLikelihood(nn.Module):
         return FiDReader(self.fid, self.prompter, flags, self.collate)
 
     def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> FiDBatch:
-        return fid_batch(sequences, self.collate, MAX_ENCODER_TOKENS, indices)
+        return fid_batch(sequences, self.collate, indices)
 
     def forward(self, batch: FiDBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""

@@ -13,14 +13,9 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
     """Negative log-softmax of each question's positive among the documents (Karpukhin et al. 2020, eq. 2).
 
     A document that is gold for a question is never its negative, and a document that stands twice counts once.
-
-    Args:
-        similarity: Divided by the temperature. [B, P]
-        documents: The number of each column's document. [P]
-        targets: The number of each question's positive. [B]
-        gold: Numbers of all gold documents of each question, padded with -1. [B, G]
-
-    Returns: the loss of each question, and whether its positive scores highest. [B], [B]
+    `similarity` is divided by the temperature. [B, P] The others are numbers of documents: of the columns, [P] of each
+    question's positive, [B] and of all its gold documents, padded with -1. [B, G]
+    -> the loss of each question, and whether its positive scores highest. [B], [B]
     """
     same = documents[:, None] == documents[None, :]  # [P, P]
     repeated = same.tril(-1).any(1)  # [P]
@@ -49,10 +44,8 @@ def distillation(teacher: Tensor, student: Tensor, direction: str = "teacher_to_
     """KL divergence of each question's distribution over its K documents, summed over documents. [B, K] x 2 -> [B]
 
     Both are logits, -inf where a question has fewer than K documents; the teacher's get no gradient. A question without
-    any document contributes zero, and no gradient.
-
-    Args:
-        direction: `teacher_to_student` is KL(teacher || student); `student_to_teacher` the reverse (Shi et al. 2023).
+    any document contributes zero, and no gradient. `teacher_to_student` is KL(teacher || student); `student_to_teacher`
+    the reverse (Shi et al. 2023).
     """
     empty = teacher.isneginf().all(-1, keepdim=True)  # [B, 1]; two uniform distributions stand in, which agree
     target, ours = (logits.float().masked_fill(empty, 0.0).log_softmax(-1) for logits in (teacher.detach(), student))

@@ -132,9 +132,7 @@ class RetrievedCandidates:
     """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing."""
 
     def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
-        self.examples = examples
-        self.retriever = retriever
-        self.flags = flags
+        self.examples, self.retriever, self.flags = examples, retriever, flags
         self._numbers = {document.key: number for number, document in enumerate(retriever.documents)}
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
@@ -155,33 +153,26 @@ class RetrievedCandidates:
 
 
 class ScoredCandidates:
-    """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once.
-
-    Args:
-        choose: Example numbers -> positions in `documents`, some for each example; called once a batch.
-        teacher: Pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew.
-        together: Whether a document's score depends on those that stand beside it.
-    """
+    """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once."""
 
     def __init__(
         self,
         examples: Sequence[Example],
         documents: Sequence[Document],
         encoder: Encoder,
-        choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],
-        teacher: Any,
+        choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],  # example numbers -> positions in `documents`
+        teacher: Any,  # pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew
         temperature: float = 1.0,
-        together: bool = False,
+        together: bool = False,  # whether a document's score depends on those that stand beside it
     ) -> None:
-        self.examples, self.documents = examples, documents
-        self.choose, self.teacher = choose, teacher
-        self.temperature, self.together = temperature, together
+        self.examples, self.documents, self.choose = examples, documents, choose
+        self.teacher, self.temperature, self.together = teacher, temperature, together
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
         """One micro-batch: column k is one and the same document for retriever and teacher."""
-        chosen = self.choose(indices)
+        chosen = self.choose(indices)  # once a batch
         # An index may find nothing for anyone; the encoder still needs a passage to encode.
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}

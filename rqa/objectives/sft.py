@@ -42,8 +42,7 @@ class AnswerLikelihood(nn.Module):
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter) -> None:
         super().__init__()
-        self.model = model
-        self.prompter = prompter
+        self.model, self.prompter = model, prompter
         self._collate = choose_collate(model, prompter.stop_ids[0])
 
     @classmethod

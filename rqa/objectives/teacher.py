@@ -46,8 +46,7 @@ class Teacher:
     """
 
     def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
-        self.scorer = scorer
-        self._identity = identity
+        self.scorer, self._identity = scorer, identity
         self._store = Store(path or cache_root() / "teacher.sqlite")
         self._kept: dict[str, float] = {}
         self.asked = self.known = 0
@@ -101,8 +100,7 @@ class AnswerScorer:
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:
         self.model = model.requires_grad_(False)
-        self.prompter = prompter
-        self.tokens_per_batch = tokens_per_batch
+        self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
         self._warn_once = cache(log.warning)  # a question comes with each of its documents
         self._collate = choose_collate(model, prompter.stop_ids[0])
 

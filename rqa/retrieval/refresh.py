@@ -9,7 +9,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any
 
 import torch
 import numpy as np
@@ -61,25 +61,15 @@ def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
     return spans
 
 
-class Follower(Protocol):
-    """What is made from a fresh index, and lasts until the next: CTL's mined negatives."""
-
-    def __call__(self) -> None: ...
-    def save(self, directory: Path) -> None: ...
-    def load(self, directory: Path) -> None: ...
-
-
 class Refresher:
     """`before_step` of the loop, and a `LiveState`: an index of the weights before step 0, then on schedule.
 
-    `then` is called after each refresh. Where passages are frozen, it is called on schedule and nothing is encoded.
+    `then`, such as CTL's mined negatives, is called after each refresh, and is saved and loaded with the index. Where
+    passages are frozen, it is called on schedule and nothing is encoded.
     """
 
-    def __init__(
-        self, retriever: Retriever, flags: RefreshArguments, dtype: torch.dtype, then: Follower | None = None
-    ) -> None:
-        self.retriever, self.flags = retriever, flags
-        self.dtype, self.then = dtype, then
+    def __init__(self, retriever: Retriever, flags: RefreshArguments, dtype: torch.dtype, then: Any = None) -> None:
+        self.retriever, self.flags, self.dtype, self.then = retriever, flags, dtype, then
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights are being used in the background
@@ -181,9 +171,8 @@ class BackgroundEncoding:
         self._retriever, self._dtype = retriever, dtype
         self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
         self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
-        self._stream = None
-        if torch.cuda.is_available():
-            self._stream = torch.cuda.Stream()
+        self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())  # the copy is being made there
         self._thread = threading.Thread(target=self._run, name="encode documents", daemon=True)
         self._thread.start()

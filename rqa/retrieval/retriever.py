@@ -68,8 +68,7 @@ class Retriever(PassageRetriever):
     """A FAISS index of documents and their encoder, the very object that a trainer trains; `refresh` follows it."""
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
-        self.encoder = encoder
-        self.documents = documents
+        self.encoder, self.documents = encoder, documents
         self.index = Index(flags or IndexArguments())
 
     def open(self, path: str | Path | None = None) -> Self:

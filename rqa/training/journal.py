@@ -116,7 +116,7 @@ class Journal:
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
         if main:  # a killed run told of steps that are done again
             write_jsonl(self.output / LOG_FILE, state.log_history)
-        self._start_clock()
+        self.started, self.tokens = time.perf_counter(), 0
 
     def without_events(self, statistics: Mapping[str, float]) -> dict[str, float]:
         """These statistics without the `EVENTS` among them, which become an entry of their own."""
@@ -156,9 +156,6 @@ class Journal:
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
             log.info("step %d/%d  %s", self.state.step, self.steps, text)
-        self._start_clock()
-
-    def _start_clock(self) -> None:
         self.started, self.tokens = time.perf_counter(), 0
 
     def _keep(self, metrics: Mapping[str, float]) -> None:

@@ -77,23 +77,18 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 
 
 def train(
-    objective: nn.Module,
+    objective: nn.Module,  # `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`
     batches: Batches,
     flags: LoopArguments,
     before_step: Callable[[int], Mapping[str, float]] | None = None,
-    evaluate: Callable[[int], dict[str, float]] | None = None,
-    evaluate_first: bool = False,
-    checkpoint: Path | None = None,
-    eval_size: int = 0,
+    evaluate: Callable[[int], dict[str, float]] | None = None,  # steps done -> metrics by name
+    evaluate_first: bool = False,  # before the first step, too
+    checkpoint: Path | None = None,  # where to continue; the objective already holds its weights
+    eval_size: int = 0,  # questions that `evaluate` asks; the log names it if no step improved the model
 ) -> RunState:
     """Train the objective's parameters and leave the best model at the top of the output directory.
 
-    Args:
-        objective: `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`.
-        before_step: Steps done -> statistics; called before the next batch is made. May be a `LiveState`.
-        evaluate: Steps done -> metrics by name; with `evaluate_first` also before the first step.
-        checkpoint: Where to continue; the objective already holds its weights.
-        eval_size: Number of questions that `evaluate` asks; the log names it if no step improved the model.
+    `before_step`: steps done -> statistics, called before the next batch is made; may be a `LiveState`.
     """
     output = Path(flags.output_dir)
     shard = flags.fsdp == "full_shard"

@@ -51,7 +51,7 @@ def test_every_pair_gets_its_own_score_whatever_is_read_at_once(
     assert sorted(found) == list(range(len(pairs)))
     expected = []
     for example, row in zip(examples, lists, strict=False):
-        batch = fid_batch([reader.prompter.encode(example, row)], pad, 16384)
+        batch = fid_batch([reader.prompter.encode(example, row)], pad)
         expected += passage_scores(reader.model.eval(), batch, kind)[0].tolist()
     assert [found[order.index(i)] for i in range(len(pairs))] == pytest.approx(expected, abs=1e-5)
 
