@@ -124,7 +124,11 @@ class Run(ABC):
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))
         with suppress(OSError, ValueError, TypeError):
-            then = dict(json.loads(Path(self.checkpoint or "", ARGUMENTS_FILE).read_text(encoding="utf-8")))
+            then = (
+                dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
+                if self.checkpoint
+                else {}
+            )
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
         if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
             log.warning("other flags than those of %s: %s; the command line wins", self.checkpoint, told)
