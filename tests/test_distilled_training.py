@@ -1,8 +1,7 @@
 """train_dca and train_emdr as a user runs them; a reader of train_fid teaches the retriever."""
 
-import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,30 +10,18 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import history, scores
+from trainers import Run, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.objectives.dca import CrossAttentionScorer, DCAArguments, find_contexts
 
-Train = Callable[..., Path]
 UNTESTED = {"eval_file": None, "test_file": None}
 PROJECTION = "2_Dense/model.safetensors"
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pairs the reader was asked for, by call."""
-    asked: list[int] = []
-    original = CrossAttentionScorer.__call__
-    monkeypatch.setattr(
-        CrossAttentionScorer, "__call__", lambda self, pairs: asked.append(len(pairs)) or original(self, pairs)
-    )
-    return asked
-
-
 def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
-    train: Train, files: dict[str, Path], run_executable: Callable[..., int], documents: list[Document],
+    train: Train, files: dict[str, Path], run_executable: Run, documents: list[Document],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     flags = {"projection": "true", "indexing_dimension": 12, "reader_temperature": 0.01, "max_steps": 30,
@@ -59,24 +46,24 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
     build = {"embedding_model_name_or_path": output, "document_path": files["full_dataset_file_path"],
              "index_path": tmp_path / "index"}  # fmt: skip
     assert run_executable("build_index", build) == 0
-    assert json.loads((tmp_path / "index/index.json").read_text())["documents"] == len(documents)
+    assert written(tmp_path / "index", "index.json")["documents"] == len(documents)
     index = faiss.read_index(str(tmp_path / "index/index.faiss"))
     np.testing.assert_allclose(index.reconstruct_n(0, len(documents)), found, atol=1e-5)
     assert "test_retr/recall@4" in scores(output)
 
 
 def test_a_second_run_asks_the_reader_for_nothing_and_another_reader_for_all(
-    train: Train, encoder_path: str, reads: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reads = calls(monkeypatch, CrossAttentionScorer, "__call__")
     output = train("train_dca", **UNTESTED)
-    asked = sum(reads)
-    assert asked == 16 * 4  # each question's list once
+    assert sum(len(pairs) for (pairs,) in reads) == 16 * 4  # each question's list once
     train("train_dca", **UNTESTED, output_dir=tmp_path / "again", max_steps=8, dataloader_num_workers=2)
     assert "--dataloader_num_workers has no effect here: the reader is asked" in capsys.readouterr().err
-    assert sum(reads) == asked
+    assert sum(len(pairs) for (pairs,) in reads) == 16 * 4
     fid = train("train_fid", **UNTESTED, output_dir=tmp_path / "fid", max_steps=1)
     third = train("train_dca", **UNTESTED, output_dir=tmp_path / "third", reader_model_path=fid)
-    assert sum(reads) == 2 * asked
+    assert sum(len(pairs) for (pairs,) in reads) == 2 * 16 * 4
     assert history(third, "loss") != history(output, "loss")
 
 
@@ -88,12 +75,11 @@ def write_contexts(path: Path, examples: Sequence[Example], documents: Sequence[
 
 
 def test_given_scores_need_no_reader_and_rank_the_contexts(
-    train: Train, examples: list[Example], documents: list[Document], tmp_path: Path, reads: list[int]
+    train: Train, examples: list[Example], documents: list[Document], tmp_path: Path
 ) -> None:
     path = write_contexts(tmp_path / "scored.jsonl", examples[:8], documents, scored=True)
     output = train("train_dca", reader_model_path=None, with_score="true", train_file=path, max_steps=40,
                    learning_rate=3e-3)  # fmt: skip
-    assert reads == []
     assert history(output, "agreement")[-1] > 0.9
 
 

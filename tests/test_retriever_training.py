@@ -1,17 +1,14 @@
 """train_ctl and train_rpg as a user runs them."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import history, scores
+from trainers import Flags, Run, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.models.causal_lm import load_causal_lm
@@ -22,8 +19,9 @@ from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
+from rqa.training.arguments import LoopArguments
+from rqa.training.journal import RunState, remember_if_best
 
-Train = Callable[..., Path]
 UNTESTED = {"eval_file": None, "test_file": None}
 
 
@@ -44,8 +42,8 @@ def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     losses = history(output, "loss")
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
     assert scores(output)["test_retr/recall@4"] == 1
-    assert json.loads((output / "trainer_state.json").read_text())["best_metric"] == max(mrr)
-    assert json.loads((output / "all_args.json").read_text())["metric_for_best_model"] == "retr/mrr@10"
+    assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
+    assert written(output, "all_args.json")["metric_for_best_model"] == "retr/mrr@10"
 
     theirs, ours = SentenceTransformer(str(output), device="cpu"), load_encoder(str(output))
     texts, questions = [d.fmt_content for d in documents], [example.question for example in examples]
@@ -57,17 +55,20 @@ def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     assert scores(output)["test_retr/recall@1"] == np.mean(ranking[:, 0] == np.arange(20, 24))
 
 
-def test_the_model_is_measured_before_it_is_trained_and_the_best_one_is_on_top(
+def test_the_model_is_measured_before_it_is_trained_and_the_best_by_any_name_of_a_metric_is_on_top(
     train: Train, capsys: pytest.CaptureFixture[str]
 ) -> None:
     metric = "retr/document_recall/recall4"
     output = train("train_ctl", metric_for_best_model=f"eval_{metric}", eval_steps=1, save_steps=1, test_file=None,
                    learning_rate=1e-2, save_total_limit=9)  # fmt: skip
-    state, values = json.loads((output / "trainer_state.json").read_text()), history(output, f"eval_{metric}")
+    state, values = written(output, "trainer_state.json"), history(output, f"eval_{metric}")
     best = max(step for step in range(5) if values[step] == max(values))
     assert (state["best_metric"], state["best_model_checkpoint"]) == (max(values), f"checkpoint-{best}")
     assert weights(output) == weights(output / f"checkpoint-{best}")
     assert weights(output / "checkpoint-0") != weights(output / "checkpoint-4")
+    entry = next(entry for entry in state["log_history"] if f"eval_{metric}" in entry)
+    for name in (metric, "retr/recall@4", "retr/ndcg@10", "eval_retr/mrr@10", "eval_retr/recall@10"):
+        assert remember_if_best(entry, RunState(), LoopArguments(output_dir="o", metric_for_best_model=name))
     assert "4 questions are too few to choose a model by" in capsys.readouterr().err
     assert (output / "report.html").exists()
 
@@ -83,7 +84,9 @@ def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs_with_o
     assert rates[0] == 0
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(1 - 16 / (4 * 24))  # 16 questions, each with all documents, were new once
-    assert (tmp_path / "cache/teacher.sqlite").is_file()
+    assert history(output, "index_staleness") == [*range(6)] * 4
+    entries = written(output, "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in entries if "index_refreshed" in entry] == [0, 6, 12, 18]
     made = []
     for name, steps in (("second", 24), ("third", 1)):
         again = train("train_rpg", **flags | {"max_steps": steps}, output_dir=tmp_path / name,
@@ -101,42 +104,26 @@ def test_what_decides_a_score_makes_another_teacher_and_what_does_not_asks_the_s
     monkeypatch.setenv("RQA_CACHE", str(tmp_path))
     pair = Pair(examples[0], examples[1].gold_docs[0])
 
-    def hit_rate(**own: Any) -> float:
+    rates = []
+    for own in ({}, {"lm_tokens_per_batch": 64, "num_docs": 2}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}):
         teacher = open_teacher(TeacherArguments(lm_model_path=lm_path, **own))
         teacher([pair])
-        return teacher.hit_rate
-
-    assert hit_rate() == 0
-    assert hit_rate(lm_tokens_per_batch=64, num_docs=2) == 1
-    assert [hit_rate(**{name: value}) for name, value in (("text_maxlength", 255), ("lm_chat_format", "prefix"))] == [
-        0,
-        0,
-    ]
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The micro-batches that the objectives were given."""
-    seen: list[Any] = []
-    for kind in (Contrastive, Distillation):
-        forward = kind.forward
-        monkeypatch.setattr(
-            kind, "forward", lambda self, batch, forward=forward: seen.append(batch) or forward(self, batch)
-        )
-    return seen
+        rates.append(teacher.hit_rate)
+    assert rates == [0, 1, 0, 0]
 
 
 def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
-    train: Train, batches: list[Any], documents: list[Document], examples: list[Example], lm_path: str,
-    encoder_path: str,
+    train: Train, documents: list[Document], examples: list[Example], lm_path: str, encoder_path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Against the same question and document scored alone, and the first encoder's own ranking."""
+    batches = calls(monkeypatch, Distillation, "forward")
     train("train_rpg", max_steps=1, num_docs=5, lm_temperature=0.5, **UNTESTED)
     encoder = load_encoder(encoder_path)
     chat = PromptArguments(max_seq_length=256, max_new_tokens=1, chat_format="template")  # the tokenizer has one
     scorer = AnswerScorer(load_causal_lm(lm_path), Prompter(load_tokenizer(lm_path), chat), 256)
     texts = encoder.tokenize_passages([document.fmt_content for document in documents])
-    (batch,) = batches
+    ((batch,),) = batches
     assert len(batch.passages) == len({tuple(ids) for ids in batch.passages})
     for row, index in enumerate(batch.indices):
         example = examples[index]
@@ -160,10 +147,11 @@ def hard(examples: list[Example], documents: list[Document], tmp_path: Path) -> 
 
 
 def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_contrast_harder(
-    train: Train, hard: dict[str, object], batches: list[Any], documents: list[Document], encoder_path: str,
-    tmp_path: Path,
+    train: Train, hard: dict[str, object], documents: list[Document], encoder_path: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Before the first update the model is the same: more documents to tell the positive from, a greater loss."""
+    batches = calls(monkeypatch, Contrastive, "forward")
     encoder, asked = load_encoder(encoder_path), read_examples(str(hard["train_file"]))
     known = [*documents, asked[0].hard_neg_docs[1]]
     texts = encoder.tokenize_passages([document.fmt_content for document in known])
@@ -178,7 +166,7 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
         output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
         loss[name] = history(output, "loss")[0]
         assert len(batches) == 2
-        for batch in batches:
+        for (batch,) in batches:
             shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, batch.passages, strict=True)}
             assert len(shown) == len(batch.passages)
             golds, allowed = [], documents if name == "mined" else []
@@ -225,13 +213,6 @@ def test_options_train_together(
     assert any((after[name] != weight).any() for name, weight in before.items())
 
 
-def test_the_staleness_of_the_index_and_its_refreshes_are_logged(train: Train) -> None:
-    output = train("train_rpg", gradient_accumulation_steps=2, **UNTESTED)
-    assert history(output, "index_staleness") == [0, 1, 0, 1]
-    state = json.loads((output / "trainer_state.json").read_text())
-    assert [entry["step"] for entry in state["log_history"] if "index_refreshed" in entry] == [0, 2]
-
-
 @pytest.mark.parametrize(
     ("name", "own"),
     [("train_rpg", {}), ("train_ctl", {**MINING, "train_query_encoder_only": "true"})],
@@ -245,7 +226,7 @@ def test_a_run_resumed_between_two_refreshes_and_not_evaluated_ends_with_the_ver
     output = train(name, **flags, eval_steps=1)
     for step in (3, 6):  # before and after the refresh
         half = tmp_path / f"half-{step}"
-        index = json.loads((output / f"checkpoint-{step}/trainer_state.json").read_text())["live_state"]
+        index = written(output / f"checkpoint-{step}", "trainer_state.json")["live_state"]
         assert index == f"index-{step // 4 * 4}"
         for part in (f"checkpoint-{step}", index):
             shutil.copytree(output / part, half / part)
@@ -256,7 +237,7 @@ def test_a_run_resumed_between_two_refreshes_and_not_evaluated_ends_with_the_ver
 
 def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     train: Train, documents: list[Document], examples: list[Example], encoder_path: str, tmp_path: Path,
-    trainer_flags: Callable[..., dict[str, object]], run_executable: Callable[..., int],
+    trainer_flags: Flags, run_executable: Run,
 ) -> None:  # fmt: skip
     """By plain matrix products; it learns, and can be trained again from where it is."""
     flags = {**MINING, "refresh_step": 5, "train_query_encoder_only": "true", "max_steps": 40, "learning_rate": 3e-3,
@@ -274,27 +255,7 @@ def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     assert scores(output)["test_retr/recall@1"] == np.mean(np.array(rank) == 0)
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean([1 / (r + 1) if r < 10 else 0 for r in rank]))
     again = flags | {"model_name_or_path": output, "max_steps": 1}
-    np.testing.assert_array_equal(
-        load_encoder(str(train("train_ctl", **again, output_dir=tmp_path / "again"))).passage_side.embed(texts),
-        passages,
-    )
+    twice = load_encoder(str(train("train_ctl", **again, output_dir=tmp_path / "again")))
+    np.testing.assert_array_equal(twice.passage_side.embed(texts), passages)
     whole = trainer_flags("train_ctl", **again | {"train_query_encoder_only": "false"}, output_dir=tmp_path / "whole")
     assert run_executable("train_ctl", whole) == 2
-
-
-def test_the_best_model_may_be_chosen_by_either_name_of_a_metric(
-    documents: list[Document], examples: list[Example]
-) -> None:
-    from rqa.evaluation.retrieval import mean_scores, retrieval_rows
-    from rqa.training.arguments import LoopArguments
-    from rqa.training.journal import RunState, remember_if_best
-
-    found = [documents[number : number + 3] for number in (0, 2)]
-    measured = {
-        f"eval_{name}": value for name, value in mean_scores(retrieval_rows(found, examples[:2], [2, 4])).items()
-    }
-    for name, value in {"recall@2": 0.5, "document_recall/recall4": 0.5, "ndcg@10": 0.5, "mrr@10": 0.5}.items():
-        for given in (f"retr/{name}", f"eval_retr/{name}"):
-            state = RunState(step=2)
-            assert remember_if_best(measured, state, LoopArguments(output_dir="o", metric_for_best_model=given))
-            assert (state.best_metric, state.best_model_checkpoint) == (value, "checkpoint-2")
