@@ -22,24 +22,18 @@ def normalize_answer(text: str) -> list[str]:
 
 
 def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
-    """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none.
-
-    Words are those of `normalize_answer`. A run never spans two passages.
-    """
+    """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none."""
 
     def runs(text: str) -> Counter[tuple[str, ...]]:
         words = normalize_answer(text)
         return Counter(zip(*(words[start:] for start in range(size)), strict=False))
 
-    ours, theirs = runs(answer), sum(map(runs, passages), Counter())
+    ours, theirs = runs(answer), sum(map(runs, passages), Counter())  # a run never spans two passages
     return (ours & theirs).total() / ours.total() if ours else 0.0
 
 
 def score_answer(answer: str, reference: str) -> dict[str, float]:
-    """The scores of one answer beside its reference that can be averaged over answers; two empty texts agree.
-
-    F1 is the harmonic mean of word precision and recall.
-    """
+    """An answer's scores, to be averaged; two empty texts agree. F1: harmonic mean of word precision and recall."""
     rouge = {kind: score.fmeasure for kind, score in _rouge().score(reference, answer).items()}
     ours, theirs = normalize_answer(answer), normalize_answer(reference)
     same, total = float(ours == theirs), len(ours) + len(theirs)
