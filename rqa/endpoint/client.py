@@ -232,7 +232,7 @@ def chat_reply(reply: Any) -> tuple[str, int]:
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probabilities of the answer's tokens, in a completion that echoes prompt + answer; none if it does not."""
+    """The log-probabilities of the answer's tokens in a completion that echoes prompt + answer; none if it does not."""
     choice = reply["choices"][0]
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))

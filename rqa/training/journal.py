@@ -61,7 +61,7 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
-    """How far the run was; the best model is chosen again, from those in the output directory, by today's metric."""
+    """How far the run was; the best model is chosen again, from those in the output directory, by the new metric."""
     # The best model of another directory is not there, and a value of another metric says nothing about the next one.
     saved = read_state(checkpoint)
     state = replace(saved, best_metric=None, best_model_checkpoint=None)
