@@ -27,7 +27,7 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 
 
 def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
-    """Gold documents' scores raised to their row's maximum plus its population standard deviation. [B, K] x 2 -> [B, K]"""
+    """Gold documents' scores raised to their row's maximum plus population standard deviation. [B, K] x 2 -> [B, K]"""
     present = scores.isfinite()  # -inf stands where a question has fewer than K documents, and counts for neither
     count = present.sum(-1, keepdim=True).clamp(min=1)
     known = scores.masked_fill(~present, 0.0)
