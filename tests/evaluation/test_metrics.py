@@ -9,7 +9,6 @@ import pytest
 import pytrec_eval
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import ndcg_score
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
@@ -29,11 +28,14 @@ PAIRS = [
 
 
 def test_answers_are_normalised_as_squad_does() -> None:
-    assert normalize_answer("The  Harbour, of a Town!") == ["harbour", "of", "town"]
-    assert normalize_answer("An apple; the theme") == ["apple", "theme"]
-    assert normalize_answer("U.S. don't") == ["us", "dont"]
-    assert normalize_answer("a the an") == []
-    assert normalize_answer("Ärmel\tÜ") == ["ärmel", "ü"]
+    for answer, words in {
+        "The  Harbour, of a Town!": "harbour of town",
+        "An apple; the theme": "apple theme",
+        "U.S. don't": "us dont",
+        "a the an": "",
+        "Ärmel\tÜ": "ärmel ü",
+    }.items():
+        assert normalize_answer(answer) == words.split()
 
 
 def test_f1_and_exact_match_worked_out_by_hand() -> None:
@@ -82,20 +84,15 @@ def test_faithfulness_is_a_rate_that_counting_one_by_one_gives() -> None:
         passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
         runs = [answer[i : i + size] for i in range(len(answer) - size + 1)]
         left = [passage[i : i + size] for passage in passages for i in range(len(passage) - size + 1)]
-        held = 0
-        for run in runs:
-            if run in left:
-                left.remove(run)
-                held += 1
+        held = sum(min(runs.count(run), left.count(run)) for run in {tuple(run): run for run in runs}.values())
         ours = faithfulness(" ".join(answer), [" ".join(passage) for passage in passages], size)
         assert ours == pytest.approx(held / len(runs) if runs else 0.0)
-        assert 0 <= ours <= 1
 
 
 def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
     for size in range(1, len(PAIRS) + 1):
-        answers, references = zip(*PAIRS[:size], strict=True)
-        theirs = sacrebleu.BLEU().corpus_score(list(answers), [list(references)]).score
+        answers, references = map(list, zip(*PAIRS[:size], strict=True))
+        theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
         assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
 
 
@@ -128,21 +125,17 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
 
 
 def test_scores_of_a_ranking_worked_out_by_hand() -> None:
-    for ranking, gold, k, recall, rank, gain, precision in RANKINGS:
+    for ranking, gold, k, *expected in RANKINGS:
         scores = score_ranking(ranking, set(gold), [k], depth=k)
-        assert (scores[f"recall@{k}"], scores[f"mrr@{k}"]) == (recall, rank)
-        assert scores[f"ndcg@{k}"] == pytest.approx(gain, abs=1e-12)
-        assert scores[f"map@{k}"] == pytest.approx(precision, abs=1e-12)
+        found = [scores[f"{name}@{k}"] for name in ("recall", "mrr", "ndcg", "map")]
+        assert found == pytest.approx(expected, abs=1e-12)
 
 
-def test_ndcg_is_that_of_scikit_learn_and_a_document_found_twice_counts_once() -> None:
+def test_a_document_found_twice_counts_once() -> None:
     chance = random.Random(0)
     for _ in range(20):
-        ranking, gold = chance.sample(range(30), 30), set(chance.sample(range(30), chance.randint(1, 15)))
-        relevance = np.array([[float(document in gold) for document in ranking]])
-        theirs = ndcg_score(relevance, np.arange(30, 0, -1.0)[None], k=10)
-        assert score_ranking(ranking, gold, [])["ndcg@10"] == pytest.approx(theirs, abs=1e-12)
-        twice = score_ranking(chance.choices(range(4), k=12), gold & {*range(4)} or {0}, [1, 3, 10])
+        gold = set(chance.sample(range(4), chance.randint(1, 4)))
+        twice = score_ranking(chance.choices(range(4), k=12), gold, [1, 3, 10])
         assert all(0 <= score <= 1 for score in twice.values())
     assert score_ranking([0, 0, 0], {0}, []) == score_ranking([0, 1, 2], {0}, []) == dict.fromkeys(RATES, 1.0)
 
@@ -153,25 +146,23 @@ def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give() -> 
     found = [chance.sample(pool, 20) for _ in range(200)]
     examples = [Example(f"Question {i}?", tuple(chance.sample(pool, chance.randint(0, 3)))) for i in range(200)]
     ours = mean_scores(retrieval_rows(found, examples, [1, 4, 10]))
-    recall, mrr, gains = {1: [], 4: [], 10: []}, [], []
+    scores: dict[str, list[float]] = {}
     for documents, example in zip(found, examples, strict=True):
         if not example.gold_docs:
             continue
-        names = [document.page_content for document in documents]
-        gold = [document.page_content for document in example.gold_docs]
-        for k, values in recall.items():
-            values.append(1.0 if all(name in names[:k] for name in gold) else 0.0)
-        ranks = sorted(names.index(name) + 1 for name in gold if name in names[:10])
-        mrr.append(1 / ranks[0] if ranks else 0.0)
-        ideal = sum(1 / np.log2(rank + 1) for rank in range(1, len(gold) + 1))
-        gains.append(sum(1 / np.log2(rank + 1) for rank in ranks) / ideal)
-    assert 0 < len(mrr) < len(examples)
-    for k, values in recall.items():
-        assert ours[f"retr/recall@{k}"] == pytest.approx(np.mean(values), abs=1e-12)
-        assert ours[f"retr/document_recall/recall{k}"] == ours[f"retr/recall@{k}"]
-    assert ours["retr/mrr@10"] == pytest.approx(np.mean(mrr), abs=1e-12)
-    assert ours["retr/ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-12)
-    assert len(ours) == 9
+        ranks = sorted(documents.index(document) + 1 for document in example.gold_docs if document in documents)
+        for k in (1, 4, 10):
+            hit = float(sum(rank <= k for rank in ranks) == len(example.gold_docs))
+            scores.setdefault(f"recall@{k}", []).append(hit)
+            scores.setdefault(f"document_recall/recall{k}", []).append(hit)
+        ranks = [rank for rank in ranks if rank <= 10]
+        scores.setdefault("mrr@10", []).append(1 / ranks[0] if ranks else 0.0)
+        ideal = sum(1 / np.log2(rank + 1) for rank in range(1, len(example.gold_docs) + 1))
+        scores.setdefault("ndcg@10", []).append(sum(1 / np.log2(rank + 1) for rank in ranks) / ideal)
+    assert 0 < len(scores["mrr@10"]) < len(examples)
+    expected = {f"retr/{name}": np.mean(values) for name, values in scores.items()}
+    assert {name: ours[name] for name in expected} == pytest.approx(expected, abs=1e-12)
+    assert len(ours) == len(expected) + 1
 
 
 def test_documents_are_gold_by_source_and_content_and_count_once_and_without_gold_nothing_does() -> None:
@@ -198,15 +189,13 @@ def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
     for number in range(600):
         found = chance.sample(names, chance.randint(1, 20))
         run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
-        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.randint(1, 4)), 1)
+        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.choice([1, 2, 4, 15])), 1)
     for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
         ours = score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
-        assert ours["ndcg@10"] == pytest.approx(theirs["ndcg_cut_10"], abs=1e-6)
-        assert ours["map@10"] == pytest.approx(theirs["map_cut_10"], abs=1e-6)
-        for k in (1, 4, 10):  # a question counts when all its gold is found
-            assert ours[f"recall@{k}"] == float(theirs[f"recall_{k}"] == 1)
         first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
-        assert ours["mrr@10"] == pytest.approx(first_ten, abs=1e-6)
+        expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": first_ten}
+        expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found
+        assert ours == pytest.approx(expected, abs=1e-6)
 
 
 def test_trec_eval_finds_our_scores_and_our_order_in_the_files_we_write(tmp_path: Path) -> None:
