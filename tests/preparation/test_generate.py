@@ -34,7 +34,7 @@ def writer(server: OpenAIServer) -> OpenAIServer:
         text = messages[-1]["content"]
         passage = re.search(r"Content:\n(.*)", text)[1]
         if "Question: " in text:
-            return f"Answer: {passage}" if "second" not in text else "NO ANSWER."
+            return "NO ANSWER." if "second" in text else f"Answer: {passage}"
         words = passage.rstrip(".").lower()
         return f"Sure!\n1. Is it true that {words}?\n2) **Who said second that {words}?**\nI hope this helps."
 
@@ -57,32 +57,33 @@ def asking(model: object, inputs: object, output: Path) -> dict[str, object]:
 
 
 def rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.open(encoding="utf-8")]
+    """Of a file, or of all files of a directory."""
+    files = path.iterdir() if path.is_dir() else [path]
+    return [json.loads(line) for file in files for line in file.open(encoding="utf-8")]
 
 
 def questions_in(directory: Path) -> list[str]:
-    return [question for path in directory.iterdir() for row in rows(path) for question in row["questions"]]
+    return [question for row in rows(directory) for question in row["questions"]]
 
 
 def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage_and_asked_for_once(
     writer: OpenAIServer, flags: dict[str, object], run_executable: Run, tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    writer.delay = 0.02
     out = tmp_path / "out"
-    assert run_executable("generate_questions", {**flags, "endpoint_concurrency": 4}) == 0
-    assert 1 < writer.most_at_once <= 4
+    assert run_executable("generate_questions", flags) == 0
     printed = capsys.readouterr().out
     asked = {}
     for split, passages, questions in (("train", 10, 20), ("eval", 2, 4), ("test", 4, 8)):
         assert f"{split}_w_q.jsonl: {questions} questions" in printed
         asked[split] = rows(out / f"{split}_w_q.jsonl")
         assert len(asked[split]) == passages
-    for row in asked["train"]:
-        assert set(row) == {"gold_docs", "chat_history", "questions"}
-        words = row["gold_docs"][0]["page_content"].rstrip(".").lower()
-        assert row["questions"] == [f"Is it true that {words}?", f"Who said second that {words}?"]
-    texts = {row["gold_docs"][0]["page_content"] for found in asked.values() for row in found}
+    texts = set()
+    for row in rows(out):
+        text = row["gold_docs"][0]["page_content"]
+        asks = [f"{begin} that {text.rstrip('.').lower()}?" for begin in ("Is it true", "Who said second")]
+        assert row == {"gold_docs": row["gold_docs"], "chat_history": [], "questions": asks}
+        texts.add(text)
     assert len(texts) == 16 == len(writer.questions)
     assert run_executable("generate_questions", {**flags, "output_dir": tmp_path / "again"}) == 0
     assert len(writer.questions) == 16
@@ -128,9 +129,7 @@ def test_the_round_trip_keeps_what_finds_its_passage_and_a_split_that_loses_all_
 
     writer.say = say
     assert run_executable("generate_questions", {**flags, "round_trip_k": 1}) == 0
-    questions = questions_in(tmp_path / "out")
-    assert len(questions) == 14
-    assert all(question.startswith("Is it true") for question in questions)
+    assert [question.startswith("Is it true") for question in questions_in(tmp_path / "out")] == [True] * 14
     printed = capsys.readouterr().out
     assert "16 questions left out by the round trip" in printed
     assert "eval_w_q.jsonl: not written, since no question is left" in printed
@@ -159,11 +158,10 @@ def test_a_prompt_of_ones_own_a_question_that_fits_two_passages_and_splits_of_no
     flags |= {"num_train_passages": 3, "num_eval_passages": 0, "num_test_passages": 0, "questions_per_passage": 3}
     flags |= {"document_path": tmp_path / "d.jsonl", "prompt_template": tmp_path / "prompt.txt"}
     assert run_executable("generate_questions", flags) == 0
-    assert len(writer.questions) == 3
-    assert all(question.startswith("Frage 3 mal: Source:") for question in writer.questions)
+    assert [question.startswith("Frage 3 mal: Source:") for question in writer.questions] == [True] * 3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["train_w_q.jsonl"]
     examples = read_examples(tmp_path / "out/train_w_q.jsonl")
-    assert {document.key for e in examples for document in e.gold_docs} == {document.key for document in documents[:3]}
+    assert {document for example in examples for document in example.gold_docs} == set(documents[:3])
     assert len(examples) == 6
     assert "What is said here?" not in {example.question for example in examples}
 
@@ -176,6 +174,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
     write_examples(tmp_path / "bare.jsonl", [Example("Who?")])
     (tmp_path / "prompt.txt").write_text("Frage: {passage}")
     flags["full_dataset_file_path"] = flags.pop("document_path")
+    asked = asking(flags["model_name_or_path"], None, tmp_path / "out")
     for change, message in (
         ({"num_train_passages": 100}, "--num_train_passages 100: the database has 24 distinct passages"),
         ({"num_test_passages": 100}, "--num_test_passages 100"),
@@ -193,64 +192,51 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ({"input_path": [data / "train_w_qa.jsonl"] * 2}, "train_w_qa_w_qa.jsonl would be written twice"),
         ({"input_path": data / "eval_w_qa.jsonl", "model_name_or_path": encoder_path}, "has no chat template"),
     ):
-        name = "generate_answers" if "input_path" in change else "generate_questions"
-        given = asking(flags["model_name_or_path"], None, tmp_path / "out") if "input_path" in change else flags
+        name, given = ("generate_answers", asked) if "input_path" in change else ("generate_questions", flags)
         assert run_executable(name, given | change) == 2
         (line,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
         assert message in line
     assert not (tmp_path / "out").exists()
 
 
-# ---------------------------------------------------------------- parts
-
-
 def test_no_text_and_on_demand_no_source_is_in_two_splits(documents: list[Document]) -> None:
     twins = [Document(d.page_content.upper(), {"source": "copy", "title": "t"}) for d in documents]
-    sizes = {"num_train_passages": 12, "num_eval_passages": 6, "num_test_passages": 6, "min_passage_words": 5}
+
+    def split(passages: list[Document], *sizes: int, **options: Any) -> list[list[Document]]:
+        names = ("num_train_passages", "num_eval_passages", "num_test_passages")
+        flags = SampleArguments(**dict(zip(names, sizes, strict=True)), min_passage_words=5, **options)
+        found = [*sample_passages(passages, flags).values()]
+        assert [len(part) for part in found] == list(sizes)
+        return found
+
     for seed in range(5):
-        splits = sample_passages([*documents, *twins], SampleArguments(**sizes, seed=seed))
-        texts = [normalize(d.page_content) for found in splits.values() for d in found]
-        assert len(texts) == len(set(texts)) == 24
+        texts = [normalize(d.page_content) for found in split([*documents, *twins], 12, 6, 6, seed=seed) for d in found]
+        assert len(set(texts)) == 24
     grouped = [Document(f"a passage with number {n} in it", {"source": str(n // 3)}) for n in range(30)]
-    sizes |= {"num_train_passages": 9, "num_eval_passages": 4, "num_test_passages": 3}
-    splits = sample_passages(grouped, SampleArguments(**sizes, split_by="source"))
-    sources = {split: {d.metadata["source"] for d in found} for split, found in splits.items()}
-    assert [len(found) for found in splits.values()] == [9, 4, 3]
-    assert sum(map(len, sources.values())) == len(set.union(*sources.values()))
+    sources = [{d.metadata["source"] for d in found} for found in split(grouped, 9, 4, 3, split_by="source")]
+    assert sum(map(len, sources)) == len(set.union(*sources))
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("1. What is it?\n2. Who did that?", ["What is it?", "Who did that?"]),
-        ("Here are two:\n\n- What is it?\n* “Who did that?”\n• Where was it?", ["What is it?", "Who did that?"]),
-        ("Q1: What is it?\nQuestion 2: What is it?\n**Why is it?**", ["What is it?", "Why is it?"]),
-        ("1990 saw what happen?\n3.5 is how much?", ["1990 saw what happen?", "3.5 is how much?"]),
-        ("What is the answer to the question: What is it?\n1. A question: **Is it so?**", ["What is it?", "Is it so?"]),
-        ("What is the purpose of this passage?\nWho sells the right of passage?", ["Who sells the right of passage?"]),
-        ("**Question 1:** What is it?\n**Question: Who did that?**", ["What is it?", "Who did that?"]),
-        ("Why?\nThis is none.\n", []),
-        ("", []),
-    ],
-)
-def test_questions_are_read_from_replies_of_many_shapes(reply: str, expected: list[str]) -> None:
-    assert parse_questions(reply, 2) == expected
+def test_questions_are_read_from_replies_of_many_shapes() -> None:
+    what, who = "What is it?", "Who did that?"
+    for reply, expected in {
+        f"1. {what}\n2. {who}": [what, who],
+        f"Here are two:\n\n- {what}\n* “{who}”\n• Where was it?": [what, who],
+        f"Q1: {what}\nQuestion 2: {what}\n**Why is it?**": [what, "Why is it?"],
+        "1990 saw what happen?\n3.5 is how much?": ["1990 saw what happen?", "3.5 is how much?"],
+        f"What is the answer to the question: {what}\n1. A question: **Is it so?**": [what, "Is it so?"],
+        "What is the purpose of this passage?\nWho sells the right of passage?": ["Who sells the right of passage?"],
+        f"**Question 1:** {what}\n**Question: {who}**": [what, who],
+        "Why?\nThis is none.\n": [],
+        "": [],
+    }.items():
+        assert parse_questions(reply, 2) == expected
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ("Answer: It\n is so.", "It is so."),
-        ("NO ANSWER", None),
-        ("The passage says that it is so.", None),
-        ("So is it", None),
-        ("No answer.", None),
-        (" \n", None),
-        ("Noon.", "Noon."),
-    ],
-)
-def test_answers_are_read_from_replies(reply: str, expected: str | None) -> None:
-    assert parse_answer(reply, "So, is it?") == expected
+def test_answers_are_read_from_replies() -> None:
+    none = ("NO ANSWER", "The passage says that it is so.", "So is it", "No answer.", " \n")
+    for reply, expected in {"Answer: It\n is so.": "It is so.", "Noon.": "Noon.", **dict.fromkeys(none)}.items():
+        assert parse_answer(reply, "So, is it?") == expected
 
 
 def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables_too(
@@ -276,9 +262,8 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
     assert generator.generate(conversations) == expected
     monkeypatch.setattr(generator.reader, "generate", lambda prompts: pytest.fail("asked again"))
     assert generator.generate(conversations[::-1]) == expected[::-1]
-    long = [{"role": "user", "content": "x y z " * 600}]
     monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)
-    assert generator.generate([long]) == [""]
+    assert generator.generate([[{"role": "user", "content": "x y z " * 600}]]) == [""]
     assert "1 passages are longer than the model can read" in caplog.text
     answers = asking(lm_path, data / "eval_w_qa.jsonl", tmp_path / "out")
     assert run_executable("generate_answers", {**answers, "max_new_tokens": 6}) == 0
