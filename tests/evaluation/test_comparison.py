@@ -14,7 +14,7 @@ from scipy import stats
 from rqa.data import Document, Example, Turn
 from rqa.evaluation.comparison import Difference, changed_sides, compare, headline, pair
 from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics, corpus_bleu
-from rqa.evaluation.results import difference_intervals, interval, markdown_table, mean_intervals, with_intervals
+from rqa.evaluation.results import interval, markdown_table, mean_intervals, with_intervals
 from rqa.runtime.errors import UserError
 
 
@@ -24,15 +24,6 @@ def test_about_95_of_100_intervals_hold_the_true_rate(rate: float) -> None:
     low, high = mean_intervals(samples).T
     assert 0.91 < np.mean((low <= rate) & (rate <= high)) < 0.985
     assert np.mean(high - low) == pytest.approx(2 * 1.96 * np.sqrt(rate * (1 - rate) / 75), rel=0.06)
-
-
-def test_about_95_of_100_paired_intervals_hold_the_true_difference() -> None:
-    chance = np.random.default_rng(2)
-    first = (chance.random((80, 600)) < 0.5).astype(float)
-    second = np.where(chance.random((80, 600)) < 0.7, first, chance.random((80, 600)) < 0.9)  # mostly the same answers
-    low, high = difference_intervals(second - first).T
-    truth = 0.3 * (0.9 - 0.5)
-    assert 0.91 < np.mean((low <= truth) & (truth <= high)) < 0.985
 
 
 def test_intervals_are_those_of_scipys_bootstrap_at_every_call_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
