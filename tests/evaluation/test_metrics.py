@@ -12,7 +12,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import corpus_bleu, faithfulness, normalize_answer, score_answer
+from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -27,20 +27,14 @@ PAIRS = [
 ]
 
 
-def test_answers_are_normalised_as_squad_does() -> None:
-    for answer, words in {
-        "The  Harbour, of a Town!": "harbour of town",
-        "An apple; the theme": "apple theme",
-        "U.S. don't": "us dont",
-        "a the an": "",
-        "Ärmel\tÜ": "ärmel ü",
-    }.items():
-        assert normalize_answer(answer) == words.split()
-
-
-def test_f1_and_exact_match_worked_out_by_hand() -> None:
+def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> None:
     for answer, reference, f1, exact in [
         ("The Copper!", "copper", 1, 1),
+        ("The  Harbour, of a Town!", "harbour of town", 1, 1),
+        ("An apple; the theme", "apple theme", 1, 1),
+        ("U.S. don't", "us dont", 1, 1),
+        ("Ärmel\tÜ", "ärmel ü", 1, 1),
+        ("a the an", "", 1, 1),
         ("wool", "copper", 0, 0),
         ("copper wool", "wool copper", 1, 0),
         ("copper and wool", "copper", 2 * (1 / 3) * 1 / (1 / 3 + 1), 0),
@@ -70,23 +64,12 @@ def test_faithfulness_worked_out_by_hand() -> None:
         ("Copper and wool.", ["They sell copper.", "and some wool"], 1.0, 0.0),
         ("copper and wool", ["The copper and wool!"], 1.0, 1.0),
         ("copper copper copper wool", ["copper, copper"], 0.5, 1 / 3),
+        ("copper wool copper wool", ["copper wool", "wool copper salt"], 1.0, 2 / 3),
         ("the copper", ["a copper"], 1.0, 0.0),
         ("", ["copper"], 0.0, 0.0),
         ("copper", [], 0.0, 0.0),
     ]:
         assert (faithfulness(answer, passages), faithfulness(answer, passages, 2)) == pytest.approx((words, pairs))
-
-
-def test_faithfulness_is_a_rate_that_counting_one_by_one_gives() -> None:
-    chance = random.Random(0)
-    for size in [1, 2] * 10:
-        answer = chance.choices("bcdef", k=chance.randint(1, 9))
-        passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
-        runs = [answer[i : i + size] for i in range(len(answer) - size + 1)]
-        left = [passage[i : i + size] for passage in passages for i in range(len(passage) - size + 1)]
-        held = sum(min(runs.count(run), left.count(run)) for run in {tuple(run): run for run in runs}.values())
-        ours = faithfulness(" ".join(answer), [" ".join(passage) for passage in passages], size)
-        assert ours == pytest.approx(held / len(runs) if runs else 0.0)
 
 
 def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
@@ -105,7 +88,6 @@ def test_every_score_of_an_answer_is_between_0_and_1() -> None:
 
 
 TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
-RATES = ("mrr@10", "ndcg@10", "map@10")
 RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
     ("abcd", "ab", 1, 0, 1, 1, 1 / 2),
     ("abcd", "ab", 2, 1, 1, 1, 1),
@@ -119,7 +101,10 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
     ("abcd", "abx", 10, 0, 1, (1 + TWO) / (1 + TWO + THREE), (1 + 1) / 3),
     ("abcd", "d", 3, 0, 0, 0, 0),
     ("abcd", "x", 10, 0, 0, 0, 0),
-    ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),
+    ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),  # a document found twice counts once
+    ("abab", "ab", 10, 1, 1, 1, 1),
+    ("aaab", "ab", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
+    ("aaa", "a", 10, 1, 1, 1, 1),
     ("", "a", 5, 0, 0, 0, 0),
 ]
 
@@ -129,15 +114,6 @@ def test_scores_of_a_ranking_worked_out_by_hand() -> None:
         scores = score_ranking(ranking, set(gold), [k], depth=k)
         found = [scores[f"{name}@{k}"] for name in ("recall", "mrr", "ndcg", "map")]
         assert found == pytest.approx(expected, abs=1e-12)
-
-
-def test_a_document_found_twice_counts_once() -> None:
-    chance = random.Random(0)
-    for _ in range(20):
-        gold = set(chance.sample(range(4), chance.randint(1, 4)))
-        twice = score_ranking(chance.choices(range(4), k=12), gold, [1, 3, 10])
-        assert all(0 <= score <= 1 for score in twice.values())
-    assert score_ranking([0, 0, 0], {0}, []) == score_ranking([0, 1, 2], {0}, []) == dict.fromkeys(RATES, 1.0)
 
 
 def test_documents_are_gold_by_source_and_content_and_count_once_and_without_gold_nothing_does() -> None:

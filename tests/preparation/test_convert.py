@@ -126,11 +126,10 @@ def test_a_layout_survives_the_way_to_ours_and_back_and_ours_the_way_to_it(
 def test_unanswerable_questions_are_left_out_unless_they_have_a_text(tmp_path: Path) -> None:
     for layout in ("squad", "msmarco"):
         path = write_sample(tmp_path / layout, layout)
-        kept = read_layout(layout, [path], tmp_path / "a" / layout, "nobody says")
-        left = read_layout(layout, [path], tmp_path / "b" / layout)
-        answers = [e.gold_answer for e in iterate_examples(tmp_path / "a" / layout / "train_w_qa.jsonl")]
-        assert answers.count("nobody says") == 1
-        assert left["unanswerable questions left out"] == 1
+        kept = read_layout(layout, [path], tmp_path / "kept" / layout, "nobody says")
+        left = read_layout(layout, [path], tmp_path / "left" / layout)
+        answers = [e.gold_answer for e in iterate_examples(tmp_path / "kept" / layout / "train_w_qa.jsonl")]
+        assert (answers.count("nobody says"), left["unanswerable questions left out"]) == (1, 1)
         assert left["questions of train"] == kept["questions of train"] - 1
 
 
