@@ -103,6 +103,18 @@ def run_executable(run_line: Callable[..., int]) -> Run:
 
 
 @pytest.fixture
+def refused(run_line: Callable[..., int], capsys: pytest.CaptureFixture[str]) -> Callable[..., None]:
+    """An executable ends with status 2 and one line of error, which holds a message."""
+
+    def run(message: str, name: str, *line: object) -> None:
+        assert run_line(name, *line) == 2
+        (error,) = (line for line in capsys.readouterr().err.splitlines() if line.startswith("error: "))
+        assert message in error
+
+    return run
+
+
+@pytest.fixture
 def trainer_flags(
     files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,

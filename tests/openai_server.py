@@ -26,23 +26,16 @@ class Seen(NamedTuple):
 
 
 class OpenAIServer:
-    """Repeats what it is asked, unless told otherwise.
-
-    Attributes:
-        url: Its base URL.
-        seen: Requests so far, in order of arrival.
-        faults: What goes wrong with the next requests for a completion; None: nothing.
-        delay: Seconds that every completion takes.
-        most_at_once: Requests for completions that were in work at the same time.
-    """
+    """Repeats what it is asked, unless told otherwise."""
 
     def __init__(self) -> None:
-        self.seen: list[Seen] = []
-        self.faults: list[Callable[[], Response] | None] = []
+        self.url = ""  # of the API
+        self.seen: list[Seen] = []  # in order of arrival
+        self.faults: list[Callable[[], Response] | None] = []  # of the next requests for a completion; None: nothing
         self.models = ["tiny"]
         self.key: str | None = None
-        self.delay = 0.0
-        self.at_once = self.most_at_once = 0
+        self.delay = 0.0  # seconds that every completion takes
+        self.at_once = self.most_at_once = 0  # requests for completions that are in work
         self.say: Callable[[list[Json]], str] = lambda messages: f"You said: {messages[-1]['content']}"
         self.complete: Callable[[Json], Json] = lambda body: {}
 

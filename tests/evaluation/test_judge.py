@@ -28,11 +28,11 @@ def _answer(messages: list[dict[str, Any]]) -> str:
 
 
 def rows(size: int = 4) -> list[dict[str, Any]]:
+    common = {"chat_history": [], "retrieved_docs": []}
     return [
-        {"question": f"Why {i}?", "gold_answer": f"So {i}.", "generated_answer": f"answer {i}", "chat_history": [],
-         "retrieved_docs": [], "scores": {}}
+        {"question": f"Why {i}?", "gold_answer": f"So {i}.", "generated_answer": f"answer {i}", **common, "scores": {}}
         for i in range(size)
-    ]  # fmt: skip
+    ]
 
 
 def arguments(judge: OpenAIServer, **others: Any) -> JudgeArguments:
@@ -42,14 +42,10 @@ def arguments(judge: OpenAIServer, **others: Any) -> JudgeArguments:
 def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict(
     judge: OpenAIServer, tmp_path: Path
 ) -> None:
-    judged = rows()
-    scores, _ = judge_results(tmp_path, {"test_gen/f1": 0.25}, judged, arguments(judge))
-    assert scores == {
-        "test_gen/f1": 0.25,
-        "test_gen/gpt4eval": 0.5,
-        "test_gen/gpt4eval_partially": 0.25,
-        "test_gen/gpt4eval_unparsed": 0.0,
-    }
+    judged, given = rows(), {"test_gen/f1": 0.25}
+    scores, _ = judge_results(tmp_path, given, judged, arguments(judge))
+    rates = {"": 0.5, "_partially": 0.25, "_unparsed": 0.0}
+    assert scores == given | {f"test_gen/gpt4eval{name}": rate for name, rate in rates.items()}
     assert json.loads((tmp_path / SCORES).read_text()) == scores
     assert [row["gpt4eval"]["verdict"] for row in judged] == list(GIVEN.values())
     assert [row["scores"]["gen/gpt4eval"] for row in judged] == [1.0, 0.0, 0.0, 1.0]
@@ -60,13 +56,11 @@ def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict
 
 
 def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zero(judge: OpenAIServer) -> None:
-    (row,) = rows(1)
-    judge_answers([row | {"chat_history": [{"speaker": "user", "message": "Hm."}]}], arguments(judge))
+    earlier = [{"speaker": "user", "message": "Hm."}]
+    judge_answers([rows(1)[0] | {"chat_history": earlier}], arguments(judge))
     (body,) = judge.of("chat/completions")
-    texts = {"earlier_turns": [{"speaker": "user", "message": "Hm."}], "question": "Why 0?"}
-    texts |= {"reference_answer": "So 0.", "system_answer": "answer 0"}
-    assert body["temperature"] == 0
-    assert body["messages"][0] == {"role": "system", "content": INSTRUCTION}
+    texts = {"question": "Why 0?", "reference_answer": "So 0.", "system_answer": "answer 0", "earlier_turns": earlier}
+    assert (body["temperature"], body["messages"][0]) == (0, {"role": "system", "content": INSTRUCTION})
     assert json.loads(body["messages"][1]["content"]) == texts
 
 
@@ -85,17 +79,14 @@ def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
 ) -> None:
     def say(messages: list[dict[str, Any]]) -> str:
         answer = _answer(messages)
-        if answer == "answer 1" or (answer == "answer 2" and len(messages) == 2):
-            return "I would rather not."
-        return json.dumps({"verdict": GIVEN[answer]})
+        unreadable = answer == "answer 1" or (answer == "answer 2" and len(messages) == 2)
+        return "I would rather not." if unreadable else json.dumps({"verdict": GIVEN[answer]})
 
     judge.say = say
     judged = rows()
     scores = judge_answers(judged, arguments(judge))
-    assert scores["gen/gpt4eval"] == pytest.approx(2 / 3)
-    assert scores["gen/gpt4eval_unparsed"] == 1
-    assert judged[1]["gpt4eval"] is None
-    assert judged[1]["scores"] == {}
+    assert (scores["gen/gpt4eval"], scores["gen/gpt4eval_unparsed"]) == (pytest.approx(2 / 3), 1)
+    assert (judged[1]["gpt4eval"], judged[1]["scores"]) == (None, {})
     assert judged[2]["gpt4eval"]["verdict"] == "incorrect"
     asked = [_answer(body["messages"]) for body in judge.of("chat/completions")]
     assert sorted(asked) == ["answer 0", *["answer 1"] * 3, *["answer 2"] * 2, "answer 3"]
@@ -106,35 +97,28 @@ def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
         judge_answers(judged[1:2], arguments(judge))
 
 
-@pytest.mark.parametrize(
-    ("reply", "expected"),
-    [
-        ('{"reason": "r", "verdict": "correct"}', "correct"),
-        ('```json\n{"verdict": "Partially ", "reason": "{braces}"}\n```', "partially"),
-        ('The set {a, b} matters. {"verdict": "incorrect"} I hope this helps.', "incorrect"),
-        ('{"verdict": "correct"} No, wait: {"verdict": "incorrect"}', "incorrect"),
-        ('{"grade": {"verdict": "correct"}}', "correct"),
-        ('{"verdict": "maybe"}', None),
-        ('{"verdict": null}', None),
-        ('{"verdict": "correct"', None),
-        ("correct", None),
-        ("", None),
-        ("{" * 3000, None),
-    ],
-)
-def test_verdicts_are_read_from_what_models_write(reply: str, expected: str | None) -> None:
-    verdict = parse_verdict(reply)
-    assert (verdict and verdict["verdict"]) == expected
+def test_verdicts_are_read_from_what_models_write() -> None:
+    for reply, expected in {
+        '{"reason": "r", "verdict": "correct"}': "correct",
+        '```json\n{"verdict": "Partially ", "reason": "{braces}"}\n```': "partially",
+        'The set {a, b} matters. {"verdict": "incorrect"} I hope this helps.': "incorrect",
+        '{"verdict": "correct"} No, wait: {"verdict": "incorrect"}': "incorrect",
+        '{"grade": {"verdict": "correct"}}': "correct",
+        **dict.fromkeys(['{"verdict": "maybe"}', '{"verdict": null}', '{"verdict": "correct"', "correct", ""], None),
+        "{" * 3000: None,
+    }.items():
+        verdict = parse_verdict(reply)
+        assert (verdict and verdict["verdict"]) == expected, reply
 
 
 def test_so_many_examples_at_most_and_always_the_same(judge: OpenAIServer) -> None:
     judged, again = rows(), rows()
-    scores = judge_answers(judged, arguments(judge, judge_max_examples=3))
+    flags = arguments(judge, judge_max_examples=3)
+    rate = judge_answers(judged, flags)["gen/gpt4eval"]
     chosen = [number for number, row in enumerate(judged) if "gpt4eval" in row]
     assert len(chosen) == 3 == len(judge.questions)
-    right = [GIVEN[f"answer {number}"] for number in chosen].count("correct")
-    assert scores["gen/gpt4eval"] == pytest.approx(right / 3)
-    judge_answers(again, arguments(judge, judge_max_examples=3))
+    assert rate == pytest.approx([GIVEN[f"answer {number}"] for number in chosen].count("correct") / 3)
+    judge_answers(again, flags)
     assert again == judged
 
 
@@ -163,18 +147,16 @@ def test_a_judge_that_cannot_be_asked_costs_no_results(judge: OpenAIServer, tmp_
 def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_asked_for(
     judge: OpenAIServer, tmp_path: Path
 ) -> None:
-    flags = JudgeArguments(judge_base_url=judge.url, judge_api_key="secret")
-    scores, _ = judge_results(tmp_path, {"a": 1.0}, rows(), flags)
-    assert scores == {"a": 1.0}
-    assert not (tmp_path / "all_args.json").exists()
-    judge_results(tmp_path, {"a": 1.0}, rows(), flags, write_arguments=True)
-    written = json.loads((tmp_path / "all_args.json").read_text())
-    assert written["judge_model"] == "gpt-4o"
-    assert "secret" not in str(written) + repr(flags)
+    flags, written = JudgeArguments(judge_base_url=judge.url, judge_api_key="secret"), tmp_path / "all_args.json"
+    for write in (False, True):
+        assert judge_results(tmp_path, {"a": 1.0}, rows(), flags, write_arguments=write)[0] == {"a": 1.0}
+        assert written.exists() == write
+    assert json.loads(written.read_text())["judge_model"] == "gpt-4o"
+    assert "secret" not in written.read_text() + repr(flags)
     assert not judge.seen
 
 
-@pytest.mark.parametrize("wrong", [{"judge_max_examples": -1}, {"judge_price": [1.0]}, {"judge_price": [1.0, -1.0]}])
-def test_settings_without_sense_are_named(wrong: dict[str, Any]) -> None:
-    with pytest.raises(UserError, match=f"--{next(iter(wrong))}"):
-        JudgeArguments(**wrong)
+def test_settings_without_sense_are_named() -> None:
+    for name, wrong in (("judge_max_examples", -1), ("judge_price", [1.0]), ("judge_price", [1.0, -1.0])):
+        with pytest.raises(UserError, match=f"--{name}"):
+            JudgeArguments(**{name: wrong})

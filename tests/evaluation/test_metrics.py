@@ -9,11 +9,10 @@ import pytest
 import pytrec_eval
 import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
-from sklearn.metrics import ndcg_score
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import corpus_bleu, faithfulness, normalize_answer, score_answer
+from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -28,17 +27,14 @@ PAIRS = [
 ]
 
 
-def test_answers_are_normalised_as_squad_does() -> None:
-    assert normalize_answer("The  Harbour, of a Town!") == ["harbour", "of", "town"]
-    assert normalize_answer("An apple; the theme") == ["apple", "theme"]
-    assert normalize_answer("U.S. don't") == ["us", "dont"]
-    assert normalize_answer("a the an") == []
-    assert normalize_answer("Ärmel\tÜ") == ["ärmel", "ü"]
-
-
-def test_f1_and_exact_match_worked_out_by_hand() -> None:
+def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> None:
     for answer, reference, f1, exact in [
         ("The Copper!", "copper", 1, 1),
+        ("The  Harbour, of a Town!", "harbour of town", 1, 1),
+        ("An apple; the theme", "apple theme", 1, 1),
+        ("U.S. don't", "us dont", 1, 1),
+        ("Ärmel\tÜ", "ärmel ü", 1, 1),
+        ("a the an", "", 1, 1),
         ("wool", "copper", 0, 0),
         ("copper wool", "wool copper", 1, 0),
         ("copper and wool", "copper", 2 * (1 / 3) * 1 / (1 / 3 + 1), 0),
@@ -68,6 +64,7 @@ def test_faithfulness_worked_out_by_hand() -> None:
         ("Copper and wool.", ["They sell copper.", "and some wool"], 1.0, 0.0),
         ("copper and wool", ["The copper and wool!"], 1.0, 1.0),
         ("copper copper copper wool", ["copper, copper"], 0.5, 1 / 3),
+        ("copper wool copper wool", ["copper wool", "wool copper salt"], 1.0, 2 / 3),
         ("the copper", ["a copper"], 1.0, 0.0),
         ("", ["copper"], 0.0, 0.0),
         ("copper", [], 0.0, 0.0),
@@ -75,27 +72,10 @@ def test_faithfulness_worked_out_by_hand() -> None:
         assert (faithfulness(answer, passages), faithfulness(answer, passages, 2)) == pytest.approx((words, pairs))
 
 
-def test_faithfulness_is_a_rate_that_counting_one_by_one_gives() -> None:
-    chance = random.Random(0)
-    for size in [1, 2] * 10:
-        answer = chance.choices("bcdef", k=chance.randint(1, 9))
-        passages = [chance.choices("bcdef", k=chance.randint(0, 9)) for _ in range(3)]
-        runs = [answer[i : i + size] for i in range(len(answer) - size + 1)]
-        left = [passage[i : i + size] for passage in passages for i in range(len(passage) - size + 1)]
-        held = 0
-        for run in runs:
-            if run in left:
-                left.remove(run)
-                held += 1
-        ours = faithfulness(" ".join(answer), [" ".join(passage) for passage in passages], size)
-        assert ours == pytest.approx(held / len(runs) if runs else 0.0)
-        assert 0 <= ours <= 1
-
-
 def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
     for size in range(1, len(PAIRS) + 1):
-        answers, references = zip(*PAIRS[:size], strict=True)
-        theirs = sacrebleu.BLEU().corpus_score(list(answers), [list(references)]).score
+        answers, references = map(list, zip(*PAIRS[:size], strict=True))
+        theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
         assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
 
 
@@ -108,7 +88,6 @@ def test_every_score_of_an_answer_is_between_0_and_1() -> None:
 
 
 TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
-RATES = ("mrr@10", "ndcg@10", "map@10")
 RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
     ("abcd", "ab", 1, 0, 1, 1, 1 / 2),
     ("abcd", "ab", 2, 1, 1, 1, 1),
@@ -122,56 +101,19 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
     ("abcd", "abx", 10, 0, 1, (1 + TWO) / (1 + TWO + THREE), (1 + 1) / 3),
     ("abcd", "d", 3, 0, 0, 0, 0),
     ("abcd", "x", 10, 0, 0, 0, 0),
-    ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),
+    ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),  # a document found twice counts once
+    ("abab", "ab", 10, 1, 1, 1, 1),
+    ("aaab", "ab", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
+    ("aaa", "a", 10, 1, 1, 1, 1),
     ("", "a", 5, 0, 0, 0, 0),
 ]
 
 
 def test_scores_of_a_ranking_worked_out_by_hand() -> None:
-    for ranking, gold, k, recall, rank, gain, precision in RANKINGS:
+    for ranking, gold, k, *expected in RANKINGS:
         scores = score_ranking(ranking, set(gold), [k], depth=k)
-        assert (scores[f"recall@{k}"], scores[f"mrr@{k}"]) == (recall, rank)
-        assert scores[f"ndcg@{k}"] == pytest.approx(gain, abs=1e-12)
-        assert scores[f"map@{k}"] == pytest.approx(precision, abs=1e-12)
-
-
-def test_ndcg_is_that_of_scikit_learn_and_a_document_found_twice_counts_once() -> None:
-    chance = random.Random(0)
-    for _ in range(20):
-        ranking, gold = chance.sample(range(30), 30), set(chance.sample(range(30), chance.randint(1, 15)))
-        relevance = np.array([[float(document in gold) for document in ranking]])
-        theirs = ndcg_score(relevance, np.arange(30, 0, -1.0)[None], k=10)
-        assert score_ranking(ranking, gold, [])["ndcg@10"] == pytest.approx(theirs, abs=1e-12)
-        twice = score_ranking(chance.choices(range(4), k=12), gold & {*range(4)} or {0}, [1, 3, 10])
-        assert all(0 <= score <= 1 for score in twice.values())
-    assert score_ranking([0, 0, 0], {0}, []) == score_ranking([0, 1, 2], {0}, []) == dict.fromkeys(RATES, 1.0)
-
-
-def test_scores_are_means_over_the_questions_with_gold_as_plain_loops_give() -> None:
-    chance = random.Random(0)
-    pool = [Document(f"Passage {i}.", {"source": str(i)}) for i in range(25)]
-    found = [chance.sample(pool, 20) for _ in range(200)]
-    examples = [Example(f"Question {i}?", tuple(chance.sample(pool, chance.randint(0, 3)))) for i in range(200)]
-    ours = mean_scores(retrieval_rows(found, examples, [1, 4, 10]))
-    recall, mrr, gains = {1: [], 4: [], 10: []}, [], []
-    for documents, example in zip(found, examples, strict=True):
-        if not example.gold_docs:
-            continue
-        names = [document.page_content for document in documents]
-        gold = [document.page_content for document in example.gold_docs]
-        for k, values in recall.items():
-            values.append(1.0 if all(name in names[:k] for name in gold) else 0.0)
-        ranks = sorted(names.index(name) + 1 for name in gold if name in names[:10])
-        mrr.append(1 / ranks[0] if ranks else 0.0)
-        ideal = sum(1 / np.log2(rank + 1) for rank in range(1, len(gold) + 1))
-        gains.append(sum(1 / np.log2(rank + 1) for rank in ranks) / ideal)
-    assert 0 < len(mrr) < len(examples)
-    for k, values in recall.items():
-        assert ours[f"retr/recall@{k}"] == pytest.approx(np.mean(values), abs=1e-12)
-        assert ours[f"retr/document_recall/recall{k}"] == ours[f"retr/recall@{k}"]
-    assert ours["retr/mrr@10"] == pytest.approx(np.mean(mrr), abs=1e-12)
-    assert ours["retr/ndcg@10"] == pytest.approx(np.mean(gains), abs=1e-12)
-    assert len(ours) == 9
+        found = [scores[f"{name}@{k}"] for name in ("recall", "mrr", "ndcg", "map")]
+        assert found == pytest.approx(expected, abs=1e-12)
 
 
 def test_documents_are_gold_by_source_and_content_and_count_once_and_without_gold_nothing_does() -> None:
@@ -198,34 +140,35 @@ def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
     for number in range(600):
         found = chance.sample(names, chance.randint(1, 20))
         run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
-        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.randint(1, 4)), 1)
+        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.choice([1, 2, 4, 15])), 1)
     for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
         ours = score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
-        assert ours["ndcg@10"] == pytest.approx(theirs["ndcg_cut_10"], abs=1e-6)
-        assert ours["map@10"] == pytest.approx(theirs["map_cut_10"], abs=1e-6)
-        for k in (1, 4, 10):  # a question counts when all its gold is found
-            assert ours[f"recall@{k}"] == float(theirs[f"recall_{k}"] == 1)
         first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
-        assert ours["mrr@10"] == pytest.approx(first_ten, abs=1e-6)
+        expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": first_ten}
+        expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found
+        assert ours == pytest.approx(expected, abs=1e-6)
 
 
 def test_trec_eval_finds_our_scores_and_our_order_in_the_files_we_write(tmp_path: Path) -> None:
     chance = random.Random(0)
     documents = [Document(f"Passage {i}.", {"source": f"a b/{i}"}) for i in range(25)]
     examples = [Example(f"Q{i}?", tuple(chance.sample(documents, chance.randint(1, 3)))) for i in range(100)]
-    ids = np.array([chance.sample(range(25), 12) for _ in examples])
+    ids = np.array([chance.sample(range(25), 10) for _ in examples])
     ids[0, 5:] = -1
-    scores = -np.sort(-np.array([[chance.choice([0.5, 0.5000001, 3.0]) for _ in range(12)] for _ in examples]))
+    scores = -np.sort(-np.array([[chance.choice([0.5, 0.5000001, 3.0]) for _ in range(10)] for _ in examples]))
     write_run(tmp_path / "run", Hits(ids, scores), documents)
     write_qrels(tmp_path / "qrels", examples)
     with (tmp_path / "run").open() as run, (tmp_path / "qrels").open() as qrels:
         run, qrels = pytrec_eval.parse_run(run), pytrec_eval.parse_qrel(qrels)
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run)
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).values()
     found = [[documents[i] for i in row if i >= 0] for row in ids.tolist()]
-    ours = mean_scores(retrieval_rows(found, examples, [1, 4, 10]))
-    for name, measure in (("retr/ndcg@10", "ndcg_cut_10"), ("retr/map@10", "map_cut_10")):
-        assert ours[name] == pytest.approx(np.mean([row[measure] for row in theirs.values()]), abs=1e-6)
-    assert ours["retr/recall@4"] == np.mean([row["recall_4"] == 1 for row in theirs.values()])
+    names = {"ndcg@10": "ndcg_cut_10", "map@10": "map_cut_10", "mrr@10": "recip_rank"}
+    expected = {f"retr/{ours}": np.mean([row[measure] for row in theirs]) for ours, measure in names.items()}
+    for k in (1, 4, 10):
+        recall = np.mean([row[f"recall_{k}"] == 1 for row in theirs])
+        expected |= {f"retr/recall@{k}": recall, f"retr/document_recall/recall{k}": recall}
+    rows = retrieval_rows([*found, documents], [*examples, Example("Without gold?")], [1, 4, 10])
+    assert mean_scores(rows) == pytest.approx(expected, abs=1e-6)
     for number, (ranking, example) in enumerate(zip(found, examples, strict=True), start=1):
         assert as_trec_eval_ranks(run[str(number)]) == [document_name(document) for document in ranking]
         assert qrels[str(number)] == {document_name(document): 1 for document in example.gold_docs}

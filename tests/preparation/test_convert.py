@@ -16,9 +16,6 @@ from rqa.preparation.layouts import LAYOUTS
 from rqa.preparation.reading import read_rows
 from rqa.runtime.errors import UserError
 
-Run = Callable[[str, dict[str, object]], int]
-
-
 WOOL, SALT, TITLELESS = "Brask — where wool is sold", "Dunmore's “salt” 鹽", "a\u2028b without a title"
 
 
@@ -40,8 +37,8 @@ def squad(number: int, text: str, *answers: str) -> dict[str, Any]:
 
 
 SAMPLES: dict[str, list[dict[str, Any]]] = {
-    "dpr": [{"question": "who sells wool?", "answers": ["Brask", "the Brask"],
-             "positive_ctxs": [context("1", "Ünï", WOOL)], "negative_ctxs": [],
+    "dpr": [{"question": "who sells wool?", "answers": ["Brask", "the Brask"], "negative_ctxs": [],
+             "positive_ctxs": [context("1", "Ünï", WOOL)],
              "hard_negative_ctxs": [context("2", "", TITLELESS), context("3", "T", SALT)]},
             {"question": "who?", "answers": ["a"], "positive_ctxs": [context("3", "T", SALT)], "negative_ctxs": [],
              "hard_negative_ctxs": []}],
@@ -61,8 +58,7 @@ SAMPLES: dict[str, list[dict[str, Any]]] = {
     "triviaqa": [{"Question": "Who sells wool?", "QuestionId": "0",
                   "Answer": {"Value": "Brask", "Aliases": ["Brask", "Brásk (town)"], "Type": "FreeForm"}}],
     "tevatron": [{"query_id": "0", "query": "who sells wool", "answers": ["Brask"],
-                  "positive_passages": [tevatron("1", "Ü", WOOL)],
-                  "negative_passages": [tevatron("2", "", TITLELESS)]},
+                  "positive_passages": [tevatron("1", "Ü", WOOL)], "negative_passages": [tevatron("2", "", TITLELESS)]},
                  {"query_id": "1", "query": "who", "positive_passages": [tevatron("2", "", TITLELESS)],
                   "negative_passages": []}],
     "flagembedding": [{"query": "who sells wool", "pos": [WOOL], "neg": [SALT, TITLELESS]}],
@@ -91,6 +87,10 @@ def ours(directory: Path) -> tuple[Path | None, dict[str, Path]]:
     return (documents if documents.exists() else None), {p.name.split("_w_")[0]: p for p in directory.glob("*_w_*")}
 
 
+def json_lines(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in text.split("\n") if line]
+
+
 def contents(path: Path | None) -> list[str]:
     return [document.page_content for document in iterate_documents(path)] if path else []
 
@@ -110,18 +110,15 @@ def test_a_layout_survives_the_way_to_ours_and_back_and_ours_the_way_to_it(
         assert len(contents(documents)) == PASSAGES[layout]
         write_layout(layout, tmp_path / "back", documents, splits, no_answer="not said")
         text = (tmp_path / "back" / path.name).read_text(encoding="utf-8")
-        if layout in ARRAYS:
-            assert (json.loads(text)[ARRAYS[layout]] if ARRAYS[layout] else json.loads(text)) == SAMPLES[layout]
-        else:
-            assert [json.loads(line) for line in text.split("\n") if line] == SAMPLES[layout]
+        back = json.loads(text) if layout in ARRAYS else json_lines(text)
+        assert (back[ARRAYS[layout]] if ARRAYS.get(layout) else back) == SAMPLES[layout]
     before = list(iterate_examples(data / "train_w_qa.jsonl"))
     write_layout(layout, tmp_path / "there", data / "documents.jsonl", {"train": data / "train_w_qa.jsonl"})
     read_layout(layout, sorted((tmp_path / "there").glob("train.*")), tmp_path / "again")
     answers = LAYOUTS[layout].answers
     after = list(iterate_examples(ours(tmp_path / "again")[1]["train"], answers=answers))
-    assert [example.question for example in after] == [example.question for example in before]
-    if answers:
-        assert [example.gold_answer for example in after] == [example.gold_answer for example in before]
+    for name in ("question", "gold_answer") if answers else ("question",):
+        assert [getattr(example, name) for example in after] == [getattr(example, name) for example in before]
     if PASSAGES[layout] and layout != "flagembedding":
         assert gold(after) == gold(before)
 
@@ -129,11 +126,10 @@ def test_a_layout_survives_the_way_to_ours_and_back_and_ours_the_way_to_it(
 def test_unanswerable_questions_are_left_out_unless_they_have_a_text(tmp_path: Path) -> None:
     for layout in ("squad", "msmarco"):
         path = write_sample(tmp_path / layout, layout)
-        kept = read_layout(layout, [path], tmp_path / "a" / layout, "nobody says")
-        left = read_layout(layout, [path], tmp_path / "b" / layout)
-        answers = [e.gold_answer for e in iterate_examples(tmp_path / "a" / layout / "train_w_qa.jsonl")]
-        assert answers.count("nobody says") == 1
-        assert left["unanswerable questions left out"] == 1
+        kept = read_layout(layout, [path], tmp_path / "kept" / layout, "nobody says")
+        left = read_layout(layout, [path], tmp_path / "left" / layout)
+        answers = [e.gold_answer for e in iterate_examples(tmp_path / "kept" / layout / "train_w_qa.jsonl")]
+        assert (answers.count("nobody says"), left["unanswerable questions left out"]) == (1, 1)
         assert left["questions of train"] == kept["questions of train"] - 1
 
 
@@ -148,6 +144,9 @@ QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
     ("fid", {"question": "q", "target": "one", "answers": ["two", "one"]}, ["one", "two"], [], []),
     ("fid", {"question": "q", "target": "one", "ctxs": [{"text": WOOL, "has_answer": True}, {"text": SALT}]},
      ["one"], [WOOL], [WOOL, SALT]),
+    ("fid", {"question": "q", "answers": ["a"], "ctxs": [
+        {"id": 5, "title": "T", "text": WOOL, "score": 82.5}, {"text": SALT, "score": "-1e3"}]},
+     ["a"], [], [WOOL, SALT]),
     ("msmarco", {**MARCO, "passages": COLUMNS}, ["Brask", "The town"], [WOOL], [SALT, WOOL, TITLELESS]),
     ("msmarco", {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
      ["a"], [WOOL], [WOOL]),
@@ -170,15 +169,9 @@ def test_fields_by_other_names_columns_repeated_answers_blanks_and_nulls_are_rea
     (example,) = iterate_examples(splits["dev"])
     assert [answer for answer in (example.gold_answer, *example.other_answers) if answer] == answers
     assert (gold([example]), contents(documents)) == ([golden], passages)
-
-
-def test_identifiers_and_scores_may_be_numbers(tmp_path: Path) -> None:
-    contexts = [{"id": 5, "title": "T", "text": WOOL, "score": 82.5}, {"text": SALT, "score": "-1e3"}]
-    (tmp_path / "dev.json").write_text(json.dumps([{"question": "q", "answers": ["a"], "ctxs": contexts}]))
-    read_layout("fid", [tmp_path / "dev.json"], tmp_path)
-    (example,) = iterate_examples(tmp_path / "dev_w_qa.jsonl")
-    assert example.ctx_scores == (82.5, -1000.0)
-    assert [document.metadata["source"] for document in example.ctxs] == ["5", ""]
+    if "82.5" in str(row):
+        assert example.ctx_scores == (82.5, -1000.0)
+        assert [document.metadata["source"] for document in example.ctxs] == ["5", ""]
 
 
 def test_a_corpus_in_a_file_of_its_own(tmp_path: Path) -> None:
@@ -192,9 +185,6 @@ def test_a_corpus_in_a_file_of_its_own(tmp_path: Path) -> None:
     assert back == [rows[0], {"id": "8", "contents": '""\nno title'}]
 
 
-# ---------------------------------------------------------------- corpus, queries and judgements
-
-
 def write_beir_sample(folder: Path, packed: bool = False) -> Path:
     (folder / "qrels").mkdir(parents=True)
     corpus = (("d1", "Ünï", WOOL), ("d2", "", SALT), ("d3", "", TITLELESS))
@@ -203,9 +193,8 @@ def write_beir_sample(folder: Path, packed: bool = False) -> Path:
     (folder / ("corpus.jsonl.gz" if packed else "corpus.jsonl")).write_bytes(gzip.compress(rows) if packed else rows)
     queries = [{"_id": f"test-{n}", "text": text, "metadata": {}} for n, text in enumerate(("who sells wool?", "who?"))]
     (folder / "queries.jsonl").write_text("".join(json.dumps(row) + "\n" for row in queries))
-    (folder / "qrels/test.tsv").write_bytes(
-        b"query-id\tcorpus-id\tscore\r\ntest-0\td1\t1\r\ntest-0\td3\t2\r\ntest-0\td2\t0\r\ntest-1\td2\t1\r\n"
-    )
+    judged = ("query-id\tcorpus-id\tscore", "test-0\td1\t1", "test-0\td3\t2", "test-0\td2\t0", "test-1\td2\t1\r\n")
+    (folder / "qrels/test.tsv").write_bytes("\r\n".join(judged).encode())
     return folder
 
 
@@ -220,8 +209,8 @@ def test_beir_survives_the_way_to_ours_and_back(tmp_path: Path) -> None:
     counts = write_layout("beir", tmp_path / "back", documents, splits)
     assert counts == {"corpus.jsonl": 3, "queries.jsonl": 2, "qrels/test.tsv": 3}
     for name in ("corpus.jsonl", "queries.jsonl"):
-        back, before = ((path / name).read_text(encoding="utf-8").split("\n") for path in (tmp_path / "back", plain))
-        assert [json.loads(line) for line in back if line] == [json.loads(line) for line in before if line]
+        back, before = (json_lines((path / name).read_text(encoding="utf-8")) for path in (tmp_path / "back", plain))
+        assert back == before
     lines = (tmp_path / "back/qrels/test.tsv").read_text().splitlines()
     assert lines == ["query-id\tcorpus-id\tscore", "test-0\td1\t1", "test-0\td3\t1", "test-1\td2\t1"]
 
@@ -242,9 +231,6 @@ def test_marcos_passage_ranking_is_read(tmp_path: Path) -> None:
     assert read_layout("msmarco_passages", [tmp_path], tmp_path) == {"passages": 2, "questions of dev": 1}
     (example,) = iterate_examples(tmp_path / "dev_w_q.jsonl")
     assert (example.question, example.gold_docs[0].page_content) == ("who sells wool", WOOL)
-
-
-# ---------------------------------------------------------------- reading
 
 
 VALUES = st.text(max_size=30) | st.lists(st.integers(), max_size=3)
@@ -314,61 +300,54 @@ def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
     assert not list((tmp_path / "out").glob("*"))
 
 
-@pytest.mark.parametrize(
-    ("flags", "message"),
-    [
-        ({}, "give one of --from_format, --to_format and --validate true"),
-        ({"from_format": "dpr", "validate": "true"}, "give one of"),
-        ({"from_format": "dpr", "output_dir": "x"}, "--input_path"),
-        ({"from_format": "dpr", "input_path": "x"}, "--output_dir"),
-        ({"to_format": "dpr", "output_dir": "x"}, "--train_file, --eval_file, --test_file"),
-        ({"to_format": "beir", "output_dir": "x", "train_file": "/nowhere"}, "--document_path: BEIR needs"),
-        ({"from_format": "dpr", "input_path": ["/a/x.json", "/b/x.json"], "output_dir": "x"}, "two files are called x"),
-    ],
-)
-def test_flags_that_say_too_little_are_refused(
-    flags: dict[str, object], message: str, run_executable: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run_executable("convert_dataset", flags) == 2
-    assert message in capsys.readouterr().err
+def test_flags_that_say_too_little_are_refused(refused: Callable[..., None]) -> None:
+    for line, message in {
+        "": "give one of --from_format, --to_format and --validate true",
+        "--from_format dpr --validate true": "give one of",
+        "--from_format dpr --output_dir x": "--input_path",
+        "--from_format dpr --input_path x": "--output_dir",
+        "--to_format dpr --output_dir x": "--train_file, --eval_file, --test_file",
+        "--to_format beir --output_dir x --train_file /nowhere": "--document_path: BEIR needs",
+        "--from_format dpr --input_path /a/x.json /b/x.json --output_dir x": "two files are called x",
+    }.items():
+        refused(message, "convert_dataset", *line.split())
 
 
 def test_validation_counts_what_was_put_there(
-    run_executable: Run, tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixture[str]
+    run_line: Callable[..., int], tmp_path: Path, encoder_path: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    passages = [{"page_content": f"passage number {n}", "metadata": {"source": str(n)}} for n in range(3)]
+    one, two, three = ({"page_content": f"passage number {n}", "metadata": {"source": str(n)}} for n in range(3))
     repeated = {"page_content": "Passage  number 0", "metadata": {"source": "copy"}}
     absent = {"page_content": "elsewhere", "metadata": {}}
-    (tmp_path / "d.jsonl").write_text("\n".join(map(json.dumps, [*passages, repeated])))
-    train = [Example("Who is it?"), Example("who  is it?"), Example("What?")]
-    rows = [{**example.to_json(), "gold_docs": gold} for example, gold in
-            zip(train, ([passages[0]], [passages[0], passages[1]], [absent]), strict=True)]  # fmt: skip
-    rows[0]["gold_answer"] = "one two three"
-    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "WHAT?", "gold_docs": [passages[0]]}))
-    flags = {"validate": "true", "document_path": tmp_path / "d.jsonl", "train_file": tmp_path / "train.jsonl",
-             "test_file": tmp_path / "test.jsonl"}  # fmt: skip
-    assert run_executable("convert_dataset", flags) == 0
+    asked = (("Who is it?", [one], "one two three"), ("who  is it?", [one, two], None), ("What?", [absent], None))
+    train = [{"question": question, "gold_docs": docs, "gold_answer": answer} for question, docs, answer in asked]
+    test = [{"question": "WHAT?", "gold_docs": [one]}]
+    files = {"document_path": [one, two, three, repeated], "train_file": train, "test_file": test}
+    line = ["convert_dataset", "--validate", "true"]
+    for flag, rows in files.items():
+        (tmp_path / flag).write_text("\n".join(map(json.dumps, rows)))
+        line += [f"--{flag}", tmp_path / flag]
+    assert run_line(*line) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0].endswith("d.jsonl: 4 passages, 1 with the words of an earlier one")
-    assert lines[1:4] == [
+    assert lines[:4] == [
+        f"{tmp_path}/document_path: 4 passages, 1 with the words of an earlier one",
         "train: 3 questions, 1 with an answer, 1 asked before",
         "train: 3 questions with a gold passage, 1 of them with several",
         "train: 3 of 4 gold passages (75.0%) are in the database",
     ]
     assert "train and test: 1 questions and 1 gold passages are in both" in lines
     assert ["answers", "of", "train", "3", "3", "3", "3"] in [line.split() for line in lines]
-    assert run_executable("convert_dataset", {**flags, "model_name_or_path": encoder_path}) == 0
+    assert run_line(*line, "--model_name_or_path", encoder_path) == 0
     assert "tokens " in capsys.readouterr().out
 
 
 def test_a_conversion_ends_with_the_rows_of_each_file_and_refuses_gold_that_the_database_lacks(
-    run_executable: Run, tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    flags = {"to_format": "dpr", "train_file": data / "train_w_qa.jsonl", "test_file": data / "test_w_qa.jsonl",
-             "output_dir": tmp_path / "dpr"}  # fmt: skip
-    assert run_executable("convert_dataset", flags) == 0
+    run_line: Callable[..., int], refused: Callable[..., None], tmp_path: Path, data: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    line = ["convert_dataset", "--train_file", data / "train_w_qa.jsonl", "--test_file", data / "test_w_qa.jsonl",
+            "--output_dir", tmp_path / "dpr", "--to_format"]  # fmt: skip
+    assert run_line(*line, "dpr") == 0
     assert "dpr: 16 rows of train.json, 4 rows of test.json, as dpr" in capsys.readouterr().out
     (tmp_path / "d.jsonl").write_text('{"page_content": "another"}')
-    assert run_executable("convert_dataset", flags | {"to_format": "beir", "document_path": tmp_path / "d.jsonl"}) == 2
-    assert "train_w_qa.jsonl:1: a gold passage is not in" in capsys.readouterr().err
+    refused("train_w_qa.jsonl:1: a gold passage is not in", *line, "beir", "--document_path", tmp_path / "d.jsonl")
