@@ -66,8 +66,11 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed, a cache of its own, and log lines, which an executable keeps to itself."""
     torch.manual_seed(0)
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)
 
 
 @pytest.fixture
@@ -103,11 +106,9 @@ def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, obj
 
 @pytest.fixture
 def trainer_flags(
-    files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Callable[..., dict[str, object]]:  # fmt: skip
-    """Flags for four small steps of a trainer, and others by name; None leaves one out. What is kept is the test's."""
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path
+) -> Callable[..., dict[str, object]]:
+    """Flags for four small steps of a trainer, and others by name; None leaves one out."""
     decoder = {"model_name_or_path": lm_path, "max_new_tokens": 8, "max_seq_length": 256}
     judge = {"lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
     own: dict[str, dict[str, object]] = {
@@ -115,18 +116,16 @@ def trainer_flags(
         "train_swr": decoder | {"embedding_model": encoder_path},
         "train_fid": {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path,
                       "max_encoder_seq_length": 64, "max_decoder_seq_length": 16},
-        "train_ctl": {},
+        "train_ctl": {}, "train_rpg": judge, "train_emdr": judge,
         "train_dca": {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
-        "train_rpg": judge,
-        "train_emdr": judge,
     }  # fmt: skip
     retriever = {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4}
     reader = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
 
     def flags(name: str, **others: object) -> dict[str, object]:
         kind = reader if name in ("train_sft", "train_swr", "train_fid") else retriever
-        common = {**files, "output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
-        given = {**kind, **common, **own[name], **others}
+        common = {"output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
+        given = {**kind, **files, **common, **own[name], **others}
         return {flag: value for flag, value in given.items() if value is not None}
 
     return flags
@@ -145,15 +144,13 @@ def train(trainer_flags: Callable[..., dict[str, object]], run_executable: Calla
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["OpenAIServer"]:
-    """An OpenAI-compatible server on loopback that is asked again without delay; nothing is kept from another test."""
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator["OpenAIServer"]:
+    """An OpenAI-compatible server on loopback that is asked again without delay."""
     from openai_server import serve
 
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("rqa.endpoint.client.PAUSE", 0.01)
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     with serve() as ours:
         yield ours
 

@@ -86,9 +86,6 @@ def test_the_best_are_those_of_a_stable_sort() -> None:
         assert list(zip(found_scores.tolist(), found_ids.tolist(), strict=True)) == expected
 
 
-# ---------------------------------------------------------------- fusion
-
-
 def hits(*rows: list[tuple[int, float]]) -> Hits:
     return Hits(np.array([[i for i, _ in row] for row in rows]), np.array([[s for _, s in row] for row in rows]))
 
@@ -150,9 +147,6 @@ def test_whatever_decides_what_is_found_makes_another_identity(documents: list[D
     first, again = ([retriever.identity() for retriever in made()] for _ in range(2))
     assert first == again
     assert len(set(first)) == 9
-
-
-# ---------------------------------------------------------------- opening
 
 
 @pytest.fixture

@@ -56,9 +56,6 @@ def new(staleness: float = 0.0) -> dict[str, float]:
     return {"index_staleness": staleness, "index_refreshed": 1.0}
 
 
-# ---------------------------------------------------------------- the schedule
-
-
 @pytest.mark.parametrize(
     ("schedule", "due"),
     [
@@ -147,9 +144,6 @@ def test_no_refresh_disturbs_the_random_stream(in_background: bool, retriever: R
     refresher.close()
     torch.testing.assert_close(torch.cat(drawn), expected, rtol=0, atol=0)
     assert random.getstate() == state
-
-
-# ---------------------------------------------------------------- in the background
 
 
 def wait(refresher: Refresher) -> None:
@@ -271,9 +265,6 @@ def test_closing_stops_the_background_before_its_next_batch(
     assert not work._thread.is_alive()
     assert 1 <= len(forwards) < len(retriever.documents)
     refresher.close()  # nothing is left to close
-
-
-# ---------------------------------------------------------------- saved and loaded
 
 
 def mined(retriever: Retriever, examples: list[Example]) -> MinedNegatives:

@@ -63,9 +63,6 @@ def expected_scores(encoder: Encoder, documents: list[Document]) -> np.ndarray:
     return asked @ passages.T
 
 
-# ---------------------------------------------------------------- what is found
-
-
 def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_encoders_present_weights(
     encoder: Encoder, documents: list[Document], encoded: list[int]
 ) -> None:
@@ -95,9 +92,6 @@ def test_more_than_the_database_holds_is_all_of_it_and_an_index_in_memory_writes
     assert retriever.retrieve_once(QUESTIONS, 10).ids.tolist() == hits.ids.tolist()
     some = Hits(np.array([[2, 0, 1], [1, -1, -1], [-1, -1, -1]]), np.zeros((3, 3)))
     assert retriever.documents_of(some) == [[documents[2], documents[0], documents[1]], [documents[1]], []]
-
-
-# ---------------------------------------------------------------- when the index is built
 
 
 def test_an_index_is_loaded_without_encoding_and_rebuilt_if_it_is_stale_or_damaged(
@@ -161,9 +155,6 @@ def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerp
     stamp, identity = made(flags={"index_search_parameters": "efSearch=1"})
     assert stamp == stamps[0]
     assert identity not in identities
-
-
-# ---------------------------------------------------------------- retrieved once
 
 
 @pytest.mark.parametrize("stamped", [True, False])
