@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 from rqa.runtime.flags import Arguments, parse
 
 BIN = Path(__file__).parents[1] / "bin"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
 
 

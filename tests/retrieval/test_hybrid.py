@@ -149,12 +149,8 @@ def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Open
 
 
 def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path) -> None:
-    for bm25 in (
-        opened("bm25"),
-        opened("a/path/that/does/not/exist", retriever="bm25"),
-        opened(None, retriever="bm25"),
-    ):
-        assert isinstance(bm25, LexicalRetriever)
+    assert isinstance(opened("bm25"), LexicalRetriever)
+    assert all(isinstance(opened(needless, retriever="bm25"), LexicalRetriever) for needless in ("no/such/path", None))
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)
     both = opened(retriever="hybrid", fusion="weighted", fusion_weight=0.25, fusion_normalization="z")
