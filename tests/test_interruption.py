@@ -3,7 +3,6 @@
 import os
 import signal
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -51,7 +50,7 @@ def torchrun(flags: Flags) -> Iterator[tuple[subprocess.Popen[str], list[int]]]:
 @pytest.mark.parametrize("killed", [True, False], ids=["one process is killed", "torchrun is asked to stop"])
 def test_all_processes_end_within_a_minute_with_a_message_and_a_good_checkpoint(killed: bool, endless: Flags) -> None:
     with torchrun(endless) as (process, workers):
-        os.kill(*((workers[0], signal.SIGKILL) if killed else (process.pid, signal.SIGTERM)))
+        os.kill(workers[0] if killed else process.pid, signal.SIGKILL if killed else signal.SIGTERM)
         _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
@@ -78,8 +77,4 @@ def test_a_signal_saves_and_ends_with_status_0_within_one_step(
     assert run_executable("train_sft", endless) == 0
     assert "interrupted after step" in capsys.readouterr().err
     assert not (output / "model.safetensors").exists()
-    newest = checkpoints(output)[-1]
-    assert damage(newest) is None
-    again = {**endless, "resume_from_checkpoint": "true", "max_steps": int(newest.name.split("-")[1]) + 1}
-    assert run_executable("train_sft", again) == 0
-    assert (output / "model.safetensors").exists()
+    assert damage(checkpoints(output)[-1]) is None

@@ -145,7 +145,12 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
     texts = encoder.tokenize_passages([document.fmt_content for document in known])
     loss, two = {}, {"num_hard_negatives": 2}
     mined = {**two, "mine_negatives": "true", "index_path": tmp_path / "index"}
-    for name, most, own in (("none", 0, {}), ("half", 2, {"hard_neg_ratio": 0.5}), ("two", 8, two), ("mined", 8, mined)):
+    for name, most, own in (
+        ("none", 0, {}),
+        ("half", 2, {"hard_neg_ratio": 0.5}),
+        ("two", 8, two),
+        ("mined", 8, mined),
+    ):
         output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
         loss[name] = history(output, "loss")[0]
         assert len(batches) == 2
