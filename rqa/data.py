@@ -168,10 +168,7 @@ class Example:
 
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
-    """Read a `.jsonl`; a row with several `questions` becomes one example each. `answers`: each row must have one.
-
-    Generated data holds blank questions and answers: these are reported by line and left out.
-    """
+    """Read a `.jsonl`; a row with several `questions` becomes one example each. `answers`: each row must have one."""
     examples = list(iterate_examples(path, answers))
     if not examples:
         raise UserError(f"{path}: holds no examples")
@@ -184,7 +181,7 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
         for example in _parse_row(row, f"{path}:{line}", answers):
             texts = {"question": example.question, "gold_answer": example.gold_answer}
             blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
-            if blank:
+            if blank:  # as generated data has it
                 log.warning("%s: field '%s' is blank; the example is left out", example.where, blank)
             else:
                 yield example

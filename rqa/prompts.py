@@ -96,10 +96,8 @@ def cut_passages(render: Callable[[int | None], Prompt], longest: int, budget: i
 
 
 def cut_history(render: Callable[[Example], Prompt], example: Example, budget: int) -> tuple[Prompt, Example]:
-    """The prompt with as many of the latest turns as the budget of tokens allows, and the example with these turns.
-
-    A user's turn goes with the reply to it: many chat templates refuse a reply that nobody asked for.
-    """
+    """The prompt with as many of the latest turns as the budget of tokens allows, and the example with these turns."""
+    # A user's turn goes with the reply to it: many chat templates refuse a reply that nobody asked for.
     while len(prompt := render(example)) > budget and (history := example.chat_history):
         later = (place for place, turn in enumerate(history) if place and _role(turn.speaker) == "user")
         example = replace(example, chat_history=history[next(later, len(history)) :])

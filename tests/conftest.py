@@ -16,6 +16,7 @@ import torch
 import pytest
 from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from trainers import Flags, Run, Train
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
@@ -94,7 +95,7 @@ def run_line(monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
 
 
 @pytest.fixture
-def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, object]], int]:
+def run_executable(run_line: Callable[..., int]) -> Run:
     """The same, flags by name."""
 
     def run(name: str, flags: dict[str, object]) -> int:
@@ -105,38 +106,34 @@ def run_executable(run_line: Callable[..., int]) -> Callable[[str, dict[str, obj
 
 
 @pytest.fixture
-def trainer_flags(
-    files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path
-) -> Callable[..., dict[str, object]]:
+def trainer_flags(files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path) -> Flags:
     """Flags for four small steps of a trainer, and others by name; None leaves one out."""
-    decoder = {"model_name_or_path": lm_path, "max_new_tokens": 8, "max_seq_length": 256}
+    common = {**files, "output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
+    retriever = common | {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4}
     judge = {"lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
-    own: dict[str, dict[str, object]] = {
+    reader = common | {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
+    decoder = reader | {"model_name_or_path": lm_path, "max_new_tokens": 8, "max_seq_length": 256}
+    fid = reader | {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16}
+    flags = {
         "train_sft": decoder,
         "train_swr": decoder | {"embedding_model": encoder_path},
-        "train_fid": {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path,
-                      "max_encoder_seq_length": 64, "max_decoder_seq_length": 16},
-        "train_ctl": {}, "train_rpg": judge, "train_emdr": judge,
-        "train_dca": {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
-    }  # fmt: skip
-    retriever = {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4}
-    reader = {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
-
-    def flags(name: str, **others: object) -> dict[str, object]:
-        kind = reader if name in ("train_sft", "train_swr", "train_fid") else retriever
-        common = {"output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
-        given = {**kind, **files, **common, **own[name], **others}
-        return {flag: value for flag, value in given.items() if value is not None}
-
-    return flags
+        "train_fid": reader
+        | lengths
+        | {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path},
+        "train_ctl": retriever,
+        "train_dca": retriever | {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
+        "train_rpg": retriever | judge,
+        "train_emdr": retriever | judge,
+    }
+    return lambda name, **own: {flag: value for flag, value in (flags[name] | own).items() if value is not None}
 
 
 @pytest.fixture
-def train(trainer_flags: Callable[..., dict[str, object]], run_executable: Callable[..., int]) -> Callable[..., Path]:
+def train(trainer_flags: Flags, run_executable: Run) -> Train:
     """Run a trainer to its end on `trainer_flags`; its output directory."""
 
-    def run(name: str, **others: object) -> Path:
-        flags = trainer_flags(name, **others)
+    def run(name: str, **own: object) -> Path:
+        flags = trainer_flags(name, **own)
         assert run_executable(name, flags) == 0
         return Path(str(flags["output_dir"]))
 
@@ -212,6 +209,9 @@ def wordpiece(documents: list[Document], examples: list[Example]) -> PreTrainedT
     return PreTrainedTokenizerFast(tokenizer_object=core, model_max_length=64, **names)
 
 
+SMALL = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
     """Save a model with random weights, and its tokenizer."""
@@ -230,9 +230,8 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 def lm_path(tokenizer: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer Llama with grouped queries, saved."""
     config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None, eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
+        vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
     return saved("lm", 1, LlamaForCausalLM, config, tokenizer)
 
@@ -240,10 +239,7 @@ def lm_path(tokenizer: PreTrainedTokenizerBase, saved: Callable[..., str]) -> st
 @pytest.fixture(scope="session")
 def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer BERT, saved as a plain `transformers` checkpoint."""
-    config = BertConfig(
-        vocab_size=len(wordpiece), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        max_position_embeddings=64,
-    )  # fmt: skip
+    config = BertConfig(vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64)
     return saved("encoder", 2, BertModel, config, wordpiece)
 
 

@@ -1,8 +1,6 @@
 """train_dca and train_emdr as a user runs them; a reader of train_fid teaches the retriever."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,28 +9,18 @@ import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import history, scores
+from trainers import Run, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.objectives.dca import CrossAttentionScorer, DCAArguments, find_contexts
 
-Train = Callable[..., Path]
 UNTESTED = {"eval_file": None, "test_file": None}
 PROJECTION = "2_Dense/model.safetensors"
 
 
-@pytest.fixture
-def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many pairs the reader was asked for, by call."""
-    asked, original = [], CrossAttentionScorer.__call__
-    spy = lambda self, pairs: asked.append(len(pairs)) or original(self, pairs)  # noqa: E731
-    monkeypatch.setattr(CrossAttentionScorer, "__call__", spy)
-    return asked
-
-
 def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
-    train: Train, files: dict[str, Path], run_executable: Callable[..., int], documents: list[Document],
+    train: Train, files: dict[str, Path], run_executable: Run, documents: list[Document],
     tmp_path: Path,
 ) -> None:  # fmt: skip
     flags = {"projection": "true", "indexing_dimension": 12, "reader_temperature": 0.01, "max_steps": 30,
@@ -40,7 +28,7 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
              "reader_batch_size": 3, "boost_gold": "true",
              "metric_for_best_model": "eval_retr/document_recall/recall4"}  # fmt: skip
     output = train("train_dca", **flags)
-    best = json.loads((output / "trainer_state.json").read_text())["best_metric"]
+    best = written(output, "trainer_state.json")["best_metric"]
     assert best == max(history(output, "eval_retr/recall@4"))  # its name in LocalRQA means the same
     loss = history(output, "loss")
     assert np.mean(loss[-5:]) < np.mean(loss[:5])
@@ -60,24 +48,24 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
     build = {"embedding_model_name_or_path": output, "document_path": files["full_dataset_file_path"],
              "index_path": tmp_path / "index"}  # fmt: skip
     assert run_executable("build_index", build) == 0
-    assert json.loads((tmp_path / "index/index.json").read_text())["documents"] == len(documents)
+    assert written(tmp_path / "index", "index.json")["documents"] == len(documents)
     index = faiss.read_index(str(tmp_path / "index/index.faiss"))
     np.testing.assert_allclose(index.reconstruct_n(0, len(documents)), found, atol=1e-5)
     assert "test_retr/recall@4" in scores(output)
 
 
 def test_a_second_run_asks_the_reader_for_nothing_and_another_reader_for_all(
-    train: Train, encoder_path: str, reads: list[int], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    train: Train, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    reads = calls(monkeypatch, CrossAttentionScorer, "__call__")
     output = train("train_dca", **UNTESTED)
-    asked = sum(reads)
-    assert asked == 16 * 4  # each question's list once
+    assert sum(len(pairs) for (pairs,) in reads) == 16 * 4  # each question's list once
     train("train_dca", **UNTESTED, output_dir=tmp_path / "again", max_steps=8, dataloader_num_workers=2)
     assert "--dataloader_num_workers has no effect here: the reader is asked" in capsys.readouterr().err
-    assert sum(reads) == asked
+    assert sum(len(pairs) for (pairs,) in reads) == 16 * 4
     fid = train("train_fid", **UNTESTED, output_dir=tmp_path / "fid", max_steps=1)
     third = train("train_dca", **UNTESTED, output_dir=tmp_path / "third", reader_model_path=fid)
-    assert sum(reads) == 2 * asked
+    assert sum(len(pairs) for (pairs,) in reads) == 2 * 16 * 4
     assert history(third, "loss") != history(output, "loss")
 
 
@@ -88,13 +76,10 @@ def given(examples: list[Example], documents: list[Document]) -> list[Example]:
     return [replace(example, ctx_scores=(3.0, 1.0)) for example in found]
 
 
-def test_given_scores_need_no_reader_and_rank_the_contexts(
-    train: Train, given: list[Example], tmp_path: Path, reads: list[int]
-) -> None:
+def test_given_scores_need_no_reader_and_rank_the_contexts(train: Train, given: list[Example], tmp_path: Path) -> None:
     write_examples(tmp_path / "scored.jsonl", given)
     output = train("train_dca", reader_model_path=None, with_score="true", train_file=tmp_path / "scored.jsonl",
                    max_steps=40, learning_rate=3e-3)  # fmt: skip
-    assert reads == []
     assert history(output, "agreement")[-1] > 0.9
 
 

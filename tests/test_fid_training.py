@@ -1,28 +1,26 @@
 """train_fid as a user runs it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trainers import history, scores, shown_to
+from trainers import Run, Train, calls, history, scores, written
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.models.encoder_decoder import NEW_LAYERS, FiDPrompter
 
-Train = Callable[..., Path]
 LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beams": 2}
 
 
 def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
-    train: Train, files: dict[str, Path], encoder_path: str, run_executable: Callable[..., int], tmp_path: Path
+    train: Train, files: dict[str, Path], encoder_path: str, run_executable: Run, tmp_path: Path
 ) -> None:
     output = train("train_fid", **LENGTHS, max_steps=24, learning_rate=3e-3, eval_steps=12,
                    gradient_checkpointing="true", gradient_accumulation_steps=2)  # fmt: skip
     losses, found = history(output, "loss"), scores(output)
     assert min(history(output, "eval_loss")) < 0.7 * losses[0]
     assert {"test_loss", "test_retr/recall@4", "test_gen/rougeL"} <= set(found)
-    arguments = json.loads((output / "all_args.json").read_text())
+    arguments = written(output, "all_args.json")
     assert (arguments["new_layers"], arguments["new_layers_learning_rate"]) == (NEW_LAYERS, pytest.approx(0.021))
     model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
     assert model.generation_config.decoder_start_token_id == tokenizer.cls_token_id
@@ -42,13 +40,13 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
 def test_training_reads_gold_and_retrieved_passages_and_evaluation_only_retrieved_ones(
     train: Train, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shown = shown_to(monkeypatch, FiDPrompter)
+    shown = calls(monkeypatch, FiDPrompter, "encode")
     output = train("train_fid", max_steps=1, eval_strategy="no", embedding_max_num_to_retrieve=2)
-    for _, example, passages in shown[:16]:
+    for example, passages, _ in shown[:16]:
         keys = [passage.key for passage in passages]
         assert keys[0] == example.gold_docs[0].key
         assert len(set(keys)) == len(keys) in (2, 3)
     rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
-    _, *tested = [[passage.page_content for passage in passages] for generates, _, passages in shown if generates]
-    assert tested == found  # the first of them warmed up
+    _, *tested = [given[1] for given in shown if len(given) == 2]  # the first warms up
+    assert [[passage.page_content for passage in passages] for passages in tested] == found

@@ -1,17 +1,14 @@
 """train_ctl and train_rpg as a user runs them."""
 
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import history, scores
+from trainers import Flags, Run, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.models.causal_lm import load_causal_lm
@@ -23,7 +20,6 @@ from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 
-Train = Callable[..., Path]
 UNTESTED = {"eval_file": None, "test_file": None}
 
 
@@ -44,9 +40,9 @@ def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     losses = history(output, "loss")
     assert np.mean(losses[-5:]) < 0.3 * np.mean(losses[:5])
     assert scores(output)["test_retr/recall@4"] == 1
-    assert json.loads((output / "trainer_state.json").read_text())["best_metric"] == max(mrr)
+    assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
+    assert written(output, "all_args.json")["metric_for_best_model"] == "retr/mrr@10"
     assert (output / "report.html").exists()
-    assert json.loads((output / "all_args.json").read_text())["metric_for_best_model"] == "retr/mrr@10"
 
     theirs, ours = SentenceTransformer(str(output), device="cpu"), load_encoder(str(output))
     texts, questions = [d.fmt_content for d in documents], [example.question for example in examples]
@@ -68,9 +64,9 @@ def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs(train:
     assert rates[0] == 0
     assert rates == sorted(rates)
     assert rates[-1] == pytest.approx(1 - 16 / (4 * 24))  # 16 questions, each with all documents, were new once
-    assert (tmp_path / "cache/teacher.sqlite").is_file()
-    assert history(output, "index_staleness") == [step % 6 for step in range(24)]
-    assert history(output, "index_refreshed") == [1] * 4
+    assert history(output, "index_staleness") == [*range(6)] * 4
+    entries = written(output, "trainer_state.json")["log_history"]
+    assert [entry["step"] for entry in entries if "index_refreshed" in entry] == [0, 6, 12, 18]
     made = []
     for name, steps in (("second", 24), ("third", 1)):
         again = train("train_rpg", **flags | {"max_steps": steps}, output_dir=tmp_path / name,
@@ -85,34 +81,26 @@ def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs(train:
 def test_what_decides_a_score_makes_another_teacher_and_what_does_not_asks_the_same_one(
     lm_path: str, examples: list[Example]
 ) -> None:
-    decides: list[dict[str, Any]] = [{}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}]
-    for own, rate in (*((own, 0) for own in decides), ({"lm_tokens_per_batch": 64, "num_docs": 2}, 1)):
+    rates = []
+    for own in ({}, {"lm_tokens_per_batch": 64, "num_docs": 2}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}):
         teacher = open_teacher(TeacherArguments(lm_model_path=lm_path, **own))
         teacher([Pair(examples[0], examples[1].gold_docs[0])])
-        assert teacher.hit_rate == rate, own
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """The micro-batches that the objectives were given."""
-    seen: list[Any] = []
-    for kind in (Contrastive, Distillation):
-        spy = lambda self, batch, forward=kind.forward: seen.append(batch) or forward(self, batch)  # noqa: E731
-        monkeypatch.setattr(kind, "forward", spy)
-    return seen
+        rates.append(teacher.hit_rate)
+    assert rates == [0, 1, 0, 0]
 
 
 def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
-    train: Train, batches: list[Any], documents: list[Document], examples: list[Example], lm_path: str,
-    encoder_path: str,
+    train: Train, documents: list[Document], examples: list[Example], lm_path: str, encoder_path: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Against the same question and document scored alone, and the first encoder's own ranking."""
+    batches = calls(monkeypatch, Distillation, "forward")
     train("train_rpg", max_steps=1, num_docs=5, lm_temperature=0.5, **UNTESTED)
     encoder = load_encoder(encoder_path)
     chat = PromptArguments(max_seq_length=256, max_new_tokens=1, chat_format="template")  # the tokenizer has one
     scorer = AnswerScorer(load_causal_lm(lm_path), Prompter(load_tokenizer(lm_path), chat), 256)
     texts = encoder.tokenize_passages([document.fmt_content for document in documents])
-    (batch,) = batches
+    ((batch,),) = batches
     assert len(batch.passages) == len({tuple(ids) for ids in batch.passages})
     for row, index in enumerate(batch.indices):
         example = examples[index]
@@ -136,25 +124,21 @@ def hard(examples: list[Example], documents: list[Document], tmp_path: Path) -> 
 
 
 def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_contrast_harder(
-    train: Train, hard: dict[str, object], batches: list[Any], documents: list[Document], encoder_path: str,
-    tmp_path: Path,
+    train: Train, hard: dict[str, object], documents: list[Document], encoder_path: str, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Before the first update the model is the same: more documents to tell the positive from, a greater loss."""
+    batches = calls(monkeypatch, Contrastive, "forward")
     encoder, asked = load_encoder(encoder_path), read_examples(str(hard["train_file"]))
     known = [*documents, asked[0].hard_neg_docs[1]]
     texts = encoder.tokenize_passages([document.fmt_content for document in known])
-    loss, two = {}, {"num_hard_negatives": 2}
+    loss, half, two = {}, {"hard_neg_ratio": 0.5}, {"num_hard_negatives": 2}
     mined = {**two, "mine_negatives": "true", "index_path": tmp_path / "index"}
-    for name, most, own in (
-        ("none", 0, {}),
-        ("half", 2, {"hard_neg_ratio": 0.5}),
-        ("two", 8, two),
-        ("mined", 8, mined),
-    ):
+    for name, most, own in (("none", 0, {}), ("half", 2, half), ("two", 8, two), ("mined", 8, mined)):
         output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
         loss[name] = history(output, "loss")[0]
         assert len(batches) == 2
-        for batch in batches:
+        for (batch,) in batches:
             shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, batch.passages, strict=True)}
             assert len(shown) == len(batch.passages)
             golds, allowed = [], documents if name == "mined" else []
@@ -213,7 +197,7 @@ def test_a_run_resumed_between_two_refreshes_and_not_evaluated_ends_with_the_ver
     output = train(name, **flags, eval_steps=1)
     for step in (3, 6):  # before and after the refresh
         half = tmp_path / f"half-{step}"
-        index = json.loads((output / f"checkpoint-{step}/trainer_state.json").read_text())["live_state"]
+        index = written(output / f"checkpoint-{step}", "trainer_state.json")["live_state"]
         assert index == f"index-{step // 4 * 4}"
         for part in (f"checkpoint-{step}", index):
             shutil.copytree(output / part, half / part)
@@ -224,7 +208,7 @@ def test_a_run_resumed_between_two_refreshes_and_not_evaluated_ends_with_the_ver
 
 def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     train: Train, documents: list[Document], examples: list[Example], encoder_path: str, tmp_path: Path,
-    trainer_flags: Callable[..., dict[str, object]], run_executable: Callable[..., int],
+    trainer_flags: Flags, run_executable: Run,
 ) -> None:  # fmt: skip
     """By plain matrix products; it learns, and can be trained again from where it is."""
     flags = {**MINING, "refresh_step": 5, "train_query_encoder_only": "true", "max_steps": 40, "learning_rate": 3e-3,
@@ -242,7 +226,7 @@ def test_a_trained_query_encoder_is_scored_with_the_passages_of_the_first_one(
     assert scores(output)["test_retr/recall@1"] == np.mean(np.array(rank) == 0)
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean([1 / (r + 1) if r < 10 else 0 for r in rank]))
     again = flags | {"model_name_or_path": output, "max_steps": 1}
-    resumed = load_encoder(str(train("train_ctl", **again, output_dir=tmp_path / "again")))
-    np.testing.assert_array_equal(resumed.passage_side.embed(texts), passages)
+    twice = load_encoder(str(train("train_ctl", **again, output_dir=tmp_path / "again")))
+    np.testing.assert_array_equal(twice.passage_side.embed(texts), passages)
     whole = trainer_flags("train_ctl", **again | {"train_query_encoder_only": "false"}, output_dir=tmp_path / "whole")
     assert run_executable("train_ctl", whole) == 2

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -12,6 +13,9 @@ import pytest
 
 from rqa.runtime.flags import Arguments, parse
 
+Train = Callable[..., Path]
+Flags = Callable[..., dict[str, object]]
+Run = Callable[[str, dict[str, object]], int]
 BIN = Path(__file__).parents[1] / "bin"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
@@ -38,24 +42,22 @@ def parsed(name: str, line: list[str]) -> Any:
     return parse(*flags_of(name), [*lacking, *line])
 
 
+def written(output: Path, name: str) -> Any:
+    return json.loads((output / name).read_text())
+
+
 def history(output: Path, name: str) -> list[float]:
     """A logged value, by step."""
-    state = json.loads((output / "trainer_state.json").read_text())
-    return [entry[name] for entry in state["log_history"] if name in entry]
+    return [entry[name] for entry in written(output, "trainer_state.json")["log_history"] if name in entry]
 
 
 def scores(output: Path) -> dict[str, float]:
-    return json.loads((output / "score.json").read_text())
+    return written(output, "score.json")
 
 
-def shown_to(monkeypatch: pytest.MonkeyPatch, prompter: type) -> list[tuple[bool, Any, list[Any]]]:
-    """What prompts will be made of: whether an answer is to be generated, the example, the passages."""
-    shown: list[tuple[bool, Any, list[Any]]] = []
-    original = prompter.encode
-
-    def spy(self: Any, example: Any, passages: Any, answer: str | None = None) -> Any:
-        shown.append((answer is None, example, list(passages)))
-        return original(self, example, passages, answer)
-
-    monkeypatch.setattr(prompter, "encode", spy)
-    return shown
+def calls(monkeypatch: pytest.MonkeyPatch, kind: type, method: str) -> list[tuple[Any, ...]]:
+    """The arguments of a method's calls from now on."""
+    seen: list[tuple[Any, ...]] = []
+    original = getattr(kind, method)
+    monkeypatch.setattr(kind, method, lambda self, *given: seen.append(given) or original(self, *given))
+    return seen

@@ -113,7 +113,7 @@ class Endpoint:
         return [Reply(*kept[:2], seconds) for kept, seconds in replies]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt, from an echo of both. [Q] -> [Q]"""
+        """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]"""
         jobs = []
         for prompt, answer in zip(map(_valid, prompts), map(_valid, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
@@ -233,10 +233,7 @@ def chat_reply(reply: Any) -> tuple[str, int]:
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probabilities of the answer's tokens, from a completion that echoes prompt + answer; none if it does not.
-
-    Its `text_offset` says where each token begins. One token may be generated behind it.
-    """
+    """The log-probabilities of the answer's tokens in a completion that echoes prompt + answer; none if it does not."""
     choice = reply["choices"][0]
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
@@ -245,7 +242,7 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     # A server may show, and count, a token that it puts before every text.
     start = len(prompt) + (0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0])
     end = start + len(answer)
-    generated = (reply.get("usage") or {}).get("completion_tokens", 1)
+    generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
     ends = [*offsets[1:last], end]
     rows = zip(values[:last], offsets[:last], ends, strict=True)

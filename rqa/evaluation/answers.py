@@ -56,10 +56,8 @@ def evaluate_answers(
 
 
 def answer_speed(answers: Sequence[Answer], duration: float) -> Scores:
-    """Throughput of answers given within `duration` seconds, and latencies, or of answers in batches a batch's seconds.
-
-    A question that did not fit, or an answer kept from an earlier run, took no time and does not count.
-    """
+    """Throughput of answers given in `duration` seconds, and latencies, or of answers in batches a batch's seconds."""
+    # A question that did not fit, or an answer kept from an earlier run, took no time and does not count.
     timed = [answer for answer in answers if answer.seconds is not None]
     if not timed:
         return {}
@@ -83,7 +81,7 @@ class ReaderEvaluation:
 
     def __call__(self, objective: nn.Module, reader: LocalReader, warm_up: bool = False) -> tuple[Scores, Rows]:
         """As `evaluate_answers`, with the loss; objective and reader hold the same model."""
-        if self.found is None:
+        if self.found is None:  # without a retriever, only the loss is measured, over the gold passages
             return {"loss": self.loss(objective, [list(example.gold_docs) for example in self.examples])}, []
         metrics, rows = evaluate_answers(reader, self.examples, self.found, self.flags, warm_up)
         k = self.flags.embedding_max_num_to_retrieve

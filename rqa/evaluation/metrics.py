@@ -22,16 +22,13 @@ def normalize_answer(text: str) -> list[str]:
 
 
 def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
-    """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none.
-
-    Words are those of `normalize_answer`. A run never spans two passages.
-    """
+    """The share of the answer's words, or runs of `size` words, that the passages hold as often; 0 if it has none."""
 
     def runs(text: str) -> Counter[tuple[str, ...]]:
         words = normalize_answer(text)
         return Counter(zip(*(words[start:] for start in range(size)), strict=False))
 
-    ours, theirs = runs(answer), sum(map(runs, passages), Counter())
+    ours, theirs = runs(answer), sum(map(runs, passages), Counter())  # a run never spans two passages
     return (ours & theirs).total() / ours.total() if ours else 0.0
 
 

@@ -34,10 +34,7 @@ def mean_intervals(values: np.ndarray) -> np.ndarray:
 
 
 def difference_intervals(differences: np.ndarray) -> np.ndarray:
-    """95 % intervals of the mean difference of two systems on the same n questions (paired bootstrap). [n, M] -> [M, 2]
-
-    Source: Koehn (2004), Statistical significance tests for machine translation evaluation.
-    """
+    """95 % intervals of two systems' mean difference on n questions (Koehn 2004, paired bootstrap). [n, M] -> [M, 2]"""
     n = len(differences)
     return interval(np.concatenate([counts @ differences for counts in resampled(n, 10_000)]) / n)
 

@@ -87,10 +87,8 @@ def packed_attention(
 
 
 def packed_mask(**call: Any) -> Tensor | None:
-    """sdpa's mask, or for one unpadded row, which may be packed, the byte that takes its place. [1, 1, T, T]
-
-    `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
-    """
+    """sdpa's mask, or for one unpadded row, which may be packed, the byte that takes its place. [1, 1, T, T]"""
+    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
     length, window = call["q_length"], call.get("local_size")
     one_row = call.get("attention_mask") is None and call["batch_size"] == 1 and length == call["kv_length"]
     encoder_without_window = call.get("allow_is_bidirectional_skip", False) and window is None
@@ -107,8 +105,7 @@ def _one_by_one(
     """Attend in one sequence after the other; neighbours of equal length go together. -> [1, H, T, d]
 
     On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
-    full) as long as its formula written out. Elsewhere, and in float32, sdpa is as fast or faster, and keeps no
-    probabilities.
+    full) as long as its formula written out. Elsewhere, and in float32, sdpa is no slower and keeps no probabilities.
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     runs = [(length, len(list(run))) for length, run in groupby(cu_seq_lens.diff().tolist())]

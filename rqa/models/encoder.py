@@ -164,10 +164,7 @@ class Encoder(nn.Module):
         return fingerprint(settings, *(model_fingerprint(model, self.tokenizer) for model in models))
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save in the layout that `sentence_transformers.SentenceTransformer` loads.
-
-        A passage encoder goes to `passage_encoder/`; `encode_query` and `encode_document` then use one encoder each.
-        """
+        """Save in the layout that `sentence_transformers.SentenceTransformer` loads."""
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
@@ -176,7 +173,7 @@ class Encoder(nn.Module):
                 weights = getattr(self.projection, name).state_dict(prefix=f"{name}.")
                 (directory / folder).mkdir(exist_ok=True)
                 save_file({key: w.contiguous() for key, w in weights.items()}, directory / folder / "model.safetensors")
-        if self.passage_encoder:
+        if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
         (directory / NORMALIZE).mkdir(exist_ok=True)
         for name, value in _layout(self).items():

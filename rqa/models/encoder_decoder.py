@@ -32,7 +32,6 @@ WARM_START = "bert::"
 NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
 NEAR_ZERO = 0.1
-MAX_ENCODER_TOKENS = 16384
 RECORDING_ATTENTION = "rqa_recording"
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 FID_TEMPLATE = "question: {question} context: {passage}"
@@ -83,12 +82,9 @@ class FiDPrompter:
             raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
-        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone.
-
-        A passage is cut at a word boundary; a question that is too long by itself loses its oldest turns.
-        """
+        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone."""
         limit = self.arguments.max_encoder_seq_length
-        bare, kept = cut_history(self._prompt, example, limit)
+        bare, kept = cut_history(self._prompt, example, limit)  # what is too long by itself loses its oldest turns
         target = [] if answer is None else self._encode_answer(answer)
         for part, ids, side in (("question", bare, "encoder"), ("answer", target, "decoder")):
             if ids and len(ids) > (most := getattr(self.arguments, f"max_{side}_seq_length")):
@@ -132,10 +128,7 @@ class FiDBatch(Batch):
 
 
 def fid_batch(
-    sequences: Sequence[FiDSequence],
-    collate: Collate,
-    indices: Sequence[int] = (),
-    max_tokens: int = MAX_ENCODER_TOKENS,
+    sequences: Sequence[FiDSequence], collate: Collate, indices: Sequence[int] = (), max_tokens: int = 16384
 ) -> FiDBatch:
     """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
     passages = [passage for sequence in sequences for passage in sequence.passages]

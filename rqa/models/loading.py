@@ -59,7 +59,6 @@ def load_model(
 
     The processes of a node load in turn: its memory holds only one model that is not on its device yet. With
     `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
-
     `path` is a directory or a hub name; `config` replaces values of the configuration.
     """
     if flags.use_flash_attention and not is_flash_attn_2_available():
@@ -113,10 +112,8 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
-    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
-
-    Every process calls this; the main process decides, as its model surely has weights.
-    """
+    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded."""
+    # Every process calls this; the main process decides, as its model surely has weights.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
@@ -125,10 +122,8 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
 
 @torch.no_grad()
 def packing_is_exact(model: PreTrainedModel) -> bool:
-    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways.
-
-    Relative position biases, positions that do not start at 0 and state-space layers make a difference.
-    """
+    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
+    # Relative position biases, positions that do not start at 0 and state-space layers make a difference.
     vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip

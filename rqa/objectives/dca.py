@@ -150,10 +150,7 @@ class GivenScores:
 
 
 class ReaderScores:
-    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target over them.
-
-    The target is the scores over `temperature`; `boost` raises those of gold documents before (`losses.boost_gold`).
-    """
+    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target."""
 
     def __init__(
         self,
@@ -161,8 +158,8 @@ class ReaderScores:
         contexts: Sequence[Sequence[Document]],
         encoder: Encoder,
         teacher: Any,
-        temperature: float,
-        boost: bool,
+        temperature: float,  # the target is the scores over it
+        boost: bool,  # whether those of gold documents are raised before (`losses.boost_gold`)
     ) -> None:
         documents = _distinct(document for row in contexts for document in row)
         numbers = {document.key: number for number, document in enumerate(documents)}

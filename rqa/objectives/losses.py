@@ -13,8 +13,8 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
     """Negative log-softmax of each question's positive among the documents (Karpukhin et al. 2020, eq. 2).
 
     A document that is gold for a question is never its negative, and a document that stands twice counts once.
-    `similarity` is divided by the temperature. [B, P] The others are numbers of documents: of the columns, [P] of each
-    question's positive, [B] and of all its gold documents, padded with -1. [B, G]
+    `similarity`, over the temperature, is [B, P]; `documents` numbers its columns [P], `targets` the positive of each
+    question [B], and `gold` all its gold documents, padded with -1 [B, G].
     -> the loss of each question, and whether its positive scores highest. [B], [B]
     """
     same = documents[:, None] == documents[None, :]  # [P, P]
@@ -27,11 +27,8 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 
 
 def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
-    """Gold documents' scores raised to their row's maximum plus its population standard deviation. [B, K] x 2 -> [B, K]
-
-    Scores are -inf where a question has fewer than K documents; these count for neither.
-    """
-    present = scores.isfinite()
+    """Gold documents' scores raised to their row's maximum plus population standard deviation. [B, K] x 2 -> [B, K]"""
+    present = scores.isfinite()  # -inf stands where a question has fewer than K documents, and counts for neither
     count = present.sum(-1, keepdim=True).clamp(min=1)
     known = scores.masked_fill(~present, 0.0)
     mean = known.sum(-1, keepdim=True) / count

@@ -94,8 +94,7 @@ class AnswerScorer:
     """log p(answer | document, question): the mean over the answer's tokens, by a frozen decoder (Shi et al. 2023).
 
     Prompts are packed, many to a forward pass, and only the answers' positions pass through the output layer. A prompt
-    that is too long loses passage tokens; a question and answer that do not fit by themselves score alike for every
-    document.
+    that is too long loses passage tokens; where question and answer alone do not fit, all documents score alike.
     """
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:

@@ -54,10 +54,7 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
 def write_layout(
     layout: str, directory: Path, documents: Path | None, splits: dict[str, Path], no_answer: str = ""
 ) -> Counter[str]:
-    """Write a database, for layouts that have one, and files of examples. Returns how many rows each file has.
-
-    A question whose gold answer is `no_answer` is unanswerable.
-    """
+    """Write a database, for layouts that have one, and files of examples. Returns how many rows each file has."""
     if layout == "beir":
         if documents is None:
             raise UserError("--document_path: BEIR needs the whole corpus; name it")
@@ -69,10 +66,9 @@ def write_layout(
                 write("corpus.jsonl", chosen.write_passage(document))
         for split, path in splits.items():
             name = f"{split}.jsonl" if chosen.around == JSONL else f"{split}.json"
-            examples = (
-                replace(example, gold_answer="") if no_answer and example.gold_answer == no_answer else example
-                for example in iterate_examples(path)
-            )
+            examples = iterate_examples(path)
+            if no_answer:  # the gold answer of what is unanswerable
+                examples = (replace(e, gold_answer="") if e.gold_answer == no_answer else e for e in examples)
             write(name)
             for row in progress(chosen.write(examples), desc=name, unit="row"):
                 write(name, row)
@@ -113,9 +109,6 @@ def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Docume
             yield from ((stem, item) for item in LAYOUTS[layout].read(row))
 
 
-# ---------------------------------------------------------------- corpus, queries, judgements
-
-
 def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Document | Example]]:
     """Every passage of a folder's corpus, then the questions of each split that have a relevant one."""
     corpus, queries, qrels = JUDGED[layout]
@@ -143,15 +136,13 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
                 if query in unasked:
                     unasked.remove(query)
                     if absent := [name for name in relevant[query] if name not in passages]:
-                        raise UserError(
-                            f"{_where(files[split], absent[0])}: passage '{absent[0]}' is not in the corpus"
-                        )
+                        where = _where(files[split], absent[0])
+                        raise UserError(f"{where}: passage '{absent[0]}' is not in the corpus")
                     gold = tuple(passages[name] for name in relevant[query])
                     yield split, Example(question, gold, where=str(files[split]))
             if unasked:
-                raise UserError(
-                    f"{_where(files[split], min(unasked))}: query '{min(unasked)}' is in no file of queries"
-                )
+                first = min(unasked)
+                raise UserError(f"{_where(files[split], first)}: query '{first}' is in no file of queries")
 
 
 def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, str, str]]:

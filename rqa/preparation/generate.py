@@ -13,7 +13,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
-from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, cost, is_endpoint
+from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
@@ -95,10 +95,8 @@ class SampleArguments(Arguments):
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
-    """The first lines that end in a question mark and do not speak of the passage; none twice.
-
-    Numbers, bullets, quotes and whatever leads to "question:" are taken off.
-    """
+    """The first lines that end in a question mark and do not speak of the passage; none twice."""
+    # Numbers, bullets, quotes and whatever leads to "question:" are taken off.
     lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
     lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
     lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
@@ -161,11 +159,6 @@ def generate(conversations: Sequence[Conversation], flags: GeneratorArguments) -
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
     return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens).generate(conversations)
-
-
-def estimate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> str:
-    """What generating will cost at most, before anything is asked."""
-    return cost(f"{len(conversations)} replies", conversations, flags.max_new_tokens, flags.price)
 
 
 def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:

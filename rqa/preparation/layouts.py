@@ -53,11 +53,9 @@ class Layout:
         answers = [text for name in ("answer", "answers") if name in paths for text in row.texts(paths[name])]
         unique = [text for text in dict.fromkeys(answers) if text not in ("", self.no_answer)]
         first, *others = unique or ["" if self.answers else None]
-        question = row.text(paths["question"])
         found = {name: tuple(document for document, _ in pairs) for name, pairs in lists.items() if name != "others"}
-        yield Example(
-            question, gold_answer=first, other_answers=tuple(others), ctx_scores=scores, where=row.where, **found
-        )
+        answered = {"gold_answer": first, "other_answers": tuple(others), "ctx_scores": scores}
+        yield Example(row.text(paths["question"]), where=row.where, **answered, **found)
 
     def _read_passages(self, row: Row, path: str) -> list[tuple[Document, Row]]:
         if not self.passage:

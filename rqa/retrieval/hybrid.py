@@ -143,10 +143,7 @@ class HybridRetriever(PassageRetriever):
 
 
 def reciprocal_rank_fusion(lists: Sequence[Hits], k: int, constant: int = RRF_CONSTANT) -> Hits:
-    """Documents by the sum of `1 / (constant + rank)` over the lists that hold them (Cormack et al. 2009).
-
-    Ranks start at 1. Equal sums are ranked by position in the database. [Q, d] each -> [Q, k]
-    """
+    """Documents by the sum over lists of 1 / (constant + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
     values = [np.broadcast_to(1 / (constant + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
     return _sum([hits.ids for hits in lists], values, k)
 

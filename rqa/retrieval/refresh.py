@@ -82,9 +82,7 @@ class Refresher:
         with distributed.autocast(self.dtype):
             if not len(self.retriever.index):
                 self._refresh(step)
-            elif step == 0 or (
-                frozen and self.then and self.due(step)
-            ):  # the index was opened before training, or stays
+            elif step == 0 or (frozen and self.then and self.due(step)):  # opened before training, or frozen
                 self._follow(step)
             elif self.flags.refresh_async and not frozen:
                 self._refresh_in_background(step)

@@ -53,10 +53,7 @@ def parallelize(
 
 @torch.no_grad()
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
-    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves.
-
-    The main process sends each of these parts when it is divided: no other process ever needs a whole model.
-    """
+    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
@@ -65,7 +62,7 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
         whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name, value in whole.items():
+        for name, value in whole.items():  # the main process sends them: no other ever needs a whole model
             parameter = part.get_parameter(name)
             parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
         for name in part.whole_passes if isinstance(part, WholePass) else ():
@@ -149,13 +146,10 @@ def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None
 
 
 def divided_like(like: Tensor, value: Tensor, source: int | None = None) -> Tensor:
-    """A whole tensor, placed as another one and, unless it is a scalar, divided as that is.
-
-    `source` is the process whose value counts; None: each has the same.
-    """
+    """A whole tensor, placed as another one and, unless it is a scalar, divided as that is; the value is `source`'s."""
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.ndim:
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=source)
-    if source is not None and distributed.world_size() > 1:
+    if source is not None and distributed.world_size() > 1:  # None: each process has the same value
         dist.broadcast(value, src=source)
     return value

@@ -89,12 +89,6 @@ class JournalArguments(Arguments):
         self.check_bounds("logging_steps", "eval_steps", "save_steps", "save_total_limit", at_least=1)
         self.check_bounds("eval_max_examples", at_least=0)
 
-    @property
-    def maximize(self) -> bool:
-        """Whether a greater value of `metric_for_best_model` is a better one."""
-        is_loss = (self.metric_for_best_model or "").endswith("loss")
-        return not is_loss if self.greater_is_better is None else self.greater_is_better
-
 
 @dataclass(kw_only=True)
 class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalArguments):

@@ -87,10 +87,9 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
         raise UserError(f"--resume_from_checkpoint {source}: is not a complete checkpoint ({problem}); {advice}")
     holds_a_run = bool(found) or (output / STATE_FILE).exists()
     if holds_a_run and not flags.overwrite_output_dir and not (source and continues(source, flags)):
-        raise UserError(
-            f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true, "
-            "start afresh with --overwrite_output_dir true, or choose another directory"
-        )
+        cure = "start afresh with --overwrite_output_dir true, or choose another directory"
+        held = f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true"
+        raise UserError(f"{held}, {cure}")
     return source
 
 
@@ -148,13 +147,11 @@ def load_checkpoint(directory: Path, optimization: Optimization, state: RunState
 
 
 def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and every index that none of these refers to.
-
-    Those of later steps than the run's go, too: it does not continue them, and they would be taken for its newest.
-    """
+    """Delete all but the newest `keep` checkpoints and the best one, and every index that none of these refers to."""
     if not distributed.is_main():
         return
     found = numbered(output, "checkpoint")
+    # Those of later steps go, too: the run does not continue them, and they would be taken for its newest.
     kept = [number for number in found if number <= state.step][-keep:] if keep else []
     for number, path in found.items():
         if number not in kept and path.name != state.best_model_checkpoint:
@@ -167,10 +164,8 @@ def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
 
 
 def promote(source: Path, output: Path) -> None:
-    """Put a model's files at the top of the output directory, each file whole at any moment.
-
-    Weights of another kind that stand there, whole or adapters, would be loaded beside these and go.
-    """
+    """Put a model's files at the top of the output directory, each file whole at any moment."""
+    # Weights of another kind that stand there, whole or adapters, would be loaded beside these.
     for path in (path for pattern in WEIGHTS for path in output.glob(pattern)):
         if not (source / path.name).exists():
             path.unlink()

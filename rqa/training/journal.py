@@ -61,10 +61,8 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
-    """How far the run was; the best model is chosen again, from those in the output directory, by the present metric.
-
-    The best model of another directory is not there, and a value of another metric says nothing about the next one.
-    """
+    """How far the run was; the best model is chosen again, from those in the output directory, by the new metric."""
+    # The best model of another directory is not there, and a value of another metric says nothing about the next one.
     saved = read_state(checkpoint)
     state = replace(saved, best_metric=None, best_model_checkpoint=None)
     here, output = continues(checkpoint, flags), Path(flags.output_dir)
@@ -92,8 +90,10 @@ def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopA
     if (value := metrics.get(metric_name(flags))) is None:
         wanted, known = flags.metric_for_best_model, ", ".join(sorted(metrics))
         raise UserError(f"--metric_for_best_model {wanted}: is not measured; choose one of {known}")
+    is_loss = metric_name(flags).endswith("loss")
+    maximize = not is_loss if flags.greater_is_better is None else flags.greater_is_better
     best = value if state.best_metric is None else state.best_metric
-    if not math.isfinite(value) or (value < best if flags.maximize else value > best):
+    if not math.isfinite(value) or (value < best if maximize else value > best):
         return False
     state.best_metric = value
     state.best_model_checkpoint = f"checkpoint-{state.step}" if flags.save_strategy != "no" else None
@@ -101,16 +101,13 @@ def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopA
 
 
 class Journal:
-    """Writes what happens in a run, when it happens. Every process has one; the main process's speaks.
-
-    Sums and clock are no part of the state: the first log line of a resumed run covers its own steps.
-    """
+    """Writes what happens in a run, when it happens. Every process has one; the main process's speaks."""
 
     def __init__(self, state: RunState, steps: int, flags: LoopArguments) -> None:
         self.state, self.flags, self.steps = state, flags, steps
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
-        self.sums: Counter[str] = Counter()
+        self.sums: Counter[str] = Counter()  # no part of the state: a resumed run's first log line covers its own steps
         self.counted = 0  # steps in these sums
         main = distributed.is_main()
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
