@@ -117,9 +117,7 @@ def trainer_flags(files: dict[str, Path], lm_path: str, encoder_path: str, t5_pa
     flags = {
         "train_sft": decoder,
         "train_swr": decoder | {"embedding_model": encoder_path},
-        "train_fid": reader
-        | lengths
-        | {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path},
+        "train_fid": fid | {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path},
         "train_ctl": retriever,
         "train_dca": retriever | {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
         "train_rpg": retriever | judge,
