@@ -10,31 +10,18 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from string import ascii_lowercase
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import pytest
+import transformers
 from hypothesis import HealthCheck, settings
+from openai_server import OpenAIServer, serve
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from trainers import Flags, Run, Train
-from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
-    BertConfig,
-    BertModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-    PreTrainedTokenizerFast,
-    T5Config,
-    T5ForConditionalGeneration,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data import Document, Example, write_documents, write_examples
-
-if TYPE_CHECKING:
-    from openai_server import OpenAIServer
 
 CITIES = ("Arlen", "Brask", "Corvo", "Dunmore", "Elbeth", "Farrow", "Gildern", "Hask", "Istra", "Jorvik", "Kessel",
           "Lund")  # fmt: skip
@@ -67,8 +54,11 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
 
 
 @pytest.fixture(autouse=True)
-def _seeded() -> None:
+def _fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed, a cache of its own, and log lines, which an executable keeps to itself."""
     torch.manual_seed(0)
+    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)
 
 
 @pytest.fixture
@@ -115,24 +105,18 @@ def refused(run_line: Callable[..., int], capsys: pytest.CaptureFixture[str]) ->
 
 
 @pytest.fixture
-def trainer_flags(
-    files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> Flags:  # fmt: skip
-    """Flags for four small steps of a trainer, and others by name; None leaves one out. What is kept is the test's."""
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+def trainer_flags(files: dict[str, Path], lm_path: str, encoder_path: str, t5_path: str, tmp_path: Path) -> Flags:
+    """Flags for four small steps of a trainer, and others by name; None leaves one out."""
     common = {**files, "output_dir": tmp_path / "out", "max_steps": 4, "logging_steps": 1}
     retriever = common | {"model_name_or_path": encoder_path, "per_device_train_batch_size": 4}
     judge = {"lm_model_path": lm_path, "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
-    lengths = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16}
     reader = common | {"per_device_train_batch_size": 2, "per_device_eval_batch_size": 2}
     decoder = reader | {"model_name_or_path": lm_path, "max_new_tokens": 8, "max_seq_length": 256}
+    fid = reader | {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16}
     flags = {
         "train_sft": decoder,
         "train_swr": decoder | {"embedding_model": encoder_path},
-        "train_fid": reader
-        | lengths
-        | {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path},
+        "train_fid": fid | {"model_name_or_path": f"bert::{encoder_path}", "embedding_model": encoder_path},
         "train_ctl": retriever,
         "train_dca": retriever | {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
         "train_rpg": retriever | judge,
@@ -154,15 +138,11 @@ def train(trainer_flags: Flags, run_executable: Run) -> Train:
 
 
 @pytest.fixture
-def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator["OpenAIServer"]:
-    """An OpenAI-compatible server on loopback that is asked again without delay; nothing is kept from another test."""
-    from openai_server import serve
-
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[OpenAIServer]:
+    """An OpenAI-compatible server on loopback that is asked again without delay."""
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.setattr("openai._base_client.INITIAL_RETRY_DELAY", 0.01)
     monkeypatch.setattr("rqa.endpoint.client.PAUSE", 0.01)
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     with serve() as ours:
         yield ours
 
@@ -244,18 +224,18 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., str]:
 @pytest.fixture(scope="session")
 def lm_path(tokenizer: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer Llama with grouped queries, saved."""
-    config = LlamaConfig(
+    config = transformers.LlamaConfig(
         vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, max_position_embeddings=512, bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip
-    return saved("lm", 1, LlamaForCausalLM, config, tokenizer)
+    return saved("lm", 1, transformers.LlamaForCausalLM, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
 def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
     """A two-layer BERT, saved as a plain `transformers` checkpoint."""
-    config = BertConfig(vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64)
-    return saved("encoder", 2, BertModel, config, wordpiece)
+    config = transformers.BertConfig(vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64)
+    return saved("encoder", 2, transformers.BertModel, config, wordpiece)
 
 
 @pytest.fixture(scope="session")
@@ -265,11 +245,11 @@ def t5_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> st
     ending = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
     tokenizer.backend_tokenizer.post_processor = ending
     tokenizer.add_special_tokens({"eos_token": "[SEP]"})
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4,
         feed_forward_proj="gated-gelu", pad_token_id=0, eos_token_id=3, decoder_start_token_id=0,
     )  # fmt: skip
-    return saved("t5", 3, T5ForConditionalGeneration, config, tokenizer)
+    return saved("t5", 3, transformers.T5ForConditionalGeneration, config, tokenizer)
 
 
 @pytest.fixture(scope="session")
@@ -277,12 +257,12 @@ def bart_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> 
     """A two-layer BART, whose decoder starts from the end token."""
     tokenizer = copy.deepcopy(wordpiece)
     tokenizer.add_special_tokens({"eos_token": "[SEP]", "bos_token": "[CLS]"})
-    config = BartConfig(
+    config = transformers.BartConfig(
         vocab_size=len(tokenizer), d_model=32, encoder_layers=2, decoder_layers=2, encoder_attention_heads=4,
         decoder_attention_heads=4, encoder_ffn_dim=64, decoder_ffn_dim=64, max_position_embeddings=128,
         pad_token_id=0, bos_token_id=2, eos_token_id=3, decoder_start_token_id=3, forced_eos_token_id=None,
     )  # fmt: skip
-    return saved("bart", 4, BartForConditionalGeneration, config, tokenizer)
+    return saved("bart", 4, transformers.BartForConditionalGeneration, config, tokenizer)
 
 
 @pytest.fixture(scope="session")

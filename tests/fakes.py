@@ -75,6 +75,10 @@ def run(flags: LoopArguments, objective: Regression | None = None, **options: ob
     return objective
 
 
+def same_weights(ours: Regression, theirs: Regression) -> bool:
+    return all(torch.equal(weight, theirs.state_dict()[name]) for name, weight in ours.state_dict().items())
+
+
 def weight_in(directory: Path) -> Tensor:
     return load_file(directory / "w.safetensors")["linear.weight"]
 

@@ -135,6 +135,7 @@ REFUSED = {  # by the parser
     "train_swr --use_flash_attention true": "add --bf16 true",
     "train_swr --fp16 true --fsdp full_shard": "--fp16 true: sharded training scales no loss",
     "train_swr --max_steps -7": "--max_steps -7: must be at least 1, or -1: num_train_epochs decides",
+    "train_swr --recall_at 4 0": "--recall_at 0: must be at least 1",
     "train_swr --drop_gold_prob 7": "--drop_gold_prob 7.0: must be at least 0 and at most 1",
     "train_ctl --temperature 0": "--temperature 0.0: must be above 0",
     "train_ctl --refresh_step x": "--refresh_step x: write a number of steps",
@@ -231,9 +232,8 @@ def test_what_an_executable_cannot_use_is_one_line_and_status_2(
             (tmp_path / "bad.jsonl").write_text(own[flag])
             own = own | {flag: tmp_path / "bad.jsonl"}
     assert run_executable(f"train_{name}", trainer_flags(f"train_{name}", **own)) == 2
-    errors = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1
-    assert message in errors[0]
+    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert message in error
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -270,19 +270,12 @@ def test_every_executable_explains_itself(
     assert [flag.name for flag in fields(kind) if not re.search(r"^[A-Z].*\.$", flag.metadata["help"])] == []
 
 
-NAMES = {
-    "document_path": {"full_dataset_file_path"},
-    "index_path": {"full_dataset_index_path"},
-    "embedding_model": {"embedding_model_name_or_path", "eval_embedding_model"},
-    "eval_strategy": {"evaluation_strategy"},
-    "chunk_size": {"grad_cache_chunk_size"},
-}
+NAMES = {"document_path": {"full_dataset_file_path"}, "index_path": {"full_dataset_index_path"},
+         "embedding_model": {"embedding_model_name_or_path", "eval_embedding_model"},
+         "eval_strategy": {"evaluation_strategy"}, "chunk_size": {"grad_cache_chunk_size"}}  # fmt: skip
 VALUES = {"evaluation_strategy": "epoch", "grad_cache_chunk_size": "7", "context_retriever": "bm25"}
-NEEDED = {
-    "train_dca": "--with_score true",
-    "mine_negatives": "--retriever dense --embedding_model E",
-    "convert_dataset": "--validate true --document_path D",
-}
+NEEDED = {"train_dca": "--with_score true", "mine_negatives": "--retriever dense --embedding_model E",
+          "convert_dataset": "--validate true --document_path D"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXECUTABLES)
@@ -292,10 +285,8 @@ def test_one_thing_has_one_name_and_every_other_name_that_it_has_means_the_same(
     for main, aliases in others.items():
         assert name == "chunk_documents" or aliases >= NAMES.get(main, set()), main
         for alias in aliases:
-            ours, theirs = (
-                parsed(name, [*NEEDED.get(name, "").split(), f"--{flag}", VALUES.get(alias, "V")])
-                for flag in (main, alias)
-            )
+            line = [*NEEDED.get(name, "").split(), VALUES.get(alias, "V")]
+            ours, theirs = (parsed(name, [*line[:-1], f"--{flag}", line[-1]]) for flag in (main, alias))
             assert ours == theirs, alias
 
 

@@ -5,8 +5,8 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,6 +14,7 @@ import pytest
 from torch import Tensor
 from openai_server import serve
 from safetensors.torch import load_file
+from trainers import TORCHRUN, history, scores
 
 from rqa.data import Example, write_examples
 
@@ -25,37 +26,24 @@ TRAINERS = {
     "ctl": ("train_ctl", {"num_hard_negatives": 1}),
     "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
     # All mined negatives of a question, so that none is chosen by chance.
-    "ctl, mined": (
-        "train_ctl",
-        {"mine_negatives": "true", "num_hard_negatives": 7, "negatives_from_rank": 18, "negatives_to_rank": 24,
-         "refresh_step": 2},
-    ),
+    "ctl, mined": ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 7, "negatives_from_rank": 18,
+                                 "negatives_to_rank": 24, "refresh_step": 2}),
     "rpg": ("train_rpg", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
     "emdr": ("train_emdr", {"lm_model_path": "LM", "num_docs": 24, "refresh_step": 2, "text_maxlength": 256}),
-    "dca": (
-        "train_dca",
-        {"reader_model_path": "FID", "n_context": 6, "projection": "true", "indexing_dimension": 8,
-         "max_encoder_seq_length": 64},
-    ),
+    "dca": ("train_dca", {"reader_model_path": "FID", "n_context": 6, "projection": "true", "indexing_dimension": 8,
+                          "max_encoder_seq_length": 64}),
     "fid": ("train_fid", {"embedding_model": "ENCODER", "max_encoder_seq_length": 64, "max_decoder_seq_length": 16}),
 }  # fmt: skip
 SHARDED = ("swr", "adapters", "ctl in chunks", "rpg", "dca", "fid")  # FSDP2, too
+WAYS = {False: ("no",), True: ("no", "full_shard")}  # of --fsdp
 DECODERS = ("sft", "swr", "adapters")
-
-
-def ways(trainer: str) -> dict[str, dict[str, str]]:
-    return {"ddp": {}, **({"fsdp": {"fsdp": "full_shard"}} if trainer in SHARDED else {})}
 
 
 @pytest.fixture(scope="module")
 def paths(
-    lm_path: str,
-    encoder_path: str,
-    t5_path: str,
-    examples: list[Example],
-    data: Path,
+    lm_path: str, encoder_path: str, t5_path: str, examples: list[Example], data: Path,
     tmp_path_factory: pytest.TempPathFactory,
-) -> dict[str, str]:
+) -> dict[str, str]:  # fmt: skip
     """The models, the encoder without dropout, and files whose sizes two does not divide."""
     root = tmp_path_factory.mktemp("processes")
     encoder, fid = (shutil.copytree(path, root / Path(path).name) for path in (encoder_path, t5_path))
@@ -64,11 +52,8 @@ def paths(
         values = json.loads(config.read_text())
         config.write_text(json.dumps(values | dict.fromkeys(values.keys() & dropout, 0.0)))
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
-        negative = [
-            Example(e.question, e.gold_docs, e.gold_answer, hard_neg_docs=examples[number].gold_docs)
-            for number, e in enumerate(part)
-        ]
-        write_examples(root / f"{name}.jsonl", negative)
+        rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
+        write_examples(root / f"{name}.jsonl", rows)
     paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FID": fid, "DOCUMENTS": data / "documents.jsonl"}
     return {name: str(path) for name, path in paths.items()}
 
@@ -83,21 +68,11 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
     return {
         "model_name_or_path": paths["LM" if trainer in DECODERS else "FID" if trainer == "fid" else "ENCODER"],
         **{f"{name}_file": f"{root}/{name}.jsonl" for name in ("train", "eval", "test")},
-        "full_dataset_file_path": paths["DOCUMENTS"],
-        "max_steps": 3,
-        "per_device_train_batch_size": 4 // processes,
-        "per_device_eval_batch_size": 2,
-        "gradient_accumulation_steps": 2,
-        "adam_epsilon": 1.0,
-        "learning_rate": 0.3,
-        "lr_scheduler_type": "constant",
-        "eval_steps": 2,
-        "save_steps": 2,
-        "logging_steps": 3,
-        **({"max_new_tokens": 6, "max_seq_length": 256} if trainer in DECODERS else {}),
-        **own,
-        **more,
-    }
+        "full_dataset_file_path": paths["DOCUMENTS"], "max_steps": 3, "per_device_train_batch_size": 4 // processes,
+        "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1.0, "learning_rate": 0.3,
+        "lr_scheduler_type": "constant", "eval_steps": 2, "save_steps": 2, "logging_steps": 3,
+        **({"max_new_tokens": 6, "max_seq_length": 256} if trainer in DECODERS else {}), **own, **more,
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -105,21 +80,19 @@ def two(paths: dict[str, str]) -> Path:
     """Every trainer in every way, by two processes; the folder of their outputs."""
     root = Path(paths["ROOT"]) / "two"
     jobs = [
-        (TRAINERS[trainer][0], flags(trainer, 2, paths, output_dir=f"{root}/{trainer}/{way}", **more))
+        (TRAINERS[trainer][0], flags(trainer, 2, paths, output_dir=f"{root}/{trainer}/{fsdp}", fsdp=fsdp))
         for trainer in TRAINERS
-        for way, more in ways(trainer).items()
+        for fsdp in WAYS[trainer in SHARDED]
     ]
-    again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4)
-    jobs.append(("train_swr", {**again, "resume_from_checkpoint": f"{root}/swr/fsdp/checkpoint-2"}))
-    background = flags(
-        "rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no", logging_steps=1
-    )
-    jobs.append(("train_rpg", {**background, "refresh_async": "true", "refresh_step": 1}))
+    again = flags("swr", 2, paths, output_dir=f"{root}/resumed", fsdp="full_shard", max_steps=4,
+                  resume_from_checkpoint=f"{root}/swr/full_shard/checkpoint-2")  # fmt: skip
+    background = flags("rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no",
+                       logging_steps=1, refresh_async="true", refresh_step=1)  # fmt: skip
+    jobs += [("train_swr", again), ("train_rpg", background)]
     served = {"embedding_model_name_or_path": "bm25", "document_path": paths["DOCUMENTS"], "gen_gpt4eval": "true"}
     served |= {"eval_data_path": f"{paths['ROOT']}/test.jsonl", "judge_model": "tiny", "output_dir": f"{root}/served"}
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [*torchrun, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "RQA_CACHE": str(root / "cache")}
+    command = [*TORCHRUN, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
+    environment = {**os.environ, "RQA_CACHE": str(root / "cache")}
     with serve() as server:
         server.say = lambda messages: '{"verdict": "correct"}' if messages[0]["role"] == "system" else "So."
         served |= {"qa_model_name_or_path": f"openai::{server.url}", "judge_base_url": server.url}
@@ -150,18 +123,17 @@ def largest_change(before: dict[str, Tensor], after: dict[str, Tensor]) -> float
 
 def losses(path: Path) -> dict[int, float]:
     """The mean loss since the line before, by step."""
-    history = json.loads((path / "trainer_state.json").read_text())["log_history"]
-    return {entry["step"]: entry["loss"] for entry in history if "loss" in entry}
+    log = json.loads((path / "trainer_state.json").read_text())["log_history"]
+    return {entry["step"]: entry["loss"] for entry in log if "loss" in entry}
 
 
 def score(path: Path) -> dict[str, float]:
-    scores = json.loads((path / "score.json").read_text())
-    return {name: value for name, value in scores.items() if not re.search("second|latency|per_batch", name)}
+    return {name: value for name, value in scores(path).items() if not re.search("second|latency|per_batch", name)}
 
 
 @pytest.mark.parametrize("trainer", TRAINERS)
 def test_two_processes_reach_the_weights_and_scores_of_one(
-    trainer: str, two: Path, paths: dict[str, str], run_executable: Callable[[str, dict[str, object]], int]
+    trainer: str, two: Path, paths: dict[str, str], run_executable: Callable[..., int]
 ) -> None:
     one = Path(paths["ROOT"]) / "one" / trainer
     assert run_executable(TRAINERS[trainer][0], flags(trainer, 1, paths, output_dir=one)) == 0
@@ -169,7 +141,7 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
     expected = weights(one / "checkpoint-3")
     change = largest_change(before, expected)
     assert change > 1e-4
-    for way in ways(trainer):
+    for way in WAYS[trainer in SHARDED]:
         found = weights(two / trainer / way / "checkpoint-3")
         assert found.keys() == expected.keys()
         for name, weight in expected.items():
@@ -183,8 +155,7 @@ def test_two_processes_reach_the_weights_and_scores_of_one(
 
 
 def test_an_index_made_in_the_background_is_swapped_at_the_same_step(two: Path) -> None:
-    state = json.loads((two / "background/trainer_state.json").read_text())
-    staleness = [entry["index_staleness"] for entry in state["log_history"] if "index_staleness" in entry]
+    staleness = history(two / "background", "index_staleness")
     assert all(value == int(value) for value in staleness)  # the mean over processes: whole if they agree
     assert staleness[0] == 0
     assert 1 <= max(staleness) < 29
@@ -200,13 +171,13 @@ def test_a_server_is_asked_once_by_two_processes_as_reader_and_as_judge(two: Pat
 
 
 def test_a_sharded_run_resumes_sharded_and_on_one_process(
-    two: Path, paths: dict[str, str], run_executable: Callable[[str, dict[str, object]], int], tmp_path: Path
+    two: Path, paths: dict[str, str], run_executable: Callable[..., int], tmp_path: Path
 ) -> None:
     whole = flags("swr", 1, paths, output_dir=tmp_path / "whole", max_steps=4)
     assert run_executable("train_swr", {**whole, "logging_steps": 1}) == 0
     expected = weights(tmp_path / "whole" / "checkpoint-4")
     alone = tmp_path / "alone"
-    shutil.copytree(two / "swr" / "fsdp" / "checkpoint-2", alone / "checkpoint-2")
+    shutil.copytree(two / "swr/full_shard/checkpoint-2", alone / "checkpoint-2")
     resumed = {**whole, "output_dir": alone, "resume_from_checkpoint": "true"}
     assert run_executable("train_swr", resumed) == 0
     before = weights(Path(paths["LM"]))

@@ -19,8 +19,6 @@ from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
-from rqa.training.arguments import LoopArguments
-from rqa.training.journal import RunState, remember_if_best
 
 UNTESTED = {"eval_file": None, "test_file": None}
 
@@ -44,6 +42,7 @@ def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     assert scores(output)["test_retr/recall@4"] == 1
     assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
     assert written(output, "all_args.json")["metric_for_best_model"] == "retr/mrr@10"
+    assert (output / "report.html").exists()
 
     theirs, ours = SentenceTransformer(str(output), device="cpu"), load_encoder(str(output))
     texts, questions = [d.fmt_content for d in documents], [example.question for example in examples]
@@ -55,27 +54,8 @@ def test_train_ctl_raises_recall_and_saves_what_sentence_transformers_loads(
     assert scores(output)["test_retr/recall@1"] == np.mean(ranking[:, 0] == np.arange(20, 24))
 
 
-def test_the_model_is_measured_before_it_is_trained_and_the_best_by_any_name_of_a_metric_is_on_top(
-    train: Train, capsys: pytest.CaptureFixture[str]
-) -> None:
-    metric = "retr/document_recall/recall4"
-    output = train("train_ctl", metric_for_best_model=f"eval_{metric}", eval_steps=1, save_steps=1, test_file=None,
-                   learning_rate=1e-2, save_total_limit=9)  # fmt: skip
-    state, values = written(output, "trainer_state.json"), history(output, f"eval_{metric}")
-    best = max(step for step in range(5) if values[step] == max(values))
-    assert (state["best_metric"], state["best_model_checkpoint"]) == (max(values), f"checkpoint-{best}")
-    assert weights(output) == weights(output / f"checkpoint-{best}")
-    assert weights(output / "checkpoint-0") != weights(output / "checkpoint-4")
-    entry = next(entry for entry in state["log_history"] if f"eval_{metric}" in entry)
-    for name in (metric, "retr/recall@4", "retr/ndcg@10", "eval_retr/mrr@10", "eval_retr/recall@10"):
-        assert remember_if_best(entry, RunState(), LoopArguments(output_dir="o", metric_for_best_model=name))
-    assert "4 questions are too few to choose a model by" in capsys.readouterr().err
-    assert (output / "report.html").exists()
-
-
-def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs_with_or_without_an_index_on_disk(
-    train: Train, tmp_path: Path
-) -> None:
+def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs(train: Train, tmp_path: Path) -> None:
+    """With or without an index on disk, which is refreshed on schedule."""
     flags = {"max_steps": 24, "learning_rate": 3e-3, "eval_steps": 24, "num_docs": 24, "lm_temperature": 0.02,
              "weight_decay": 0.01, "save_strategy": "no", "refresh_step": 6}  # fmt: skip
     output = train("train_rpg", **flags)
@@ -99,15 +79,12 @@ def test_train_rpg_raises_agreement_and_asks_its_teacher_once_in_two_runs_with_o
 
 
 def test_what_decides_a_score_makes_another_teacher_and_what_does_not_asks_the_same_one(
-    lm_path: str, examples: list[Example], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    lm_path: str, examples: list[Example]
 ) -> None:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path))
-    pair = Pair(examples[0], examples[1].gold_docs[0])
-
     rates = []
     for own in ({}, {"lm_tokens_per_batch": 64, "num_docs": 2}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}):
         teacher = open_teacher(TeacherArguments(lm_model_path=lm_path, **own))
-        teacher([pair])
+        teacher([Pair(examples[0], examples[1].gold_docs[0])])
         rates.append(teacher.hit_rate)
     assert rates == [0, 1, 0, 0]
 
@@ -155,14 +132,9 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
     encoder, asked = load_encoder(encoder_path), read_examples(str(hard["train_file"]))
     known = [*documents, asked[0].hard_neg_docs[1]]
     texts = encoder.tokenize_passages([document.fmt_content for document in known])
-    options: dict[str, dict[str, object]] = {
-        "none": {},
-        "half": {"hard_neg_ratio": 0.5},
-        "two": {"num_hard_negatives": 2},
-        "mined": {"num_hard_negatives": 2, "mine_negatives": "true", "index_path": tmp_path / "index"},
-    }
-    loss = {}
-    for name, own in options.items():
+    loss, half, two = {}, {"hard_neg_ratio": 0.5}, {"num_hard_negatives": 2}
+    mined = {**two, "mine_negatives": "true", "index_path": tmp_path / "index"}
+    for name, most, own in (("none", 0, {}), ("half", 2, half), ("two", 8, two), ("mined", 8, mined)):
         output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
         loss[name] = history(output, "loss")[0]
         assert len(batches) == 2
@@ -178,11 +150,10 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
                 allowed = [*allowed, *asked[index].hard_neg_docs]
             negatives = [document for document in shown.values() if document not in golds]
             assert all(document in allowed for document in negatives)
-            assert len(negatives) <= {"none": 0, "half": 2, "two": 8, "mined": 8}[name]
-            assert bool(negatives) == (name != "none")
+            assert min(most, 1) <= len(negatives) <= most
         batches.clear()
-    assert loss["none"] < loss["half"] < loss["two"]
-    assert loss["none"] < loss["mined"]
+    assert loss["none"] < min(loss["half"], loss["mined"])
+    assert loss["half"] < loss["two"]
     assert (tmp_path / "index" / "index.json").exists()
 
 

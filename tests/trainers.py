@@ -2,6 +2,7 @@
 
 import json
 import runpy
+import sys
 from collections.abc import Callable
 from dataclasses import MISSING, fields
 from functools import cache
@@ -16,6 +17,7 @@ Train = Callable[..., Path]
 Flags = Callable[..., dict[str, object]]
 Run = Callable[[str, dict[str, object]], int]
 BIN = Path(__file__).parents[1] / "bin"
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
 EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
 
 

@@ -13,7 +13,6 @@ import numpy as np
 from torch import Tensor, nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from tqdm import tqdm
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -27,6 +26,7 @@ from rqa.models.loading import (
     model_fingerprint,
 )
 from rqa.packing import TokenBatch, pack, token_budget_batches
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
@@ -148,7 +148,7 @@ class Encoder(nn.Module):
         """Embeddings of token ids without gradient, longest first; a bar if it is described. [N] -> float32 [N, D]"""
         embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
         batches = token_budget_batches(list(map(len, sequences)), max_batch_tokens, padded=self.collate is not pack)
-        bar = tqdm(total=len(sequences), desc=desc, unit="text", disable=desc is None, leave=False)
+        bar = progress(total=len(sequences), desc=desc, unit="text", disable=desc is None)
         with evaluating(self), bar:
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])

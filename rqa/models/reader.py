@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 from transformers import GenerationConfig, PreTrainedModel, StaticCache
 
 from rqa.data import Document, Example
@@ -18,6 +17,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
 from rqa.packing import pack, token_budget_batches
 from rqa.prompts import fitting
+from rqa.runtime import cli
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
@@ -98,7 +98,7 @@ class LocalReader(ABC):
         asked = [index for index, prompt in enumerate(prompts) if prompt]
         costs = [self.cost(prompts[index]) for index in asked]
         batches = token_budget_batches(costs, self.max_batch_tokens, padded=True)
-        with tqdm(total=len(asked), desc="generate", unit="q", disable=not progress, leave=False) as bar:
+        with cli.progress(total=len(asked), desc="generate", unit="q", disable=not progress) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
                 batch = [asked[place] for place in chosen]
                 started = time.perf_counter()

@@ -1,5 +1,7 @@
 """RPG: the retriever's distribution over K documents learns a frozen language model's (Shi et al. 2023, REPLUG LSR).
 
+The paper prints KL(retriever || LM), its released code and the default here compute KL(LM || retriever).
+
 The batches, and the objective over lists of documents, are DCA's and EMDR2's, too: they differ in who is asked.
 """
 
@@ -71,7 +73,10 @@ class RPGArguments(LikelihoodArguments):
 
     lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
     kl_direction: str = flag(
-        "lm_to_retriever", "KL(LM || retriever), or the reverse.", ["lm_to_retriever", "retriever_to_lm"], rare=True
+        "lm_to_retriever",
+        "KL(LM || retriever), as released, or the reverse, as the paper prints.",
+        ["lm_to_retriever", "retriever_to_lm"],
+        rare=True,
     )
 
     def check(self) -> None:

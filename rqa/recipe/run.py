@@ -68,7 +68,12 @@ class Run(ABC):
             self._open_output()
         distributed.barrier()
         if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
-            log.warning("%s: %d questions are too few to choose a model by", flags.eval_file, len(self.eval))
+            log.warning(
+                "%s: %d questions choose the best model, by chance; %d are needed",
+                flags.eval_file,
+                len(self.eval),
+                FEW_QUESTIONS,
+            )
 
     @abstractmethod
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
@@ -95,10 +100,11 @@ class Run(ABC):
                 write_jsonl(self.output / f"step-{step}-eval-predictions.jsonl", rows)
             return {f"eval_{name}": value for name, value in scores.items()}
 
-        judge = evaluate if self.eval and self.flags.eval_strategy != "no" else None
+        measured = self.eval and self.flags.eval_strategy != "no"
         state = train(
-            objective, batches, self.flags, before_step, judge, self.trains_retriever, self.checkpoint, len(self.eval)
-        )
+            objective, batches, self.flags, before_step, evaluate if measured else None,
+            evaluate_first=self.trains_retriever, checkpoint=self.checkpoint, eval_size=len(self.eval),
+        )  # fmt: skip
         if state.interrupted or not self.test:
             write_report(self.output)
         if state.interrupted:

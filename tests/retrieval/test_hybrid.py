@@ -13,34 +13,24 @@ import pytest
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
-from rqa.retrieval.hybrid import (
-    HybridRetriever,
-    LexicalRetriever,
-    RetrieverArguments,
-    choose_weight,
-    open_retriever,
-    reciprocal_rank_fusion,
-    weighted_sum,
-)
+from rqa.retrieval import hybrid
+from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, RetrieverArguments
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best
 from rqa.runtime.errors import UserError
 
+Open = Callable[..., Any]
 QUESTIONS = ["What does Arlen trade in?", "when was BRASK founded", "amber amber honey", "zzz", "", "?!"]
 
 
 def expected_scores(question: str, texts: list[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
     """Lucene's BM25 as Kamphuis et al. (2020) print it."""
     documents = [re.findall(r"\w+", text.lower()) for text in texts]
-    mean = sum(map(len, documents)) / len(documents)
-    scores = []
-    for words in documents:
-        score = 0.0
-        for word in re.findall(r"\w+", question.lower()):
-            holding = sum(word in other for other in documents)
-            idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
-            count = words.count(word)
-            score += idf * count / (count + k1 * (1 - b + b * len(words) / mean))
-        scores.append(score)
+    mean, scores = sum(map(len, documents)) / len(documents), [0.0] * len(texts)
+    for word in re.findall(r"\w+", question.lower()):
+        holding = sum(word in words for words in documents)
+        idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
+        for i, words in enumerate(documents):
+            scores[i] += idf * words.count(word) / (words.count(word) + k1 * (1 - b + b * len(words) / mean))
     return scores
 
 
@@ -86,9 +76,6 @@ def test_the_best_are_those_of_a_stable_sort() -> None:
         assert list(zip(found_scores.tolist(), found_ids.tolist(), strict=True)) == expected
 
 
-# ---------------------------------------------------------------- fusion
-
-
 def hits(*rows: list[tuple[int, float]]) -> Hits:
     return Hits(np.array([[i for i, _ in row] for row in rows]), np.array([[s for _, s in row] for row in rows]))
 
@@ -111,28 +98,28 @@ def test_fusion_is_that_of_plain_loops(weight: float, normalization: str) -> Non
                 ranks[document] = ranks.get(document, 0) + 1 / (60 + rank)
                 above = (score - scores[-1]) / unit if scores[0] > scores[-1] else 1
                 sums[document] = sums.get(document, 0) + share * above
-        summed = weighted_sum(*lists, weight, 15, normalization)
-        for fused, wanted in ((reciprocal_rank_fusion(lists, 15), ranks), (summed, sums)):
+        summed = hybrid.weighted_sum(*lists, weight, 15, normalization)
+        for fused, wanted in ((hybrid.reciprocal_rank_fusion(lists, 15), ranks), (summed, sums)):
             pairs = zip(fused.ids[0].tolist(), fused.scores[0].tolist(), strict=True)
             found_scores = {i: score for i, score in pairs if i >= 0}
             assert found_scores == pytest.approx(wanted, abs=1e-6)
             assert list(found_scores.values()) == sorted(found_scores.values(), reverse=True)
-    equal = reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
+    equal = hybrid.reciprocal_rank_fusion([hits([(9, 2.0), (4, 1.0)]), hits([(4, 8.0), (9, 7.0)])], 2)
     assert equal.ids.tolist() == [[4, 9]]  # by position
 
 
 def test_the_chosen_weight_is_the_best_of_all() -> None:
     right, wrong = hits([(1, 3.0), (2, 2.0), (0, 1.0)]), hits([(2, 3.0), (0, 2.0), (1, 1.0)])
-    assert choose_weight(right, wrong, [{1}]) > 0.5
-    assert choose_weight(wrong, right, [{1}]) < 0.5
-    assert choose_weight(right, right, [{1}]) == choose_weight(right, wrong, [{99}]) == 0.5
+    assert hybrid.choose_weight(right, wrong, [{1}]) > 0.5
+    assert hybrid.choose_weight(wrong, right, [{1}]) < 0.5
+    assert hybrid.choose_weight(right, right, [{1}]) == hybrid.choose_weight(right, wrong, [{99}]) == 0.5
 
 
 def test_hybrid_finds_what_both_find_fused(encoder_path: str, documents: list[Document]) -> None:
     dense, lexical = Retriever(load_encoder(encoder_path), documents).open(), LexicalRetriever(documents)
     questions = ["What does Arlen trade in?", "silk", "qqq"]
     fused = HybridRetriever(dense, lexical).retrieve(questions, 4)
-    wanted = reciprocal_rank_fusion([dense.retrieve(questions, 100), lexical.retrieve(questions, 100)], 4)
+    wanted = hybrid.reciprocal_rank_fusion([dense.retrieve(questions, 100), lexical.retrieve(questions, 100)], 4)
     np.testing.assert_array_equal(fused.ids, wanted.ids)
     # No word in common: the dense list alone decides.
     np.testing.assert_array_equal(fused.ids[2], dense.retrieve(["qqq"], 4).ids[0])
@@ -152,33 +139,27 @@ def test_whatever_decides_what_is_found_makes_another_identity(documents: list[D
     assert len(set(first)) == 9
 
 
-# ---------------------------------------------------------------- opening
-
-
 @pytest.fixture
-def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Callable[..., Any]:
+def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Open:
     def open_with(model: str | None = encoder_path, examples: tuple[Example, ...] = (), **flags: Any) -> Any:
         arguments = RetrieverArguments(index_path=str(tmp_path / "index"), **flags)
-        return open_retriever(arguments, model, documents, examples)
+        return hybrid.open_retriever(arguments, model, documents, examples)
 
     return open_with
 
 
-def test_each_flag_opens_its_retriever(opened: Callable[..., Any], tmp_path: Path) -> None:
+def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path) -> None:
     assert isinstance(opened("bm25"), LexicalRetriever)
-    for needless in ("a/path/that/does/not/exist", None):
-        assert isinstance(opened(needless, retriever="bm25"), LexicalRetriever)
+    assert all(isinstance(opened(needless, retriever="bm25"), LexicalRetriever) for needless in ("no/such/path", None))
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)
-    hybrid = opened(retriever="hybrid", fusion="weighted", fusion_weight=0.25, fusion_normalization="z")
-    assert isinstance(hybrid, HybridRetriever)
-    assert (hybrid.fusion, hybrid.weight, hybrid.normalization) == ("weighted", 0.25, "z")
+    both = opened(retriever="hybrid", fusion="weighted", fusion_weight=0.25, fusion_normalization="z")
+    assert isinstance(both, HybridRetriever)
+    assert (both.fusion, both.weight, both.normalization) == ("weighted", 0.25, "z")
     assert (tmp_path / "index").exists()
 
 
-def test_the_weight_is_chosen_on_the_file_or_the_given_examples(
-    opened: Callable[..., Any], examples: list[Example], tmp_path: Path
-) -> None:
+def test_the_weight_is_chosen_on_file_or_given_examples(opened: Open, examples: list[Example], tmp_path: Path) -> None:
     write_examples(tmp_path / "eval.jsonl", examples)
     by_file = opened(retriever="hybrid", fusion="weighted", fusion_eval_path=str(tmp_path / "eval.jsonl"))
     by_argument = opened(retriever="hybrid", fusion="weighted", examples=tuple(examples))
@@ -197,9 +178,7 @@ def test_the_weight_is_chosen_on_the_file_or_the_given_examples(
         ({"fusion": "weighted"}, "--fusion weighted: there is nothing to fuse; add --retriever hybrid"),
     ],
 )
-def test_what_cannot_be_opened_says_why(
-    flags: dict[str, Any], message: str, opened: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_what_cannot_be_opened_says_why(flags: dict[str, Any], message: str, opened: Open, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=message):
         opened(**flags)
     assert not (tmp_path / "index").exists()

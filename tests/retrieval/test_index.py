@@ -1,6 +1,7 @@
 """The index against brute force; saved, loaded, damaged, refused."""
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -35,9 +36,6 @@ def built(embeddings: np.ndarray, factory: str = "Flat", parameters: str = "", s
 
 def tree(directory: Path) -> dict[str, bytes]:
     return {str(p.relative_to(directory)): p.read_bytes() for p in directory.rglob("*") if p.is_file()}
-
-
-# ---------------------------------------------------------------- searching
 
 
 @pytest.mark.parametrize(
@@ -82,19 +80,13 @@ def test_replacing_leaves_nothing_of_the_index_before_and_a_failed_replacement_l
         index.replace(fresh, "new")
 
 
-# ---------------------------------------------------------------- flags
-
-
 @pytest.mark.parametrize(
     ("factory", "count"),
     [("Nonsense", 50), ("IVF,Flat", 50), ("HNSW32,,", 50), ("Flat,Flat,Flat", 50), ("IVF64,Flat", 12), ("PQ4x8", 12)],
 )
 def test_a_factory_that_faiss_refuses_names_its_flag_and_the_number_of_documents(factory: str, count: int) -> None:
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=rf"^--index_factory {factory}: FAISS refuses it for {count} documents.*\Z"):
         built(vectors(count, 0), factory)
-    message = str(caught.value)
-    assert message.startswith(f"--index_factory {factory}: FAISS refuses it for {count} documents")
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -104,13 +96,8 @@ def test_a_factory_that_faiss_refuses_names_its_flag_and_the_number_of_documents
 def test_a_bad_search_parameter_names_its_flag(factory: str, parameters: str, tmp_path: Path) -> None:
     built(vectors(200, 0), factory).save(tmp_path / "index")
     for use in (lambda index: index.replace(vectors(200, 0)), lambda index: index.load(tmp_path / "index")):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=rf"^--index_search_parameters {parameters}: .*\Z"):
             use(empty(factory, parameters))
-        assert str(caught.value).startswith(f"--index_search_parameters {parameters}: ")
-        assert "\n" not in str(caught.value)
-
-
-# ---------------------------------------------------------------- on disk
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16"])
@@ -128,36 +115,25 @@ def test_what_is_saved_last_is_loaded(factory: str, tmp_path: Path) -> None:
     assert not empty("Flat" if factory != "Flat" else "HNSW16").load(path)
 
 
-@pytest.mark.parametrize("damage", ["absent", "no mark", "no state", "half an index"])
-def test_a_half_written_or_damaged_index_is_not_used(damage: str, tmp_path: Path) -> None:
-    path = tmp_path / "index"
-    built(vectors(50, 0)).save(path)
-    if damage == "absent":
-        shutil.rmtree(path)
-    elif damage == "half an index":
-        (path / "index.faiss").write_bytes((path / "index.faiss").read_bytes()[:800])
-    else:
-        (path / {"no mark": "COMPLETE", "no state": "index.json"}[damage]).unlink()
-    check_that_it_is_not_loaded(path)
+def lying(name: str, content: bytes) -> Callable[[Path], object]:
+    """A file that its checksum does not protect."""
+    return lambda path: (path / name).write_bytes(content) and (path / "COMPLETE").write_text("{}")
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
-    [("index.json", b'{"stamp": '), ("index.json", b"[]"), ("index.json", b"\xff\xfe"),
-     ("index.json", b'{"index_factory": "Flat", "documents": 51}'), ("index.faiss", b""),
-     ("index.faiss", bytes(range(256)) * 8)],
+    "harm",
+    [shutil.rmtree, lambda path: (path / "COMPLETE").unlink(), lambda path: (path / "index.json").unlink(),
+     lambda path: (path / "index.faiss").write_bytes((path / "index.faiss").read_bytes()[:800]),
+     lying("index.json", b'{"stamp": '), lying("index.json", b"[]"), lying("index.json", b"\xff\xfe"),
+     lying("index.json", b'{"index_factory": "Flat", "documents": 51}'), lying("index.faiss", b"FAISS"),
+     lying("index.faiss", bytes(range(256)) * 8)],
 )  # fmt: skip
-def test_what_no_checksum_protects_is_not_believed(name: str, content: bytes, tmp_path: Path) -> None:
+def test_a_half_written_damaged_or_lying_index_is_not_used(harm: Callable[[Path], object], tmp_path: Path) -> None:
     built(vectors(50, 0)).save(tmp_path / "index")
-    (tmp_path / "index" / name).write_bytes(content)
-    (tmp_path / "index" / "COMPLETE").write_text("{}")
-    check_that_it_is_not_loaded(tmp_path / "index")
-
-
-def check_that_it_is_not_loaded(path: Path) -> None:
+    harm(tmp_path / "index")
     embeddings, queries = vectors(30, 1), vectors(3, 2)
     index = built(embeddings, stamp="before")
-    assert index.load(path) is False
+    assert index.load(tmp_path / "index") is False
     assert (len(index), index.stamp) == (30, "before")
     np.testing.assert_array_equal(index.search(queries, 3)[1], brute_force(queries, embeddings, 3)[1])
 

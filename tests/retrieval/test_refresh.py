@@ -1,11 +1,11 @@
 """The index follows the encoder, on schedule; saved, it goes on as if nothing had happened."""
 
 import copy
-import logging
 import random
 import threading
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import torch
 import numpy as np
@@ -56,26 +56,15 @@ def new(staleness: float = 0.0) -> dict[str, float]:
     return {"index_staleness": staleness, "index_refreshed": 1.0}
 
 
-# ---------------------------------------------------------------- the schedule
-
-
 @pytest.mark.parametrize(
     ("schedule", "due"),
-    [
-        ("10", {10, 20, 30, 40, 50}),
-        ("1", set(range(1, 51))),
-        ("100", set()),
-        ("0-20:5,20-1000:20", {5, 10, 15, 20, 40}),
-        (" 0-20:5 , 30-45:10 ", {5, 10, 15, 30, 40}),
-        ("7-22:7", {7, 14, 21}),
-    ],
-)
+    [("10", {10, 20, 30, 40, 50}), ("1", set(range(1, 51))), ("100", set()), ("7-22:7", {7, 14, 21}),
+     ("0-20:5,20-1000:20", {5, 10, 15, 20, 40}), (" 0-20:5 , 30-45:10 ", {5, 10, 15, 30, 40})],
+)  # fmt: skip
 def test_a_refresh_and_what_follows_it_come_at_the_first_step_and_when_the_schedule_says(
     schedule: str, due: set[int], retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps: list[int] = []
-    seen: list[int] = []
-    replace = retriever.index.replace
+    steps, seen, replace = [], [], retriever.index.replace
     monkeypatch.setattr(retriever, "encode", lambda numbers, encoder: np.full((len(numbers), 4), step, np.float32))
     monkeypatch.setattr(retriever.index, "replace", lambda *values: steps.append(step) or replace(*values))
     refresher = refresher_of(retriever, schedule, then=lambda: seen.append(int(table(retriever)[0, 0])))
@@ -137,19 +126,14 @@ def test_no_refresh_disturbs_the_random_stream(in_background: bool, retriever: R
     """Dropout in training is the same, whatever is encoded between its draws or beside them."""
     retriever.encoder.train()
     refresher = refresher_of(retriever, "1", refresh_async=in_background)
+    expected, state, drawn = torch.rand(8, generator=torch.manual_seed(1)), random.getstate(), []
     torch.manual_seed(1)
-    expected = torch.rand(8)
-    torch.manual_seed(1)
-    drawn, state = [], random.getstate()
     for step in range(4):
         refresher(step)
         drawn.append(torch.rand(2))
     refresher.close()
-    torch.testing.assert_close(torch.cat(drawn), expected, rtol=0, atol=0)
+    assert torch.equal(torch.cat(drawn), expected)
     assert random.getstate() == state
-
-
-# ---------------------------------------------------------------- in the background
 
 
 def wait(refresher: Refresher) -> None:
@@ -157,7 +141,7 @@ def wait(refresher: Refresher) -> None:
     refresher._work._thread.join(timeout=60)
 
 
-def test_an_index_made_in_the_background_is_that_of_the_weights_at_its_beginning_in_the_precision_of_training(
+def test_an_index_made_in_the_background_has_its_first_weights_in_the_precision_of_training(
     retriever: Retriever,
 ) -> None:
     """Training goes on meanwhile: the weights change, the mode stays, and the old index serves until the swap."""
@@ -183,9 +167,7 @@ def test_an_index_made_in_the_background_is_that_of_the_weights_at_its_beginning
     assert all(parameter.requires_grad for parameter in retriever.encoder.parameters())
 
 
-def test_a_refresh_that_falls_due_during_another_begins_after_it(
-    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_refresh_due_during_another_begins_after_it(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     refresher = refresher_of(retriever, "2", refresh_async=True)
     refresher(0)
     go, encode = threading.Event(), retriever.encode
@@ -230,33 +212,23 @@ def test_a_resumed_run_begins_what_fell_due_since_the_weights_of_its_index(
     anew.close()
 
 
-def test_what_goes_wrong_in_the_background_goes_wrong_in_training(
-    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_what_fails_in_the_background_fails_in_training(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     refresher = refresher_of(retriever, "1", refresh_async=True)
     refresher(0)
-
-    def encode(*_: object, **named: object) -> np.ndarray:
-        raise UserError("documents.jsonl:7: unreadable")
-
-    monkeypatch.setattr(retriever, "encode", encode)
+    monkeypatch.setattr(retriever, "encode", Mock(side_effect=UserError("documents.jsonl:7: unreadable")))
     refresher(1)
     wait(refresher)
     with pytest.raises(UserError, match="jsonl:7"):
         refresher(2)
 
 
-def test_closing_stops_the_background_before_its_next_batch(
-    retriever: Retriever, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_stops_the_work_before_its_next_batch(retriever: Retriever, monkeypatch: pytest.MonkeyPatch) -> None:
     refresher = refresher_of(retriever, "1", refresh_async=True)
     refresher(0)
-    begun, closed, forwards = threading.Event(), threading.Event(), []
-    forward = Encoder.forward
+    begun, closed, forwards, forward = threading.Event(), threading.Event(), [], Encoder.forward
 
     def slow(self: Encoder, batch: TokenBatch) -> torch.Tensor:
-        forwards.append(1)
-        begun.set()
+        forwards.append(begun.set())
         closed.wait(60)
         return forward(self, batch)
 
@@ -273,18 +245,11 @@ def test_closing_stops_the_background_before_its_next_batch(
     refresher.close()  # nothing is left to close
 
 
-# ---------------------------------------------------------------- saved and loaded
-
-
-def mined(retriever: Retriever, examples: list[Example]) -> MinedNegatives:
-    return MinedNegatives(examples, retriever, NegativeArguments(negatives_to_rank=5))
-
-
 def test_a_saved_index_finds_the_very_same_and_goes_on_as_if_nothing_had_happened(
     retriever: Retriever, examples: list[Example], documents: list[Document], tmp_path: Path
 ) -> None:
-    questions = [example.question for example in examples]
-    refresher = refresher_of(retriever, "2", then=mined(retriever, examples))
+    questions, mining = [example.question for example in examples], NegativeArguments(negatives_to_rank=5)
+    refresher = refresher_of(retriever, "2", then=MinedNegatives(examples, retriever, mining))
     assert isinstance(refresher, LiveState)
     refresher(0)
     change_weights(retriever.encoder)
@@ -293,7 +258,7 @@ def test_a_saved_index_finds_the_very_same_and_goes_on_as_if_nothing_had_happene
     (tmp_path / str(refresher.version)).mkdir()
     refresher.save(tmp_path / "index-2")
     other = Retriever(copy.deepcopy(retriever.encoder), list(documents))
-    again = refresher_of(other, "2", then=mined(other, examples))
+    again = refresher_of(other, "2", then=MinedNegatives(examples, other, mining))
     again.load(tmp_path / "index-2")
     assert again.version == "index-2"
     for step in (3, 4, 5, 6):
@@ -306,10 +271,8 @@ def test_a_saved_index_finds_the_very_same_and_goes_on_as_if_nothing_had_happene
 
 @pytest.mark.parametrize(("fewer", "factory"), [(1, "Flat"), (0, "HNSW16")])
 def test_a_saved_index_of_other_documents_or_another_kind_is_made_anew(
-    fewer: int, factory: str, retriever: Retriever, tmp_path: Path, caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    fewer: int, factory: str, retriever: Retriever, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     refresher = refresher_of(retriever)
     refresher(0)
     refresher.save(tmp_path)

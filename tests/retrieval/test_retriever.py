@@ -26,21 +26,10 @@ def encoder(encoder_path: str) -> Encoder:
 @pytest.fixture
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many texts each call of `Encoder.embed` was given."""
-    calls: list[int] = []
-    embed = Encoder.embed
-
-    def counting(self: Encoder, sequences: Any, *args: Any, **options: Any) -> np.ndarray:
-        calls.append(len(sequences))
-        return embed(self, sequences, *args, **options)
-
+    calls, embed = [], Encoder.embed
+    counting = lambda self, texts, **options: calls.append(len(texts)) or embed(self, texts, **options)  # noqa: E731
     monkeypatch.setattr(Encoder, "embed", counting)
     return calls
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
 
 
 def opened(encoder: Encoder, documents: list[Document], path: Path | None = None, **flags: str) -> Retriever:
@@ -54,16 +43,9 @@ def change_weights(encoder: Encoder) -> None:
 
 def expected_scores(encoder: Encoder, documents: list[Document]) -> np.ndarray:
     """One text at a time, inner products in float64."""
-
-    def one(ids: list[int]) -> np.ndarray:
-        return encoder.embed([ids])[0].astype(np.float64)
-
-    passages = np.stack([one(encoder.tokenize_passages([document.fmt_content])[0]) for document in documents])
-    asked = np.stack([one(encoder.tokenize_queries([question])[0]) for question in QUESTIONS])
-    return asked @ passages.T
-
-
-# ---------------------------------------------------------------- what is found
+    texts, asked = encoder.tokenize_passages([d.fmt_content for d in documents]), encoder.tokenize_queries(QUESTIONS)
+    passages, queries = (np.float64([encoder.embed([ids])[0] for ids in each]) for each in (texts, asked))
+    return queries @ passages.T
 
 
 def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_encoders_present_weights(
@@ -97,25 +79,18 @@ def test_more_than_the_database_holds_is_all_of_it_and_an_index_in_memory_writes
     assert retriever.documents_of(some) == [[documents[2], documents[0], documents[1]], [documents[1]], []]
 
 
-# ---------------------------------------------------------------- when the index is built
-
-
-def test_an_index_is_loaded_without_encoding_and_rebuilt_if_it_is_stale_or_damaged(
+def test_an_index_is_loaded_without_encoding_rebuilt_if_it_is_stale_or_damaged_and_beside_foreign_files_refused(
     encoder: Encoder, encoder_path: str, documents: list[Document], tmp_path: Path, encoded: list[int],
     caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     path, other = tmp_path / "index", load_encoder(encoder_path)
     change_weights(other)
     opened(encoder, documents, path)
-    for harm, model in (
-        (None, load_encoder(encoder_path)),
-        (lambda: (path / "COMPLETE").unlink(), encoder),
-        (lambda: (path / "index.faiss").write_bytes(b"half"), encoder),
-        (lambda: None, other),
-    ):
-        if harm:
-            harm()
-        for stale in (harm is not None, False):
+    for damaged, model in ((None, load_encoder(encoder_path)), ("COMPLETE", encoder), ("index.faiss", encoder),
+                           (None, other)):  # fmt: skip
+        if damaged:
+            (path / damaged).write_bytes(b"half")
+        for stale in (bool(damaged) or model is other, False):
             encoded.clear()
             caplog.clear()
             with caplog.at_level(logging.INFO, logger="rqa"):
@@ -125,14 +100,10 @@ def test_an_index_is_loaded_without_encoding_and_rebuilt_if_it_is_stale_or_damag
             assert ("was made from other documents, weights or settings: rebuilding it" in caplog.text) == stale
         best = retriever.retrieve(QUESTIONS, 1).scores[:, 0]
         np.testing.assert_allclose(best, expected_scores(model, documents).max(axis=1), atol=1e-5)
-
-
-def test_a_foreign_directory_is_refused_before_anything_is_encoded(
-    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
-) -> None:
-    (tmp_path / "thesis.tex").write_text("mine")
+    (path / "thesis.tex").write_text("mine")
+    encoded.clear()
     with pytest.raises(UserError, match="holds something that is not an rqa index"):
-        opened(encoder, documents, tmp_path)
+        opened(encoder, documents, path)
     assert encoded == []
 
 
@@ -161,9 +132,6 @@ def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerp
     stamp, identity = made(flags={"index_search_parameters": "efSearch=1"})
     assert stamp == stamps[0]
     assert identity not in identities
-
-
-# ---------------------------------------------------------------- retrieved once
 
 
 @pytest.mark.parametrize("stamped", [True, False])

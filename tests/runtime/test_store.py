@@ -47,13 +47,8 @@ def test_processes_open_and_write_one_file_at_the_same_time_and_a_kill_leaves_wh
     for worker in workers:
         worker.join(120)
     assert [worker.exitcode for worker in workers] == [0, 0, 0, -signal.SIGKILL]
-    expected = {f"{name}/{i}/{part}" for name in "abcd" for i in range(21 if name == "d" else 30) for part in range(3)}
     names = [f"{name}/{i}/{part}" for name in "abcd" for i in range(30) for part in range(3)]
-    assert set(Store(tmp_path / "s.sqlite").get(names)) == expected
-
-
-def overwrite(path: Path) -> None:
-    path.write_text("not a database " * 1000)
+    assert Store(tmp_path / "s.sqlite").get(names).keys() == {*names[: 3 * (30 + 30 + 30 + 21)]}
 
 
 def damage_the_middle(path: Path) -> None:
@@ -67,8 +62,10 @@ def keep_no_json(path: Path) -> None:
         database.execute("UPDATE kept SET value = '{'")
 
 
-@pytest.mark.parametrize("harm", [overwrite, damage_the_middle, keep_no_json])
-def test_a_damaged_file_is_named(harm: Callable[[Path], None], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "harm", [lambda path: path.write_text("not a database " * 1000), damage_the_middle, keep_no_json]
+)
+def test_a_damaged_file_is_named(harm: Callable[[Path], object], tmp_path: Path) -> None:
     path = tmp_path / "s.sqlite"
     values = {str(number): "x" * 100 for number in range(2000)}
     Store(path).put(values)
@@ -77,19 +74,15 @@ def test_a_damaged_file_is_named(harm: Callable[[Path], None], tmp_path: Path) -
         Store(path).get(values)
 
 
-def test_a_directory_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_full_disk_is_one_line_and_loses_nothing_that_was_kept_and_a_file_is_no_directory(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=REFUSED + r" \(.*Not a directory"):
         Store(tmp_path / "file/deep/s.sqlite")
-
-
-def test_a_full_disk_is_one_line_and_loses_nothing_that_was_kept(tmp_path: Path) -> None:
     with full_disk(0), pytest.raises(UserError, match=REFUSED):
         Store(tmp_path / "none" / "s.sqlite")
     store = Store(tmp_path / "s.sqlite")
     store.put({"a": 1})
     with full_disk(40_000), pytest.raises(UserError, match=REFUSED):
         store.put({str(number): "x" * 1000 for number in range(100)})
-    assert store.get(["a", "0"]) == {"a": 1}
     store.put({"b": 2})
-    assert store.get(["b"]) == {"b": 2}
+    assert store.get(["a", "0", "b"]) == {"a": 1, "b": 2}

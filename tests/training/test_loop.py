@@ -4,7 +4,6 @@ import json
 import math
 import os
 import signal
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from typing import Any
 import torch
 import pytest
 from torch import Tensor, nn
-from fakes import Batch, Regression, make_batches, run, weight_in
+from fakes import Batch, Regression, make_batches, run, same_weights, weight_in
 from transformers import get_scheduler
 
 from rqa.runtime import distributed
@@ -25,15 +24,12 @@ from rqa.training.loop import Batches, train
 from rqa.training.optim import rate_factor
 
 
-@pytest.mark.parametrize(("micro_batches", "size"), [(1, 8), (2, 4), (8, 1)])
-def test_any_split_into_micro_batches_gives_the_same_weights(
-    flags: LoopArguments, micro_batches: int, size: int
-) -> None:
-    split = replace(flags, per_device_train_batch_size=size, gradient_accumulation_steps=micro_batches)
-    split = replace(split, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant")
-    ours = run(split, Regression()).linear.weight
-    reference = Regression()
-    everything = make_batches(replace(split, per_device_train_batch_size=8, gradient_accumulation_steps=1))[0][0]
+@pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 4), (8, 1)])
+def test_any_split_into_micro_batches_gives_the_same_weights(flags: LoopArguments, count: int, size: int) -> None:
+    plan = replace(flags, max_steps=1, max_grad_norm=0.0, lr_scheduler_type="constant", per_device_train_batch_size=8)
+    split = replace(plan, per_device_train_batch_size=size, gradient_accumulation_steps=count)
+    ours, reference = run(split, Regression()).linear.weight, Regression()
+    everything = make_batches(plan)[0][0]
     (reference(everything)[0] / everything.weight).backward()
     torch.optim.AdamW(reference.parameters(), lr=0.05, weight_decay=0.0).step()
     torch.testing.assert_close(ours, reference.linear.weight, rtol=1e-5, atol=1e-6)
@@ -45,23 +41,12 @@ def stream(batches: Batches) -> list[int]:
 
 def test_every_epoch_sees_each_example_once_in_an_order_of_seed_and_step_alone(flags: LoopArguments) -> None:
     whole = replace(flags, max_steps=-1, num_train_epochs=3)
-    wide, narrow, uneven, other = (
-        stream(make_batches(replace(whole, **change), size=8))
-        for change in (
-            {},
-            {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
-            {"per_device_train_batch_size": 3},
-            {"seed": 7},
-        )
-    )
+    changes = [{}, {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2},
+               {"per_device_train_batch_size": 3}, {"seed": 7}]  # fmt: skip
+    wide, narrow, uneven, other = (stream(make_batches(replace(whole, **change), size=8)) for change in changes)
     assert wide == narrow == uneven  # three epochs of eight: three steps of three end within an epoch
     assert [sorted(wide[start : start + 8]) for start in (0, 8, 16)] == [list(range(8))] * 3
-    assert wide[:8] != wide[8:16]
-    assert wide[:8] != other[:8]
-
-
-class Stop(Exception):
-    """A crash."""
+    assert wide[:8] not in (wide[8:16], other[:8])
 
 
 @pytest.mark.parametrize("how", ["crash", signal.SIGTERM, signal.SIGINT])
@@ -73,13 +58,13 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_very_weights_of_an_uni
 
     def stop(step: int) -> dict[str, float]:
         if step == 4 and how == "crash":
-            raise Stop
+            raise RuntimeError
         if step == 2 and how != "crash":
             os.kill(os.getpid(), how)
         return {}
 
     if how == "crash":
-        with pytest.raises(Stop):
+        with pytest.raises(RuntimeError):
             run(flags, before_step=stop)
     else:
         stopped = run(flags, before_step=stop).state
@@ -88,8 +73,7 @@ def test_a_run_that_was_stopped_and_resumed_ends_with_the_very_weights_of_an_uni
     assert [path.name for path in checkpoints(Path(flags.output_dir))] == ["checkpoint-3"]
     second = run(replace(flags, resume_from_checkpoint="true"))
     assert second.seen == whole.seen[12:]
-    assert torch.equal(second.linear.weight, whole.linear.weight)
-    assert torch.equal(second.linear.bias, whole.linear.bias)
+    assert same_weights(second, whole)
     ours, theirs = ({e["step"]: e["loss"] for e in each.state.log_history} for each in (second, whole))
     every = run(replace(flags, output_dir=str(tmp_path / "every"), logging_steps=1)).state.log_history
     assert theirs[4] == pytest.approx(sum(entry["loss"] for entry in every[1:4]) / 3)
@@ -123,29 +107,17 @@ def test_a_loss_is_better_when_smaller_a_tie_goes_to_the_later_model_and_one_tha
     assert told == (best == 0) == torch.equal(weight_in(Path(plan.output_dir)), Regression().linear.weight)
 
 
-def test_an_unknown_metric_is_refused_with_those_that_exist(flags: LoopArguments) -> None:
-    with pytest.raises(UserError, match="--metric_for_best_model bleu: is not measured; choose one of eval_loss"):
-        run(replace(flags, metric_for_best_model="bleu"), evaluate=lambda step: {"eval_loss": 1.0}, evaluate_first=True)
-
-
-@pytest.mark.parametrize(("strategy", "expected"), [("steps", [2, 4, 6]), ("epoch", [4, 6]), ("no", [6])])
-def test_evaluation_follows_its_strategy_and_leaves_train_mode_on(
-    flags: LoopArguments, strategy: str, expected: list[int]
-) -> None:
+@pytest.mark.parametrize(("strategy", "steps"), [("steps", [2, 4, 6]), ("epoch", [4, 6]), ("no", [6])])
+def test_evaluation_keeps_its_strategy_and_train_mode(flags: LoopArguments, strategy: str, steps: list[int]) -> None:
     objective, evaluated, modes = Regression(), [], []
 
     def evaluate(step: int) -> dict[str, float]:
-        objective.eval()
         evaluated.append(step)
-        return {"eval_loss": 1.0}
-
-    def before_step(step: int) -> dict[str, float]:
-        modes.append(objective.training)
-        return {}
+        return {"eval_loss": 1.0, "mode": objective.eval().training}
 
     plan = replace(flags, eval_strategy=strategy, eval_steps=2)
-    run(plan, objective, evaluate=evaluate, before_step=before_step)
-    assert evaluated == expected  # an epoch is 4 steps; the last step is always evaluated
+    run(plan, objective, evaluate=evaluate, before_step=lambda step: modes.append(objective.training) or {})
+    assert evaluated == steps  # an epoch is 4 steps; the last step is always evaluated
     assert modes == [True] * 6
 
 
@@ -177,34 +149,31 @@ def test_the_rate_of_the_next_step_is_logged_and_the_warm_up_is_a_share_of_the_s
 
 def test_matrices_decay_and_vectors_do_not_and_new_layers_learn_at_their_own_rate(flags: LoopArguments) -> None:
     start = Regression().linear
-    plan = replace(flags, max_steps=1, lr_scheduler_type="constant", adam_epsilon=0.0, overwrite_output_dir=True)
-    plain = run(replace(plan, new_layers="bias$", new_layers_learning_rate=0.2), Regression()).linear
+    plan = replace(flags, max_steps=1, lr_scheduler_type="constant", adam_epsilon=0.0, overwrite_output_dir=True,
+                   new_layers="bias$", new_layers_learning_rate=0.2)  # fmt: skip
+    plain = run(plan, Regression()).linear
     # Adam's first step is the rate itself, whatever the gradient.
     torch.testing.assert_close((plain.weight - start.weight).abs(), torch.full((1, 4), 0.05))
     torch.testing.assert_close((plain.bias - start.bias).abs(), torch.full((1,), 0.2))
-    decayed = run(replace(plan, new_layers="bias$", new_layers_learning_rate=0.2, weight_decay=0.5), Regression())
+    decayed = run(replace(plan, weight_decay=0.5), Regression())
     torch.testing.assert_close(decayed.linear.weight, plain.weight - 0.05 * 0.5 * start.weight)
     assert torch.equal(decayed.linear.bias, plain.bias)
     with pytest.raises(UserError, match="--new_layers crossattention: found in the name of no parameter"):
-        run(replace(plan, new_layers="crossattention", new_layers_learning_rate=0.2))
+        run(replace(plan, new_layers="crossattention"))
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"new_layers": "bias"}, "--new_layers: goes with --new_layers_learning_rate"),
         ({"new_layers_learning_rate": 0.1}, "--new_layers: goes with --new_layers_learning_rate"),
         ({"new_layers": "(", "new_layers_learning_rate": 0.1}, r"--new_layers \(: is not a regular expression"),
         ({"new_layers": "b", "new_layers_learning_rate": -1.0}, "--new_layers_learning_rate -1.0: must be at least 0"),
-        ({"max_steps": -7}, "--max_steps -7: must be at least 1, or -1"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1, or -1"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "--num_train_epochs: must be positive"),
         ({"num_train_epochs": math.nan}, r"--num_train_epochs nan: must be a finite number"),
         ({"save_total_limit": 0}, "--save_total_limit 0: must be at least 1"),
         ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5: must be at least 0 and at most 1"),
         ({"adam_beta1": 1.0}, "--adam_beta1 1.0: must be at least 0 and less than 1"),
-        ({"use_flash_attention": True}, "--use_flash_attention true: .* add --bf16 true"),
-        ({"fsdp": "full_shard", "fp16": True}, "--fp16 true: sharded training scales no loss"),
         ({"output_dir": __file__}, r"--output_dir .*: is a file"),
     ],
 )
@@ -249,27 +218,19 @@ def test_tokens_a_second_are_those_of_the_steps_alone(flags: LoopArguments, monk
 
 
 def test_batches_made_ahead_by_workers_are_the_same_batches(flags: LoopArguments) -> None:
-    ours, theirs = (
-        run(replace(flags, dataloader_num_workers=n, overwrite_output_dir=True)).linear.weight for n in (0, 2)
-    )
-    assert torch.equal(ours, theirs)
+    ours, theirs = (run(replace(flags, dataloader_num_workers=n, overwrite_output_dir=True)) for n in (0, 2))
+    assert same_weights(ours, theirs)
 
 
 def test_before_step_comes_before_the_batch_is_made(flags: LoopArguments) -> None:
-    made: list[str] = []
-
-    def collate(indices: Sequence[int]) -> Batch:
-        made.append("batch")
-        return Batch(torch.ones(len(indices), 4), torch.ones(len(indices)), tuple(indices))
-
+    made, batch = [], Batch(torch.ones(4, 4), torch.ones(4), (0, 1, 2, 3))
+    batches = Batches(16, lambda indices: made.append("batch") or batch, flags)
     Path(flags.output_dir).mkdir()
-    train(Regression(), Batches(16, collate, flags), flags, lambda step: made.append(f"before {step}") or {})
+    train(Regression(), batches, flags, lambda step: made.append(f"before {step}") or {})
     assert made == [event for step in range(6) for event in (f"before {step}", "batch")]
 
 
-def test_half_precision_is_refused_where_it_makes_no_sense_and_used_where_the_cpu_has_it(
-    flags: LoopArguments, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_half_precision_is_used_where_the_cpu_has_it(flags: LoopArguments, monkeypatch: pytest.MonkeyPatch) -> None:
     class Spy(Regression):
         def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
             dtypes.add(self.linear(batch.rows).dtype)
@@ -277,9 +238,6 @@ def test_half_precision_is_refused_where_it_makes_no_sense_and_used_where_the_cp
 
     with pytest.raises(UserError, match="exclude each other"):
         run(replace(flags, bf16=True, fp16=True))
-    if not torch.cuda.is_available():
-        with pytest.raises(UserError, match="needs a CUDA device"):
-            run(replace(flags, fp16=True))
     for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
         distributed.compute_dtype.cache_clear()
         monkeypatch.setattr(distributed, "cpu_has_bf16", lambda answer=has_bf16: answer)
