@@ -31,6 +31,7 @@ from transformers import (
 )
 
 from rqa.data import Document, Example, write_documents, write_examples
+from rqa.models.encoder import Encoder, load_encoder
 
 if TYPE_CHECKING:
     from openai_server import OpenAIServer
@@ -248,6 +249,12 @@ def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) 
         max_position_embeddings=64,
     )  # fmt: skip
     return saved("encoder", 2, BertModel, config, wordpiece)
+
+
+@pytest.fixture
+def encoder(encoder_path: str) -> Encoder:
+    """It, loaded: without dropout until it is trained."""
+    return load_encoder(encoder_path)
 
 
 @pytest.fixture(scope="session")

@@ -74,9 +74,6 @@ def payloads(target: Path) -> list[tuple[str, Call]]:
     ]
 
 
-# ---------------------------------------------------------------- pickles
-
-
 @pytest.mark.parametrize("module", ["local_rqa.schema.document", "langchain.schema", "langchain_core.documents.base"])
 def test_localrqa_pickles_are_read(module: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = foreign_class(monkeypatch, module)
@@ -150,9 +147,6 @@ def test_a_pickle_that_is_no_list_of_documents_is_refused_by_item_and_field(tmp_
         ("text", "found str"),
     ):
         assert re.search(rf"^ item 2: .*{reason}", refusal(read_documents, path, pickle.dumps([FIELDS, bad])))
-
-
-# ---------------------------------------------------------------- JSONL
 
 
 def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path) -> None:
@@ -244,9 +238,6 @@ def test_repeated_documents_are_kept_once_where_they_first_stand(tmp_path: Path)
     assert [document.metadata["n"] for document in read_documents(tmp_path / "documents.jsonl")] == [0, 1, 3, 4]
 
 
-# ---------------------------------------------------------------- examples
-
-
 def test_a_row_holds_question_answers_history_and_passages_and_all_but_the_question_may_be_absent(
     tmp_path: Path,
 ) -> None:
@@ -289,7 +280,6 @@ def test_each_of_several_questions_becomes_one_example_and_blank_ones_and_answer
     blank = [("", "A."), (" \t\n", "A."), ("Why?", ""), ("Why?", "\u3000\n")]
     bad = [{"question": question, "gold_answer": answer} for question, answer in blank]
     path.write_bytes(lines(several, b"", *bad, {"question": "Who?", "gold_answer": "A."}))
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     with caplog.at_level(logging.INFO, logger="rqa"):
         read = read_examples(path)
     assert read == [
@@ -313,9 +303,6 @@ def test_answers_may_be_absent_only_where_none_are_needed_and_serve_one_question
         assert len(read_examples(path)) == 2
     several = {"questions": ["What?", "Where?"], "gold_answer": "There."}
     assert re.search("^1: .*'questions'", refusal(read, path, lines(several)))
-
-
-# ---------------------------------------------------------------- writing
 
 
 def test_documents_and_examples_are_read_back_as_they_were_written(

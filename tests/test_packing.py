@@ -40,9 +40,6 @@ def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> to
     return torch.stack(rows)
 
 
-# ---------------------------------------------------------------- batches
-
-
 def test_packing_lays_sequences_end_to_end_and_padding_is_on_the_right_and_masked() -> None:
     packed, padded = pack(SEQUENCES).inputs, pad(SEQUENCES, PAD_ID).inputs
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
@@ -96,9 +93,6 @@ def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Col
     assert (batch.weight, batch.num_tokens, batch.indices) == (3, 16, (4, 5, 6))
 
 
-# ---------------------------------------------------------------- logits of answers
-
-
 @pytest.mark.parametrize("collate", [pack, pad, pad_99])
 def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_in_any_order(
     collate: Collate, lm_path: str
@@ -116,9 +110,6 @@ def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_
         torch.nn.functional.cross_entropy(rows, targets, reduction="sum").backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# ---------------------------------------------------------------- token budgets
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -54,9 +54,6 @@ def passage_characters(text: str, passages: list[Document]) -> int:
     return sum(map(len, shown[1::2]))
 
 
-# ---------------------------------------------------------------- the text
-
-
 def test_the_prefix_format_is_the_documented_text(tokenizer: Tokenizer, documents: list[Document]) -> None:
     style = arguments("prefix", user_prefix="U:", assistant_prefix="A:", sep_user="|u|", sep_sys="|s|")
     prompt = Prompter(tokenizer, style).encode(TALKED, documents[:2], "Copper.")
@@ -139,9 +136,6 @@ def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_wi
     assert later.count(trained[-1]) == (3 if chat_format == "template" else 1)  # a template ends each turn so
 
 
-# ---------------------------------------------------------------- what is cut
-
-
 @both_formats
 @pytest.mark.parametrize("with_history", [False, True])
 def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
@@ -220,9 +214,6 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
         fitting(lambda number: 1 // number, [(0,)], "it is left out", said.append)
 
 
-# ---------------------------------------------------------------- what is inserted
-
-
 @both_formats
 def test_placeholders_in_questions_and_passages_are_plain_text(chat_format: str, tokenizer: Tokenizer) -> None:
     question = r"What does {passages} or {question} or {0} or {x!r} mean, and \1 and \g<0>?"
@@ -265,9 +256,6 @@ def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(tokenizer: Tokeniz
     assert bos not in ids(knows_bos, ASKED, arguments("prefix"))
 
 
-# ---------------------------------------------------------------- the end of a turn
-
-
 @pytest.mark.parametrize(
     ("style", "text"),
     [
@@ -295,9 +283,6 @@ def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: Tokenizer) -> N
         Prompter(endless)
     prompter = Prompter(endless, arguments("prefix", sep_sys="<|im_end|>"))
     assert prompter.stop_ids == prompter.end_of_turn == [endless.convert_tokens_to_ids("<|im_end|>")]
-
-
-# ---------------------------------------------------------------- what is refused
 
 
 def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_its_path(
@@ -333,8 +318,6 @@ def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(tokenizer: Token
         Prompter(plain, arguments("template"))
     Prompter(plain)
 
-
-# ---------------------------------------------------------------- fusion-in-decoder
 
 LIMIT = 40
 

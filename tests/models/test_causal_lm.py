@@ -124,7 +124,6 @@ def test_the_mode_is_restored_and_answers_have_no_dropout(case: Case) -> None:
 def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
     case: Case, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     long, some = Example("Why is that so? " * 200, where="test.jsonl:9"), case.examples
 
     def texts(asked: list[Example]) -> list[str]:

@@ -43,11 +43,6 @@ def passages(documents: list[Document]) -> list[str]:
 
 
 @pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    return load_encoder(encoder_path)
-
-
-@pytest.fixture
 def projected(encoder: Encoder) -> Encoder:
     encoder.project(D)
     torch.nn.init.normal_(encoder.projection.norm.weight)
@@ -76,9 +71,6 @@ def embed_queries(encoder: Encoder, texts: list[str], **options: Any) -> np.ndar
 
 def embed_passages(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
     return encoder.passage_side.embed(encoder.tokenize_passages(texts), **options)
-
-
-# ---------------------------------------------------------------- sentence-transformers
 
 
 @pytest.mark.parametrize(
@@ -187,9 +179,6 @@ def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
     assert load_encoder(str(saved)).settings == encoder.settings
 
 
-# ---------------------------------------------------------------- one by one
-
-
 BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 MODERN = {"local_attention": 12, "global_attn_every_n_layers": 2, "cls_token_id": 2, "sep_token_id": 3,
           "bos_token_id": 2, "eos_token_id": 3}  # fmt: skip
@@ -257,9 +246,6 @@ def test_embedding_has_no_dropout_and_no_gradient_and_restores_the_mode(
     assert all(parameter.grad is None for parameter in encoder.parameters())
     direct[:, 0].sum().backward()  # embedding gives no gradient, forward does
     assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
-
-
-# ---------------------------------------------------------------- a projection, and an encoder of passages alone
 
 
 def test_the_embedding_is_layernorm_of_a_linear_map_of_the_pooled_one(
@@ -331,9 +317,6 @@ def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
     frozen.eval()
     frozen.embed(batch.queries)
     assert not frozen.passage_side.training
-
-
-# ---------------------------------------------------------------- the fingerprint
 
 
 def test_the_fingerprint_is_the_same_for_the_same_embeddings(encoder: Encoder, encoder_path: str) -> None:

@@ -263,9 +263,6 @@ def test_impossible_generation_flags_are_refused() -> None:
             GenerationArguments(**flags)
 
 
-# ---------------------------------------------------------------- cross-attention
-
-
 def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
     """Q_0 . K of each layer from the states that its projections were given, one head after the other. -> [K]"""
     model = copy.deepcopy(model)

@@ -77,9 +77,6 @@ def test_evaluating_restores_each_part_s_own_mode_even_after_an_error() -> None:
         assert [part.training for part in module.modules()] == [False, False, True, False]
 
 
-# ---------------------------------------------------------------- what cannot be loaded
-
-
 @pytest.fixture
 def damaged(lm_path: str, tmp_path: Path) -> Path:
     """A copy of a checkpoint to break."""
@@ -162,8 +159,6 @@ def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged
     refusal(load_causal_lm, damaged)
     assert not (tmp_path / "ran").exists()
 
-
-# ---------------------------------------------------------------- LoRA
 
 Run = Callable[[str, dict[str, object]], int]
 TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 4,

@@ -93,9 +93,6 @@ def test_a_question_that_does_not_fit_tells_no_passages_apart(
     assert len({found[i] for i in range(4, 7)}) == 3
 
 
-# ---------------------------------------------------------------- the collate function
-
-
 def lengths(pairs: Sequence[Pair]) -> list[float]:
     """A teacher that can be computed by hand."""
     return [float(len(pair.document.page_content)) for pair in pairs]

@@ -9,16 +9,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
-from rqa.models.encoder import Encoder, load_encoder
+from rqa.models.encoder import Encoder
 from rqa.objectives.emdr import MarginalLikelihood, WholeAnswers
 from rqa.objectives.rpg import ListBatch, ScoredCandidates
 from rqa.objectives.teacher import AnswerScorer, Teacher
 from rqa.prompts import PromptArguments, Prompter
-
-
-@pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    return load_encoder(encoder_path)
 
 
 @pytest.mark.parametrize("chat_format", ["prefix", "template"])

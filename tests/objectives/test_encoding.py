@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from rqa.models.encoder import Encoder, load_encoder
+from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import embed_in_chunks
-
-
-@pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    """Without dropout, so that runs can be compared."""
-    return load_encoder(encoder_path).eval()
 
 
 @pytest.fixture

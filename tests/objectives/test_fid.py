@@ -1,6 +1,5 @@
 """FiD as an objective: what fits becomes a batch. models/test_encoder_decoder.py has its loss and its checkpoints."""
 
-import logging
 import re
 
 import pytest
@@ -14,7 +13,6 @@ def test_examples_that_fit_become_a_batch_that_knows_their_numbers(
     t5_path: str, examples: list[Example], documents: list[Document], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     flags = FiDArguments(embedding_model="bm25", max_encoder_seq_length=64, max_decoder_seq_length=16)
     objective = FiDLikelihood.load(t5_path, flags)
     endless = Example("Why?", gold_answer="Because " * 20, where="train.jsonl:2")

@@ -1,6 +1,5 @@
 """SFT: its loss is that of the answers alone, beside transformers' own; and which examples become prompts."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -53,7 +52,6 @@ def test_what_does_not_fit_is_left_out_and_a_prompt_that_is_cut_more_than_in_gen
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], documents: list[Document],
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     prompter = Prompter(tokenizer, PromptArguments(max_seq_length=100, max_new_tokens=16))
     endless = replace(examples[1], question="Why? " * 100, where="train.jsonl:7")
     long = replace(examples[2], gold_answer="Brask trades in wool, and in wool alone, since wool is what it has.")

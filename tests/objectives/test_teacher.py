@@ -1,6 +1,5 @@
 """Teachers: the language model's scores are those of a plain forward pass, and none is computed twice."""
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -93,7 +92,6 @@ def test_where_question_and_answer_do_not_fit_all_documents_score_alike_with_a_w
     lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair], caplog: pytest.LogCaptureFixture,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     endless = replace(pairs[0].example, question="Why? " * LIMIT, where="train.jsonl:7")
     mixed = [Pair(endless, pairs[0].document), pairs[1], Pair(endless, pairs[2].document)]
     first, other, second = ask(lm, prompter, mixed)
@@ -102,9 +100,6 @@ def test_where_question_and_answer_do_not_fit_all_documents_score_alike_with_a_w
     assert [other] == pytest.approx(ask(lm, prompter, [pairs[1]]), abs=1e-6)
     (warning,) = [record.getMessage() for record in caplog.records]
     assert warning.startswith("train.jsonl:7: ")
-
-
-# ---------------------------------------------------------------- what is kept
 
 
 class Lengths:
