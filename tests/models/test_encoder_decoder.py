@@ -131,7 +131,8 @@ def test_neither_the_order_of_passages_nor_other_questions_nor_padding_change_th
     assert sum(case.loss([sequence]) for sequence in case.sequences) == pytest.approx(together, rel=1e-6)
     other = [FiDSequence(sequence.passages[:1], sequence.answer) for sequence in case.sequences]
     assert abs(case.loss(other) - together) > 1e-3
-    batch = case.objective.batch(case.sequences)
+    batch = case.objective.batch(case.sequences, [7, 5, 6, 9])
+    assert batch.indices == (7, 5, 6, 9)
     assert batch.weight == sum(len(sequence.answer) for sequence in case.sequences)
     assert batch.num_tokens == batch.weight + sum(len(ids) for s in case.sequences for ids in s.passages)
     assert (case.objective.collate is pack) == (case.kind == "bert")
