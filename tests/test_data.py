@@ -209,22 +209,18 @@ def test_a_file_that_is_missing_or_holds_nothing_is_an_error(tmp_path: Path) -> 
     ):  # fmt: skip
         for content in ("", "\n\n", blank):
             assert refusal(read, tmp_path / "rows.jsonl", content.encode()) == f" holds no {what}"
-    for read, name in (
-        (read_documents, "absent.jsonl"),
-        (read_examples, "absent.jsonl"),
-        (read_documents, "absent.pkl"),
-    ):
+    for read, name in ((read_documents, "no.jsonl"), (read_examples, "no.jsonl"), (read_documents, "no.pkl")):
         with pytest.raises(UserError, match=f"{name}: no such file"):
             read(tmp_path / name)
 
 
 def test_the_text_that_models_read_is_derived_where_it_is_absent(tmp_path: Path) -> None:
-    sourced, path = {"metadata": {"source": "s"}}, tmp_path / "documents.jsonl"
+    path, sourced, derived = tmp_path / "documents.jsonl", {"metadata": {"source": "s"}}, "Source: s\nContent:\nText."
     for row, expected in (
         ({"metadata": {"source": "guide/1", "title": "Arlen"}}, "Source: guide/1\nTitle: Arlen\nContent:\nText."),
         ({"metadata": {"title": "Arlen", "page": 3}}, "Title: Arlen\nContent:\nText."),
         ({"metadata": {"source": "", "title": None}}, "Text."), ({}, "Text."),
-        *((sourced | derived, "Source: s\nContent:\nText.") for derived in ({}, {"fmt_content": ""}, {"fmt_content": None})),
+        (sourced, derived), (sourced | {"fmt_content": ""}, derived), (sourced | {"fmt_content": None}, derived),
         (sourced | {"fmt_content": "given"}, "given"),
     ):  # fmt: skip
         path.write_bytes(lines({"page_content": "Text."} | row))
@@ -247,11 +243,8 @@ def test_a_row_holds_question_answers_history_and_passages_and_all_but_the_quest
            "other_answers": ["Cu"], "hard_neg_docs": [OTHER],
            "ctxs": [OTHER | {"score": 2}, PASSAGE | {"score": -0.5}]}  # fmt: skip
     path.write_bytes(lines(row))
-    history, found = (
-        (Turn("User", "Hello."), Turn("Assistant", "")),
-        {"ctxs": (BRASK, ARLEN), "ctx_scores": (2.0, -0.5)},
-    )
-    expected = Example("Which trade?", (ARLEN,), "Copper.", history, (BRASK,), other_answers=("Cu",), **found)
+    history = (Turn("User", "Hello."), Turn("Assistant", ""))
+    expected = Example("Which trade?", (ARLEN,), "Copper.", history, (BRASK,), (BRASK, ARLEN), (2.0, -0.5), ("Cu",))
     assert read_examples(path, answers=True) == [expected]
     bare = {"question": "Why?"}
     unscored = [bare | {"ctxs": [first, OTHER]} for first in (PASSAGE, PASSAGE | {"score": 1.0})]  # all scores, or none
