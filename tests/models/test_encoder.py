@@ -270,7 +270,7 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(D)
 
 
-def test_passages_keep_the_initial_encoder_and_its_folder_is_an_encoder_by_itself(
+def test_passages_keep_the_initial_encoder_whose_folder_is_one_by_itself_and_is_not_loaded_when_another_run_left_it(
     frozen: Encoder, encoder_path: str, passages: list[str], tmp_path: Path
 ) -> None:
     initial = load_encoder(encoder_path, EncoderArguments(**PREFIXES))
@@ -283,13 +283,7 @@ def test_passages_keep_the_initial_encoder_and_its_folder_is_an_encoder_by_itsel
     assert not alone.passage_encoder
     assert alone.settings == frozen.settings
     np.testing.assert_array_equal(embed_queries(alone, passages), embed_queries(initial, passages))
-
-
-def test_a_passage_encoder_that_another_run_left_behind_is_not_loaded(
-    frozen: Encoder, encoder: Encoder, tmp_path: Path
-) -> None:
-    frozen.save_pretrained(tmp_path)
-    encoder.save_pretrained(tmp_path)
+    initial.save_pretrained(tmp_path)
     assert (tmp_path / "passage_encoder").is_dir()
     assert load_encoder(str(tmp_path)).passage_encoder is None
     assert SentenceTransformer(str(tmp_path), device="cpu").encode(["What?"]).shape == (1, 32)

@@ -16,15 +16,7 @@ from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertForMaskedLM, 
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
-from rqa.models.encoder_decoder import (
-    NEW_LAYERS,
-    FiDReader,
-    FiDSequence,
-    load_encoder_decoder,
-    observe,
-    passage_scores,
-    start_token,
-)
+from rqa.models.encoder_decoder import NEW_LAYERS, FiDReader, FiDSequence, load_encoder_decoder, observe, passage_scores
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
 from rqa.packing import pack
@@ -84,9 +76,12 @@ def naive_states(plain: PreTrainedModel, sequence: FiDSequence) -> BaseModelOutp
     return BaseModelOutput(last_hidden_state=torch.cat(states, dim=1))
 
 
+def start_of(model: PreTrainedModel) -> int:
+    return model.generation_config.decoder_start_token_id or model.config.decoder_start_token_id
+
+
 def naive_loss(plain: PreTrainedModel, sequence: FiDSequence) -> Tensor:
-    start = plain.generation_config.decoder_start_token_id or plain.config.decoder_start_token_id
-    inputs = torch.tensor([[start, *sequence.answer[:-1]]])
+    inputs = torch.tensor([[start_of(plain), *sequence.answer[:-1]]])
     logits = plain(encoder_outputs=naive_states(plain, sequence), decoder_input_ids=inputs).logits[0]
     return -logits.log_softmax(-1)[range(len(sequence.answer)), sequence.answer].sum()
 
@@ -257,7 +252,7 @@ def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
                 getattr(module, part).register_forward_hook(hook)
     assert len(given) == 2
     read = naive_states(model, sequence)
-    model(encoder_outputs=read, decoder_input_ids=torch.tensor([[start_token(model)]]), use_cache=False)
+    model(encoder_outputs=read, decoder_input_ids=torch.tensor([[start_of(model)]]), use_cache=False)
     total = torch.zeros(read.last_hidden_state.shape[1], dtype=torch.float64)
     for (query, key, value), heads in given:
         width = query.shape[-1] // heads
@@ -292,7 +287,7 @@ def test_a_score_depends_on_the_passages_beside_it_but_not_on_padding_or_their_o
 
 
 def test_observing_changes_no_output(case: Case) -> None:
-    start = torch.tensor([[start_token(case.model), 5, 6]])
+    start = torch.tensor([[start_of(case.model), 5, 6]])
     inputs = {"input_ids": torch.tensor([case.sequences[0].passages[0]]), "decoder_input_ids": start}
     before = case.model(**inputs).logits
     observe(case.model)
