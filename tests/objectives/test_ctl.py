@@ -125,7 +125,8 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
     monkeypatch.setattr(ctl, "QUERIES_AT_ONCE", 4)
     retriever = Retriever(encoder.train(), documents)
     retriever.refresh()
-    two = replace(examples[4], gold_docs=(replace(documents[4], fmt_content="Of another format."), documents[9]))
+    ((first, second),) = retriever.documents_of(retriever.retrieve([examples[4].question], 2))
+    two = replace(examples[4], gold_docs=(replace(first, fmt_content="Of another format."), second))
     asked = [*examples[:4], two, replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
     flags = NegativeArguments(negatives_from_rank=2, negatives_to_rank=9, negatives_max_share=share)
     pools, again = (MinedNegatives(asked, retriever, flags) for _ in range(2))
