@@ -22,6 +22,7 @@ from trainers import Flags, Run, Train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data import Document, Example, write_documents, write_examples
+from rqa.models.encoder import Encoder, load_encoder
 
 CITIES = ("Arlen", "Brask", "Corvo", "Dunmore", "Elbeth", "Farrow", "Gildern", "Hask", "Istra", "Jorvik", "Kessel",
           "Lund")  # fmt: skip
@@ -236,6 +237,12 @@ def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) 
     """A two-layer BERT, saved as a plain `transformers` checkpoint."""
     config = transformers.BertConfig(vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64)
     return saved("encoder", 2, transformers.BertModel, config, wordpiece)
+
+
+@pytest.fixture
+def encoder(encoder_path: str) -> Encoder:
+    """It, loaded: without dropout until it is trained."""
+    return load_encoder(encoder_path)
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -81,6 +82,15 @@ def same_weights(ours: Regression, theirs: Regression) -> bool:
 
 def weight_in(directory: Path) -> Tensor:
     return load_file(directory / "w.safetensors")["linear.weight"]
+
+
+def gradients(objective: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss of a batch, and its gradient in each parameter that it reaches."""
+    objective.zero_grad()
+    loss, statistics = objective(batch)
+    assert all(map(math.isfinite, statistics.values()))
+    loss.backward()
+    return loss.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
 
 
 @contextmanager

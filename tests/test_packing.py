@@ -23,24 +23,14 @@ packed_and_padded = pytest.mark.parametrize("collate", [pack, pad_99])
 def random_sequences(count: int, vocabulary: int, seed: int) -> list[TokenSequence]:
     """Prompts and answers of many lengths, the shortest possible ones among them."""
     chance = random.Random(seed)
-    made = [TokenSequence([3, 4], 1)]
-    for _ in range(count - 1):
-        length = chance.randint(2, 40)
-        ids = [chance.randrange(3, vocabulary) for _ in range(length)]
-        made.append(TokenSequence(ids, chance.randint(1, length - 1)))
-    return made
+    drawn = [[chance.randrange(3, vocabulary) for _ in range(chance.randint(2, 40))] for _ in range(count - 1)]
+    return [TokenSequence([3, 4], 1), *(TokenSequence(ids, chance.randint(1, len(ids) - 1)) for ids in drawn)]
 
 
 def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> torch.Tensor:
     """The full logits of one sequence at a time, and of them the rows before each answer token."""
-    rows = []
-    for sequence in sequences:
-        logits = model(input_ids=torch.tensor([sequence.ids])).logits[0]
-        rows += [logits[position - 1] for position in range(len(sequence.ids)) if position >= sequence.answer_start]
-    return torch.stack(rows)
-
-
-# ---------------------------------------------------------------- batches
+    logits = [(model(input_ids=torch.tensor([s.ids])).logits[0], s.answer_start) for s in sequences]
+    return torch.cat([rows[start - 1 : -1] for rows, start in logits])
 
 
 def test_packing_lays_sequences_end_to_end_and_padding_is_on_the_right_and_masked() -> None:
@@ -69,17 +59,13 @@ def test_starts_lengths_and_rows_find_each_token_in_the_flat_output(collate: Col
 def test_an_answer_batch_names_position_target_and_owner_of_each_answer_token(collate: Collate) -> None:
     sequences = random_sequences(9, 50, seed=1)
     batch = answer_batch(sequences, collate, range(20, 29))
-    flat = batch.tokens.inputs["input_ids"].flatten()
     expected = []
     for owner, (sequence, start) in enumerate(zip(sequences, batch.tokens.starts.tolist(), strict=True)):
         for offset in range(sequence.answer_start, len(sequence.ids)):
-            expected.append((start + offset - 1, sequence.ids[offset], owner))
-    assert (
-        list(zip(*(each.tolist() for each in (batch.positions, batch.targets, batch.owners)), strict=True)) == expected
-    )
-    assert torch.equal(flat[batch.positions + 1], batch.targets)
-    assert batch.indices == tuple(range(20, 29))
-    assert batch.weight == len(expected)
+            expected.append([start + offset - 1, sequence.ids[offset], owner])
+    assert torch.stack([batch.positions, batch.targets, batch.owners], dim=1).tolist() == expected
+    assert torch.equal(batch.tokens.inputs["input_ids"].flatten()[batch.positions + 1], batch.targets)
+    assert (batch.indices, batch.weight) == (tuple(range(20, 29)), len(expected))
     assert batch.num_tokens == sum(len(sequence.ids) for sequence in sequences)
 
 
@@ -94,9 +80,6 @@ def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Col
     assert batch.owners.tolist() == [[0, 0, 0, 1, 2, 2], [0, 0, -1, -1, -1, -1], [0] * 5 + [-1]]
     assert batch.labels.tolist() == [[7, 8], [-100, -100], [12, -100]]
     assert (batch.weight, batch.num_tokens, batch.indices) == (3, 16, (4, 5, 6))
-
-
-# ---------------------------------------------------------------- logits of answers
 
 
 @pytest.mark.parametrize("collate", [pack, pad, pad_99])
@@ -116,9 +99,6 @@ def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_
         torch.nn.functional.cross_entropy(rows, targets, reduction="sum").backward()
     for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
         torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
-
-
-# ---------------------------------------------------------------- token budgets
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -16,12 +16,8 @@ from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter
 from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting, retrieval_query
 from rqa.runtime.errors import UserError
 
-HISTORY = (
-    Turn("User", "Tell me about the harbour of Arlen."),
-    Turn("Assistant", "It is known for its trade."),
-    Turn("User", "And the market of Brask?"),
-    Turn("Assistant", "It is held each spring."),
-)
+HISTORY = (Turn("User", "Tell me about the harbour of Arlen."), Turn("Assistant", "It is known for its trade."),
+           Turn("User", "And the market of Brask?"), Turn("Assistant", "It is held each spring."))  # fmt: skip
 ANSWER = "Arlen trades in copper."
 ASKED = Example("What does Arlen trade in?", where="train.jsonl:7")
 TALKED = replace(ASKED, chat_history=HISTORY)
@@ -54,9 +50,6 @@ def passage_characters(text: str, passages: list[Document]) -> int:
     return sum(map(len, shown[1::2]))
 
 
-# ---------------------------------------------------------------- the text
-
-
 def test_the_prefix_format_is_the_documented_text(tokenizer: Tokenizer, documents: list[Document]) -> None:
     style = arguments("prefix", user_prefix="U:", assistant_prefix="A:", sep_user="|u|", sep_sys="|s|")
     prompt = Prompter(tokenizer, style).encode(TALKED, documents[:2], "Copper.")
@@ -87,8 +80,7 @@ def test_training_ids_are_the_generation_prompts_followed_by_the_answers(
     count, history, length = case
     prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
     asked = replace(ASKED, chat_history=HISTORY[len(HISTORY) - history :])
-    trained = prompter.encode(asked, documents[:count], ANSWER)
-    generated = prompter.encode(asked, documents[:count])
+    trained, generated = (prompter.encode(asked, documents[:count], given) for given in (ANSWER, None))
     assert len(prompter.encode_answer(ANSWER)) <= 24
     assert trained.ids == generated.ids + prompter.encode_answer(ANSWER)
     assert trained.answer_start == generated.answer_start == len(generated.ids)
@@ -139,19 +131,15 @@ def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_wi
     assert later.count(trained[-1]) == (3 if chat_format == "template" else 1)  # a template ends each turn so
 
 
-# ---------------------------------------------------------------- what is cut
-
-
 @both_formats
 @pytest.mark.parametrize("with_history", [False, True])
 def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
     with_history: bool, chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
-    asked = TALKED if with_history else ASKED
-    passages = documents[:3]
-    whole = Prompter(tokenizer, arguments(chat_format)).encode(asked, passages, ANSWER)
-    alone = Prompter(tokenizer, arguments(chat_format)).encode(ASKED, [], ANSWER)
-    shown, kept_turns = [], []
+    asked, passages = TALKED if with_history else ASKED, documents[:3]
+    roomy = Prompter(tokenizer, arguments(chat_format))
+    whole, alone = roomy.encode(asked, passages, ANSWER), roomy.encode(ASKED, [], ANSWER)
+    shown = []
     for length in [*range(len(alone.ids), len(whole.ids) + 30, 3), len(whole.ids) + 30]:
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
         sequence = prompter.encode(asked, passages, ANSWER)
@@ -162,10 +150,9 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
         assert text.startswith("USER: " if chat_format == "prefix" else "<|im_start|>user\n")
         turns = [turn.message in text for turn in asked.chat_history]
         assert turns == sorted(turns), "an older turn outlived a newer one"
-        kept_turns.append(sum(turns))
         shown.append((sum(turns), passage_characters(text, passages)))
     assert sequence.ids == whole.ids
-    assert kept_turns == sorted(kept_turns)
+    assert [turns for turns, _ in shown] == sorted(turns for turns, _ in shown)
     assert shown[0] == (0, 0)
     assert shown[-1] == (len(asked.chat_history), sum(len(p.fmt_content) for p in passages))
     for (turns, before), (more_turns, after) in itertools.pairwise(shown):
@@ -208,7 +195,7 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
             raise DoesNotFit(f"{place}: too long")
         return number // 2
 
-    said: list[str] = []
+    said = []
     rows = [(2, "a:1"), (3, "a:2"), (4, "a:3"), (5, "a:4"), (7, "a:4")]
     assert fitting(halve, rows, "it is left out", said.append) == {0: 1, 2: 2}
     assert said == ["a:2: too long; it is left out", "a:4: too long; it is left out"]
@@ -218,9 +205,6 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
     assert len(said) == 3
     with pytest.raises(ZeroDivisionError):
         fitting(lambda number: 1 // number, [(0,)], "it is left out", said.append)
-
-
-# ---------------------------------------------------------------- what is inserted
 
 
 @both_formats
@@ -241,45 +225,31 @@ def test_the_retriever_is_asked_with_the_conversation() -> None:
 def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(tokenizer: Tokenizer, documents: list[Document]) -> None:
     adds_bos = clone(tokenizer, bos_token="<s>")  # in front of every text, as Llama's does
     bos = adds_bos.bos_token_id
-    adds_bos.backend_tokenizer.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bos)]
-    )
+    begin = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B", special_tokens=[("<s>", bos)])
+    adds_bos.backend_tokenizer.post_processor = begin
     assert adds_bos.encode("text") == [bos, *adds_bos.encode("text", add_special_tokens=False)]
 
     def ids(of: Tokenizer, asked: Example, style: PromptArguments) -> list[int]:
         return Prompter(of, style).encode(asked, documents[:2], "Copper.").ids
 
-    prefixed = [
-        ids(adds_bos, ASKED, arguments("prefix", user_prefix=prefix)) for prefix in ("USER:", "<s>USER:", "<s> USER:")
-    ]
-    assert prefixed[0] == prefixed[1]
-    assert prefixed[2] == ids(adds_bos, ASKED, arguments("prefix", user_prefix=" USER:"))
-    templated = [
-        ids(clone(adds_bos, start + adds_bos.chat_template, bos_token="<s>"), TALKED, arguments("template"))
-        for start in ("", "{{ bos_token }}")
-    ]
+    styles = [arguments("prefix", user_prefix=prefix) for prefix in ("USER:", "<s>USER:", "<s> USER:", " USER:")]
+    prefixed = [ids(adds_bos, ASKED, style) for style in styles]
+    assert (prefixed[0], prefixed[2]) == (prefixed[1], prefixed[3])
+    templates = [start + tokenizer.chat_template for start in ("", "{{ bos_token }}")]
+    templated = [ids(clone(adds_bos, text, bos_token="<s>"), TALKED, arguments("template")) for text in templates]
     for first, *others in prefixed + templated:
         assert first == bos
         assert bos not in others
-    knows_bos = clone(tokenizer, bos_token="<s>")
-    assert bos not in ids(knows_bos, ASKED, arguments("prefix"))
-
-
-# ---------------------------------------------------------------- the end of a turn
+    assert bos not in ids(clone(tokenizer, bos_token="<s>"), ASKED, arguments("prefix"))  # which adds none
 
 
 @pytest.mark.parametrize(
     ("style", "text"),
-    [
-        ({"sep_sys": ""}, "<|endoftext|>"),
-        ({"sep_sys": "<|im_end|>"}, "<|im_end|>"),
-        ({"sep_sys": "\n<|im_end|>\n"}, "\n<|im_end|>"),
-        ({"sep_sys": "\n"}, "\n<|endoftext|>"),
-        ({"sep_sys": " ###"}, " ###<|endoftext|>"),
-        ({"sep_sys": "<|endoftext|>"}, "<|endoftext|>"),
-        ({"chat_format": "template"}, "<|im_end|>"),
-    ],
-)
+    [({"sep_sys": ""}, "<|endoftext|>"), ({"sep_sys": "<|im_end|>"}, "<|im_end|>"),
+     ({"sep_sys": "\n<|im_end|>\n"}, "\n<|im_end|>"), ({"sep_sys": " ###"}, " ###<|endoftext|>"),
+     ({"sep_sys": "\n"}, "\n<|endoftext|>"), ({"sep_sys": "<|endoftext|>"}, "<|endoftext|>"),
+     ({"chat_format": "template"}, "<|im_end|>")],
+)  # fmt: skip
 def test_every_answer_ends_with_one_special_token_at_which_generation_stops(
     style: dict[str, str], text: str, tokenizer: Tokenizer
 ) -> None:
@@ -297,9 +267,6 @@ def test_a_tokenizer_without_an_end_needs_a_separator(tokenizer: Tokenizer) -> N
     assert prompter.stop_ids == prompter.end_of_turn == [endless.convert_tokens_to_ids("<|im_end|>")]
 
 
-# ---------------------------------------------------------------- what is refused
-
-
 def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_its_path(
     tmp_path: Path, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
@@ -308,22 +275,18 @@ def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_it
     prompter = Prompter(tokenizer, arguments("prefix", prompt_template=str(path)))
     text = tokenizer.decode(prompter.encode(ASKED, documents[:1]).ids)
     assert text == f"USER: Q={ASKED.question} {{other}} P=[1] {documents[0].fmt_content}\nASSISTANT:"
-    bad = {
-        b"Question: {question}": r"\{passages\}",
-        b"Passages: {passages}": r"\{question\}",
-        b"": r"\{passages\}",
-        b"\xff{passages}{question}": "cannot be read",
-    }
+    bad = {b"Question: {question}": r"\{passages\}", b"Passages: {passages}": r"\{question\}", b"": r"\{passages\}",
+           b"\xff{passages}{question}": "cannot be read"}  # fmt: skip
     for number, content in enumerate(bad):
         (tmp_path / str(number)).write_bytes(content)
-    for name, reason in [*enumerate(bad.values()), ("absent", "cannot be read"), (".", "cannot be read")]:
+    for name, reason in [*enumerate(bad.values()), (".", "cannot be read")]:
         with pytest.raises(UserError, match=rf"^--prompt_template {tmp_path / str(name)}: .*{reason}"):
             Prompter(tokenizer, arguments("prefix", prompt_template=str(tmp_path / str(name))))
 
 
 def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(tokenizer: Tokenizer) -> None:
-    strict = clone(tokenizer, ALTERNATING + tokenizer.chat_template)
-    never, plain = (clone(tokenizer, text) for text in ("{{ raise_exception('never') }}", ""))
+    texts = (ALTERNATING + tokenizer.chat_template, "{{ raise_exception('never') }}", "")
+    strict, never, plain = (clone(tokenizer, text) for text in texts)
     asked = replace(ASKED, chat_history=(Turn("User", "hi"), Turn("User", "hello?")))
     with pytest.raises(UserError, match=r"--chat_format template.*roles must alternate"):
         Prompter(strict, arguments("template")).encode(asked, [])
@@ -333,8 +296,6 @@ def test_a_chat_template_that_refuses_or_lacks_is_a_users_error(tokenizer: Token
         Prompter(plain, arguments("template"))
     Prompter(plain)
 
-
-# ---------------------------------------------------------------- fusion-in-decoder
 
 LIMIT = 40
 
@@ -364,12 +325,8 @@ def test_each_passage_stands_beside_the_whole_question_and_is_cut_to_fit(fid: Fi
 def test_the_oldest_turn_goes_with_its_reply_and_a_question_or_answer_that_is_too_long_is_refused(
     fid: FiDPrompter,
 ) -> None:
-    turns = (
-        Turn("user", "Tell me of Brask and of Corvo and of Lund " * 3),
-        Turn("assistant", "Salt."),
-        Turn("user", "And Arlen?"),
-        Turn("assistant", "Wool."),
-    )
+    turns = (Turn("user", "Tell me of Brask and of Corvo and of Lund " * 3), Turn("assistant", "Salt."),
+             Turn("user", "And Arlen?"), Turn("assistant", "Wool."))  # fmt: skip
     asked = Example("Why?", gold_answer="Salt.", chat_history=turns, where="train.jsonl:3")
     (ids,) = fid.encode(asked, [Document("Amber.")]).passages
     assert ids == fid.tokenizer("question: And Arlen?\nWool.\nWhy? context: Amber.")["input_ids"]

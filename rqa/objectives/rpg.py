@@ -73,11 +73,9 @@ class RPGArguments(LikelihoodArguments):
 
     lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
     kl_direction: str = flag(
-        "lm_to_retriever",
-        "KL(LM || retriever), as released, or the reverse, as the paper prints.",
-        ["lm_to_retriever", "retriever_to_lm"],
-        rare=True,
-    )
+        "lm_to_retriever", "KL(LM || retriever), as released, or the reverse, as the paper prints.",
+        choices=["lm_to_retriever", "retriever_to_lm"], rare=True,
+    )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("lm_temperature", above=0)

@@ -197,7 +197,7 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
         while len(numbers) < size:
             if not shuffled:
                 has = f"{len(distinct)} distinct passages of --min_passage_words {flags.min_passage_words} or more"
-                few = f"too few for {sum(flags.sizes.values())} in all"
+                few = f"too few for {sum(flags.sizes.values())} in all; lower --num_..._passages"
                 raise UserError(f"--num_{split}_passages {size}: the database has {has}, {few}")
             numbers += shuffled.pop()
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]

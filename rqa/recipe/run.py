@@ -68,12 +68,8 @@ class Run(ABC):
             self._open_output()
         distributed.barrier()
         if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
-            log.warning(
-                "%s: %d questions choose the best model, by chance; %d are needed",
-                flags.eval_file,
-                len(self.eval),
-                FEW_QUESTIONS,
-            )
+            few = "%s: %d questions choose the best model, but by chance; %d are needed"
+            log.warning(few, flags.eval_file, len(self.eval), FEW_QUESTIONS)
 
     @abstractmethod
     def score_eval(self, step: int) -> tuple[Scores, Rows]:

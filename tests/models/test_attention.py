@@ -15,17 +15,10 @@ from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
 from rqa.models.reader import CausalLMReader, new_cache, read_prompts
 from rqa.packing import pack
 
-WIDTH, VOCABULARY = 16, 50
-SIZES = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": WIDTH,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "attention_dropout": 0.0,
-}
+VOCABULARY = 50
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": 0,
+         "attention_dropout": 0.0}  # fmt: skip
 ENDS = {"bos_token_id": 1, "eos_token_id": 2}
 GROUPED = {**SIZES, **ENDS, "num_key_value_heads": 2}
 DECODERS = {
@@ -37,9 +30,7 @@ DECODERS = {
 }
 ALL = DECODERS | {
     "Bert": transformers.BertConfig(**SIZES, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0),
-    "ModernBert": transformers.ModernBertConfig(
-        **SIZES, **ENDS, local_attention=6, global_attn_every_n_layers=2, cls_token_id=1
-    ),
+    "ModernBert": transformers.ModernBertConfig(**SIZES, **ENDS, local_attention=6, global_attn_every_n_layers=2),
 }
 SEQUENCES = [[5 + (7 * step + shift) % 40 for step in range(length)] for shift, length in enumerate((9, 1, 12, 9, 5))]
 

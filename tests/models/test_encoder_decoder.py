@@ -6,47 +6,24 @@ Scores of passages are the model's own cross-attention: queries and keys by its 
 import copy
 import re
 from contextlib import nullcontext
-from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
 import pytest
 from torch import Tensor, nn
-from transformers import (
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
-    GenerationConfig,
-    PreTrainedModel,
-)
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer, BertForMaskedLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
-from rqa.models.encoder_decoder import (
-    NEW_LAYERS,
-    EncoderDecoderArguments,
-    FiDPromptArguments,
-    FiDReader,
-    FiDSequence,
-    load_encoder_decoder,
-    observe,
-    passage_scores,
-    start_token,
-)
+from rqa.models.encoder_decoder import NEW_LAYERS, FiDReader, FiDSequence, load_encoder_decoder, observe, passage_scores
 from rqa.models.reader import GenerationArguments
-from rqa.objectives.fid import FiDLikelihood
+from rqa.objectives.fid import FiDArguments, FiDLikelihood
 from rqa.packing import pack
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
 
-
-@dataclass(kw_only=True)
-class Flags(FiDPromptArguments, EncoderDecoderArguments):
-    """What a FiD reader is loaded with."""
-
-
+Flags = partial(FiDArguments, embedding_model="bm25")
 FLAGS = Flags(max_encoder_seq_length=64, max_decoder_seq_length=24)
 
 
@@ -62,9 +39,8 @@ class Case:
                     parameter.mul_(3.0 if kind == "t5" else 12.0)
         self.objective = FiDLikelihood(self.model.double().eval(), prompter)
         texts = [*documents[:3], Document(documents[4].page_content + " " + documents[5].page_content)]
-        self.sequences = [  # four questions over 1 to 4 passages of different lengths
-            prompter.encode(example, texts[: n + 1], example.gold_answer) for n, example in enumerate(examples[:4])
-        ]
+        asked = enumerate(examples[:4], start=1)  # over 1 to 4 passages of different lengths
+        self.sequences = [prompter.encode(example, texts[:n], example.gold_answer) for n, example in asked]
 
     @cached_property
     def plain(self) -> PreTrainedModel:
@@ -76,9 +52,8 @@ class Case:
         return float(self.objective(self.objective.batch(sequences))[0].detach())
 
     def reader(self, **flags: object) -> FiDReader:
-        return FiDReader(
-            self.objective.fid, self.objective.prompter, GenerationArguments(**flags), self.objective.collate
-        )
+        ours = self.objective
+        return FiDReader(ours.fid, ours.prompter, GenerationArguments(**flags), ours.collate)
 
     def scores(self, sequences: list[FiDSequence], kind: str = "plain") -> Tensor:
         return passage_scores(self.model, self.objective.batch(sequences), kind)
@@ -101,9 +76,12 @@ def naive_states(plain: PreTrainedModel, sequence: FiDSequence) -> BaseModelOutp
     return BaseModelOutput(last_hidden_state=torch.cat(states, dim=1))
 
 
+def start_of(model: PreTrainedModel) -> int:
+    return model.generation_config.decoder_start_token_id or model.config.decoder_start_token_id
+
+
 def naive_loss(plain: PreTrainedModel, sequence: FiDSequence) -> Tensor:
-    start = plain.generation_config.decoder_start_token_id or plain.config.decoder_start_token_id
-    inputs = torch.tensor([[start, *sequence.answer[:-1]]])
+    inputs = torch.tensor([[start_of(plain), *sequence.answer[:-1]]])
     logits = plain(encoder_outputs=naive_states(plain, sequence), decoder_input_ids=inputs).logits[0]
     return -logits.log_softmax(-1)[range(len(sequence.answer)), sequence.answer].sum()
 
@@ -131,7 +109,8 @@ def test_neither_the_order_of_passages_nor_other_questions_nor_padding_change_th
     assert sum(case.loss([sequence]) for sequence in case.sequences) == pytest.approx(together, rel=1e-6)
     other = [FiDSequence(sequence.passages[:1], sequence.answer) for sequence in case.sequences]
     assert abs(case.loss(other) - together) > 1e-3
-    batch = case.objective.batch(case.sequences)
+    batch = case.objective.batch(case.sequences, [7, 5, 6, 9])
+    assert batch.indices == (7, 5, 6, 9)
     assert batch.weight == sum(len(sequence.answer) for sequence in case.sequences)
     assert batch.num_tokens == batch.weight + sum(len(ids) for s in case.sequences for ids in s.passages)
     assert (case.objective.collate is pack) == (case.kind == "bert")
@@ -216,7 +195,7 @@ def test_bfloat16_is_near_float32_and_float16_is_refused_for_t5_alone(case: Case
     refused = pytest.raises(UserError, match="--fp16 true: T5's activations exceed")
     for dtype in (torch.bfloat16, torch.float16):
         with refused if case.kind == "t5" and dtype is torch.float16 else nullcontext():
-            load_encoder_decoder(case.path, type("Mixed", (Flags,), {"dtype": dtype})(max_encoder_seq_length=48))
+            load_encoder_decoder(case.path, type("Mixed", (FiDArguments,), {"dtype": dtype})(**vars(FLAGS)))
 
 
 def test_a_model_that_cannot_take_what_is_asked_is_refused(encoder_path: str, bart_path: str, lm_path: str) -> None:
@@ -243,7 +222,7 @@ def test_a_warm_started_decoder_begins_with_what_the_checkpoint_has(encoder_path
     assert torch.cosine_similarity(transformed, wanted).min() > 0.99
     made = [name for name, _ in decoder.named_parameters() if re.search("crossattention|transform|cls.*bias", name)]
     assert made == [name for name, _ in decoder.named_parameters() if re.search(NEW_LAYERS, name)]
-    whole = BertForMaskedLM(BertConfig.from_pretrained(encoder_path))
+    whole = BertForMaskedLM.from_pretrained(encoder_path)
     whole.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoder_path).save_pretrained(tmp_path)
     decoder = load_encoder_decoder(f"bert::{tmp_path}", FLAGS)[0].get_decoder()
@@ -253,17 +232,9 @@ def test_a_warm_started_decoder_begins_with_what_the_checkpoint_has(encoder_path
 
 
 def test_impossible_generation_flags_are_refused() -> None:
-    for flags, message in (
-        ({"num_beams": 0}, "--num_beams 0: must be at least 1"),
-        ({"temperature": 0.0}, "--temperature 0.0: must be above 0"),
-        ({"top_p": 1.5}, "--top_p 1.5: must be above 0"),
-        ({"top_p": 0.5}, "--temperature and --top_p need --do_sample true"),
-    ):
-        with pytest.raises(UserError, match=message):
-            GenerationArguments(**flags)
-
-
-# ---------------------------------------------------------------- cross-attention
+    for flag, value in (("num_beams", 0), ("temperature", 0.0), ("top_p", 1.5)):
+        with pytest.raises(UserError, match=f"--{flag} {value}: must be "):
+            GenerationArguments(**{flag: value})
 
 
 def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
@@ -281,7 +252,7 @@ def by_hand(model: PreTrainedModel, sequence: FiDSequence, kind: str) -> Tensor:
                 getattr(module, part).register_forward_hook(hook)
     assert len(given) == 2
     read = naive_states(model, sequence)
-    model(encoder_outputs=read, decoder_input_ids=torch.tensor([[start_token(model)]]), use_cache=False)
+    model(encoder_outputs=read, decoder_input_ids=torch.tensor([[start_of(model)]]), use_cache=False)
     total = torch.zeros(read.last_hidden_state.shape[1], dtype=torch.float64)
     for (query, key, value), heads in given:
         width = query.shape[-1] // heads
@@ -316,7 +287,7 @@ def test_a_score_depends_on_the_passages_beside_it_but_not_on_padding_or_their_o
 
 
 def test_observing_changes_no_output(case: Case) -> None:
-    start = torch.tensor([[start_token(case.model), 5, 6]])
+    start = torch.tensor([[start_of(case.model), 5, 6]])
     inputs = {"input_ids": torch.tensor([case.sequences[0].passages[0]]), "decoder_input_ids": start}
     before = case.model(**inputs).logits
     observe(case.model)

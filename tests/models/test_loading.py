@@ -18,12 +18,10 @@ from torch import nn
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.utils import is_flash_attn_2_available
 
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import (
-    LoadingArguments,
     LoraArguments,
     attention_of,
     choose_collate,
@@ -77,9 +75,6 @@ def test_evaluating_restores_each_part_s_own_mode_even_after_an_error() -> None:
         assert [part.training for part in module.modules()] == [False, False, True, False]
 
 
-# ---------------------------------------------------------------- what cannot be loaded
-
-
 @pytest.fixture
 def damaged(lm_path: str, tmp_path: Path) -> Path:
     """A copy of a checkpoint to break."""
@@ -91,9 +86,7 @@ def refusal(load: Callable[[str], object], path: Path | str) -> str:
     with pytest.raises(UserError) as caught:
         load(str(path))
     message = str(caught.value)
-    assert message.startswith(f"model {path}: cannot be loaded: ")
-    assert "\n" not in message
-    assert len(message) < 600
+    assert re.fullmatch(rf"model {re.escape(str(path))}: cannot be loaded: .{{1,500}}", message)  # one line
     return message
 
 
@@ -103,23 +96,11 @@ def test_a_missing_or_empty_directory_is_named(tmp_path: Path) -> None:
         assert "no such directory" not in refusal(load, tmp_path)
 
 
-@pytest.mark.parametrize(
-    ("name", "content"),
-    [
-        ("model.safetensors", b"garbage" * 100),
-        ("model.safetensors", b""),
-        ("model.safetensors", "truncated"),
-        ("model.safetensors", None),
-        ("config.json", None),
-        ("config.json", b"{"),
-        ("config.json", b"{}"),
-        ("config.json", b"[]"),
-        ("config.json", b'{"model_type": "no-such-architecture"}'),
-        ("tokenizer.json", b"garbage"),
-        ("tokenizer.json", b"{}"),
-        ("tokenizer.json", b""),
-    ],
-)
+DAMAGED = {"model.safetensors": (b"garbage" * 100, b"", "truncated", None), "tokenizer.json": (b"garbage", b"{}", b""),
+           "config.json": (None, b"{", b"{}", b"[]", b'{"model_type": "no-such-architecture"}')}  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "content"), [(name, each) for name, contents in DAMAGED.items() for each in contents])
 def test_a_damaged_checkpoint_is_one_line_that_names_it(name: str, content: bytes | str | None, damaged: Path) -> None:
     if content is None:
         (damaged / name).unlink()
@@ -139,13 +120,6 @@ def test_a_hub_name_without_a_hub_is_one_line_that_says_so(monkeypatch: pytest.M
     assert not asked
 
 
-@pytest.mark.skipif(is_flash_attn_2_available(), reason="flash-attn is installed here")
-def test_flash_attention_without_its_package_is_a_clear_error(lm_path: str) -> None:
-    with pytest.raises(UserError, match=r"^--use_flash_attention true: flash-attn is not installed") as caught:
-        load_causal_lm(lm_path, LoadingArguments(use_flash_attention=True))
-    assert "\n" not in str(caught.value)
-
-
 def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged: Path, tmp_path: Path) -> None:
     class Payload:
         def __reduce__(self) -> tuple[Any, ...]:
@@ -163,17 +137,14 @@ def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged
     assert not (tmp_path / "ran").exists()
 
 
-# ---------------------------------------------------------------- LoRA
-
 Run = Callable[[str, dict[str, object]], int]
 TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 4,
             "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2}  # fmt: skip
 
 
+@torch.no_grad()
 def logits(model: torch.nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        output = model.eval()(input_ids=torch.arange(10, 30)[None])
-    return output.logits if hasattr(output, "logits") else output.last_hidden_state
+    return model.eval()(input_ids=torch.arange(10, 30)[None])[0]  # those, or last hidden states
 
 
 def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_on_request(
@@ -231,17 +202,19 @@ def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
 
 
 def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def train(*targets: str) -> None:
+        flags = {"lora_target_modules": [*targets]} if targets else {}
+        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, **flags))
+
     for flags, message in (
-        ({"lora_r": 0}, "--lora_r 0: must be at least 1"),
-        ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
+        ({"lora_r": 0}, "--lora_r 0: must be at least 1"), ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
         ({"merge_lora_on_save": True}, "--merge_lora_on_save true: there is nothing to merge"),
-    ):
+    ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             LoraArguments(**flags)
-    train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, lora_target_modules=["q_proj", "nowhere"]))
+    train("q_proj", "nowhere")
     with pytest.raises(UserError, match="--lora_target_modules nowhere"):
-        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, lora_target_modules=["nowhere"]))
+        train("nowhere")
     monkeypatch.setitem(sys.modules, "peft", None)
-    message = '--use_lora true: peft is not installed; pip install "rqa[lora]"'
-    with pytest.raises(UserError, match=re.escape(message)):
-        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True))
+    with pytest.raises(UserError, match=r'--use_lora true: peft is not installed; pip install "rqa\[lora\]"'):
+        train()

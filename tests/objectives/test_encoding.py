@@ -5,21 +5,14 @@ import numpy as np
 import pytest
 from torch import Tensor
 
-from rqa.models.encoder import Encoder, load_encoder
+from rqa.data import Document
+from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import embed_in_chunks
 
 
 @pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    """Without dropout, so that runs can be compared."""
-    return load_encoder(encoder_path).eval()
-
-
-@pytest.fixture
-def sequences(encoder: Encoder) -> list[list[int]]:
-    texts = ["salt on the market", "wool", "a harbour of amber and silk", "pepper", "a b",
-             "the market of Hask each spring", "paper"]  # fmt: skip
-    return encoder.tokenize_passages(texts)
+def sequences(encoder: Encoder, documents: list[Document]) -> list[list[int]]:
+    return encoder.tokenize_passages([documents[0].page_content[:length] for length in (18, 4, 27, 6, 3, 30, 5)])
 
 
 def loss_and_gradients(encoder: Encoder, embeddings: Tensor) -> tuple[Tensor, dict[str, Tensor]]:

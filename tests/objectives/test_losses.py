@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import pytest
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from rqa.objectives.losses import answer_nll, boost_gold, contrastive, distillation, marginal_nll
 
@@ -14,8 +15,7 @@ INF = float("inf")
 
 
 def padded(gold: list[set[int]]) -> Tensor:
-    width = max(map(len, gold))
-    return torch.tensor([[*sorted(numbers), *[-1] * (width - len(numbers))] for numbers in gold])
+    return pad_sequence([torch.tensor(sorted(numbers)) for numbers in gold], batch_first=True, padding_value=-1)
 
 
 @pytest.mark.parametrize(
@@ -72,13 +72,10 @@ def naive_marginal(log_likelihood: Tensor, student: Tensor) -> Tensor:
 
 @pytest.mark.parametrize(
     ("ours", "naive"),
-    [
-        (lambda t, s: distillation(t, s), naive_divergence),
-        (lambda t, s: distillation(t, s, DIRECTIONS[1]), lambda t, s: naive_divergence(s, t)),
-        (marginal_nll, naive_marginal),
-    ],
-    ids=[*DIRECTIONS, "marginal"],
-)
+    [(distillation, naive_divergence), (marginal_nll, naive_marginal),
+     (lambda t, s: distillation(t, s, DIRECTIONS[1]), lambda t, s: naive_divergence(s, t))],
+    ids=[DIRECTIONS[0], "marginal", DIRECTIONS[1]],
+)  # fmt: skip
 def test_losses_over_lists_and_their_gradients_are_those_of_the_documents_there_are(
     ours: Callable[[Tensor, Tensor], Tensor], naive: Callable[[Tensor, Tensor], Tensor]
 ) -> None:
@@ -118,9 +115,8 @@ def test_an_answer_of_hundreds_of_tokens_underflows_nowhere() -> None:
 
 def test_answer_nll_is_minus_the_log_of_the_targets_probability() -> None:
     logits, targets = 3 * torch.randn(4, 5), [0, 4, 2, 2]
-    expected = [
-        -math.log(math.exp(row[t]) / sum(map(math.exp, row))) for row, t in zip(logits.tolist(), targets, strict=True)
-    ]
+    pairs = zip(logits.tolist(), targets, strict=True)
+    expected = [-math.log(math.exp(row[t]) / sum(map(math.exp, row))) for row, t in pairs]
     assert answer_nll(logits, torch.tensor(targets)).tolist() == pytest.approx(expected, rel=1e-5)
 
 

@@ -1,6 +1,5 @@
 """SFT: its loss is that of the answers alone, beside transformers' own; and which examples become prompts."""
 
-import logging
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -12,7 +11,6 @@ from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.objectives.sft import AnswerLikelihood, encode_examples
 from rqa.prompts import PromptArguments, Prompter, TokenSequence
-from rqa.runtime.errors import UserError
 
 
 @pytest.fixture
@@ -51,9 +49,8 @@ def test_the_loss_and_its_gradient_are_those_of_the_answers_alone_however_the_ba
 
 def test_what_does_not_fit_is_left_out_and_a_prompt_that_is_cut_more_than_in_generation_is_counted(
     tokenizer: PreTrainedTokenizerBase, examples: list[Example], documents: list[Document],
-    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
     prompter = Prompter(tokenizer, PromptArguments(max_seq_length=100, max_new_tokens=16))
     endless = replace(examples[1], question="Why? " * 100, where="train.jsonl:7")
     long = replace(examples[2], gold_answer="Brask trades in wool, and in wool alone, since wool is what it has.")
@@ -66,5 +63,3 @@ def test_what_does_not_fit_is_left_out_and_a_prompt_that_is_cut_more_than_in_gen
     left_out, cut_more = [record.getMessage() for record in caplog.records]
     assert left_out.startswith("train.jsonl:7: question and answer alone take")
     assert cut_more == "1 prompts are cut more than in generation, since their answers exceed --max_new_tokens"
-    with pytest.raises(UserError, match="--max_seq_length: no example fits; raise it"):
-        encode_examples(prompter, [endless], passages[:1])

@@ -1,6 +1,5 @@
 """Teachers: the language model's scores are those of a plain forward pass, and none is computed twice."""
 
-import logging
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -90,10 +89,8 @@ def test_a_prompt_that_is_too_long_loses_passage_tokens_and_not_the_answer(
 
 
 def test_where_question_and_answer_do_not_fit_all_documents_score_alike_with_a_warning(
-    lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair], caplog: pytest.LogCaptureFixture,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(logging.getLogger("rqa"), "propagate", True)  # an executable turns it off
+    lm: PreTrainedModel, prompter: Prompter, pairs: list[Pair], caplog: pytest.LogCaptureFixture
+) -> None:
     endless = replace(pairs[0].example, question="Why? " * LIMIT, where="train.jsonl:7")
     mixed = [Pair(endless, pairs[0].document), pairs[1], Pair(endless, pairs[2].document)]
     first, other, second = ask(lm, prompter, mixed)
@@ -104,15 +101,11 @@ def test_where_question_and_answer_do_not_fit_all_documents_score_alike_with_a_w
     assert warning.startswith("train.jsonl:7: ")
 
 
-# ---------------------------------------------------------------- what is kept
-
-
 class Lengths:
     """A scorer that can be computed by hand: the document's length; it remembers what it was asked."""
 
     def __init__(self, fail_after: int = 1_000_000) -> None:
-        self.asked: list[Pair] = []
-        self.fail_after = fail_after
+        self.asked, self.fail_after = [], fail_after
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         for position in reversed(range(len(pairs))):  # any order will do
@@ -153,18 +146,12 @@ DOCUMENT = Document("a", {"source": "s"})
 
 
 def test_whatever_decides_a_score_makes_another_one_and_nothing_else_does(tmp_path: Path) -> None:
-    decides = [
-        (EXAMPLE, DOCUMENT, "lm"),
-        (replace(EXAMPLE, question="How?"), DOCUMENT, "lm"),
-        (replace(EXAMPLE, gold_answer="No."), DOCUMENT, "lm"),
-        (replace(EXAMPLE, question="Why?So.", gold_answer=""), DOCUMENT, "lm"),
-        (replace(EXAMPLE, chat_history=()), DOCUMENT, "lm"),
-        (replace(EXAMPLE, chat_history=(Turn("assistant", "Hm"),)), DOCUMENT, "lm"),
-        (EXAMPLE, Document("b", {"source": "s"}), "lm"),
-        (EXAMPLE, Document("a", {"source": "t"}), "lm"),
-        (EXAMPLE, Document("a", {"source": "s"}, fmt_content="a"), "lm"),
-        (EXAMPLE, DOCUMENT, "another lm"),
-    ]
+    asked = [{}, {"question": "How?"}, {"gold_answer": "No."}, {"question": "Why?So.", "gold_answer": ""},
+             {"chat_history": ()}, {"chat_history": (Turn("assistant", "Hm"),)}]  # fmt: skip
+    others = [{"page_content": "b"}, {"metadata": {"source": "t"}}, {"fmt_content": "a"}]
+    decides = [(replace(EXAMPLE, **other), DOCUMENT, "lm") for other in asked]
+    decides += [(EXAMPLE, Document(**vars(DOCUMENT) | {"fmt_content": ""} | other), "lm") for other in others]
+    decides.append((EXAMPLE, DOCUMENT, "another lm"))
     scorer = Lengths()
     for number, (example, document, identity) in enumerate(decides, start=1):
         Teacher(scorer, identity, tmp_path / "scores.sqlite")([Pair(example, document)])
