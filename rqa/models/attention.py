@@ -77,7 +77,8 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
-    if query.is_cuda and query.element_size() == 2 and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    fused = query.is_cuda and query.element_size() == 2 and query.shape[-1] % 8 == 0  # what the kernel takes
+    if fused and torch.cuda.get_device_capability(query.device) >= (8, 0):
         reach = -1 if window is None else window - 1
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d] each
         borders = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)

@@ -1,9 +1,12 @@
 """BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
 import logging
+import os
 import re
 from collections.abc import Sequence, Set
 from dataclasses import dataclass
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s tries JAX when imported, which takes 75 % of a GPU's memory
 
 import bm25s
 import numpy as np
