@@ -125,12 +125,9 @@ class Run(ABC):
                 (self.output / name).unlink(missing_ok=True)
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))
-        with suppress(OSError, ValueError, TypeError):
-            then = (
-                dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
-                if self.checkpoint
-                else {}
-            )
+        if self.checkpoint:
+            with suppress(OSError, ValueError, TypeError):
+                then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
         if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
-            log.warning("other flags than those of %s: %s; the command line wins", self.checkpoint, told)
+            log.warning("flags differ from those of %s: %s; the command line wins", self.checkpoint, told)
