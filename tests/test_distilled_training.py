@@ -46,7 +46,7 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
     theirs = SentenceTransformer(str(output), device="cpu").encode(texts, show_progress_bar=False)
     np.testing.assert_allclose(found, theirs, atol=1e-5)
     build = {"embedding_model_name_or_path": output, "document_path": files["full_dataset_file_path"],
-             "index_path": tmp_path / "index"}  # fmt: skip
+             "index_path": tmp_path / "index", "dtype": "float32"}  # fmt: skip
     assert run_executable("build_index", build) == 0
     assert written(tmp_path / "index", "index.json")["documents"] == len(documents)
     index = faiss.read_index(str(tmp_path / "index/index.faiss"))

@@ -93,6 +93,7 @@ def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
     for weight in whole:  # a process whose part of the step does not touch a weight takes part, too
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     for work in [dist.all_reduce(weight.grad, async_op=True) for weight in whole]:
+        assert work is not None
         work.wait()
 
 
