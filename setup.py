@@ -5,11 +5,11 @@ from pathlib import Path
 from setuptools import find_namespace_packages, setup
 
 REQUIRED = [
-    "torch>=2.12",  # arithmetic, optimizer, processes; from 2.12 on its varlen_attn knows windows and grouped heads
+    "torch>=2.11",  # arithmetic, optimizer, processes; older ones have no varlen_attn with a scale and windows
     "numpy>=2.0",  # embeddings between torch and FAISS
     "safetensors>=0.5",  # checkpoints that cannot execute code
     "tokenizers>=0.21",  # fast tokenizers behind transformers
-    "transformers>=5.23,<6",  # architectures, chat templates, flags from dataclasses
+    "transformers>=5.17,<6",  # architectures, chat templates; older ones call mask functions with other arguments
     "accelerate>=1.10",  # transformers needs it to build a model without reading its weights
     "faiss-cpu>=1.9",  # nearest-neighbour search
     "bm25s>=0.3",  # lexical retrieval

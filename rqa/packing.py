@@ -7,6 +7,7 @@ flattened output through `TokenBatch.starts`.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
@@ -61,6 +62,7 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None]}
     for side in ("q", "k"):  # queries and keys have the same borders
         inputs |= {f"cu_seq_lens_{side}": borders.to(torch.int32), f"max_length_{side}": int(lengths.max())}
+    inputs["sequence_lengths"] = SimpleNamespace(values=lengths.tolist())  # what compiled code need not look into
     return TokenBatch(inputs, borders[:-1], lengths)
 
 

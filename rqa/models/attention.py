@@ -8,8 +8,10 @@ Attention probabilities of a packed row are never dropped, whatever the model's 
 drops them, and written out they take half of a training step's memory. Dropout of hidden states is the model's own.
 """
 
+import inspect
 import math
 from itertools import groupby
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -28,6 +30,9 @@ PACKED_ATTENTION = "rqa_packed"
 # the pattern has a window, too; sdpa refuses both dtypes, should one ever get there.
 PACKED_MASK, WINDOWED_MASK = torch.uint8, torch.int8
 
+# torch 2.11's kernel takes grouped heads as they come; from 2.12 on it wants to be asked.
+GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
 QUERY_ROWS = 256  # of a written-out block; a causal block meets only the keys before its end
 LONGEST_WRITTEN_OUT = 1024  # tokens; their probabilities are kept for the backward pass
 
@@ -44,6 +49,7 @@ def packed_attention(
     sliding_window: int | None = None,  # a token sees another only if they are less than this many positions apart
     cu_seq_lens_q: Tensor | None = None,  # where each sequence begins, and T at the end. [B + 1]
     max_length_q: int | None = None,
+    sequence_lengths: SimpleNamespace | None = None,  # `values`: lengths as numbers, for which no device is waited for
     kept: list[tuple[Tensor, Tensor]] | None = None,  # gets this layer's keys and values, for a cache
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -77,39 +83,49 @@ def packed_attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
-    fused = query.is_cuda and query.element_size() == 2 and query.shape[-1] % 8 == 0  # what the kernel takes
-    if fused and torch.cuda.get_device_capability(query.device) >= (8, 0):
+    if _kernel_takes(query, value):
         reach = -1 if window is None else window - 1
         rows = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, H, d] each
         borders = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
-        output = varlen_attn(*rows, *borders, scale=scale, window_size=(reach, 0 if causal else reach), enable_gqa=True)
+        output = varlen_attn(*rows, *borders, scale=scale, window_size=(reach, 0 if causal else reach), **GROUPED_HEADS)
         return output[None], None
-    return _one_by_one(query, key, value, cu_seq_lens_q, scale, causal, window).transpose(1, 2), None
+    sequences = cu_seq_lens_q if sequence_lengths is None else sequence_lengths
+    return _one_by_one(query, key, value, sequences, scale, causal, window).transpose(1, 2), None
 
 
 def packed_mask(**call: Any) -> Tensor | None:
     """sdpa's mask, or for one unpadded row, which may be packed, the byte that takes its place. [1, 1, T, T]"""
-    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
     length, window = call["q_length"], call.get("local_size")
     one_row = call.get("attention_mask") is None and call["batch_size"] == 1 and length == call["kv_length"]
-    encoder_without_window = call.get("allow_is_bidirectional_skip", False) and window is None
-    if one_row and not (call.get("allow_is_causal_skip", True) or encoder_without_window or call.get("use_vmap")):
+    if one_row and call.get("allow_is_bidirectional_skip", False) and window is None:
+        return None  # an encoder's; `transformers` 5.17 would make one while compiling
+    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
+    if one_row and not (call.get("allow_is_causal_skip", True) or call.get("use_vmap")):
         dtype = PACKED_MASK if window is None else WINDOWED_MASK
         return torch.zeros((), dtype=dtype, device=call.get("device", "cpu")).expand(1, 1, length, length)
     return sdpa_mask(**call)
 
 
+def _kernel_takes(query: Tensor, value: Tensor) -> bool:
+    """Whether the fused kernel of CUDA computes this: 16 bits, on Ampere or later, and heads of a width it knows."""
+    width = query.shape[-1]
+    fits = query.element_size() == 2 and width % 8 == 0 and width <= 256 and width == value.shape[-1]
+    return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
+
+
 @torch.compiler.disable  # the lengths are data: one graph break, instead of a compilation for every batch
 def _one_by_one(
-    query: Tensor, key: Tensor, value: Tensor, cu_seq_lens: Tensor, scale: float, causal: bool, window: int | None
+    query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float, causal: bool, window: int | None
 ) -> Tensor:
     """Attend in one sequence after the other; neighbours of equal length go together. -> [1, H, T, d]
 
+    `sequences`: their lengths in a namespace, or their borders in a tensor, for which the device is waited for.
     On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
     full) as long as its formula written out. Elsewhere, and in float32, sdpa is no slower and keeps no probabilities.
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
-    runs = [(length, len(list(run))) for length, run in groupby(cu_seq_lens.diff().tolist())]
+    lengths = sequences.diff().tolist() if isinstance(sequences, Tensor) else sequences.values
+    runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     rows = [length * count for length, count in runs]
     parts = (x[0].split(rows, dim=1) for x in (query, key, value))
     outputs = []

@@ -271,7 +271,7 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
     known = {item.name for item in fields(EncoderSettings)}
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
         return {name: value for name, value in ours.items() if name in known}, bool(ours.get("two_encoders"))
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json")}
+    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json", list)}
     if not modules:
         return {}, False
     if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
@@ -290,10 +290,13 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
     return stored, False
 
 
-def _read_json(path: str, name: str) -> Any:
+def _read_json(path: str, name: str, kind: type = dict) -> Any:
     """A JSON file of a directory or of a hub repository; empty if there is none."""
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
-        return json.loads(Path(file).read_text(encoding="utf-8")) if file else {}
+        value = json.loads(Path(file).read_text(encoding="utf-8")) if file else kind()
+        if not isinstance(value, kind):
+            raise ValueError(f"expected a {kind.__name__}, found a {type(value).__name__}")
+        return value
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None

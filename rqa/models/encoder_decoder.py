@@ -291,7 +291,9 @@ AttentionMaskInterface.register(RECORDING_ATTENTION, sdpa_mask)
 
 def observe(model: PreTrainedModel) -> None:
     """Make the decoder's attention one that `passage_scores` sees."""
-    model.get_decoder().set_attn_implementation(RECORDING_ATTENTION)
+    for part in model.get_decoder().modules():
+        if isinstance(part, PreTrainedModel):  # `transformers` 5.17 skips a part with a configuration of its own
+            part.set_attn_implementation(RECORDING_ATTENTION)
 
 
 @torch.no_grad()

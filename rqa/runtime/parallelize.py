@@ -38,7 +38,8 @@ def parallelize(
     for model in module.modules():
         trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())
         if gradient_checkpointing and trained and model.supports_gradient_checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": False})
+            newer = getattr(model, "activation_checkpointing_enable", None)  # than transformers 5.17
+            (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     several = distributed.world_size() > 1
     if compile:
         for part in _layers(module) if shard and several else [module]:  # a compiled layer lies inside its sharding

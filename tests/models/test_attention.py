@@ -1,13 +1,17 @@
 """A packed row is attended to as its sequences would be one by one, and anything else as sdpa does."""
 
 import copy
+import inspect
 from itertools import pairwise
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import pytest
 import transformers
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn.attention.varlen import varlen_attn
 from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rqa.models import attention
@@ -53,6 +57,7 @@ def test_a_packed_row_gives_the_states_and_gradients_of_its_sequences_without_a_
 
     def spy(module: torch.nn.Module, *args: Tensor | None, **kwargs: object) -> tuple[Tensor, None]:
         masks.append(args[3] if len(args) > 3 else kwargs["attention_mask"])
+        assert kwargs["sequence_lengths"].values == kwargs["cu_seq_lens_q"].diff().tolist()  # no layer waits for these
         return packed_attention(module, *args, **kwargs)
 
     monkeypatch.setitem(transformers.AttentionInterface._global_mapping, PACKED_ATTENTION, spy)
@@ -130,6 +135,42 @@ def test_attention_is_the_naive_loop_in_float64_forward_and_backward(
     for our, their in zip([output, *(x.grad for x in ours)], [expected, *(x.grad for x in theirs)], strict=True):
         assert our.dtype == dtype
         torch.testing.assert_close(our.double(), their, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_kernel_is_called_as_its_version_takes_it(
+    causal: bool, window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    takes = inspect.signature(varlen_attn)
+
+    def kernel(*args: Any, **options: Any) -> Tensor:
+        query, key, value, borders, same, longest, _ = args
+        assert takes.bind(*args, **options)
+        assert ("enable_gqa" in options) == ("enable_gqa" in takes.parameters)
+        assert (same is borders, longest) == (True, 5)
+        left, right = options["window_size"]
+        assert right == (0 if causal else left)
+        heads = (x.transpose(0, 1)[None] for x in (query, key, value))
+        return naive(*heads, borders.tolist(), causal, None if left < 0 else left + 1)[0]
+
+    inputs = random_inputs([4, 1, 5], 2)
+    expected = attend(inputs, [4, 1, 5], causal, sliding_window=window)
+    monkeypatch.setattr(attention, "varlen_attn", kernel)
+    monkeypatch.setattr(attention, "_kernel_takes", lambda query, value: True)
+    torch.testing.assert_close(attend(inputs, [4, 1, 5], causal, sliding_window=window), expected)
+
+
+def test_the_kernel_gets_only_heads_that_it_knows_on_cards_that_have_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    def taken(width: int, value_width: int = 0, size: int = 2, cuda: bool = True, capability: int = 9) -> bool:
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (capability, 0))
+        tensor = {"element_size": lambda: size, "is_cuda": cuda, "device": "cuda"}
+        query, value = (SimpleNamespace(shape=(1, 2, 7, each), **tensor) for each in (width, value_width or width))
+        return attention._kernel_takes(query, value)
+
+    assert all([taken(64), taken(256), taken(8, capability=8)])
+    assert not any([taken(20), taken(264), taken(64, 32), taken(64, size=4), taken(64, cuda=False)])
+    assert not taken(64, capability=7)
 
 
 def test_autocast_decides_the_dtype() -> None:
@@ -216,7 +257,13 @@ def test_what_would_change_scores_is_refused() -> None:
 
 
 @pytest.mark.slow
-def test_compiling_gives_the_same() -> None:
-    model, inputs = build(DECODERS["Llama"], PACKED_ATTENTION), pack(SEQUENCES).inputs
-    compiled = torch.compile(model, backend="aot_eager")
-    torch.testing.assert_close(states(compiled, **inputs), states(model, **inputs), atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("name", ["Llama", "Mistral", "Bert", "ModernBert"])
+def test_compiling_gives_the_same_and_no_further_batch_compiles_again(name: str) -> None:
+    torch.compiler.reset()
+    model = build(ALL[name], PACKED_ATTENTION)
+    compiled, graphs = torch.compile(model, backend="aot_eager", dynamic=True), set()
+    for sequences in (SEQUENCES, SEQUENCES[:3], SEQUENCES[1:] + SEQUENCES):
+        inputs = pack(sequences).inputs
+        torch.testing.assert_close(states(compiled, **inputs), states(model, **inputs), atol=1e-6, rtol=1e-5)
+        graphs.add(counters["stats"]["unique_graphs"])
+    assert len(graphs) == 1

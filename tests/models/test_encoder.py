@@ -144,7 +144,7 @@ def test_what_is_damaged_or_not_offered_is_refused_by_file(encoder: Encoder, enc
     two = json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
     names = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
     mixed = ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens")
-    for name, content, message in (*((name, "{", name) for name in names), mixed):
+    for name, content, message in (*((name, bad, name) for name in names for bad in ("{", "3")), mixed):
         good = (tmp_path / name).read_text()
         (tmp_path / name).write_text(content)
         with pytest.raises(UserError, match=message):

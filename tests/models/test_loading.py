@@ -19,6 +19,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
+from rqa.models import attention
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import (
@@ -42,6 +43,22 @@ def test_a_decoder_like_llama_is_packed_and_choosing_leaves_mode_and_random_stat
         assert choose_collate(model, 0) is pack
         assert all(module.training == training for module in model.modules())
         assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_a_decoder_that_takes_no_borders_is_padded_and_a_fault_in_attention_is_not_hidden(
+    lm_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, usual = load_causal_lm(lm_path), load_causal_lm(lm_path).model.forward
+    with monkeypatch.context() as narrow:
+
+        def forward(input_ids: Any, position_ids: Any = None, attention_mask: Any = None, use_cache: Any = None) -> Any:
+            return usual(input_ids, attention_mask, position_ids, use_cache=use_cache)
+
+        narrow.setattr(model.model, "forward", forward)
+        assert choose_collate(model, 0) is not pack
+    monkeypatch.setattr(attention, "_one_by_one", lambda query: query)
+    with pytest.raises(TypeError, match="positional argument"):
+        choose_collate(model, 0)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +124,9 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(name: str, content: byte
     else:
         (damaged / name).write_bytes((damaged / name).read_bytes()[:-100] if content == "truncated" else content)
     load = load_tokenizer if name == "tokenizer.json" else load_causal_lm
-    assert "no such directory" not in refusal(load, damaged)
+    message = refusal(load, damaged)
+    assert "no such directory" not in message
+    assert ("config.json holds no JSON object" in message) == (content == b"[]")
 
 
 def test_a_hub_name_without_a_hub_is_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
