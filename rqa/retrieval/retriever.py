@@ -43,8 +43,7 @@ class PassageRetriever(ABC):
     def retrieve_shared(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, each process its share of the questions; all ask for the same, and all get everything."""
         hits = self.retrieve(distributed.share(questions), k)
-        rows = distributed.gather(list(zip(hits.ids, hits.scores, strict=True)))
-        return stack(rows, hits.ids.shape[1])
+        return Hits(distributed.gather_array(hits.ids), distributed.gather_array(hits.scores))
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
@@ -93,7 +92,7 @@ class Retriever(PassageRetriever):
     def refresh(self, stamp: str = "") -> None:
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
         share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
-        self.index.replace(np.stack(distributed.gather(share)), stamp)
+        self.index.replace(distributed.gather_array(share), stamp)
 
     def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""
