@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
-from fakes import gradients
+from fakes import gradients, texts_in
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
@@ -92,10 +92,11 @@ def test_a_column_is_one_document_for_retriever_and_teacher(
     collate = ScoredCandidates(examples, documents, encoder, lambda _: chosen, teacher, temperature)
     batch = collate([4, 0, 2, 9])
     texts = encoder.tokenize_passages([document.fmt_content for document in documents])
-    assert len(batch.passages) == 4  # distinct ones
+    shown, asked = texts_in(batch.passages), texts_in(batch.queries)
+    assert len(shown) == 4  # distinct ones
     for row, (index, numbers) in enumerate(zip([4, 0, 2, 9], chosen, strict=True)):
-        assert batch.queries[row] == encoder.tokenize_queries([examples[index].question])[0]
-        assert [batch.passages[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
+        assert asked[row] == encoder.tokenize_queries([examples[index].question])[0]
+        assert [shown[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
         expected = [value for n in numbers for _, value in score([Pair(examples[index], documents[n])])]
         assert (batch.teacher[row, : len(numbers)] * temperature).tolist() == pytest.approx(expected)
         assert batch.teacher[row, len(numbers) :].isneginf().all()
