@@ -172,7 +172,7 @@ MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}
                        "gradient_accumulation_steps": 2, "refresh_async": "true", "refresh_step": 1}),
         ("train_rpg", {"train_query_encoder_only": "true", "lm_chat_format": "prefix"}),
         ("train_ctl", {"hard_neg_ratio": 100, "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2,
-                       "gradient_checkpointing": "true", "dataloader_num_workers": 1, "bf16": "true"}),
+                       "gradient_checkpointing": "true", "bf16": "true", "max_batch_tokens": 200}),
         ("train_ctl", {"num_hard_negatives": 9, "train_query_encoder_only": "true"}),
         ("train_ctl", {**MINING, "negatives_from_rank": 2, "negatives_max_share": 0.95, "refresh_async": "true"}),
     ],

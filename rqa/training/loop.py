@@ -74,7 +74,7 @@ class Batches:
             yield from map(self.__getitem__, steps)
             return
         with ThreadPoolExecutor(1) as thread:
-            made = (thread.submit(self.__getitem__, step) for step in steps)
+            made: Iterator[Any] = (thread.submit(self.__getitem__, step) for step in steps)
             for now, _ in pairwise(chain(made, [None])):  # the next one is begun before this one is waited for
                 yield now.result()
 

@@ -161,6 +161,9 @@ def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_
     assert load_encoder(str(tmp_path), flags).settings == EncoderSettings(*given)
     with pytest.raises(UserError, match=r"--max_query_length 65: .* takes at most 64 tokens"):
         load_encoder(encoder_path, EncoderArguments(max_query_length=65))
+    assert load_encoder(encoder_path, EncoderArguments(max_batch_tokens=7)).max_batch_tokens == 7
+    with pytest.raises(UserError, match="--max_batch_tokens 0: must be at least 1"):
+        EncoderArguments(max_batch_tokens=0)
 
 
 def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
