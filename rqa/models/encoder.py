@@ -169,7 +169,9 @@ class Encoder(nn.Module):
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])
                 found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
-                late.append((indices, found, device.type == "cuda" and torch.cuda.current_stream().record_event()))
+                late.append(
+                    (indices, found, device.type == "cuda" and torch.cuda.current_stream(device).record_event())
+                )
                 if len(late) > 1:
                     fetch()
             if late:

@@ -22,7 +22,7 @@ from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
-from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, pad, token_budget_batches
+from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
@@ -213,8 +213,7 @@ def start_token(model: PreTrainedModel) -> int:
 def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
     """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
     encoder = model.get_encoder()
-    nothing = replace(pad([[0]]), rows=torch.zeros(0, dtype=torch.long)).to(batch.owners.device)
-    parts = in_step(encoder, batch.parts, filler=nothing)
+    parts = in_step(encoder, batch.parts, filler=replace(batch.parts[0], rows=batch.parts[0].rows[:0]))
     states = torch.cat([part.real(hidden_states(encoder, part)) for part in parts])  # [T, D]
     padded = states.new_zeros(batch.owners.numel(), states.shape[1]).index_copy(0, batch.places, states)
     padded = padded.view(*batch.owners.shape, -1)  # [B, S, D]

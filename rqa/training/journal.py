@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 STATE_FILE, LOG_FILE = "trainer_state.json", "log.jsonl"
 EVENTS = {"index_refreshed"}  # they happen between two steps; all other statistics are measured in every step
 
-
 Statistics = Mapping[str, float | Tensor]
 
 

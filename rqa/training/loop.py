@@ -74,8 +74,8 @@ class Batches:
             yield from map(self.__getitem__, steps)
             return
         with ThreadPoolExecutor(1) as thread:
-            made: Iterator[Any] = (thread.submit(self.__getitem__, step) for step in steps)
-            for now, _ in pairwise(chain(made, [None])):  # the next one is begun before this one is waited for
+            made: Iterator[Any] = chain((thread.submit(self.__getitem__, step) for step in steps), [None])
+            for now, _ in pairwise(made):  # the next one is begun before this one is waited for
                 yield now.result()
 
     def due(self, strategy: str, every: int, step: int) -> bool:
@@ -141,7 +141,7 @@ def train(
                     optimization.scaler.scale(loss * (distributed.world_size() / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
-            # The only wait for the device: the optimizer's kernels then keep it busy while the next step is queued.
+            # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
             loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
             if not math.isfinite(loss):
                 refuse(losses, micro_batches, state.step)
