@@ -10,9 +10,11 @@ for.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Self
 
 import torch
+import numpy as np
 from torch import Tensor
 
 from rqa.prompts import TokenSequence
@@ -60,13 +62,12 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     """Lay sequences end to end in one row. [B] lists -> input_ids [1, T]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
-    ids = torch.tensor([token for sequence in sequences for token in sequence])  # [T]
-    positions = torch.arange(len(ids)) - borders[:-1].repeat_interleave(lengths)  # [T]
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None]}
+    owners = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T]
+    rows = torch.arange(len(owners))
+    inputs: dict[str, Any] = {"input_ids": _joined(sequences)[None], "position_ids": (rows - borders[owners])[None]}
     for side in ("q", "k"):  # queries and keys have the same borders
         inputs |= {f"cu_seq_lens_{side}": borders.to(torch.int32), f"max_length_{side}": int(lengths.max())}
-    owners = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T]
-    return TokenBatch(inputs, borders[:-1], lengths, torch.arange(len(ids)), owners)
+    return TokenBatch(inputs, borders[:-1], lengths, rows, owners)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
@@ -75,9 +76,14 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[:, None]  # [B, L]
     input_ids = torch.full(mask.shape, pad_id)
-    input_ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
+    input_ids[mask] = _joined(sequences)
     starts, rows = torch.arange(len(sequences)) * longest, mask.flatten().nonzero()[:, 0]
     return TokenBatch({"input_ids": input_ids, "attention_mask": mask.long()}, starts, lengths, rows, rows // longest)
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """All token ids, one sequence after the other; from a list it would take seven times as long. [T]"""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(sequences), np.int64))
 
 
 @dataclass(frozen=True)
@@ -110,9 +116,8 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
     positions = torch.cat([torch.arange(s.answer_start - 1, len(s.ids) - 1) + start for s, start in placed])
     columns, column_of = (positions % tokens.inputs["input_ids"].shape[1]).unique(return_inverse=True)
     answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
-    targets = torch.tensor([token for answer in answers for token in answer])
     owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
-    return AnswerBatch(tokens, positions, targets, owners, columns, column_of, tuple(indices))
+    return AnswerBatch(tokens, positions, _joined(answers), owners, columns, column_of, tuple(indices))
 
 
 def token_budget_batches(

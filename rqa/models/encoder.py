@@ -159,9 +159,9 @@ class Encoder(nn.Module):
         late: list[tuple[list[int], Tensor, Any]] = []  # the batch before, which a GPU still computes
 
         def fetch() -> None:
-            indices, found, event = late.pop(0)
-            if event:
-                event.synchronize()
+            indices, found, computed = late.pop(0)
+            if computed:
+                computed.synchronize()
             embeddings[indices] = found.numpy()
             bar.update(len(indices))
 
@@ -169,9 +169,8 @@ class Encoder(nn.Module):
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])
                 found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
-                late.append(
-                    (indices, found, device.type == "cuda" and torch.cuda.current_stream(device).record_event())
-                )
+                computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                late.append((indices, found, computed))
                 if len(late) > 1:
                     fetch()
             if late:
