@@ -114,14 +114,14 @@ class FiDBatch(Batch):
     places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
     owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
     labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
-    real: Tensor  # where the answers' tokens are in the flattened labels. [N]
+    positions: Tensor  # where the answers' tokens are in the flattened labels. [N]
     most: int  # K, the passages of the question that has most
     indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
         """Target tokens."""
-        return len(self.real)
+        return len(self.positions)
 
     @property
     def num_tokens(self) -> int:
@@ -147,10 +147,10 @@ def fid_batch(
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
     parts = tuple(collate([passages[i] for i in part]) for part in chosen)
     labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-    real = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    positions = (labels.flatten() != IGNORED).nonzero()[:, 0]
     most = max(len(sequence.passages) for sequence in sequences)
     in_order = torch.cat([places[i] for part in chosen for i in part])
-    return FiDBatch(parts, in_order, owners, labels, real, most, tuple(indices))
+    return FiDBatch(parts, in_order, owners, labels, positions, most, tuple(indices))
 
 
 @dataclass(kw_only=True)
@@ -234,7 +234,7 @@ class FiD(WholePass):
         """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
         output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
-        return output.logits.flatten(0, 1)[batch.real], batch.labels.flatten()[batch.real]
+        return output.logits.flatten(0, 1)[batch.positions], batch.labels.flatten()[batch.positions]
 
     @torch.no_grad()
     def generate(self, batch: FiDBatch, config: transformers.GenerationConfig) -> Tensor:

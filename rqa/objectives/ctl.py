@@ -129,7 +129,7 @@ class Contrasts:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
             unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
         self.examples, self.hard, self.flags, self.seed = examples, hard, flags, seed
-        self.encoder, self.ahead = encoder, not isinstance(hard, MinedNegatives)  # these change between two steps
+        self.encoder, self.ahead = encoder, not isinstance(hard, MinedNegatives)  # mined ones change between steps
         self._numbers = {key: number for number, key in enumerate(unique)}
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])
