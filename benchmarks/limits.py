@@ -37,6 +37,7 @@ from rqa.models.loading import LoadingArguments, load_tokenizer
 from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
+from rqa.objectives.encoding import in_chunks
 from rqa.objectives.fid import FiDLikelihood
 from rqa.objectives.rpg import (
     Distillation,
@@ -245,7 +246,7 @@ class Bench:
             with self.flags.autocast():
                 loss, _ = objective(made.to(device()))
             optimization.scaler.scale(loss / made.weight).backward()
-            optimization.step(next(steps))
+            optimization.step(next(steps), float(optimization.clip()))
 
         return run
 
@@ -263,8 +264,9 @@ def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
     queries = encoder.tokenize_queries([example.question for example, _ in pairs])
     passages = encoder.tokenize_passages([pair[which].fmt_content for which in (0, 1) for _, pair in pairs])
     gold = torch.arange(len(pairs))
-    batch = ContrastiveBatch(queries, passages, [], torch.arange(len(passages)), gold, gold=gold[:, None])
-    objective = Contrastive(encoder, 0.05, chunk_size)
+    chunks = (in_chunks(encoder, texts, chunk_size) for texts in (queries, passages))
+    batch = ContrastiveBatch(*chunks, [], torch.arange(len(passages)), gold, gold=gold[:, None])
+    objective = Contrastive(encoder, 0.05)
     return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
 
 

@@ -16,6 +16,7 @@ import argparse
 import json
 import random
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
     from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.models.loading import evaluating
     from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+    from rqa.objectives.encoding import in_chunks
     from rqa.runtime.distributed import device
 
     size, bf16 = len(triples), arguments.precision == "bf16"
@@ -96,17 +98,19 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
     passages = encoder.tokenize_passages([triple[1] for triple in triples] + [triple[2] for triple in triples])
     clock = Clock()
 
-    def batch(indices: Sequence[int]) -> ContrastiveBatch:
+    def batch(indices: Sequence[int], chunk_size: int = 0) -> ContrastiveBatch:
         clock.units.append(size)
         documents, targets = torch.arange(2 * size), torch.arange(size)
-        return ContrastiveBatch(queries, passages, indices, documents, targets, gold=targets[:, None])
+        chunks = (in_chunks(encoder, texts, chunk_size) for texts in (queries, passages))
+        return ContrastiveBatch(*chunks, indices, documents, targets, gold=targets[:, None])
 
-    objective = Contrastive(encoder, TEMPERATURE, CHUNK if arguments.system == "rqa in chunks" else 0)
+    objective = Contrastive(encoder, TEMPERATURE)
     with torch.no_grad(), evaluating(objective), flags.autocast():
-        chunked = Contrastive(encoder, TEMPERATURE, CHUNK)  # not to count memory that training would not need
-        loss = float(chunked(batch([]).to(device()))[0]) / size
+        chunked = batch([], CHUNK).to(device())  # not to count memory that training would not need
+        loss = float(objective(chunked)[0]) / size
     clock.units.clear()
-    train_rqa(objective, size, batch, size, arguments.warmup + arguments.steps, bf16, clock)
+    asked = partial(batch, chunk_size=CHUNK if arguments.system == "rqa in chunks" else 0)
+    train_rqa(objective, size, asked, size, arguments.warmup + arguments.steps, bf16, clock)
     return loss, clock
 
 

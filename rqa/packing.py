@@ -3,14 +3,19 @@
 `transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
 borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in the
 flattened output through `TokenBatch.starts`.
+
+What a step needs to know about a batch is computed here, on the CPU: a GPU whose values Python reads has to be waited
+for.
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from types import SimpleNamespace
 from typing import Any, Self
 
 import torch
+import numpy as np
 from torch import Tensor
 
 from rqa.prompts import TokenSequence
@@ -29,6 +34,8 @@ class Batch:
                 return tuple(map(moved, value))
             if isinstance(value, Batch):
                 return value.to(device)
+            if isinstance(value, Tensor) and value.device.type == "cpu" and device.type == "cuda":
+                value = value.pin_memory()  # or the copy would wait for the device
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **moved(vars(self)))
@@ -36,18 +43,17 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenBatch(Batch):
-    """B sequences as a model's keyword arguments."""
+    """B sequences as a model's keyword arguments, and where their T tokens are in its output, flattened to rows."""
 
     inputs: dict[str, Any]  # input_ids [1, T] and the borders (packed), or input_ids [B, L] and a mask (padded)
-    starts: Tensor  # the row of each sequence's first token in the output flattened to [rows, width]. [B]
+    starts: Tensor  # the row of each sequence's first token. [B]
     lengths: Tensor  # real tokens of each sequence. [B]
+    rows: Tensor  # the rows of real tokens, one sequence after the other. [T]
+    owners: Tensor  # the sequence that each of these belongs to. [T]
 
-    @property
-    def rows(self) -> Tensor:
-        """The rows of the flattened output that belong to real tokens, one sequence after the other. [T]"""
-        owners = torch.arange(len(self.lengths), device=self.lengths.device).repeat_interleave(self.lengths)  # [T]
-        first = self.starts - (self.lengths.cumsum(0) - self.lengths)
-        return first[owners] + torch.arange(len(owners), device=owners.device)
+    def real(self, output: Tensor) -> Tensor:
+        """The rows of real tokens. [rows, D] -> [T, D]"""
+        return output if len(output) == len(self.rows) else output[self.rows]
 
 
 Collate = Callable[[Sequence[Sequence[int]]], TokenBatch]
@@ -57,13 +63,13 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     """Lay sequences end to end in one row. [B] lists -> input_ids [1, T]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
-    ids = torch.tensor([token for sequence in sequences for token in sequence])  # [T]
-    positions = torch.arange(len(ids)) - borders[:-1].repeat_interleave(lengths)  # [T]
-    inputs: dict[str, Any] = {"input_ids": ids[None], "position_ids": positions[None]}
+    owners = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T]
+    rows = torch.arange(len(owners))
+    inputs: dict[str, Any] = {"input_ids": _joined(sequences)[None], "position_ids": (rows - borders[owners])[None]}
     for side in ("q", "k"):  # queries and keys have the same borders
         inputs |= {f"cu_seq_lens_{side}": borders.to(torch.int32), f"max_length_{side}": int(lengths.max())}
     inputs["sequence_lengths"] = SimpleNamespace(values=lengths.tolist())  # what compiled code need not look into
-    return TokenBatch(inputs, borders[:-1], lengths)
+    return TokenBatch(inputs, borders[:-1], lengths, rows, owners)
 
 
 def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
@@ -72,9 +78,14 @@ def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[:, None]  # [B, L]
     input_ids = torch.full(mask.shape, pad_id)
-    input_ids[mask] = torch.tensor([token for sequence in sequences for token in sequence])
-    starts = torch.arange(len(sequences)) * longest
-    return TokenBatch({"input_ids": input_ids, "attention_mask": mask.long()}, starts, lengths)
+    input_ids[mask] = _joined(sequences)
+    starts, rows = torch.arange(len(sequences)) * longest, mask.flatten().nonzero()[:, 0]
+    return TokenBatch({"input_ids": input_ids, "attention_mask": mask.long()}, starts, lengths, rows, rows // longest)
+
+
+def _joined(sequences: Sequence[Sequence[int]]) -> Tensor:
+    """All token ids, one sequence after the other; from a list it would take seven times as long. [T]"""
+    return torch.from_numpy(np.fromiter(chain.from_iterable(sequences), np.int64))
 
 
 @dataclass(frozen=True)
@@ -85,6 +96,8 @@ class AnswerBatch(Batch):
     positions: Tensor  # rows of the flattened output that predict an answer token. [N]
     targets: Tensor  # the answer tokens. [N]
     owners: Tensor  # the sequence that each answer token belongs to. [N]
+    columns: Tensor  # the distinct columns of `positions` in input_ids. [C]
+    column_of: Tensor  # which of these each position is in. [N]
     indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
@@ -95,18 +108,18 @@ class AnswerBatch(Batch):
     @property
     def num_tokens(self) -> int:
         """Real tokens, the unit of throughput."""
-        return int(self.tokens.lengths.sum())
+        return len(self.tokens.rows)
 
 
 def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:
     """Collate prompts with answers; the logits wanted stand one before each answer token."""
     tokens = collate([sequence.ids for sequence in sequences])
     placed = zip(sequences, tokens.starts, strict=True)
-    positions = [torch.arange(each.answer_start - 1, len(each.ids) - 1) + start for each, start in placed]
+    positions = torch.cat([torch.arange(s.answer_start - 1, len(s.ids) - 1) + start for s, start in placed])
+    columns, column_of = (positions % tokens.inputs["input_ids"].shape[1]).unique(return_inverse=True)
     answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
-    targets = torch.tensor([token for answer in answers for token in answer])
     owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
-    return AnswerBatch(tokens, torch.cat(positions), targets, owners, tuple(indices))
+    return AnswerBatch(tokens, positions, _joined(answers), owners, columns, column_of, tuple(indices))
 
 
 def token_budget_batches(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from safetensors.torch import load_file, save_file
 
+from rqa.objectives.encoding import Chunks
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoint_to_resume
 from rqa.training.loop import Batches, train
@@ -65,14 +66,18 @@ def make_batches(flags: LoopArguments, size: int = 16, poison: int | None = None
     return Batches(size, lambda indices: Batch(rows[list(indices)], weights[list(indices)], tuple(indices)), flags)
 
 
-def run(flags: LoopArguments, objective: Regression | None = None, **options: object) -> Regression:
+def run(
+    flags: LoopArguments, objective: Regression | None = None, ahead: bool = False, **options: object
+) -> Regression:
     """Resume if asked, then train; the trained objective has the run's state."""
     Path(flags.output_dir).mkdir(parents=True, exist_ok=True)
     objective = objective or Regression(dropout=0.2)
     torch.manual_seed(flags.seed)
     if checkpoint := checkpoint_to_resume(flags):
         objective.load_state_dict(load_file(checkpoint / "w.safetensors"))
-    objective.state = train(objective, make_batches(flags), flags, checkpoint=checkpoint, **options)
+    batches = make_batches(flags)
+    batches.ahead = ahead
+    objective.state = train(objective, batches, flags, checkpoint=checkpoint, **options)
     return objective
 
 
@@ -82,6 +87,13 @@ def same_weights(ours: Regression, theirs: Regression) -> bool:
 
 def weight_in(directory: Path) -> Tensor:
     return load_file(directory / "w.safetensors")["linear.weight"]
+
+
+def texts_in(chunks: Chunks) -> list[list[int]]:
+    """The token ids of each text."""
+    flat = [(part.inputs["input_ids"].flatten()[part.rows], part.lengths.tolist()) for part in chunks.parts]
+    texts = [text.tolist() for ids, lengths in flat for text in ids.split(lengths)]
+    return [texts[place] for place in chunks.places.tolist()]
 
 
 def gradients(objective: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:

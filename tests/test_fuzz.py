@@ -139,7 +139,7 @@ def test_a_damaged_index_is_not_loaded(draw: st.DataObject, index: Path) -> None
 
 def one_step(optimization: Optimization, step: int = 0) -> None:
     sum(weight.sum() for weight in optimization.trained.values()).backward()
-    optimization.step(step)
+    optimization.step(step, float(optimization.clip()))
 
 
 @pytest.fixture(scope="module")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from fakes import texts_in
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from trainers import Flags, Run, Train, calls, history, scores, written
@@ -101,12 +102,13 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
     scorer = AnswerScorer(load_causal_lm(lm_path), Prompter(load_tokenizer(lm_path), chat), 256)
     texts = encoder.tokenize_passages([document.fmt_content for document in documents])
     ((batch,),) = batches
-    assert len(batch.passages) == len({tuple(ids) for ids in batch.passages})
+    passages, queries = texts_in(batch.passages), texts_in(batch.queries)
+    assert len(passages) == len(set(map(tuple, passages)))
     for row, index in enumerate(batch.indices):
         example = examples[index]
         (query,) = encoder.tokenize_queries([example.question])
-        assert batch.queries[row] == query
-        shown = [documents[texts.index(batch.passages[column])] for column in batch.columns[row]]
+        assert queries[row] == query
+        shown = [documents[texts.index(passages[column])] for column in batch.columns[row]]
         expected = [score for document in shown for _, score in scorer([Pair(example, document)])]
         assert (batch.teacher[row] * 0.5).tolist() == pytest.approx(expected, abs=1e-5)
         ranking = [documents[i] for i in (-(encoder.embed([query]) @ encoder.embed(texts).T)[0]).argsort()[:5]]
@@ -139,11 +141,12 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
         loss[name] = history(output, "loss")[0]
         assert len(batches) == 2
         for (batch,) in batches:
-            shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, batch.passages, strict=True)}
-            assert len(shown) == len(batch.passages)
+            passages, queries = texts_in(batch.passages), texts_in(batch.queries)
+            shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, passages, strict=True)}
+            assert len(shown) == len(passages)
             golds, allowed = [], documents if name == "mined" else []
             for row, index in enumerate(batch.indices):
-                assert batch.queries[row] == encoder.tokenize_queries([asked[index].question])[0]
+                assert queries[row] == encoder.tokenize_queries([asked[index].question])[0]
                 assert shown[int(batch.targets[row])] in asked[index].gold_docs
                 assert [shown[int(n)] for n in batch.gold[row] if n >= 0] == list(asked[index].gold_docs)
                 golds += asked[index].gold_docs
@@ -169,7 +172,7 @@ MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}
                        "gradient_accumulation_steps": 2, "refresh_async": "true", "refresh_step": 1}),
         ("train_rpg", {"train_query_encoder_only": "true", "lm_chat_format": "prefix"}),
         ("train_ctl", {"hard_neg_ratio": 100, "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2,
-                       "gradient_checkpointing": "true", "dataloader_num_workers": 1, "bf16": "true"}),
+                       "gradient_checkpointing": "true", "bf16": "true", "max_batch_tokens": 200}),
         ("train_ctl", {"num_hard_negatives": 9, "train_query_encoder_only": "true"}),
         ("train_ctl", {**MINING, "negatives_from_rank": 2, "negatives_max_share": 0.95, "refresh_async": "true"}),
     ],

@@ -20,11 +20,8 @@ def load_causal_lm(
 def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
     """Next-token logits at the answers' positions only; the output layer runs on no other token. -> [N, V]"""
     inputs = batch.tokens.inputs
-    width = inputs["input_ids"].shape[1]
-    columns, rows = batch.positions % width, batch.positions // width  # [N], [N]
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False).logits[rows, columns]
-    if inputs["input_ids"].shape[0] == 1:
-        return model(**inputs, use_cache=False, logits_to_keep=columns).logits[0]
-    kept, columns = columns.unique(return_inverse=True)
-    return model(**inputs, use_cache=False, logits_to_keep=kept).logits[rows, columns]
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
+    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
+    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
+    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]

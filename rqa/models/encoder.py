@@ -32,6 +32,7 @@ from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
 
+MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
 SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
 POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "2_Normalize"
@@ -50,9 +51,13 @@ class EncoderArguments(LoadingArguments):
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
     max_passage_length: int | None = flag(None, "Tokens of a passage, at most. Default: the checkpoint's.", rare=True)
+    max_batch_tokens: int | None = flag(
+        None, "Tokens encoded at once without gradient. Default: 16384 on a CPU, 131072 on CUDA.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("max_query_length", "max_passage_length", at_least=3)
+        self.check_bounds("max_batch_tokens", at_least=1)
 
 
 @dataclass(frozen=True)
@@ -84,11 +89,13 @@ class Encoder(nn.Module):
         projection: nn.Sequential | None = None,  # of the pooled embedding; None: that one is compared
         passage_encoder: "Encoder | None" = None,  # frozen; None: this one encodes questions and passages
         precision: torch.dtype | None = None,  # what products will run in; None: what the backbone was loaded in
+        max_batch_tokens: int | None = None,  # of `embed`; None: the device decides
     ) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
         self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
+        self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
 
     @property
@@ -143,18 +150,32 @@ class Encoder(nn.Module):
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     @torch.no_grad()
-    def embed(
-        self, sequences: Sequence[Sequence[int]], max_batch_tokens: int = 16384, desc: str | None = None
-    ) -> np.ndarray:
+    def embed(self, sequences: Sequence[Sequence[int]], desc: str | None = None) -> np.ndarray:
         """Embeddings of token ids without gradient, longest first; a bar if it is described. [N] -> float32 [N, D]"""
         embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
-        batches = token_budget_batches(list(map(len, sequences)), max_batch_tokens, padded=self.collate is not pack)
+        device, lengths = self.backbone.device, list(map(len, sequences))
+        most = self.max_batch_tokens or MAX_BATCH_TOKENS[device.type]
+        batches = token_budget_batches(lengths, most, padded=self.collate is not pack)
         bar = progress(total=len(sequences), desc=desc, unit="text", disable=desc is None)
+        late: list[tuple[list[int], Tensor, Any]] = []  # the batch before, which a GPU still computes
+
+        def fetch() -> None:
+            indices, found, computed = late.pop(0)
+            if computed:
+                computed.synchronize()
+            embeddings[indices] = found.numpy()
+            bar.update(len(indices))
+
         with evaluating(self), bar:
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])
-                embeddings[indices] = self(batch.to(self.backbone.device)).cpu().numpy()
-                bar.update(len(indices))
+                found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
+                computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+                late.append((indices, found, computed))
+                if len(late) > 1:
+                    fetch()
+            if late:
+                fetch()
         return embeddings
 
     def fingerprint(self) -> str:
@@ -203,13 +224,13 @@ def load_encoder(
     if (pooling := settings.pooling_type) not in POOLING_KEYS:
         file = f"{path}/{POOLING}/config.json"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
-    width, passages, precision = settings.projection, None, dtype and flags.precision
+    width, passages, last = settings.projection, None, (dtype and flags.precision, flags.max_batch_tokens)
     if two_encoders:
         model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
         projection = _load_projection(path, PASSAGE_ENCODER, model, width)
-        passages = Encoder(model, tokenizer, settings, projection, precision=precision)
+        passages = Encoder(model, tokenizer, settings, projection, None, *last)
     projection = _load_projection(path, "", backbone, width)
-    return Encoder(backbone, tokenizer, settings, projection, passages, precision).eval()
+    return Encoder(backbone, tokenizer, settings, projection, passages, *last).eval()
 
 
 def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> nn.Sequential | None:
@@ -228,11 +249,8 @@ def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimensio
 
 def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
     """The mean over each sequence's real tokens, in float32. [rows, D] -> [B, D]"""
-    owners = torch.arange(len(batch.lengths), device=hidden.device).repeat_interleave(batch.lengths)  # [tokens]
-    if len(owners) != len(hidden):
-        hidden = hidden[batch.rows]
     sums = hidden.new_zeros(len(batch.lengths), hidden.shape[1], dtype=torch.float32)
-    return sums.index_add(0, owners, hidden.float()) / batch.lengths[:, None]
+    return sums.index_add(0, batch.owners, batch.real(hidden).float()) / batch.lengths[:, None]
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
-from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, pad, token_budget_batches
+from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
@@ -114,12 +114,14 @@ class FiDBatch(Batch):
     places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
     owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
     labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
+    positions: Tensor  # where the answers' tokens are in the flattened labels. [N]
+    most: int  # K, the passages of the question that has most
     indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
         """Target tokens."""
-        return int((self.labels != IGNORED).sum())
+        return len(self.positions)
 
     @property
     def num_tokens(self) -> int:
@@ -145,7 +147,10 @@ def fid_batch(
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
     parts = tuple(collate([passages[i] for i in part]) for part in chosen)
     labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
-    return FiDBatch(parts, torch.cat([places[i] for part in chosen for i in part]), owners, labels, tuple(indices))
+    positions = (labels.flatten() != IGNORED).nonzero()[:, 0]
+    most = max(len(sequence.passages) for sequence in sequences)
+    in_order = torch.cat([places[i] for part in chosen for i in part])
+    return FiDBatch(parts, in_order, owners, labels, positions, most, tuple(indices))
 
 
 @dataclass(kw_only=True)
@@ -208,9 +213,8 @@ def start_token(model: PreTrainedModel) -> int:
 def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
     """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
     encoder = model.get_encoder()
-    nothing = replace(pad([[0]]), lengths=torch.zeros(1, dtype=torch.long)).to(batch.owners.device)
-    parts = in_step(encoder, batch.parts, filler=nothing)
-    states = torch.cat([hidden_states(encoder, part)[part.rows] for part in parts])  # [T, D]
+    parts = in_step(encoder, batch.parts, filler=replace(batch.parts[0], rows=batch.parts[0].rows[:0]))
+    states = torch.cat([part.real(hidden_states(encoder, part)) for part in parts])  # [T, D]
     padded = states.new_zeros(batch.owners.numel(), states.shape[1]).index_copy(0, batch.places, states)
     padded = padded.view(*batch.owners.shape, -1)  # [B, S, D]
     mask = (batch.owners >= 0).long()  # [B, S]
@@ -230,8 +234,7 @@ class FiD(WholePass):
         """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
         output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
-        real = batch.labels != IGNORED  # [B, L]
-        return output.logits[real], batch.labels[real]
+        return output.logits.flatten(0, 1)[batch.positions], batch.labels.flatten()[batch.positions]
 
     @torch.no_grad()
     def generate(self, batch: FiDBatch, config: transformers.GenerationConfig) -> Tensor:
@@ -320,6 +323,6 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
     assert layers, "no cross-attention was seen"
     values = torch.stack(layers).mean(0).masked_fill(batch.owners < 0, 0.0)  # padding scores -inf. [B, S]
     column = batch.owners + 1  # column 0 gets the padding, and is dropped
-    nothing = values.new_zeros(len(values), int(column.max()) + 1)
+    nothing = values.new_zeros(len(values), batch.most + 1)
     sums, counts = (nothing.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
     return (sums / counts).masked_fill(counts == 0, float("-inf"))[:, 1:]

@@ -21,7 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
 from rqa.objectives.losses import contrastive
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
@@ -96,7 +96,7 @@ class ContrastiveBatch(EncoderBatch):
 class Contrastive(EncoderObjective):
     """Softmax over the batch's documents, those of all processes included."""
 
-    def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss summed over questions, and how often the positive ranks first. -> []"""
         queries, passages = self.embed(batch)
         passages = distributed.gather_rows(passages)  # [P, D], of all processes
@@ -104,7 +104,7 @@ class Contrastive(EncoderObjective):
         with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = queries @ passages.T / self.temperature  # [B, P]
         losses, first = contrastive(similarity, documents, batch.targets, batch.gold)
-        return losses.sum(), {"accuracy": float(first.float().mean())}
+        return losses.sum(), {"accuracy": first.float().mean()}
 
 
 class Contrasts:
@@ -129,12 +129,13 @@ class Contrasts:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
             unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
         self.examples, self.hard, self.flags, self.seed = examples, hard, flags, seed
+        self.encoder, self.ahead = encoder, not isinstance(hard, MinedNegatives)  # mined ones change between steps
         self._numbers = {key: number for number, key in enumerate(unique)}
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])
 
     def __call__(self, indices: Sequence[int]) -> ContrastiveBatch:
-        chance = random.Random(f"{self.seed}-{indices}")
+        chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
         gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
         pools = [self.hard[i] for i in indices]
@@ -146,8 +147,8 @@ class Contrasts:
             negatives = chance.sample(together, min(count, len(together)))
         documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
         return ContrastiveBatch(
-            queries=[self._queries[i] for i in indices],
-            passages=[self._passages[number] for number in documents],
+            queries=in_chunks(self.encoder, [self._queries[i] for i in indices], size),
+            passages=in_chunks(self.encoder.passage_side, [self._passages[number] for number in documents], size),
             documents=torch.tensor(documents),
             targets=torch.tensor(targets),
             gold=pad_sequence([torch.tensor(row) for row in gold], batch_first=True, padding_value=-1),

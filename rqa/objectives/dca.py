@@ -159,13 +159,15 @@ class ReaderScores:
         teacher: Any,
         temperature: float,  # the target is the scores over it
         boost: bool,  # whether those of gold documents are raised before (`losses.boost_gold`)
+        chunk_size: int = 0,  # texts that are encoded at once; 0: all
     ) -> None:
         documents = _distinct(document for row in contexts for document in row)
         numbers = {document.key: number for number, document in enumerate(documents)}
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
         self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
+        rows_of = lambda indices: [self._rows[i] for i in indices]  # noqa: E731
         self._scored = ScoredCandidates(
-            examples, documents, encoder, lambda indices: [self._rows[i] for i in indices], teacher, together=True
+            examples, documents, encoder, rows_of, teacher, chunk_size=chunk_size, together=True
         )
         self.temperature, self.boost = temperature, boost
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from rqa.models.encoder import Encoder
-from rqa.packing import Batch
+from rqa.packing import Batch, TokenBatch
 from rqa.runtime.flags import Arguments, flag
 
 
@@ -24,54 +24,66 @@ class ChunkArguments(Arguments):
 
 
 @dataclass(frozen=True)
+class Chunks(Batch):
+    """N texts, those of similar length together."""
+
+    parts: tuple[TokenBatch, ...]
+    places: Tensor  # where each text is among the parts' texts. [N]
+
+
+def in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: int = 0) -> Chunks:
+    """Token ids for `embed_chunks`, `size` texts in each part; 0: all in one. [N] -> [N]"""
+    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
+    size = size or len(order)
+    chunks = [order[start : start + size] for start in range(0, len(order), size)]
+    parts = tuple(encoder.collate([sequences[i] for i in chunk]) for chunk in chunks)
+    return Chunks(parts, torch.tensor(order).argsort())
+
+
+@dataclass(frozen=True)
 class EncoderBatch(Batch):
     """B questions, and the P distinct documents that they are compared with."""
 
-    queries: Sequence[Sequence[int]]  # token ids of the questions. [B]
-    passages: Sequence[Sequence[int]]  # token ids of the documents. [P]
+    queries: Chunks  # [B]
+    passages: Chunks  # [P]
     indices: Sequence[int]  # the examples' numbers in their file
 
     @property
     def weight(self) -> int:
         """Questions, whatever their documents are."""
-        return len(self.queries)
+        return len(self.queries.places)
 
     @property
     def num_tokens(self) -> int:
-        return sum(map(len, self.queries)) + sum(map(len, self.passages))
+        return sum(len(part.rows) for part in (*self.queries.parts, *self.passages.parts))
 
 
 class EncoderObjective(nn.Module):
     """An encoder that is trained by similarities over `temperature`; each algorithm brings its `forward`."""
 
-    def __init__(self, encoder: Encoder, temperature: float, chunk_size: int = 0) -> None:
+    def __init__(self, encoder: Encoder, temperature: float) -> None:
         super().__init__()
-        self.encoder, self.temperature, self.chunk_size = encoder, temperature, chunk_size
+        self.encoder, self.temperature = encoder, temperature
 
     def embed(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of questions and passages, with gradient unless these are frozen. -> [B, D], [P, D]"""
-        queries = embed_in_chunks(self.encoder, batch.queries, self.chunk_size)
-        return queries, embed_in_chunks(self.encoder.passage_side, batch.passages, self.chunk_size)
+        queries = embed_chunks(self.encoder, batch.queries)
+        return queries, embed_chunks(self.encoder.passage_side, batch.passages)
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.encoder.save_pretrained(directory)
 
 
-def embed_in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: int) -> Tensor:
-    """Embeddings with gradient, of `size` sequences of similar length at once; 0: of all. [N] -> [N, D]
+def embed_chunks(encoder: Encoder, chunks: Chunks) -> Tensor:
+    """Embeddings with gradient. [N] -> [N, D]
 
-    Only one chunk's activations are held, and computed again in the backward pass: the gradient is that of one large
+    Only one part's activations are held, and computed again in the backward pass: the gradient is that of one large
     batch, exactly (Gao et al. 2021, whose two passes are what activation checkpointing does).
     """
-    device = encoder.backbone.device
-    order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    size = size or len(order)
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    batches = [encoder.collate([sequences[i] for i in chunk]).to(device) for chunk in chunks]
-    if len(batches) == 1:
-        parts = [encoder(batches[0])]
+    if len(chunks.parts) == 1:
+        found = [encoder(chunks.parts[0])]
     else:
         # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
         # arguments that are tensors, and does not see those inside a batch; hence `starts`.
-        parts = [checkpoint(lambda _, b=batch: encoder(b), batch.starts, use_reentrant=False) for batch in batches]
-    return torch.cat(parts)[torch.tensor(order, device=device).argsort()]
+        found = [checkpoint(lambda _, b=part: encoder(b), part.starts, use_reentrant=False) for part in chunks.parts]
+    return torch.cat(found)[chunks.places]

@@ -17,7 +17,7 @@ from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
@@ -114,19 +114,18 @@ class ListObjective(EncoderObjective):
         """The loss of each question, from both logits. [B, K] x 2 -> [B]"""
         raise NotImplementedError
 
-    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often retriever and teacher agree on the first document. -> []"""
         student = self.logits(batch)
         same = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-        statistics = {"agreement": float(same), "teacher_hit_rate": batch.hit_rate}
-        return self.losses(batch.teacher, student).sum(), statistics
+        return self.losses(batch.teacher, student).sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
 
 
 class Distillation(ListObjective):
     """KL divergence between the teacher's softmax and the retriever's, in a direction of `losses.distillation`."""
 
-    def __init__(self, encoder: Encoder, temperature: float, direction: str, chunk_size: int = 0) -> None:
-        super().__init__(encoder, temperature, chunk_size)
+    def __init__(self, encoder: Encoder, temperature: float, direction: str) -> None:
+        super().__init__(encoder, temperature)
         self.direction = direction
 
     def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
@@ -167,9 +166,11 @@ class ScoredCandidates:
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],  # example numbers -> positions in `documents`
         teacher: Any,  # pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew
         temperature: float = 1.0,
+        chunk_size: int = 0,  # texts that are encoded at once; 0: all
         together: bool = False,  # whether a document's score depends on those that stand beside it
     ) -> None:
         self.examples, self.documents, self.choose = examples, documents, choose
+        self.encoder, self.chunk_size = encoder, chunk_size
         self.teacher, self.temperature, self.together = teacher, temperature, together
         self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
         self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
@@ -192,8 +193,8 @@ class ScoredCandidates:
             columns[row, : len(numbers)] = torch.tensor([position[number] for number in numbers])
             scores[row, : len(numbers)] = torch.tensor([next(found) for _ in numbers])
         return ListBatch(
-            queries=[self._queries[i] for i in indices],
-            passages=[self._passages[number] for number in distinct],
+            queries=in_chunks(self.encoder, [self._queries[i] for i in indices], self.chunk_size),
+            passages=in_chunks(self.encoder.passage_side, [self._passages[n] for n in distinct], self.chunk_size),
             columns=columns,
             teacher=scores / self.temperature,
             indices=indices,

@@ -54,7 +54,7 @@ class ReaderRun(Run):
             numbers = [kept[i] for i in indices]
             return self.objective.batch([sequences[number] for number in numbers], numbers)
 
-        return self.train_and_test(self.objective, Batches(len(sequences), collate, self.flags))
+        return self.train_and_test(self.objective, Batches(len(sequences), collate, self.flags, ahead=True))
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self.on_eval(self.objective, self.objective.reader(self.flags))

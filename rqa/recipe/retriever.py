@@ -62,7 +62,8 @@ class RetrieverRun(Run):
         if refresher and self.flags.index_path and not self.checkpoint:
             self.retriever.open(self.flags.index_path)  # of the weights before training; written at no other time
         with closing(refresher) if refresher else nullcontext():
-            return self.train_and_test(objective, Batches(len(self.train), collate, self.flags), refresher)
+            batches = Batches(len(self.train), collate, self.flags, ahead=getattr(collate, "ahead", False))
+            return self.train_and_test(objective, batches, refresher)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, None if step else self.flags.index_path)

@@ -54,6 +54,7 @@ class Run(ABC):
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
         distributed.start()
+        flags.ignore("dataloader_num_workers", "a thread makes batches a step ahead where they depend on no other step")
         self.flags = flags
         self.output = Path(flags.output_dir)
         flags.metric_for_best_model = flags.metric_for_best_model or metric

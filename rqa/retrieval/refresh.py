@@ -140,7 +140,7 @@ class Refresher:
         """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
         if self._work and self._work.finished():
             work, self._work = self._work, None
-            self.retriever.index.replace(np.stack(distributed.gather(work.embeddings)))
+            self.retriever.index.replace(distributed.gather_array(work.embeddings))
             log.info("step %d  index of step %d swapped in after %.1f s", step, self._begun_at, work.seconds)
             self.refreshes += 1
             self._follow(self._begun_at)

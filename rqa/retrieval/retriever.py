@@ -42,8 +42,7 @@ class PassageRetriever(ABC):
     def retrieve_shared(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, each process its share of the questions; all ask for the same, and all get everything."""
         hits = self.retrieve(distributed.share(questions), k)
-        rows = distributed.gather(list(zip(hits.ids, hits.scores, strict=True)))
-        return stack(rows, hits.ids.shape[1])
+        return Hits(distributed.gather_array(hits.ids), distributed.gather_array(hits.scores))
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
@@ -92,7 +91,7 @@ class Retriever(PassageRetriever):
     def refresh(self, stamp: str = "") -> None:
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
         share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
-        self.index.replace(np.stack(distributed.gather(share)), stamp)
+        self.index.replace(distributed.gather_array(share), stamp)
         self.index.dtype = str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
 
     def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:

@@ -11,6 +11,7 @@ from functools import cache
 from typing import TypeVar
 
 import torch
+import numpy as np
 import torch.distributed as dist
 from torch.distributed.nn.functional import all_gather
 
@@ -20,6 +21,7 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
+ROWS_AT_ONCE = 2**16  # of an array that is gathered; NCCL takes them through the GPU's memory
 LONGEST_WAIT = timedelta(hours=6)  # for one process that loads, saves or judges alone; torchrun notices a dead one
 
 
@@ -125,6 +127,20 @@ def gather(part: Sequence[T]) -> list[T]:
     parts: list[list[T]] = [[] for _ in range(world_size())]
     dist.all_gather_object(parts, list(part))
     return [parts[i % world_size()][i // world_size()] for i in range(sum(map(len, parts)))]
+
+
+def gather_array(part: np.ndarray) -> np.ndarray:
+    """`gather` for the rows of an array, without an object for each. [n, ...] -> [N, ...]"""
+    if world_size() == 1:
+        return part
+    sizes = [int(size) for size in total_by_rank(len(part))]
+    whole = np.empty((sum(sizes), *part.shape[1:]), part.dtype)
+    for start in range(0, max(sizes), ROWS_AT_ONCE):
+        parts = [part] * world_size()
+        dist.all_gather_object(parts, part[start : start + ROWS_AT_ONCE])
+        for number, rows in enumerate(parts):
+            whole[number :: world_size()][start : start + len(rows)] = rows
+    return whole
 
 
 def from_main(value: T) -> T:

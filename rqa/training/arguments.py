@@ -105,7 +105,7 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
-    dataloader_num_workers: int = flag(0, "Processes that prepare batches ahead.", rare=True)
+    dataloader_num_workers: int = flag(0, "No effect: a thread prepares batches ahead.", rare=True)
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -117,7 +117,7 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
                 raise UserError(f"--{name} {value}: must be a finite number below 2**32")
         counts = ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps")
         self.check_bounds(*counts, at_least=1)
-        self.check_bounds("seed", "dataloader_num_workers", at_least=0)
+        self.check_bounds("seed", at_least=0)
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"--max_steps {self.max_steps}: must be at least 1, or -1: num_train_epochs decides")
         if self.max_steps == -1 and self.num_train_epochs <= 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from torch import Tensor
 from tqdm import tqdm
 
 from rqa.runtime import distributed
@@ -23,6 +24,8 @@ log = logging.getLogger(__name__)
 
 STATE_FILE, LOG_FILE = "trainer_state.json", "log.jsonl"
 EVENTS = {"index_refreshed"}  # they happen between two steps; all other statistics are measured in every step
+
+Statistics = Mapping[str, float | Tensor]
 
 
 @dataclass
@@ -107,8 +110,9 @@ class Journal:
         self.state, self.flags, self.steps = state, flags, steps
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
-        self.sums: Counter[str] = Counter()  # no part of the state: a resumed run's first log line covers its own steps
-        self.counted = 0  # steps in these sums
+        # Loss and statistics of each step since the last log line; the statistics stay on the device until the next.
+        # No part of the state: a resumed run's first log line covers its own steps.
+        self.done: list[tuple[float, Sequence[Statistics]]] = []
         main = distributed.is_main()
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
         if main:  # a killed run told of steps that are done again
@@ -121,30 +125,29 @@ class Journal:
             self._keep(events)
         return {name: value for name, value in statistics.items() if name not in EVENTS}
 
-    def step_done(
-        self, loss: float, tokens: float, statistics: Sequence[Mapping[str, float]], norm: float, rate: float
-    ) -> None:
+    def step_done(self, loss: float, tokens: float, statistics: Sequence[Statistics], norm: float, rate: float) -> None:
         """Count one optimizer step of this process; after the first and every `logging_steps`, write a log line.
 
         `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is logged.
         """
-        counts = Counter({"loss": loss, "micro_batches": len(statistics)})
-        for values in statistics:
-            counts.update(values)
-        self.sums.update(counts)
-        self.counted += 1
+        self.done.append((loss, statistics))
         self.tokens += tokens
         self.bar.update()
         step = self.state.step
         if step == 1 or step % self.flags.logging_steps == 0 or step == self.steps:
-            names = list(self.sums)[2:]
-            tokens, loss, micro_batches, *others = distributed.total([self.tokens, *self.sums.values()])
-            speed = tokens / (time.perf_counter() - self.started)
-            entry = {"loss": loss / self.counted, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
-            entry |= {name: value / micro_batches for name, value in zip(names, others, strict=True)}
+            sums: Counter[str] = Counter()
+            for step_loss, micro_batches in self.done:
+                counts = Counter({"loss": step_loss, "micro_batches": len(micro_batches)})
+                for values in micro_batches:
+                    counts.update({name: float(value) for name, value in values.items()})
+                sums.update(counts)
+            names = list(sums)[2:]
+            tokens, loss, number, *others = distributed.total([self.tokens, *sums.values()])
+            loss, speed = loss / len(self.done), tokens / (time.perf_counter() - self.started)
+            entry = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
+            entry |= {name: value / number for name, value in zip(names, others, strict=True)}
             self.bar.set_postfix(loss=f"{entry['loss']:.4f}", tok_s=f"{speed:.0f}")
-            self.sums.clear()
-            self.counted = 0
+            self.done.clear()
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:

@@ -7,15 +7,16 @@ micro-batches and processes gives the same gradient.
 
 import logging
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
+from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import nn
-from torch.utils.data import DataLoader
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
@@ -39,10 +40,13 @@ class Batches:
     batches; with another number of processes or batch size it goes on where the stream was left.
 
     `collate`: example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
+    `ahead`: whether a batch depends on the indices alone, so that a thread may make it during the step before.
     """
 
-    def __init__(self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments) -> None:
-        self.size, self.collate, self.flags = size, collate, flags
+    def __init__(
+        self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments, ahead: bool = False
+    ) -> None:
+        self.size, self.collate, self.flags, self.ahead = size, collate, flags, ahead
         examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
         self.step_size = examples * distributed.world_size()
         self.first_step = self.first_position = 0  # of a resumed run: the steps done, and what they took of the stream
@@ -62,6 +66,17 @@ class Batches:
         mine = distributed.share([_order(self.size, self.flags.seed, at // self.size)[at % self.size] for at in stream])
         width = self.flags.per_device_train_batch_size
         return [self.collate(mine[start : start + width]) for start in range(0, len(mine), width)]
+
+    def since(self, step: int) -> Iterator[list[Any]]:
+        """The micro-batches of this step and of all after it, made when they are asked for, or a step ahead."""
+        steps = range(step, len(self))
+        if not self.ahead:
+            yield from map(self.__getitem__, steps)
+            return
+        with ThreadPoolExecutor(1) as thread:
+            made: Iterator[Any] = chain((thread.submit(self.__getitem__, step) for step in steps), [None])
+            for now, _ in pairwise(made):  # the next one is begun before this one is waited for
+                yield now.result()
 
     def due(self, strategy: str, every: int, step: int) -> bool:
         """Whether a strategy (no, steps, epoch) acts after this step."""
@@ -99,9 +114,7 @@ def train(
         load_checkpoint(checkpoint, optimization, state, live)
     if not checkpoint or not continues(checkpoint, flags):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
-    # The loader draws seeds for its workers: from a generator of its own, so that no dropout depends on them.
-    options = {"num_workers": flags.dataloader_num_workers, "generator": torch.Generator()}
-    feed = iter(DataLoader(batches, batch_size=None, sampler=range(state.step, len(batches)), **options))
+    feed = batches.since(state.step)
     journal = Journal(state, len(batches), flags)
     objective.train()
     measure, save = evaluate_first and state.step == 0, False
@@ -121,7 +134,7 @@ def train(
 
             with distributed.autocast(flags.precision):
                 news = journal.without_events(before_step(state.step)) if before_step else {}
-            micro_batches = next(feed)  # made now, unless workers make it ahead
+            micro_batches = next(feed)
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
             for batch in micro_batches:
@@ -130,12 +143,15 @@ def train(
                 optimization.scaler.scale(loss * (averaged / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
-            require_finite(losses, micro_batches, state.step)
-            norm = optimization.step(state.step)
+            # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
+            loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
+            if not math.isfinite(loss):
+                refuse(losses, micro_batches, state.step)
+            optimization.step(state.step, norm)
             state.step += 1
             state.examples = batches.position(state.step)
             tokens, rate = sum(b.num_tokens for b in micro_batches), optimization.learning_rates(state.step)[0]
-            journal.step_done(float(sum(losses)) / weight, tokens, statistics, norm, rate)
+            journal.step_done(loss / weight, tokens, statistics, norm, rate)
 
             last = state.step == len(batches)
             state.interrupted = bool(stop) and not last
@@ -150,12 +166,11 @@ def train(
     return state
 
 
-def require_finite(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> None:
-    """Refuse a loss that is NaN or infinite, naming the step and the examples."""
-    finite = torch.stack(losses).isfinite().tolist()
-    if not all(finite):
-        guilty = [index for batch, ok in zip(micro_batches, finite, strict=True) if not ok for index in batch.indices]
-        raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
+def refuse(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> NoReturn:
+    """Refuse losses of which some are NaN or infinite, naming the step and the examples."""
+    pairs = zip(micro_batches, torch.stack(losses).tolist(), strict=True)
+    guilty = [index for batch, loss in pairs if not math.isfinite(loss) for index in batch.indices]
+    raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
 
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:

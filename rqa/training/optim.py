@@ -71,14 +71,16 @@ class Optimization:
         factor = rate_factor(self.flags.lr_scheduler_type, step, self.warmup, self.steps)
         return [peak * factor for peak in self.peaks]
 
-    def step(self, done: int) -> float:
-        """Clip, and update the weights, after so many steps. Returns the gradient's norm before clipping."""
-        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
-            group["lr"] = rate
+    def clip(self) -> Tensor:
+        """Sum the gradient over processes and clip it. -> its norm before that, on the device"""
         sum_gradients(self.trained.values())
         self.scaler.unscale_(self.optimizer)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), self.flags.max_grad_norm or math.inf)
-        norm = float(assembled(norm))
+        return assembled(nn.utils.clip_grad_norm_(self.trained.values(), self.flags.max_grad_norm or math.inf))
+
+    def step(self, done: int, norm: float) -> None:
+        """Update the weights, after so many steps, by a clipped gradient of this norm."""
+        for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
+            group["lr"] = rate
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
         self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
@@ -87,7 +89,6 @@ class Optimization:
         with torch.no_grad():
             for weight, master in self.masters.items():
                 weight.copy_(master)
-        return norm
 
     def state_dict(self) -> dict[str, Any]:
         """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""

@@ -18,6 +18,7 @@ from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTra
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+from rqa.objectives.encoding import in_chunks
 from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
@@ -165,6 +166,9 @@ def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_
     assert load_encoder(str(tmp_path), flags).settings == EncoderSettings(*given)
     with pytest.raises(UserError, match=r"--max_query_length 65: .* takes at most 64 tokens"):
         load_encoder(encoder_path, EncoderArguments(dtype="float32", max_query_length=65))
+    assert load_encoder(encoder_path, EncoderArguments(max_batch_tokens=7)).max_batch_tokens == 7
+    with pytest.raises(UserError, match="--max_batch_tokens 0: must be at least 1"):
+        EncoderArguments(max_batch_tokens=0)
 
 
 def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
@@ -226,7 +230,8 @@ def test_neither_the_order_nor_the_size_of_batches_matters_and_none_is_larger_th
     for budget in (1, 64, 150, 16384):
         order = random.Random(budget).sample(range(len(passages)), len(passages))
         sizes.clear()
-        shuffled = embed_passages(encoder, [passages[i] for i in order], max_batch_tokens=budget)
+        encoder.max_batch_tokens = budget
+        shuffled = embed_passages(encoder, [passages[i] for i in order])
         np.testing.assert_allclose(shuffled, expected[order], atol=1e-6)
         assert max(sizes) <= max(budget, 64)
         assert (len(sizes) > 1) == (budget < 16384)
@@ -302,14 +307,15 @@ def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
     assert not any(module.training for module in frozen.passage_side.modules())
     queries, texts = frozen.tokenize_queries(QUERIES[:3]), frozen.tokenize_passages(passages[:3])
     three = torch.arange(3)
-    batch = ContrastiveBatch(queries, texts, indices=range(3), documents=three, targets=three, gold=three[:, None])
-    for chunk_size in (0, 1):
+    for size in (0, 1):
+        batch = ContrastiveBatch(in_chunks(frozen, queries, size), in_chunks(frozen.passage_side, texts, size),
+                                 indices=range(3), documents=three, targets=three, gold=three[:, None])  # fmt: skip
         frozen.zero_grad()
-        Contrastive(frozen, 0.05, chunk_size)(batch)[0].backward()
+        Contrastive(frozen, 0.05)(batch)[0].backward()
         reached = {name.partition(".")[0] for name, p in frozen.named_parameters() if p.grad is not None}
         assert reached == {"backbone"}
     frozen.eval()
-    frozen.embed(batch.queries)
+    frozen.embed(queries)
     assert not frozen.passage_side.training
 
 

@@ -15,21 +15,29 @@ from rqa.data import Document, Example, Turn
 from rqa.models.encoder import Encoder
 from rqa.objectives import ctl
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch, MinedNegatives, NegativeArguments, NegativeChooser
-from rqa.objectives.encoding import embed_in_chunks
+from rqa.objectives.encoding import embed_chunks, in_chunks
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Retriever
 
 TEMPERATURE = 0.1
 
 
+NUMBERS = [0, 1, 4, 6, 7, 9, 10]
+
+
 @pytest.fixture
-def batch(encoder: Encoder, examples: list[Example], documents: list[Document]) -> ContrastiveBatch:
+def texts(encoder: Encoder, examples: list[Example], documents: list[Document]) -> list[list[list[int]]]:
+    """Token ids of five questions and seven passages."""
+    asked, found = [examples[i].question for i in (0, 1, 4, 5, 6)], [documents[n].fmt_content for n in NUMBERS]
+    return [encoder.tokenize_queries(asked), encoder.tokenize_passages(found)]
+
+
+@pytest.fixture
+def batch(encoder: Encoder, texts: list[list[list[int]]]) -> ContrastiveBatch:
     """Five questions, two of them with one gold passage, one with two; hard negatives, one of them a gold passage."""
-    numbers = [0, 1, 4, 6, 7, 9, 10]
     return ContrastiveBatch(
-        queries=encoder.tokenize_queries([examples[i].question for i in (0, 1, 4, 5, 6)]),
-        passages=encoder.tokenize_passages([documents[number].fmt_content for number in numbers]),
-        documents=torch.tensor(numbers),
+        *(in_chunks(encoder, part) for part in texts),
+        documents=torch.tensor(NUMBERS),
         targets=torch.tensor([0, 1, 4, 4, 6]),
         gold=torch.tensor([[0, -1], [1, -1], [4, -1], [4, -1], [6, 7]]),
         indices=range(5),
@@ -47,10 +55,9 @@ def naive_loss(batch: ContrastiveBatch, queries: Tensor, passages: Tensor, tempe
 
 
 def test_the_loss_is_the_mean_formula_one_text_at_a_time_and_reaches_the_whole_encoder(
-    encoder: Encoder, batch: ContrastiveBatch
+    encoder: Encoder, batch: ContrastiveBatch, texts: list[list[list[int]]]
 ) -> None:
-    singly = [torch.cat([torch.from_numpy(encoder.embed([ids])) for ids in part])
-              for part in (batch.queries, batch.passages)]  # fmt: skip
+    singly = [torch.cat([torch.from_numpy(encoder.embed([ids])) for ids in part]) for part in texts]
     objective = Contrastive(encoder, TEMPERATURE)
     loss, found = gradients(objective, batch)
     assert float(loss) == pytest.approx(naive_loss(batch, *singly, TEMPERATURE), rel=1e-4)
@@ -62,18 +69,21 @@ def test_the_loss_is_the_mean_formula_one_text_at_a_time_and_reaches_the_whole_e
 def test_the_similarity_is_computed_in_float32_under_autocast(encoder: Encoder, batch: ContrastiveBatch) -> None:
     """At a temperature of 0.001, bf16's rounding of a similarity near 1 would be a logit of 4."""
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        embeddings = [embed_in_chunks(encoder, part, 0).detach() for part in (batch.queries, batch.passages)]
+        embeddings = [embed_chunks(encoder, part).detach() for part in (batch.queries, batch.passages)]
         loss, _ = Contrastive(encoder, 0.001)(batch)
     assert float(loss.detach()) == pytest.approx(naive_loss(batch, *embeddings, 0.001), rel=1e-3)
 
 
-def test_permuting_questions_and_documents_in_chunks_changes_nothing(encoder: Encoder, batch: ContrastiveBatch) -> None:
+def test_permuting_questions_and_documents_in_chunks_changes_nothing(
+    encoder: Encoder, batch: ContrastiveBatch, texts: list[list[list[int]]]
+) -> None:
     questions, columns = torch.randperm(5), torch.randperm(7)
+    pairs = zip(texts, (questions, columns), strict=True)
     permuted = ContrastiveBatch(
-        [batch.queries[i] for i in questions], [batch.passages[i] for i in columns], indices=questions.tolist(),
+        *(in_chunks(encoder, [part[i] for i in order], 3) for part, order in pairs), indices=questions.tolist(),
         documents=batch.documents[columns], targets=batch.targets[questions], gold=batch.gold[questions],
     )  # fmt: skip
-    ours = gradients(Contrastive(encoder, TEMPERATURE, chunk_size=3), permuted)
+    ours = gradients(Contrastive(encoder, TEMPERATURE), permuted)
     torch.testing.assert_close(ours, gradients(Contrastive(encoder, TEMPERATURE), batch), atol=1e-5, rtol=1e-4)
 
 

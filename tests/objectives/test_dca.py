@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 import pytest
+from fakes import texts_in
 
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
@@ -89,7 +90,7 @@ def test_column_k_is_one_document_for_reader_and_retriever_and_a_boost_raises_th
     for boost in (False, True):
         batch = ReaderScores(examples[:5], repeated, encoder, lengths, 0.1, boost)([4, 2])
         for row, number in enumerate((4, 2)):
-            shown = [passages[tuple(batch.passages[column])] for column in batch.columns[row].tolist()]
+            shown = [passages[tuple(texts_in(batch.passages)[column])] for column in batch.columns[row].tolist()]
             assert shown[: len(lists[number])] == lists[number]
             expected = [len(document.page_content) for document in lists[number]]
             if boost and number == 2:

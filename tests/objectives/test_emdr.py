@@ -10,6 +10,7 @@ from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
 from rqa.objectives.emdr import MarginalLikelihood, WholeAnswers
+from rqa.objectives.encoding import in_chunks
 from rqa.objectives.rpg import ListBatch, ScoredCandidates
 from rqa.objectives.teacher import AnswerScorer, Teacher
 from rqa.prompts import PromptArguments, Prompter
@@ -42,7 +43,8 @@ def test_the_loss_is_that_of_the_answers_probability_over_the_documents_by_hand(
     queries = encoder.tokenize_queries([examples[0].question])
     passages = encoder.tokenize_passages([document.fmt_content for document in documents[:3]])
     log_likelihood = torch.tensor([[-20.0, -5.0, -9.0]])
-    batch = ListBatch(queries, passages, [0], torch.tensor([[0, 1, 2]]), log_likelihood)
+    both = (in_chunks(encoder, part) for part in (queries, passages))
+    batch = ListBatch(*both, [0], torch.tensor([[0, 1, 2]]), log_likelihood)
     loss, statistics = MarginalLikelihood(encoder, temperature=0.1)(batch)
     scores = torch.from_numpy(encoder.embed(queries) @ encoder.embed(passages).T)[0].double() / 0.1
     expected = -((scores.exp() / scores.exp().sum()) @ log_likelihood[0].double().exp()).log()

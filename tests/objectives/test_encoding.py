@@ -7,7 +7,7 @@ from torch import Tensor
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import embed_in_chunks
+from rqa.objectives.encoding import embed_chunks, in_chunks
 
 
 @pytest.fixture
@@ -29,9 +29,10 @@ def test_chunks_give_the_embeddings_of_one_text_at_a_time_and_the_gradient_of_th
     size: int, encoder: Encoder, sequences: list[list[int]]
 ) -> None:
     expected = torch.cat([torch.from_numpy(encoder.embed([ids])) for ids in sequences])
-    ours = embed_in_chunks(encoder, sequences, size)
+    ours = embed_chunks(encoder, in_chunks(encoder, sequences, size))
     torch.testing.assert_close(ours.detach().cpu(), expected, atol=1e-5, rtol=1e-4)
-    found, wanted = (loss_and_gradients(encoder, embed_in_chunks(encoder, sequences, n)) for n in (size, 0))
+    both = (embed_chunks(encoder, in_chunks(encoder, sequences, n)) for n in (size, 0))
+    found, wanted = (loss_and_gradients(encoder, embeddings) for embeddings in both)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
 
@@ -42,14 +43,14 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
     device: str, encoder: Encoder, sequences: list[list[int]]
 ) -> None:
     """Beside the same chunks whose activations are kept."""
-    encoder.train().to(device)
+    ours = in_chunks(encoder.train().to(device), sequences, 2).to(encoder.backbone.device)
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
     torch.manual_seed(1)
     chunks = [encoder.collate([sequences[i] for i in order[start : start + 2]]) for start in range(0, 7, 2)]
     embeddings = torch.cat([encoder(chunk.to(encoder.backbone.device)) for chunk in chunks])
     expected = loss_and_gradients(encoder, embeddings[np.argsort(order)])
     torch.manual_seed(1)
-    found = loss_and_gradients(encoder, embed_in_chunks(encoder, sequences, 2))
+    found = loss_and_gradients(encoder, embed_chunks(encoder, ours))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
-    other, _ = loss_and_gradients(encoder, embed_in_chunks(encoder, sequences, 2))
+    other, _ = loss_and_gradients(encoder, embed_chunks(encoder, ours))
     assert other != found[0]  # dropout is on

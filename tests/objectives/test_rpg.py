@@ -10,13 +10,14 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
-from fakes import gradients
+from fakes import gradients, texts_in
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
 from rqa.endpoint.scorer import EstimatedTokens
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives import rpg
+from rqa.objectives.encoding import in_chunks
 from rqa.objectives.rpg import Distillation, LikelihoodArguments, ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.retriever import Hits, Retriever
@@ -91,10 +92,11 @@ def test_a_column_is_one_document_for_retriever_and_teacher(
     collate = ScoredCandidates(examples, documents, encoder, lambda _: chosen, teacher, temperature)
     batch = collate([4, 0, 2, 9])
     texts = encoder.tokenize_passages([document.fmt_content for document in documents])
-    assert len(batch.passages) == 4  # distinct ones
+    shown, asked = texts_in(batch.passages), texts_in(batch.queries)
+    assert len(shown) == 4  # distinct ones
     for row, (index, numbers) in enumerate(zip([4, 0, 2, 9], chosen, strict=True)):
-        assert batch.queries[row] == encoder.tokenize_queries([examples[index].question])[0]
-        assert [batch.passages[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
+        assert asked[row] == encoder.tokenize_queries([examples[index].question])[0]
+        assert [shown[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
         expected = [value for n in numbers for _, value in score([Pair(examples[index], documents[n])])]
         assert (batch.teacher[row, : len(numbers)] * temperature).tolist() == pytest.approx(expected)
         assert batch.teacher[row, len(numbers) :].isneginf().all()
@@ -119,11 +121,17 @@ def test_a_question_without_documents_contributes_zero_and_counts_and_leaves_the
 
 
 @pytest.fixture
-def batch(encoder: Encoder, examples: list[Example], documents: list[Document]) -> ListBatch:
+def texts(encoder: Encoder, examples: list[Example], documents: list[Document]) -> list[list[list[int]]]:
+    """Token ids of three questions and six passages."""
+    queries = encoder.tokenize_queries([example.question for example in examples[:3]])
+    return [queries, encoder.tokenize_passages([document.fmt_content for document in documents[:6]])]
+
+
+@pytest.fixture
+def batch(encoder: Encoder, texts: list[list[list[int]]]) -> ListBatch:
     """Three questions with four documents of six, the last question with two."""
     return ListBatch(
-        queries=encoder.tokenize_queries([example.question for example in examples[:3]]),
-        passages=encoder.tokenize_passages([document.fmt_content for document in documents[:6]]),
+        *(in_chunks(encoder, part) for part in texts),
         columns=torch.tensor([[0, 1, 2, 3], [5, 4, 1, 0], [2, 3, 0, 0]]),
         teacher=torch.tensor([[-1.0, -9.0, -3.0, -4.0], [-2.0, -2.5, -7.0, -1.5], [-3.0, -6.0, ABSENT, ABSENT]]),
         indices=[0, 1, 2],
@@ -131,7 +139,7 @@ def batch(encoder: Encoder, examples: list[Example], documents: list[Document]) 
 
 
 def test_the_gradient_reaches_the_whole_encoder_and_is_the_same_for_other_numbers_columns_and_chunks(
-    encoder: Encoder, batch: ListBatch
+    encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
 ) -> None:
     objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
     expected = gradients(objective, batch)
@@ -139,12 +147,13 @@ def test_the_gradient_reaches_the_whole_encoder_and_is_the_same_for_other_number
     assert all("pooler" in name for name in {name for name, _ in objective.named_parameters()} - found.keys())
     assert all(gradient.abs().sum() > 0 for name, gradient in found.items() if "key.bias" not in name)
     order, columns = torch.tensor([3, 5, 0, 1, 4, 2]), torch.tensor([2, 0, 3, 1])
-    shuffled, moved = [batch.passages[i] for i in order], order.argsort()[batch.columns][:, columns]
-    permuted = replace(batch, passages=shuffled, columns=moved, teacher=batch.teacher[:, columns])
+    queries, shuffled = (in_chunks(encoder, part, 2) for part in (texts[0], [texts[1][i] for i in order]))
+    moved = order.argsort()[batch.columns][:, columns]
+    permuted = replace(batch, queries=queries, passages=shuffled, columns=moved, teacher=batch.teacher[:, columns])
     elsewhere = batch.columns.clone()
     elsewhere[2, 2:] = 5  # a column without document may name any passage
     for same in (permuted, replace(batch, columns=elsewhere)):
-        ours = gradients(Distillation(encoder, TEMPERATURE, DIRECTIONS[0], chunk_size=2), same)
+        ours = gradients(objective, same)
         torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
     misaligned, _ = gradients(objective, replace(batch, columns=batch.columns[:, [1, 0, 2, 3]]))
     assert abs(misaligned - expected[0]) > 1e-2
@@ -173,9 +182,11 @@ def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_th
     assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-4)
 
 
-def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(encoder: Encoder, batch: ListBatch) -> None:
+def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(
+    encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
+) -> None:
     objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
-    similarity = torch.from_numpy(encoder.embed(batch.queries) @ encoder.embed(batch.passages).T)
+    similarity = torch.from_numpy(encoder.embed(texts[0]) @ encoder.embed(texts[1]).T)
     ranking = similarity.gather(1, batch.columns)
     ranking[2, 2:] = ABSENT
     assert objective(replace(batch, teacher=ranking))[1]["agreement"] == 1

@@ -1,6 +1,7 @@
 """The retriever: when an index is built, when it is used again, and what is found."""
 
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
 QUESTIONS = ["What does Arlen trade in?", "When was Brask founded?", "amber", "Where is the market of Hask?"]
@@ -64,6 +66,27 @@ def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_enco
         np.testing.assert_allclose(np.take_along_axis(products, hits.ids, axis=1), best, atol=1e-5)
         change_weights(encoder)
     assert all(module.training for module in encoder.modules())
+
+
+@pytest.mark.parametrize("size", [0, 1, 7, 8])
+def test_the_rows_of_all_processes_are_put_together_as_they_were_dealt_out(
+    size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, calls = np.random.default_rng(size).normal(size=(size, 2)).astype(np.float32), []
+    shares = [whole[rank::3] for rank in range(3)]
+    assert distributed.gather_array(whole) is whole  # by a process alone
+
+    def all_gather(parts: list[np.ndarray], part: np.ndarray) -> None:
+        start = 2 * len(calls)
+        calls.append(np.testing.assert_array_equal(part, shares[1][start : start + 2]))
+        parts[:] = [share[start : start + 2] for share in shares]
+
+    monkeypatch.setattr(distributed, "ROWS_AT_ONCE", 2)
+    monkeypatch.setattr(distributed, "world_size", lambda: 3)
+    monkeypatch.setattr(distributed, "total_by_rank", lambda _: list(map(float, map(len, shares))))
+    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather)
+    np.testing.assert_array_equal(distributed.gather_array(shares[1]), whole)
+    assert len(calls) == math.ceil(len(shares[0]) / 2)
 
 
 def test_more_than_the_database_holds_is_all_of_it_and_an_index_in_memory_writes_nothing(

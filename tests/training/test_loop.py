@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -220,9 +221,15 @@ def test_tokens_a_second_are_those_of_the_steps_alone(flags: LoopArguments, monk
     assert rates == [4 / 2] * 3
 
 
-def test_batches_made_ahead_by_workers_are_the_same_batches(flags: LoopArguments) -> None:
-    ours, theirs = (run(replace(flags, dataloader_num_workers=n, overwrite_output_dir=True)) for n in (0, 2))
+def test_batches_made_ahead_are_the_same_batches_one_step_early(flags: LoopArguments) -> None:
+    ours, theirs = (run(replace(flags, overwrite_output_dir=True), ahead=ahead) for ahead in (False, True))
     assert same_weights(ours, theirs)
+    made: list[int] = []
+    batches = Batches(16, lambda indices: made.append(1) or indices, flags, ahead=True)
+    for number, _ in enumerate(batches.since(2), start=1):
+        while len(made) < min(number + 1, 4):
+            time.sleep(0.001)
+        assert len(made) == min(number + 1, 4)  # that of the next of four steps, too
 
 
 def test_before_step_comes_before_the_batch_is_made(flags: LoopArguments) -> None:
