@@ -53,7 +53,7 @@ class Run(ABC):
     trains_retriever = False
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
-        distributed.start()
+        distributed.start(flags.deterministic)
         self.flags = flags
         self.output = Path(flags.output_dir)
         flags.metric_for_best_model = flags.metric_for_best_model or metric

@@ -122,7 +122,7 @@ def train(
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
             for number, batch in enumerate(micro_batches, start=1):
-                with gradient_sync(module, enabled=number == len(micro_batches)):
+                with gradient_sync(module, enabled=number == len(micro_batches)), distributed.tf32():
                     with distributed.autocast(flags.dtype):
                         loss, values = module(batch.to(distributed.device()))
                     optimization.scaler.scale(loss * (distributed.world_size() / weight)).backward()
