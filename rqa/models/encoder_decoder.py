@@ -254,6 +254,7 @@ class FiDReader(LocalReader):
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
 
+    @torch.compiler.set_stance("force_eager")  # as in `CausalLMReader`
     def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token
         most = max_new_tokens or self.prompter.arguments.max_decoder_seq_length

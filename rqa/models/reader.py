@@ -163,6 +163,7 @@ class CausalLMReader(LocalReader):
         return attention_of(self.model) == PACKED_ATTENTION and packing_is_exact(self.model)
 
     @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
         stop, most = self.prompter.stop_ids, max_new_tokens or self.prompter.arguments.max_new_tokens
         left = {"batch_first": True, "padding_side": "left"}

@@ -53,7 +53,7 @@ class Run(ABC):
     trains_retriever = False
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
-        distributed.start()
+        distributed.start(flags.deterministic)
         flags.ignore("dataloader_num_workers", "a thread makes batches a step ahead where they depend on no other step")
         self.flags = flags
         self.output = Path(flags.output_dir)

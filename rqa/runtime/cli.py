@@ -66,8 +66,11 @@ def tune_allocator() -> None:
     """Have large blocks come from the heap, and the heap keep what is freed. Call it before the first large allocation.
 
     It does nothing without glibc, and nothing where the user has chosen an allocator (`LD_PRELOAD`) or its settings
-    (`MALLOC_*`, `GLIBC_TUNABLES`). Source: mallopt(3).
+    (`MALLOC_*`, `GLIBC_TUNABLES`). Source: mallopt(3). On CUDA, segments that grow leave no gaps between batches of
+    different lengths; `PYTORCH_*ALLOC_CONF` says otherwise. Source: "Memory management" in PyTorch's CUDA notes.
     """
+    if not any(name.startswith("PYTORCH_") and name.endswith("ALLOC_CONF") for name in os.environ):
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(THEIR_SETTINGS) for name in os.environ):
         return
     libc = ctypes.CDLL(None)

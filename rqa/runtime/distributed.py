@@ -25,8 +25,11 @@ ROWS_AT_ONCE = 2**16  # of an array that is gathered; NCCL takes them through th
 LONGEST_WAIT = timedelta(hours=6)  # for one process that loads, saves or judges alone; torchrun notices a dead one
 
 
-def start() -> None:
-    """Join the process group when started by torchrun; choose this process's device."""
+def start(deterministic: bool = False) -> None:
+    """Join the process group when started by torchrun; choose this process's device and, if asked, its algorithms."""
+    if deterministic:  # without `warn_only`, with which flash attention's backward pass stays as it is
+        os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
+        torch.use_deterministic_algorithms(True)
     if device().type == "cuda":
         torch.cuda.set_device(device())
     if "RANK" in os.environ and not dist.is_initialized():
@@ -69,6 +72,16 @@ def autocast(dtype: torch.dtype) -> AbstractContextManager:
     """Autocast to float16. Nothing for other formats: what computes in bfloat16 has weights in it."""
     half = dtype is torch.float16
     return torch.autocast(device().type, dtype=dtype if half else None, enabled=half)
+
+
+@contextmanager
+def tf32() -> Iterator[None]:
+    """Inside, CUDA multiplies float32 matrices with 10 bits of mantissa, many times faster."""
+    torch.set_float32_matmul_precision("high" if device().type == "cuda" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def rank() -> int:

@@ -35,15 +35,17 @@ def parallelize(
     """
     device = distributed.device()
     module.to(device)
+    if device.type == "cuda" and dtype == torch.float32:
+        log.warning("training computes in float32; --bf16 true is several times as fast")
     for model in module.modules():
         trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())
         if gradient_checkpointing and trained and model.supports_gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)  # than transformers 5.17
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     several = distributed.world_size() > 1
-    if compile:
-        for part in _layers(module) if shard and several else [module]:  # a compiled layer lies inside its sharding
-            part.compile(dynamic=True)
+    for layer in _layers(module) if compile else []:  # one graph serves them all, and lies inside their sharding
+        if any(parameter.requires_grad for parameter in layer.parameters()):
+            layer.compile(dynamic=True)
     if several and shard:
         _shard(module, dtype)
     elif several:

@@ -50,7 +50,8 @@ class DeviceArguments(LoadingArguments):
 
     fp16: bool = flag(False, "Whether to compute in float16 with a loss scaler (CUDA only).", rare=True)
     gradient_checkpointing: bool = flag(False, "Whether to recompute activations: slower, less memory.")
-    torch_compile: bool = flag(False, "Whether to compile the model with torch.compile.", rare=True)
+    torch_compile: bool = flag(False, "Whether to compile the model's layers with torch.compile.", rare=True)
+    deterministic: bool = flag(False, "Whether two runs on CUDA give the same bits: slower.", rare=True)
     fsdp: str = flag("no", "FSDP2: full_shard divides the model among processes.", choices=["no", "full_shard"])
 
     @property

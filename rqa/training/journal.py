@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import NoneType
 
 from torch import Tensor
 from tqdm import tqdm
@@ -34,7 +35,7 @@ class RunState:
 
     step: int = 0  # optimizer steps done
     examples: int = 0  # what these steps took from the stream; with the seed it fixes the next batch
-    log_history: list[dict[str, float]] = field(default_factory=list)  # log lines and evaluations, oldest first
+    log_history: list[dict[str, float | None]] = field(default_factory=list)  # log lines and evaluations, oldest first
     best_metric: float | None = None  # of the metric that chooses the best model
     best_model_checkpoint: str | None = None  # the name of the checkpoint that reached it
     live_state: str | None = None  # the name of the index, a directory beside the checkpoint
@@ -55,7 +56,8 @@ def read_state(checkpoint: Path) -> RunState:
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]
         numbers = [value for entry in state.log_history for value in entry.values()]
         good = all(type(count) is int and 0 <= count < 2**53 for count in counts)
-        good &= all(type(number) in (int, float) for number in numbers) and isinstance(state.log_history, list)
+        good &= all(type(number) in (int, float, NoneType) for number in numbers)
+        good &= isinstance(state.log_history, list)
         if not good or not re.fullmatch(r"index-\d+", state.live_state or "index-0"):
             raise ValueError(f"{STATE_FILE} is not what a run writes")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
@@ -72,7 +74,7 @@ def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
     for entry in saved.log_history:
         state.step = entry["step"]
         stands = flags.save_strategy == "no" or (here and is_complete(output / f"checkpoint-{state.step}"))
-        if stands and metric_name(flags) in entry:
+        if stands and entry.get(metric_name(flags)) is not None:
             remember_if_best(entry, state, flags)
     state.step = saved.step
     known = [(each.best_model_checkpoint, each.best_metric) for each in (state, saved)]
@@ -159,7 +161,8 @@ class Journal:
         self.started, self.tokens = time.perf_counter(), 0
 
     def _keep(self, metrics: Mapping[str, float]) -> None:
-        self.state.log_history.append({"step": self.state.step, **metrics})
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # as JSON has it
+        self.state.log_history.append({"step": self.state.step, **finite})
         if distributed.is_main():
             with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(self.state.log_history[-1]) + "\n")

@@ -138,9 +138,10 @@ def train(
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
             for batch in micro_batches:
-                with distributed.autocast(flags.precision):
-                    loss, values = objective(batch.to(distributed.device()))
-                optimization.scaler.scale(loss * (averaged / weight)).backward()
+                with distributed.tf32():
+                    with distributed.autocast(flags.precision):
+                        loss, values = objective(batch.to(distributed.device()))
+                    optimization.scaler.scale(loss * (averaged / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
             # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.

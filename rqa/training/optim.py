@@ -49,6 +49,7 @@ class Optimization:
         self.peaks = [group["lr"] for group in groups]
         self.trained: dict[str, nn.Parameter] = {name: part for group in groups for name, part in group["params"]}
         self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=flags.adam_epsilon, fused=True)
+        self.skipped = 0  # steps without an update, as fp16 overflowed: the schedule does not count them
         self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
 
     def _lower(self, module: nn.Module) -> None:
@@ -68,7 +69,7 @@ class Optimization:
 
     def learning_rates(self, step: int) -> list[float]:
         """Of each parameter group, after so many steps."""
-        factor = rate_factor(self.flags.lr_scheduler_type, step, self.warmup, self.steps)
+        factor = rate_factor(self.flags.lr_scheduler_type, step - self.skipped, self.warmup, self.steps)
         return [peak * factor for peak in self.peaks]
 
     def clip(self) -> Tensor:
@@ -83,6 +84,7 @@ class Optimization:
             group["lr"] = rate
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
+        self.skipped += not math.isfinite(norm)
         self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -94,7 +96,7 @@ class Optimization:
         """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""
         state = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
         moments = {name: {key: whole_on_main(value) for key, value in own.items()} for name, own in state.items()}
-        return {"optimizer": moments, "scaler": self.scaler.state_dict()}
+        return {"optimizer": moments, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore moments and loss scale; learning rates and decay stay those of the present flags."""
@@ -112,6 +114,7 @@ class Optimization:
                 parameter = self.trained[name]
                 self.optimizer.state[parameter] = {key: divided_like(parameter, value) for key, value in own.items()}
         self.scaler.load_state_dict(state["scaler"])
+        self.skipped = state.get("skipped", 0)
 
 
 def _hand_over(master: nn.Parameter, weight: nn.Parameter) -> None:

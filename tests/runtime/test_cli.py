@@ -49,6 +49,17 @@ def test_a_users_choice_and_another_c_library_are_left_alone(name: str | None, m
     cli.tune_allocator()
 
 
+@pytest.mark.parametrize("name", ["PYTORCH_CUDA_ALLOC_CONF", None])
+def test_segments_grow_on_cuda_unless_the_user_says_how(name: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTORCH_ALLOC_CONF", "")
+    monkeypatch.delenv("PYTORCH_ALLOC_CONF")
+    monkeypatch.setattr(cli.platform, "libc_ver", lambda: ("", ""))
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:512")
+    cli.tune_allocator()
+    assert os.environ.get("PYTORCH_ALLOC_CONF") == (None if name else "expandable_segments:True")
+
+
 def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_every_half_minute(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -24,8 +24,9 @@ from rqa.runtime.errors import UserError
 from rqa.training import journal
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoints
+from rqa.training.journal import Journal, RunState, read_state
 from rqa.training.loop import Batches, train
-from rqa.training.optim import rate_factor
+from rqa.training.optim import Optimization, rate_factor
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 4), (8, 1)])
@@ -149,6 +150,50 @@ def test_learning_rates_are_those_of_transformers_schedules_bit_for_bit(kind: st
 def test_the_rate_of_the_next_step_is_logged_and_the_warm_up_is_a_share_of_the_steps(flags: LoopArguments) -> None:
     history = run(replace(flags, warmup_ratio=0.5, logging_steps=1)).state.log_history
     assert [entry["learning_rate"] for entry in history] == [0.05 * rate_factor("linear", n, 3, 6) for n in range(1, 7)]
+
+
+def test_an_overflow_of_fp16_moves_neither_weights_nor_the_schedule_and_is_logged_as_null(flags: LoopArguments) -> None:
+    module = nn.Linear(2, 1)
+    ours, resumed = (Optimization(module, replace(flags, fp16=True), 6) for _ in range(2))
+    before = module.weight.clone()
+    for largest, skipped in ((math.inf, 1), (1.0, 1)):
+        loss = module(torch.tensor([[1.0, largest]])).sum()
+        ours.scaler.scale(loss).backward()
+        norm = ours.step(skipped)
+        assert math.isfinite(norm) == math.isfinite(largest)
+        assert torch.equal(module.weight, before) == math.isinf(largest)
+        assert ours.learning_rates(3)[0] == 0.05 * rate_factor("linear", 2, 0, 6)
+    resumed.load_state_dict(ours.state_dict())
+    assert resumed.learning_rates(3) == ours.learning_rates(3)
+    directory = Path(flags.output_dir)
+    directory.mkdir()
+    Journal(RunState(step=1), 6, flags).record({"loss": 1.0, "grad_norm": math.inf})
+    line = json.loads((directory / "log.jsonl").read_text(), parse_constant=pytest.fail)
+    assert read_state(directory).log_history == [line] == [{"step": 1, "loss": 1.0, "grad_norm": None}]
+
+
+def test_cuda_multiplies_float32_fast_in_training_alone_and_deterministically_if_asked(
+    flags: LoopArguments, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Spy(Regression):
+        def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+            seen.add((torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()))
+            return super().forward(batch)
+
+    seen: set[tuple[str, bool]] = set()
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "FLASH_ATTENTION_DETERMINISTIC"):
+        monkeypatch.setenv(name, "")  # and so restored
+    try:
+        distributed.start(deterministic=True)
+        run(flags, Spy())
+        monkeypatch.setattr(distributed, "device", lambda: torch.device("cuda"))
+        with distributed.tf32():
+            assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert seen == {("highest", True)}  # on this CPU
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 def test_matrices_decay_and_vectors_do_not_and_new_layers_learn_at_their_own_rate(flags: LoopArguments) -> None:
