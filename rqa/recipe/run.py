@@ -25,6 +25,7 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
 from rqa.training.journal import continues
 from rqa.training.loop import Batches, train
+from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Run(ABC):
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
         distributed.start()
+        if flags.estimate_memory:
+            if distributed.is_main():
+                print(estimate(flags, self.trains_retriever))
+            raise SystemExit
         self.flags = flags
         self.output = Path(flags.output_dir)
         flags.metric_for_best_model = flags.metric_for_best_model or metric
