@@ -21,7 +21,7 @@ from rqa.runtime import distributed
 
 FUSED_ATTENTION = "rqa_fused"  # keeps queries, keys, values and output, as every fused kernel does
 # Bytes of a trained parameter: its weight, master weight, gradients and moments (8 bits: a float32 scale for 256).
-FLOAT32, BF16, EIGHT_BITS = (4, 0, 4, 8), (2, 4, 4 + 2, 8), (2, 0, 2, 2 + 2 * 4 / 256)
+FLOAT32, BF16, EIGHT_BITS = (4, 0, 4, 8), (2, 4, 4, 8), (2, 0, 2, 2 + 2 * 4 / 256)
 
 
 def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> tuple[Tensor, None]:
@@ -34,33 +34,37 @@ AttentionMaskInterface.register(FUSED_ATTENTION, lambda **_: None)
 
 def estimate(flags: Any, trains_retriever: bool) -> str:
     """A table of GiB on each device, from a trainer's flags."""
-    model, width = _unloaded(flags.model_name_or_path, flags, trains_retriever), 2 if flags.bf16 else 4
-    train_adapters(model, flags)
-    freeze_pooler(model)
-    whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
-    processes, shard = distributed.world_size(), flags.fsdp == "full_shard"
-    kind = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
-    names = "weights", "master weights", "gradients", "Adam's moments"
-    terms = {name: size * trained for name, size in zip(names, kind, strict=True)}
-    terms["weights"] += kind[0] * (whole - trained)
-    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if shard:  # a layer's gradients are gathered, too, and the next layer is fetched ahead
-        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-        terms = {name: size / processes for name, size in terms.items()}
-        terms["gathered layers"] = 2 * width * (whole - sum(sizes) + 2 * max(sizes, default=0))
-    elif processes > 1:
-        terms["gradients in exchange"] = width * trained
-    batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
-    for name in ("lm_model_path", "reader_model_path") if trains_retriever else ("embedding_model",):
-        path = getattr(flags, name, None)
-        if path and path != "bm25" and not path.startswith("openai::"):
-            terms[f"{path}, frozen"] = width * _unloaded(path, flags, name == "embedding_model").num_parameters()
+    about, terms = needs(flags, trains_retriever)
     terms["in all, and 1 to 2 more for CUDA and its allocator"] = sum(terms.values())
     if torch.cuda.is_available():
         terms[torch.cuda.get_device_name()] = torch.cuda.get_device_properties(0).total_memory
     table = [f"{size / 2**30:8.2f}  {name}" for name, size in terms.items() if size]
-    heading = f"GiB on each device: {whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}"
-    return "\n".join([heading, *table])
+    return "\n".join([f"GiB on each device: {about}", *table])
+
+
+def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
+    """What is trained on what, and bytes by what they hold."""
+    model, width = _unloaded(flags.model_name_or_path, flags, trains_retriever), 2 if flags.bf16 else 4
+    train_adapters(model, flags, flags.model_name_or_path)
+    freeze_pooler(model)
+    whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
+    shard = flags.fsdp == "full_shard"
+    kind = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
+    names = "weights", "master weights", "gradients", "moments"
+    terms = {name: float(size * trained) for name, size in zip(names, kind, strict=True)}
+    terms["weights"] += width * (whole - trained)
+    layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
+    if shard:  # a layer's gradients are gathered, too, and the next layer is fetched ahead
+        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        terms = {name: size / distributed.world_size() for name, size in terms.items()}
+        terms["gathered layers"] = 2 * width * (whole - sum(sizes) + 2 * max(sizes, default=0))
+    batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
+    for name in ("lm_model_path", "reader_model_path") if trains_retriever else ("embedding_model",):
+        path = getattr(flags, name, None)
+        if path and path != "bm25" and not path.startswith("openai::"):
+            size = {"float32": 4, "bfloat16": 2}.get(flags.dtype, width)
+            terms[f"{path}, frozen"] = size * _unloaded(path, flags, name == "embedding_model").num_parameters()
+    return f"{whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
 
 
 def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
@@ -112,4 +116,5 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
     size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
     if flags.gradient_checkpointing and layers:  # each layer's input stays, and one layer at a time is computed again
         size = size / layers + layers * rows * length * model.get_input_embeddings().weight[0].nbytes
-    return f"{rows} x {length} tokens, answers of {answer}", size + 2 * logits.nbytes + 8 * logits.numel()
+    size += 2 * logits.nbytes + 8 * logits.numel()  # their softmax and its gradient are float32
+    return f"{rows} x {length} tokens" + f", answers of {answer}" * bool(answer), size
