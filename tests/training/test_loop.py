@@ -6,7 +6,7 @@ import os
 import shutil
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,7 +19,6 @@ from fakes import Batch, Regression, make_batches, run, same_weights, weight_in
 from safetensors.torch import load_file
 from transformers import PreTrainedConfig, PreTrainedModel, get_scheduler
 
-from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.training import journal
 from rqa.training.arguments import LoopArguments
@@ -251,16 +250,6 @@ class InModel(Regression):
     def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
         self.dtypes |= {weight.dtype for weight in self.parameters()}
         return super().forward(replace(batch, rows=batch.rows.to(self.linear.weight.dtype)))
-
-
-@pytest.fixture
-def has_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    def pretend(answer: bool) -> None:
-        distributed.compute_dtype.cache_clear()
-        monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: answer)
-
-    yield pretend
-    distributed.compute_dtype.cache_clear()
 
 
 def test_bf16_lowers_models_where_the_hardware_has_it_and_updates_float32_weights(
