@@ -46,7 +46,7 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
     """What is trained on what, and bytes by what they hold."""
     model, width = _unloaded(flags.model_name_or_path, flags, trains_retriever), 2 if flags.bf16 else 4
     train_adapters(model, flags, flags.model_name_or_path)
-    freeze_pooler(model)
+    freeze_pooler(model.to(model.dtype))  # adapters are float32 until training lowers them
     whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     shard = flags.fsdp == "full_shard"
     kind = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
