@@ -24,7 +24,7 @@ FILES = sorted((ROOT / "rqa").rglob("*.py"))
 LEVELS = [["recipe"], ["evaluation", "preparation"], ["endpoint"], ["objectives"], ["training", "retrieval"],
           ["models"], ["packing"], ["prompts"], ["data"], ["runtime"]]  # fmt: skip
 OPTIONAL = ["flash_attn", "peft", "wandb", "tensorboard", "trackio", "gguf", "sentence_transformers", "trl",
-            "trafilatura", "pypdf"]  # fmt: skip
+            "trafilatura", "pypdf", "torchao"]  # fmt: skip
 
 
 def module(path: Path) -> str:

@@ -281,6 +281,8 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
         raise UserError(f"--lora_target_modules {' '.join(flags.lora_target_modules)}: {one_line(error)}") from None
     if Path(model.name_or_path).is_dir():  # so that the adapter finds its base from any working directory
         config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
+    for weight in (weight for weight in model.parameters() if weight.requires_grad):
+        weight.data = weight.data.float()  # peft makes them in the model's precision
 
 
 def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:

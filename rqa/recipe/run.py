@@ -25,6 +25,7 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
 from rqa.training.journal import continues
 from rqa.training.loop import Batches, train
+from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
@@ -54,6 +55,10 @@ class Run(ABC):
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
         distributed.start(flags.deterministic)
+        if flags.estimate_memory:
+            if distributed.is_main():
+                print(estimate(flags, self.trains_retriever))
+            raise SystemExit
         flags.ignore("dataloader_num_workers", "a thread makes batches a step ahead where they depend on no other step")
         self.flags = flags
         self.output = Path(flags.output_dir)

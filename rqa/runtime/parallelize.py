@@ -145,7 +145,7 @@ def assembled(tensor: Tensor) -> Tensor:
 def whole_on_main(tensor: Tensor) -> Tensor:
     """The same in CPU memory of the main process; empty on the others."""
     whole = assembled(tensor)
-    return whole.cpu() if distributed.is_main() else whole.new_empty(0)
+    return whole.cpu() if distributed.is_main() else torch.empty(0)
 
 
 def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:

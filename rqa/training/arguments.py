@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ STRATEGIES = ["no", "steps", "epoch"]
 class OptimizerArguments(Arguments):
     """How weights are updated."""
 
+    optim: str = flag(
+        "adamw", "Optimizer; adamw_8bit (needs bf16): 6 bytes a parameter, not 18; gradients are summed in bf16.",
+        choices=["adamw", "adamw_8bit"], rare=True,
+    )  # fmt: skip
     learning_rate: float = flag(5e-5, "Peak learning rate.")
     new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
     new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)
@@ -107,10 +112,12 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
     dataloader_num_workers: int = flag(0, "No effect: a thread prepares batches ahead.", rare=True)
+    estimate_memory: bool = flag(False, "Whether to print what each device's memory must hold, and end.", rare=True)
 
     @property
     def trained_dtype(self) -> torch.dtype:
-        return self.precision if self.use_lora and self.precision is torch.bfloat16 else torch.float32
+        only_bf16 = (self.use_lora or self.optim == "adamw_8bit") and self.precision is torch.bfloat16
+        return torch.bfloat16 if only_bf16 else torch.float32
 
     def check(self) -> None:
         for name, value in vars(self).items():
@@ -121,6 +128,10 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
         self.check_bounds("seed", at_least=0)
         if self.max_steps < 1 and self.max_steps != -1:
             raise UserError(f"--max_steps {self.max_steps}: must be at least 1, or -1: num_train_epochs decides")
+        if self.optim == "adamw_8bit" and (not self.bf16 or self.fsdp != "no"):
+            raise UserError("--optim adamw_8bit: trains whole bf16 weights; add --bf16 true and leave out --fsdp")
+        if self.optim == "adamw_8bit" and not find_spec("torchao"):
+            raise UserError('--optim adamw_8bit: torchao is not installed; pip install "rqa[8bit]"')
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
         if Path(self.output_dir).is_file():

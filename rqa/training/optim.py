@@ -43,12 +43,12 @@ class Optimization:
         self.unrounded: dict[nn.Parameter, Tensor] = {}  # the same of what is frozen
         if flags.precision is torch.bfloat16:
             self._lower(module)
-        groups, betas = parameter_groups(module, flags), (flags.adam_beta1, flags.adam_beta2)
+        groups = parameter_groups(module, flags)
         for group in groups:
             group["params"] = [(name, self.masters.get(part, part)) for name, part in group["params"]]
         self.peaks = [group["lr"] for group in groups]
         self.trained: dict[str, nn.Parameter] = {name: part for group in groups for name, part in group["params"]}
-        self.optimizer = torch.optim.AdamW(groups, betas=betas, eps=flags.adam_epsilon, fused=True)
+        self.optimizer = new_optimizer(groups, flags)
         self.skipped = 0  # steps without an update, as fp16 overflowed: the schedule does not count them
         self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
 
@@ -81,11 +81,16 @@ class Optimization:
     def step(self, done: int, norm: float) -> None:
         """Update the weights, after so many steps, by a clipped gradient of this norm."""
         for group, rate in zip(self.optimizer.param_groups, self.learning_rates(done), strict=True):
-            group["lr"] = rate
+            # torchao's is a tensor: for another number it would compile its step anew.
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
         if not math.isfinite(norm) and not self.scaler.is_enabled():
             raise UserError("the gradient is not finite; lower --learning_rate")
         self.skipped += not math.isfinite(norm)
-        self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
+        rounds = self.flags.optim == "adamw_8bit"
+        with torch.random.fork_rng([distributed.device()] if torch.cuda.is_available() else [], enabled=rounds):
+            if rounds:  # stochastically, and the same on every process
+                torch.manual_seed(self.flags.seed + done)
+            self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         with torch.no_grad():
@@ -96,11 +101,14 @@ class Optimization:
         """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""
         state = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
         moments = {name: {key: whole_on_main(value) for key, value in own.items()} for name, own in state.items()}
-        return {"optimizer": moments, "scaler": self.scaler.state_dict(), "skipped": self.skipped}
+        told = {"optim": self.flags.optim, "skipped": self.skipped}
+        return {"optimizer": moments, "scaler": self.scaler.state_dict(), **told}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore moments and loss scale; learning rates and decay stay those of the present flags."""
         moments = state["optimizer"]
+        if (saved := state.get("optim", "adamw")) != self.flags.optim:
+            raise ValueError(f"it was saved with --optim {saved}")
         if "param_groups" in moments:  # until November 2026 parameters were numbered, in the same order
             numbers = [number for group in moments["param_groups"] for number in group["params"]]
             moments = {name: moments["state"].get(n, {}) for name, n in zip(self.trained, numbers, strict=True)}
@@ -113,6 +121,8 @@ class Optimization:
             if own:  # nothing before the first step
                 parameter = self.trained[name]
                 self.optimizer.state[parameter] = {key: divided_like(parameter, value) for key, value in own.items()}
+                if self.flags.optim == "adamw_8bit":  # counts steps on the CPU
+                    self.optimizer.state[parameter]["step"] = own["step"]
         self.scaler.load_state_dict(state["scaler"])
         self.skipped = state.get("skipped", 0)
 
@@ -125,6 +135,16 @@ def _hand_over(master: nn.Parameter, weight: nn.Parameter) -> None:
         master.grad = gradient.to(master.dtype)
     else:
         master.grad.add_(gradient)
+
+
+def new_optimizer(groups: list[dict[str, Any]], flags: LoopArguments) -> torch.optim.Optimizer:
+    """AdamW, or torchao's with moments of 8 bits (Dettmers et al. 2022), which rounds bf16 weights stochastically."""
+    settings: dict[str, Any] = {"betas": (flags.adam_beta1, flags.adam_beta2), "eps": flags.adam_epsilon}
+    if flags.optim == "adamw":
+        return torch.optim.AdamW(groups, **settings, fused=True)
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(groups, **settings, bf16_stochastic_round=True)
 
 
 def parameter_groups(module: nn.Module, flags: LoopArguments) -> list[dict[str, Any]]:

@@ -5,8 +5,9 @@ import math
 import os
 import shutil
 import signal
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -217,6 +218,7 @@ def test_matrices_decay_and_vectors_do_not_and_new_layers_learn_at_their_own_rat
         ({"new_layers_learning_rate": 0.1}, "--new_layers: goes with --new_layers_learning_rate"),
         ({"new_layers": "(", "new_layers_learning_rate": 0.1}, r"--new_layers \(: is not a regular expression"),
         ({"new_layers": "b", "new_layers_learning_rate": -1.0}, "--new_layers_learning_rate -1.0: must be at least 0"),
+        ({"optim": "adamw_8bit"}, "--optim adamw_8bit: trains whole bf16 weights; add --bf16 true"),
         ({"max_steps": 0}, "--max_steps 0: must be at least 1, or -1"),
         ({"max_steps": -1, "num_train_epochs": 0.0}, "--num_train_epochs: must be positive"),
         ({"num_train_epochs": math.nan}, r"--num_train_epochs nan: must be a finite number"),
@@ -303,16 +305,6 @@ class InModel(Regression):
         return super().forward(replace(batch, rows=batch.rows.to(self.linear.weight.dtype)))
 
 
-@pytest.fixture
-def has_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
-    def pretend(answer: bool) -> None:
-        distributed.compute_dtype.cache_clear()
-        monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: answer)
-
-    yield pretend
-    distributed.compute_dtype.cache_clear()
-
-
 def test_bf16_lowers_models_where_the_hardware_has_it_and_updates_float32_weights(
     flags: LoopArguments, has_bf16: Callable[[bool], None]
 ) -> None:
@@ -357,3 +349,43 @@ def test_a_resumed_bf16_run_ends_with_the_very_weights_of_an_uninterrupted_one(
     assert again.seen == whole.seen[12:]
     ends = [load_file(Path(each) / "w.safetensors") for each in (plan.output_dir, tmp_path / "whole")]
     assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
+
+
+class Wide(Regression):
+    """Two layers without biases; the first is large enough for moments of 8 bits."""
+
+    def __init__(self, dtype: torch.dtype = torch.bfloat16) -> None:
+        super().__init__(dropout=0.1)
+        self.linear = nn.Sequential(nn.Linear(4, 1024, bias=False), nn.Linear(1024, 1, bias=False)).to(dtype)
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        return super().forward(replace(batch, rows=batch.rows.to(self.linear[0].weight.dtype)))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torchao compiles its step with a C++ compiler")
+def test_moments_of_8_bits_over_bf16_weights_learn_as_float32_does_and_resume_to_the_very_weights(
+    flags: LoopArguments, tmp_path: Path
+) -> None:
+    pytest.importorskip("torchao", reason="an optional package")
+    plan = replace(flags, max_steps=40, save_steps=20, logging_steps=10, learning_rate=2e-3)
+    theirs = run(replace(plan, output_dir=str(tmp_path / "float32")), Wide(torch.float32)).state.log_history
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    plan = replace(plan, optim="adamw_8bit", bf16=True)
+    whole = run(replace(plan, output_dir=str(tmp_path / "whole")), Wide())
+    losses = [[entry["loss"] for entry in history] for history in (whole.state.log_history, theirs)]
+    assert losses[0] == pytest.approx(losses[1], rel=0.05)
+    assert losses[0][-1] < losses[0][0] / 3
+    half = shutil.copytree(tmp_path / "whole" / "checkpoint-20", Path(plan.output_dir) / "checkpoint-20")
+    moments = torch.load(half / "training_state.pt", weights_only=True)["optimization"]["optimizer"]["linear.0.weight"]
+    assert moments["exp_avg"].codes.dtype == torch.uint8
+    assert same_weights(run(replace(plan, resume_from_checkpoint="true"), Wide()), whole)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= graphs + 2  # nothing is compiled at each step
+    with pytest.raises(UserError, match="saved with --optim adamw_8bit"):
+        run(replace(plan, optim="adamw", resume_from_checkpoint=str(half)), Wide())
+
+
+def test_8_bits_without_torchao_name_what_to_install(flags: LoopArguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torchao", None)
+    with pytest.raises(UserError, match=r'torchao is not installed; pip install "rqa\[8bit\]"'):
+        replace(flags, optim="adamw_8bit", bf16=True)
