@@ -30,7 +30,6 @@ log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
-SHORTEST_GRAPH = 8  # new tokens; to capture a graph takes as long as two steps without one
 # Everything but cuDNN, whose kernels are built anew for each batch size and length.
 KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -267,7 +266,7 @@ class CausalLMReader(LocalReader):
                 if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
                     break
                 place.fill_(longest + done - 1)
-                if done == 1 and self.captures and most >= SHORTEST_GRAPH and not torch.is_autocast_enabled("cuda"):
+                if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):
                     advance = in_graph(step)
                     self.captures = advance is not step
                 advance()
