@@ -162,8 +162,9 @@ def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = Non
             return False
         single = [hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences]
     expected = torch.cat(single)
-    tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().std()
-    return packed.shape == expected.shape and bool((packed - expected).abs().max() <= tolerance)
+    # Of the whole, not of single numbers: bfloat16 moves SmolLM2's largest ones by more than all others' spread.
+    tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().norm()
+    return packed.shape == expected.shape and bool((packed - expected).float().norm() <= tolerance)
 
 
 def lowered(module: nn.Module) -> dict[nn.Parameter, Tensor]:

@@ -1,16 +1,20 @@
 """How a local reader generates: settings, prompts of similar length together, and what an answer took."""
 
+import inspect
+import logging
+import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.utils.rnn import pad_sequence
-from transformers import GenerationConfig, PreTrainedModel, StaticCache
+from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
@@ -18,11 +22,16 @@ from rqa.models.loading import attention_of, evaluating, hidden_states, packing_
 from rqa.packing import pack, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
 
+log = logging.getLogger(__name__)
+
 WARM_UP_TOKENS = 4
+LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
+# Everything but cuDNN, whose kernels are built anew for each batch size and length.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(kw_only=True)
@@ -33,9 +42,11 @@ class GenerationArguments(Arguments):
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
     top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
+    generation_batch_tokens: int = flag(16384, "Most tokens of a batch of prompts, padding included.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", at_least=1)
+        self.check_bounds("generation_batch_tokens", at_least=1)
         self.check_bounds("temperature", above=0)
         self.check_bounds("top_p", above=0, at_most=1)
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
@@ -49,6 +60,15 @@ class GenerationArguments(Arguments):
         ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
         search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
         return GenerationConfig(**search, **sampling, **unset, **ends, **options)
+
+    def next_tokens(self, logits: Tensor) -> Tensor:
+        """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
+        if not self.do_sample:
+            return logits.argmax(-1)
+        probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(descending=True)  # [B, V]
+        likelier = probabilities.cumsum(-1) - probabilities
+        odds = probabilities.masked_fill(likelier >= self.top_p, 0) / torch.empty_like(likelier).exponential_()
+        return tokens.gather(-1, odds.argmax(-1, keepdim=True))[:, 0]
 
 
 @dataclass(frozen=True)
@@ -67,7 +87,7 @@ class LocalReader(ABC):
     def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any) -> None:
         self.model, self.prompter, self.flags = model, prompter, flags
         self.filler = filler  # the prompt for a sharded model when another process has more questions
-        self.max_batch_tokens = 16384  # what the prompts of one batch may cost together
+        self.max_batch_tokens = flags.generation_batch_tokens  # what the prompts of one batch may cost together
 
     def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
@@ -114,35 +134,64 @@ class LocalReader(ABC):
         return [fitted.get(number) for number in range(len(examples))]
 
 
-class InPlaceCache(StaticCache):
-    """Keys and values written in place; `transformers` otherwise copies all of them for each token."""
+class InPlaceCache(Cache):
+    """Keys and values written at one place in all layers; `transformers`' caches copy them or count in each layer."""
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        # Rotary embeddings leave float32 beside autocast's values, and the cache has one dtype.
-        return super().update(key_states.to(value_states.dtype), value_states, *args, **kwargs)
+    def __init__(self, states: Sequence[tuple[Tensor, Tensor]], place: Tensor) -> None:
+        super().__init__(layers=[])
+        self.states, self.place = states, place  # a layer: [B, H_kv, L, d] twice; the same place in each row: [1]
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
+        keys, values = self.states[layer_idx]
+        # Rotary embeddings leave float32 beside autocast's values.
+        keys.index_copy_(2, self.place, key_states.to(keys.dtype))
+        values.index_copy_(2, self.place, value_states)
+        return keys, values
 
 
-def new_cache(model: PreTrainedModel, length: int) -> StaticCache | None:
-    """An empty cache for so many tokens of each sequence; None if the model needs a cache of its own kind."""
-    fits = model._can_compile_fullgraph  # private: transformers says nowhere else which models take a StaticCache
-    return InPlaceCache(model.config, max_cache_len=length) if fits else None
+def read_prompts(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int
+) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
+    """Read prompts as one packed row: the logits of their next tokens [B, V], and keys and values of each layer.
 
-
-def read_prompts(model: PreTrainedModel, prompts: Sequence[Sequence[int]], cache: StaticCache) -> None:
-    """Put keys and values of all but each prompt's last token into an empty cache, from one packed row.
-
-    `generate`, which would read a padded batch under a mask, goes on from there, with prompts padded on the left.
+    Keys and values [B, H_kv, length, d] have room for new tokens; the longest prompt says how far others are padded
+    on the left.
     """
-    batch = pack([prompt[:-1] for prompt in prompts]).to(model.device)
-    kept: list[tuple[Tensor, Tensor]] = []
-    hidden_states(model, batch, kept=kept)
-    if len(kept) != len(cache.layers):  # layers share their keys: `generate` reads the prompts itself
-        return
-    lengths = batch.lengths.tolist()
-    for layer, states in enumerate(kept):
-        rows = [x[0].transpose(0, 1).split(lengths) for x in states]  # of keys and of values: [L_i, H_kv, d] each
-        padded = (pad_sequence(list(x), batch_first=True, padding_side="left") for x in rows)  # [B, L, H_kv, d]
-        cache.update(*(x.transpose(1, 2) for x in padded), layer)
+    batch, kept = pack(prompts).to(model.device), []
+    ends = batch.starts + batch.lengths - 1  # [B]
+    logits = model(**batch.inputs, use_cache=False, kept=kept, logits_to_keep=ends).logits[0]
+    positions, owners = batch.inputs["position_ids"][0], torch.arange(len(prompts), device=model.device)  # [T], [B]
+    rows = owners.repeat_interleave(batch.lengths, output_size=len(positions))  # [T]
+    columns = positions + (batch.lengths.max() - batch.lengths)[rows]  # [T]
+
+    def laid(states: Tensor, dtype: torch.dtype) -> Tensor:
+        room = states.new_zeros((len(prompts), states.shape[1], length, states.shape[3]), dtype=dtype)
+        room.transpose(1, 2)[rows, columns] = states[0].transpose(0, 1).to(dtype)
+        return room
+
+    return logits, [(laid(keys, values.dtype), laid(values, values.dtype)) for keys, values in kept]
+
+
+def in_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """A step as a CUDA graph, which runs without Python; the step itself if it cannot be captured.
+
+    The step is made once and must bear to be made again.
+    """
+    stream, mode, graph = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
+    try:
+        # What waits for the device raises here already: random numbers would not survive a capture that fails.
+        torch.cuda.set_sync_debug_mode("error")
+        step()
+        torch.cuda.set_sync_debug_mode(mode)
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device
+            step()
+        return graph.replay
+    except RuntimeError as error:
+        log.warning("generation: slower without a CUDA graph, which cannot be captured: %s", one_line(error))
+        torch.cuda.set_stream(stream)
+        return step
+    finally:
+        torch.cuda.set_sync_debug_mode(mode)
 
 
 class CausalLMReader(LocalReader):
@@ -150,6 +199,7 @@ class CausalLMReader(LocalReader):
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         super().__init__(model, prompter, flags, filler=prompter.stop_ids)
+        self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
@@ -158,25 +208,67 @@ class CausalLMReader(LocalReader):
         return len(prompt) + self.prompter.arguments.max_new_tokens
 
     @cached_property
-    def _packs(self) -> bool:
-        """Whether prompts are read as one packed row, without padding."""
-        return attention_of(self.model) == PACKED_ATTENTION and packing_is_exact(self.model)
+    def _reach(self) -> float | None:
+        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers differ in this."""
+        kept, config = [], self.model.config.get_text_config(decoder=True)
+        kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
+        if kinds not in (set(), {"full_attention"}, {"sliding_attention"}) or not (
+            attention_of(self.model) == PACKED_ATTENTION
+            and "logits_to_keep" in inspect.signature(self.model.forward).parameters
+            and packing_is_exact(self.model)
+        ):
+            return None
+        hidden_states(self.model, pack([[0]]).to(self.model.device), kept=kept)
+        if len(kept) != config.num_hidden_layers:  # some layers share their keys
+            return None
+        return math.inf if window is None or kinds == {"full_attention"} else window
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
         stop, most = self.prompter.stop_ids, max_new_tokens or self.prompter.arguments.max_new_tokens
-        left = {"batch_first": True, "padding_side": "left"}
-        ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=stop[0], **left)  # [B, L]
-        mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)  # [B, L]
-        config = self.flags.config(most, stop, disable_compile=True)
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
-            cache = new_cache(self.model, ids.shape[1] + most)
-            plain = not synced and config.num_beams == 1 and min(map(len, prompts)) > 1
-            if cache is not None and plain and self._packs:
-                read_prompts(self.model, prompts, cache)
-            options = {"generation_config": config, "synced_gpus": synced, "past_key_values": cache}
-            inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
-            answers = self.model.generate(**inputs, **options)[:, ids.shape[1] :].tolist()  # [B, new]
+            if not synced and self.flags.num_beams == 1 and self._reach is not None:
+                answers = self._decode(prompts, most, stop, self._reach)
+            else:
+                left = {"batch_first": True, "padding_side": "left"}
+                ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=stop[0], **left)
+                mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)
+                inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+                config = self.flags.config(most, stop)
+                answers = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)
+                answers = answers[:, ids.shape[1] :].tolist()  # [B, new]
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
+
+    def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
+        """What `generate` gives without beams; -1 behind the end of the longest answer. -> [B, most]"""
+        longest = max(map(len, prompts))
+        length = -(-(longest + most) // 16) * 16  # CUDA's attention copies masks of other widths in each layer
+        logits, states = read_prompts(self.model, prompts, length)
+        tokens = torch.full((len(prompts), length), -1, device=logits.device)  # each in the column of its keys
+        tokens[:, longest] = self.flags.next_tokens(logits)
+        columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
+        padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
+        hidden = torch.full((), -torch.inf, dtype=states[0][0].dtype, device=logits.device)
+        options = {"past_key_values": InPlaceCache(states, place), "use_cache": True, "logits_to_keep": 1}
+
+        def step() -> None:
+            """Write the token behind `place`; nothing else changes, so that a step may be made again."""
+            seen = (columns >= padding) & (columns <= place) & (columns > place - reach)  # [B, L]
+            inputs = {"input_ids": tokens.index_select(1, place), "position_ids": place - padding}
+            mask = torch.where(seen, 0, hidden)[:, None, None]  # [B, 1, 1, L]
+            logits = self.model(**inputs, **options, attention_mask=mask).logits[:, -1]
+            tokens.index_copy_(1, place + 1, self.flags.next_tokens(logits)[:, None])
+
+        advance, look_every = step, LOOK_EVERY if self.captures else 1
+        with sdpa_kernel(KERNELS):
+            for done in range(1, most):
+                if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
+                    break
+                place.fill_(longest + done - 1)
+                if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):
+                    advance = in_graph(step)
+                    self.captures = advance is not step
+                advance()
+        return tokens[:, longest : longest + most].tolist()

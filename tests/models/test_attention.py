@@ -16,7 +16,7 @@ from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
-from rqa.models.reader import CausalLMReader, new_cache, read_prompts
+from rqa.models.reader import CausalLMReader, read_prompts
 from rqa.packing import pack
 from rqa.runtime.parallelize import parallelize
 
@@ -196,42 +196,48 @@ def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-def reader_of(name: str) -> CausalLMReader:
-    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8))  # no model here says 0
-    return CausalLMReader(build(DECODERS[name], PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
+def reader_of(config: PreTrainedConfig) -> CausalLMReader:
+    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8))
+    return CausalLMReader(build(config, PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
 
 
-@pytest.mark.parametrize("name", DECODERS)
+WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
+READERS = DECODERS | {"windows in some layers": transformers.Qwen2Config(**GROUPED, **WINDOWS)}
+
+
+@pytest.mark.parametrize("name", READERS)
 def test_prompts_are_read_as_one_packed_row_and_answered_as_each_alone(name: str) -> None:
-    reader, theirs, read = reader_of(name), build(DECODERS[name], "sdpa", "ForCausalLM").eval(), []
-    sequences = [sequence for sequence in SEQUENCES if len(sequence) > 1]
+    reader, read = reader_of(READERS[name]), []
+    theirs = build(READERS[name], "sdpa", "ForCausalLM").eval()
     embed = reader.model.get_input_embeddings()
     embed.register_forward_pre_hook(lambda _, ids: read.append(tuple(ids[0].shape)))
-    answers = reader.generate(sequences)
-    whole = [(1, sum(map(len, sequences)) - len(sequences)), *[(len(sequences), 1)] * 8]
-    assert read[-len(whole) :] == whole  # behind the probe that finds out whether the model packs
-    for sequence, answer in zip(sequences, answers, strict=True):
+    answers = reader.generate(SEQUENCES)  # one has a single token
+    decoded = [(1, sum(map(len, SEQUENCES))), *[(len(SEQUENCES), 1)] * 7]
+    assert (read[-8:] == decoded) == (name in DECODERS)  # behind the probe that it packs
+    for sequence, answer in zip(SEQUENCES, answers, strict=True):
         alone = theirs.generate(torch.tensor([sequence]), max_new_tokens=8, do_sample=False, eos_token_id=None)
-        assert answer == alone[0, len(sequence) :].tolist()
-    assert reader.generate(SEQUENCES)[0] == answers[0]  # one has a single token: nothing to read before its answer
+        expected = alone[0, len(sequence) :].tolist()
+        assert answer == expected[: expected.index(0) if 0 in expected else 8]
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_keys_that_are_kept_are_those_of_each_sequence_also_under_autocast(name: str) -> None:
-    reader, sequences = reader_of(name), [SEQUENCES[0], SEQUENCES[2][:6]]
+    reader, sequences = reader_of(DECODERS[name]), [SEQUENCES[0], SEQUENCES[2][:6]]
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
-        cache = new_cache(reader.model, 20)
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
-            read_prompts(reader.model, sequences, cache)
+            logits, states = read_prompts(reader.model, sequences, 20)
             reader.generate(sequences)
         for row, sequence in enumerate(sequences):
-            alone = DynamicCache(config=DECODERS[name])
+            alone, end = DynamicCache(config=DECODERS[name]), len(sequences[0])
             with torch.no_grad():
-                reader.model(torch.tensor([sequence[:-1]]), past_key_values=alone)
-            for ours, their in zip(cache.layers, alone.layers, strict=True):
-                end, length = min(ours.keys.shape[2], len(SEQUENCES[0]) - 1), their.keys.shape[2]
-                for our, expected in ((ours.keys, their.keys), (ours.values, their.values)):
+                last = reader.model(torch.tensor([sequence]), past_key_values=alone).logits[0, -1]
+            torch.testing.assert_close(logits[row].float(), last, atol=tolerance, rtol=tolerance)
+            for ours, their in zip(states, alone.layers, strict=True):
+                length = their.keys.shape[2]  # less than all with a window
+                for our, expected in zip(ours, (their.keys, their.values), strict=True):
                     assert our.dtype == dtype
+                    assert our.shape[2] == 20
+                    assert not our[row, :, : end - len(sequence)].any()
                     found = our[row, :, end - length : end].float()
                     torch.testing.assert_close(found, expected[0], atol=tolerance, rtol=tolerance)
 

@@ -3,16 +3,19 @@
 import logging
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import SimpleNamespace
 
 import torch
 import pytest
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
 
 from rqa.data import Document, Example
+from rqa.models import reader as reading
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import load_tokenizer
-from rqa.models.reader import CausalLMReader
+from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.prompts import PromptArguments, Prompter
 
 NEW_TOKENS = 8
@@ -75,6 +78,61 @@ def test_generation_ends_at_any_stop_token_and_leaves_it_out(case: Case) -> None
     assert len(case.reader.generate(case.prompts[:1])[0]) + 1 == len(steps)  # and then no step is made any more
 
 
+def test_a_step_that_a_graph_repeats_gives_the_same_answers(case: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph starts from the first step's inputs at the addresses that it was captured with, and is looked at late."""
+    replays = []
+
+    def in_graph(step: Callable[[], None]) -> Callable[[], None]:
+        step()
+        return lambda: replays.append(step())
+
+    monkeypatch.setattr(reading, "in_graph", in_graph)
+    case.reader.captures = True
+    assert case.reader.generate(case.prompts) == case.expected
+    assert len(replays) == NEW_TOKENS - 1
+    case.reader.prompter.stop_ids = [case.greedy(case.prompts[0])[3], case.greedy(case.prompts[1])[1]]
+    assert case.reader.generate(case.prompts) == case.expected
+
+
+def test_a_step_that_cannot_be_captured_is_made_without_a_graph(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    state = {"stream": "main", "mode": 0}
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: state["stream"])
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: state.update(stream=stream))
+    monkeypatch.setattr(torch.cuda, "get_sync_debug_mode", lambda: state["mode"])
+    monkeypatch.setattr(torch.cuda, "set_sync_debug_mode", lambda mode: state.update(mode=mode))
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: SimpleNamespace(replay="replay"))
+
+    @contextmanager
+    def graph(graph: SimpleNamespace, **options: str) -> Iterator[None]:
+        state["stream"] = "of the capture"  # and a capture that fails leaves it there
+        yield
+        state["stream"] = "main"
+
+    def step() -> None:
+        if state == fails_in:
+            raise RuntimeError("not permitted")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    for fails_in in ({"stream": "main", "mode": "error"}, {"stream": "of the capture", "mode": 0}, {}):
+        assert reading.in_graph(step) == (step if fails_in else "replay")
+        assert state == {"stream": "main", "mode": 0}
+    assert len([message for message in caplog.messages if "not permitted" in message]) == 2
+
+
+def test_tokens_are_sampled_as_often_as_temperature_and_top_p_say() -> None:
+    logits, draws = torch.tensor([[0.0, 2.0, 1.0, 0.5, -1.0, 1.9]]), 20000
+    torch.manual_seed(0)
+    for temperature, top_p in ((1.0, 1.0), (2.0, 0.7), (0.5, 0.9)):
+        flags = GenerationArguments(do_sample=True, temperature=temperature, top_p=top_p)
+        drawn = flags.next_tokens(logits.expand(draws, -1)).bincount(minlength=6) / draws
+        warped = TemperatureLogitsWarper(temperature)(None, logits) if temperature != 1 else logits
+        expected = TopPLogitsWarper(top_p)(None, warped).softmax(-1)[0]
+        assert (drawn == 0).tolist() == (expected == 0).tolist()
+        torch.testing.assert_close(drawn, expected, atol=0.015, rtol=0)
+
+
 def test_decoding_is_greedy_whatever_the_checkpoint_prefers(case: Case) -> None:
     config = case.reader.model.generation_config
     config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 50, 0.9
@@ -91,7 +149,8 @@ def test_answers_come_back_in_the_order_asked_from_batches_as_large_as_allowed(
     generate = reader.generate
     monkeypatch.setattr(reader, "generate", lambda prompts: asked.append(prompts) or generate(prompts))
     for budget, sizes in ((1, {1}), (300, {1, 2, 3}), (16384, {6})):
-        reader.max_batch_tokens = budget
+        flags = GenerationArguments(generation_batch_tokens=budget)
+        reader.max_batch_tokens = CausalLMReader(reader.model, reader.prompter, flags).max_batch_tokens
         asked.clear()
         answers = reader.answer([case.examples[i] for i in order], [case.passages[i] for i in order], progress=False)
         assert [answer.text for answer in answers] == [texts[i] for i in order]

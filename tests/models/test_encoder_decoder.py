@@ -232,7 +232,7 @@ def test_a_warm_started_decoder_begins_with_what_the_checkpoint_has(encoder_path
 
 
 def test_impossible_generation_flags_are_refused() -> None:
-    for flag, value in (("num_beams", 0), ("temperature", 0.0), ("top_p", 1.5)):
+    for flag, value in (("num_beams", 0), ("temperature", 0.0), ("top_p", 1.5), ("generation_batch_tokens", 0)):
         with pytest.raises(UserError, match=f"--{flag} {value}: must be "):
             GenerationArguments(**{flag: value})
 
