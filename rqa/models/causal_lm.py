@@ -6,12 +6,12 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rqa.models.loading import LoadingArguments, load_model
+from rqa.models.loading import FLOAT32, LoadingArguments, load_model
 from rqa.packing import AnswerBatch
 
 
 def load_causal_lm(
-    path: str, flags: LoadingArguments = LoadingArguments(), dtype: torch.dtype = torch.float32, main_only: bool = False
+    path: str, flags: LoadingArguments = FLOAT32, dtype: torch.dtype | None = None, main_only: bool = False
 ) -> PreTrainedModel:
     """A decoder from a directory or hub name; the arguments are those of `load_model`."""
     return load_model(AutoModelForCausalLM, path, flags, dtype, main_only)

@@ -83,12 +83,13 @@ class Encoder(nn.Module):
         settings: EncoderSettings,
         projection: nn.Sequential | None = None,  # of the pooled embedding; None: that one is compared
         passage_encoder: "Encoder | None" = None,  # frozen; None: this one encodes questions and passages
+        precision: torch.dtype | None = None,  # what products will run in; None: what the backbone was loaded in
     ) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, projection
         self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
-        self.collate = choose_collate(backbone, tokenizer.pad_token_id)
+        self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
 
     @property
     def passage_side(self) -> "Encoder":
@@ -181,10 +182,15 @@ class Encoder(nn.Module):
             (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def load_encoder(path: str, flags: EncoderArguments = EncoderArguments(), main_only: bool = False) -> Encoder:
+def load_encoder(
+    path: str,
+    flags: EncoderArguments = EncoderArguments(dtype="float32"),
+    dtype: torch.dtype | None = None,  # None: that of frozen models
+    main_only: bool = False,
+) -> Encoder:
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
-    backbone = load_model(AutoModel, path, flags, main_only=main_only)
+    backbone = load_model(AutoModel, path, flags, dtype, main_only)
     stored, two_encoders = _stored_settings(path)
     names = [item.name for item in fields(EncoderSettings) if item.name != "projection"]
     given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
@@ -197,11 +203,13 @@ def load_encoder(path: str, flags: EncoderArguments = EncoderArguments(), main_o
     if (pooling := settings.pooling_type) not in POOLING_KEYS:
         file = f"{path}/{POOLING}/config.json"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
-    width, passages = settings.projection, None
+    width, passages, precision = settings.projection, None, dtype and flags.precision
     if two_encoders:
-        model = load_model(AutoModel, path, flags, main_only=main_only, subfolder=PASSAGE_ENCODER)
-        passages = Encoder(model, tokenizer, settings, _load_projection(path, PASSAGE_ENCODER, model, width))
-    return Encoder(backbone, tokenizer, settings, _load_projection(path, "", backbone, width), passages).eval()
+        model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
+        projection = _load_projection(path, PASSAGE_ENCODER, model, width)
+        passages = Encoder(model, tokenizer, settings, projection, precision=precision)
+    projection = _load_projection(path, "", backbone, width)
+    return Encoder(backbone, tokenizer, settings, projection, passages, precision).eval()
 
 
 def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> nn.Sequential | None:

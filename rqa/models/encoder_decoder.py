@@ -154,7 +154,7 @@ class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
 
 
 def load_encoder_decoder(
-    path: str, flags: EncoderDecoderArguments, dtype: torch.dtype = torch.float32, main_only: bool = False
+    path: str, flags: EncoderDecoderArguments, dtype: torch.dtype | None = None, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
     """A model and what builds its inputs; `bert::path` makes both sides of one BERT-like model (Rothe et al. 2020)."""
     name = path.removeprefix(WARM_START)
@@ -173,7 +173,7 @@ def load_encoder_decoder(
         asked = getattr(flags, f"max_{side}_seq_length", None)
         if limit and asked and asked > limit:
             raise UserError(f"--max_{side}_seq_length {asked}: {name} takes at most {limit} tokens")
-    if flags.dtype is torch.float16 and model.config.model_type in OVERFLOWING:
+    if flags.precision is torch.float16 and model.config.model_type in OVERFLOWING:
         raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))
 

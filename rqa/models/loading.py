@@ -3,8 +3,8 @@
 import json
 import logging
 import os
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
@@ -34,24 +35,40 @@ ADAPTER_CONFIG = "adapter_config.json"
 class LoadingArguments(Arguments):
     """How models are loaded, and what they compute in."""
 
-    bf16: bool = flag(False, "Whether to compute in bfloat16, on CUDA and on CPUs that multiply it.")
+    bf16: bool | None = flag(
+        None, "Whether to compute in bfloat16. Default: training no; else yes where the hardware multiplies it."
+    )
+    dtype: str = flag(
+        "auto", "What models that are not trained are loaded in; auto: what is computed in.",
+        ["auto", "float32", "bfloat16"], rare=True,
+    )  # fmt: skip
     use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).")
     trust_remote_code: bool = flag(False, "Whether to run Python code that a checkpoint brings.", rare=True)
 
     @property
-    def dtype(self) -> torch.dtype:
+    def precision(self) -> torch.dtype:
         """What matrix products run in."""
-        return distributed.compute_dtype(self.bf16, fp16=False)
+        return distributed.compute_dtype(distributed.has_bf16() if self.bf16 is None else self.bf16, fp16=False)
 
-    def autocast(self) -> AbstractContextManager:
-        return distributed.autocast(self.dtype)
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        """What the model that is trained is loaded in; training lowers it itself, and keeps these weights."""
+        return torch.float32
+
+    @property
+    def frozen_dtype(self) -> torch.dtype:
+        """What models that are not trained are loaded in."""
+        return self.precision if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+FLOAT32 = LoadingArguments(dtype="float32")
 
 
 def load_model(
     auto_class: Any,
     path: str,
-    flags: LoadingArguments = LoadingArguments(),
-    dtype: torch.dtype = torch.float32,
+    flags: LoadingArguments = FLOAT32,
+    dtype: torch.dtype | None = None,  # None: that of frozen models
     main_only: bool = False,
     **config: Any,
 ) -> PreTrainedModel:
@@ -68,7 +85,8 @@ def load_model(
         _require_peft(f"model {path}: is a LoRA adapter")
     reserve = main_only and not distributed.is_main()
     config |= {"device_map": "meta"} if reserve else {}
-    load = partial(auto_class.from_pretrained, path, dtype=dtype, trust_remote_code=flags.trust_remote_code, **config)
+    config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
+    load = partial(auto_class.from_pretrained, path, **config)
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
         try:
             model = load(attn_implementation="flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION)
@@ -111,24 +129,28 @@ def _reading(path: str) -> Iterator[None]:
         raise UserError(f"model {path}: cannot be loaded: {reason}") from None
 
 
-def choose_collate(model: PreTrainedModel, pad_id: int | None) -> Collate:
-    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded."""
+def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
+    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
+
+    `precision` is what products will run in. Default: what the model was loaded in.
+    """
     # Every process calls this; the main process decides, as its model surely has weights.
-    if distributed.from_main(distributed.is_main() and packing_is_exact(model)):
+    if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
     return partial(pad, pad_id=pad_id or 0)
 
 
 @torch.no_grad()
-def packing_is_exact(model: PreTrainedModel) -> bool:
+def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None) -> bool:
     """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
     # Relative position biases, positions that do not start at 0 and state-space layers make a difference.
     vocabulary = len(model.get_input_embeddings().weight)
     sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
                  for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
-    dtype = torch.bfloat16 if "flash" in attention_of(model) else model.dtype
-    with evaluating(model), distributed.autocast(dtype):
+    dtype = precision or (torch.bfloat16 if "flash" in attention_of(model) else model.dtype)
+    weights = lowered(model) if dtype is torch.bfloat16 else {}
+    with evaluating(model), distributed.autocast(dtype), holding(weights):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError):
@@ -137,6 +159,27 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     expected = torch.cat(single)
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().std()
     return packed.shape == expected.shape and bool((packed - expected).abs().max() <= tolerance)
+
+
+def lowered(module: nn.Module) -> dict[nn.Parameter, Tensor]:
+    """The bfloat16 copies of a module's float32 models' weights. What is sharded lowers its own."""
+    models = (part for part in module.modules() if isinstance(part, PreTrainedModel))
+    weights = dict.fromkeys(weight for model in models for weight in model.parameters())
+    wide = (weight for weight in weights if weight.dtype is torch.float32 and not isinstance(weight, DTensor))
+    return {weight: weight.detach().bfloat16() for weight in wide}
+
+
+@contextmanager
+def holding(values: Mapping[nn.Parameter, Tensor]) -> Iterator[None]:
+    """Inside, parameters hold these values, of whatever type."""
+    own = {parameter: parameter.data for parameter in values}
+    try:
+        for parameter, value in values.items():
+            parameter.data = value.data
+        yield
+    finally:
+        for parameter, value in own.items():
+            parameter.data = value
 
 
 def attention_of(model: PreTrainedModel) -> str:
@@ -157,8 +200,12 @@ def freeze_pooler(model: PreTrainedModel) -> None:
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of a model's weights, sharded or not, and of its tokenizer."""
-    tensors = (assembled(tensor.detach()).contiguous().cpu() for tensor in model.state_dict().values())
+    """A hash of a model's weights, sharded or not, as bfloat16 has them, and of its tokenizer.
+
+    So it is the same whatever precision they were loaded in.
+    """
+    whole = (assembled(tensor.detach()) for tensor in model.state_dict().values())
+    tensors = ((t.bfloat16() if t.is_floating_point() else t).contiguous().cpu() for t in whole)
     weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
     rules = str(tokenizer)
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
@@ -197,8 +244,8 @@ class LoraArguments(Arguments):
             raise UserError("--merge_lora_on_save true: there is nothing to merge without --use_lora true")
 
 
-def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
-    """With `--use_lora`, freeze a model and give it adapters to train; those that it was loaded with are trained on."""
+def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) -> None:
+    """With `--use_lora`, freeze a model and give it adapters to train; those that `source` holds are trained on."""
     present = getattr(model, "peft_config", None)
     if not flags.use_lora:
         if present:
@@ -207,14 +254,18 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments) -> None:
     if not model.name_or_path:
         raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
     _require_peft("--use_lora true")
+    from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
+
     if present:
         ((adapter, config),) = present.items()
         for name, saved in (("lora_r", config.r), ("lora_alpha", config.lora_alpha)):
             if getattr(flags, name) != saved:
                 raise UserError(f"--{name} {getattr(flags, name)}: the adapter to train on has {saved}")
         model.set_adapter(adapter)
+        for weight in (weight for weight in model.parameters() if weight.requires_grad):
+            weight.data = weight.data.float()
+        set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), adapter)  # unrounded
         return
-    from peft import LoraConfig
 
     targets = "all-linear" if flags.lora_target_modules == ["all-linear"] else flags.lora_target_modules
     numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}

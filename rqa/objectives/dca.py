@@ -79,9 +79,8 @@ def find_contexts(
     contexts = [list(example.ctxs[: flags.n_context]) for example in examples]
     bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
-        with flags.autocast():
-            retriever = open_retriever(flags, model, documents)
-            hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
+        retriever = open_retriever(flags, model, documents)
+        hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
         for number, found in zip(bare, retriever.documents_of(hits), strict=True):
             contexts[number] = found
     return contexts
@@ -91,8 +90,8 @@ def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher
     """How much the reader attends to each passage of a list, each list read once."""
     if flags.with_score:
         return GivenScores(examples)
-    model, prompter = load_encoder_decoder(str(flags.reader_model_path), flags, dtype=flags.dtype)
-    settings = (prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
+    model, prompter = load_encoder_decoder(str(flags.reader_model_path), flags)
+    settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
     return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
 

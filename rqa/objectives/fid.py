@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -36,15 +37,15 @@ class FiDArguments(SwRArguments, FiDPromptArguments, EncoderDecoderArguments, Ge
 class FiDLikelihood(nn.Module):
     """Cross-entropy on the answer and its end token."""
 
-    def __init__(self, model: PreTrainedModel, prompter: FiDPrompter) -> None:
+    def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.fid, self.prompter = FiD(model), prompter
-        self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
+        self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id, precision)
 
     @classmethod
     def load(cls, path: str, flags: FiDArguments) -> Self:
         """The objective over the encoder-decoder at `path`; only the main process reads its weights."""
-        return cls(*load_encoder_decoder(path, flags, main_only=True))
+        return cls(*load_encoder_decoder(path, flags, flags.trained_dtype, main_only=True), flags.precision)
 
     @property
     def model(self) -> PreTrainedModel:

@@ -24,6 +24,7 @@ from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
+from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 
 
@@ -85,8 +86,9 @@ def local_scorer(flags: LikelihoodArguments) -> tuple[AnswerScorer, str]:
     """A language model on this machine, and the fingerprint of it."""
     tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
-    model = load_causal_lm(flags.lm_model_path, flags, dtype=flags.dtype)
-    return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), model_fingerprint(model, tokenizer)
+    model = load_causal_lm(flags.lm_model_path, flags)
+    identity = fingerprint(model_fingerprint(model, tokenizer), str(model.dtype))
+    return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), identity
 
 
 @dataclass(frozen=True)
@@ -141,8 +143,7 @@ class RetrievedCandidates:
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database, K at most for each example. [B] lists"""
         examples = [self.examples[i] for i in indices]
-        with self.flags.autocast():  # as the documents of the index were encoded
-            hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
+        hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
         return list(map(self._with_gold, examples, rows)) if self.flags.include_gold else rows
 

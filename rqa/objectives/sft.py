@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -40,16 +41,16 @@ class SFTArguments(DecoderArguments):
 class AnswerLikelihood(nn.Module):
     """Cross-entropy on answer and end of turn; prompt and passages carry no loss."""
 
-    def __init__(self, model: PreTrainedModel, prompter: Prompter) -> None:
+    def __init__(self, model: PreTrainedModel, prompter: Prompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.model, self.prompter = model, prompter
-        self._collate = choose_collate(model, prompter.stop_ids[0])
+        self._collate = choose_collate(model, prompter.stop_ids[0], precision)
 
     @classmethod
     def load(cls, path: str, flags: DecoderArguments) -> Self:
         """The objective over the decoder at `path`; only the main process reads its weights."""
         prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
-        return cls(load_causal_lm(path, flags, main_only=True), prompter)
+        return cls(load_causal_lm(path, flags, flags.trained_dtype, main_only=True), prompter, flags.precision)
 
     def reader(self, flags: GenerationArguments) -> CausalLMReader:
         return CausalLMReader(self.model, self.prompter, flags)

@@ -37,18 +37,16 @@ class ReaderRun(Run):
         super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         self.objective = objective.load(self.source, flags)
         self.model = self.objective.model
-        train_adapters(self.model, flags)
+        train_adapters(self.model, flags, self.source)
         if self.model.config.is_encoder_decoder:
             freeze_pooler(self.model.get_encoder())
-        with flags.autocast():
-            asked = (flags, flags.embedding_model, self.documents, self.eval)
-            self.retriever = open_retriever(*asked) if retrieves else None
+        asked = (flags, flags.embedding_model, self.documents, self.eval)
+        self.retriever = open_retriever(*asked) if retrieves else None
 
     def finish(self, passages: Sequence[Sequence[Document]]) -> Scores:
         """Train on prompts with these passages, evaluate, test."""
-        with self.flags.autocast():
-            self.on_eval = ReaderEvaluation(self.retriever, self.eval, self.flags)
-            self.on_test = ReaderEvaluation(self.retriever, self.test, self.flags)
+        self.on_eval = ReaderEvaluation(self.retriever, self.eval, self.flags)
+        self.on_test = ReaderEvaluation(self.retriever, self.test, self.flags)
         sequences = encode_examples(self.objective.prompter, self.train, passages)
         kept = list(sequences)
 
@@ -59,14 +57,12 @@ class ReaderRun(Run):
         return self.train_and_test(self.objective, Batches(len(sequences), collate, self.flags))
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
-        with self.flags.autocast():
-            return self.on_eval(self.objective, self.objective.reader(self.flags))
+        return self.on_eval(self.objective, self.objective.reader(self.flags))
 
     def score_test(self) -> tuple[Scores, Rows]:
         best = type(self.objective).load(self.flags.output_dir, self.flags)
         load_whole_weights(self.model, best.model.state_dict())
-        with self.flags.autocast():
-            return self.on_test(self.objective, self.objective.reader(self.flags), warm_up=True)
+        return self.on_test(self.objective, self.objective.reader(self.flags), warm_up=True)
 
     def publish(self, scores: Scores, rows: Rows) -> Scores:
         return judge_results(self.output, scores, rows, self.flags)[0]

@@ -39,12 +39,12 @@ class RetrieverRun(Run):
     def __init__(self, flags: RetrieverTraining, answers: bool = False) -> None:
         super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
         flags.ignore("per_device_eval_batch_size", "questions are encoded by tokens, not by number")
-        self.encoder = load_encoder(self.source, flags)
+        self.encoder = load_encoder(self.source, flags, flags.trained_dtype)
         self.model = self.encoder.backbone
         self.retriever = Retriever(self.encoder, self.documents, flags)
         self.judged = Retriever(self.encoder, self.documents, flags)  # so that to evaluate changes nothing in training
         self.refresher: Refresher | None = None
-        train_adapters(self.model, flags)
+        train_adapters(self.model, flags, self.source)
         freeze_pooler(self.model)
 
     def finish(
@@ -60,8 +60,7 @@ class RetrieverRun(Run):
             if asked and self.flags.fsdp != "no":
                 raise UserError(f"--{name} true: needs the whole encoder on every process; leave out --fsdp")
         if refresher and self.flags.index_path and not self.checkpoint:
-            with self.flags.autocast():
-                self.retriever.open(self.flags.index_path)  # of the weights before training; written at no other time
+            self.retriever.open(self.flags.index_path)  # of the weights before training; written at no other time
         with closing(refresher) if refresher else nullcontext():
             return self.train_and_test(objective, Batches(len(self.train), collate, self.flags), refresher)
 
@@ -76,10 +75,9 @@ class RetrieverRun(Run):
         return self._score(self.test, None)
 
     def _score(self, examples: Sequence[Example], index_path: str | None) -> tuple[Scores, Rows]:
-        with self.flags.autocast():
-            if not (self.encoder.passage_encoder and len(self.judged.index)):  # frozen passages are encoded once
-                self.judged.open(index_path)
-            found = find_passages(self.judged, examples, self.flags)
+        if not (self.encoder.passage_encoder and len(self.judged.index)):  # frozen passages are encoded once
+            self.judged.open(index_path)
+        found = find_passages(self.judged, examples, self.flags)
         rows = retrieval_rows(found, examples, self.flags.recall_at)
         return mean_scores(rows), rows
 

@@ -54,7 +54,7 @@ def open_retriever(
     documents: Sequence[Document],
     examples: Sequence[Example] = (),
 ) -> PassageRetriever:
-    """The retriever that the flags name, with its index loaded or built. Call it under `flags.autocast()`.
+    """The retriever that the flags name, with its index loaded or built.
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """

@@ -68,8 +68,8 @@ class Refresher:
     passages are frozen, it is called on schedule and nothing is encoded.
     """
 
-    def __init__(self, retriever: Retriever, flags: RefreshArguments, dtype: torch.dtype, then: Any = None) -> None:
-        self.retriever, self.flags, self.dtype, self.then = retriever, flags, dtype, then
+    def __init__(self, retriever: Retriever, flags: RefreshArguments, then: Any = None) -> None:
+        self.retriever, self.flags, self.then = retriever, flags, then
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights are being used in the background
@@ -79,15 +79,14 @@ class Refresher:
     def __call__(self, step: int) -> dict[str, float]:
         """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet; say how old it is."""
         refreshes, frozen = self.refreshes, self.retriever.encoder.passage_encoder is not None
-        with distributed.autocast(self.dtype):
-            if not len(self.retriever.index):
-                self._refresh(step)
-            elif step == 0 or (frozen and self.then and self.due(step)):  # opened before training, or frozen
-                self._follow(step)
-            elif self.flags.refresh_async and not frozen:
-                self._refresh_in_background(step)
-            elif self.due(step) and not frozen:
-                self._refresh(step)
+        if not len(self.retriever.index):
+            self._refresh(step)
+        elif step == 0 or (frozen and self.then and self.due(step)):  # opened before training, or frozen
+            self._follow(step)
+        elif self.flags.refresh_async and not frozen:
+            self._refresh_in_background(step)
+        elif self.due(step) and not frozen:
+            self._refresh(step)
         if frozen:
             return {}
         news = {"index_staleness": float(step - self.made_at)}
@@ -146,7 +145,7 @@ class Refresher:
             self.refreshes += 1
             self._follow(self._begun_at)
         if not self._work and any(map(self.due, range(self._begun_at + 1, step + 1))):
-            self._work, self._begun_at = BackgroundEncoding(self.retriever, self.dtype), step
+            self._work, self._begun_at = BackgroundEncoding(self.retriever), step
 
     def _follow(self, step: int) -> None:
         self.made_at = step
@@ -158,15 +157,15 @@ class BackgroundEncoding:
     """This process's share of the documents, encoded with the weights of now while training goes on.
 
     It costs the memory of the weights once more until it is dropped, and on a GPU runs in a stream of its own. The
-    copy has its own tokenizer, too: two threads must not share one. Autocast holds for one thread only, hence `dtype`.
+    copy has its own tokenizer, too: two threads must not share one.
     """
 
-    def __init__(self, retriever: Retriever, dtype: torch.dtype) -> None:
+    def __init__(self, retriever: Retriever) -> None:
         self.seconds = 0.0
         self.embeddings = np.empty(0)  # this process's, once it is finished. float32 [n, D]
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
-        self._retriever, self._dtype = retriever, dtype
+        self._retriever = retriever
         self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
         self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
@@ -195,7 +194,7 @@ class BackgroundEncoding:
         numbers = distributed.share(range(len(self._retriever.documents)))
         try:
             on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
-            with on_stream, distributed.autocast(self._dtype):
+            with on_stream:
                 self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
         except BaseException as error:  # it belongs to the main thread, if that still waits
             self._error = error

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-import torch
 import numpy as np
 
 from rqa.data import Document
@@ -79,7 +78,7 @@ class Retriever(PassageRetriever):
         stamp = self.stamp()
         refuse_foreign_directory(Path(path))
         if self.index.load(path) and self.index.stamp == stamp:
-            log.info("index %s: %d documents", path, len(self.index))
+            log.info("index %s: %d documents, encoded in %s", path, len(self.index), self.index.dtype)
             return self
         if Path(path).is_dir() and any(Path(path).iterdir()):
             log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
@@ -94,6 +93,7 @@ class Retriever(PassageRetriever):
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
         share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
         self.index.replace(np.stack(distributed.gather(share)), stamp)
+        self.index.dtype = str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
 
     def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""
@@ -108,11 +108,9 @@ class Retriever(PassageRetriever):
         return fingerprint(self.index.stamp or self.stamp(), self.index.flags.index_search_parameters)
 
     def stamp(self) -> str:
-        """A fingerprint of all that decides the index."""
-        kind = distributed.device().type
-        precision = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
-        settings = (self.encoder.fingerprint(), self.index.flags.index_factory, str(precision))
-        return fingerprint(*settings, *(document.fmt_content for document in self.documents))
+        """A fingerprint of all that decides the index, but for the precision: any will do."""
+        texts = (document.fmt_content for document in self.documents)
+        return fingerprint(self.encoder.fingerprint(), self.index.flags.index_factory, *texts)
 
 
 def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

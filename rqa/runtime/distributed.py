@@ -40,16 +40,21 @@ def device() -> torch.device:
 
 @cache
 def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
-    """The dtype that matrix products run in; float32, with a warning, where a CPU emulates bf16: 8 times slower."""
-    on_cpu = device().type == "cpu"
+    """The dtype that matrix products run in; float32, with a warning, where bf16 is emulated: 8 times slower."""
     if bf16 and fp16:
         raise UserError("--bf16 true and --fp16 true exclude each other; choose one")
-    if fp16 and on_cpu:
+    if fp16 and device().type == "cpu":
         raise UserError("--fp16 true needs a CUDA device; use --bf16 true or neither")
-    if bf16 and on_cpu and not cpu_has_bf16():
-        log.warning("--bf16 true: this CPU has no bf16 instructions; computing in float32, which is faster here")
+    if bf16 and not has_bf16():
+        kind = device().type.upper()
+        log.warning("--bf16 true: this %s has no bf16 instructions; computing in float32, which is faster here", kind)
         return torch.float32
     return torch.float16 if fp16 else torch.bfloat16 if bf16 else torch.float32
+
+
+def has_bf16() -> bool:
+    """Whether this process's device multiplies bf16 matrices in hardware."""
+    return torch.cuda.get_device_capability() >= (8, 0) if device().type == "cuda" else cpu_has_bf16()
 
 
 def cpu_has_bf16() -> bool:
@@ -59,8 +64,8 @@ def cpu_has_bf16() -> bool:
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to bfloat16 or float16 on this process's device; nothing for wider formats."""
-    half = dtype in (torch.bfloat16, torch.float16)
+    """Autocast to float16. Nothing for other formats: what computes in bfloat16 has weights in it."""
+    half = dtype is torch.float16
     return torch.autocast(device().type, dtype=dtype if half else None, enabled=half)
 
 

@@ -1,8 +1,8 @@
-"""How a module runs: gradient checkpointing, then compile, then DDP or FSDP2. Always in that order."""
+"""How a module runs: gradient checkpointing, then compile, then FSDP2. Always in that order."""
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -10,7 +10,6 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor, distribute_tensor
-from torch.nn.parallel import DistributedDataParallel
 from transformers import PreTrainedModel
 
 from rqa.runtime import distributed
@@ -28,11 +27,11 @@ class WholePass(nn.Module):
 
 def parallelize(
     module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
-) -> nn.Module:
-    """Move a module to its device and wrap it for training, on every process with the main process's weights.
+) -> None:
+    """Move a module to its device and prepare it for training, on every process with the main process's weights.
 
-    `shard`: FSDP2 instead of DDP: parameters, gradients and optimizer state are divided among processes. Parameters are
-    gathered in `dtype`, gradients reduced in float32.
+    `shard`: FSDP2: parameters, gradients and optimizer state are divided among processes. Parameters are gathered in
+    `dtype`, gradients reduced in float32. Otherwise each process has all of them.
     """
     device = distributed.device()
     module.to(device)
@@ -47,8 +46,8 @@ def parallelize(
     if several and shard:
         _shard(module, dtype)
     elif several:
-        return DistributedDataParallel(module, device_ids=[device.index] if device.type == "cuda" else None)
-    return module
+        for tensor in [*module.parameters(), *module.buffers()]:
+            dist.broadcast(tensor.detach(), src=0)
 
 
 @torch.no_grad()
@@ -86,9 +85,15 @@ def _layers(module: nn.Module) -> list[nn.Module]:
     return [layer for child in module.children() for layer in _layers(child)]
 
 
-def gradient_sync(module: nn.Module, enabled: bool) -> AbstractContextManager:
-    """Exchange gradients in this backward pass, or not yet. FSDP2 always does: whole ones take the memory it saves."""
-    return module.no_sync() if isinstance(module, DistributedDataParallel) and not enabled else nullcontext()
+def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
+    """Add up the gradients of all processes, once a step. FSDP2 has done so: whole ones take the memory it saves."""
+    whole = [weight for weight in weights if not isinstance(weight, DTensor)]
+    if distributed.world_size() == 1 or not whole:
+        return
+    for weight in whole:  # a process whose part of the step does not touch a weight takes part, too
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
+    for work in [dist.all_reduce(weight.grad, async_op=True) for weight in whole]:
+        work.wait()
 
 
 def is_sharded(module: nn.Module) -> bool:

@@ -54,8 +54,8 @@ class DeviceArguments(LoadingArguments):
     fsdp: str = flag("no", "FSDP2: full_shard divides the model among processes.", choices=["no", "full_shard"])
 
     @property
-    def dtype(self) -> torch.dtype:
-        return compute_dtype(self.bf16, self.fp16)
+    def precision(self) -> torch.dtype:
+        return compute_dtype(bool(self.bf16), self.fp16)
 
     def check(self) -> None:
         if self.use_flash_attention and not (self.bf16 or self.fp16):
@@ -106,6 +106,10 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
     dataloader_num_workers: int = flag(0, "Processes that prepare batches ahead.", rare=True)
+
+    @property
+    def trained_dtype(self) -> torch.dtype:
+        return self.precision if self.use_lora and self.precision is torch.bfloat16 else torch.float32
 
     def check(self) -> None:
         for name, value in vars(self).items():

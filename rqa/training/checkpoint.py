@@ -103,7 +103,7 @@ def save_checkpoint(
     known, state.live_state = state.live_state, live.version if live else None
     index = output / state.live_state if state.live_state else None
     path, failure = output / f"checkpoint-{state.step}", None
-    with whole_weights(objective):
+    with whole_weights(objective), optimization.whole_precision():
         if distributed.is_main():
             try:
                 if live and index and not (index.name == known and files.is_complete(index)):

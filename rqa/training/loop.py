@@ -21,7 +21,7 @@ from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import damage
-from rqa.runtime.parallelize import gradient_sync, parallelize, whole_weights
+from rqa.runtime.parallelize import parallelize, whole_weights
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import LiveState, delete_old_checkpoints, load_checkpoint, promote, save_checkpoint
 from rqa.training.journal import Journal, RunState, continues, metric_name, remember_if_best, resume_state
@@ -89,7 +89,8 @@ def train(
     """Train the objective's parameters and leave the best model at the top of the output directory."""
     output = Path(flags.output_dir)
     shard = flags.fsdp == "full_shard"
-    module = parallelize(objective, flags.gradient_checkpointing, flags.torch_compile, shard, flags.dtype)
+    parallelize(objective, flags.gradient_checkpointing, flags.torch_compile, shard, flags.precision)
+    averaged = distributed.world_size() if shard else 1  # FSDP2 takes the mean of all processes' gradients
     live = before_step if isinstance(before_step, LiveState) else None
     state = resume_state(checkpoint, flags) if checkpoint else RunState()
     batches.first_step, batches.first_position = state.step, state.examples
@@ -107,7 +108,8 @@ def train(
     with deferred_signals() as signals, journal.bar:
         while True:
             if evaluate and measure:
-                metrics = evaluate(state.step)
+                with distributed.autocast(flags.precision):
+                    metrics = evaluate(state.step)
                 objective.train()
                 journal.record(metrics)
                 save |= remember_if_best(metrics, state, flags)
@@ -117,15 +119,15 @@ def train(
             if state.interrupted or state.step >= len(batches):
                 break
 
-            news = journal.without_events(before_step(state.step)) if before_step else {}
+            with distributed.autocast(flags.precision):
+                news = journal.without_events(before_step(state.step)) if before_step else {}
             micro_batches = next(feed)  # made now, unless workers make it ahead
             weight, stop = distributed.total([sum(b.weight for b in micro_batches), bool(signals)])
             losses, statistics = [], []
-            for number, batch in enumerate(micro_batches, start=1):
-                with gradient_sync(module, enabled=number == len(micro_batches)):
-                    with distributed.autocast(flags.dtype):
-                        loss, values = module(batch.to(distributed.device()))
-                    optimization.scaler.scale(loss * (distributed.world_size() / weight)).backward()
+            for batch in micro_batches:
+                with distributed.autocast(flags.precision):
+                    loss, values = objective(batch.to(distributed.device()))
+                optimization.scaler.scale(loss * (averaged / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
             require_finite(losses, micro_batches, state.step)
@@ -143,7 +145,8 @@ def train(
     if state.interrupted:
         log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
     else:
-        finish(output, objective, state, flags, eval_size)
+        with optimization.whole_precision():
+            finish(output, objective, state, flags, eval_size)
     return state
 
 

@@ -162,7 +162,7 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
     assert not is_encoder_decoder(str(out))
     torch.testing.assert_close(logits(ours), logits(theirs))
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
-    again = {"qa_model_name_or_path": out, "embedding_model_name_or_path": encoder_path, **lengths,
+    again = {"qa_model_name_or_path": out, "embedding_model_name_or_path": encoder_path, "dtype": "float32", **lengths,
              "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"],
              "output_dir": tmp_path / "again"}  # fmt: skip
     assert run_executable("evaluate_rqa", again) == 0
@@ -180,12 +180,12 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
     merged = AutoModelForCausalLM.from_pretrained(half)
     torch.testing.assert_close(logits(merged), logits(ours), rtol=1e-4, atol=1e-5)
 
-    train_adapters(ours, LoraArguments(use_lora=True, lora_r=4))
+    train_adapters(ours, LoraArguments(use_lora=True, lora_r=4), str(out))
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in ours.named_parameters())
     with pytest.raises(UserError, match="--lora_r 8: the adapter to train on has 4"):
-        train_adapters(ours, LoraArguments(use_lora=True, lora_r=8))
+        train_adapters(ours, LoraArguments(use_lora=True, lora_r=8), str(out))
     with pytest.raises(UserError, match="is a LoRA adapter; train it on with --use_lora true"):
-        train_adapters(ours, LoraArguments())
+        train_adapters(ours, LoraArguments(), str(out))
 
 
 def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
@@ -204,7 +204,7 @@ def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
 def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*targets: str) -> None:
         flags = {"lora_target_modules": [*targets]} if targets else {}
-        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, **flags))
+        train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, **flags), lm_path)
 
     for flags, message in (
         ({"lora_r": 0}, "--lora_r 0: must be at least 1"), ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),

@@ -17,7 +17,7 @@ from rqa.objectives.fid import FiDArguments
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.packing import pad
 
-FLAGS = FiDArguments(embedding_model="bm25", max_encoder_seq_length=64, max_decoder_seq_length=16)
+FLAGS = FiDArguments(dtype="float32", embedding_model="bm25", max_encoder_seq_length=64, max_decoder_seq_length=16)
 
 
 def scorer(path: str, batch_size: int = 2, kind: str = "plain") -> CrossAttentionScorer:

@@ -29,7 +29,7 @@ DIRECTIONS = ["teacher_to_student", "student_to_teacher"]
 def test_the_retrievers_temperature_is_a_tenth_for_normalised_embeddings_and_else_the_root_of_the_width(
     encoder_path: str,
 ) -> None:
-    unit, plain = (load_encoder(encoder_path, EncoderArguments(normalize=on)) for on in (True, False))
+    unit, plain = (load_encoder(encoder_path, EncoderArguments(dtype="float32", normalize=on)) for on in (True, False))
     default, given = ListArguments(), ListArguments(retrieve_temperature=0.7)
     assert [default.temperature_for(unit), default.temperature_for(plain)] == [0.1, math.sqrt(32)]
     assert [given.temperature_for(unit), given.temperature_for(plain)] == [0.7, 0.7]

@@ -3,7 +3,9 @@
 import json
 import math
 import os
+import shutil
 import signal
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +15,8 @@ import torch
 import pytest
 from torch import Tensor, nn
 from fakes import Batch, Regression, make_batches, run, same_weights, weight_in
-from transformers import get_scheduler
+from safetensors.torch import load_file
+from transformers import PreTrainedConfig, PreTrainedModel, get_scheduler
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -230,20 +233,75 @@ def test_before_step_comes_before_the_batch_is_made(flags: LoopArguments) -> Non
     assert made == [event for step in range(6) for event in (f"before {step}", "batch")]
 
 
-def test_half_precision_is_used_where_the_cpu_has_it(flags: LoopArguments, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Spy(Regression):
-        def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
-            dtypes.add(self.linear(batch.rows).dtype)
-            return super().forward(batch)
+class InModel(Regression):
+    """The same within a model of `transformers`, which is what bf16 lowers."""
 
+    def __init__(self, dropout: float = 0.0) -> None:
+        super().__init__(dropout)
+        self.model = PreTrainedModel(PreTrainedConfig())
+        self.model.linear, self.model.frozen = self._modules.pop("linear"), nn.Linear(4, 1).requires_grad_(False)
+        self.dtypes: set[torch.dtype] = set()
+
+    @property
+    def linear(self) -> nn.Linear:
+        return self.model.linear
+
+    def forward(self, batch: Batch) -> tuple[Tensor, dict[str, float]]:
+        self.dtypes |= {weight.dtype for weight in self.parameters()}
+        return super().forward(replace(batch, rows=batch.rows.to(self.linear.weight.dtype)))
+
+
+@pytest.fixture
+def has_bf16(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[bool], None]]:
+    def pretend(answer: bool) -> None:
+        distributed.compute_dtype.cache_clear()
+        monkeypatch.setattr(distributed, "cpu_has_bf16", lambda: answer)
+
+    yield pretend
+    distributed.compute_dtype.cache_clear()
+
+
+def test_bf16_lowers_models_where_the_hardware_has_it_and_updates_float32_weights(
+    flags: LoopArguments, has_bf16: Callable[[bool], None]
+) -> None:
+    plan = replace(flags, bf16=True, max_steps=2, lr_scheduler_type="constant", max_grad_norm=0.0, learning_rate=1e-3)
     with pytest.raises(UserError, match="exclude each other"):
         run(replace(flags, bf16=True, fp16=True))
-    for has_bf16, expected in ((True, torch.bfloat16), (False, torch.float32)):
-        distributed.compute_dtype.cache_clear()
-        monkeypatch.setattr(distributed, "cpu_has_bf16", lambda answer=has_bf16: answer)
-        dtypes: set[torch.dtype] = set()
-        trained = run(replace(flags, bf16=True, overwrite_output_dir=True), Spy())
-        assert dtypes == {expected}
-        assert trained.linear.weight.dtype == torch.float32
-        assert math.isfinite(trained.state.log_history[-1]["loss"])
-    distributed.compute_dtype.cache_clear()
+    has_bf16(False)
+    wide = run(plan, InModel())
+    assert wide.dtypes == {torch.float32}
+    has_bf16(True)
+    ours = run(replace(plan, overwrite_output_dir=True, gradient_accumulation_steps=2), InModel())
+    assert ours.dtypes == {torch.bfloat16}
+    saved = load_file(Path(plan.output_dir) / "w.safetensors")
+    reference = InModel()
+    assert torch.equal(saved["model.frozen.weight"], reference.model.frozen.weight)
+    optimizer = torch.optim.AdamW(reference.linear.parameters(), lr=1e-3, weight_decay=0.0, fused=True)
+    for step in range(2):
+        low = InModel().bfloat16()
+        for master, weight in zip(reference.linear.parameters(), low.linear.parameters(), strict=True):
+            weight.data, master.grad = master.data.bfloat16(), torch.zeros_like(master)
+        batches = make_batches(replace(plan, gradient_accumulation_steps=2))[step]
+        for batch in batches:
+            low.zero_grad()
+            (low(batch)[0] / sum(each.weight for each in batches)).backward()
+            for master, weight in zip(reference.linear.parameters(), low.linear.parameters(), strict=True):
+                master.grad += weight.grad.float()
+        optimizer.step()
+    for name, weight in reference.linear.named_parameters():
+        assert saved[f"model.linear.{name}"].dtype == torch.float32
+        assert torch.equal(saved[f"model.linear.{name}"], weight)
+        assert torch.equal(ours.linear.get_parameter(name), weight.bfloat16())
+
+
+def test_a_resumed_bf16_run_ends_with_the_very_weights_of_an_uninterrupted_one(
+    flags: LoopArguments, has_bf16: Callable[[bool], None], tmp_path: Path
+) -> None:
+    has_bf16(True)
+    plan = replace(flags, bf16=True, save_steps=3, learning_rate=1e-4)
+    whole = run(replace(plan, output_dir=str(tmp_path / "whole")), InModel(dropout=0.2))
+    shutil.copytree(tmp_path / "whole" / "checkpoint-3", Path(plan.output_dir) / "checkpoint-3")
+    again = run(replace(plan, resume_from_checkpoint="true"), InModel(dropout=0.2))
+    assert again.seen == whole.seen[12:]
+    ends = [load_file(Path(each) / "w.safetensors") for each in (plan.output_dir, tmp_path / "whole")]
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
