@@ -35,7 +35,7 @@ from torch.nn.functional import cross_entropy
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import machine as machine_figures
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.encoder import load_encoder
+from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.sft import AnswerLikelihood
@@ -64,7 +64,9 @@ def train_ours(objective: Any, collate: Callable, examples: int, size: int, watc
     objective.save_pretrained = lambda directory: None
     with TemporaryDirectory() as directory:
         loop = loop_flags(directory, size, watch.steps, **flags)
-        train(objective, Batches(examples, collate, loop), loop, before_step=watch)
+        batches = Batches(examples, collate, loop)
+        batches.ahead = True
+        train(objective, batches, loop, before_step=watch)
         state = json.loads(Path(directory, "trainer_state.json").read_text(encoding="utf-8"))
     return round(state["log_history"][0]["loss"], 4)
 
@@ -173,7 +175,9 @@ def ctl_ours(section: Section, path: str, size: int, chunk: int) -> Line:
     encoder = load_encoder(path)
     documents = [Document(passage) for _, passage in pairs(size)]
     examples = [Example(question, (own,)) for (question, _), own in zip(pairs(size), documents, strict=True)]
-    collate = Contrasts(examples, documents, encoder, [[]] * len(examples), CTLArguments(), seed=0)
+    flags, objective = CTLArguments(chunk_size=chunk), Contrastive(encoder, 0.05)
+    objective.chunk_size = chunk
+    collate = Contrasts(examples, documents, encoder, [[]] * len(examples), flags, seed=0)
     both = zip(encoder.tokenize_queries([e.question for e in examples]),
                encoder.tokenize_passages([d.fmt_content for d in documents]), strict=True)  # fmt: skip
     lengths, watch, seen = [[len(ids) for ids in pair] for pair in both], Watch(section), []
@@ -182,7 +186,7 @@ def ctl_ours(section: Section, path: str, size: int, chunk: int) -> Line:
         seen.append([length for i in indices for length in lengths[i]])
         return collate(indices)
 
-    loss = train_ours(Contrastive(encoder, 0.05, chunk), counting, len(examples), size, watch)
+    loss = train_ours(objective, counting, len(examples), size, watch)
     work = [training_flops(encoder.backbone.config, one, 0) for one in seen]
     units = {"pairs": [size] * len(seen), "tokens": [sum(one) for one in seen]}
     return {**watch.result(units, work), "loss": loss}
@@ -225,11 +229,11 @@ def encode(section: Section) -> None:
         save_encoder(section, path)
 
         def ours(tokens: int) -> Line:
-            encoder = load_encoder(path)
-            encoder.backbone.to(torch.bfloat16)
+            encoder = load_encoder(path, EncoderArguments(dtype="bfloat16"))
+            encoder.max_batch_tokens = tokens
             ids = encoder.tokenize_passages(texts)
-            from_ids = measured(lambda: encoder.embed(ids, tokens))
-            from_text = measured(lambda: encoder.embed(encoder.tokenize_passages(texts), tokens), 1)
+            from_ids = measured(lambda: encoder.embed(ids))
+            from_text = measured(lambda: encoder.embed(encoder.tokenize_passages(texts)), 1)
             return {"from_ids_per_s": round(number / from_ids), "from_text_per_s": round(number / from_text),
                     "tokens_per_s": round(sum(map(len, ids)) / from_ids)}  # fmt: skip
 
