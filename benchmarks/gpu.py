@@ -28,7 +28,20 @@ from typing import Any
 
 import torch
 from gpu_correctness import kernels, tests, trainers
-from gpu_sections import ROOT, Line, Section, Skip, Watch, launch, llama, measured, save_encoder, text, training_flops
+from gpu_sections import (
+    ROOT,
+    Line,
+    Section,
+    Skip,
+    Watch,
+    described,
+    launch,
+    llama,
+    measured,
+    save_encoder,
+    text,
+    training_flops,
+)
 from harness import matmul_rate
 from torch.nn.functional import cross_entropy
 
@@ -42,6 +55,7 @@ from rqa.objectives.sft import AnswerLikelihood
 from rqa.packing import pad
 from rqa.prompts import TokenSequence
 from rqa.retrieval.index import Index, IndexArguments
+from rqa.runtime.cli import tune_allocator
 from rqa.training.arguments import LoopArguments
 from rqa.training.loop import Batches, train
 
@@ -331,7 +345,11 @@ SECTIONS = {work.__name__: work for work in (machine, kernels, trainers, sft, ct
 
 
 def run_section(pipe: Any, name: str, *options: Any) -> None:
-    SECTIONS[name](Section(pipe, name, *options))
+    tune_allocator()
+    try:
+        SECTIONS[name](Section(pipe, name, *options))
+    except Exception as error:
+        pipe.send({"section": name, "ok": False, "error": described(error)})
 
 
 def main() -> None:

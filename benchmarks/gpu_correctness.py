@@ -45,8 +45,8 @@ def attention(section: Section, dtype: Any) -> Line:
 
     def error(causal: bool, key_heads: int, window: int | None, width: int) -> float:
         torch.manual_seed(0)
-        shapes = [(1, heads, sum(lengths), width) for heads in (4, key_heads, key_heads, 4)]
-        *inputs, weights = (torch.randn(shape, device=section.device).to(dtype) for shape in shapes)
+        shapes = [(1, sum(lengths), heads, width) for heads in (4, key_heads, key_heads, 4)]
+        *inputs, weights = (torch.randn(shape, device=section.device).to(dtype).transpose(1, 2) for shape in shapes)
         ours = [x.clone().requires_grad_() for x in inputs]
         theirs = [x.double().requires_grad_() for x in inputs]
         found = packed_attention(SimpleNamespace(is_causal=causal), *ours, attention_mask=None, sliding_window=window,
@@ -184,6 +184,8 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
     for name in lines:
         if not section.tiny or " " not in name:
             yield (name, CPU), {}
+    for name in ("sft", "ctl", "fid", "fid t5") if section.cuda and not section.tiny else ():  # early: they take long
+        yield (name, "compiled"), {**bf16, "torch_compile": "true"}
     for name in ("ctl",) if section.tiny else lines:
         yield (name, "bf16"), bf16
     for name in ("sft",) if section.tiny else few:
@@ -200,8 +202,6 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
         yield (name, "checkpointing"), {**bf16, "gradient_checkpointing": "true"}
     yield ("ctl", "chunks"), {**bf16, "chunk_size": 2}
     yield ("rpg", "frozen passages"), {**bf16, "train_query_encoder_only": "true"}
-    for name in ("sft", "ctl", "fid", "fid t5") if section.cuda else ():
-        yield (name, "compiled"), {**bf16, "torch_compile": "true"}
 
 
 def weights_off(ours: Path, theirs: Path) -> float:
