@@ -49,6 +49,7 @@ from rqa.data import Document, Example
 from rqa.evaluation.runtime import machine as machine_figures
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.loading import LoadingArguments
 from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.sft import AnswerLikelihood
@@ -135,7 +136,8 @@ def sft_ours(section: Section, shape: str, size: int, warm_up: int = 3, **flags:
             raise Skip("needs CUDA and torchao")
     rows, answer = sequences(section)
     model = llama(section, shape, PACKED_ATTENTION, torch.bfloat16 if "optim" in flags else torch.float32)
-    objective = AnswerLikelihood(model, SimpleNamespace(stop_ids=[2], tokenizer=None))
+    prompter, precision = SimpleNamespace(stop_ids=[2], tokenizer=None), LoadingArguments(bf16=True).precision
+    objective = AnswerLikelihood(model, prompter, precision)
     watch, seen = Watch(section, warm_up), []
 
     def collate(indices: Sequence[int]) -> Any:
@@ -186,7 +188,7 @@ def pairs(size: int) -> list[tuple[str, str]]:
 
 
 def ctl_ours(section: Section, path: str, size: int, chunk: int) -> Line:
-    encoder = load_encoder(path)
+    encoder = load_encoder(path, EncoderArguments(bf16=True), torch.float32)
     documents = [Document(passage) for _, passage in pairs(size)]
     examples = [Example(question, (own,)) for (question, _), own in zip(pairs(size), documents, strict=True)]
     flags, objective = CTLArguments(chunk_size=chunk), Contrastive(encoder, 0.05)
