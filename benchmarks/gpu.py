@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from gpu_correctness import kernels, tests, trainers
 from gpu_sections import (
+    PRELOADED,
     ROOT,
     Line,
     Section,
@@ -63,9 +64,6 @@ from rqa.training.loop import Batches, train
 LIMITS = {"kernels": 60, "trainers": 130, "sft": 110, "ctl": 45, "encode": 45, "generate": 60, "search": 45,
           "compiled": 120, "tests": 480}  # seconds of each section, in their order  # fmt: skip
 TOGETHER = {"kernels", "trainers"}  # they time nothing, so they share the device
-IMPORTED_LATE = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "t5", "bart")]
-IMPORTED_LATE += ["rqa.recipe.reader", "rqa.recipe.retriever", "rqa.objectives.dca", "rqa.objectives.emdr",
-                  "rqa.objectives.fid", "rqa.objectives.swr", "rouge_score.rouge_scorer", "sacrebleu"]  # fmt: skip
 
 
 def loop_flags(directory: str, size: int, steps: int, **flags: Any) -> Any:
@@ -369,7 +367,7 @@ def main() -> None:
     if given.tiny:
         os.environ["OMP_NUM_THREADS"] = "1"
     # Libraries are imported once, in a process that never touches the GPU; all others are forked from it.
-    multiprocessing.get_context("forkserver").set_forkserver_preload(["gpu_correctness", *IMPORTED_LATE])
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     method, deadline = "forkserver", time.monotonic() + (given.seconds or (1500 if given.tiny else 340))
     lines: list[Line] = []
 

@@ -28,6 +28,10 @@ from rqa.runtime.distributed import device
 
 ROOT = Path(__file__).resolve().parents[1]
 PEAK = 990e12  # dense bf16 FLOP/s of an H100 or H200
+PRELOADED = [f"transformers.models.{name}.modeling_{name}" for name in ("llama", "bert", "t5", "bart")]
+PRELOADED += ["gpu_correctness", "rqa.recipe.reader", "rqa.recipe.retriever", "rqa.objectives.dca",
+              "rqa.objectives.emdr", "rqa.objectives.fid", "rqa.objectives.swr", "rouge_score.rouge_scorer",
+              "sacrebleu"]  # fmt: skip
 SYLLABLES = [a + b for a in ("k", "l", "m", "n", "p", "st", "tr") for b in ("a", "e", "in", "o", "or", "u")]
 
 Line = dict[str, Any]
@@ -62,6 +66,8 @@ class Section:
         self.name, self.tiny, self.deadline = name, tiny, time.monotonic() + limit
         self.context, self.device = multiprocessing.get_context(start_method), device()
         self.cuda = self.device.type == "cuda"
+        if start_method == "forkserver":  # what is launched from here is forked from a server of its own
+            self.context.set_forkserver_preload(PRELOADED)
         self._pipe, self._turn = pipe, threading.Lock()
         if tiny:
             torch.set_num_threads(1)
