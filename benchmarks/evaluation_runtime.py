@@ -67,8 +67,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from transformers import AutoModelForCausalLM
 
     from rqa.models.causal_lm import load_causal_lm
-    from rqa.models.encoder import load_encoder
-    from rqa.models.loading import LoadingArguments, load_tokenizer
+    from rqa.models.encoder import EncoderArguments, load_encoder
+    from rqa.models.loading import load_tokenizer
     from rqa.models.reader import CausalLMReader
     from rqa.runtime.distributed import device
 
@@ -77,17 +77,17 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         chat_format="template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
     )
     prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), flags)
-    retriever = Retriever(load_encoder(arguments.embedding_model), documents)
+    loading = EncoderArguments(bf16=arguments.precision == "bf16")
+    retriever = Retriever(load_encoder(arguments.embedding_model, loading), documents)
     batch, took, answers = SYSTEMS[arguments.system], {}, []
-    with LoadingArguments(bf16=arguments.precision == "bf16").autocast():
-        retriever.open(f"{arguments.directory}/index")
-        if batch:
-            dtype = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-            model = AutoModelForCausalLM.from_pretrained(arguments.qa_model_name_or_path, dtype=dtype).to(device())
-            run_transformers(model, prompter, retriever, examples, batch, took, answers)
-        else:
-            reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path), prompter)
-            run_rqa(reader, retriever, examples, took, answers)
+    retriever.open(f"{arguments.directory}/index")
+    if batch:
+        path, dtype = arguments.qa_model_name_or_path, loading.precision
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device())
+        run_transformers(model, prompter, retriever, examples, batch, took, answers)
+    else:
+        reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path, loading), prompter)
+        run_rqa(reader, retriever, examples, took, answers)
     total = sum(took.values())
     return {
         **took,

@@ -19,6 +19,7 @@ from packaging.requirements import Requirement
 
 from rqa.evaluation.runtime import machine, seconds
 from rqa.runtime.cli import tune_allocator
+from rqa.runtime.distributed import device
 
 Row = dict[str, Any]
 
@@ -260,7 +261,13 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
         print("  ".join([first.ljust(widths[0]), *figures]))
 
 
-def matmul_rate(dtype: torch.dtype, size: int = 1536) -> float:
-    """GFLOP/s of this machine's matrix product, the median of several."""
-    left, right = torch.randn(size, size).to(dtype), torch.randn(size, size).to(dtype)
-    return statistics.median(2 * size**3 / seconds(lambda: left @ right) / 1e9 for _ in range(5))
+def matmul_rate(dtype: torch.dtype) -> float:
+    """GFLOP/s of a large matrix product on the device that is used, the median of several measurements."""
+    size, times = (8192, 20) if device().type == "cuda" else (1536, 1)
+    left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
+
+    def products() -> None:
+        for _ in range(times):
+            left @ right
+
+    return statistics.median(2 * size**3 * times / seconds(products) / 1e9 for _ in range(5))

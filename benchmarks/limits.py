@@ -31,9 +31,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
 from rqa.models.causal_lm import load_causal_lm
-from rqa.models.encoder import Encoder, load_encoder
+from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
-from rqa.models.loading import LoadingArguments, load_tokenizer
+from rqa.models.loading import load_tokenizer
 from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
@@ -180,7 +180,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def memory_rate(size: int = 2**27) -> float:
     """Bytes a second, read and written, of a large copy; the median of several."""
-    source = torch.ones(size // 4)
+    source = torch.ones(size // 4, device=device())
     target = torch.empty_like(source)
     return statistics.median(2 * size / seconds(lambda: target.copy_(source)) for _ in range(7))
 
@@ -210,15 +210,15 @@ class Bench:
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
-        self.flags = LoadingArguments(bf16=arguments.precision == "bf16")
-        self.dtype = self.flags.dtype
+        self.flags = EncoderArguments(bf16=arguments.precision == "bf16")
+        self.dtype = self.flags.precision
         self.documents, self.examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
 
-    def encoder(self) -> Encoder:
-        return load_encoder(self.arguments.embedding_model)
+    def encoder(self, trained: bool = False) -> Encoder:
+        return load_encoder(self.arguments.embedding_model, self.flags, torch.float32 if trained else None)
 
-    def retriever(self) -> Retriever:
-        return Retriever(self.encoder(), list(self.documents[: self.arguments.documents]))
+    def retriever(self, trained: bool = False) -> Retriever:
+        return Retriever(self.encoder(trained), list(self.documents[: self.arguments.documents]))
 
     def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
         """Questions with their gold passages and others, as many for each."""
@@ -231,7 +231,7 @@ class Bench:
 
     def inference(self, work: Callable[[], Any]) -> Callable[[], None]:
         def run() -> None:
-            with torch.no_grad(), self.flags.autocast():
+            with torch.no_grad():
                 work()
 
         return run
@@ -243,8 +243,7 @@ class Bench:
 
         def run() -> None:
             made = batch()
-            with self.flags.autocast():
-                loss, _ = objective(made.to(device()))
+            loss, _ = objective(made.to(device()))
             optimization.scaler.scale(loss / made.weight).backward()
             optimization.step(next(steps), float(optimization.clip()))
 
@@ -253,14 +252,15 @@ class Bench:
 
 def sft_step(bench: Bench) -> Work:
     model = load_causal_lm(bench.arguments.model_name_or_path)
-    objective = AnswerLikelihood(model, Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments()))
+    prompter = Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments())
+    objective = AnswerLikelihood(model, prompter, bench.dtype)
     prompts = [objective.prompter.encode(e, passages, e.gold_answer) for e, passages in bench.contexts(2, 3)]
     batch = objective.batch(prompts)
     return Work(bench.training(objective, lambda: batch), (batch.num_tokens, "tokens"))
 
 
 def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
-    encoder, pairs = bench.encoder(), bench.contexts(32, 2)
+    encoder, pairs = bench.encoder(trained=True), bench.contexts(32, 2)
     queries = encoder.tokenize_queries([example.question for example, _ in pairs])
     passages = encoder.tokenize_passages([pair[which].fmt_content for which in (0, 1) for _, pair in pairs])
     gold = torch.arange(len(pairs))
@@ -271,9 +271,8 @@ def ctl_step(bench: Bench, chunk_size: int = 0) -> Work:
 
 
 def rpg_step(bench: Bench, warm: bool) -> Work:
-    retriever, examples = bench.retriever(), bench.examples[:4]
-    with bench.flags.autocast():
-        retriever.open()
+    retriever, examples = bench.retriever(trained=True), bench.examples[:4]
+    retriever.open()
     lm = LikelihoodArguments(lm_model_path=bench.arguments.model_name_or_path, bf16=bench.flags.bf16, num_docs=4)
     (scorer, _), fresh = local_scorer(lm), count()
     choose = RetrievedCandidates(examples, retriever, lm)
@@ -300,7 +299,8 @@ def fid_step(bench: Bench) -> Work:
 
 
 def dca_scoring(bench: Bench) -> Work:
-    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", ReaderArguments())
+    flags = ReaderArguments(bf16=bench.flags.bf16)
+    model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", flags)
     scorer = CrossAttentionScorer(model, prompter, 4)
     pairs = [Pair(e, document, tuple(passages)) for e, passages in bench.contexts(4, 5) for document in passages]
     return Work(bench.inference(lambda: list(scorer(pairs))), (len(pairs), "passages"))
@@ -339,7 +339,7 @@ def tokenisation(bench: Bench) -> Work:
 
 
 def generation(bench: Bench) -> Work:
-    model = load_causal_lm(bench.arguments.model_name_or_path)
+    model = load_causal_lm(bench.arguments.model_name_or_path, bench.flags)
     prompter = Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments())
     reader = CausalLMReader(model, prompter)
     prompts = [prompter.encode(*context).ids for context in bench.contexts(8, 1)]

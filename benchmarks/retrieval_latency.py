@@ -155,12 +155,10 @@ def open_rqa(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encod
     flags = EncoderArguments(bf16=arguments.precision == "bf16")
     encoder = load_encoder(arguments.embedding_model, flags)
     retriever = Retriever(encoder, [Document(text, fmt_content=text) for text in documents])
-    with flags.autocast():
-        duration = seconds(retriever.refresh)
+    duration = seconds(retriever.refresh)
 
     def encode(questions: Sequence[str]) -> np.ndarray:
-        with flags.autocast():
-            return encoder.embed(encoder.tokenize_queries(questions))
+        return encoder.embed(encoder.tokenize_queries(questions))
 
     return encode, lambda embeddings: retriever.index.search(embeddings, K)[1].tolist(), duration
 

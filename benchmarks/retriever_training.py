@@ -93,7 +93,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
 
     size, bf16 = len(triples), arguments.precision == "bf16"
     flags = EncoderArguments(max_passage_length=arguments.max_length, bf16=bf16)
-    encoder = load_encoder(arguments.model_name_or_path, flags)
+    encoder = load_encoder(arguments.model_name_or_path, flags, torch.float32)
     queries = encoder.tokenize_queries([question for question, _, _ in triples])
     passages = encoder.tokenize_passages([triple[1] for triple in triples] + [triple[2] for triple in triples])
     clock = Clock()
@@ -105,7 +105,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
         return ContrastiveBatch(*chunks, indices, documents, targets, gold=targets[:, None])
 
     objective = Contrastive(encoder, TEMPERATURE)
-    with torch.no_grad(), evaluating(objective), flags.autocast():
+    with torch.no_grad(), evaluating(objective):
         chunked = batch([], CHUNK).to(device())  # not to count memory that training would not need
         loss = float(objective(chunked)[0]) / size
     clock.units.clear()

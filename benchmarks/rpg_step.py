@@ -95,7 +95,7 @@ def usual_steps(
     tokenizer = load_tokenizer(arguments.lm_model_path)
     lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
     prompter = Prompter(tokenizer, lm.lm_prompt(tokenizer))
-    model = load_causal_lm(arguments.lm_model_path, dtype=flags.dtype).eval()
+    model = load_causal_lm(arguments.lm_model_path, dtype=flags.precision).eval()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)
     clock = Clock()
 
@@ -119,7 +119,7 @@ def usual_steps(
         clock.tick()
         clock.units.append(QUESTIONS)
         losses = []
-        with flags.autocast():
+        with torch.autocast(device().type, torch.bfloat16, enabled=flags.precision == torch.bfloat16):
             for example in examples[start : start + QUESTIONS]:
                 (documents,) = retriever.documents_of(retriever.retrieve([example.question], depth))
                 scores = torch.stack([likelihood(example, document) for document in documents])

@@ -1,0 +1,86 @@
+"""What the benchmarks measure with, and that a failed or endless check of gpu.py is told and ends no other."""
+
+import multiprocessing
+import time
+from typing import Any
+
+import torch
+import pytest
+from gpu_sections import Section, launch, llama, training_flops
+from harness import matmul_rate
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertModel
+
+from rqa.evaluation.runtime import seconds
+
+
+class Pipe(list):
+    send = list.append
+
+
+def divide() -> dict[str, Any]:
+    return {"result": 1 / 0}
+
+
+def test_a_check_that_fails_is_a_line_with_its_place_and_the_next_one_runs() -> None:
+    lines = Pipe()
+    section = Section(lines, "kernels", True, 60, "fork")
+    section.check({"check": "first"}, divide)
+    section.check({"check": "second"}, lambda: {"figure": 7})
+    failed, passed = lines
+    assert failed["ok"] is False
+    assert failed["error"].startswith("ZeroDivisionError")
+    assert "tests/test_benchmarks.py:" in failed["error"]
+    assert passed["ok"]
+    assert passed["figure"] == 7
+
+
+def test_no_check_begins_when_its_section_is_about_to_be_stopped() -> None:
+    lines = Pipe()
+    Section(lines, "kernels", True, 1, "fork").check({}, divide)
+    assert lines[0]["skipped"] == "no time left"
+
+
+def say_and(pipe: Any, then: str) -> None:
+    pipe.send("begun")
+    if then == "sleep":
+        time.sleep(60)
+    if then == "die":
+        raise SystemExit(3)
+
+
+@pytest.mark.parametrize(
+    ("then", "ended"), [("end", ""), ("sleep", "stopped after 2 s"), ("die", "ended with status 3")]
+)
+def test_a_process_is_stopped_in_time_and_what_it_sent_is_kept(then: str, ended: str) -> None:
+    sent: list[str] = []
+    began = time.monotonic()
+    assert launch(multiprocessing.get_context("fork"), say_and, 2, (then,), sent.append) == ended
+    assert sent == ["begun"]
+    assert time.monotonic() - began < 30
+
+
+def counted(model: torch.nn.Module, lengths: list[int], **options: Any) -> int:
+    """Floating-point operations of a step, as PyTorch counts them, one sequence at a time."""
+    with FlopCounterMode(display=False) as counter:
+        for length in lengths:
+            model(torch.ones(1, length, dtype=torch.long), **options)[0].sum().backward()
+    return counter.get_total_flops()
+
+
+def test_the_work_of_a_step_is_what_pytorch_counts_with_half_of_causal_attention() -> None:
+    lengths, shape = [9, 30], {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    bert = BertModel(BertConfig(**shape, num_attention_heads=4, attn_implementation="eager"), add_pooling_layer=False)
+    assert training_flops(bert.config, lengths, 0) == counted(bert, lengths)
+    decoder = llama(Section(Pipe(), "sft", True, 60, "fork"), "1B", "eager", torch.float32)
+    hidden_half = 6 * decoder.config.num_hidden_layers * decoder.config.hidden_size * sum(n * n for n in lengths)
+    expected = training_flops(decoder.config, lengths, sum(lengths)) + hidden_half
+    assert expected == pytest.approx(counted(decoder, lengths, use_cache=False), rel=0.01)  # and rotary embeddings
+
+
+def test_the_rate_of_products_is_that_of_the_device_that_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    work: list[Any] = []
+    monkeypatch.setattr("harness.seconds", lambda run: work.append(run) or 1.0)
+    monkeypatch.setattr("harness.device", lambda: torch.device("meta"))
+    assert matmul_rate(torch.bfloat16) == pytest.approx(2 * 1536**3 / 1e9)
+    assert seconds(work[0]) < 1  # on that device, which computes nothing
