@@ -122,14 +122,15 @@ def trainers(section: Section) -> None:
                   "logging_steps": 1, "save_steps": 2, "eval_steps": 4, "per_device_train_batch_size": 4,
                   "learning_rate": 1e-4, "load_best_model_at_end": "false"}  # fmt: skip
         encoder, retrieving = {"model_name_or_path": root / "encoder"}, {"embedding_model": root / "encoder"}
+        sharp = {**encoder, "retrieve_temperature": 0.02}  # or the losses of lists are next to nothing
         decoder = {"model_name_or_path": root / "lm", "max_new_tokens": 8, "max_seq_length": 512, **retrieving}
         short = {"max_encoder_seq_length": 128}
         fid = {**short, "max_decoder_seq_length": 16, **retrieving}
-        judge = {**encoder, "lm_model_path": root / "lm", "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
+        judge = {**sharp, "lm_model_path": root / "lm", "num_docs": 4, "text_maxlength": 256, "refresh_step": 2}
         lines = {
             "sft": ("train_sft", decoder), "swr": ("train_swr", decoder), "ctl": ("train_ctl", encoder),
             "rpg": ("train_rpg", judge), "emdr": ("train_emdr", judge),
-            "dca": ("train_dca", {**encoder, **short, "reader_model_path": root / "t5", "n_context": 4}),
+            "dca": ("train_dca", {**sharp, **short, "reader_model_path": root / "t5", "n_context": 4}),
             "fid": ("train_fid", {"model_name_or_path": f"bert::{root / 'encoder'}", **fid}),
             "fid bart": ("train_fid", {"model_name_or_path": root / "bart", **fid}),
             "fid t5": ("train_fid", {"model_name_or_path": root / "t5", **fid}),
