@@ -160,13 +160,11 @@ def read_prompts(
     batch, kept = pack(prompts).to(model.device), []
     ends = batch.starts + batch.lengths - 1  # [B]
     logits = model(**batch.inputs, use_cache=False, kept=kept, logits_to_keep=ends).logits[0]
-    positions, owners = batch.inputs["position_ids"][0], torch.arange(len(prompts), device=model.device)  # [T], [B]
-    rows = owners.repeat_interleave(batch.lengths, output_size=len(positions))  # [T]
-    columns = positions + (batch.lengths.max() - batch.lengths)[rows]  # [T]
+    columns = batch.inputs["position_ids"][0] + (batch.lengths.max() - batch.lengths)[batch.owners]  # [T]
 
     def laid(states: Tensor, dtype: torch.dtype) -> Tensor:
         room = states.new_zeros((len(prompts), states.shape[1], length, states.shape[3]), dtype=dtype)
-        room.transpose(1, 2)[rows, columns] = states[0].transpose(0, 1).to(dtype)
+        room.transpose(1, 2)[batch.owners, columns] = states[0].transpose(0, 1).to(dtype)
         return room
 
     return logits, [(laid(keys, values.dtype), laid(values, values.dtype)) for keys, values in kept]
@@ -250,14 +248,14 @@ class CausalLMReader(LocalReader):
         tokens[:, longest] = self.flags.next_tokens(logits)
         columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
         padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
-        hidden = torch.full((), -torch.inf, dtype=states[0][0].dtype, device=logits.device)
+        hidden = torch.full_like(tokens, -torch.inf, dtype=states[0][0].dtype)  # [B, L]
         options = {"past_key_values": InPlaceCache(states, place), "use_cache": True, "logits_to_keep": 1}
 
         def step() -> None:
             """Write the token behind `place`; nothing else changes, so that a step may be made again."""
             seen = (columns >= padding) & (columns <= place) & (columns > place - reach)  # [B, L]
             inputs = {"input_ids": tokens.index_select(1, place), "position_ids": place - padding}
-            mask = torch.where(seen, 0, hidden)[:, None, None]  # [B, 1, 1, L]
+            mask = hidden.masked_fill(seen, 0)[:, None, None]  # [B, 1, 1, L]
             logits = self.model(**inputs, **options, attention_mask=mask).logits[:, -1]
             tokens.index_copy_(1, place + 1, self.flags.next_tokens(logits)[:, None])
 
