@@ -40,7 +40,7 @@ EXTRAS = {
         "ruff>=0.14",  # the linter of .ci/run
         "sentence-transformers>=5",  # the oracle for the encoder's layout on disk
         "peft>=0.17",  # the oracle for adapters
-        "torchao>=0.16",  # what the extra `8bit` brings
+        "torchao>=0.18",  # what the extra `8bit` brings
         "hypothesis>=6.100",  # malformed input that nobody thought of; properties of chunking and formats
         "langchain-text-splitters>=1",  # the oracle of chunking
         "trafilatura>=2",  # what the extra `documents` brings
@@ -55,7 +55,7 @@ EXTRAS = {
         "langchain-text-splitters>=1",  # a peer of chunking
         "semchunk>=3",  # another
     ],
-    "8bit": ["torchao>=0.16"],  # --optim adamw_8bit
+    "8bit": ["torchao>=0.18"],  # --optim adamw_8bit; it compiles its step with a C++ compiler
     "flash": ["flash-attn>=2.7"],  # variable-length attention kernels on CUDA
     "lora": ["peft>=0.17"],  # low-rank adapters
     "tracking": ["tensorboard>=2.18", "wandb>=0.19", "trackio>=0.5"],  # --report_to

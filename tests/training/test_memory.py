@@ -39,7 +39,7 @@ def test_weights_gradients_and_moments_are_counted_to_the_byte(
     sft(sft.batch([TokenSequence(list(range(4, 52)), 40)] * 2))[0].backward()
     weights, trained = set(sft.parameters()), list(optimization.trained.values())
     real = [size(weights), size(set(trained) - weights), size(w.grad for w in trained)]
-    optimization.step(0)
+    optimization.step(0, 1.0)
     states = optimization.optimizer.state.values()
     real.append(size(state[name] for state in states for name in ("exp_avg", "exp_avg_sq")))
     assert [needs(flags, False)[1][name] for name in STATIC] == real
