@@ -41,7 +41,7 @@ class Optimization:
         self.warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
         self.masters: dict[nn.Parameter, nn.Parameter] = {}  # float32 weights by the parameter of the module
         self.unrounded: dict[nn.Parameter, Tensor] = {}  # the same of what is frozen
-        if flags.precision is torch.bfloat16:
+        if flags.bf16 and flags.precision is torch.bfloat16:
             self._lower(module)
         groups = parameter_groups(module, flags)
         for group in groups:

@@ -14,7 +14,8 @@ from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.executables import EvaluationDataArguments, measure_speed
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import machine, machine_line, seconds
-from rqa.models.reader import Answer, GenerationArguments
+from rqa.models.encoder_decoder import FiDReader
+from rqa.models.reader import Answer, CausalLMReader
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.retriever import Hits
@@ -118,10 +119,9 @@ def test_what_was_not_generated_now_enters_no_time(answered: Answered, examples:
 def test_readers_warm_up_with_a_few_tokens(
     lm_path: str, t5_path: str, documents: list[Document], examples: list[Example], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked, config = [], GenerationArguments.config
-    monkeypatch.setattr(
-        GenerationArguments, "config", lambda self, n, *a, **o: asked.append(n) or config(self, n, *a, **o)
-    )
+    asked: list[int] = []
+    for kind in (CausalLMReader, FiDReader):
+        monkeypatch.setattr(kind, "generate", lambda self, prompts, n=7: asked.append(n) or [[0]] * len(prompts))
     for path in (lm_path, t5_path):
         reader: Any = load_reader(path, ReaderArguments(max_new_tokens=7, max_decoder_seq_length=7))
         reader.warm_up(examples[0], documents[:1])
