@@ -174,7 +174,7 @@ def trainers(section: Section) -> None:
             history = json.loads((output / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
             return [entry["loss"] for entry in history if "loss" in entry]
 
-        with ThreadPoolExecutor(2 if section.tiny else 10) as pool:
+        with ThreadPoolExecutor(2 if section.tiny else 14) as pool:
             list(pool.map(work, wanted))
 
 
@@ -185,7 +185,7 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
     for name in lines:
         if not section.tiny or " " not in name:
             yield (name, CPU), {}
-    for name in ("sft", "ctl", "fid", "fid t5") if section.cuda and not section.tiny else ():  # early: they take long
+    for name in ("sft", "ctl") if section.cuda and not section.tiny else ():  # early: they take long
         yield (name, "compiled"), {**bf16, "torch_compile": "true"}
     for name in ("ctl",) if section.tiny else lines:
         yield (name, "bf16"), bf16
@@ -195,12 +195,11 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
     yield ("rpg", "async refresh"), {**bf16, "refresh_async": "true"}
     if section.tiny:
         return
-    for name in (*few, "dca", "fid t5"):
+    for name in few:
         yield (name, "float32"), {}
     for name in few if section.cuda else ():
         yield (name, "fp16"), {"fp16": "true"}
-    for name in ("sft", "fid"):
-        yield (name, "checkpointing"), {**bf16, "gradient_checkpointing": "true"}
+    yield ("fid", "checkpointing"), {**bf16, "gradient_checkpointing": "true"}
     yield ("ctl", "chunks"), {**bf16, "chunk_size": 2}
     yield ("rpg", "frozen passages"), {**bf16, "train_query_encoder_only": "true"}
 

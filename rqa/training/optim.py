@@ -93,9 +93,9 @@ class Optimization:
             self.scaler.step(self.optimizer)  # skips the update if fp16 overflowed
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        with torch.no_grad():
-            for weight, master in self.masters.items():
-                weight.copy_(master)
+        if self.masters:
+            with torch.no_grad():
+                torch._foreach_copy_(list(self.masters), list(self.masters.values()))
 
     def state_dict(self) -> dict[str, Any]:
         """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""
