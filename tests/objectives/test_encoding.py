@@ -29,9 +29,10 @@ def test_chunks_give_the_embeddings_of_one_text_at_a_time_and_the_gradient_of_th
     size: int, encoder: Encoder, sequences: list[list[int]]
 ) -> None:
     expected = torch.cat([torch.from_numpy(encoder.embed([ids])) for ids in sequences])
-    ours = embed_chunks(encoder, in_chunks(encoder, sequences, size))
+    device = encoder.backbone.device
+    ours = embed_chunks(encoder, in_chunks(encoder, sequences, size).to(device))
     torch.testing.assert_close(ours.detach().cpu(), expected, atol=1e-5, rtol=1e-4)
-    both = (embed_chunks(encoder, in_chunks(encoder, sequences, n)) for n in (size, 0))
+    both = (embed_chunks(encoder, in_chunks(encoder, sequences, n).to(device)) for n in (size, 0))
     found, wanted = (loss_and_gradients(encoder, embeddings) for embeddings in both)
     torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-4)
 
