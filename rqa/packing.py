@@ -1,11 +1,8 @@
 """Token batches: sequences laid end to end in one row, with no padding computed.
 
 `transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
-borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in the
-flattened output through `TokenBatch.starts`.
-
-What a step needs to know about a batch is computed here, on the CPU: a GPU whose values Python reads has to be waited
-for.
+borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded. What a step needs to know about a
+batch is computed here, on the CPU: Python would have to wait for a GPU's values.
 """
 
 from collections.abc import Callable, Sequence

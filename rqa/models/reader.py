@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
 from transformers import Cache, GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
-from rqa.packing import pack, token_budget_batches
+from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
 from rqa.runtime.errors import UserError, one_line
@@ -45,8 +44,7 @@ class GenerationArguments(Arguments):
     generation_batch_tokens: int = flag(16384, "Most tokens of a batch of prompts, padding included.", rare=True)
 
     def check(self) -> None:
-        self.check_bounds("num_beams", at_least=1)
-        self.check_bounds("generation_batch_tokens", at_least=1)
+        self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
         self.check_bounds("temperature", above=0)
         self.check_bounds("top_p", above=0, at_most=1)
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
@@ -57,9 +55,8 @@ class GenerationArguments(Arguments):
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
         # What is not set here would come from the checkpoint's generation_config.json.
         unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
-        search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
-        return GenerationConfig(**search, **sampling, **unset, **ends, **options)
+        search = {"num_beams": self.num_beams, "do_sample": self.do_sample, "max_new_tokens": max_new_tokens}
+        return GenerationConfig(**search, **sampling, **unset, eos_token_id=list(stop), pad_token_id=stop[0], **options)
 
     def next_tokens(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
@@ -207,17 +204,13 @@ class CausalLMReader(LocalReader):
 
     @cached_property
     def _reach(self) -> float | None:
-        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers differ in this."""
-        kept, config = [], self.model.config.get_text_config(decoder=True)
+        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers are not alike."""
+        model, kept, config = self.model, [], self.model.config.get_text_config(decoder=True)
         kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
-        if kinds not in (set(), {"full_attention"}, {"sliding_attention"}) or not (
-            attention_of(self.model) == PACKED_ATTENTION
-            and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            and packing_is_exact(self.model)
-        ):
-            return None
-        hidden_states(self.model, pack([[0]]).to(self.model.device), kept=kept)
-        if len(kept) != config.num_hidden_layers:  # some layers share their keys
+        keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if keeps_logits and attention_of(model) == PACKED_ATTENTION and packing_is_exact(model):
+            hidden_states(model, pack([[0]]).to(model.device), kept=kept)
+        if len(kept) != config.num_hidden_layers or kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
             return None
         return math.inf if window is None or kinds == {"full_attention"} else window
 
@@ -230,13 +223,11 @@ class CausalLMReader(LocalReader):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
                 answers = self._decode(prompts, most, stop, self._reach)
             else:
-                left = {"batch_first": True, "padding_side": "left"}
-                ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=stop[0], **left)
-                mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)
-                inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+                turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
+                inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
                 config = self.flags.config(most, stop)
                 answers = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)
-                answers = answers[:, ids.shape[1] :].tolist()  # [B, new]
+                answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
 
     def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
