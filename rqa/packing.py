@@ -14,6 +14,7 @@ from typing import Any, Self
 import torch
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from rqa.prompts import TokenSequence
 
@@ -25,17 +26,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: moved(part) for name, part in value.items()}
-            if isinstance(value, tuple):
-                return tuple(map(moved, value))
             if isinstance(value, Batch):
                 return value.to(device)
             if isinstance(value, Tensor) and value.device.type == "cpu" and device.type == "cuda":
                 value = value.pin_memory()  # or the copy would wait for the device
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return replace(self, **moved(vars(self)))
+        return replace(self, **tree_map(moved, vars(self)))
 
 
 @dataclass(frozen=True)

@@ -133,10 +133,7 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
-    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
-
-    `precision` is what products will run in. Default: what the model was loaded in.
-    """
+    """How batches are built: packed if that is exact in `precision` (default: what the model is in), else padded."""
     # Every process calls this; the main process decides, as its model surely has weights.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack

@@ -29,8 +29,6 @@ log = logging.getLogger(__name__)
 
 WARM_UP_TOKENS = 4
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
-# Everything but cuDNN, whose kernels are built anew for each batch size and length.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(kw_only=True)
@@ -102,12 +100,13 @@ class LocalReader(ABC):
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
         """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
-        return self.answer_prompts(self._prompts(examples, passages), progress)
+        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
+        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
-        if any(prompts := self._prompts([example], [passages])):
-            self.generate(prompts, WARM_UP_TOKENS)
+        if fitted := fitting(self.encode, [(example, passages)], "it is left unanswered"):
+            self.generate([fitted[0]], WARM_UP_TOKENS)
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
@@ -125,10 +124,6 @@ class LocalReader(ABC):
                     answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
                 bar.update(len(batch))
         return answers
-
-    def _prompts(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Any]:
-        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
-        return [fitted.get(number) for number in range(len(examples))]
 
 
 class InPlaceCache(Cache):
@@ -151,8 +146,7 @@ def read_prompts(
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Read prompts as one packed row: the logits of their next tokens [B, V], and keys and values of each layer.
 
-    Keys and values [B, H_kv, length, d] have room for new tokens; the longest prompt says how far others are padded
-    on the left.
+    These, [B, H_kv, length, d], are padded on the left up to the longest prompt, and have room for new tokens.
     """
     batch, kept = pack(prompts).to(model.device), []
     ends = batch.starts + batch.lengths - 1  # [B]
@@ -168,10 +162,7 @@ def read_prompts(
 
 
 def in_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, which runs without Python; the step itself if it cannot be captured.
-
-    The step is made once and must bear to be made again.
-    """
+    """A step as a CUDA graph, or as it is where that fails; it is made once here, and must bear to be made again."""
     stream, mode, graph = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
     try:
         # What waits for the device raises here already: random numbers would not survive a capture that fails.
@@ -251,7 +242,8 @@ class CausalLMReader(LocalReader):
             tokens.index_copy_(1, place + 1, self.flags.next_tokens(logits)[:, None])
 
         advance, look_every = step, LOOK_EVERY if self.captures else 1
-        with sdpa_kernel(KERNELS):
+        # Everything but cuDNN, whose kernels are built anew for each batch size and length.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
                 if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
                     break

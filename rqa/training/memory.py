@@ -46,14 +46,14 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
     freeze_pooler(model.to(model.dtype))  # adapters are float32 until training lowers them
     whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     shard = flags.fsdp == "full_shard"
+    processes = distributed.world_size() if shard else 1
     sizes = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
     names = "weights", "master weights", "gradients", "moments"
-    terms = {name: float(size * trained) for name, size in zip(names, sizes, strict=True)}
-    terms["weights"] += width * (whole - trained)
+    terms = {name: size * trained / processes for name, size in zip(names, sizes, strict=True)}
+    terms["weights"] += width * (whole - trained) / processes
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if shard:  # a layer's gradients are gathered, too, and the next layer is fetched ahead
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-        terms = {name: size / distributed.world_size() for name, size in terms.items()}
         terms["gathered layers"] = 2 * width * (whole - sum(counts) + 2 * max(counts, default=0))
     batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
     for name in ("lm_model_path", "reader_model_path", "embedding_model"):
