@@ -210,21 +210,21 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stored, two_encoders = _stored_settings(path)
-    names = [item.name for item in fields(EncoderSettings) if item.name != "projection"]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    stored, names = _stored_settings(path), {item.name for item in fields(EncoderSettings)}
+    given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
     limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     for name in lengths:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
-    settings = EncoderSettings(**(stored | lengths | given))
+    chosen = stored | lengths | given
+    settings = EncoderSettings(**{name: chosen[name] for name in names & chosen.keys()})
     if (pooling := settings.pooling_type) not in POOLING_KEYS:
         file = f"{path}/{POOLING}/config.json"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
     last = dtype and flags.precision, flags.max_batch_tokens
     passages = None
-    if two_encoders:
+    if stored.get("two_encoders"):
         model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
         projection = _load_projection(path, PASSAGE_ENCODER, model, settings.projection)
         passages = Encoder(model, tokenizer, settings, projection, None, *last)
@@ -277,14 +277,13 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
+def _stored_settings(path: str) -> dict[str, Any]:
     """The settings that a checkpoint's own files state, and whether passages have an encoder of their own."""
-    known = {item.name for item in fields(EncoderSettings)}
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        return {name: value for name, value in ours.items() if name in known}, bool(ours.get("two_encoders"))
+        return ours
     modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json", list)}
     if not modules:
-        return {}, False
+        return {}
     if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
     prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
@@ -298,7 +297,7 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
         stored["pooling_type"] = OLD_POOLING_NAMES.get(mode, mode or "none")
     if length := _read_json(path, "sentence_bert_config.json").get("max_seq_length"):
         stored |= {"max_query_length": length, "max_passage_length": length}
-    return stored, False
+    return stored
 
 
 def _read_json(path: str, name: str, kind: type = dict) -> Any:

@@ -86,8 +86,7 @@ def open_retriever(
 class LexicalRetriever(PassageRetriever):
     """BM25 as Lucene computes it (Robertson & Zaragoza 2009), over the documents' formatted text.
 
-    A document that shares no word with the question is not found at all. Equal scores are ranked by position in the
-    database, so that two runs find the same.
+    What shares no word with the question is not found at all; equal scores are ranked by position in the database.
     """
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
