@@ -49,11 +49,16 @@ def packed_attention(
     max_length_q: int | None = None,
     sequence_lengths: SimpleNamespace | None = None,  # `values`: lengths as numbers, for which no device is waited for
     kept: list[tuple[Tensor, Tensor]] | None = None,  # gets this layer's keys and values, for a cache
+    cached: Any = None,  # all layers' keys and values, [B, H_kv, L, d] each, and the place of the new ones in each row
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]"""
     if kept is not None:
         kept.append((key, value))
+    if cached is not None:  # written in place: `transformers`' caches copy them, or count in each layer
+        (keys, values), place = cached[0][module.layer_idx], cached[1]
+        key = keys.index_copy_(2, place, key.to(keys.dtype))  # rotary embeddings leave float32 beside autocast's values
+        value = values.index_copy_(2, place, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask_dtype = None if attention_mask is None else attention_mask.dtype

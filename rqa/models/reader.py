@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
@@ -126,21 +126,6 @@ class LocalReader(ABC):
         return answers
 
 
-class InPlaceCache(Cache):
-    """Keys and values written at one place in all layers; `transformers`' caches copy them or count in each layer."""
-
-    def __init__(self, states: Sequence[tuple[Tensor, Tensor]], place: Tensor) -> None:
-        super().__init__(layers=[])
-        self.states, self.place = states, place  # a layer: [B, H_kv, L, d] twice; the same place in each row: [1]
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.states[layer_idx]
-        # Rotary embeddings leave float32 beside autocast's values.
-        keys.index_copy_(2, self.place, key_states.to(keys.dtype))
-        values.index_copy_(2, self.place, value_states)
-        return keys, values
-
-
 def read_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
@@ -231,7 +216,7 @@ class CausalLMReader(LocalReader):
         columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
         padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
         hidden = torch.full_like(tokens, -torch.inf, dtype=states[0][0].dtype)  # [B, L]
-        options = {"past_key_values": InPlaceCache(states, place), "use_cache": True, "logits_to_keep": 1}
+        options = {"cached": (states, place), "use_cache": False, "logits_to_keep": 1}
 
         def step() -> None:
             """Write the token behind `place`; nothing else changes, so that a step may be made again."""
