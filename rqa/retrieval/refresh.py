@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -192,7 +193,8 @@ class BackgroundEncoding:
         started = time.perf_counter()
         numbers = distributed.share(range(len(self._retriever.documents)))
         try:
-            with torch.cuda.stream(self._stream):
+            on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
+            with on_stream:
                 self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
         except BaseException as error:  # it belongs to the main thread, if that still waits
             self._error = error
