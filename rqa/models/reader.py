@@ -27,7 +27,6 @@ from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
-WARM_UP_TOKENS = 4
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
 
 
@@ -106,7 +105,7 @@ class LocalReader(ABC):
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
         if fitted := fitting(self.encode, [(example, passages)], "it is left unanswered"):
-            self.generate([fitted[0]], WARM_UP_TOKENS)
+            self.generate([fitted[0]], 4)  # tokens
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""

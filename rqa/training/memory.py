@@ -101,10 +101,9 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
             states = model.get_encoder()(**inputs).last_hidden_state.unflatten(0, (B, -1)).flatten(1, 2)  # [B, S, D]
             inputs = {"encoder_outputs": (states,), "decoder_input_ids": zeros(B, answer), "use_cache": False}
         logits = model(**inputs).get("logits", torch.empty(0))
-    storages = {tensor.untyped_storage()._cdata: tensor.untyped_storage() for tensor in kept}
-    for tensor in (*model.parameters(), *model.buffers()):
-        storages.pop(tensor.untyped_storage()._cdata, None)
-    size = sum(storage.nbytes() for storage in storages.values())
+    own = {weight.untyped_storage()._cdata for weight in (*model.parameters(), *model.buffers())}
+    sizes = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, kept)}
+    size = sum(nbytes for storage, nbytes in sizes.items() if storage not in own)
     if flags.gradient_checkpointing and layers:  # each layer's input stays, and one layer at a time is computed again
         size = size / layers + layers * rows * length * model.get_input_embeddings().weight[0].nbytes
     size += 2 * logits.nbytes + 8 * logits.numel()  # their softmax and its gradient are float32
