@@ -5,7 +5,7 @@ import json
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from itertools import chain, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,15 +163,16 @@ class Encoder(nn.Module):
         batches = token_budget_batches(lengths, most, padded=self.collate is not pack)
         bar = progress(total=len(sequences), desc=desc, unit="text", disable=desc is None)
 
-        def begun() -> Iterator[tuple[list[int], Tensor, Any]]:
+        def begun() -> Iterator[Any]:
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])
                 found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
                 computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
                 yield indices, found, computed
+            yield None
 
         with evaluating(self), bar:
-            for (indices, found, computed), _ in pairwise(chain(begun(), [None])):  # while the GPU computes the next
+            for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
                 if computed:
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
