@@ -1,11 +1,8 @@
 """Token batches: sequences laid end to end in one row, with no padding computed.
 
 `transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
-borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded; either way a token is found in the
-flattened output through `TokenBatch.starts`.
-
-What a step needs to know about a batch is computed here, on the CPU: a GPU whose values Python reads has to be waited
-for.
+borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded. What a step needs to know about a
+batch is computed here, on the CPU: Python would have to wait for a GPU's values.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,6 +14,7 @@ from typing import Any, Self
 import torch
 import numpy as np
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from rqa.prompts import TokenSequence
 
@@ -28,17 +26,13 @@ class Batch:
 
     def to(self, device: torch.device) -> Self:
         def moved(value: Any) -> Any:
-            if isinstance(value, dict):
-                return {name: moved(part) for name, part in value.items()}
-            if isinstance(value, tuple):
-                return tuple(map(moved, value))
             if isinstance(value, Batch):
                 return value.to(device)
             if isinstance(value, Tensor) and value.device.type == "cpu" and device.type == "cuda":
                 value = value.pin_memory()  # or the copy would wait for the device
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
-        return replace(self, **moved(vars(self)))
+        return replace(self, **tree_map(moved, vars(self)))
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,9 @@
 """Attention over packed rows, registered with `transformers` as the attention implementation `rqa_packed`.
 
-A packed row holds several sequences end to end. `cu_seq_lens_q` says where they begin, and each attends to itself
-alone, so that no padding is computed. Every other call behaves as `transformers`' own sdpa. What is not supported
-raises: nothing is ever attended to by mistake.
-
-Attention probabilities of a packed row are never dropped, whatever the model's configuration says: no fused kernel
-drops them, and written out they take half of a training step's memory. Dropout of hidden states is the model's own.
+A packed row holds several sequences end to end, between the borders `cu_seq_lens_q`; each attends to itself alone.
+Every other call behaves as `transformers`' own sdpa, and what is not supported raises. Attention probabilities of a
+packed row are never dropped, whatever the model's configuration says: no fused kernel drops them, and written out they
+take half of a training step's memory. Dropout of hidden states is the model's own.
 """
 
 import inspect
@@ -51,14 +49,20 @@ def packed_attention(
     max_length_q: int | None = None,
     sequence_lengths: SimpleNamespace | None = None,  # `values`: lengths as numbers, for which no device is waited for
     kept: list[tuple[Tensor, Tensor]] | None = None,  # gets this layer's keys and values, for a cache
+    cached: Any = None,  # all layers' keys and values, [B, H_kv, L, d] each, and the place of the new ones in each row
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]"""
     if kept is not None:
         kept.append((key, value))
+    if cached is not None:  # written in place: `transformers`' caches copy them, or count in each layer
+        (keys, values), place = cached[0][module.layer_idx], cached[1]
+        key = keys.index_copy_(2, place, key.to(keys.dtype))  # rotary embeddings leave float32 beside autocast's values
+        value = values.index_copy_(2, place, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
-    stands_in = attention_mask is not None and attention_mask.dtype in (PACKED_MASK, WINDOWED_MASK)
-    windowed = attention_mask is not None and attention_mask.dtype == WINDOWED_MASK
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    mask_dtype = None if attention_mask is None else attention_mask.dtype
+    stands_in = mask_dtype in (PACKED_MASK, WINDOWED_MASK)
     if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's row without borders is one sequence
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
@@ -66,7 +70,7 @@ def packed_attention(
         raise NotImplementedError("attention sinks (s_aux): sdpa would leave them out; load the model with eager")
     one_sequence = cu_seq_lens_q is None or (attention_mask is not None and cu_seq_lens_q.numel() == 2)
     if query.shape[2] == 1 and one_sequence and attention_mask is not None and attention_mask.is_floating_point():
-        return _next_token(query, key, value, attention_mask, scaling), None
+        return _next_token(query, key, value, attention_mask, scale), None
     if one_sequence and not stands_in:  # or a padded batch, whose mask says everything
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
@@ -74,7 +78,7 @@ def packed_attention(
     refused = {
         "position_ids that restart, without cu_seq_lens_q": cu_seq_lens_q is None,
         "a mask (from a cache? then call it with use_cache=False)": attention_mask is not None and not stands_in,
-        "a pattern that only its mask knows": windowed and sliding_window is None,
+        "a pattern that only its mask knows": mask_dtype == WINDOWED_MASK and sliding_window is None,
         "several rows": query.shape[0] != 1,
         "keys that are not the queries' own": query.shape[2] != key.shape[2],
     } | {name: kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache")}
@@ -83,7 +87,6 @@ def packed_attention(
 
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 beside the values' bfloat16
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
     if _kernel_takes(query, value):
         reach = -1 if window is None else window - 1
@@ -91,8 +94,7 @@ def packed_attention(
         borders = (cu_seq_lens_q, cu_seq_lens_q, max_length_q, max_length_q)
         output = varlen_attn(*rows, *borders, scale=scale, window_size=(reach, 0 if causal else reach), **GROUPED_HEADS)
         return output[None], None
-    sequences = cu_seq_lens_q if sequence_lengths is None else sequence_lengths
-    return _one_by_one(query, key, value, sequences, scale, causal, window).transpose(1, 2), None
+    return _one_by_one(query, key, value, sequence_lengths or cu_seq_lens_q, scale, causal, window), None
 
 
 def packed_mask(**call: Any) -> Tensor | None:
@@ -115,13 +117,12 @@ def _kernel_takes(query: Tensor, value: Tensor) -> bool:
     return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
 
 
-def _next_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float | None) -> Tensor:
+def _next_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attend from one new token of each sequence; heads that share keys are rows of one product. -> [B, 1, H, d]
 
     transformers 5.17 copies the keys for each of these heads. On CPUs with bfloat16 instructions (AVX512-BF16) sdpa
     takes twice as long as its formula written out.
     """
-    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # [B, H_kv, H / H_kv, d]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16():
         output = ((grouped * scale) @ key.mT + mask).softmax(-1) @ value
@@ -134,7 +135,7 @@ def _next_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Attend in one sequence after the other; neighbours of equal length go together. -> [1, H, T, d]
+    """Attend in one sequence after the other; neighbours of equal length go together. -> [1, T, H, d]
 
     `sequences`: their lengths in a namespace, or their borders in a tensor, for which the device is waited for.
     On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
@@ -153,8 +154,8 @@ def _one_by_one(
         else:
             grouped = q.shape[1] != k.shape[1]
             output = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outputs.append(output.transpose(0, 1).flatten(1, 2))  # [H, count * length, d]
-    return torch.cat(outputs, dim=1)[None]
+        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [count * length, H, d]
+    return torch.cat(outputs)[None]
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:

@@ -3,8 +3,9 @@
 import copy
 import json
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its ow
 POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "2_Normalize"
 TYPES = "sentence_transformers.models."
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls", "mean": "mean", "cls": "cls"}  # old ones and new ones
+OLD_POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls"}
 
 
 @dataclass(kw_only=True)
@@ -144,7 +145,11 @@ class Encoder(nn.Module):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
         hidden = hidden_states(self.backbone, batch)  # [rows, D]
-        pooled = hidden[batch.starts].float() if self.settings.pooling_type == "cls" else _mean(hidden, batch)
+        if self.settings.pooling_type == "cls":
+            pooled = hidden[batch.starts].float()
+        else:  # the mean over each sequence's real tokens
+            sums = hidden.new_zeros(len(batch.lengths), hidden.shape[1], dtype=torch.float32)
+            pooled = sums.index_add(0, batch.owners, batch.real(hidden).float()) / batch.lengths[:, None]
         if self.projection:
             pooled = self.projection(pooled).float()
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
@@ -157,25 +162,21 @@ class Encoder(nn.Module):
         most = self.max_batch_tokens or MAX_BATCH_TOKENS[device.type]
         batches = token_budget_batches(lengths, most, padded=self.collate is not pack)
         bar = progress(total=len(sequences), desc=desc, unit="text", disable=desc is None)
-        late: list[tuple[list[int], Tensor, Any]] = []  # the batch before, which a GPU still computes
 
-        def fetch() -> None:
-            indices, found, computed = late.pop(0)
-            if computed:
-                computed.synchronize()
-            embeddings[indices] = found.numpy()
-            bar.update(len(indices))
-
-        with evaluating(self), bar:
+        def begun() -> Iterator[Any]:
             for indices in in_step(self, batches, filler=[]):
                 batch = self.collate([sequences[index] for index in indices] or [[0]])
                 found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
                 computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                late.append((indices, found, computed))
-                if len(late) > 1:
-                    fetch()
-            if late:
-                fetch()
+                yield indices, found, computed
+            yield None
+
+        with evaluating(self), bar:
+            for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
+                if computed:
+                    computed.synchronize()
+                embeddings[indices] = found.numpy()
+                bar.update(len(indices))
         return embeddings
 
     def fingerprint(self) -> str:
@@ -190,17 +191,15 @@ class Encoder(nn.Module):
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        if self.projection:
-            for folder, name in ((DENSE, "linear"), (LAYER_NORM, "norm")):
-                weights = getattr(self.projection, name).state_dict(prefix=f"{name}.")
-                (directory / folder).mkdir(exist_ok=True)
-                save_file({key: w.contiguous() for key, w in weights.items()}, directory / folder / "model.safetensors")
-        if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
-            self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
         (directory / NORMALIZE).mkdir(exist_ok=True)
         for name, value in _layout(self).items():
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        for folder, name in ((DENSE, "linear"), (LAYER_NORM, "norm")) if self.projection else ():
+            weights = getattr(self.projection, name).state_dict(prefix=f"{name}.")
+            save_file({key: w.contiguous() for key, w in weights.items()}, directory / folder / "model.safetensors")
+        if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
+            self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
 
 def load_encoder(
@@ -212,24 +211,25 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stored, two_encoders = _stored_settings(path)
-    names = [item.name for item in fields(EncoderSettings) if item.name != "projection"]
-    given = {name: getattr(flags, name) for name in names if getattr(flags, name) is not None}
+    stored, names = _stored_settings(path), {item.name for item in fields(EncoderSettings)}
+    given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
     limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     for name in lengths:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
-    settings = EncoderSettings(**(stored | lengths | given))
+    chosen = stored | lengths | given
+    settings = EncoderSettings(**{name: chosen[name] for name in names & chosen.keys()})
     if (pooling := settings.pooling_type) not in POOLING_KEYS:
         file = f"{path}/{POOLING}/config.json"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
-    width, passages, last = settings.projection, None, (dtype and flags.precision, flags.max_batch_tokens)
-    if two_encoders:
+    last = dtype and flags.precision, flags.max_batch_tokens
+    passages = None
+    if stored.get("two_encoders"):
         model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
-        projection = _load_projection(path, PASSAGE_ENCODER, model, width)
+        projection = _load_projection(path, PASSAGE_ENCODER, model, settings.projection)
         passages = Encoder(model, tokenizer, settings, projection, None, *last)
-    projection = _load_projection(path, "", backbone, width)
+    projection = _load_projection(path, "", backbone, settings.projection)
     return Encoder(backbone, tokenizer, settings, projection, passages, *last).eval()
 
 
@@ -245,12 +245,6 @@ def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimensio
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {path}: the projection cannot be loaded: {one_line(error)}") from None
     return projection.to(backbone.device)
-
-
-def _mean(hidden: Tensor, batch: TokenBatch) -> Tensor:
-    """The mean over each sequence's real tokens, in float32. [rows, D] -> [B, D]"""
-    sums = hidden.new_zeros(len(batch.lengths), hidden.shape[1], dtype=torch.float32)
-    return sums.index_add(0, batch.owners, batch.real(hidden).float()) / batch.lengths[:, None]
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:
@@ -284,14 +278,13 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
+def _stored_settings(path: str) -> dict[str, Any]:
     """The settings that a checkpoint's own files state, and whether passages have an encoder of their own."""
-    known = {item.name for item in fields(EncoderSettings)}
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        return {name: value for name, value in ours.items() if name in known}, bool(ours.get("two_encoders"))
+        return ours
     modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json", list)}
     if not modules:
-        return {}, False
+        return {}
     if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
         raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
     prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
@@ -302,10 +295,10 @@ def _stored_settings(path: str) -> tuple[dict[str, Any], bool]:
         modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
                  if key.startswith("pooling_mode_") and value is True]  # fmt: skip
         mode = config["pooling_mode"] if isinstance(config.get("pooling_mode"), str) else "+".join(modes)
-        stored["pooling_type"] = POOLING_NAMES.get(mode, mode or "none")
+        stored["pooling_type"] = OLD_POOLING_NAMES.get(mode, mode or "none")
     if length := _read_json(path, "sentence_bert_config.json").get("max_seq_length"):
         stored |= {"max_query_length": length, "max_passage_length": length}
-    return stored, False
+    return stored
 
 
 def _read_json(path: str, name: str, kind: type = dict) -> Any:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import transformers
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
@@ -134,23 +135,18 @@ def fid_batch(
 ) -> FiDBatch:
     """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
     passages = [passage for sequence in sequences for passage in sequence.passages]
-    width = max(sum(map(len, sequence.passages)) for sequence in sequences)
-    owners, places = torch.full((len(sequences), width), -1), []
-    for row, sequence in enumerate(sequences):
-        end = 0
-        for number, passage in enumerate(sequence.passages):
-            start, end = end, end + len(passage)
-            owners[row, start:end] = number
-            places.append(torch.arange(start, end) + row * width)
-    padded = collate is not pack
-    chosen = token_budget_batches(list(map(len, passages)), max_tokens, padded, LEAST_FULL if padded else 0.0)
+    lengths = [torch.tensor([len(passage) for passage in sequence.passages]) for sequence in sequences]
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
-    parts = tuple(collate([passages[i] for i in part]) for part in chosen)
-    labels = nn.utils.rnn.pad_sequence(answers, batch_first=True, padding_value=IGNORED)
+    numbers = [torch.arange(len(each)).repeat_interleave(each) for each in lengths]
+    owners = pad_sequence(numbers, batch_first=True, padding_value=-1)  # [B, S]
+    labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED)  # [B, L]
     positions = (labels.flatten() != IGNORED).nonzero()[:, 0]
-    most = max(len(sequence.passages) for sequence in sequences)
+    flat, padded = torch.cat(lengths).tolist(), collate is not pack
+    places = (owners.flatten() >= 0).nonzero()[:, 0].split(flat)  # of each passage's tokens
+    chosen = token_budget_batches(flat, max_tokens, padded, LEAST_FULL if padded else 0.0)
+    parts = tuple(collate([passages[i] for i in part]) for part in chosen)
     in_order = torch.cat([places[i] for part in chosen for i in part])
-    return FiDBatch(parts, in_order, owners, labels, positions, most, tuple(indices))
+    return FiDBatch(parts, in_order, owners, labels, positions, max(map(len, lengths)), tuple(indices))
 
 
 @dataclass(kw_only=True)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
@@ -102,12 +103,12 @@ def load_model(
         return model.to(distributed.device())
 
 
-def is_encoder_decoder(path: str, trust_remote_code: bool = False) -> bool:
-    """Whether a checkpoint, or the one that a LoRA adapter belongs to, is an encoder-decoder."""
+def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
+    """The configuration of a checkpoint, or of the one that a LoRA adapter belongs to."""
     with _reading(path):
         adapter = Path(path) / ADAPTER_CONFIG
         name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code).is_encoder_decoder
+        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -132,10 +133,7 @@ def _reading(path: str) -> Iterator[None]:
 
 
 def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
-    """How batches for this model are built: packed if that gives what one sequence at a time gives, else padded.
-
-    `precision` is what products will run in. Default: what the model was loaded in.
-    """
+    """How batches are built: packed if that is exact in `precision` (default: what the model is in), else padded."""
     # Every process calls this; the main process decides, as its model surely has weights.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
@@ -147,12 +145,10 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.
 def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None) -> bool:
     """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
     # Relative position biases, positions that do not start at 0 and state-space layers make a difference.
-    vocabulary = len(model.get_input_embeddings().weight)
-    sequences = [[vocabulary // 2 + (3 * step + shift) % (vocabulary // 2) for step in range(length)]
-                 for shift, length in ((0, 7), (1, 4), (2, 6))]  # fmt: skip
+    half = len(model.get_input_embeddings().weight) // 2  # of the vocabulary; special tokens are in the other
+    sequences = [[half + (3 * i + shift) % half for i in range(length)] for shift, length in ((0, 7), (1, 4), (2, 6))]
     dtype = precision or (torch.bfloat16 if "flash" in attention_of(model) else model.dtype)
-    weights = lowered(model) if dtype is torch.bfloat16 else {}
-    with evaluating(model), distributed.autocast(dtype), holding(weights):
+    with evaluating(model), distributed.autocast(dtype), holding(lowered(model) if dtype is torch.bfloat16 else {}):
         try:
             packed = hidden_states(model, pack(sequences).to(model.device))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
@@ -160,8 +156,7 @@ def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = Non
                 raise
             log.info("a packed row fails: %s", one_line(error))
             return False
-        single = [hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences]
-    expected = torch.cat(single)
+        expected = torch.cat([hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences])
     # Of the whole, not of single numbers: bfloat16 moves SmolLM2's largest ones by more than all others' spread.
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().norm()
     return packed.shape == expected.shape and bool((packed - expected).float().norm() <= tolerance)
@@ -169,10 +164,9 @@ def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = Non
 
 def lowered(module: nn.Module) -> dict[nn.Parameter, Tensor]:
     """The bfloat16 copies of a module's float32 models' weights. What is sharded lowers its own."""
-    models = (part for part in module.modules() if isinstance(part, PreTrainedModel))
-    weights = dict.fromkeys(weight for model in models for weight in model.parameters())
-    wide = (weight for weight in weights if weight.dtype is torch.float32 and not isinstance(weight, DTensor))
-    return {weight: weight.detach().bfloat16() for weight in wide}
+    models = [part for part in module.modules() if isinstance(part, PreTrainedModel)]
+    wide = dict.fromkeys(w for model in models for w in model.parameters() if w.dtype is torch.float32)
+    return {weight: weight.detach().bfloat16() for weight in wide if not isinstance(weight, DTensor)}
 
 
 @contextmanager
@@ -206,10 +200,7 @@ def freeze_pooler(model: PreTrainedModel) -> None:
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of a model's weights, sharded or not, as bfloat16 has them, and of its tokenizer.
-
-    So it is the same whatever precision they were loaded in.
-    """
+    """A hash of a model's weights, sharded or not, as bfloat16 has them, whatever they are in; and of its tokenizer."""
     whole = (assembled(tensor.detach()) for tensor in model.state_dict().values())
     tensors = ((t.bfloat16() if t.is_floating_point() else t).contiguous().cpu() for t in whole)
     weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
@@ -269,22 +260,20 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
             if getattr(flags, name) != saved:
                 raise UserError(f"--{name} {getattr(flags, name)}: the adapter to train on has {saved}")
         model.set_adapter(adapter)
-        for weight in (weight for weight in model.parameters() if weight.requires_grad):
-            weight.data = weight.data.float()
-        set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), adapter)  # unrounded
-        return
-
-    targets = "all-linear" if flags.lora_target_modules == ["all-linear"] else flags.lora_target_modules
-    numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
-    config = LoraConfig(target_modules=targets, **numbers)
-    try:
-        model.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora_target_modules {' '.join(flags.lora_target_modules)}: {one_line(error)}") from None
-    if Path(model.name_or_path).is_dir():  # so that the adapter finds its base from any working directory
-        config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
+    else:
+        targets = "all-linear" if flags.lora_target_modules == ["all-linear"] else flags.lora_target_modules
+        numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
+        config = LoraConfig(target_modules=targets, **numbers)
+        try:
+            model.add_adapter(config)
+        except ValueError as error:
+            raise UserError(f"--lora_target_modules {' '.join(flags.lora_target_modules)}: {one_line(error)}") from None
+        if Path(model.name_or_path).is_dir():  # so that the adapter finds its base from any working directory
+            config.base_model_name_or_path = str(Path(model.name_or_path).resolve())
     for weight in (weight for weight in model.parameters() if weight.requires_grad):
         weight.data = weight.data.float()  # peft makes them in the model's precision
+    if present:
+        set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), adapter)  # unrounded
 
 
 def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
@@ -296,7 +285,5 @@ def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedMode
 
 
 def _require_peft(reason: str) -> None:
-    try:
-        import peft  # noqa: F401
-    except ImportError:
-        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"') from None
+    if not find_spec("peft"):
+        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"')

@@ -13,13 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.rnn import pad_sequence
-from transformers import Cache, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
-from rqa.packing import pack, token_budget_batches
+from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
 from rqa.runtime.errors import UserError, one_line
@@ -28,10 +27,7 @@ from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
-WARM_UP_TOKENS = 4
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
-# Everything but cuDNN, whose kernels are built anew for each batch size and length.
-KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 @dataclass(kw_only=True)
@@ -45,8 +41,7 @@ class GenerationArguments(Arguments):
     generation_batch_tokens: int = flag(16384, "Most tokens of a batch of prompts, padding included.", rare=True)
 
     def check(self) -> None:
-        self.check_bounds("num_beams", at_least=1)
-        self.check_bounds("generation_batch_tokens", at_least=1)
+        self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
         self.check_bounds("temperature", above=0)
         self.check_bounds("top_p", above=0, at_most=1)
         if not self.do_sample and (self.temperature, self.top_p) != (1.0, 1.0):
@@ -57,9 +52,8 @@ class GenerationArguments(Arguments):
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
         # What is not set here would come from the checkpoint's generation_config.json.
         unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
-        ends = {"max_new_tokens": max_new_tokens, "eos_token_id": list(stop), "pad_token_id": stop[0]}
-        search = {"num_beams": self.num_beams, "do_sample": self.do_sample}
-        return GenerationConfig(**search, **sampling, **unset, **ends, **options)
+        search = {"num_beams": self.num_beams, "do_sample": self.do_sample, "max_new_tokens": max_new_tokens}
+        return GenerationConfig(**search, **sampling, **unset, eos_token_id=list(stop), pad_token_id=stop[0], **options)
 
     def next_tokens(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
@@ -105,12 +99,13 @@ class LocalReader(ABC):
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
         """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
-        return self.answer_prompts(self._prompts(examples, passages), progress)
+        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
+        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
-        if any(prompts := self._prompts([example], [passages])):
-            self.generate(prompts, WARM_UP_TOKENS)
+        if fitted := fitting(self.encode, [(example, passages)], "it is left unanswered"):
+            self.generate([fitted[0]], 4)  # tokens
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
@@ -129,33 +124,13 @@ class LocalReader(ABC):
                 bar.update(len(batch))
         return answers
 
-    def _prompts(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Any]:
-        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
-        return [fitted.get(number) for number in range(len(examples))]
-
-
-class InPlaceCache(Cache):
-    """Keys and values written at one place in all layers; `transformers`' caches copy them or count in each layer."""
-
-    def __init__(self, states: Sequence[tuple[Tensor, Tensor]], place: Tensor) -> None:
-        super().__init__(layers=[])
-        self.states, self.place = states, place  # a layer: [B, H_kv, L, d] twice; the same place in each row: [1]
-
-    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any) -> tuple[Tensor, Tensor]:
-        keys, values = self.states[layer_idx]
-        # Rotary embeddings leave float32 beside autocast's values.
-        keys.index_copy_(2, self.place, key_states.to(keys.dtype))
-        values.index_copy_(2, self.place, value_states)
-        return keys, values
-
 
 def read_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """Read prompts as one packed row: the logits of their next tokens [B, V], and keys and values of each layer.
 
-    Keys and values [B, H_kv, length, d] have room for new tokens; the longest prompt says how far others are padded
-    on the left.
+    These, [B, H_kv, length, d], are padded on the left up to the longest prompt, and have room for new tokens.
     """
     batch, kept = pack(prompts).to(model.device), []
     ends = batch.starts + batch.lengths - 1  # [B]
@@ -171,10 +146,7 @@ def read_prompts(
 
 
 def in_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, which runs without Python; the step itself if it cannot be captured.
-
-    The step is made once and must bear to be made again.
-    """
+    """A step as a CUDA graph, or as it is where that fails; it is made once here, and must bear to be made again."""
     stream, mode, graph = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
     try:
         # What waits for the device raises here already: random numbers would not survive a capture that fails.
@@ -207,17 +179,13 @@ class CausalLMReader(LocalReader):
 
     @cached_property
     def _reach(self) -> float | None:
-        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers differ in this."""
-        kept, config = [], self.model.config.get_text_config(decoder=True)
+        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers are not alike."""
+        model, kept, config = self.model, [], self.model.config.get_text_config(decoder=True)
         kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
-        if kinds not in (set(), {"full_attention"}, {"sliding_attention"}) or not (
-            attention_of(self.model) == PACKED_ATTENTION
-            and "logits_to_keep" in inspect.signature(self.model.forward).parameters
-            and packing_is_exact(self.model)
-        ):
-            return None
-        hidden_states(self.model, pack([[0]]).to(self.model.device), kept=kept)
-        if len(kept) != config.num_hidden_layers:  # some layers share their keys
+        keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
+        if keeps_logits and attention_of(model) == PACKED_ATTENTION and packing_is_exact(model):
+            hidden_states(model, pack([[0]]).to(model.device), kept=kept)
+        if len(kept) != config.num_hidden_layers or kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
             return None
         return math.inf if window is None or kinds == {"full_attention"} else window
 
@@ -230,13 +198,11 @@ class CausalLMReader(LocalReader):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
                 answers = self._decode(prompts, most, stop, self._reach)
             else:
-                left = {"batch_first": True, "padding_side": "left"}
-                ids = pad_sequence([torch.tensor(prompt) for prompt in prompts], padding_value=stop[0], **left)
-                mask = pad_sequence([torch.ones(len(prompt), dtype=torch.long) for prompt in prompts], **left)
-                inputs = {"input_ids": ids.to(self.model.device), "attention_mask": mask.to(self.model.device)}
+                turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
+                inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
                 config = self.flags.config(most, stop)
                 answers = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)
-                answers = answers[:, ids.shape[1] :].tolist()  # [B, new]
+                answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
 
     def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
@@ -249,7 +215,7 @@ class CausalLMReader(LocalReader):
         columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
         padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
         hidden = torch.full_like(tokens, -torch.inf, dtype=states[0][0].dtype)  # [B, L]
-        options = {"past_key_values": InPlaceCache(states, place), "use_cache": True, "logits_to_keep": 1}
+        options = {"cached": (states, place), "use_cache": False, "logits_to_keep": 1}
 
         def step() -> None:
             """Write the token behind `place`; nothing else changes, so that a step may be made again."""
@@ -260,7 +226,8 @@ class CausalLMReader(LocalReader):
             tokens.index_copy_(1, place + 1, self.flags.next_tokens(logits)[:, None])
 
         advance, look_every = step, LOOK_EVERY if self.captures else 1
-        with sdpa_kernel(KERNELS):
+        # Everything but cuDNN, whose kernels are built anew for each batch size and length.
+        with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
                 if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
                     break

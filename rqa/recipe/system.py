@@ -8,7 +8,7 @@ from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
 from rqa.endpoint.scorer import EstimatedTokens
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
-from rqa.models.loading import choose_collate, is_encoder_decoder, load_tokenizer
+from rqa.models.loading import choose_collate, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting
@@ -48,7 +48,7 @@ def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader
         if any(getattr(flags, name) != getattr(GenerationArguments, name) for name in vars(GenerationArguments())):
             raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
         return EndpointReader(Endpoint(path, flags), flags)
-    if is_encoder_decoder(path, flags.trust_remote_code):
+    if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
         collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
         return FiDReader(FiD(model), prompter, flags, collate)

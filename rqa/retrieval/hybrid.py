@@ -24,7 +24,6 @@ log = logging.getLogger(__name__)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the application asked for
 
 DEPTH = 100  # candidates that each retriever brings
-RRF_CONSTANT = 60
 WEIGHTS = np.linspace(0, 1, 21)
 
 
@@ -87,8 +86,7 @@ def open_retriever(
 class LexicalRetriever(PassageRetriever):
     """BM25 as Lucene computes it (Robertson & Zaragoza 2009), over the documents' formatted text.
 
-    A document that shares no word with the question is not found at all. Equal scores are ranked by position in the
-    database, so that two runs find the same.
+    What shares no word with the question is not found at all; equal scores are ranked by position in the database.
     """
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
@@ -114,19 +112,18 @@ def _words(text: str) -> list[str]:
     return re.findall(r"\w+", text.casefold())
 
 
+@dataclass(eq=False)
 class HybridRetriever(PassageRetriever):
     """Two retrievers over one database, their lists fused by `reciprocal_rank_fusion` (rrf) or `weighted_sum`."""
 
-    def __init__(
-        self,
-        dense: PassageRetriever,
-        lexical: PassageRetriever,
-        fusion: str = "rrf",
-        weight: float = 0.5,
-        normalization: str = "min_max",
-    ) -> None:
-        self.dense, self.lexical, self.documents = dense, lexical, dense.documents
-        self.fusion, self.weight, self.normalization = fusion, weight, normalization
+    dense: PassageRetriever
+    lexical: PassageRetriever
+    fusion: str = "rrf"
+    weight: float = 0.5
+    normalization: str = "min_max"
+
+    def __post_init__(self) -> None:
+        self.documents = self.dense.documents
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         dense, lexical = self.candidates(questions, k)
@@ -145,9 +142,9 @@ class HybridRetriever(PassageRetriever):
         return fingerprint("hybrid", self.dense.identity(), self.lexical.identity(), *settings)
 
 
-def reciprocal_rank_fusion(lists: Sequence[Hits], k: int, constant: int = RRF_CONSTANT) -> Hits:
-    """Documents by the sum over lists of 1 / (constant + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
-    values = [np.broadcast_to(1 / (constant + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
+def reciprocal_rank_fusion(lists: Sequence[Hits], k: int) -> Hits:
+    """Documents by the sum over lists of 1 / (60 + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
+    values = [np.broadcast_to(1 / (60 + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
     return _sum([hits.ids for hits in lists], values, k)
 
 

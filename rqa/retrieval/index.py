@@ -78,14 +78,13 @@ class Index:
         try:
             state = json.loads(Path(directory, "index.json").read_text(encoding="utf-8"))
             index = faiss.read_index(str(Path(directory, "index.faiss")))
-        except (OSError, ValueError, RuntimeError):
+            fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
+        except (OSError, ValueError, RuntimeError, AttributeError):
             return False
-        expected = {"index_factory": self.flags.index_factory, "documents": index.ntotal if index else -1}
-        if not isinstance(state, dict) or any(state.get(name) != value for name, value in expected.items()):
-            return False
-        self._use(index, state.get("stamp", ""))
-        self.dtype = state.get("dtype", "float32")
-        return True
+        if fits:
+            self._use(index, state.get("stamp", ""))
+            self.dtype = state.get("dtype", "float32")
+        return fits
 
     def _use(self, index: faiss.Index, stamp: str) -> None:
         if parameters := self.flags.index_search_parameters:

@@ -12,11 +12,10 @@ import torch
 import transformers
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
-from transformers.masking_utils import AttentionMaskInterface
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rqa.models.encoder_decoder import WARM_START
-from rqa.models.loading import freeze_pooler, is_encoder_decoder, train_adapters
+from rqa.models.loading import freeze_pooler, load_config, train_adapters
 from rqa.runtime import distributed
 
 FUSED_ATTENTION = "rqa_fused"  # keeps queries, keys, values and output, as every fused kernel does
@@ -29,7 +28,6 @@ def _fused(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any
 
 
 transformers.AttentionInterface.register(FUSED_ATTENTION, _fused)
-AttentionMaskInterface.register(FUSED_ATTENTION, lambda **_: None)
 
 
 def estimate(flags: Any, trains_retriever: bool) -> str:
@@ -38,8 +36,7 @@ def estimate(flags: Any, trains_retriever: bool) -> str:
     terms["in all, and 1 to 2 more for CUDA and its allocator"] = sum(terms.values())
     if torch.cuda.is_available():
         terms[torch.cuda.get_device_name()] = torch.cuda.get_device_properties(0).total_memory
-    table = [f"{size / 2**30:8.2f}  {name}" for name, size in terms.items() if size]
-    return "\n".join([f"GiB on each device: {about}", *table])
+    return "\n".join([about, *(f"{size / 2**30:8.2f}  {name}" for name, size in terms.items() if size)])
 
 
 def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
@@ -49,34 +46,32 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
     freeze_pooler(model.to(model.dtype))  # adapters are float32 until training lowers them
     whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     shard = flags.fsdp == "full_shard"
-    kind = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
+    processes = distributed.world_size() if shard else 1
+    sizes = FLOAT32 if shard or not flags.bf16 else EIGHT_BITS if flags.optim == "adamw_8bit" else BF16
     names = "weights", "master weights", "gradients", "moments"
-    terms = {name: float(size * trained) for name, size in zip(names, kind, strict=True)}
-    terms["weights"] += width * (whole - trained)
+    terms = {name: size * trained / processes for name, size in zip(names, sizes, strict=True)}
+    terms["weights"] += width * (whole - trained) / processes
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
     if shard:  # a layer's gradients are gathered, too, and the next layer is fetched ahead
-        sizes = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
-        terms = {name: size / distributed.world_size() for name, size in terms.items()}
-        terms["gathered layers"] = 2 * width * (whole - sum(sizes) + 2 * max(sizes, default=0))
+        counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
+        terms["gathered layers"] = 2 * width * (whole - sum(counts) + 2 * max(counts, default=0))
     batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
-    for name in ("lm_model_path", "reader_model_path") if trains_retriever else ("embedding_model",):
+    for name in ("lm_model_path", "reader_model_path", "embedding_model"):
         path = getattr(flags, name, None)
         if path and path != "bm25" and not path.startswith("openai::"):
-            size = {"float32": 4, "bfloat16": 2}.get(flags.dtype, width)
+            size = width if flags.dtype == "auto" else getattr(torch, flags.dtype).itemsize
             terms[f"{path}, frozen"] = size * _unloaded(path, flags, name == "embedding_model").num_parameters()
-    return f"{whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
+    return f"GiB on each device: {whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
 
 
 def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
     """The model at `path` without values, in the dtype that it computes in; of its files only config.json is read."""
-    name, trust = path.removeprefix(WARM_START), flags.trust_remote_code
-    several = is_encoder_decoder(name, trust) or name != path
-    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust)
-    if name != path:
+    config = load_config(path.removeprefix(WARM_START), flags.trust_remote_code)
+    if path.startswith(WARM_START):
         config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
-    kind = AutoModel if is_retriever else AutoModelForSeq2SeqLM if several else AutoModelForCausalLM
+    kind = AutoModel if is_retriever else AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     dtype = torch.bfloat16 if flags.bf16 else torch.float32
-    build = partial(kind.from_config, config, dtype=dtype, trust_remote_code=trust)
+    build = partial(kind.from_config, config, dtype=dtype, trust_remote_code=flags.trust_remote_code)
     with torch.device("meta"):
         try:
             return build(attn_implementation=FUSED_ATTENTION)
@@ -86,34 +81,29 @@ def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
 
 def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) -> tuple[str, float]:
     """What a micro-batch consists of, and the bytes that its forward pass keeps, with the gradient of its logits."""
-    zeros, B, answer = partial(torch.zeros, dtype=torch.long, device="meta"), flags.per_device_train_batch_size, 0
+    given, B, answer = vars(flags).get, flags.per_device_train_batch_size, 0
     fusion = not trains_retriever and model.config.is_encoder_decoder
     if trains_retriever:
-        others = getattr(flags, "num_hard_negatives", 0) or getattr(flags, "hard_neg_ratio", 0)
-        texts = int(B * (getattr(flags, "num_docs", 0) or getattr(flags, "n_context", 0) or 1 + others))
+        documents = given("num_docs") or given("n_context") or 1 + (flags.num_hard_negatives or flags.hard_neg_ratio)
         length = flags.max_passage_length or min(getattr(model.config, "max_position_embeddings", 512), 512)
-        rows = min(texts, flags.chunk_size or texts)
+        rows = min(int(B * documents), flags.chunk_size or 2**32)
     elif fusion:
         rows, length = B * (flags.embedding_max_num_to_retrieve + 1), flags.max_encoder_seq_length
         answer = flags.max_decoder_seq_length
     else:
         rows, length, answer = B, flags.max_seq_length, flags.max_new_tokens
+    zeros, kept = partial(torch.zeros, dtype=torch.long, device="meta"), []
     inputs = {"input_ids": zeros(rows, length), "attention_mask": zeros(rows, length)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         inputs["logits_to_keep"] = answer
-    kept: dict[int, Tensor] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage()._cdata] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(kept.append, lambda nothing: nothing):
         if fusion:
             states = model.get_encoder()(**inputs).last_hidden_state.unflatten(0, (B, -1)).flatten(1, 2)  # [B, S, D]
             inputs = {"encoder_outputs": (states,), "decoder_input_ids": zeros(B, answer), "use_cache": False}
         logits = model(**inputs).get("logits", torch.empty(0))
-    own = {tensor.untyped_storage()._cdata for tensor in (*model.parameters(), *model.buffers())}
-    size = sum(tensor.untyped_storage().nbytes() for key, tensor in kept.items() if key not in own)
+    own = {weight.untyped_storage()._cdata for weight in (*model.parameters(), *model.buffers())}
+    sizes = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, kept)}
+    size = sum(nbytes for storage, nbytes in sizes.items() if storage not in own)
     if flags.gradient_checkpointing and layers:  # each layer's input stays, and one layer at a time is computed again
         size = size / layers + layers * rows * length * model.get_input_embeddings().weight[0].nbytes
     size += 2 * logits.nbytes + 8 * logits.numel()  # their softmax and its gradient are float32

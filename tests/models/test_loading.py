@@ -27,7 +27,7 @@ from rqa.models.loading import (
     attention_of,
     choose_collate,
     evaluating,
-    is_encoder_decoder,
+    load_config,
     load_model,
     load_tokenizer,
     train_adapters,
@@ -108,7 +108,7 @@ def refusal(load: Callable[[str], object], path: Path | str) -> str:
 
 
 def test_a_missing_or_empty_directory_is_named(tmp_path: Path) -> None:
-    for load in (load_causal_lm, load_tokenizer, load_encoder, is_encoder_decoder):
+    for load in (load_causal_lm, load_tokenizer, load_encoder, load_config):
         assert "no such directory" in refusal(load, tmp_path / "absent")
         assert "no such directory" not in refusal(load, tmp_path)
 
@@ -178,7 +178,7 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
         assert all("lora_" in name for name in load_file(path / "adapter_model.safetensors"))
     theirs = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(lm_path), out / "checkpoint-4")
     ours, base = load_causal_lm(str(out / "checkpoint-4")), load_causal_lm(lm_path)
-    assert not is_encoder_decoder(str(out))
+    assert not load_config(str(out)).is_encoder_decoder
     torch.testing.assert_close(logits(ours), logits(theirs))
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
     again = {"qa_model_name_or_path": out, "embedding_model_name_or_path": encoder_path, "dtype": "float32", **lengths,
