@@ -13,7 +13,7 @@ from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -147,7 +147,9 @@ def train(
             # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
             loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
             if not math.isfinite(loss):
-                refuse(losses, micro_batches, state.step)
+                finite = torch.stack(losses).isfinite().tolist()
+                guilty = [i for batch, good in zip(micro_batches, finite, strict=True) if not good for i in batch.indices]
+                raise UserError(f"step {state.step + 1}: the loss is not finite; it comes from the examples {guilty}")
             optimization.step(state.step, norm)
             state.step += 1
             state.examples = batches.position(state.step)
@@ -165,13 +167,6 @@ def train(
         with optimization.whole_precision():
             finish(output, objective, state, flags, eval_size)
     return state
-
-
-def refuse(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> NoReturn:
-    """Refuse losses of which some are NaN or infinite, naming the step and the examples."""
-    pairs = zip(micro_batches, torch.stack(losses).tolist(), strict=True)
-    guilty = [index for batch, loss in pairs if not math.isfinite(loss) for index in batch.indices]
-    raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
 
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:
