@@ -22,12 +22,9 @@ from rqa.runtime.parallelize import in_step
 
 
 def evaluate_answers(
-    reader: LocalReader,
-    examples: Sequence[Example],
-    found: Sequence[Sequence[Document]],
-    flags: EvaluationArguments,
+    reader: LocalReader, examples: Sequence[Example], found: Sequence[Sequence[Document]], flags: EvaluationArguments,
     warm_up: bool = False,
-) -> tuple[Scores, Rows]:
+) -> tuple[Scores, Rows]:  # fmt: skip
     """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
 
     `reader` may be what answers and warms up like one; `warm_up` asks it for a short answer before, which is not timed.

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
@@ -25,8 +24,7 @@ class EMDRArguments(LikelihoodArguments):
 class MarginalLikelihood(ListObjective):
     """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the frozen language model's log p_LM is of whole answers."""
 
-    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
-        return marginal_nll(teacher, student)
+    losses = staticmethod(marginal_nll)
 
 
 class WholeAnswers:

@@ -68,12 +68,9 @@ def mine(
 
 
 def rank_in_parts(
-    open_part: Callable[[Sequence[Document]], PassageRetriever],
-    documents: Sequence[Document],
-    queries: Sequence[str],
-    k: int,
-    part_size: int,
-) -> Hits:
+    open_part: Callable[[Sequence[Document]], PassageRetriever], documents: Sequence[Document], queries: Sequence[str],
+    k: int, part_size: int,
+) -> Hits:  # fmt: skip
     """The k best documents of a database that is indexed a part at a time, so that memory does not grow with it.
 
     Embeddings find the same in parts as at once. BM25 weighs words by how often they occur in the part. -> [Q, k]

@@ -70,8 +70,7 @@ def cpu_has_bf16() -> bool:
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager:
     """Autocast to float16. Nothing for other formats: what computes in bfloat16 has weights in it."""
-    half = dtype is torch.float16
-    return torch.autocast(device().type, dtype=dtype if half else None, enabled=half)
+    return torch.autocast(device().type, torch.float16, enabled=dtype is torch.float16)
 
 
 @contextmanager

@@ -147,8 +147,8 @@ def train(
             # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
             loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
             if not math.isfinite(loss):
-                finite = torch.stack(losses).isfinite().tolist()
-                guilty = [i for batch, good in zip(micro_batches, finite, strict=True) if not good for i in batch.indices]
+                pairs = zip(micro_batches, losses, strict=True)
+                guilty = [i for batch, part in pairs if not part.isfinite() for i in batch.indices]
                 raise UserError(f"step {state.step + 1}: the loss is not finite; it comes from the examples {guilty}")
             optimization.step(state.step, norm)
             state.step += 1
