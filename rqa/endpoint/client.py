@@ -57,8 +57,6 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One request."""
-
     key: str  # under which its result is kept
     body: dict[str, Any]
     parse: Callable[[Any], Any]  # what is made of the reply
@@ -162,7 +160,6 @@ class Endpoint:
         return [(known[job.key], seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
-        """`work` with an open client."""
         import openai  # a second that a run without servers does not need
 
         async def give_up_without_quota(response: Any) -> None:
@@ -203,7 +200,6 @@ class Endpoint:
         raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
 
     def _failure(self, error: Any) -> UserError:
-        """An error of the openai client in one line."""
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):

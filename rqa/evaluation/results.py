@@ -68,8 +68,7 @@ def write_results(
         if flags:
             write_json(directory / ARGUMENTS, flags.to_json())
         write_json(directory / SCORES, scores)
-        details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
-        write_json(directory / DETAILS, details)
+        write_json(directory / DETAILS, {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()})
         write_jsonl(directory / PREDICTIONS, rows)
         write_report(directory)
     return markdown_table(scores, intervals)

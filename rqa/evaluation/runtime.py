@@ -62,7 +62,6 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The machine in one line."""
     processor = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *(package.__name__ for package in PACKAGES)))
     return f"{processor}; {machine['processes']} process(es) of {machine['threads']} thread(s); {versions}"

@@ -13,16 +13,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
+from rqa.models import encoder_decoder
 from rqa.models.encoder import Encoder
-from rqa.models.encoder_decoder import (
-    EncoderDecoderArguments,
-    FiDPrompter,
-    FiDSequence,
-    fid_batch,
-    load_encoder_decoder,
-    observe,
-    passage_scores,
-)
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
@@ -38,7 +30,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
+class DCAArguments(ListArguments, encoder_decoder.EncoderDecoderArguments, RetrieverArguments):
     """DCA's own flags."""
 
     reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
@@ -90,7 +82,7 @@ def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher
     """How much the reader attends to each passage of a list, each list read once."""
     if flags.with_score:
         return GivenScores(examples)
-    model, prompter = load_encoder_decoder(str(flags.reader_model_path), flags)
+    model, prompter = encoder_decoder.load_encoder_decoder(str(flags.reader_model_path), flags)
     settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
     return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
@@ -105,27 +97,27 @@ class CrossAttentionScorer:
     and `kind` is that of `passage_scores`.
     """
 
-    def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
+    def __init__(self, model: PreTrainedModel, prompter: Any, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
         self._warn_once = cache(log.warning)
         self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
-        observe(model)
+        encoder_decoder.observe(model)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows: dict[tuple[Example, tuple[Document, ...]], list[int]] = {}
         for position, pair in enumerate(pairs):
             rows.setdefault((pair.example, pair.beside), []).append(position)
         fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once)
-        unread = FiDSequence([[self.prompter.end_token]], [])
+        unread = encoder_decoder.FiDSequence([[self.prompter.end_token]], [])
         encoded = [(fit.get(number, unread), positions) for number, positions in enumerate(rows.values())]
         encoded.sort(key=lambda row: -sum(map(len, row[0].passages)))  # similar lengths together
         batches = [encoded[start : start + self.batch_size] for start in range(0, len(encoded), self.batch_size)]
         with evaluating(self.model):
             for batch in progress(batches, desc="reader", unit="batch", disable=len(batches) < 8):
                 sequences = [sequence for sequence, _ in batch]
-                inputs = fid_batch(sequences, self._collate).to(self.model.device)
-                scores = passage_scores(self.model, inputs, self.kind).tolist()
+                inputs = encoder_decoder.fid_batch(sequences, self._collate).to(self.model.device)
+                scores = encoder_decoder.passage_scores(self.model, inputs, self.kind).tolist()
                 for (_, positions), row in zip(batch, scores, strict=True):
                     for position in positions:
                         place = pairs[position].beside.index(pairs[position].document)
@@ -149,18 +141,16 @@ class GivenScores:
 
 
 class ReaderScores:
-    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target."""
+    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target.
+
+    This is the teacher's scores over `temperature`; with `boost` those of gold documents are raised before
+    (`losses.boost_gold`). `chunk_size` texts are encoded at once; 0: all.
+    """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        contexts: Sequence[Sequence[Document]],
-        encoder: Encoder,
-        teacher: Any,
-        temperature: float,  # the target is the scores over it
-        boost: bool,  # whether those of gold documents are raised before (`losses.boost_gold`)
-        chunk_size: int = 0,  # texts that are encoded at once; 0: all
-    ) -> None:
+        self, examples: Sequence[Example], contexts: Sequence[Sequence[Document]], encoder: Encoder, teacher: Any,
+        temperature: float, boost: bool, chunk_size: int = 0,
+    ) -> None:  # fmt: skip
         documents = _distinct(document for row in contexts for document in row)
         numbers = {document.key: number for number, document in enumerate(documents)}
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]

@@ -33,9 +33,7 @@ class WholeAnswers:
     All documents of a question share its answer, and so the number of its tokens: what RPG's teacher kept serves here.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], collate: Callable[[Sequence[int]], ListBatch], prompter: Prompter
-    ) -> None:
+    def __init__(self, examples: Sequence[Example], collate: Callable[..., ListBatch], prompter: Prompter) -> None:
         self.collate = collate
         end = len(prompter.end_of_turn)
         lengths = [len(prompter.encode_answer(example.gold_answer or "")) - end for example in examples]

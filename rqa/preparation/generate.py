@@ -90,7 +90,6 @@ class SampleArguments(Arguments):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Passages by split."""
         return {split: getattr(self, f"num_{split}_passages") for split in ("train", "eval", "test")}
 
 

@@ -86,13 +86,11 @@ def log_to(path: str | None = None) -> None:
     logging.getLogger("rqa").addHandler(handler)
 
 
-def progress(
-    iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any
-) -> tqdm:
+def progress(items: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:
     """tqdm with tqdm's arguments: a bar on a terminal, elsewhere a log line every half minute."""
     kind = tqdm if sys.stderr.isatty() else _ProgressLines
     options |= {"disable": True} if disable else {}  # otherwise $TQDM_DISABLE decides
-    return kind(iterable, leave=leave, **options)
+    return kind(items, leave=leave, **options)
 
 
 class _ProgressLines(tqdm):

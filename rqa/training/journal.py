@@ -167,7 +167,6 @@ class Journal:
             self.save()
 
     def save(self) -> None:
-        """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.output / STATE_FILE, asdict(self.state))
 

@@ -7,7 +7,7 @@ micro-batches and processes gives the same gradient.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, pairwise
@@ -43,9 +43,7 @@ class Batches:
     `ahead`: whether a batch depends on the indices alone, so that a thread may make it during the step before.
     """
 
-    def __init__(
-        self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments, ahead: bool = False
-    ) -> None:
+    def __init__(self, size: int, collate: Callable[..., Any], flags: LoopArguments, ahead: bool = False) -> None:
         self.size, self.collate, self.flags, self.ahead = size, collate, flags, ahead
         examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
         self.step_size = examples * distributed.world_size()
