@@ -74,9 +74,8 @@ class Endpoint:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
     """
 
-    def __init__(self, spec: str, flags: EndpointArguments | None = None) -> None:
-        self.base_url = spec.removeprefix(PREFIX).rstrip("/")
-        self.flags = flags or EndpointArguments()
+    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments()) -> None:
+        self.base_url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached, self._repeated = False, 0
         url = urlsplit(self.base_url)
@@ -256,7 +255,6 @@ def estimated_tokens(text: str) -> int:
 
 
 def check_price(flag: str, price: Sequence[float]) -> None:
-    """Refuse prices that are not two."""
     if len(price) not in (0, 2) or min(price, default=0) < 0:
         raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
 

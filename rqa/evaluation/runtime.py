@@ -44,7 +44,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
     try:  # `platform.processor` is empty or only the architecture on Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))

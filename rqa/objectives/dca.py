@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from rqa.data import Document, Example
 from rqa.models import encoder_decoder
 from rqa.models.encoder import Encoder
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
@@ -30,7 +31,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class DCAArguments(ListArguments, encoder_decoder.EncoderDecoderArguments, RetrieverArguments):
+class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
     """DCA's own flags."""
 
     reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
@@ -97,7 +98,7 @@ class CrossAttentionScorer:
     and `kind` is that of `passage_scores`.
     """
 
-    def __init__(self, model: PreTrainedModel, prompter: Any, batch_size: int, kind: str = "plain") -> None:
+    def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
         self._warn_once = cache(log.warning)
@@ -109,7 +110,7 @@ class CrossAttentionScorer:
         for position, pair in enumerate(pairs):
             rows.setdefault((pair.example, pair.beside), []).append(position)
         fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once)
-        unread = encoder_decoder.FiDSequence([[self.prompter.end_token]], [])
+        unread = FiDSequence([[self.prompter.end_token]], [])
         encoded = [(fit.get(number, unread), positions) for number, positions in enumerate(rows.values())]
         encoded.sort(key=lambda row: -sum(map(len, row[0].passages)))  # similar lengths together
         batches = [encoded[start : start + self.batch_size] for start in range(0, len(encoded), self.batch_size)]
@@ -156,9 +157,7 @@ class ReaderScores:
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
         self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
         rows_of = lambda indices: [self._rows[i] for i in indices]  # noqa: E731
-        self._scored = ScoredCandidates(
-            examples, documents, encoder, rows_of, teacher, chunk_size=chunk_size, together=True
-        )
+        self._scored = ScoredCandidates(examples, documents, encoder, rows_of, teacher, 1.0, chunk_size, together=True)
         self.temperature, self.boost = temperature, boost
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:

@@ -34,8 +34,7 @@ class WholeAnswers:
     """
 
     def __init__(self, examples: Sequence[Example], collate: Callable[..., ListBatch], prompter: Prompter) -> None:
-        self.collate = collate
-        end = len(prompter.end_of_turn)
+        self.collate, end = collate, len(prompter.end_of_turn)
         lengths = [len(prompter.encode_answer(example.gold_answer or "")) - end for example in examples]
         self._lengths = torch.tensor(lengths).clamp(min=1)
 

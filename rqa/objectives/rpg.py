@@ -155,16 +155,13 @@ class ScoredCandidates:
     """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once."""
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        documents: Sequence[Document],
-        encoder: Encoder,
+        self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],  # example numbers -> positions in `documents`
         teacher: Any,  # pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew
         temperature: float = 1.0,
         chunk_size: int = 0,  # texts that are encoded at once; 0: all
         together: bool = False,  # whether a document's score depends on those that stand beside it
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.examples, self.documents, self.choose = examples, documents, choose
         self.encoder, self.chunk_size = encoder, chunk_size
         self.teacher, self.temperature, self.together = teacher, temperature, together

@@ -31,13 +31,11 @@ def run(main: Callable[[], Any]) -> None:
     the run is gone; anything else is our mistake and shows its traceback.
     """
     tune_allocator()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= quiet | os.environ  # what the user set stays
     logger = logging.getLogger("rqa")
-    logger.handlers = []
+    logger.handlers, logger.propagate = [], False
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
     log_to()
     try:

@@ -63,7 +63,6 @@ def has_bf16() -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware."""
     names = ("bf16",) if platform.machine() in ("arm64", "aarch64") else ("avx512_bf16", "amx_bf16")
     return any(map(torch.cpu.get_capabilities().get, names))
 

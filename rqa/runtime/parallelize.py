@@ -118,8 +118,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
     Every process enters; only the main process gets the tensors, one copy of them. Tied weights stay tied.
     """
-    divided = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
-    whole = {id(parameter): whole_on_main(parameter.detach()) for parameter in divided}
+    whole = {id(part): whole_on_main(part.detach()) for part in module.parameters() if isinstance(part, DTensor)}
 
     def replace(part: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name, parameter in part.named_parameters(recurse=False):

@@ -91,14 +91,13 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 
 def train(
     objective: nn.Module,  # `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`
-    batches: Batches,
-    flags: LoopArguments,
+    batches: Batches, flags: LoopArguments,
     before_step: Callable[[int], Mapping[str, float]] | None = None,  # steps done -> statistics; may be a LiveState
     evaluate: Callable[[int], dict[str, float]] | None = None,  # steps done -> metrics by name
     evaluate_first: bool = False,  # before the first step, too
     checkpoint: Path | None = None,  # where to continue; the objective already holds its weights
     eval_size: int = 0,  # questions that `evaluate` asks; the log names it if no step improved the model
-) -> RunState:
+) -> RunState:  # fmt: skip
     """Train the objective's parameters and leave the best model at the top of the output directory."""
     output = Path(flags.output_dir)
     shard = flags.fsdp == "full_shard"
