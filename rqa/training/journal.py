@@ -112,7 +112,7 @@ class Journal:
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
         # Since the last log line, and no part of the state: a resumed run's first log line covers its own steps.
-        self.losses: list[float] = []  # of each step
+        self.loss, self.done = 0.0, 0  # summed over steps, and how many these are
         self.statistics: list[Statistics] = []  # of each micro-batch; they stay on the device until the next log line
         main = distributed.is_main()
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
@@ -131,7 +131,7 @@ class Journal:
 
         `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is logged.
         """
-        self.losses.append(loss)
+        self.loss, self.done = self.loss + loss, self.done + 1
         self.statistics += statistics
         self.tokens += tokens
         self.bar.update()
@@ -140,13 +140,13 @@ class Journal:
             sums: Counter[str] = Counter()
             for values in self.statistics:
                 sums.update({name: float(value) for name, value in values.items()})
-            counts = [self.tokens, sum(self.losses), len(self.statistics)]
+            counts = [self.tokens, self.loss, len(self.statistics)]
             tokens, loss, number, *others = distributed.total([*counts, *sums.values()])
-            loss, speed = loss / len(self.losses), tokens / (time.perf_counter() - self.started)
+            loss, speed = loss / self.done, tokens / (time.perf_counter() - self.started)
             entry = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
             entry |= {name: value / number for name, value in zip(sums, others, strict=True)}
             self.bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{speed:.0f}")
-            self.losses, self.statistics = [], []
+            self.loss, self.done, self.statistics = 0.0, 0, []
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
