@@ -32,7 +32,7 @@ def run(main: Callable[[], Any]) -> None:
     """
     tune_allocator()
     quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    os.environ |= quiet | os.environ  # what the user set stays
+    os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
     logger = logging.getLogger("rqa")
     logger.handlers, logger.propagate = [], False
     logger.setLevel(logging.INFO)
