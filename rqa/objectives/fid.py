@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.models import encoder_decoder
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDBatch, FiDPromptArguments, FiDPrompter
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
@@ -46,10 +46,10 @@ class FiDLikelihood(nn.Module):
     def reader(self, flags: GenerationArguments) -> encoder_decoder.FiDReader:
         return encoder_decoder.FiDReader(self.fid, self.prompter, flags, self.collate)
 
-    def batch(self, sequences: Sequence[encoder_decoder.FiDSequence], indices: Sequence[int] = ()) -> FiDBatch:
+    def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> encoder_decoder.FiDBatch:
         return encoder_decoder.fid_batch(sequences, self.collate, indices)
 
-    def forward(self, batch: FiDBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: encoder_decoder.FiDBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""
         return answer_nll(*self.fid(batch)).sum(), {}
 
