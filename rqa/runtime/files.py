@@ -9,9 +9,10 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 from uuid import uuid4
 
 from rqa.runtime.errors import UserError
@@ -161,7 +162,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 @contextmanager
-def reading(path: str | Path) -> Iterator[IO[bytes]]:
+def reading(path: str | Path) -> Iterator[BufferedIOBase]:
     """An open file, unpacked if it is gzipped; one line for what is wrong with it."""
     try:
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
