@@ -57,8 +57,6 @@ class Reply(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One request."""
-
     key: str  # under which its result is kept
     body: dict[str, Any]
     parse: Callable[[Any], Any]  # what is made of the reply
@@ -76,9 +74,8 @@ class Endpoint:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
     """
 
-    def __init__(self, spec: str, flags: EndpointArguments | None = None) -> None:
-        self.base_url = spec.removeprefix(PREFIX).rstrip("/")
-        self.flags = flags or EndpointArguments()
+    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments()) -> None:
+        self.base_url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached, self._repeated = False, 0
         url = urlsplit(self.base_url)
@@ -162,7 +159,6 @@ class Endpoint:
         return [(known[job.key], seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
-        """`work` with an open client."""
         import openai  # a second that a run without servers does not need
 
         async def give_up_without_quota(response: Any) -> None:
@@ -203,7 +199,6 @@ class Endpoint:
         raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
 
     def _failure(self, error: Any) -> UserError:
-        """An error of the openai client in one line."""
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
@@ -260,7 +255,6 @@ def estimated_tokens(text: str) -> int:
 
 
 def check_price(flag: str, price: Sequence[float]) -> None:
-    """Refuse prices that are not two."""
     if len(price) not in (0, 2) or min(price, default=0) < 0:
         raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
 

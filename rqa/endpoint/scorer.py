@@ -17,10 +17,8 @@ log = logging.getLogger(__name__)
 class EstimatedTokens:
     """Counts in place of a `Prompter`'s tokenizer: a token every three bytes of UTF-8."""
 
-    chat_template = None
-    bos_token_id = None
-    eos_token_id = 0
-    eos_token = ""
+    chat_template = bos_token_id = None
+    eos_token_id, eos_token = 0, ""
     all_special_ids: tuple[int, ...] = ()
     added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 

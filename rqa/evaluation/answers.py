@@ -22,12 +22,9 @@ from rqa.runtime.parallelize import in_step
 
 
 def evaluate_answers(
-    reader: LocalReader,
-    examples: Sequence[Example],
-    found: Sequence[Sequence[Document]],
-    flags: EvaluationArguments,
+    reader: LocalReader, examples: Sequence[Example], found: Sequence[Sequence[Document]], flags: EvaluationArguments,
     warm_up: bool = False,
-) -> tuple[Scores, Rows]:
+) -> tuple[Scores, Rows]:  # fmt: skip
     """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
 
     `reader` may be what answers and warms up like one; `warm_up` asks it for a short answer before, which is not timed.
@@ -49,9 +46,8 @@ def evaluate_answers(
         scores |= {"faithfulness_bigrams": faithfulness(answer.text, texts, 2)}
         row["scores"] |= {f"gen/{name}": value for name, value in scores.items()}
     metrics = mean_scores(rows)
-    texts = [answer.text for answer in answers]
-    metrics["gen/bleu"] = corpus_bleu(texts, [row["gold_answer"] for row in rows])
-    metrics["gen/answer_words"] = sum(len(text.split()) for text in texts) / len(texts)
+    metrics["gen/bleu"] = corpus_bleu([answer.text for answer in answers], [row["gold_answer"] for row in rows])
+    metrics["gen/answer_words"] = sum(len(answer.text.split()) for answer in answers) / len(answers)
     return metrics | {f"gen/{name}": value for name, value in answer_speed(answers, duration).items()}, rows
 
 
@@ -81,7 +77,7 @@ class ReaderEvaluation:
 
     def __call__(self, objective: nn.Module, reader: LocalReader, warm_up: bool = False) -> tuple[Scores, Rows]:
         """As `evaluate_answers`, with the loss; objective and reader hold the same model."""
-        if self.found is None:  # without a retriever, only the loss is measured, over the gold passages
+        if self.found is None:
             return {"loss": self.loss(objective, [list(example.gold_docs) for example in self.examples])}, []
         metrics, rows = evaluate_answers(reader, self.examples, self.found, self.flags, warm_up)
         k = self.flags.embedding_max_num_to_retrieve

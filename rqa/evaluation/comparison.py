@@ -37,7 +37,6 @@ class Difference:
         return self.changed >= TELLING and (self.low > 0 or self.high < 0)
 
     def sentence(self) -> str:
-        """What a reader wants to know."""
         gap = round(self.second - self.first, 3)
         subject = f"{abs(gap):.3f} {'higher' if gap > 0 else 'lower'} than" if gap else "the same as"
         how = f"{self.low:+.3f} to {self.high:+.3f}, {self.questions} questions, {self.changed} of them changed"

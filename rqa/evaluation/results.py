@@ -68,8 +68,7 @@ def write_results(
         if flags:
             write_json(directory / ARGUMENTS, flags.to_json())
         write_json(directory / SCORES, scores)
-        details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
-        write_json(directory / DETAILS, details)
+        write_json(directory / DETAILS, {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()})
         write_jsonl(directory / PREDICTIONS, rows)
         write_report(directory)
     return markdown_table(scores, intervals)
@@ -77,13 +76,11 @@ def write_results(
 
 def with_intervals(rows: Rows) -> Rates:
     """Each rate with its 95 % bootstrap interval; a row without one of the scores does not count for it."""
-    holders: dict[str, list[int]] = {}  # the questions that have a rate
-    for number, row in enumerate(rows):
-        for name in row["scores"]:
-            holders.setdefault(name, []).append(number)
+    every = dict.fromkeys(name for row in rows for name in row["scores"])
+    holders = {name: tuple(i for i, row in enumerate(rows) if name in row["scores"]) for name in every}
     details: Rates = {}
-    for numbers in dict.fromkeys(map(tuple, holders.values())):  # rates of the same questions are resampled together
-        names = [name for name, holder in holders.items() if tuple(holder) == numbers]
+    for numbers in dict.fromkeys(holders.values()):  # rates of the same questions are resampled together
+        names = [name for name, holder in holders.items() if holder == numbers]
         values = np.array([[rows[i]["scores"][name] for name in names] for i in numbers], dtype=np.float64)  # [n, M]
         for name, mean, (low, high) in zip(names, values.mean(0), mean_intervals(values), strict=True):
             details[f"test_{name}"] = {"value": float(mean), "n": len(numbers), "low": float(low), "high": float(high)}

@@ -73,10 +73,8 @@ def mean_scores(rows: Rows) -> Scores:
 
     Recall@4 is `retr/recall@4` and `retr/document_recall/recall4`. ROUGE is of word stems here, of whole words there.
     """
-    columns: dict[str, list[float]] = {}
-    for row in rows:
-        for name, value in row["scores"].items():
-            columns.setdefault(name, []).append(value)
+    names = dict.fromkeys(name for row in rows for name in row["scores"])
+    columns = {name: [row["scores"][name] for row in rows if name in row["scores"]] for name in names}
     means = {name: sum(values) / len(values) for name, values in columns.items()}
     theirs = {name: name.replace("retr/recall@", "retr/document_recall/recall") for name in means} | LOCALRQA_NAMES
     return means | {theirs[name]: mean for name, mean in means.items()}

@@ -44,7 +44,6 @@ def peak_memory() -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    """What a figure was measured on."""
     try:  # `platform.processor` is empty or only the architecture on Linux
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
@@ -62,7 +61,6 @@ def machine() -> dict[str, Any]:
 
 
 def machine_line(machine: dict[str, Any]) -> str:
-    """The machine in one line."""
     processor = machine["gpu"] or f"{machine['cpu']}, {machine['cores']} cores"
     versions = ", ".join(f"{name} {machine[name]}" for name in ("python", *(package.__name__ for package in PACKAGES)))
     return f"{processor}; {machine['processes']} process(es) of {machine['threads']} thread(s); {versions}"

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
 
 import torch
@@ -115,14 +116,9 @@ class Contrasts:
     """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        documents: Sequence[Document],
-        encoder: Encoder,
-        hard: "MinedNegatives | Sequence[Sequence[Document]]",
-        flags: CTLArguments,
-        seed: int,
-    ) -> None:
+        self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
+        hard: "MinedNegatives | Sequence[Sequence[Document]]", flags: CTLArguments, seed: int,
+    ) -> None:  # fmt: skip
         unique = {document.key: document for document in documents}
         for example in examples:
             if not example.gold_docs:
@@ -138,13 +134,10 @@ class Contrasts:
         chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
         gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
-        pools = [self.hard[i] for i in indices]
-        if count := self.flags.num_hard_negatives:
-            negatives = [document for pool in pools for document in chance.sample(pool, min(count, len(pool)))]
-        else:
-            together = [document for pool in pools for document in pool]
-            count = math.ceil(self.flags.hard_neg_ratio * len(pools))
-            negatives = chance.sample(together, min(count, len(together)))
+        pools, count = [self.hard[i] for i in indices], self.flags.num_hard_negatives
+        if not count:
+            pools, count = [list(chain(*pools))], math.ceil(self.flags.hard_neg_ratio * len(indices))
+        negatives = [document for pool in pools for document in chance.sample(pool, min(count, len(pool)))]
         documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
         return ContrastiveBatch(
             queries=in_chunks(self.encoder, [self._queries[i] for i in indices], size),

@@ -13,16 +13,9 @@ import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
+from rqa.models import encoder_decoder
 from rqa.models.encoder import Encoder
-from rqa.models.encoder_decoder import (
-    EncoderDecoderArguments,
-    FiDPrompter,
-    FiDSequence,
-    fid_batch,
-    load_encoder_decoder,
-    observe,
-    passage_scores,
-)
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
@@ -90,7 +83,7 @@ def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher
     """How much the reader attends to each passage of a list, each list read once."""
     if flags.with_score:
         return GivenScores(examples)
-    model, prompter = load_encoder_decoder(str(flags.reader_model_path), flags)
+    model, prompter = encoder_decoder.load_encoder_decoder(str(flags.reader_model_path), flags)
     settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
     return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
@@ -110,7 +103,7 @@ class CrossAttentionScorer:
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
         self._warn_once = cache(log.warning)
         self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
-        observe(model)
+        encoder_decoder.observe(model)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows: dict[tuple[Example, tuple[Document, ...]], list[int]] = {}
@@ -124,8 +117,8 @@ class CrossAttentionScorer:
         with evaluating(self.model):
             for batch in progress(batches, desc="reader", unit="batch", disable=len(batches) < 8):
                 sequences = [sequence for sequence, _ in batch]
-                inputs = fid_batch(sequences, self._collate).to(self.model.device)
-                scores = passage_scores(self.model, inputs, self.kind).tolist()
+                inputs = encoder_decoder.fid_batch(sequences, self._collate).to(self.model.device)
+                scores = encoder_decoder.passage_scores(self.model, inputs, self.kind).tolist()
                 for (_, positions), row in zip(batch, scores, strict=True):
                     for position in positions:
                         place = pairs[position].beside.index(pairs[position].document)
@@ -149,26 +142,22 @@ class GivenScores:
 
 
 class ReaderScores:
-    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target."""
+    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target.
+
+    This is the teacher's scores over `temperature`; with `boost` those of gold documents are raised before
+    (`losses.boost_gold`). `chunk_size` texts are encoded at once; 0: all.
+    """
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        contexts: Sequence[Sequence[Document]],
-        encoder: Encoder,
-        teacher: Any,
-        temperature: float,  # the target is the scores over it
-        boost: bool,  # whether those of gold documents are raised before (`losses.boost_gold`)
-        chunk_size: int = 0,  # texts that are encoded at once; 0: all
-    ) -> None:
+        self, examples: Sequence[Example], contexts: Sequence[Sequence[Document]], encoder: Encoder, teacher: Any,
+        temperature: float, boost: bool, chunk_size: int = 0,
+    ) -> None:  # fmt: skip
         documents = _distinct(document for row in contexts for document in row)
         numbers = {document.key: number for number, document in enumerate(documents)}
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
         self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
         rows_of = lambda indices: [self._rows[i] for i in indices]  # noqa: E731
-        self._scored = ScoredCandidates(
-            examples, documents, encoder, rows_of, teacher, chunk_size=chunk_size, together=True
-        )
+        self._scored = ScoredCandidates(examples, documents, encoder, rows_of, teacher, 1.0, chunk_size, together=True)
         self.temperature, self.boost = temperature, boost
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from torch import Tensor
 
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
@@ -25,8 +24,7 @@ class EMDRArguments(LikelihoodArguments):
 class MarginalLikelihood(ListObjective):
     """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the frozen language model's log p_LM is of whole answers."""
 
-    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
-        return marginal_nll(teacher, student)
+    losses = staticmethod(marginal_nll)
 
 
 class WholeAnswers:
@@ -35,11 +33,8 @@ class WholeAnswers:
     All documents of a question share its answer, and so the number of its tokens: what RPG's teacher kept serves here.
     """
 
-    def __init__(
-        self, examples: Sequence[Example], collate: Callable[[Sequence[int]], ListBatch], prompter: Prompter
-    ) -> None:
-        self.collate = collate
-        end = len(prompter.end_of_turn)
+    def __init__(self, examples: Sequence[Example], collate: Callable[..., ListBatch], prompter: Prompter) -> None:
+        self.collate, end = collate, len(prompter.end_of_turn)
         lengths = [len(prompter.encode_answer(example.gold_answer or "")) - end for example in examples]
         self._lengths = torch.tensor(lengths).clamp(min=1)
 

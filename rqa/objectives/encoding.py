@@ -34,9 +34,8 @@ class Chunks(Batch):
 def in_chunks(encoder: Encoder, sequences: Sequence[Sequence[int]], size: int = 0) -> Chunks:
     """Token ids for `embed_chunks`, `size` texts in each part; 0: all in one. [N] -> [N]"""
     order = sorted(range(len(sequences)), key=lambda i: len(sequences[i]))
-    size = size or len(order)
-    chunks = [order[start : start + size] for start in range(0, len(order), size)]
-    parts = tuple(encoder.collate([sequences[i] for i in chunk]) for chunk in chunks)
+    ordered, size = [sequences[i] for i in order], size or len(order)
+    parts = tuple(encoder.collate(ordered[start : start + size]) for start in range(0, len(order), size))
     return Chunks(parts, torch.tensor(order).argsort())
 
 
@@ -81,9 +80,8 @@ def embed_chunks(encoder: Encoder, chunks: Chunks) -> Tensor:
     batch, exactly (Gao et al. 2021, whose two passes are what activation checkpointing does).
     """
     if len(chunks.parts) == 1:
-        found = [encoder(chunks.parts[0])]
-    else:
-        # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
-        # arguments that are tensors, and does not see those inside a batch; hence `starts`.
-        found = [checkpoint(lambda _, b=part: encoder(b), part.starts, use_reentrant=False) for part in chunks.parts]
+        return encoder(chunks.parts[0])[chunks.places]
+    # Dropout repeats its choice if `checkpoint` keeps the device's random state: it looks for the device among the
+    # arguments that are tensors, and does not see those inside a batch; hence `starts`.
+    found = [checkpoint(lambda _, b=part: encoder(b), part.starts, use_reentrant=False) for part in chunks.parts]
     return torch.cat(found)[chunks.places]

@@ -12,17 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rqa.models.encoder_decoder import (
-    EncoderDecoderArguments,
-    FiD,
-    FiDBatch,
-    FiDPromptArguments,
-    FiDPrompter,
-    FiDReader,
-    FiDSequence,
-    fid_batch,
-    load_encoder_decoder,
-)
+from rqa.models import encoder_decoder
+from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
@@ -45,19 +36,20 @@ class FiDLikelihood(nn.Module):
     @classmethod
     def load(cls, path: str, flags: FiDArguments) -> Self:
         """The objective over the encoder-decoder at `path`; only the main process reads its weights."""
-        return cls(*load_encoder_decoder(path, flags, flags.trained_dtype, main_only=True), flags.precision)
+        loaded = encoder_decoder.load_encoder_decoder(path, flags, flags.trained_dtype, main_only=True)
+        return cls(*loaded, flags.precision)
 
     @property
     def model(self) -> PreTrainedModel:
         return self.fid.model
 
-    def reader(self, flags: GenerationArguments) -> FiDReader:
-        return FiDReader(self.fid, self.prompter, flags, self.collate)
+    def reader(self, flags: GenerationArguments) -> encoder_decoder.FiDReader:
+        return encoder_decoder.FiDReader(self.fid, self.prompter, flags, self.collate)
 
-    def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> FiDBatch:
-        return fid_batch(sequences, self.collate, indices)
+    def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> encoder_decoder.FiDBatch:
+        return encoder_decoder.fid_batch(sequences, self.collate, indices)
 
-    def forward(self, batch: FiDBatch) -> tuple[Tensor, dict[str, float]]:
+    def forward(self, batch: encoder_decoder.FiDBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""
         return answer_nll(*self.fid(batch)).sum(), {}
 

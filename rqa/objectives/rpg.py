@@ -8,6 +8,7 @@ The batches, and the objective over lists of documents, are DCA's and EMDR2's, t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -103,16 +104,14 @@ class ListBatch(EncoderBatch):
 class ListObjective(EncoderObjective):
     """An objective over K documents of each question, scored by a teacher; each algorithm brings its `losses`."""
 
+    losses: Callable[[Tensor, Tensor], Tensor]  # the loss of each question, from both logits. [B, K] x 2 -> [B]
+
     def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
         queries, passages = self.embed(batch)
         with distributed.autocast(torch.float32):  # the index compares in float32, too
             similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
         return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
-
-    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
-        """The loss of each question, from both logits. [B, K] x 2 -> [B]"""
-        raise NotImplementedError
 
     def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often retriever and teacher agree on the first document. -> []"""
@@ -126,10 +125,7 @@ class Distillation(ListObjective):
 
     def __init__(self, encoder: Encoder, temperature: float, direction: str) -> None:
         super().__init__(encoder, temperature)
-        self.direction = direction
-
-    def losses(self, teacher: Tensor, student: Tensor) -> Tensor:
-        return distillation(teacher, student, self.direction)
+        self.losses = partial(distillation, direction=direction)
 
 
 class RetrievedCandidates:
@@ -159,16 +155,13 @@ class ScoredCandidates:
     """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once."""
 
     def __init__(
-        self,
-        examples: Sequence[Example],
-        documents: Sequence[Document],
-        encoder: Encoder,
+        self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],  # example numbers -> positions in `documents`
         teacher: Any,  # pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew
         temperature: float = 1.0,
         chunk_size: int = 0,  # texts that are encoded at once; 0: all
         together: bool = False,  # whether a document's score depends on those that stand beside it
-    ) -> None:
+    ) -> None:  # fmt: skip
         self.examples, self.documents, self.choose = examples, documents, choose
         self.encoder, self.chunk_size = encoder, chunk_size
         self.teacher, self.temperature, self.together = teacher, temperature, together

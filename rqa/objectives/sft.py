@@ -67,11 +67,9 @@ class AnswerLikelihood(nn.Module):
         self.prompter.tokenizer.save_pretrained(directory)
 
 
-def encode_examples(
-    prompter: Any, examples: Sequence[Example], passages: Sequence[Sequence[Document]]
-) -> dict[int, Any]:
+def encode_examples(prompter: Any, examples: Sequence[Example], shown: Sequence[Sequence[Document]]) -> dict[int, Any]:
     """Prompts of a `Prompter` or `FiDPrompter` with gold answers, by the example's number, of what fits."""
-    rows = [(example, row, example.gold_answer) for example, row in zip(examples, passages, strict=True)]
+    rows = [(example, row, example.gold_answer) for example, row in zip(examples, shown, strict=True)]
     sequences = fitting(prompter.encode, rows, "the example is left out")
     if not sequences:
         raise UserError(f"{prompter.length_flag}: no example fits; raise it")

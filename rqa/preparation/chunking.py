@@ -51,10 +51,9 @@ class ChunkArguments(Arguments):
 
 
 class Chunker:
-    """Cuts texts into passages.
+    """Cuts texts into passages; tokens are counted where they stand in the text.
 
-    Tokens are counted where they stand in the text. A tokenizer that joins a word with the space before it may give a
-    passage, which starts without one, a token more.
+    A tokenizer that joins a word with the space before it may give a passage, which starts without one, a token more.
     """
 
     def __init__(self, tokenizer: Tokenizer, flags: ChunkArguments) -> None:
@@ -226,7 +225,6 @@ class Collection:
                     self.skipped.append(f"{file}: {error}")
 
     def summary(self) -> str:
-        """Counts, and what was skipped by name."""
         lines = [f"{self.documents} passages of {self.texts} texts, {self.characters / 1e6:.2f} million characters"]
         left_out = {f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts": self.skipped}
         if self.others:

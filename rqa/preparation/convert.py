@@ -101,9 +101,8 @@ def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[C
 
 def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Document | Example]]:
     stems = [path.name.removesuffix(".gz").rpartition(".")[0] or path.name for path in paths]
-    for stem in stems:
-        if stems.count(stem) > 1:
-            raise UserError(f"--input_path: two files are called {stem}, which names the split")
+    if twice := [stem for stem in stems if stems.count(stem) > 1]:
+        raise UserError(f"--input_path: two files are called {twice[0]}, which names the split")
     for stem, path in zip(stems, paths, strict=True):
         for row in read_rows(path, LAYOUTS[layout].key):
             yield from ((stem, item) for item in LAYOUTS[layout].read(row))

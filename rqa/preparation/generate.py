@@ -90,7 +90,6 @@ class SampleArguments(Arguments):
 
     @property
     def sizes(self) -> dict[str, int]:
-        """Passages by split."""
         return {split: getattr(self, f"num_{split}_passages") for split in ("train", "eval", "test")}
 
 
@@ -207,10 +206,7 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
 def read_questions(
     passages: dict[str, list[Document]], replies: Sequence[str], number: int, counts: Counter[str]
 ) -> dict[str, list[Example]]:
-    """The questions about each split's passages, at most `number` a passage; one asked of two passages is left out.
-
-    `counts` receives what became of the replies.
-    """
+    """Questions by split, `number` a passage at most, none asked of two; `counts` gets what became of the replies."""
     asked = [(split, document) for split, found in passages.items() for document in found]
     drafts = [
         (split, Example(question, (document,)))

@@ -33,7 +33,6 @@ class Layout:
 
     @cached_property
     def paths(self) -> dict[str, str]:
-        """The path of what is held."""
         return {held: path for path, held in (*self.row.items(), *self.passage.items()) if isinstance(held, str)}
 
     def read(self, row: Row) -> Iterator[Document | Example]:
@@ -79,7 +78,6 @@ class Layout:
         return None
 
     def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-        """Rows of examples, in order."""
         no_answers = [self.no_answer] if self.no_answer else [] if self.answers else None
         for number, example in enumerate(examples):
             gold = {document.key for document in example.gold_docs}

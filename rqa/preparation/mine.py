@@ -5,7 +5,7 @@ from array import array
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 
@@ -23,17 +23,16 @@ class DocumentFile(Sequence[Document]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._file: BinaryIO | None = None
         self._starts, self._lines = array("q"), array("q")
         for _ in iterate_documents(path):
             pass  # a malformed line is refused now
-        with self.path.open("rb") as file:
-            start = 0
-            for number, line in enumerate(file, start=1):
-                if line.strip(b"\xef\xbb\xbf \t\r\n"):
-                    self._starts.append(start)
-                    self._lines.append(number)
-                start += len(line)
+        self._file = self.path.open("rb")
+        start = 0
+        for number, line in enumerate(self._file, start=1):
+            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+                self._starts.append(start)
+                self._lines.append(number)
+            start += len(line)
         if not self._starts:
             raise UserError(f"{path}: holds no documents")
 
@@ -43,8 +42,6 @@ class DocumentFile(Sequence[Document]):
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
-        if self._file is None:
-            self._file = self.path.open("rb")
         self._file.seek(self._starts[position])
         row = json.loads(self._file.readline().decode("utf-8-sig"))
         return parse_document(row, f"{self.path}:{self._lines[position]}")
@@ -68,12 +65,9 @@ def mine(
 
 
 def rank_in_parts(
-    open_part: Callable[[Sequence[Document]], PassageRetriever],
-    documents: Sequence[Document],
-    queries: Sequence[str],
-    k: int,
-    part_size: int,
-) -> Hits:
+    open_part: Callable[[Sequence[Document]], PassageRetriever], documents: Sequence[Document], queries: Sequence[str],
+    k: int, part_size: int,
+) -> Hits:  # fmt: skip
     """The k best documents of a database that is indexed a part at a time, so that memory does not grow with it.
 
     Embeddings find the same in parts as at once. BM25 weighs words by how often they occur in the part. -> [Q, k]

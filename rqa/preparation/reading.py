@@ -1,20 +1,18 @@
 """Other projects' files row by row, whatever their size: JSONL, JSON arrays, tab-separated values, gzipped or not."""
 
-import gzip
 import re
-import zlib
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from decimal import Decimal
+from io import TextIOWrapper
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, TextIO
+from typing import Any
 
 import ijson
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import read_jsonl
+from rqa.runtime.files import read_jsonl, reading
 
 START = 1 << 20  # characters that tell an array from lines
 
@@ -84,7 +82,7 @@ class Row:
 
 def read_rows(path: Path, key: str = "") -> Iterator[Row]:
     """Yield the objects of JSONL, of a JSON array, or of the array at `key` of an object; one in memory at a time."""
-    with _open(path) as file:
+    with reading(path) as unpacked, TextIOWrapper(unpacked, "utf-8-sig") as file:
         if not re.search(rf'"{key}"\s*:\s*\[' if key else r"\A\s*\[", file.read(START)):
             yield from (Row(row, f"{path}:{line}") for line, row in read_jsonl(path))
             return
@@ -102,21 +100,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[Row]:
 
 def read_table(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield `(file:line, fields)` of each line of tab-separated values that is not blank."""
-    with _open(path) as file:
+    with reading(path) as unpacked, TextIOWrapper(unpacked, "utf-8-sig") as file:
         for number, line in enumerate(file, start=1):
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\n").split("\t")
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[TextIO]:
-    opener = gzip.open if path.suffix == ".gz" else open
-    try:
-        with opener(path, "rt", encoding="utf-8-sig") as file:
-            yield file
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error})") from None

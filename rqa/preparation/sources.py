@@ -18,8 +18,6 @@ _TITLE = re.compile(r"\A\s*#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
 
 @dataclass(frozen=True)
 class Source:
-    """One text to cut."""
-
     source: str  # a path or an address
     title: str  # the text's own, else its file's name
     text: str  # with headings as Markdown has them

@@ -28,10 +28,7 @@ class Split:
 
 
 def validate(document_path: Path | None, paths: dict[str, Path], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Read every file, and yield what there is to say about it, a line at a time. Without a tokenizer words count.
-
-    Questions and gold passages are held; the database streams.
-    """
+    """Yield what there is to say about files, line by line; the database streams. Without a tokenizer words count."""
     lengths = _Lengths(tokenizer)
     splits = {name: _read_split(path, lengths, name) for name, path in paths.items()}
     found: set[tuple[str, str]] = set()

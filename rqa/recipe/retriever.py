@@ -47,9 +47,7 @@ class RetrieverRun(Run):
         train_adapters(self.model, flags, self.source)
         freeze_pooler(self.model)
 
-    def finish(
-        self, objective: nn.Module, collate: Callable[[Sequence[int]], Any], refresher: Refresher | None = None
-    ) -> Scores:
+    def finish(self, objective: nn.Module, collate: Callable[..., Any], refresher: Refresher | None = None) -> Scores:
         """Train, evaluate, test; without a refresher nothing is retrieved in training."""
         self.refresher = refresher
         frozen = self.encoder.passage_encoder is not None

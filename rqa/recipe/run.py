@@ -92,10 +92,7 @@ class Run(ABC):
         return scores
 
     def train_and_test(self, objective: nn.Module, batches: Batches, before_step: Any = None) -> Scores:
-        """Train, choose the best model by the eval file, score it on the test file.
-
-        Returns the test file's scores; none without one, or if a signal ended the run.
-        """
+        """Train, choose the best model by the eval file. -> its test file's scores; none if a signal ended the run"""
 
         def evaluate(step: int) -> Scores:
             scores, rows = self.score_eval(step)

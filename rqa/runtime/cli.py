@@ -31,13 +31,11 @@ def run(main: Callable[[], Any]) -> None:
     the run is gone; anything else is our mistake and shows its traceback.
     """
     tune_allocator()
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
+    os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
     logger = logging.getLogger("rqa")
-    logger.handlers = []
+    logger.handlers, logger.propagate = [], False
     logger.setLevel(logging.INFO)
-    logger.propagate = False
     logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
     log_to()
     try:
@@ -86,13 +84,11 @@ def log_to(path: str | None = None) -> None:
     logging.getLogger("rqa").addHandler(handler)
 
 
-def progress(
-    iterable: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any
-) -> tqdm:
+def progress(items: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:
     """tqdm with tqdm's arguments: a bar on a terminal, elsewhere a log line every half minute."""
     kind = tqdm if sys.stderr.isatty() else _ProgressLines
     options |= {"disable": True} if disable else {}  # otherwise $TQDM_DISABLE decides
-    return kind(iterable, leave=leave, **options)
+    return kind(items, leave=leave, **options)
 
 
 class _ProgressLines(tqdm):

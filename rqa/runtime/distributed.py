@@ -63,15 +63,13 @@ def has_bf16() -> bool:
 
 
 def cpu_has_bf16() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware."""
     names = ("bf16",) if platform.machine() in ("arm64", "aarch64") else ("avx512_bf16", "amx_bf16")
     return any(map(torch.cpu.get_capabilities().get, names))
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager:
     """Autocast to float16. Nothing for other formats: what computes in bfloat16 has weights in it."""
-    half = dtype is torch.float16
-    return torch.autocast(device().type, dtype=dtype if half else None, enabled=half)
+    return torch.autocast(device().type, torch.float16, enabled=dtype is torch.float16)
 
 
 @contextmanager

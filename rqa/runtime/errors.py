@@ -2,11 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake that its reader can mend.
-
-    The message is one line that names the file and line, flag or path, says what is wrong and what to do.
-    `rqa.runtime.cli.run` prints it and exits with status 2.
-    """
+    """A mistake that its reader can mend: one line that says where, what is wrong and what to do."""
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))  # what it quotes may hold line breaks

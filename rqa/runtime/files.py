@@ -9,6 +9,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -137,29 +138,39 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too."""
-    number = 0
-    try:
-        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
-            for number, data in enumerate(file, start=1):
+    with reading(path) as file:
+        for number, data in enumerate(file, start=1):
+            where = f"{path}:{number}"
+            try:
                 line = data.decode("utf-8-sig" if number == 1 else "utf-8")
                 if not line.strip():
                     continue
                 row = json.loads(line)
                 if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+                    raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
                 if "\\ud" in line.lower():  # one half of a surrogate pair: no tokenizer takes it, and no file holds it
                     json.dumps(row, ensure_ascii=False).encode("utf-8")
-                yield number, row
+            except UnicodeDecodeError as error:
+                raise UserError(f"{where}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
+            except UnicodeEncodeError as error:
+                half = ord(error.object[error.start])
+                raise UserError(f"{where}: holds \\u{half:04x}, half of a character; remove it") from None
+            except (ValueError, RecursionError) as error:  # a number may be too long, too
+                reason = getattr(error, "msg", None) or str(error)
+                raise UserError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from None
+            yield number, row
+
+
+@contextmanager
+def reading(path: str | Path) -> Iterator[BufferedIOBase]:
+    """An open file, unpacked if it is gzipped; one line for what is wrong with it."""
+    try:
+        with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
+            yield file
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-    except UnicodeEncodeError as error:
-        half = ord(error.object[error.start])
-        raise UserError(f"{path}:{number}: holds \\u{half:04x}, half of a character; remove it") from None
-    except (ValueError, RecursionError) as error:  # a number may be too long, too
-        reason = getattr(error, "msg", None) or str(error)
-        raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
+        raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file ({error})") from None
     except OSError as error:

@@ -35,13 +35,11 @@ REFUSED = {
 
 
 def flag(
-    default: Any = MISSING,
-    help: str = "",
-    choices: list[str] | None = None,
+    default: Any = MISSING, help: str = "", choices: list[str] | None = None,
     also: str = "",  # other names that the command line accepts, separated by spaces
     rare: bool = False,  # shown by `-h full` only
     secret: bool = False,  # left out of the dataclass's `repr`
-) -> Any:
+) -> Any:  # fmt: skip
     """A dataclass field that is a flag; required without a default."""
     about: dict[str, Any] = {"help": help, "aliases": [f"--{name}" for name in also.split()], "rare": rare}
     about |= {"choices": choices} if choices else {}

@@ -25,9 +25,7 @@ class WholePass(nn.Module):
     whole_passes: tuple[str, ...] = ()
 
 
-def parallelize(
-    module: nn.Module, gradient_checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype
-) -> None:
+def parallelize(module: nn.Module, checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype) -> None:
     """Move a module to its device and prepare it for training, on every process with the main process's weights.
 
     `shard`: FSDP2: parameters, gradients and optimizer state are divided among processes. Parameters are gathered in
@@ -39,7 +37,7 @@ def parallelize(
         log.warning("training computes in float32; --bf16 true is several times as fast")
     for model in module.modules():
         trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())
-        if gradient_checkpointing and trained and model.supports_gradient_checkpointing:
+        if checkpointing and trained and model.supports_gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)  # than transformers 5.17
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
     several = distributed.world_size() > 1
@@ -90,13 +88,12 @@ def _layers(module: nn.Module) -> list[nn.Module]:
 
 def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
     """Add up the gradients of all processes, once a step. FSDP2 has done so: whole ones take the memory it saves."""
-    whole = [weight for weight in weights if not isinstance(weight, DTensor)]
-    if distributed.world_size() == 1 or not whole:
+    if distributed.world_size() == 1:
         return
+    whole = [weight for weight in weights if not isinstance(weight, DTensor)]
     for weight in whole:  # a process whose part of the step does not touch a weight takes part, too
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
-    for work in [dist.all_reduce(weight.grad, async_op=True) for weight in whole]:
-        assert work is not None
+    for work in filter(None, [dist.all_reduce(weight.grad, async_op=True) for weight in whole]):
         work.wait()
 
 
@@ -121,8 +118,7 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
     Every process enters; only the main process gets the tensors, one copy of them. Tied weights stay tied.
     """
-    divided = [parameter for parameter in module.parameters() if isinstance(parameter, DTensor)]
-    whole = {id(parameter): whole_on_main(parameter.detach()) for parameter in divided}
+    whole = {id(part): whole_on_main(part.detach()) for part in module.parameters() if isinstance(part, DTensor)}
 
     def replace(part: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
         for name, parameter in part.named_parameters(recurse=False):

@@ -55,10 +55,9 @@ def read_state(checkpoint: Path) -> RunState:
         state = replace(RunState(**saved), interrupted=False)
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]
         numbers = [value for entry in state.log_history for value in entry.values()]
-        good = all(type(count) is int and 0 <= count < 2**53 for count in counts)
-        good &= all(type(number) in (int, float, NoneType) for number in numbers)
-        good &= isinstance(state.log_history, list)
-        if not good or not re.fullmatch(r"index-\d+", state.live_state or "index-0"):
+        good = isinstance(state.log_history, list) and re.fullmatch(r"index-\d+", state.live_state or "index-0")
+        good = good and all(type(number) in (int, float, NoneType) for number in numbers)
+        if not good or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
             raise ValueError(f"{STATE_FILE} is not what a run writes")
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint}: cannot be resumed ({one_line(error)})") from None
@@ -112,9 +111,9 @@ class Journal:
         self.state, self.flags, self.steps = state, flags, steps
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
-        # Loss and statistics of each step since the last log line; the statistics stay on the device until the next.
-        # No part of the state: a resumed run's first log line covers its own steps.
-        self.done: list[tuple[float, Sequence[Statistics]]] = []
+        # Since the last log line, and no part of the state: a resumed run's first log line covers its own steps.
+        self.loss, self.done = 0.0, 0  # summed over steps, and how many these are
+        self.statistics: list[Statistics] = []  # of each micro-batch; they stay on the device until the next log line
         main = distributed.is_main()
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
         if main:  # a killed run told of steps that are done again
@@ -132,24 +131,22 @@ class Journal:
 
         `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is logged.
         """
-        self.done.append((loss, statistics))
+        self.loss, self.done = self.loss + loss, self.done + 1
+        self.statistics += statistics
         self.tokens += tokens
         self.bar.update()
         step = self.state.step
         if step == 1 or step % self.flags.logging_steps == 0 or step == self.steps:
             sums: Counter[str] = Counter()
-            for step_loss, micro_batches in self.done:
-                counts = Counter({"loss": step_loss, "micro_batches": len(micro_batches)})
-                for values in micro_batches:
-                    counts.update({name: float(value) for name, value in values.items()})
-                sums.update(counts)
-            names = list(sums)[2:]
-            tokens, loss, number, *others = distributed.total([self.tokens, *sums.values()])
-            loss, speed = loss / len(self.done), tokens / (time.perf_counter() - self.started)
+            for values in self.statistics:
+                sums.update({name: float(value) for name, value in values.items()})
+            counts = [self.tokens, self.loss, len(self.statistics)]
+            tokens, loss, number, *others = distributed.total([*counts, *sums.values()])
+            loss, speed = loss / self.done, tokens / (time.perf_counter() - self.started)
             entry = {"loss": loss, "grad_norm": norm, "learning_rate": rate, "tokens_per_second": speed}
-            entry |= {name: value / number for name, value in zip(names, others, strict=True)}
-            self.bar.set_postfix(loss=f"{entry['loss']:.4f}", tok_s=f"{speed:.0f}")
-            self.done.clear()
+            entry |= {name: value / number for name, value in zip(sums, others, strict=True)}
+            self.bar.set_postfix(loss=f"{loss:.4f}", tok_s=f"{speed:.0f}")
+            self.loss, self.done, self.statistics = 0.0, 0, []
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
@@ -170,7 +167,6 @@ class Journal:
             self.save()
 
     def save(self) -> None:
-        """Write `trainer_state.json`."""
         if distributed.is_main():
             write_json(self.output / STATE_FILE, asdict(self.state))
 

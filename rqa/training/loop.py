@@ -7,13 +7,13 @@ micro-batches and processes gives the same gradient.
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 from torch import nn
@@ -43,9 +43,7 @@ class Batches:
     `ahead`: whether a batch depends on the indices alone, so that a thread may make it during the step before.
     """
 
-    def __init__(
-        self, size: int, collate: Callable[[Sequence[int]], Any], flags: LoopArguments, ahead: bool = False
-    ) -> None:
+    def __init__(self, size: int, collate: Callable[..., Any], flags: LoopArguments, ahead: bool = False) -> None:
         self.size, self.collate, self.flags, self.ahead = size, collate, flags, ahead
         examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
         self.step_size = examples * distributed.world_size()
@@ -93,14 +91,13 @@ def _order(size: int, seed: int, epoch: int) -> list[int]:
 
 def train(
     objective: nn.Module,  # `forward(batch) -> (loss sum, statistics)` and `save_pretrained(directory)`
-    batches: Batches,
-    flags: LoopArguments,
+    batches: Batches, flags: LoopArguments,
     before_step: Callable[[int], Mapping[str, float]] | None = None,  # steps done -> statistics; may be a LiveState
     evaluate: Callable[[int], dict[str, float]] | None = None,  # steps done -> metrics by name
     evaluate_first: bool = False,  # before the first step, too
     checkpoint: Path | None = None,  # where to continue; the objective already holds its weights
     eval_size: int = 0,  # questions that `evaluate` asks; the log names it if no step improved the model
-) -> RunState:
+) -> RunState:  # fmt: skip
     """Train the objective's parameters and leave the best model at the top of the output directory."""
     output = Path(flags.output_dir)
     shard = flags.fsdp == "full_shard"
@@ -147,7 +144,9 @@ def train(
             # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
             loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
             if not math.isfinite(loss):
-                refuse(losses, micro_batches, state.step)
+                pairs = zip(micro_batches, losses, strict=True)
+                guilty = [i for batch, part in pairs if not part.isfinite() for i in batch.indices]
+                raise UserError(f"step {state.step + 1}: the loss is not finite; it comes from the examples {guilty}")
             optimization.step(state.step, norm)
             state.step += 1
             state.examples = batches.position(state.step)
@@ -165,13 +164,6 @@ def train(
         with optimization.whole_precision():
             finish(output, objective, state, flags, eval_size)
     return state
-
-
-def refuse(losses: list[torch.Tensor], micro_batches: list[Any], step: int) -> NoReturn:
-    """Refuse losses of which some are NaN or infinite, naming the step and the examples."""
-    pairs = zip(micro_batches, torch.stack(losses).tolist(), strict=True)
-    guilty = [index for batch, loss in pairs if not math.isfinite(loss) for index in batch.indices]
-    raise UserError(f"step {step + 1}: the loss is not finite; it comes from the examples {guilty}")
 
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:

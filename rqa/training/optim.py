@@ -2,8 +2,8 @@
 
 import math
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections import defaultdict
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import Any
 
@@ -41,31 +41,37 @@ class Optimization:
         self.warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
         self.masters: dict[nn.Parameter, nn.Parameter] = {}  # float32 weights by the parameter of the module
         self.unrounded: dict[nn.Parameter, Tensor] = {}  # the same of what is frozen
-        if flags.bf16 and flags.precision is torch.bfloat16:
-            self._lower(module)
-        groups = parameter_groups(module, flags)
-        for group in groups:
-            group["params"] = [(name, self.masters.get(part, part)) for name, part in group["params"]]
-        self.peaks = [group["lr"] for group in groups]
-        self.trained: dict[str, nn.Parameter] = {name: part for group in groups for name, part in group["params"]}
-        self.optimizer = new_optimizer(groups, flags)
-        self.skipped = 0  # steps without an update, as fp16 overflowed: the schedule does not count them
-        self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
-
-    def _lower(self, module: nn.Module) -> None:
-        for weight, low in lowered(module).items():
+        half = lowered(module) if flags.bf16 and flags.precision is torch.bfloat16 else {}
+        for weight, low in half.items():
             whole, weight.data = weight.data, low
             if weight.requires_grad:
                 self.masters[weight] = nn.Parameter(whole)
                 weight.register_post_accumulate_grad_hook(partial(_hand_over, self.masters[weight]))
             else:
                 self.unrounded[weight] = whole.cpu()
+        groups = self._groups(module)
+        self.peaks = [group["lr"] for group in groups]
+        self.trained: dict[str, nn.Parameter] = {name: part for group in groups for name, part in group["params"]}
+        self.optimizer = new_optimizer(groups, flags)
+        self.skipped = 0  # steps without an update, as fp16 overflowed: the schedule does not count them
+        self.scaler = torch.amp.GradScaler(distributed.device().type, enabled=flags.fp16)
 
-    @contextmanager
-    def whole_precision(self) -> Iterator[None]:
+    def _groups(self, module: nn.Module) -> list[dict[str, Any]]:
+        """What is trained: matrices decay, biases and norms' weights do not; new layers learn at their own rate."""
+        flags, groups = self.flags, defaultdict(list)
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                new = flags.new_layers is not None and re.search(flags.new_layers, name) is not None
+                groups[new, parameter.ndim < 2].append((name, self.masters.get(parameter, parameter)))
+        if flags.new_layers is not None and not any(new for new, _ in groups):
+            raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
+        rates, decays = (flags.learning_rate, flags.new_layers_learning_rate), (flags.weight_decay, 0.0)
+        ordered = sorted(groups.items())
+        return [{"params": group, "weight_decay": decays[vector], "lr": rates[new]} for (new, vector), group in ordered]
+
+    def whole_precision(self) -> AbstractContextManager[None]:
         """Inside, the module's weights are the float32 ones: what is saved."""
-        with holding(self.unrounded | self.masters):
-            yield
+        return holding(self.unrounded | self.masters)
 
     def learning_rates(self, step: int) -> list[float]:
         """Of each parameter group, after so many steps."""
@@ -101,8 +107,8 @@ class Optimization:
         """The moments by parameter name, whole, on the main process and its CPU. Every process calls this."""
         state = {name: self.optimizer.state.get(parameter, {}) for name, parameter in self.trained.items()}
         moments = {name: {key: whole_on_main(value) for key, value in own.items()} for name, own in state.items()}
-        told = {"optim": self.flags.optim, "skipped": self.skipped}
-        return {"optimizer": moments, "scaler": self.scaler.state_dict(), **told}
+        scale, optim = self.scaler.state_dict(), self.flags.optim
+        return {"optimizer": moments, "scaler": scale, "optim": optim, "skipped": self.skipped}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore moments and loss scale; learning rates and decay stay those of the present flags."""
@@ -131,10 +137,7 @@ def _hand_over(master: nn.Parameter, weight: nn.Parameter) -> None:
     """Add a weight's new gradient to its master's, and drop it."""
     gradient, weight.grad = weight.grad, None
     assert gradient is not None
-    if master.grad is None:
-        master.grad = gradient.to(master.dtype)
-    else:
-        master.grad.add_(gradient)
+    master.grad = gradient.to(master.dtype) if master.grad is None else master.grad.add_(gradient)
 
 
 def new_optimizer(groups: list[dict[str, Any]], flags: LoopArguments) -> torch.optim.Optimizer:
@@ -145,20 +148,3 @@ def new_optimizer(groups: list[dict[str, Any]], flags: LoopArguments) -> torch.o
     from torchao.optim import AdamW8bit
 
     return AdamW8bit(groups, **settings, bf16_stochastic_round=True)
-
-
-def parameter_groups(module: nn.Module, flags: LoopArguments) -> list[dict[str, Any]]:
-    """What is trained: matrices decay, biases and normalisation weights do not; new layers learn at their own rate."""
-    groups: dict[tuple[bool, bool], list[tuple[str, nn.Parameter]]] = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            new = flags.new_layers is not None and re.search(flags.new_layers, name) is not None
-            groups.setdefault((new, parameter.ndim < 2), []).append((name, parameter))
-    if flags.new_layers is not None and not any(new for new, _ in groups):
-        raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
-    rates = {False: flags.learning_rate, True: flags.new_layers_learning_rate}
-    decays = {False: flags.weight_decay, True: 0.0}
-    return [
-        {"params": groups[new, is_vector], "weight_decay": decays[is_vector], "lr": rates[new]}
-        for new, is_vector in sorted(groups)
-    ]
