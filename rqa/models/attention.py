@@ -143,18 +143,22 @@ def _one_by_one(
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     lengths = sequences.diff().tolist() if isinstance(sequences, Tensor) else sequences.values
+    grouped = query.shape[1] != key.shape[1]
+
+    def attend(*qkv: Tensor) -> Tensor:  # [count, H, length, d] each -> [count, length, H, d]
+        if window is not None or (slow_kernel and qkv[0].shape[2] <= LONGEST_WRITTEN_OUT):
+            return _written_out(*qkv, scale, causal, window).transpose(1, 2)
+        output = scaled_dot_product_attention(*qkv, is_causal=causal, scale=scale, enable_gqa=grouped)
+        return output.transpose(1, 2)
+
+    if len(lengths) == 1:  # a question
+        return attend(query, key, value)
     runs = [(length, len(list(run))) for length, run in groupby(lengths)]
     rows = [length * count for length, count in runs]
     parts = (x[0].split(rows, dim=1) for x in (query, key, value))
     outputs = []
     for (length, count), *part in zip(runs, *parts, strict=True):
-        q, k, v = (x.unflatten(1, (count, length)).transpose(0, 1) for x in part)  # [count, H, length, d]
-        if window is not None or (slow_kernel and length <= LONGEST_WRITTEN_OUT):
-            output = _written_out(q, k, v, scale, causal, window)
-        else:
-            grouped = q.shape[1] != k.shape[1]
-            output = scaled_dot_product_attention(q, k, v, is_causal=causal, scale=scale, enable_gqa=grouped)
-        outputs.append(output.transpose(1, 2).flatten(0, 1))  # [count * length, H, d]
+        outputs.append(attend(*(x.unflatten(1, (count, length)).transpose(0, 1) for x in part)).flatten(0, 1))
     return torch.cat(outputs)[None]
 
 
