@@ -32,7 +32,7 @@ PACKED_MASK, WINDOWED_MASK = torch.uint8, torch.int8
 GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 QUERY_ROWS = 256  # of a written-out block; a causal block meets only the keys before its end
-LONGEST_WRITTEN_OUT = 1024  # tokens; their probabilities are kept for the backward pass
+FEWEST_WRITTEN_OUT, LONGEST_WRITTEN_OUT = 64, 1024  # tokens; the probabilities are kept for the backward pass
 
 
 def packed_attention(
@@ -139,14 +139,17 @@ def _one_by_one(
 
     `sequences`: their lengths in a namespace, or their borders in a tensor, for which the device is waited for.
     On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
-    full) as long as its formula written out. Elsewhere, and in float32, sdpa is no slower and keeps no probabilities.
+    full) as long as its formula written out, and half as long for fewer than 64 tokens. Elsewhere, and in float32, sdpa
+    is no slower and keeps no probabilities.
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     lengths = sequences.diff().tolist() if isinstance(sequences, Tensor) else sequences.values
     grouped = query.shape[1] != key.shape[1]
 
     def attend(*qkv: Tensor) -> Tensor:  # [count, H, length, d] each -> [count, length, H, d]
-        if window is not None or (slow_kernel and qkv[0].shape[2] <= LONGEST_WRITTEN_OUT):
+        count, _, length, _ = qkv[0].shape
+        slower = slow_kernel and count * length >= FEWEST_WRITTEN_OUT and length <= LONGEST_WRITTEN_OUT
+        if window is not None or slower:
             return _written_out(*qkv, scale, causal, window).transpose(1, 2)
         output = scaled_dot_product_attention(*qkv, is_causal=causal, scale=scale, enable_gqa=grouped)
         return output.transpose(1, 2)
