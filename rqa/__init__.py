@@ -7,8 +7,15 @@ From Python, each of these is imported when it is first used:
     text, passages = rqa.answer("What does it trade in?", retriever, rqa.load_reader("out/swr"))
 """
 
+import logging
 from importlib import import_module
 from typing import Any
+
+for name in (
+    "torchao",
+    "torch.utils._pytree",
+):  # where torchao is installed, transformers imports it, and both complain
+    logging.getLogger(name).setLevel(logging.ERROR)
 
 SURFACE = {
     "Document": "rqa.data",
