@@ -14,7 +14,7 @@ from typing import Any
 for name in (
     "torchao",
     "torch.utils._pytree",
-):  # where torchao is installed, transformers imports it, and both complain
+):  # transformers imports torchao where it is, and both complain
     logging.getLogger(name).setLevel(logging.ERROR)
 
 SURFACE = {
