@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
+from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
@@ -29,7 +29,6 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 
-WARM_START = "bert::"
 NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
 NEAR_ZERO = 0.1

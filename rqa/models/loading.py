@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
+WARM_START = "bert::"  # before the name of an encoder that both sides of an encoder-decoder are made of
 
 
 @dataclass(kw_only=True)

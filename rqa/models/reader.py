@@ -38,7 +38,9 @@ class GenerationArguments(Arguments):
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
     top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
-    generation_batch_tokens: int = flag(16384, "Most tokens of a batch of prompts, padding included.", rare=True)
+    generation_batch_tokens: int = flag(
+        16384, "Tokens that a batch of prompts takes, at most, padding included.", rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
@@ -157,7 +159,7 @@ def in_graph(step: Callable[[], None]) -> Callable[[], None]:
             step()
         return graph.replay
     except RuntimeError as error:
-        log.warning("generation: slower without a CUDA graph, which cannot be captured: %s", one_line(error))
+        log.warning("generation is slower here: no CUDA graph can be captured (%s)", one_line(error))
         torch.cuda.set_stream(stream)
         return step
     finally:

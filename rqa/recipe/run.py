@@ -25,6 +25,7 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
 from rqa.training.journal import continues
 from rqa.training.loop import Batches, train
+from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
@@ -55,8 +56,6 @@ class Run(ABC):
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
         distributed.start(flags.deterministic)
         if flags.estimate_memory:
-            from rqa.training.memory import estimate  # which imports models of every kind
-
             if distributed.is_main():
                 print(estimate(flags, self.trains_retriever))
             raise SystemExit

@@ -56,7 +56,7 @@ class DeviceArguments(LoadingArguments):
     fp16: bool = flag(False, "Whether to compute in float16 with a loss scaler (CUDA only).", rare=True)
     gradient_checkpointing: bool = flag(False, "Whether to recompute activations: slower, less memory.")
     torch_compile: bool = flag(False, "Whether to compile the model's layers with torch.compile.", rare=True)
-    deterministic: bool = flag(False, "Whether two runs on CUDA give the same bits: slower.", rare=True)
+    deterministic: bool = flag(False, "Whether two runs on CUDA give the same bits, which is slower.", rare=True)
     fsdp: str = flag("no", "FSDP2: full_shard divides the model among processes.", choices=["no", "full_shard"])
 
     @property
@@ -111,7 +111,7 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
     max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
-    dataloader_num_workers: int = flag(0, "No effect: a thread prepares batches ahead.", rare=True)
+    dataloader_num_workers: int = flag(0, "Number that has no effect: a thread prepares batches ahead.", rare=True)
     estimate_memory: bool = flag(False, "Whether to print what each device's memory must hold, and end.", rare=True)
 
     @property

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rqa.models.encoder_decoder import WARM_START
-from rqa.models.loading import freeze_pooler, load_config, train_adapters
+from rqa.models.loading import WARM_START, freeze_pooler, load_config, train_adapters
 from rqa.runtime import distributed
 
 FUSED_ATTENTION = "rqa_fused"  # keeps queries, keys, values and output, as every fused kernel does
