@@ -1,7 +1,6 @@
 """`report.html`: a run's curves, scores and answers on one page that needs no network."""
 
 import io
-import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,7 @@ from markupsafe import Markup
 from rqa.data import parse_document
 from rqa.evaluation.runtime import machine_line
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_file, read_jsonl
+from rqa.runtime.files import atomic_file, read_json, read_jsonl
 
 SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
 PREDICTIONS = "test-predictions.jsonl"
@@ -55,7 +54,7 @@ def write_report(directory: str | Path) -> None:
     if not distributed.is_main():
         return
     scores, details, arguments, state = (
-        json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        read_json(path) if path.exists() else {}
         for path in (directory / name for name in (SCORES, DETAILS, ARGUMENTS, "trainer_state.json"))
     )
     rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []

@@ -29,7 +29,7 @@ from rqa.models.loading import (
 from rqa.packing import TokenBatch, pack, token_budget_batches
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
 
@@ -305,9 +305,6 @@ def _read_json(path: str, name: str, kind: type = dict) -> Any:
     """A JSON file of a directory or of a hub repository; empty if there is none."""
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
-        value = json.loads(Path(file).read_text(encoding="utf-8")) if file else kind()
-        if not isinstance(value, kind):
-            raise ValueError(f"expected a {kind.__name__}, found a {type(value).__name__}")
-        return value
-    except (OSError, ValueError) as error:
+        return read_json(file, kind) if file else kind()
+    except OSError as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None

@@ -22,7 +22,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import assembled
 
@@ -108,7 +108,7 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a checkpoint, or of the one that a LoRA adapter belongs to."""
     with _reading(path):
         adapter = Path(path) / ADAPTER_CONFIG
-        name = json.loads(adapter.read_text(encoding="utf-8"))["base_model_name_or_path"] if adapter.exists() else path
+        name = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else path
         return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
 
 

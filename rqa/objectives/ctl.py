@@ -29,7 +29,7 @@ from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
@@ -231,7 +231,7 @@ class MinedNegatives:
         (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")
 
     def load(self, directory: Path) -> None:
-        found = json.loads((directory / "negatives.json").read_text(encoding="utf-8"))
+        found = read_json(directory / "negatives.json", list)
         if len(found) != len(self._queries):
             raise ValueError("its mined negatives are of another training file")
         self._found = found

@@ -1,6 +1,5 @@
 """Hard negatives mined beforehand, for a whole file of questions."""
 
-import json
 from array import array
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
@@ -14,6 +13,7 @@ from rqa.objectives.ctl import NegativeChooser
 from rqa.retrieval.retriever import Hits, PassageRetriever, best, stack
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
+from rqa.runtime.text import parse_json
 
 QUERIES_AT_ONCE = 256
 
@@ -43,7 +43,7 @@ class DocumentFile(Sequence[Document]):
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
         self._file.seek(self._starts[position])
-        row = json.loads(self._file.readline().decode("utf-8-sig"))
+        row = parse_json(self._file.readline())
         return parse_document(row, f"{self.path}:{self._lines[position]}")
 
 

@@ -1,6 +1,5 @@
 """A training run, from files to scores: what all trainers share. Here core and surroundings meet."""
 
-import json
 import logging
 from abc import ABC, abstractmethod
 from contextlib import suppress
@@ -19,7 +18,8 @@ from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to
-from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_json, write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
@@ -129,8 +129,8 @@ class Run(ABC):
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))
         if self.checkpoint:
-            with suppress(OSError, ValueError, TypeError):
-                then = dict(json.loads((self.checkpoint / ARGUMENTS_FILE).read_text(encoding="utf-8")))
+            with suppress(UserError):
+                then = read_json(self.checkpoint / ARGUMENTS_FILE)
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
         if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
             log.warning("flags differ from those of %s: %s; the command line wins", self.checkpoint, told)

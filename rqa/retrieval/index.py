@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage
+from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage, read_json
 from rqa.runtime.flags import Arguments, flag
 
 # FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
@@ -76,10 +76,10 @@ class Index:
         if damage(directory):
             return False
         try:
-            state = json.loads(Path(directory, "index.json").read_text(encoding="utf-8"))
+            state = read_json(Path(directory, "index.json"))
             index = faiss.read_index(str(Path(directory, "index.faiss")))
             fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
-        except (OSError, ValueError, RuntimeError, AttributeError):
+        except (UserError, RuntimeError):
             return False
         if fits:
             self._use(index, state.get("stamp", ""))

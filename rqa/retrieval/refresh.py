@@ -18,7 +18,7 @@ from rqa.models.encoder import Encoder
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
@@ -111,7 +111,7 @@ class Refresher:
 
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
-        state = json.loads((directory / "refresh.json").read_text(encoding="utf-8"))
+        state = read_json(directory / "refresh.json")
         if state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return

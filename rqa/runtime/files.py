@@ -3,12 +3,14 @@
 import gzip
 import hashlib
 import json
+import logging
 import os
 import shutil
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
@@ -16,9 +18,13 @@ from typing import Any
 from uuid import uuid4
 
 from rqa.runtime.errors import UserError
+from rqa.runtime.text import parse_json
+
+log = logging.getLogger(__name__)
 
 COMPLETION_MARK = "COMPLETE"
 KEYS_PER_QUERY = 500  # SQLite built with its oldest limit takes 999
+LONGEST = 2**28  # bytes of a JSON file, or of a line
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
@@ -97,7 +103,7 @@ def damage(directory: str | Path) -> str | None:
     if not is_complete(directory):
         return "it is incomplete" if directory.is_dir() else "no such directory"
     try:
-        sums = json.loads((directory / COMPLETION_MARK).read_text(encoding="utf-8"))
+        sums = parse_json((directory / COMPLETION_MARK).read_bytes())
         for name, expected in sums.items():
             if _sha256(directory / name) != expected:
                 return f"{name} is damaged"
@@ -136,35 +142,48 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def read_json(path: str | Path, kind: type = dict) -> Any:
+    """The value in a JSON file, which must be of this kind."""
+    with reading(path) as file:
+        data = file.read(LONGEST + 1)
+    try:
+        return _parse(data, kind)
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too."""
+    mended = False
     with reading(path) as file:
-        for number, data in enumerate(file, start=1):
-            where = f"{path}:{number}"
+        for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
+            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
+                continue
             try:
-                line = data.decode("utf-8-sig" if number == 1 else "utf-8")
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{where}: expected a JSON object, found {type(row).__name__}")
-                if "\\ud" in line.lower():  # one half of a surrogate pair: no tokenizer takes it, and no file holds it
-                    json.dumps(row, ensure_ascii=False).encode("utf-8")
+                row = _parse(line, dict)
             except UnicodeDecodeError as error:
-                raise UserError(f"{where}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
-            except UnicodeEncodeError as error:
-                half = ord(error.object[error.start])
-                raise UserError(f"{where}: holds \\u{half:04x}, half of a character; remove it") from None
-            except (ValueError, RecursionError) as error:  # a number may be too long, too
+                cure = "convert the file to UTF-8"
+                raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); {cure}") from None
+            except ValueError as error:
                 reason = getattr(error, "msg", None) or str(error)
-                raise UserError(f"{where}: not valid JSON ({reason}); write one JSON object a line") from None
+                raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
+            if not mended and (mended := b"\\ud" in line.lower() and "\ufffd" in json.dumps(row, ensure_ascii=False)):
+                log.warning("%s:%d: holds half a character; U+FFFD takes its place here and further on", path, number)
             yield number, row
+
+
+def _parse(data: bytes, kind: type) -> Any:
+    if len(data) > LONGEST:
+        raise ValueError(f"longer than {LONGEST >> 20} MiB")
+    return parse_json(data, kind)
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[BufferedIOBase]:
     """An open file, unpacked if it is gzipped; one line for what is wrong with it."""
     try:
+        if not Path(path).is_file() and Path(path).exists():  # a pipe may never end, nor a device
+            raise UserError(f"{path}: is no regular file")
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             yield file
     except FileNotFoundError:

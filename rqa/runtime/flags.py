@@ -3,7 +3,6 @@
 import argparse
 import copy
 import difflib
-import json
 import logging
 import re
 import sys
@@ -18,6 +17,7 @@ from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_json
 
 log = logging.getLogger(__name__)
 
@@ -157,12 +157,7 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _from_json(path: str) -> list[str]:
     """A JSON object of flags as a command line."""
-    try:
-        values = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(values, dict):
-        raise UserError(f"{path}: expected an object of flags, found {type(values).__name__}")
+    values = read_json(path)
     line: list[str] = []
     for name, value in values.items():
         parts = value if isinstance(value, list) else [value]

@@ -19,6 +19,7 @@ from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import is_complete, write_json, write_jsonl
+from rqa.runtime.text import parse_json
 from rqa.training.arguments import LoopArguments
 
 log = logging.getLogger(__name__)
@@ -50,7 +51,7 @@ def continues(checkpoint: Path, flags: LoopArguments) -> bool:
 def read_state(checkpoint: Path) -> RunState:
     """How far a checkpoint's run was; an error if its `trainer_state.json` is not what a run writes."""
     try:
-        saved = json.loads((checkpoint / STATE_FILE).read_text(encoding="utf-8"))
+        saved = parse_json((checkpoint / STATE_FILE).read_bytes())
         saved.pop("window", None)  # rqa kept it until November 2026
         state = replace(RunState(**saved), interrupted=False)
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]

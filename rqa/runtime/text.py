@@ -1,0 +1,51 @@
+"""Text and JSON from outside: checked and mended once, where they enter."""
+
+import json
+import math
+from itertools import chain
+from typing import Any
+
+DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
+KINDS = {dict: "object", list: "array"}
+
+
+def clean_text(text: str) -> str:
+    """Text that UTF-8 can carry: both halves of a character are joined, and one alone becomes U+FFFD."""
+    return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+
+
+def parse_json(text: str | bytes, kind: type = dict) -> Any:
+    """The value of this kind in JSON from outside; a ValueError says what is wrong with it.
+
+    Its numbers are finite, its text is clean, and it is not nested too deeply to be walked through.
+    """
+    text = clean_text(text) if isinstance(text, str) else text.decode("utf-8-sig")
+    try:
+        value = _STRICT.decode(text)
+        if "\\ud" in text or "\\uD" in text:
+            value = json.loads(clean_text(json.dumps(value, ensure_ascii=False)))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    if not isinstance(value, kind):
+        raise ValueError(f"expected a JSON {KINDS.get(kind, kind.__name__)}, found {type(value).__name__}")
+    level = [value] if text.count("[") + text.count("{") > DEEPEST else []
+    for _ in range(DEEPEST):
+        if not level:
+            return value
+        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
+        level = list(chain.from_iterable(inner))
+    raise ValueError("nested too deeply")
+
+
+def _number(text: str) -> float:
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text[:20]} is no finite number")
+    return number
+
+
+def _whole(text: str) -> int:
+    _number(text)
+    return int(text)
+
+
+_STRICT = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_whole)
