@@ -17,6 +17,7 @@ from jinja2.exceptions import TemplateError
 from rqa.data import Document, Example
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -109,7 +110,21 @@ def _role(speaker: str) -> str:
 
 
 @dataclass(kw_only=True)
-class PromptArguments(Arguments):
+class ChatTemplateArguments(Arguments):
+    """What a chat template is told beside the conversation, here or at a server."""
+
+    chat_template_kwargs: str = flag("{}", 'Variables of the chat template, such as {"enable_thinking": false}.')
+
+    @property
+    def template_options(self) -> dict[str, Any]:
+        try:
+            return parse_json(self.chat_template_kwargs)
+        except ValueError as error:
+            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs}: {error}; write an object") from None
+
+
+@dataclass(kw_only=True)
+class PromptArguments(ChatTemplateArguments):
     """How a question and its passages become a prompt."""
 
     chat_format: str = flag("prefix", "Format of turns: prefixes, or the chat template.", ["prefix", "template"])

@@ -14,6 +14,12 @@ def clean_text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def without_thoughts(reply: str) -> str:
+    """What a reply says behind its `<think>...</think>`, which a prompt may have begun; "" where that never ends."""
+    thoughts, end, said = reply.partition("</think>")
+    return said.strip() if end else "" if thoughts.lstrip().startswith("<think>") else reply.strip()
+
+
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
     """The value of this kind in JSON from outside; a ValueError says what is wrong with it.
 
