@@ -105,7 +105,7 @@ def load_model(
     config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
     attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    kind = model_class(auto_class, path, flags.trust_remote_code)
+    kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
         load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
         try:
@@ -130,13 +130,10 @@ def load_model(
     return model
 
 
-def model_class(auto_class: Any, path: str, trust_remote_code: bool = False) -> Any:
+def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
     """The class to load a checkpoint with: as an encoder, T5 is its encoder alone."""
-    if auto_class is transformers.AutoModel:
-        config = load_config(path, trust_remote_code)
-        if config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
-            return transformers.AutoModelForTextEncoding
-    return auto_class
+    halved = config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if halved and auto_class is transformers.AutoModel else auto_class
 
 
 def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: str = "") -> None:
@@ -165,7 +162,8 @@ def _refusal(model: PreTrainedModel) -> str | None:
     if distributed.is_main():
         try:
             with torch.no_grad():
-                hidden_states(model, pad([[0, 1], [1]]).to(model.device))
+                batch, options = pad([[1] * 8, [1] * 5]).to(model.device), {"use_cache": False}
+                model(**batch.inputs, **(options if model.can_generate() else {}))
         except Exception as error:  # attention that caps scores or has sinks; layers that `config.json` sets at odds
             reason = one_line(error)
             log.info("%s with %s attention fails: %s", type(model).__name__, attention_of(model), reason)
@@ -280,7 +278,9 @@ def attention_of(model: PreTrainedModel) -> str:
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> Tensor:
     """The last layer's output, flattened; options go to the model. -> [rows, D]"""
     options |= {"use_cache": False} if model.can_generate() else {}
-    return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
+    # Llama 4's prefix names no part of it.
+    inner = model.get_decoder() if model.base_model is model and model.can_generate() else model.base_model
+    return inner(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
 
 
 def freeze_pooler(model: PreTrainedModel) -> None:
@@ -300,12 +300,13 @@ def learned_positions(model: nn.Module) -> int | None:
 
 def within_positions(model: nn.Module, flags: Flags, name: str) -> Flags:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
-    limit, asked = learned_positions(model), getattr(flags, name)
-    if limit is None or asked <= limit:
+    limit = learned_positions(model)
+    if limit is None or getattr(flags, name) <= limit:
         return flags
-    log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit)
-    setattr(flags := copy(flags), name, limit)
-    return flags
+    told = name, getattr(flags, name), type(model).__name__, limit
+    log.warning("--%s %d: %s has positions for %d tokens, which are taken", *told)
+    setattr(fitted := copy(flags), name, limit)
+    return fitted
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
