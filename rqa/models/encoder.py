@@ -214,8 +214,8 @@ def load_encoder(
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
     stored, names = _stored_settings(path), {item.name for item in fields(EncoderSettings)}
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
-    limit = learned_positions(backbone) or getattr(backbone.config, "max_position_embeddings", None) or 512
-    limit = min(tokenizer.model_max_length, limit)
+    limit = getattr(backbone.config, "max_position_embeddings", None) or 512
+    limit = int(min(tokenizer.model_max_length, limit, learned_positions(backbone)))
     lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
     for name in lengths:
         if given.get(name, limit) > limit:

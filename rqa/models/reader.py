@@ -179,7 +179,7 @@ class CausalLMReader(LocalReader):
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         super().__init__(model, prompter, flags, filler=prompter.stop_ids)
-        self.positions = learned_positions(model) or math.inf
+        self.positions = learned_positions(model)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:

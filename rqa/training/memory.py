@@ -92,7 +92,7 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
         answer = flags.max_decoder_seq_length
     else:
         rows, length, answer = B, flags.max_seq_length, flags.max_new_tokens
-    length = min(length, learned_positions(model) or length)
+    length = int(min(length, learned_positions(model)))
     zeros, kept = partial(torch.zeros, dtype=torch.long, device="meta"), []
     inputs = {"input_ids": zeros(rows, length), "attention_mask": zeros(rows, length)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
