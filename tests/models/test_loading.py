@@ -34,9 +34,13 @@ from rqa.models.loading import (
     load_config,
     load_model,
     load_tokenizer,
+    model_fingerprint,
     train_adapters,
 )
+from rqa.models.reader import CausalLMReader
+from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.packing import pack
+from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_directory
@@ -260,6 +264,54 @@ def test_so_many_tokens_are_read_as_a_model_has_learned_positions_for(kind: str)
     if most < math.inf:
         with pytest.raises((IndexError, RuntimeError)):
             model(torch.full((1, int(most) + 1), 5))
+
+
+def test_prompts_and_answers_keep_to_learned_positions(
+    tokenizer: Any, saved: Any, examples: Any, documents: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    model = load_causal_lm(saved("gpt2", 5, transformers.GPT2LMHeadModel, config, tokenizer))
+    prompter = Prompter(tokenizer, PromptArguments(max_new_tokens=40))
+    prompter.stop_ids = [0]
+    reader = CausalLMReader(model, prompter)
+    assert "--max_seq_length 2048: GPT2LMHeadModel has positions for 96 tokens, which are taken" in caplog.text
+    pairs = [Pair(example, documents[0]) for example in examples[:3]]
+    assert all(score < 0 for _, score in AnswerScorer(model, prompter, 512)(pairs))
+    for answer in (reader.generate([[7] * length])[0] for length in (50, 90, 96)):
+        assert answer
+
+
+CHANGES = [("hidden_act", "silu"), ("rms_norm_eps", 1e-3), ("rope_parameters", {
+    "rope_theta": 5e5, "rope_type": "default"}), ("sliding_window", 4)]  # fmt: skip
+
+
+def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_paths_and_types(
+    damaged: Path, lm_path: str, tmp_path: Path
+) -> None:
+    def of(path: Path | str = damaged, **options: Any) -> str:
+        return model_fingerprint(load_causal_lm(str(path), **options), load_tokenizer(str(path)))
+
+    before, config = of(), (damaged / "config.json").read_text()
+    assert before == of(lm_path) == of(dtype=torch.bfloat16)
+    edit(damaged, "config.json", transformers_version="4.1", architectures=None, dtype="bfloat16")
+    assert of() == before
+    found = []
+    for name, value in CHANGES:
+        (damaged / "config.json").write_text(config)
+        edit(damaged, "config.json", **{name: value})
+        found.append(of())
+    (damaged / "config.json").write_text(config)
+    live = load_causal_lm(str(damaged))
+    train_adapters(live, LoraArguments(use_lora=True), str(damaged))
+    for alpha in (32, 16):
+        live.save_pretrained(tmp_path / "adapter")
+        load_tokenizer(str(damaged)).save_pretrained(tmp_path / "adapter")
+        edit(tmp_path / "adapter", "adapter_config.json", lora_alpha=alpha)
+        found.append(of(tmp_path / "adapter"))
+    assert found[-2] == model_fingerprint(live, load_tokenizer(str(damaged)))
+    (damaged / "chat_template.jinja").write_text("{{ messages }}")
+    found.append(of())
+    assert len({before, *found}) == 1 + len(found)
 
 
 Run = Callable[[str, dict[str, object]], int]
