@@ -117,7 +117,8 @@ def load_model(
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
         if adapted:
-            check_checkpoint(model, model.load_adapter(path, dtype=config["dtype"]).to_dict())
+            options = {name: config[name] for name in ("dtype", "ignore_mismatched_sizes")}
+            check_checkpoint(model, model.load_adapter(path, **options).to_dict())
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
         model.to(distributed.device())

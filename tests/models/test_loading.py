@@ -205,6 +205,8 @@ def test_an_adapter_and_the_model_below_it_are_whole(damaged: Path, tmp_path: Pa
     missing = "1 of its tensors are missing, such as model.layers.1."
     assert missing + "self_attn.q_proj.lora_B" in refusal(load_causal_lm, adapter)
     (adapter / "adapter_model.safetensors").write_bytes(weights)
+    edit(adapter, "adapter_config.json", r=4)
+    assert "of another shape, such as model.layers.0" in refusal(load_causal_lm, adapter)
     drop(damaged / "model.safetensors", UP + "weight")
     assert missing + "mlp.up_proj" in refusal(load_causal_lm, adapter)
 
@@ -281,7 +283,7 @@ def test_prompts_and_answers_keep_to_learned_positions(
         assert answer
 
 
-CHANGES = [("hidden_act", "silu"), ("rms_norm_eps", 1e-3), ("rope_parameters", {
+CHANGES = [("hidden_act", "gelu"), ("rms_norm_eps", 1e-3), ("rope_parameters", {
     "rope_theta": 5e5, "rope_type": "default"}), ("sliding_window", 4)]  # fmt: skip
 
 
