@@ -20,16 +20,9 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
+from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import (
-    WARM_START,
-    LoadingArguments,
-    evaluating,
-    hidden_states,
-    load_model,
-    load_tokenizer,
-    within_positions,
-)
+from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
@@ -176,9 +169,9 @@ def load_encoder_decoder(
                 model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
         except ValueError:  # T5Gemma caps its scores
             model.set_attn_implementation("eager")
-    flags = within_positions(model.get_encoder(), flags, "max_encoder_seq_length")
+    flags = loading.within_positions(model.get_encoder(), flags, "max_encoder_seq_length")
     if isinstance(flags, FiDPromptArguments):
-        flags = within_positions(model.get_decoder(), flags, "max_decoder_seq_length")
+        flags = loading.within_positions(model.get_decoder(), flags, "max_decoder_seq_length")
     if flags.precision is torch.float16 and model.config.model_type in OVERFLOWING:
         raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))

@@ -117,8 +117,8 @@ def load_model(
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
         if adapted:
-            options = {name: config[name] for name in ("dtype", "ignore_mismatched_sizes")}
-            check_checkpoint(model, model.load_adapter(path, **options).to_dict())
+            found = model.load_adapter(path, dtype=config["dtype"], ignore_mismatched_sizes=True).to_dict()
+            check_checkpoint(model, found)
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
         model.to(distributed.device())
@@ -186,7 +186,7 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
             config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
             rows = config.get_text_config(decoder=True).vocab_size
         # Gemma 3's has a special token for images that its text models lack, and that no text becomes.
-        named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
+        named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
         added = tokenizer.added_tokens_decoder.items()
         needed = [number + 1 for number, token in added if not token.special or number in named]
         if (size := max([tokenizer.vocab_size, *needed])) > rows:
@@ -216,7 +216,9 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    return partial(pad, pad_id=pad_id or 0)
+    return partial(
+        pad, pad_id=(pad_id or 0) % len(model.get_input_embeddings().weight)
+    )  # some models have no row for it
 
 
 @torch.no_grad()

@@ -16,15 +16,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
+from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import (
-    attention_of,
-    evaluating,
-    hidden_states,
-    learned_positions,
-    packing_is_exact,
-    within_positions,
-)
+from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
 from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
@@ -177,9 +171,9 @@ class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
-        prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
+        prompter.arguments = loading.within_positions(model, prompter.arguments, "max_seq_length")
         super().__init__(model, prompter, flags, filler=prompter.stop_ids)
-        self.positions = learned_positions(model)
+        self.positions = loading.learned_positions(model)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
