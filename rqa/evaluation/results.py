@@ -6,10 +6,20 @@ from typing import Any
 
 import numpy as np
 
-from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, other_figures, write_report
+from rqa.evaluation.report import (
+    ARGUMENTS,
+    DETAILS,
+    PREDICTIONS,
+    REPORT,
+    SCORES,
+    STATE,
+    figure,
+    other_figures,
+    write_report,
+)
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.runtime import distributed
-from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.files import atomic_files, write_json, write_jsonl
 from rqa.runtime.flags import Arguments
 
 Scores = dict[str, float]
@@ -65,12 +75,15 @@ def write_results(
     intervals = with_intervals(rows) | (others or {})
     if distributed.is_main():
         directory = Path(directory)
-        if flags:
-            write_json(directory / ARGUMENTS, flags.to_json())
-        write_json(directory / SCORES, scores)
-        write_json(directory / DETAILS, {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()})
-        write_jsonl(directory / PREDICTIONS, rows)
-        write_report(directory)
+        values = {SCORES: scores}
+        values |= {DETAILS: {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}}
+        trained = all((directory / name).exists() for name in (STATE, ARGUMENTS))  # and its arguments stay
+        values |= {"eval_args.json" if trained else ARGUMENTS: flags.to_json()} if flags else {}
+        with atomic_files(directory, [*values, PREDICTIONS, REPORT]) as places:
+            for name, value in values.items():
+                write_json(places[name], value)
+            write_jsonl(places[PREDICTIONS], rows)
+            write_report(directory, places)
     return markdown_table(scores, intervals)
 
 

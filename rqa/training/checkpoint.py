@@ -4,6 +4,7 @@ import logging
 import random
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +22,8 @@ from rqa.training.optim import Optimization
 log = logging.getLogger(__name__)
 
 TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
-WEIGHTS = ("adapter_*", "model*.safetensors", "*.safetensors.index.json")
+MANIFEST = ".rqa-model.json"  # the model's files at the top of the output directory; without it there are these:
+MODEL_FILES = ("adapter_*", "config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json")
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK, "live_state"}  # until November 2026
 
 
@@ -69,6 +71,8 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
     """The checkpoint that the flags ask to continue from; None for a new run. What a crash left half-written goes."""
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
     anew = wanted.lower() == "false"
+    if output.is_dir():
+        files.claim(output)
     if flags.overwrite_output_dir or not anew:
         files.remove_leftovers(output)
     found = list(numbered(output, "checkpoint").values())
@@ -164,17 +168,17 @@ def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
 
 
 def promote(source: Path, output: Path) -> None:
-    """Put a model's files at the top of the output directory, each file whole at any moment."""
-    # Weights of another kind that stand there, whole or adapters, would be loaded beside these.
-    for path in (path for pattern in WEIGHTS for path in output.glob(pattern)):
-        if not (source / path.name).exists():
-            path.unlink()
-    for path in sorted(source.rglob("*")):
-        copy = output / path.relative_to(source)
-        if path.relative_to(source).parts[0] in NOT_MODEL_FILES:
-            continue
-        if path.is_dir():
-            copy.mkdir(exist_ok=True)
-        else:
-            with files.atomic_file(copy) as temporary:
-                shutil.copyfile(path, temporary)
+    """Put a model's files at the top of the output directory, all together, in place of the model that stands there."""
+    paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    names = sorted(str(path) for path in paths if path.parts[0] not in NOT_MODEL_FILES)
+    names.sort(key=lambda name: name not in ("config.json", "adapter_config.json"))  # nothing loads without it
+    old = {path.name for pattern in MODEL_FILES for path in output.glob(pattern)}
+    with suppress(UserError):
+        old |= set(map(str, files.read_json(output / MANIFEST, list)))
+    with files.atomic_files(output, [*names, MANIFEST]) as places:
+        for name in names:
+            shutil.copyfile(source / name, places[name])
+        files.write_json(places[MANIFEST], names)
+        for name in old - set(names):  # weights of another kind would be loaded beside these
+            if files.is_own_file(output, name):
+                (output / name).unlink()
