@@ -111,7 +111,7 @@ class Run(ABC):
         if self.flags.merge_lora_on_save and distributed.is_main():
             with beside(self.output / "model") as directory:
                 merged(self.output, type(self.model)).save_pretrained(directory)
-                promote(directory, self.output)
+                promote(directory, self.output, whole=False)
         distributed.barrier()
         if self.test:
             scores = self.publish({f"test_{name}": value for name, value in scores.items()}, rows)

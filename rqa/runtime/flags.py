@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import logging
+import os
 import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -68,6 +69,15 @@ class Arguments:
             for value in given if isinstance(given, list) else [given]:
                 if value is not None and not (at_least <= value <= at_most and above < value < below):
                     raise UserError(f"--{name} {value}: must be {told}")
+
+    def refuse_input_as(self, output: str) -> None:
+        """Refuse an output that is one of the files or models to read."""
+        written = getattr(self, output)
+        for name, value in vars(self).items() if os.path.exists(written) else ():
+            paths = [str(path).removeprefix("bert::") for path in (value if isinstance(value, list) else [value])]
+            read = name != output and name.endswith(("_file", "_path", "_model", "_template"))
+            if read and any(os.path.exists(path) and os.path.samefile(path, written) for path in paths):
+                raise UserError(f"--{output} {written}: is --{name}, too, and would be overwritten; name another")
 
     def ignore(self, name: str, why: str) -> None:
         """Accept a flag that means nothing here, with one line: one set of flags serves all trainers."""

@@ -167,18 +167,22 @@ def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
             shutil.rmtree(path)
 
 
-def promote(source: Path, output: Path) -> None:
-    """Put a model's files at the top of the output directory, all together, in place of the model that stands there."""
+def promote(source: Path, output: Path, whole: bool = True) -> None:
+    """Put a model's files at the top of the output directory, all together, in place of the model that stands there.
+
+    If `source` is not the whole model, but its weights and configuration, what else there is of it stays.
+    """
     paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
     names = sorted(str(path) for path in paths if path.parts[0] not in NOT_MODEL_FILES)
     names.sort(key=lambda name: name not in ("config.json", "adapter_config.json"))  # nothing loads without it
-    old = {path.name for pattern in MODEL_FILES for path in output.glob(pattern)}
+    listed: set[str] = set()
     with suppress(UserError):
-        old |= set(map(str, files.read_json(output / MANIFEST, list)))
+        listed = set(map(str, files.read_json(output / MANIFEST, list)))
+    old = {path.name for pattern in MODEL_FILES for path in output.glob(pattern)} | (listed if whole else set())
     with files.atomic_files(output, [*names, MANIFEST]) as places:
         for name in names:
             shutil.copyfile(source / name, places[name])
-        files.write_json(places[MANIFEST], names)
+        files.write_json(places[MANIFEST], [*names, *(listed - old - set(names))])
         for name in old - set(names):  # weights of another kind would be loaded beside these
             if files.is_own_file(output, name):
                 (output / name).unlink()
