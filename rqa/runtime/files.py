@@ -71,7 +71,11 @@ def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Pa
 def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
     """Where to write, and which path gets that, if any."""
     if path.parent in DEVICES or OURS.fullmatch(path.name) or (path.exists() and not path.is_file()):
-        yield path, None
+        try:
+            yield path, None
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
         with suppress(OSError):  # what is printed from now on comes behind it, where standard output is a file
             os.lseek(1, 0, os.SEEK_END)
     else:
@@ -117,8 +121,7 @@ def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Pa
             yield temporary
         _sync(path.parent)
     except OSError as error:  # a full disk does not say which file it refused; the user needs to know
-        if error.errno is not None and error.filename in (None, str(temporary)):
-            raise OSError(error.errno, error.strerror, str(path)) from None
+        error.filename = str(path) if error.filename in (None, str(temporary)) else error.filename
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
