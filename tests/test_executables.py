@@ -196,7 +196,7 @@ def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: 
     Path("d.jsonl").touch()
     Path("link").symlink_to("d.jsonl")
     name, *flags = line.split()
-    with pytest.raises(UserError, match="too, and would be overwritten|holds the input d"):
+    with pytest.raises(UserError, match=r"too, and would be overwritten|holds the input d"):
         parsed(name, flags)
 
 

@@ -19,7 +19,7 @@ from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_json, read_jsonl
 
 SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
-PREDICTIONS, REPORT, STATE = "test-predictions.jsonl", "report.html", "trainer_state.json"
+PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
 EXAMPLES = 200  # questions that a page holds
 RIGHT = 0.5  # a question is right from this score on
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
@@ -56,8 +56,8 @@ def write_report(directory: str | Path, written: Mapping[str, Path] | None = Non
     directory = Path(directory)
     if not distributed.is_main():
         return
-    places = {name: directory / name for name in (SCORES, DETAILS, ARGUMENTS, STATE, PREDICTIONS, REPORT)}
-    *paths, answers, report = (dict(written or {}).get(name, path) for name, path in places.items())
+    names = (SCORES, DETAILS, ARGUMENTS, "trainer_state.json", PREDICTIONS, REPORT)
+    *paths, answers, report = (dict(written or {}).get(name, directory / name) for name in names)
     scores, details, arguments, state = (read_json(path) if path.exists() else {} for path in paths)
     rows = [row for _, row in read_jsonl(answers)] if answers.exists() else []
     history, rates = state.get("log_history", []), details.get("scores", {})

@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, redirect_stdout, suppress
+from contextlib import contextmanager, suppress
 from errno import EDQUOT, EIO, ENOSPC
 from io import StringIO
 from types import FrameType
@@ -44,10 +44,12 @@ def run(main: Callable[[], Any]) -> None:
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
     log_to()
+    if sys.stdout:
+        write = sys.stdout.write
+        sys.stdout.write = lambda text: write(printable(text))
     try:
-        with redirect_stdout(_Printable(sys.stdout) if sys.stdout else None):
-            main()
-            print(end="", flush=True)
+        main()
+        print(end="", flush=True)
         return
     except UserError as error:
         status, message = 2, str(error)
@@ -78,19 +80,6 @@ def run(main: Callable[[], Any]) -> None:
 def printable(text: str) -> str:
     """Text that a terminal shows and does not obey: `\\x1b` is written out."""
     return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
-
-
-class _Printable:
-    """A stream whose text is printable."""
-
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, text: str) -> int:
-        return self.stream.write(printable(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.stream, name)
 
 
 def tune_allocator() -> None:

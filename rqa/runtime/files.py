@@ -98,15 +98,12 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
         (temporary / COMPLETION_MARK).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
         for child in (*sorted(temporary.rglob("*")), temporary):
             _sync(child)
+        retired = path.with_name(f"{temporary.name}-{path.name}")
         if path.exists():
             shutil.copymode(path, temporary)
-            retired = path.with_name(f"{temporary.name}-{path.name}")
-            with _locked(path):
-                os.replace(path, retired)
-                os.replace(temporary, path)
-            shutil.rmtree(retired, ignore_errors=True)
-        else:
-            os.replace(temporary, path)
+            os.replace(path, retired)
+        os.replace(temporary, path)
+    shutil.rmtree(retired, ignore_errors=True)
 
 
 @contextmanager

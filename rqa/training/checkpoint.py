@@ -71,8 +71,6 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
     """The checkpoint that the flags ask to continue from; None for a new run. What a crash left half-written goes."""
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
     anew = wanted.lower() == "false"
-    if output.is_dir():
-        files.claim(output)
     if flags.overwrite_output_dir or not anew:
         files.remove_leftovers(output)
     found = list(numbered(output, "checkpoint").values())
@@ -184,5 +182,6 @@ def promote(source: Path, output: Path, whole: bool = True) -> None:
             shutil.copyfile(source / name, places[name])
         files.write_json(places[MANIFEST], [*names, *(listed - old - set(names))])
         for name in old - set(names):  # weights of another kind would be loaded beside these
-            if files.is_own_file(output, name):
-                (output / name).unlink()
+            path = output / name
+            if files.is_own_file(output, name) or (path.parent == output and path.is_symlink()):
+                path.unlink()
