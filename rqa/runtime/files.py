@@ -179,7 +179,7 @@ def is_complete(directory: str | Path) -> bool:
 def is_own_file(directory: str | Path, name: str) -> bool:
     """Whether this relative name is that of a regular file in the directory, without links on the way."""
     path = f"{os.path.realpath(directory)}/{name}"
-    return os.path.realpath(path) == path and os.path.isfile(path)
+    return os.path.isfile(path) and os.path.realpath(path) == path
 
 
 def damage(directory: str | Path) -> str | None:

@@ -93,13 +93,13 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_every_half_minute(
 
 SAYS = r"""
 import logging, sys
-from rqa.runtime.cli import run
+from rqa.runtime.cli import progress, run
 from rqa.runtime.errors import UserError
 
 def main():
     logging.getLogger("rqa").warning("%s", "log \x1b[31m \u202e")
     print("said \x1b[31m", "a\nb\t\ud800")
-    for number in range(int(sys.argv[1])):
+    for number in progress(range(int(sys.argv[1])), desc="all"):
         print(number)
     raise UserError("refused \x1b[31m")
 

@@ -145,8 +145,13 @@ def test_the_weights_of_a_merged_adapter_leave_its_tokenizer(tmp_path: Path) -> 
     promote(tmp_path / "adapter", tmp_path / "out")
     promote(tmp_path / "merged", tmp_path / "out", whole=False)
     assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*PLAIN[:3]}
+    foreign = tmp_path / "adapter" / ADAPTER[0]
+    (tmp_path / "out" / ".rqa-model.json").write_text(
+        json.dumps([f"../adapter/{ADAPTER[0]}", str(foreign), "nul\0", 3])
+    )
     promote(tmp_path / "adapter", tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*ADAPTER}
+    assert foreign.exists()
 
 
 @pytest.mark.parametrize("name", ["link", "../outside", "/dev/zero", "pipe", "sub/file", "nul\0", ""])
