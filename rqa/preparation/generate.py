@@ -3,12 +3,14 @@
 import json
 import logging
 import re
+import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -17,7 +19,7 @@ from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_end
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
-from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
+from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -26,9 +28,13 @@ from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
 
+T = TypeVar("T")
 Conversation = list[dict[str, str]]
 
-KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
+FIRST = 10  # replies that are judged, and timed, before the others are asked for
+AT_ONCE = 32  # conversations of a process, or of a server's, between two writes: what an interruption costs at most
+LOOP = 32  # characters, or tokens, that end a reply and stand in it before: small models say the same for ever
+SHOWN = 3  # replies that are left out
 
 ASK_QUESTIONS = """\
 Here is a passage of a larger collection.
@@ -56,10 +62,11 @@ _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.
 _LABEL = re.compile(r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE)
 _UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
+_SENTENCE_END = re.compile(r"[.!?](?=[\s\"\u201d')*`]|$)|[\u3002\uff01\uff1f\u061f]")
 
 
 @dataclass(kw_only=True)
-class GeneratorArguments(LoadingArguments, EndpointArguments):
+class GeneratorArguments(LoadingArguments, EndpointArguments, ChatTemplateArguments):
     """The language model that writes, and its price."""
 
     model_name_or_path: str = flag(help="Model that writes: a directory, a hub name, or openai::http://host:port/v1.")
@@ -94,70 +101,141 @@ class SampleArguments(Arguments):
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
-    """The first lines that end in a question mark and do not speak of the passage; none twice."""
+    """The first lines that end in a question mark and do not speak of the passage, none twice; or a ValueError."""
     # Numbers, bullets, quotes and whatever leads to "question:" are taken off.
     lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
     lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
     lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
-    return list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))[:number]
+    questions = list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))
+    if not questions:
+        raise ValueError("it asks about the passage itself" if lines else "no line is a question")
+    return questions[:number]
 
 
-def parse_answer(reply: str, question: str) -> str | None:
-    """The answer on one line; None where the model found none, speaks of the passage or says the question again."""
+def parse_answer(reply: str, question: str) -> str:
+    """The answer on one line; a ValueError where there is none, or it speaks of the passage, or is the question."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
-    bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
-    echo = bare == re.sub(r"[^\w\s]", "", question).strip().lower()
-    return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
+    bare, asked = (re.sub(r"[^\w\s]", "", text).strip().lower() for text in (answer, question))
+    if not bare or bare == asked or bare.startswith(NO_ANSWER):
+        raise ValueError("it gives no answer")
+    if _UNSEEN.search(answer):
+        raise ValueError("it speaks of the passage")
+    return answer
+
+
+def without_loop(reply: str) -> str:
+    """The reply up to the end of the sentence in which it begins to repeat itself; empty where that has no end."""
+    tail = reply[-LOOP:]
+    start = reply.rfind(tail, 0, len(reply) - 1)
+    if start < 0:
+        return reply
+    turn = len(reply) - len(tail) - start  # characters until it says the same again
+    while start and reply[start - 1] == reply[start - 1 + turn]:
+        start -= 1
+    end = _SENTENCE_END.search(reply, len(reply[: start + turn].rstrip()) - 1)
+    return reply[: end.end()] if end else ""
 
 
 class LocalGenerator:
     """A decoder in this process, or a copy of it in each of several; its own chat template is used."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, variables: str = "{}"
+    ) -> None:
         self.tokenizer = tokenizer
-        prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
+        prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens, chat_template_kwargs=variables)
+        self._options = prompt.template_options
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
+        self.reader.loop = LOOP
         self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
         self._store = Store(cache_root() / "generated.sqlite")
-        self._identity = fingerprint(model_fingerprint(model, tokenizer), str(max_new_tokens))
+        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{max_new_tokens} {LOOP} {variables}")
 
-    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
+    def ask(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+        """Each reply, greedily, and whether it was cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
         keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
         waiting = dict(zip(keys, conversations, strict=True))
         kept = distributed.from_main(self._store.get(waiting))
-        missing = [key for key in waiting if key not in kept]
-        for start in range(0, len(missing), KEPT_AT_ONCE):
-            log.info("generate: %d of %d conversations done", len(keys) - len(missing) + start, len(keys))
-            part = missing[start : start + KEPT_AT_ONCE]
-            kept |= zip(part, self._reply([waiting[key] for key in part]), strict=True)
+        if missing := [key for key in waiting if key not in kept]:
+            told = dict(zip(missing, self._reply([waiting[key] for key in missing]), strict=True))
             if distributed.is_main():
-                self._store.put({key: kept[key] for key in part})
-        return [kept[key] for key in keys]
+                self._store.put(told)
+            kept |= told
+        return [(text, cut) for text, cut in (kept[key] for key in keys)]
 
-    def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
+    def _reply(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
-        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
+        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **self._options)
         texts = map(ask, distributed.share(conversations))
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
         prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
         answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
-        return distributed.gather([answer.text for answer in answers])
+        return distributed.gather([(answer.text, answer.cut) for answer in answers])
 
 
-def generate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> list[str]:
-    """The reply to each conversation by the server or the local model that the flags name. [Q] -> [Q]"""
+def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], list[tuple[str, bool]]]:
+    """What asks the server or local model that the flags name: `LocalGenerator.ask`, or the like."""
     name = flags.model_name_or_path
     if is_endpoint(name):
         endpoint = Endpoint(name, flags)
-        replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
-        return distributed.from_main([reply.text for reply in replies])
+
+        def ask(conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+            replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
+            return distributed.from_main([(reply.text, reply.cut) for reply in replies])
+
+        return ask
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
-    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens).generate(conversations)
+    model = load_causal_lm(name, flags)
+    return LocalGenerator(model, tokenizer, flags.max_new_tokens, flags.chat_template_kwargs).ask
+
+
+def generate(
+    conversations: Sequence[Conversation], flags: GeneratorArguments, wanted: str, accepted: Path,
+    read: Callable[[int, str], list[Example]],
+) -> list[list[Example]]:  # fmt: skip
+    """What `read` makes of each conversation's number and reply; its ValueError says why that is nothing. [Q] -> [Q]
+
+    It is also written to the file `accepted` as it comes, which the caller removes. `wanted`: "question" or "answer".
+    """
+    name, ask, unfinished = flags.model_name_or_path, _writer(flags), 0
+    at_once = AT_ONCE * (flags.endpoint_concurrency if is_endpoint(name) else distributed.world_size())
+    made: list[list[Example]] = []
+    rejected: list[str] = []
+    if distributed.is_main():
+        accepted.unlink(missing_ok=True)
+    while (done := len(made)) < len(conversations):
+        started = time.monotonic()
+        for text, cut in ask(conversations[done : done + (at_once if done else FIRST)]):
+            reply = without_loop(text)
+            if unread := not reply or (cut and reply == text):
+                reply, unfinished = text.rpartition("\n")[0], unfinished + 1  # its last line is not whole
+            try:
+                made.append(read(len(made), reply))
+            except ValueError as error:
+                made.append([])
+                rejected.append("it is empty or cut" if unread else str(error))
+                if len(rejected) <= SHOWN:
+                    log.info("a reply is left out, since %s: %r", rejected[-1], text[:200])
+        rows = [example.to_json() for examples in made[done:] for example in examples]
+        if rows and distributed.is_main():
+            accepted.parent.mkdir(parents=True, exist_ok=True)
+            with accepted.open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        if not done and len(rejected) > len(made) / 2:
+            log.warning("%d of the first %d replies hold no %s; try a larger model", len(rejected), len(made), wanted)
+        if left := len(conversations) - len(made):
+            seconds = (time.monotonic() - started) / (len(made) - done) * left
+            log.info("%d of %d replies; the others take about %.0f seconds", len(made), len(conversations), seconds)
+    if unfinished:
+        log.warning("%d of %d replies were empty or cut; raise --max_new_tokens", unfinished, len(made))
+    if rejected:
+        reasons = ", ".join(f"{count} since {why}" for why, count in Counter(rejected).most_common())
+        log.info("%d of %d replies are left out: %s", len(rejected), len(made), reasons)
+    return made
 
 
 def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:
@@ -203,25 +281,17 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
     return chosen
 
 
-def read_questions(
-    passages: dict[str, list[Document]], replies: Sequence[str], number: int, counts: Counter[str]
-) -> dict[str, list[Example]]:
-    """Questions by split, `number` a passage at most, none asked of two; `counts` gets what became of the replies."""
-    asked = [(split, document) for split, found in passages.items() for document in found]
-    drafts = [
-        (split, Example(question, (document,)))
-        for (split, document), reply in zip(asked, replies, strict=True)
-        for question in parse_questions(reply, number)
-    ]
-    counts["passages"] = len(asked)
-    counts["passages without a readable question"] = len(asked) - len({id(draft.gold_docs[0]) for _, draft in drafts})
-    if not drafts:
-        first = f"the first: {replies[0]!r}"
-        raise UserError(f"--model_name_or_path: none of {len(asked)} replies holds a question; {first}")
-    frequency = Counter(normalize(draft.question) for _, draft in drafts)
-    unique = [(split, draft) for split, draft in drafts if frequency[normalize(draft.question)] == 1]
-    counts["questions left out as asked of several passages"] = len(drafts) - len(unique)
-    return {name: [draft for split, draft in unique if split == name] for name in passages}
+def by_part(made: Iterable[list[Example]], parts: dict[T, Sequence[Any]]) -> dict[T, list[Example]]:
+    """The examples of each part, such as a split, from those of its items one after another."""
+    each = iter(made)
+    return {name: [example for _ in items for example in next(each)] for name, items in parts.items()}
+
+
+def asked_once(questions: dict[str, list[Example]]) -> dict[str, list[Example]]:
+    """The questions by split without those that are asked of several passages."""
+    frequency = Counter(normalize(draft.question) for drafts in questions.values() for draft in drafts)
+    once = {question for question, count in frequency.items() if count == 1}
+    return {name: [draft for draft in drafts if normalize(draft.question) in once] for name, drafts in questions.items()}
 
 
 def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:
@@ -246,9 +316,3 @@ def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
         row.pop("question", None)
         row["questions"].append(example.question)
     return rows.values()
-
-
-def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Example]:
-    """The examples with the answers of the next replies; those that the passage does not answer are left out."""
-    pairs = [(example, parse_answer(next(replies), example.question)) for example in examples]
-    return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]
