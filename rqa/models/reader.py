@@ -167,22 +167,13 @@ def in_graph(step: Callable[[], None]) -> Callable[[], None]:
         torch.cuda.set_sync_debug_mode(mode)
 
 
-def has_ended(tokens: Tensor, stop: Tensor, loop: int | None) -> Tensor:
-    """Whether each row holds a token that stops it, or its last `loop` tokens twice. [B, T] -> [B]"""
-    ended = torch.isin(tokens, stop).any(1)
-    if loop is None or tokens.shape[1] <= loop:
-        return ended
-    spans = tokens.unfold(1, loop, 1)  # [B, T - loop + 1, loop]
-    return ended | (spans[:, :-1] == spans[:, -1:]).all(2).any(1)
-
-
 class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         super().__init__(model, prompter, flags, filler=prompter.stop_ids)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
-        self.loop: int | None = None  # tokens whose second time ends an answer; None: no repetition does
+        self.loop = prompter.arguments.max_new_tokens  # tokens that end an answer when it says them again
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
@@ -242,8 +233,12 @@ class CausalLMReader(LocalReader):
         # Everything but cuDNN, whose kernels are built anew for each batch size and length.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
-                if done % look_every == 0 and has_ended(tokens[:, longest : longest + done], ends, self.loop).all():
-                    break
+                if done % look_every == 0:
+                    new = tokens[:, longest : longest + done]
+                    spans = new.unfold(1, min(self.loop, done), 1)  # [B, done - loop + 1, loop]
+                    repeats = (spans[:, :-1] == spans[:, -1:]).all(2).any(1)
+                    if (repeats | torch.isin(new, ends).any(1)).all():
+                        break
                 place.fill_(longest + done - 1)
                 if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):
                     advance = in_graph(step)

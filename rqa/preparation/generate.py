@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from random import Random
-from typing import Any, TypeVar
+from typing import Any
 
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -23,17 +23,16 @@ from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, 
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import Store, cache_root, fingerprint
+from rqa.runtime.files import Store, cache_root, fingerprint, write_jsonl
 from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
 
-T = TypeVar("T")
 Conversation = list[dict[str, str]]
 
-FIRST = 10  # replies that are judged, and timed, before the others are asked for
-AT_ONCE = 32  # conversations of a process, or of a server's, between two writes: what an interruption costs at most
-LOOP = 32  # characters, or tokens, that end a reply and stand in it before: small models say the same for ever
+FIRST, AT_ONCE = 10, 64  # conversations whose replies are judged together: at first, and then at least
+KEPT_AT_ONCE = 32  # conversations between two writes of the store: what an interruption costs at most
+LOOP = 64  # characters, or tokens, that end a reply and stand in it before: small models say the same for ever
 SHOWN = 3  # replies that are left out
 
 ASK_QUESTIONS = """\
@@ -62,7 +61,6 @@ _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.
 _LABEL = re.compile(r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE)
 _UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
 _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
-_SENTENCE_END = re.compile(r"[.!?](?=[\s\"\u201d')*`]|$)|[\u3002\uff01\uff1f\u061f]")
 
 
 @dataclass(kw_only=True)
@@ -108,7 +106,7 @@ def parse_questions(reply: str, number: int) -> list[str]:
     lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
     questions = list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))
     if not questions:
-        raise ValueError("it asks about the passage itself" if lines else "no line is a question")
+        raise ValueError("speaks of the passage" if lines else "holds no question")
     return questions[:number]
 
 
@@ -117,23 +115,10 @@ def parse_answer(reply: str, question: str) -> str:
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
     bare, asked = (re.sub(r"[^\w\s]", "", text).strip().lower() for text in (answer, question))
     if not bare or bare == asked or bare.startswith(NO_ANSWER):
-        raise ValueError("it gives no answer")
+        raise ValueError("holds no answer")
     if _UNSEEN.search(answer):
-        raise ValueError("it speaks of the passage")
+        raise ValueError("speaks of the passage")
     return answer
-
-
-def without_loop(reply: str) -> str:
-    """The reply up to the end of the sentence in which it begins to repeat itself; empty where that has no end."""
-    tail = reply[-LOOP:]
-    start = reply.rfind(tail, 0, len(reply) - 1)
-    if start < 0:
-        return reply
-    turn = len(reply) - len(tail) - start  # characters until it says the same again
-    while start and reply[start - 1] == reply[start - 1 + turn]:
-        start -= 1
-    end = _SENTENCE_END.search(reply, len(reply[: start + turn].rstrip()) - 1)
-    return reply[: end.end()] if end else ""
 
 
 class LocalGenerator:
@@ -144,23 +129,24 @@ class LocalGenerator:
     ) -> None:
         self.tokenizer = tokenizer
         prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens, chat_template_kwargs=variables)
-        self._options = prompt.template_options
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
         self.reader.loop = LOOP
+        self._options = prompt.template_options
         self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
         self._store = Store(cache_root() / "generated.sqlite")
         self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{max_new_tokens} {LOOP} {variables}")
 
-    def ask(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
-        """Each reply, greedily, and whether it was cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
+    def generate(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+        """Each reply, greedily, and whether it is cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
         keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
         waiting = dict(zip(keys, conversations, strict=True))
         kept = distributed.from_main(self._store.get(waiting))
-        if missing := [key for key in waiting if key not in kept]:
-            told = dict(zip(missing, self._reply([waiting[key] for key in missing]), strict=True))
+        missing = [key for key in waiting if key not in kept]
+        for start in range(0, len(missing), KEPT_AT_ONCE):
+            part = missing[start : start + KEPT_AT_ONCE]
+            kept |= zip(part, self._reply([waiting[key] for key in part]), strict=True)
             if distributed.is_main():
-                self._store.put(told)
-            kept |= told
+                self._store.put({key: kept[key] for key in part})
         return [(text, cut) for text, cut in (kept[key] for key in keys)]
 
     def _reply(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
@@ -176,21 +162,18 @@ class LocalGenerator:
 
 
 def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], list[tuple[str, bool]]]:
-    """What asks the server or local model that the flags name: `LocalGenerator.ask`, or the like."""
+    """`LocalGenerator.generate`, or the like for a server, of the model that the flags name."""
     name = flags.model_name_or_path
     if is_endpoint(name):
-        endpoint = Endpoint(name, flags)
-
-        def ask(conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
-            replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
-            return distributed.from_main([(reply.text, reply.cut) for reply in replies])
-
-        return ask
+        ask = partial(Endpoint(name, flags).ask, max_tokens=flags.max_new_tokens)
+        return lambda part: distributed.from_main(
+            [(reply.text, reply.cut) for reply in ask(part if distributed.is_main() else [])]
+        )
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
     model = load_causal_lm(name, flags)
-    return LocalGenerator(model, tokenizer, flags.max_new_tokens, flags.chat_template_kwargs).ask
+    return LocalGenerator(model, tokenizer, flags.max_new_tokens, flags.chat_template_kwargs).generate
 
 
 def generate(
@@ -199,42 +182,31 @@ def generate(
 ) -> list[list[Example]]:  # fmt: skip
     """What `read` makes of each conversation's number and reply; its ValueError says why that is nothing. [Q] -> [Q]
 
-    It is also written to the file `accepted` as it comes, which the caller removes. `wanted`: "question" or "answer".
+    What is made so far stands in the file `accepted`, which the caller removes.
     """
-    name, ask, unfinished = flags.model_name_or_path, _writer(flags), 0
-    at_once = AT_ONCE * (flags.endpoint_concurrency if is_endpoint(name) else distributed.world_size())
-    made: list[list[Example]] = []
-    rejected: list[str] = []
-    if distributed.is_main():
-        accepted.unlink(missing_ok=True)
+    write, made, rejected, unfinished = _writer(flags), [], 0, 0
     while (done := len(made)) < len(conversations):
         started = time.monotonic()
-        for text, cut in ask(conversations[done : done + (at_once if done else FIRST)]):
-            reply = without_loop(text)
-            if unread := not reply or (cut and reply == text):
-                reply, unfinished = text.rpartition("\n")[0], unfinished + 1  # its last line is not whole
+        for text, cut in write(conversations[done : done + (max(AT_ONCE, done // 4) if done else FIRST)]):
+            cut = cut or text.count(text[-LOOP:]) > 1
+            unfinished += cut or not text
             try:
-                made.append(read(len(made), reply))
+                made.append(read(len(made), text.rpartition("\n")[0] if cut else text))  # the last line is not whole
             except ValueError as error:
                 made.append([])
-                rejected.append("it is empty or cut" if unread else str(error))
-                if len(rejected) <= SHOWN:
-                    log.info("a reply is left out, since %s: %r", rejected[-1], text[:200])
-        rows = [example.to_json() for examples in made[done:] for example in examples]
-        if rows and distributed.is_main():
-            accepted.parent.mkdir(parents=True, exist_ok=True)
-            with accepted.open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        if not done and len(rejected) > len(made) / 2:
-            log.warning("%d of the first %d replies hold no %s; try a larger model", len(rejected), len(made), wanted)
-        if left := len(conversations) - len(made):
-            seconds = (time.monotonic() - started) / (len(made) - done) * left
-            log.info("%d of %d replies; the others take about %.0f seconds", len(made), len(conversations), seconds)
+                rejected += 1
+                if rejected <= SHOWN:
+                    log.info("a reply is left out, since it %s: %r", "is cut" if cut else error, text[:200])
+        if any(made) and distributed.is_main():
+            write_jsonl(accepted, (example.to_json() for examples in made for example in examples))
+        seconds = (time.monotonic() - started) / (len(made) - done) * (left := len(conversations) - len(made))
+        log.info(
+            "%d replies, %d of them left out; the other %d take about %.0f seconds", len(made), rejected, left, seconds
+        )
+        if not done and rejected > len(made) / 2:
+            log.warning("%d of the first %d replies hold no %s; name a larger model", rejected, len(made), wanted)
     if unfinished:
         log.warning("%d of %d replies were empty or cut; raise --max_new_tokens", unfinished, len(made))
-    if rejected:
-        reasons = ", ".join(f"{count} since {why}" for why, count in Counter(rejected).most_common())
-        log.info("%d of %d replies are left out: %s", len(rejected), len(made), reasons)
     return made
 
 
@@ -281,17 +253,11 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
     return chosen
 
 
-def by_part(made: Iterable[list[Example]], parts: dict[T, Sequence[Any]]) -> dict[T, list[Example]]:
-    """The examples of each part, such as a split, from those of its items one after another."""
-    each = iter(made)
-    return {name: [example for _ in items for example in next(each)] for name, items in parts.items()}
-
-
 def asked_once(questions: dict[str, list[Example]]) -> dict[str, list[Example]]:
     """The questions by split without those that are asked of several passages."""
     frequency = Counter(normalize(draft.question) for drafts in questions.values() for draft in drafts)
     once = {question for question, count in frequency.items() if count == 1}
-    return {name: [draft for draft in drafts if normalize(draft.question) in once] for name, drafts in questions.items()}
+    return {name: [each for each in drafts if normalize(each.question) in once] for name, drafts in questions.items()}
 
 
 def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:

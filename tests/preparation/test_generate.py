@@ -109,7 +109,7 @@ def test_the_estimate_comes_first_and_alone_if_asked(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_round_trip_keeps_what_finds_its_passage_and_a_split_that_loses_all_is_not_written(
+def test_the_round_trip_keeps_what_finds_its_passage_and_an_empty_split_is_an_error_with_its_remedy(
     writer: OpenAIServer, generate: Generate, data: Path, tmp_path: Path, encoder_path: str
 ) -> None:
     passages = sample_passages(read_documents(data / "documents.jsonl"), SampleArguments(**SAMPLE))
@@ -124,20 +124,20 @@ def test_the_round_trip_keeps_what_finds_its_passage_and_a_split_that_loses_all_
 
     writer.say = say
     out, answers = tmp_path / "out", tmp_path / "answers"
-    printed = generate("questions", round_trip_k=1)
-    assert "16 questions left out by the round trip" in printed
-    assert "eval_w_q.jsonl: not written, since no question is left" in printed
+    error = generate("questions", 2, round_trip_k=1)
+    assert "no question is left for the eval split (16 passages" in error
+    assert "16 questions left out by the round trip); raise --num_eval_passages" in error
+    assert [path.name for path in out.iterdir()] == ["accepted_questions.jsonl"]
+    printed = generate("questions", round_trip_k=1, num_eval_passages=0)
+    assert "14 questions left out by the round trip" in printed
     assert [question.startswith("Is it true") for question in questions_in(out)] == [True] * 14
     assert sorted(path.name for path in out.iterdir()) == ["test_w_q.jsonl", "train_w_q.jsonl"]
-    printed = generate("answers", input_path=sorted(out.iterdir()), output_dir=answers)
-    assert "test_w_qa.jsonl: not written, since no question was answered" in printed
-    assert [path.name for path in answers.iterdir()] == ["train_w_qa.jsonl"]
+    error = generate("answers", 2, input_path=sorted(out.iterdir()), output_dir=answers)
+    assert "test_w_qa.jsonl: none of its 4 questions is answered; " in error
+    assert [path.name for path in answers.iterdir()] == ["accepted_answers.jsonl"]
+    assert len(read_examples(answers / "accepted_answers.jsonl", answers=True)) == 10
     generate("questions", round_trip_k=24, round_trip_model=encoder_path, output_dir=tmp_path / "all")
     assert len(questions_in(tmp_path / "all")) == 30
-    writer.say = lambda messages: f"Zebra gnu yak {hash(str(messages))}?"
-    error = generate("questions", 2, round_trip_k=1, output_dir=tmp_path / "none", max_new_tokens=99)
-    assert "none: no question is left, and nothing is written: 16 passages" in error
-    assert not (tmp_path / "none").exists()
 
 
 def test_a_prompt_of_ones_own_a_question_that_fits_two_passages_and_splits_of_no_passages(
@@ -173,8 +173,8 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ({"price": [1]}, "--price: takes two numbers"),
         ({"model_name_or_path": "/nowhere/model"}, "model /nowhere/model: cannot be loaded"),
         ({"prompt_template": tmp_path / "prompt.txt"}, "prompt.txt: the placeholder {number} is missing"),
-        ({}, "none of 16 replies holds a question; the first: 'No answer'"),
-        ({"input_path": data / "train_w_qa.jsonl"}, "answered none of 16 questions"),
+        ({}, "out: no question is left for the train split (16 passages, 16 passages without a readable question"),
+        ({"input_path": data / "train_w_qa.jsonl"}, "none of its 16 questions is answered"),
         ({"input_path": tmp_path / "bare.jsonl"}, "bare.jsonl:1: field 'gold_docs' is empty"),
         ({"input_path": [data / "train_w_qa.jsonl"] * 2}, "train_w_qa_w_qa.jsonl would be written twice"),
         ({"input_path": data / "eval_w_qa.jsonl", "model_name_or_path": encoder_path}, "has no chat template"),
@@ -213,23 +213,25 @@ def test_questions_are_read_from_replies_of_many_shapes() -> None:
         f"What is the answer to the question: {what}\n1. A question: **Is it so?**": [what, "Is it so?"],
         "What is the purpose of this passage?\nWho sells the right of passage?": ["Who sells the right of passage?"],
         f"**Question 1:** {what}\n**Question: {who}**": [what, who],
-        "Why?\nThis is none.\n": [],
-        "": [],
     }.items():
         assert parse_questions(reply, 2) == expected
+    for reply in ("Why?\nThis is none.\n", "", "Who wrote this passage?"):
+        with pytest.raises(ValueError, match="speaks of the passage" if "passage" in reply else "no line"):
+            parse_questions(reply, 2)
 
 
 def test_answers_are_read_from_replies() -> None:
-    none = ("NO ANSWER", "The passage says that it is so.", "So is it", "No answer.", " \n")
-    for reply, expected in {"Answer: It\n is so.": "It is so.", "Noon.": "Noon.", **dict.fromkeys(none)}.items():
+    for reply, expected in {"Answer: It\n is so.": "It is so.", "Noon.": "Noon."}.items():
         assert parse_answer(reply, "So, is it?") == expected
+    for reply in ("NO ANSWER", "The passage says that it is so.", "So is it", "No answer.", " \n"):
+        with pytest.raises(ValueError, match="the passage" if "passage" in reply else "no answer"):
+            parse_answer(reply, "So, is it?")
 
 
 def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables_too(
     lm_path: str, tokenizer: PreTrainedTokenizerBase, documents: list[Document], data: Path, tmp_path: Path,
     generate: Generate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("rqa.preparation.generate.KEPT_AT_ONCE", 3)
     model = load_causal_lm(lm_path).eval()
     conversations = question_conversations({"train": documents[:7]}, "{passage} {number}", 2)
     expected = []
@@ -244,10 +246,10 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
             ids = torch.cat([ids, next_id[None, None]], dim=1)
         expected.append(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip())
     generator = LocalGenerator(model, tokenizer, 6)
-    assert generator.generate(conversations) == expected
+    assert [text for text, _ in generator.generate(conversations)] == expected
     monkeypatch.setattr(generator.reader, "generate", lambda prompts: pytest.fail("asked again"))
-    assert generator.generate(conversations[::-1]) == expected[::-1]
-    assert generator.generate([[{"role": "user", "content": "x y z " * 600}]]) == [""]
+    assert [text for text, _ in generator.generate(conversations[::-1])] == expected[::-1]
+    assert generator.generate([[{"role": "user", "content": "x y z " * 600}]]) == [("", False)]
     assert "1 passages are longer than the model can read" in caplog.text
     generate("answers", model_name_or_path=lm_path, input_path=data / "eval_w_qa.jsonl", max_new_tokens=6)
     assert len(read_examples(tmp_path / "out/eval_w_qa_w_qa.jsonl", answers=True)) == 4
