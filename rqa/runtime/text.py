@@ -23,7 +23,8 @@ def without_thoughts(reply: str) -> str:
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
     """The value of this kind in JSON from outside; a ValueError says what is wrong with it.
 
-    Its numbers are finite, its text is clean, and it is not nested too deeply to be walked through.
+    Its numbers are finite (NaN, which JSON has not, counts as null), its text is clean, and it is not nested too deeply
+    to be walked through.
     """
     text = clean_text(text) if isinstance(text, str) else text.decode("utf-8-sig")
     try:
@@ -54,4 +55,4 @@ def _whole(text: str) -> int:
     return int(text)
 
 
-_STRICT = json.JSONDecoder(parse_constant=_number, parse_float=_number, parse_int=_whole)
+_STRICT = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_number, parse_int=_whole)
