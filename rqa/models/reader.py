@@ -75,6 +75,7 @@ class Answer:
     num_tokens: int
     seconds: float | None = None  # of its batch; None: nothing was generated, as no prompt fits or it was kept
     batch_size: int = 1  # questions of that batch; only if it is 1 are the seconds what a user would have waited
+    cut: bool = False  # whether it reached the limit of new tokens before its end
 
 
 class LocalReader(ABC):
