@@ -2,8 +2,11 @@
 
 import json
 import math
+import re
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from unicodedata import category
 
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
 KINDS = {dict: "object", list: "array"}
@@ -18,6 +21,35 @@ def without_thoughts(reply: str) -> str:
     """What a reply says behind its `<think>...</think>`, which a prompt may have begun; "" where that never ends."""
     thoughts, end, said = reply.partition("</think>")
     return said.strip() if end else "" if thoughts.lstrip().startswith("<think>") else reply.strip()
+
+
+def as_text(tokenizer: Any) -> Callable[[str], str]:
+    """What keeps text from outside text to this tokenizer: a space breaks what it would read as a control token.
+
+    Control tokens are the special ones, and added ones between signs, such as `<think>`; other added words stay whole.
+    Text without any is returned as it is. One character alone cannot be broken.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are looked for in lower case, or in NFKC
+    control, names = set(), set()
+    for token, added in tokenizer.added_tokens_decoder.items():
+        name = added.content.strip()
+        if len(name) > 1 and (added.special or {category(name[0])[0], category(name[-1])[0]} & {"P", "S"}):
+            control.add(token)
+            names |= {form(name) for form in forms}
+    shortest_first = sorted((name for name in names if len(name) > 1), key=len)
+    begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in shortest_first}))).search
+
+    def mended(text: str) -> str:
+        for form in forms:
+            seen = broken = form(text)
+            if begins(seen) and not control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+                for name in shortest_first:
+                    broken = broken.replace(name, f"{name[:-1]} {name[-1]}")
+                text = text if broken == seen else broken
+        return text
+
+    return mended if control else str
 
 
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
