@@ -173,7 +173,7 @@ class Prompter:
         self.tokenizer = tokenizer
         self.arguments = arguments or PromptArguments()
         self.instruction = read_template(self.arguments.prompt_template, INSTRUCTION)
-        self._as_text, self._options = as_text(tokenizer), self.arguments.template_options
+        self.as_text, self._options = as_text(tokenizer), self.arguments.template_options
         start = tokenizer.encode("", add_special_tokens=True)[:1]
         self._bos = start if start == [tokenizer.bos_token_id] else []
         self._end_of_reply, self.end_of_turn = self._find_end_of_turn()
@@ -225,8 +225,8 @@ class Prompter:
         style = self.arguments
         texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
-        fields = {"passages": self._as_text(numbered), "question": self._as_text(example.question)}
-        turns = [(_role(turn.speaker), self._as_text(turn.message)) for turn in example.chat_history]
+        fields = {"passages": self.as_text(numbered), "question": self.as_text(example.question)}
+        turns = [(_role(turn.speaker), self.as_text(turn.message)) for turn in example.chat_history]
         turns += [("user", fill(self.instruction, fields))]
         messages = [{"role": role, "content": said} for role, said in turns]
         if style.chat_format == "template":
@@ -240,7 +240,7 @@ class Prompter:
 
     def _answer_text(self, answer: str) -> str:
         before = " " if self.arguments.chat_format == "prefix" else ""
-        return ("</think>\n\n" if self._thinks else before) + self._as_text(answer.strip())
+        return ("</think>\n\n" if self._thinks else before) + self.as_text(answer.strip())
 
     def apply_template(self, messages: list[dict[str, str]]) -> str:
         """The text of a conversation by the tokenizer's chat template; a reply is begun behind a user's turn."""

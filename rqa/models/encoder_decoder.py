@@ -75,7 +75,7 @@ class FiDPrompter:
         self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
-        self._as_text = as_text(tokenizer)
+        self.as_text = as_text(tokenizer)
         self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         end = tokenizer.eos_token_id
@@ -101,13 +101,13 @@ class FiDPrompter:
         return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _encode_answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer(text_target=self._as_text(answer.strip()))["input_ids"]
+        ids = self.tokenizer(text_target=self.as_text(answer.strip()))["input_ids"]
         ids = ids[1:] if ids[:1] == [self.start_token] else ids
         return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
 
     def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
         fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
-        return self.tokenizer.encode(fill(self.template, {name: self._as_text(fields[name]) for name in fields}))
+        return self.tokenizer.encode(fill(self.template, {name: self.as_text(fields[name]) for name in fields}))
 
 
 @dataclass(frozen=True)
