@@ -259,6 +259,8 @@ class Prompter:
                 raise UserError("--chat_format template: the tokenizer has no chat template; use --chat_format prefix")
             said = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
             suffix = self.apply_template(said).rpartition("An answer.")[2]
+        elif self._options and self.tokenizer.chat_template:
+            raise UserError("--chat_template_kwargs: only a chat template has variables; add --chat_format template")
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if suffix else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         if ends := [position for position, token in enumerate(ids, start=1) if token in special]:
