@@ -7,7 +7,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -124,17 +123,14 @@ def parse_answer(reply: str, question: str) -> str:
 class LocalGenerator:
     """A decoder in this process, or a copy of it in each of several; its own chat template is used."""
 
-    def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int, variables: str = "{}"
-    ) -> None:
-        self.tokenizer = tokenizer
-        prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens, chat_template_kwargs=variables)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: GeneratorArguments) -> None:
+        self.tokenizer, most, variables = tokenizer, flags.max_new_tokens, flags.chat_template_kwargs
+        prompt = PromptArguments(chat_format="template", max_new_tokens=most, chat_template_kwargs=variables)
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
         self.reader.loop = LOOP
-        self._options = prompt.template_options
-        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
+        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - most
         self._store = Store(cache_root() / "generated.sqlite")
-        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{max_new_tokens} {LOOP} {variables}")
+        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{most} {LOOP} {variables}")
 
     def generate(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
         """Each reply, greedily, and whether it is cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
@@ -151,8 +147,9 @@ class LocalGenerator:
 
     def _reply(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
-        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True, **self._options)
-        texts = map(ask, distributed.share(conversations))
+        prompter = self.reader.prompter
+        said = ([turn | {"content": prompter.as_text(turn["content"])} for turn in turns] for turns in conversations)
+        texts = map(prompter.apply_template, distributed.share(list(said)))
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
@@ -165,15 +162,17 @@ def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], lis
     """`LocalGenerator.generate`, or the like for a server, of the model that the flags name."""
     name = flags.model_name_or_path
     if is_endpoint(name):
-        ask = partial(Endpoint(name, flags).ask, max_tokens=flags.max_new_tokens)
-        return lambda part: distributed.from_main(
-            [(reply.text, reply.cut) for reply in ask(part if distributed.is_main() else [])]
-        )
+        endpoint = Endpoint(name, flags, flags.template_options)
+
+        def ask(conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+            replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
+            return distributed.from_main([(reply.text, reply.cut) for reply in replies])
+
+        return ask
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
-    model = load_causal_lm(name, flags)
-    return LocalGenerator(model, tokenizer, flags.max_new_tokens, flags.chat_template_kwargs).generate
+    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags).generate
 
 
 def generate(
@@ -200,9 +199,7 @@ def generate(
         if any(made) and distributed.is_main():
             write_jsonl(accepted, (example.to_json() for examples in made for example in examples))
         seconds = (time.monotonic() - started) / (len(made) - done) * (left := len(conversations) - len(made))
-        log.info(
-            "%d replies, %d of them left out; the other %d take about %.0f seconds", len(made), rejected, left, seconds
-        )
+        log.info("%d replies, %d left out; the other %d take about %.0f seconds", len(made), rejected, left, seconds)
         if not done and rejected > len(made) / 2:
             log.warning("%d of the first %d replies hold no %s; name a larger model", rejected, len(made), wanted)
     if unfinished:

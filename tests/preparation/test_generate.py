@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
 from rqa.models.causal_lm import load_causal_lm
 from rqa.preparation.generate import (
+    GeneratorArguments,
     LocalGenerator,
     SampleArguments,
     parse_answer,
@@ -216,7 +217,7 @@ def test_questions_are_read_from_replies_of_many_shapes() -> None:
     }.items():
         assert parse_questions(reply, 2) == expected
     for reply in ("Why?\nThis is none.\n", "", "Who wrote this passage?"):
-        with pytest.raises(ValueError, match="speaks of the passage" if "passage" in reply else "no line"):
+        with pytest.raises(ValueError, match="the passage" if "passage" in reply else "no question"):
             parse_questions(reply, 2)
 
 
@@ -245,7 +246,8 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
                 break
             ids = torch.cat([ids, next_id[None, None]], dim=1)
         expected.append(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip())
-    generator = LocalGenerator(model, tokenizer, 6)
+    flags = GeneratorArguments(model_name_or_path=lm_path, max_new_tokens=6)
+    generator = LocalGenerator(model, tokenizer, flags)
     assert [text for text, _ in generator.generate(conversations)] == expected
     monkeypatch.setattr(generator.reader, "generate", lambda prompts: pytest.fail("asked again"))
     assert [text for text, _ in generator.generate(conversations[::-1])] == expected[::-1]
