@@ -4,7 +4,6 @@ import json
 import logging
 import re
 import time
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -187,19 +186,21 @@ def generate(
     while (done := len(made)) < len(conversations):
         started = time.monotonic()
         for text, cut in write(conversations[done : done + (max(AT_ONCE, done // 4) if done else FIRST)]):
-            cut = cut or text.count(text[-LOOP:]) > 1
-            unfinished += cut or not text
+            repeats = text.count(text[-LOOP:]) > 1
+            unfinished += not text or (cut and not repeats)
             try:
-                made.append(read(len(made), text.rpartition("\n")[0] if cut else text))  # the last line is not whole
+                whole = text.rpartition("\n")[0] if cut or repeats else text  # without the last line, which is not
+                made.append(read(len(made), whole))
             except ValueError as error:
                 made.append([])
                 rejected += 1
                 if rejected <= SHOWN:
-                    log.info("a reply is left out, since it %s: %r", "is cut" if cut else error, text[:200])
+                    why = "repeats itself" if repeats else "is cut" if cut else error
+                    log.info("a reply is left out, since it %s: %r", why, text[:200])
         if any(made) and distributed.is_main():
             write_jsonl(accepted, (example.to_json() for examples in made for example in examples))
         seconds = (time.monotonic() - started) / (len(made) - done) * (left := len(conversations) - len(made))
-        log.info("%d replies, %d left out; the other %d take about %.0f seconds", len(made), rejected, left, seconds)
+        log.info("%d replies, %d left out; %d more take about %.0f seconds", len(made), rejected, left, seconds)
         if not done and rejected > len(made) / 2:
             log.warning("%d of the first %d replies hold no %s; name a larger model", rejected, len(made), wanted)
     if unfinished:
@@ -207,21 +208,7 @@ def generate(
     return made
 
 
-def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:
-    """What is asked about each passage of each split."""
-    texts = [document.fmt_content for found in passages.values() for document in found]
-    return [_ask(template, passage=text, number=str(number)) for text in texts]
-
-
-def answer_conversations(examples: Sequence[Example], template: str) -> list[Conversation]:
-    """What is asked for the answer of each example, from its first gold passage."""
-    for example in examples:
-        if not example.gold_docs:
-            raise UserError(f"{example.where}: field 'gold_docs' is empty; an answer needs a passage")
-    return [_ask(template, passage=each.gold_docs[0].fmt_content, question=each.question) for each in examples]
-
-
-def _ask(template: str, **fields: str) -> Conversation:
+def conversation(template: str, **fields: str) -> Conversation:
     return [{"role": "user", "content": fill(template, fields)}]
 
 
@@ -248,13 +235,6 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
             numbers += shuffled.pop()
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]
     return chosen
-
-
-def asked_once(questions: dict[str, list[Example]]) -> dict[str, list[Example]]:
-    """The questions by split without those that are asked of several passages."""
-    frequency = Counter(normalize(draft.question) for drafts in questions.values() for draft in drafts)
-    once = {question for question, count in frequency.items() if count == 1}
-    return {name: [each for each in drafts if normalize(each.question) in once] for name, drafts in questions.items()}
 
 
 def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:

@@ -17,9 +17,9 @@ from rqa.preparation.generate import (
     GeneratorArguments,
     LocalGenerator,
     SampleArguments,
+    conversation,
     parse_answer,
     parse_questions,
-    question_conversations,
     sample_passages,
 )
 
@@ -131,10 +131,10 @@ def test_the_round_trip_keeps_what_finds_its_passage_and_an_empty_split_is_an_er
     assert [path.name for path in out.iterdir()] == ["accepted_questions.jsonl"]
     printed = generate("questions", round_trip_k=1, num_eval_passages=0)
     assert "14 questions left out by the round trip" in printed
-    assert [question.startswith("Is it true") for question in questions_in(out)] == [True] * 14
+    assert [question.startswith("Is it true") for question in questions_in(out)] == [True] * 12
     assert sorted(path.name for path in out.iterdir()) == ["test_w_q.jsonl", "train_w_q.jsonl"]
     error = generate("answers", 2, input_path=sorted(out.iterdir()), output_dir=answers)
-    assert "test_w_qa.jsonl: none of its 4 questions is answered; " in error
+    assert "test_w_qa.jsonl: none of its 2 questions is answered; " in error
     assert [path.name for path in answers.iterdir()] == ["accepted_answers.jsonl"]
     assert len(read_examples(answers / "accepted_answers.jsonl", answers=True)) == 10
     generate("questions", round_trip_k=24, round_trip_model=encoder_path, output_dir=tmp_path / "all")
@@ -234,7 +234,7 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
     generate: Generate, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     model = load_causal_lm(lm_path).eval()
-    conversations = question_conversations({"train": documents[:7]}, "{passage} {number}", 2)
+    conversations = [conversation("{passage} 2", passage=document.fmt_content) for document in documents[:7]]
     expected = []
     for turns in conversations:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
@@ -245,13 +245,55 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
             if next_id in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
                 break
             ids = torch.cat([ids, next_id[None, None]], dim=1)
-        expected.append(tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip())
+        reply = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
+        expected.append((reply, ids.shape[1] == len(prompt) + 6))
     flags = GeneratorArguments(model_name_or_path=lm_path, max_new_tokens=6)
     generator = LocalGenerator(model, tokenizer, flags)
-    assert [text for text, _ in generator.generate(conversations)] == expected
+    assert generator.generate(conversations) == expected
     monkeypatch.setattr(generator.reader, "generate", lambda prompts: pytest.fail("asked again"))
-    assert [text for text, _ in generator.generate(conversations[::-1])] == expected[::-1]
+    assert generator.generate(conversations[::-1]) == expected[::-1]
     assert generator.generate([[{"role": "user", "content": "x y z " * 600}]]) == [("", False)]
     assert "1 passages are longer than the model can read" in caplog.text
-    generate("answers", model_name_or_path=lm_path, input_path=data / "eval_w_qa.jsonl", max_new_tokens=6)
-    assert len(read_examples(tmp_path / "out/eval_w_qa_w_qa.jsonl", answers=True)) == 4
+    told = generate("answers", 2, model_name_or_path=lm_path, input_path=data / "eval_w_qa.jsonl", max_new_tokens=6)
+    assert "4 of 4 replies were empty or cut; raise --max_new_tokens" in told
+
+
+def test_a_reply_ends_where_it_says_the_same_tokens_again(lm_path: str, tokenizer: PreTrainedTokenizerBase) -> None:
+    flags = GeneratorArguments(model_name_or_path=lm_path, max_new_tokens=60)
+    reader = LocalGenerator(load_causal_lm(lm_path).eval(), tokenizer, flags).reader
+    reader.loop = 60
+    prompts = [[5, 6, 7], [9, 8, 7, 6]]
+    whole = reader.generate(prompts)
+    reader.loop = 3
+    for prompt, ids in zip(prompts, whole, strict=True):
+        spans = [ids[place : place + 3] for place in range(len(ids) - 2)]
+        end = next(place for place, span in enumerate(spans) if span in spans[:place])
+        assert reader.generate([prompt]) == [ids[: end + 3]]
+
+
+def test_replies_are_judged_timed_and_written_as_they_come(
+    writer: OpenAIServer, generate: Generate, tmp_path: Path
+) -> None:
+    original, accepted, standing = writer.say, tmp_path / "out/accepted_questions.jsonl", []
+
+    def say(messages: list[dict[str, Any]]) -> str:
+        standing.append(len(rows(accepted)) if accepted.exists() else 0)
+        return "I cannot." if len(standing) <= 7 else original(messages)
+
+    writer.say = say
+    told = generate("questions")
+    assert standing == [0] * 10 + [6] * 6
+    assert "7 of the first 10 replies hold no question" in told
+    assert told.count("a reply is left out, since it holds no question: 'I cannot.'") == 3
+    assert re.search(r"10 replies, 7 left out; 6 more take about \d+ seconds", told)
+    assert not accepted.exists()
+
+
+def test_a_reply_that_repeats_itself_or_that_is_empty_is_no_answer(
+    writer: OpenAIServer, generate: Generate, data: Path
+) -> None:
+    for number, reply in enumerate(("The city trades in copper, and in tin. " * 9, "<think>Copper?")):
+        writer.say = lambda messages, reply=reply: reply
+        told = generate("answers", 2, input_path=data / "eval_w_qa.jsonl", max_new_tokens=100 + number)
+        assert ("since it repeats itself: 'The city" in told) == (number == 0)
+        assert ("4 of 4 replies were empty or cut; raise --max_new_tokens" in told) == (number == 1)
