@@ -2,6 +2,7 @@
 
 import logging
 import os
+import re
 import signal
 import socket
 import threading
@@ -71,7 +72,7 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "overloaded": (lambda: HTMLResponse("<h1>Bad gateway</h1>", 502), "502, .*Bad gateway.*; asked 3 times"),
     "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
-    "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*\(\{\), asked 3 times"),
+    "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
     "no message": (lambda: JSONResponse({"choices": [{"text": "hm"}]}), "not the reply .*, asked 3 times"),
@@ -124,10 +125,15 @@ def test_what_will_not_pass_is_asked_once(server: OpenAIServer) -> None:
 
 def test_the_key_comes_from_the_flag_or_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "secret"
-    with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: set \$OPENAI_API_KEY"):
+    with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: give its flag, or"):
         connect(server, api_key="wrong").ask(say("a"), 7)
     connect(server, api_key="secret").ask(say("a"), 7)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://127.0.0.1/v1")
+    with pytest.raises(UserError, match="401"):  # no other host gets it
+        connect(server).ask(say("b"), 7)
+    assert server.seen[-1].key == "none"
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     connect(server).ask(say("b"), 7)
     assert "secret" not in repr(EndpointArguments(endpoint_api_key="secret"))
 
@@ -154,16 +160,23 @@ def test_nobody_at_the_address_is_one_line_at_once(server: OpenAIServer, monkeyp
 
 
 def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
-    for spec in ("openai::localhost:8000", "openai::", "openai::ftp://host/v1"):
-        with pytest.raises(UserError, match=f"{spec}: not a server; write openai::http://host:port/v1"):
-            Endpoint(spec)
+    for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:80000/v1", "http://host:x/v1", "http://[::1/v1"):
+        with pytest.raises(UserError, match=re.escape(f"openai::{spec}: not a server; write openai::http://host:port")):
+            Endpoint(f"openai::{spec}")
+    for host in ("999.1.1.1", "a..b", "x" * 99 + ".de"):
+        with pytest.raises(UserError, match="not a server's URL|cannot be reached"):
+            Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
+    with pytest.raises(UserError, match="its API key holds characters that no key has") as caught:
+        Endpoint("openai::http://user:word@host/v1", EndpointArguments(endpoint_api_key="schlüssel"))
+    assert "schl" not in str(caught.value)
+    assert "word" not in str(caught.value)
     with pytest.raises(UserError, match="--endpoint_concurrency 0: must be at least 1"):
         EndpointArguments(endpoint_concurrency=0)
 
 
 def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
-    server.faults = [None] * 7 + [lambda: error(400, "no")]
-    with pytest.raises(UserError, match="400, no"):
+    server.faults = [None] * 7 + [lambda: error(403, "no")]
+    with pytest.raises(UserError, match="403, no"):
         connect(server, concurrency=1).ask(say(*WORDS), 7)
     server.seen.clear()
     assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
@@ -197,7 +210,7 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
 
 
 def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
-    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half ? a pair, 木 and 🙂"]
+    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half � a pair, 木 and 🙂"]
     server.faults = [lambda: JSONResponse({"choices": [{"message": {"content": None}}], "usage": None})]
     assert texts(connect(server).ask(say("a"), 7)) == [""]
 
