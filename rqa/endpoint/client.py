@@ -83,6 +83,7 @@ class Job(NamedTuple):
     settings: dict[str, Any]
     find: Callable[[Any], Any]  # what is kept of a reply
     read: Callable[[Any], Any] = lambda found: found  # what is made of that
+    question: str = ""  # how it is named
 
 
 class Refused(UserError):
@@ -140,7 +141,8 @@ class Endpoint:
         for turns in conversations:
             asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
             key = self._key("chat", json.dumps(asked | settings, sort_keys=True))
-            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens)))
+            read = partial(Reply.read, max_tokens)
+            jobs.append(Job(key, asked, settings, chat_reply, read, turns[-1]["content"]))
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
         return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
@@ -150,7 +152,7 @@ class Endpoint:
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
-            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability))
+            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability, prompt))
         return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
@@ -202,10 +204,8 @@ class Endpoint:
             if self._repeated:
                 log.info("%s: %d requests were sent again", self.base_url, self._repeated)
         for key, error in list(refused.items())[:1]:
-            end = one_line("".join(str(part) for part in missing[key].asked.values())[-80:])
-            log.warning(
-                "%s: %d of %d requests were refused; the first, ...%s: %s", desc, len(refused), len(jobs), end, error
-            )
+            end = one_line(missing[key].question[-80:])
+            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
@@ -340,7 +340,7 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     start, end, shown = lead + len(prompt), lead + len(text), tokens[0][:lead] + text
     generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
-    rows = list(zip(tokens[:last], values[:last], offsets[:last], [*offsets[1:last], end], strict=True))
+    rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
     # Of a character in several tokens, each may be shown as U+FFFD.
     placed = all(shown.startswith(token, begin) or "\ufffd" in token for token, _, begin, _ in rows[1:])
     if not placed or text not in choice["text"][: len(tokens[0]) + len(text)]:
