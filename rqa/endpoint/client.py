@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
-from itertools import accumulate
 from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
@@ -32,7 +31,7 @@ ADVICE = {404: "no such model or path: check the model's name, and that the URL 
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
 REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
-INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens", "max_completion_tokens": "max_tokens"}
+INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
 CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
@@ -54,7 +53,7 @@ class EndpointArguments(RequestArguments):
     """The model behind an OpenAI-compatible server."""
 
     endpoint_model: str | None = flag(None, "Name of the model. Default: the only one the server lists.", rare=True)
-    endpoint_api_key: str | None = flag(None, "Server's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
+    endpoint_api_key: str | None = flag(None, "Server's API key. Default: see README.", rare=True, secret=True)
 
 
 class Reply(NamedTuple):
@@ -66,24 +65,25 @@ class Reply(NamedTuple):
     cut: bool = False  # whether it ended before its end
 
     @classmethod
-    def read(cls, kept: Any, max_tokens: int) -> "Reply":
-        """The reply in what `chat_reply` found, now or in an earlier run, without thoughts; or one of `UNREADABLE`."""
+    def read(cls, max_tokens: int, kept: Any) -> "Reply":
+        """The reply, without thoughts, in what `chat_reply` found now or in an earlier run; or one of `UNREADABLE`."""
         content, tokens, reason = [*kept, None][:3]  # older versions kept no reason
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
-        if type(tokens) is not int or not 0 <= tokens < 10**9:
-            tokens = len(text.split())
+        counted = type(tokens) is int and 0 <= tokens < 10**9
         longest = max_tokens * CHARACTERS_PER_TOKEN
-        return cls(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
+        cut = reason in CUT or len(text) > longest
+        return cls(text[:longest], tokens if counted else len(text.split()), cut=cut)
 
 
 class Job(NamedTuple):
-    key: str  # under which its result is kept
+    key: str  # under which what was found is kept
     asked: dict[str, Any]
     settings: dict[str, Any]
-    find: Callable[[Any], Any]  # what is kept of the reply
-    read: Callable[[Any], Any] = lambda kept: kept  # what is made of that
+    find: Callable[[Any], Any]  # what is kept of a reply
+    read: Callable[[Any], Any] = lambda found: found  # what is made of that
+    question: str = ""  # how it is named
 
 
 class Refused(UserError):
@@ -102,27 +102,22 @@ class Endpoint:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
     """
 
-    def __init__(
-        self, spec: str, flags: EndpointArguments = EndpointArguments(), template_options: dict[str, Any] | None = None
-    ) -> None:
-        """`template_options` are variables of the server's chat template."""
+    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments(), template: Any = None) -> None:
+        """`template` are variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         self.base_url = without_credentials(self._url)
-        self._options = {"chat_template_kwargs": template_options} if template_options else {}
+        self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
-        self._repeated, self._names = 0, dict[str, str]()  # names of settings that the server takes in place of ours
+        self._repeated, self._names = 0, dict[str, str]()  # other names of settings
         origin = _origin(self._url)
         if origin is None or origin[0] not in ("http", "https") or not origin[1] or set("?# ") & set(self._url):
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
-        key, known = flags.endpoint_api_key, ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))
-        if not key and origin in map(_origin, known):  # nobody else gets the key
-            key = os.environ.get("OPENAI_API_KEY")
+        friends = map(_origin, ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", "")))
+        key = flags.endpoint_api_key or (os.environ.get("OPENAI_API_KEY") if origin in friends else None)
         self._api_key = (key or "").strip()
         if not (self._api_key.isascii() and self._api_key.isprintable()):
             raise UserError(f"{self.base_url}: its API key holds characters that no key has; copy the key again")
-        # OpenAI's newer models know only the new name, most other servers only the old one.
-        self._limit = "max_completion_tokens" if origin[1] == "api.openai.com" else "max_tokens"
 
     @cached_property
     def model(self) -> str:
@@ -142,11 +137,12 @@ class Endpoint:
         Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept. One that
         the server refuses gets an empty reply.
         """
-        jobs, settings = [], {self._limit: max_tokens, "temperature": 0.0, **self._options}
+        jobs, settings = [], {"max_tokens": max_tokens, "temperature": 0.0, **self._options}
         for turns in conversations:
             asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
             key = self._key("chat", json.dumps(asked | settings, sort_keys=True))
-            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens=max_tokens)))
+            read = partial(Reply.read, max_tokens)
+            jobs.append(Job(key, asked, settings, chat_reply, read, turns[-1]["content"]))
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
         return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
@@ -156,12 +152,11 @@ class Endpoint:
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
-            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability))
+            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability, prompt))
         return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
-        values = answer_tokens(reply, prompt, answer)
-        if not values:
+        if not (values := answer_tokens(reply, prompt, answer)):
             needs = "scoring needs a completions API with echo and logprobs, such as vLLM's"
             raise self._error(f"gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
@@ -178,7 +173,7 @@ class Endpoint:
         if number := sum(job.key in known for job in jobs):
             log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
         missing = {job.key: job for job in jobs if job.key not in known}
-        waiting, seconds, refused, first = iter(missing.values()), {}, dict[str, Refused](), list(missing)[:FIRST]
+        waiting, seconds, refused = iter(missing.values()), {}, dict[str, Refused]()
         self._served |= bool(known)
 
         async def ask(send: Callable[..., Any]) -> None:
@@ -188,7 +183,7 @@ class Endpoint:
                     found = await self._send(partial(send, model=self.model), job)
                 except Refused as error:
                     refused[job.key] = error
-                    if not self._served and refused.keys() >= set(first):
+                    if not self._served and refused.keys() >= {*list(missing)[:FIRST]}:
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
@@ -209,10 +204,8 @@ class Endpoint:
             if self._repeated:
                 log.info("%s: %d requests were sent again", self.base_url, self._repeated)
         for key, error in list(refused.items())[:1]:
-            asked = missing[key].asked
-            end = one_line((asked.get("prompt") or asked["messages"][-1]["content"])[-80:])
-            told = "%s: %d of %d requests were refused, and their replies are empty; the first ends in %r (%s)"
-            log.warning(told, desc, len(refused), len(jobs), end, error)
+            end = one_line(missing[key].question[-80:])
+            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
@@ -225,7 +218,7 @@ class Endpoint:
                 try:
                     async with asyncio.timeout(2 * TIMEOUT), aclosing(await super().send(request, **options)) as reply:
                         moved, body = reply.next_request, bytearray()
-                        if moved and _origin(str(moved.url)) == _origin(str(request.url)) and not reply.history:
+                        if moved and moved.url != request.url and _origin(str(moved.url)) == _origin(str(request.url)):
                             return await self.send(moved, **options)
                         async for part in reply.aiter_bytes():
                             body += part
@@ -233,9 +226,9 @@ class Endpoint:
                                 break
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
-                if reply.status_code == 429 and b"insufficient_quota" in body:
-                    reply.headers["x-should-retry"] = "false"
                 headers = [pair for pair in reply.headers.items() if pair[0] != "content-encoding"]
+                if reply.status_code == 429 and b"insufficient_quota" in body:
+                    headers.append(("x-should-retry", "false"))
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
 
         async def run() -> Any:
@@ -266,45 +259,38 @@ class Endpoint:
             reply = await self._send_adapted(send, job)
             self._repeated += reply.retries_taken + (attempt > 0)
             try:
-                found = job.find(parse_json(reply.http_response.content))
-                job.read(found)
+                job.read(found := job.find(parse_json(reply.http_response.content)))
                 return found
             except UNREADABLE as error:
-                why = error
-            if attempt < self.flags.endpoint_retries:
-                await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
-        said = f"{one_line(why)}: {one_line(reply.http_response.text[:200]) or 'empty'}"
+                said = f"{one_line(error)}: {one_line(reply.http_response.text[:200]) or 'empty'}"
+                if attempt < self.flags.endpoint_retries:
+                    await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
         raise self._error(f"not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
 
     async def _send_adapted(self, send: Callable[..., Any], job: Job) -> Any:
         """The reply; a setting that the server refuses by name takes its other name, or is left out."""
-        names = self._names
         while True:
-            settings = {names.get(name, name): value for name, value in job.settings.items()}
+            settings = {self._names.get(name, name): value for name, value in job.settings.items()}
             settings.pop("", None)
             try:
-                reply = await send(**job.asked, extra_body=settings or None)
+                return await send(**job.asked, extra_body=settings or None)
             except Exception as error:
                 status = getattr(error, "status_code", 0)
                 said = error.response.text if status == 400 else ""
-                # Who finds a prompt too long may name the limit, too, and knows it by either name.
-                named = [name for name in INSTEAD if name in job.settings and name not in names and name in said]
-                if named and "context length" not in said:
-                    names = names | {named[0]: INSTEAD[named[0]]}
-                    continue
-                raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
-            if names != self._names:
-                self._names = names
-                log.warning("%s: refuses %s; other requests are sent without", self.base_url, ", ".join(names))
-            return reply
+                named = next((name for name in INSTEAD if name in settings and name in said), None)
+                if named is None or "context" in said:  # too long a prompt, whose refusal names the limit, too
+                    raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
+                if named not in self._names:
+                    log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
+                self._names[named] = INSTEAD[named]
 
     def _failure(self, error: Any) -> UserError:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
             said = error.body if isinstance(error.body, dict) else {}
-            said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
-            said = one_line(said or error.response.text[:1000] or error.response.reason_phrase)
+            said = [said[name] for name in ("message", "detail") if isinstance(said.get(name), str)]
+            said = one_line(said[0] if said else error.response.text[:999] or error.response.reason_phrase)
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
             if status < 400:
                 advice = f"it leads to {error.response.headers.get('location')}: if you trust that server, name it"
@@ -350,22 +336,17 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     if len(tokens) < 2 or len(choice["text"]) < len(text):
         return []
     # A server may show, and count, a token that it puts before every text.
-    leads = not prompt.startswith(tokens[0].strip())
-    if not 0 <= choice["text"].find(text) <= len(tokens[0]):
-        raise ValueError("an echo of another text")
-    if "".join(tokens).startswith(text, len(tokens[0]) if leads else 0):  # then they say themselves where they stand
-        offsets = list(accumulate(map(len, tokens[:-1]), initial=0))
-    if offsets[0] != 0 or offsets != sorted(offsets) or offsets[-1] > len("".join(tokens)):
-        raise ValueError("offsets of another text")
-    start = len(prompt) + (offsets[1] if leads else 0)
-    end = start + len(answer)
+    lead = 0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0]
+    start, end, shown = lead + len(prompt), lead + len(text), tokens[0][:lead] + text
     generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
-    ends = [*offsets[1:last], end]
-    rows = list(zip(values[:last], offsets[:last], ends, strict=True))
-    # Before the first token of all stands nothing that could make it likely.
-    rows = rows[1:] if values[0] is None else rows
-    return [_log_probability(value) for value, begin, stop in rows if begin >= start or stop > start]
+    rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
+    # Of a character in several tokens, each may be shown as U+FFFD.
+    placed = all(shown.startswith(token, begin) or "\ufffd" in token for token, _, begin, _ in rows[1:])
+    if not placed or text not in choice["text"][: len(tokens[0]) + len(text)]:
+        raise ValueError("log-probabilities of another text")
+    rows = rows[values[0] is None :]  # nothing stands before the first token that could make it likely
+    return [_log_probability(value) for _, value, begin, stop in rows if begin >= start or stop > start]
 
 
 def _log_probability(value: Any) -> float:

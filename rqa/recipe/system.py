@@ -32,10 +32,11 @@ class EndpointReader:
         """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
         asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
         replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        answers = [Answer("", 0)] * len(examples)
-        for number, reply in zip(asked, replies, strict=True):
-            answers[number] = Answer(reply.text, reply.num_tokens, reply.seconds, cut=reply.cut)
-        return answers
+        pairs = zip(asked, replies, strict=True)
+        answers = {
+            number: Answer(reply.text, reply.num_tokens, reply.seconds, cut=reply.cut) for number, reply in pairs
+        }
+        return [answers.get(number, Answer("", 0)) for number in range(len(examples))]
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Nothing: a server is asked no question twice, and may have to be paid."""
