@@ -38,9 +38,7 @@ class GenerationArguments(Arguments):
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
     top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
-    generation_batch_tokens: int = flag(
-        16384, "Tokens that a batch of prompts takes, at most, padding included.", rare=True
-    )
+    generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, at most, padding included.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)

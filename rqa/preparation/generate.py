@@ -23,6 +23,7 @@ from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import Store, cache_root, fingerprint, write_jsonl
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import words
 
 log = logging.getLogger(__name__)
 
@@ -101,7 +102,7 @@ def parse_questions(reply: str, number: int) -> list[str]:
     # Numbers, bullets, quotes and whatever leads to "question:" are taken off.
     lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
     lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
-    lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
+    lines = [line for line in lines if len(words(line)) >= FEWEST_WORDS and _QUESTION_END.search(line)]
     questions = list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))
     if not questions:
         raise ValueError("speaks of the passage" if lines else "holds no question")
@@ -199,8 +200,9 @@ def generate(
                     log.info("a reply is left out, since it %s: %r", why, text[:200])
         if any(made) and distributed.is_main():
             write_jsonl(accepted, (example.to_json() for examples in made for example in examples))
-        seconds = (time.monotonic() - started) / (len(made) - done) * (left := len(conversations) - len(made))
-        log.info("%d replies, %d left out; %d more take about %.0f seconds", len(made), rejected, left, seconds)
+        if left := len(conversations) - len(made):
+            seconds = left * (time.monotonic() - started) / (len(made) - done)
+            log.info("%d replies, %d left out; the other %d take about %.0f s", len(made), rejected, left, seconds)
         if not done and rejected > len(made) / 2:
             log.warning("%d of the first %d replies hold no %s; name a larger model", rejected, len(made), wanted)
     if unfinished:
@@ -216,11 +218,11 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
     """Passages of each split, in the database's order; no text, or no source, is in two of them."""
     distinct: dict[str, int] = {}
     for number, document in enumerate(documents):
-        if len(document.page_content.split()) >= flags.min_passage_words:
+        if len(words(document.page_content)) >= flags.min_passage_words:
             distinct.setdefault(normalize(document.page_content), number)
     groups: dict[Any, list[int]] = {}
     for number in distinct.values():
-        group = number if flags.split_by == "passage" else documents[number].metadata.get("source", number)
+        group = number if flags.split_by == "passage" else repr(documents[number].metadata.get("source", number))
         groups.setdefault(group, []).append(number)
     shuffled = list(groups.values())
     Random(flags.seed).shuffle(shuffled)

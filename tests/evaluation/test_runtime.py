@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -114,6 +115,19 @@ def test_what_was_not_generated_now_enters_no_time(answered: Answered, examples:
     assert len(rows) == len(examples)  # and yet each of them is scored
     metrics, _ = answered(Parrot(kept=len(examples)))
     assert not [name for name in metrics if "latency" in name or "per_" in name or "seconds" in name]
+
+
+def test_replies_that_are_empty_or_cut_are_counted_and_questions_without_a_reply_are_not(
+    documents: list[Document], examples: list[Example], time: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [Answer("", 0), Answer("", 3), Answer("", 0, 0.1), Answer("It is", 3, 0.1, cut=True), Answer("Salt.", 3)]
+    reader: Any = SimpleNamespace(answer=lambda *_: time.sleep(0.1) or told)
+    evaluate_answers(reader, examples[:5], [documents[:1]] * 5, EvaluationArguments())
+    assert [line for line in caplog.messages if "3 of 4 replies were empty or cut; raise --max_new_tokens" in line]
+    caplog.clear()
+    reader.answer = lambda *_: told[4:]
+    evaluate_answers(reader, examples[:1], [[]], EvaluationArguments())
+    assert not caplog.messages
 
 
 def test_readers_warm_up_with_a_few_tokens(
