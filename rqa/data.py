@@ -4,14 +4,15 @@ import logging
 import pickle
 import pickletools
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import plain
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
 def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
     """What `read_examples` reads, one line in memory at a time."""
     for line, row in read_jsonl(path):
-        for example in _parse_row(row, f"{path}:{line}", answers):
+        for example in parse_example(row, f"{path}:{line}", answers):
             texts = {"question": example.question, "gold_answer": example.gold_answer}
             blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
             if blank:  # as generated data has it
@@ -199,7 +200,32 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     write_jsonl(path, (example.to_json() for example in examples))
 
 
-def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
+def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
+    """The examples with the database's own gold passages: of the same source and text, else of the same text.
+
+    One warning counts the others; those without the same text stay as they are, and no retriever finds them.
+    """
+    missing = {document.key: document for example in examples for document in example.gold_docs}
+    for document in documents:
+        missing.pop(document.key, None)
+    if not missing:
+        return examples
+    wanted, same = {normalize(text) for _, text in missing}, {}
+    for document in documents:
+        if (text := normalize(document.page_content)) in wanted:
+            same.setdefault(text, document)
+    found = {key: same[text] for key in missing if (text := normalize(key[1])) in same}
+    names = [f"{source!r}: {text[:60]!r}" for source, text in sorted(missing, key=found.__contains__)[:2]]
+    told = "%s: %d gold passages are not in the database by source and text; %d of them are there with the same text "
+    told += "and count as found with it, %d are not and count as never found: check 'metadata.source' of %s"
+    file = examples[0].where.rpartition(":")[0]
+    log.warning(told, file, len(missing), len(found), len(missing) - len(found), " and ".join(names))
+    gold = [tuple(found.get(document.key, document) for document in example.gold_docs) for example in examples]
+    return [replace(example, gold_docs=documents) for example, documents in zip(examples, gold, strict=True)]
+
+
+def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
+    """Check one decoded row of examples; `where` is file and line, for the error. -> one for each of its questions"""
     several = "questions" in row
     questions = row["questions"] if several else [row.get("question")]
     if not isinstance(questions, list) or not questions or not all(isinstance(text, str) for text in questions):
@@ -237,5 +263,5 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def normalize(text: str) -> str:
-    """Text as duplicates are compared: in lower case, any white space one space."""
-    return " ".join(text.lower().split())
+    """Text as duplicates are compared: in one case and one spelling of its characters, any white space one space."""
+    return " ".join(plain(text).casefold().split())
