@@ -201,27 +201,26 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
 
 
 def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
-    """The examples with the database's own gold passages: of the same source and text, else of the same text.
+    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
 
-    One warning counts the others; those without the same text stay as they are, and no retriever finds them.
+    Others stay, and no retriever finds them; one warning counts both.
     """
-    missing = {document.key: document for example in examples for document in example.gold_docs}
+    missing = {document.key: normalize(document.page_content) for row in examples for document in row.gold_docs}
     for document in documents:
         missing.pop(document.key, None)
     if not missing:
         return examples
-    wanted, same = {normalize(text) for _, text in missing}, {}
-    for document in documents:
-        if (text := normalize(document.page_content)) in wanted:
-            same.setdefault(text, document)
-    found = {key: same[text] for key in missing if (text := normalize(key[1])) in same}
-    names = [f"{source!r}: {text[:60]!r}" for source, text in sorted(missing, key=found.__contains__)[:2]]
-    told = "%s: %d gold passages are not in the database by source and text; %d of them are there with the same text "
-    told += "and count as found with it, %d are not and count as never found: check 'metadata.source' of %s"
+    texts = set(missing.values())
+    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
+    lost = [key for key, text in missing.items() if text not in same]
+    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
+    told = "%s: %d gold passages are not in the database by source and text, such as %s; %d of them are there with the "
+    told += "same text and count as found with it, %d are not and count as never found: check their 'metadata.source'"
     file = examples[0].where.rpartition(":")[0]
-    log.warning(told, file, len(missing), len(found), len(missing) - len(found), " and ".join(names))
-    gold = [tuple(found.get(document.key, document) for document in example.gold_docs) for example in examples]
-    return [replace(example, gold_docs=documents) for example, documents in zip(examples, gold, strict=True)]
+    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
+    return [
+        replace(row, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in row.gold_docs)) for row in examples
+    ]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:

@@ -50,8 +50,8 @@ def read_predictions(run: str | Path) -> list[Row]:
     rows = []
     for line, row in read_jsonl(path):
         scores, answer = row.get("scores"), row.get("generated_answer", "")
-        rates = isinstance(scores, dict) and all(isinstance(score, int | float) for score in scores.values())
-        if not rates or not isinstance(row.get("question"), str) or not isinstance(answer, str):
+        numbers = scores.values() if isinstance(scores, dict) else [None]
+        if not isinstance(answer, str) or not all(isinstance(number, int | float) for number in numbers):
             raise UserError(f"{path}:{line}: has no 'question' with 'scores'; evaluate the run again")
         parse_example(row, f"{path}:{line}")
         rows.append(row)

@@ -37,17 +37,15 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 
 
 def score_answer(answer: str, *references: str) -> dict[str, float]:
-    """The scores of one answer that can be averaged, each the best over the references.
-
-    F1 is that of word precision and recall, 1 for two empty texts.
-    """
+    """The scores of one answer, each its best over the references; F1 is of words, and 1 for two empty texts."""
     rouge = {kind: score.fmeasure for kind, score in _rouge().score_multi(references, answer).items()}
     ours, found = normalize_answer(answer), []
     for theirs in map(normalize_answer, references):
         same, total = float(ours == theirs), len(ours) + len(theirs)
         f1 = 2 * (Counter(ours) & Counter(theirs)).total() / total if ours and theirs else same
         found.append((f1, same))
-    return rouge | dict(zip(("f1", "exact_match"), max(found), strict=True))  # of equal F1, the exact one
+    f1, same = max(found)  # what is the same has the greatest F1, too
+    return rouge | {"f1": f1, "exact_match": same}
 
 
 @cache
@@ -55,12 +53,9 @@ def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # brings nltk, which takes longer to import than all of rqa
     from rouge_score.tokenizers import DefaultTokenizer
 
-    stems = DefaultTokenizer(use_stemmer=True).tokenize  # of English; it would drop all other letters
-
-    def tokenize(text: str) -> list[str]:
-        return [stem for word in words(text) for stem in (stems(word) if word.isascii() else [word])]
-
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=SimpleNamespace(tokenize=tokenize))
+    stems = DefaultTokenizer(use_stemmer=True).tokenize  # of English; it drops all other letters
+    every = SimpleNamespace(tokenize=lambda text: [s for w in words(text) for s in (stems(w) if w.isascii() else [w])])
+    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=every)
 
 
 def bleu_statistics(answer: str, *references: str) -> list[int]:

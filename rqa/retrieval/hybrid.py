@@ -86,9 +86,8 @@ def open_retriever(
 class LexicalRetriever(PassageRetriever):
     """BM25 as Lucene computes it (Robertson & Zaragoza 2009), over the words of the documents' formatted text.
 
-    Every word counts: stop words and a stemmer would tie it to one language. Scripts without spaces count by characters
-    and pairs of them: recall@1 of manual pages, asked for by their titles, is 0.58 in Chinese (characters alone 0.54,
-    unbroken runs 0.10) and 0.56 in Japanese (0.48, 0.20).
+    Stop words and a stemmer would tie it to one language. Scripts without spaces count by characters and pairs of them:
+    titles find 0.58 of 1179 Chinese manual pages at rank 1, by characters alone 0.54 (Japanese: 0.56 and 0.48 of 788).
 
     What shares no word with the question is not found at all; equal scores are ranked by position in the database.
     """
@@ -97,9 +96,8 @@ class LexicalRetriever(PassageRetriever):
         self.documents, self._parameters = documents, (k1, b)
         self._bm25 = bm25s.BM25(k1=k1, b=b, method="lucene")
         # bm25s cannot index a vocabulary without words: a document that has none gets one that nobody asks for.
-        self._bm25.index(
-            [words(document.fmt_content, pairs=True) or [""] for document in documents], show_progress=False
-        )
+        texts = [words(document.fmt_content, pairs=True) or [""] for document in documents]
+        self._bm25.index(texts, show_progress=False)
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
@@ -110,11 +108,8 @@ class LexicalRetriever(PassageRetriever):
         return stack(rows, k)
 
     def identity(self) -> str:
-        return fingerprint(
-            "bm25 of words and pairs",
-            *map(str, self._parameters),
-            *(document.fmt_content for document in self.documents),
-        )
+        texts = (document.fmt_content for document in self.documents)
+        return fingerprint("bm25 of words and pairs", *map(str, self._parameters), *texts)
 
 
 @dataclass(eq=False)

@@ -12,8 +12,8 @@ import regex
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
 KINDS = {dict: "object", list: "array"}
 
-_ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)  # noqa: RUF001
-_ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # noqa: RUF001, for they part words without a space
+_ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
+_ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 _PUNCTUATION = regex.compile(r"[\p{P}\p{Sc}\p{Sk}\p{Sm}]+")  # in ASCII, `string.punctuation`
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Tibetan}\p{Line_Break=SA}]"  # SA: Thai, Lao, Khmer, ...
