@@ -205,7 +205,7 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
 
     Others stay, and no retriever finds them; one warning counts both.
     """
-    missing = {document.key: normalize(document.page_content) for row in examples for document in row.gold_docs}
+    missing = {gold.key: normalize(gold.page_content) for example in examples for gold in example.gold_docs}
     for document in documents:
         missing.pop(document.key, None)
     if not missing:
@@ -214,13 +214,11 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
     lost = [key for key, text in missing.items() if text not in same]
     named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
-    told = "%s: %d gold passages are not in the database by source and text, such as %s; %d of them are there with the "
-    told += "same text and count as found with it, %d are not and count as never found: check their 'metadata.source'"
+    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
+    told += "there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
-    return [
-        replace(row, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in row.gold_docs)) for row in examples
-    ]
+    return [replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in e.gold_docs)) for e in examples]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:

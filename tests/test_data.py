@@ -311,7 +311,7 @@ def test_gold_passages_are_matched_by_text_and_those_not_in_the_database_are_cou
     assert found == [Example("Which?", (BRASK, known, spelled[1])), Example("None?")]
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("train.jsonl: 2 gold passages are not in the database")
-    assert re.search(r"such as 'guide': 'Lost\.'; 1 of them .* 1 are not and count as never found", said)
+    assert re.search(r"such as 'guide': 'Lost\.'; 1 are there .* 1 are not, and can never be found", said)
 
 
 def test_documents_and_examples_are_read_back_as_they_were_written(

@@ -42,8 +42,7 @@ def score_answer(answer: str, *references: str) -> dict[str, float]:
     ours, found = normalize_answer(answer), []
     for theirs in map(normalize_answer, references):
         same, total = float(ours == theirs), len(ours) + len(theirs)
-        f1 = 2 * (Counter(ours) & Counter(theirs)).total() / total if ours and theirs else same
-        found.append((f1, same))
+        found.append((2 * (Counter(ours) & Counter(theirs)).total() / total if ours and theirs else same, same))
     f1, same = max(found)  # what is the same has the greatest F1, too
     return rouge | {"f1": f1, "exact_match": same}
 
