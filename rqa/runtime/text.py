@@ -7,6 +7,7 @@ import unicodedata
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
+from unicodedata import category
 
 import regex
 
@@ -67,9 +68,7 @@ def as_text(tokenizer: Any) -> Callable[[str], str]:
     control, names = set(), set()
     for token, added in tokenizer.added_tokens_decoder.items():
         name = added.content.strip()
-        if len(name) > 1 and (
-            added.special or any(unicodedata.category(end)[0] in "PS" for end in (name[0], name[-1]))
-        ):
+        if len(name) > 1 and (added.special or any(category(end)[0] in "PS" for end in (name[0], name[-1]))):
             control.add(token)
             names |= {named for form in forms if len(named := form(name)) > 1}
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
