@@ -12,6 +12,7 @@ import pytest
 from rqa.data import Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
+from rqa.evaluation.comparison import compare
 from rqa.evaluation.executables import EvaluationDataArguments, measure_speed
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import machine, machine_line, seconds
@@ -98,6 +99,18 @@ def test_answers_are_timed_around_the_reader_alone(answered: Answered, examples:
                 **{name: np.mean([row["scores"][name] for row in rows]) for name in rows[0]["scores"]}}  # fmt: skip
     assert {name: metrics[name] for name in expected} == pytest.approx(expected)
     assert all(0 <= value <= 1 for row in rows for value in row["scores"].values())
+
+
+def test_an_answer_is_scored_against_every_right_one_also_when_runs_are_compared(
+    documents: list[Document], examples: list[Example], time: Clock
+) -> None:
+    asked = [replace(example, other_answers=("No.", example.question)) for example in examples]
+    found = [[document] for document in documents]
+    metrics, rows = evaluate_answers(Parrot(), asked, found, EvaluationArguments())
+    wanted = {f"gen/{name}" for name in ("f1", "exact_match", "rouge1", "rouge2", "rougeL", "bleu")}
+    assert {metrics[name] for name in wanted} == {1.0}
+    assert {(difference.first, difference.second) for difference in compare([*zip(rows, rows, strict=True)])
+            if difference.name in wanted} == {(1.0, 1.0)}  # fmt: skip
 
 
 def test_questions_answered_together_tell_the_time_of_a_batch_and_no_latency(answered: Answered) -> None:
