@@ -69,8 +69,11 @@ def read_template(path: str | None, default: str) -> str:
     """The template at `path`, which must have all placeholders of the default; without a path, the default."""
     if path is None:
         return default
-    with reading(path) as file:
-        text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    try:
+        with reading(path) as file:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    except UserError as error:
+        raise UserError(f"--prompt_template {error}") from None
     if missing := [name for name in re.findall(r"\{\w+\}", default) if name not in text]:
         raise UserError(f"--prompt_template {path}: the placeholder {missing[0]} is missing")
     return text.rstrip("\n")

@@ -7,14 +7,13 @@ import unicodedata
 from collections.abc import Callable
 from itertools import chain
 from typing import Any
-from unicodedata import category
 
 import regex
 
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
 KINDS = {dict: "object", list: "array"}
 _ASCII = re.compile(r"[\s -~]*").fullmatch
-
+_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}]|[\p{P}\p{S}]$").search
 _ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
 _ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
@@ -68,7 +67,7 @@ def as_text(tokenizer: Any) -> Callable[[str], str]:
     control, names = set(), set()
     for token, added in tokenizer.added_tokens_decoder.items():
         name = added.content.strip()
-        if len(name) > 1 and (added.special or any(category(end)[0] in "PS" for end in (name[0], name[-1]))):
+        if len(name) > 1 and (added.special or _BETWEEN_SIGNS(name)):
             control.add(token)
             names |= {named for form in forms if len(named := form(name)) > 1}
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
