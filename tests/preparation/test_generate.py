@@ -277,28 +277,20 @@ def test_replies_are_judged_timed_and_written_as_they_come(
     writer: OpenAIServer, generate: Generate, tmp_path: Path
 ) -> None:
     original, accepted, standing = writer.say, tmp_path / "out/accepted_questions.jsonl", []
+    useless = ["<think>What is copper for?", "Is it copper? Is it tin, or is it copper? " * 9, *["I cannot."] * 5]
 
     def say(messages: list[dict[str, Any]]) -> str:
         standing.append(len(rows(accepted)) if accepted.exists() else 0)
-        return "I cannot." if len(standing) <= 7 else original(messages)
+        return useless.pop() if useless else original(messages)
 
     writer.say = say
-    told = generate("questions")
+    told = generate("questions", endpoint_concurrency=1)
     assert standing == [0] * 10 + [6] * 6
-    assert "7 of the first 10 replies hold no question" in told
+    assert "7 of the first 10 replies hold no question; name a larger model" in told
     assert told.count("a reply is left out, since it holds no question: 'I cannot.'") == 3
     assert re.search(r"10 replies, 7 left out; the other 6 take about \d+ s", told)
+    assert "1 of 16 replies were empty or cut; raise --max_new_tokens" in told
     assert not accepted.exists()
-
-
-def test_a_reply_that_repeats_itself_or_that_is_empty_is_no_answer(
-    writer: OpenAIServer, generate: Generate, data: Path
-) -> None:
-    for number, reply in enumerate(("The city trades in copper, and in tin. " * 9, "<think>Copper?")):
-        writer.say = lambda messages, reply=reply: reply
-        told = generate("answers", 2, input_path=data / "eval_w_qa.jsonl", max_new_tokens=100 + number)
-        assert ("since it repeats itself: 'The city" in told) == (number == 0)
-        assert ("4 of 4 replies were empty or cut; raise --max_new_tokens" in told) == (number == 1)
 
 
 def test_a_passage_opens_no_turn_in_a_local_models_prompt(
