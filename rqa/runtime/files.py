@@ -144,8 +144,7 @@ def claim(directory: Path) -> None:
         try:
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            cure = "wait for its end, or name another directory"
-            raise UserError(f"--output_dir {directory}: another run is writing there; {cure}") from None
+            raise UserError(f"--output_dir {directory}: another run is writing there; name another one") from None
 
 
 def remove_leftovers(directory: str | Path) -> None:
