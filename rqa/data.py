@@ -131,7 +131,8 @@ def _read_pickle(path: Path) -> list[Document]:
                 attributes = vars(value) if isinstance(value, _PickledDocument) else value
                 if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
                     attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
-                text = json.dumps(attributes, default=lambda each: sorted(each - set()))  # a set becomes a list
+                # What JSON has no form for, such as bytes, becomes null, and a set a list.
+                text = json.dumps(attributes, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
                 documents.append(parse_document(parse_json(text, object), f"item {number}"))
             return documents
         except UserError as error:

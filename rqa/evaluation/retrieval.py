@@ -48,11 +48,11 @@ def score_ranking(
     """
     ranks = sorted(ranking.index(document) + 1 for document in gold if document in ranking[:depth])  # each counts once
     gain = sum(gold[ranking[rank - 1]] / math.log2(rank + 1) for rank in ranks)
-    best = enumerate(sorted(gold.values(), reverse=True)[:depth], start=1)
+    ideal = enumerate(sorted(gold.values(), reverse=True)[:depth], start=1)
     return {
         **{f"recall@{k}": float(gold.keys() <= set(ranking[:k])) for k in cutoffs},
         f"mrr@{depth}": 1 / ranks[0] if ranks else 0.0,
-        f"ndcg@{depth}": gain / sum(gain / math.log2(rank + 1) for rank, gain in best),
+        f"ndcg@{depth}": gain / sum(gain / math.log2(rank + 1) for rank, gain in ideal),
         f"map@{depth}": sum(found / rank for found, rank in enumerate(ranks, start=1)) / len(gold),
     }
 
