@@ -91,7 +91,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[Row]:
             return
         at, number = begin.end(), 1
         while True:
-            start = _BETWEEN.match(text, at).end()
+            start = next(_BETWEEN.finditer(text, at)).end()
             try:
                 if text.startswith("]", start):
                     return

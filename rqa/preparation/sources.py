@@ -21,7 +21,7 @@ HEADING = re.compile(r"^#{1,6}[ \t]+(\S.{0,249}?)(?:[ \t]{1,250}#{0,250})?[ \t\r
 _TITLE = re.compile(rf"\A\s*(?=#[ \t]){HEADING.pattern}", re.MULTILINE)
 LONGEST_TITLE = 250  # characters; every passage repeats it
 _NO_TEXT = re.compile(  # control characters, white space beyond a hundredth, embedded images
-    r"[\x00-\x08\x0b\x0e-\x1f\x7f]|\s(?<=\s{101})\s*"
+    r"[\x00-\x08\x0b\x0e-\x1f\x7f]|\s(?<=\s{101})\s*(?=\s)"
     r"|data:[\w.+-]{1,60}/[\w.+-]{1,90}(?:;[\w.=+-]{1,90})*,[\w+/=%.*~-]{50,}(?:\s[\w+/=%-]{40,})*",
     re.ASCII,
 )
