@@ -17,9 +17,9 @@ from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl
 from rqa.runtime.text import clean_text
 
-HEADING = re.compile(r"^#{1,6}[ \t]+(\S.{0,249}?)(?:[ \t]{1,250}#{0,250})?[ \t\r]*$", re.MULTILINE)  # not all of a line
+HEADING = re.compile(r"^#{1,6}[ \t]+(\S.{0,249}?)(?:[ \t]{1,250}#{0,250})?[ \t\r]*$", re.MULTILINE)
 _TITLE = re.compile(rf"\A\s*(?=#[ \t]){HEADING.pattern}", re.MULTILINE)
-LONGEST_TITLE = 250  # characters; every passage repeats it
+LONGEST_TITLE = 250  # characters, as of a heading; every passage repeats it
 _NO_TEXT = re.compile(  # control characters, white space beyond a hundredth, embedded images
     r"[\x00-\x08\x0b\x0e-\x1f\x7f]|\s(?<=\s{101})\s*(?=\s)"
     r"|data:[\w.+-]{1,60}/[\w.+-]{1,90}(?:;[\w.=+-]{1,90})*,[\w+/=%.*~-]{50,}(?:\s[\w+/=%-]{40,})*",
@@ -76,7 +76,7 @@ def read_sources(file: Path, name: str) -> Iterator[Source]:
     except UserError:
         raise
     except Exception as error:  # a damaged PDF raises nearly anything
-        kind = f"a readable {_ending(file)[1:].upper()}" if _ending(file) in PACKAGES else "UTF-8 text"
+        kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"a readable {file.suffix[1:].upper()}"
         raise Unreadable(f"not {kind} ({one_line(error) or type(error).__name__})") from None
 
 
@@ -94,9 +94,7 @@ def _read_html(file: Path, name: str) -> Iterator[Source]:
     page = trafilatura.load_html(file.read_bytes())
     found = [] if page is None else page.xpath("(//title)[1] | (//h1)[1]")
     titles = list(filter(None, (" ".join(each.text_content().split()) for each in found))) or [file.stem]
-    title = min(
-        filter(titles[0].startswith, titles), key=len
-    )  # of "Arlen | Guide" above a heading "Arlen", the heading
+    title = min(filter(titles[0].startswith, titles), key=len)  # the heading "Arlen" of a page called "Arlen | Guide"
     text = trafilatura.extract(page, output_format="markdown", favor_recall=True, include_comments=False)
     yield Source(name, title[:LONGEST_TITLE], text or "", str(file))
 
