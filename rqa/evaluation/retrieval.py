@@ -1,8 +1,9 @@
 """How well a retriever finds the gold documents: rates between 0 and 1."""
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rqa.data import Document, Example
 from rqa.evaluation.results import Rows, Scores
@@ -10,6 +11,7 @@ from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.flags import Arguments, flag
 
+T = TypeVar("T")
 LOCALRQA_NAMES = {"gen/f1": "gen/f1/avg_f1_ans"}
 LOCALRQA_NAMES |= {f"gen/{kind}": f"gen/rouge/avg_{kind}_ans" for kind in ("rouge1", "rouge2", "rougeL")}
 
@@ -38,9 +40,7 @@ def find_passages(
     return retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), flags.depth))
 
 
-def score_ranking(
-    ranking: Sequence[Hashable], gold: Mapping[Hashable, float], cutoffs: Sequence[int], depth: int = 10
-) -> Scores:
+def score_ranking(ranking: Sequence[T], gold: Mapping[T, float], cutoffs: Sequence[int], depth: int = 10) -> Scores:
     """The scores of one ranking that can be averaged over questions; recall is 1 if ALL gold is among the first k.
 
     NDCG weighs gold documents by their gains (Järvelin & Kekäläinen 2002). MAP divides by all gold documents, also

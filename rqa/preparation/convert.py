@@ -130,12 +130,9 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         passages: dict[str, Document] = {}
         for name, title, text in _read_texts(folder / corpus, default=""):
             content = (text.strip() if layout == "beir" else text) or title
-            if not content.strip():
-                yield "", BLANK
-                continue
-            document = Document(content, {"source": name, "title": title})
-            yield "", document
-            if name in wanted:
+            document = Document(content, {"source": name, "title": title}) if content.strip() else None
+            yield "", document or BLANK
+            if document and name in wanted:
                 passages[name] = document
         for split, relevant in judged.items():
             unasked, asked = dict(relevant), 0
