@@ -1,5 +1,6 @@
 """LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
+import json
 import logging
 import pickle
 import pickletools
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import read_jsonl, write_jsonl
+from rqa.runtime.files import read_jsonl, reading, write_jsonl
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.text import plain
+from rqa.runtime.text import parse_json, plain
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,7 @@ T = TypeVar("T")
 class DocumentArguments(Arguments):
     """What is retrieved."""
 
-    document_path: str = flag(help="Document database: .jsonl, or LocalRQA's .pkl.", also="full_dataset_file_path")
+    document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.", also="full_dataset_file_path")
 
 
 @dataclass(frozen=True)
@@ -43,8 +44,16 @@ class Document:
         """Two documents are the same when source and content are."""
         return str(self.metadata.get("source", "")), self.page_content
 
+    @property
+    def gain(self) -> float:
+        """How relevant a gold passage is, for nDCG: above 0, and 1 unless its `metadata.gold_gain` says otherwise."""
+        gain = self.metadata.get("gold_gain")
+        return gain if isinstance(gain, int | float) and gain > 0 else 1.0
+
     def to_json(self) -> dict[str, Any]:
-        return {"page_content": self.page_content, "metadata": self.metadata, "fmt_content": self.fmt_content}
+        row = {"page_content": self.page_content, "metadata": self.metadata}
+        derived = self.fmt_content == format_content(self.page_content, self.metadata)
+        return row if derived else row | {"fmt_content": self.fmt_content}
 
 
 def format_content(page_content: str, metadata: dict[str, Any]) -> str:
@@ -68,7 +77,7 @@ def parse_document(value: Any, where: str) -> Document:
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
+    """Read a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
     unique: dict[tuple[str, str], Document] = {}
     for document in iterate_documents(path):
         unique.setdefault(document.key, document)
@@ -95,17 +104,19 @@ class _PickledDocument:
 
 
 class _DocumentUnpickler(pickle.Unpickler):
-    """Builds documents, dicts, lists, strings and numbers; refuses every other class by name."""
+    """Builds documents, dicts, lists, sets, strings and numbers; refuses every other class by name."""
 
     def find_class(self, module: str, name: str) -> type:
         if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
             return _PickledDocument
-        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
+        if module in ("builtins", "__builtin__") and name == "set":  # as protocols 2 and 3 write them
+            return set
+        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
 
 
 def _read_pickle(path: Path) -> list[Document]:
-    try:
-        with path.open("rb") as file:
+    with reading(path) as file:
+        try:
             size = path.stat().st_size
             # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
             for opcode, number, _ in pickletools.genops(file):
@@ -113,21 +124,21 @@ def _read_pickle(path: Path) -> list[Document]:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
             values = _DocumentUnpickler(file).load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
-    documents = []
-    for number, value in enumerate(values, start=1):
-        attributes = vars(value) if isinstance(value, _PickledDocument) else value
-        if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
-            attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
-        documents.append(parse_document(attributes, f"{path}: item {number}"))
-    return documents
+            if not isinstance(values, list):
+                raise UserError(f"expected a list of documents, found {type(values).__name__}")
+            documents = []
+            for number, value in enumerate(values, start=1):
+                attributes = vars(value) if isinstance(value, _PickledDocument) else value
+                if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
+                    attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
+                # What JSON has no form for, such as bytes, becomes null, and a set a list.
+                text = json.dumps(attributes, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
+                documents.append(parse_document(parse_json(text, object), f"item {number}"))
+            return documents
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
 
 
 @dataclass(frozen=True)

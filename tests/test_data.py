@@ -104,11 +104,13 @@ def test_localrqa_pickles_are_read(module: str, tmp_path: Path, monkeypatch: pyt
 
 def test_pydantic_keeps_the_fields_one_level_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = foreign_class(monkeypatch, "langchain_core.documents.base")
-    for extra, protocol in itertools.product(("__fields_set__", "__pydantic_fields_set__"), (4, 5)):
-        state = {"__dict__": FIELDS | {"type": "Document"}, extra: set(FIELDS), "__pydantic_private__": None}
+    fields = FIELDS | {"metadata": FIELDS["metadata"] | {"tags": {"b", "a"}, "image": b"\xff", "half": "\ud83d"}}
+    expected = Document("text", {"source": "s", "tags": ["a", "b"], "image": None, "half": "\ufffd"})
+    for extra, protocol in itertools.product(("__fields_set__", "__pydantic_fields_set__"), (3, 4, 5)):
+        state = {"__dict__": fields | {"type": "Document"}, extra: set(FIELDS), "__pydantic_private__": None}
         made.__getstate__ = lambda self, state=state: state
         (tmp_path / "documents.pickle").write_bytes(pickle.dumps([instance(made)], protocol=protocol))
-        assert read_documents(tmp_path / "documents.pickle") == [Document("text", {"source": "s"})]
+        assert read_documents(tmp_path / "documents.pickle") == [expected]
 
 
 def test_a_pickle_that_refers_to_anything_else_is_refused_by_name_and_runs_nothing(
@@ -337,6 +339,7 @@ def test_documents_and_examples_are_read_back_as_they_were_written(
         write(first, written)
         assert read(first) == written
         assert first.read_bytes().count(b"\n") == len(written)
+        assert first.read_bytes().count(b"fmt_content") == (1 if write is write_documents else 0)  # else it is derived
         write(again, read(first))
         assert again.read_bytes() == first.read_bytes()
     assert (difficult, asked) == before

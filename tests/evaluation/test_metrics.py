@@ -184,7 +184,7 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
 
 def test_scores_of_a_ranking_worked_out_by_hand() -> None:
     for ranking, gold, k, *expected in RANKINGS:
-        scores = score_ranking(ranking, set(gold), [k], depth=k)
+        scores = score_ranking(ranking, dict.fromkeys(gold, 1), [k], depth=k)
         found = [scores[f"{name}@{k}"] for name in ("recall", "mrr", "ndcg", "map")]
         assert found == pytest.approx(expected, abs=1e-12)
 
@@ -213,9 +213,10 @@ def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
     for number in range(600):
         found = chance.sample(names, chance.randint(1, 20))
         run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
-        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.choice([1, 2, 4, 15])), 1)
+        gold = chance.sample(names, chance.choice([1, 2, 4, 15]))
+        qrels[f"q{number}"] = {name: chance.choice([1, 1, 2, 3]) for name in gold}
     for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
-        ours = score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
+        ours = score_ranking(as_trec_eval_ranks(run[question]), qrels[question], [1, 4, 10])
         first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
         expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": first_ten}
         expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found
