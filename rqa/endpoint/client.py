@@ -3,6 +3,7 @@
 import asyncio
 import json
 import logging
+import math
 import os
 import time
 from collections.abc import Callable, Sequence
@@ -71,10 +72,10 @@ class Reply(NamedTuple):
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
-        counted = type(tokens) is int and 0 <= tokens < 10**9
         longest = max_tokens * CHARACTERS_PER_TOKEN
-        cut = reason in CUT or len(text) > longest
-        return cls(text[:longest], tokens if counted else len(text.split()), cut=cut)
+        if type(tokens) is not int or not 0 <= tokens < 10**9:
+            tokens = len(text.split())
+        return cls(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
 
 
 class Job(NamedTuple):
@@ -146,14 +147,15 @@ class Endpoint:
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
         return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
-    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """The mean log-probability of each answer's tokens behind its prompt; None where it is refused. [Q] -> [Q]"""
+    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """The mean log-probability of each answer's tokens behind its prompt; NaN where it is refused. [Q] -> [Q]"""
         jobs, settings = [], {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
             jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability, prompt))
-        return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
+        means = self._ask_all(lambda client: client.completions, jobs, "score")
+        return [math.nan if mean is None else mean for mean, _ in means]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         if not (values := answer_tokens(reply, prompt, answer)):
@@ -213,13 +215,10 @@ class Endpoint:
 
         class Client(openai.DefaultAsyncHttpxClient):
             async def send(self, request: Any, **options: Any) -> Any:
-                """One deadline for all of a reply, a limit to its size, and no way to another host."""
-                options |= {"stream": True, "follow_redirects": False}
+                """One deadline for the whole of a reply, and a limit to its size."""
+                options["stream"], body = True, bytearray()
                 try:
                     async with asyncio.timeout(2 * TIMEOUT), aclosing(await super().send(request, **options)) as reply:
-                        moved, body = reply.next_request, bytearray()
-                        if moved and moved.url != request.url and _origin(str(moved.url)) == _origin(str(request.url)):
-                            return await self.send(moved, **options)
                         async for part in reply.aiter_bytes():
                             body += part
                             if len(body) > LONGEST_REPLY:
@@ -231,13 +230,17 @@ class Endpoint:
                     headers.append(("x-should-retry", "false"))
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
 
+        async def stay(request: Any) -> None:
+            if _origin(str(request.url)) != _origin(self._url):
+                raise self._error(f"redirects to {request.url}; if you trust that server, name it instead")
+
         async def run() -> Any:
             async with openai.AsyncOpenAI(
                 base_url=self._url,
                 api_key=self._api_key or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
                 max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
-                http_client=Client(),
+                http_client=Client(event_hooks={"request": [stay]}),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
@@ -288,12 +291,11 @@ class Endpoint:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
-            said = error.body if isinstance(error.body, dict) else {}
-            said = [said[name] for name in ("message", "detail") if isinstance(said.get(name), str)]
-            said = one_line(said[0] if said else error.response.text[:999] or error.response.reason_phrase)
+            said = error.body
+            if isinstance(said, dict):
+                said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
+            said = one_line(said or error.response.text or error.response.reason_phrase)
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            if status < 400:
-                advice = f"it leads to {error.response.headers.get('location')}: if you trust that server, name it"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"

@@ -319,7 +319,7 @@ def test_a_redirect_to_another_host_is_not_followed_and_passwords_of_urls_are_se
                          None, lambda: RedirectResponse(other.url + "/chat/completions")]  # fmt: skip
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
         assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
-        with pytest.raises(UserError, match=r"307, .*; it leads to .*: if you trust that server") as caught:
+        with pytest.raises(UserError, match=r"/v1: redirects to http.*; if you trust that server") as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
