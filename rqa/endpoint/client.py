@@ -5,13 +5,13 @@ import json
 import logging
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -23,6 +23,7 @@ from rqa.runtime.text import clean_text, parse_json, without_thoughts
 log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
+URL = re.compile(r"https?://([^\s/?#]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 CHARACTERS_PER_TOKEN = 32  # at most, on average: what a server says beyond them was not asked for
 LONGEST_REPLY = 2**24  # bytes, unpacked
@@ -30,6 +31,7 @@ TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
+ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
 REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
@@ -84,7 +86,6 @@ class Job(NamedTuple):
     settings: dict[str, Any]
     find: Callable[[Any], Any]  # what is kept of a reply
     read: Callable[[Any], Any] = lambda found: found  # what is made of that
-    question: str = ""  # how it is named
 
 
 class Refused(UserError):
@@ -106,18 +107,18 @@ class Endpoint:
     def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments(), template: Any = None) -> None:
         """`template` are variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
+        if not (url := URL.fullmatch(self._url)):
+            raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
         self.base_url = without_credentials(self._url)
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
         self._repeated, self._names = 0, dict[str, str]()  # other names of settings
-        origin = _origin(self._url)
-        if origin is None or origin[0] not in ("http", "https") or not origin[1] or set("?# ") & set(self._url):
-            raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
-        friends = map(_origin, ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", "")))
-        key = flags.endpoint_api_key or (os.environ.get("OPENAI_API_KEY") if origin in friends else None)
-        self._api_key = (key or "").strip()
-        if not (self._api_key.isascii() and self._api_key.isprintable()):
+        friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
+        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
+        self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
+        self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
+        if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{self.base_url}: its API key holds characters that no key has; copy the key again")
 
     @cached_property
@@ -141,9 +142,8 @@ class Endpoint:
         jobs, settings = [], {"max_tokens": max_tokens, "temperature": 0.0, **self._options}
         for turns in conversations:
             asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
-            key = self._key("chat", json.dumps(asked | settings, sort_keys=True))
-            read = partial(Reply.read, max_tokens)
-            jobs.append(Job(key, asked, settings, chat_reply, read, turns[-1]["content"]))
+            key = self._name("chat", json.dumps(asked | settings, sort_keys=True))
+            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens)))
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
         return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
@@ -153,7 +153,7 @@ class Endpoint:
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
-            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability, prompt))
+            jobs.append(Job(self._name("echo", prompt, answer), asked, settings, find, _log_probability))
         means = self._ask_all(lambda client: client.completions, jobs, "score")
         return [math.nan if mean is None else mean for mean, _ in means]
 
@@ -163,7 +163,7 @@ class Endpoint:
             raise self._error(f"gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
-    def _key(self, *parts: str) -> str:
+    def _name(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
     def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
@@ -206,8 +206,8 @@ class Endpoint:
             if self._repeated:
                 log.info("%s: %d requests were sent again", self.base_url, self._repeated)
         for key, error in list(refused.items())[:1]:
-            end = one_line(missing[key].question[-80:])
-            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), end, error)
+            said = one_line(str([*missing[key].asked.values()])[-99:])
+            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), said, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
@@ -230,17 +230,13 @@ class Endpoint:
                     headers.append(("x-should-retry", "false"))
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
 
-        async def stay(request: Any) -> None:
-            if _origin(str(request.url)) != _origin(self._url):
-                raise self._error(f"redirects to {request.url}; if you trust that server, name it instead")
-
         async def run() -> Any:
             async with openai.AsyncOpenAI(
                 base_url=self._url,
-                api_key=self._api_key or "none",
+                api_key=self._key or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
                 max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
-                http_client=Client(event_hooks={"request": [stay]}),
+                http_client=Client(follow_redirects=False),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
@@ -294,7 +290,7 @@ class Endpoint:
             said = error.body
             if isinstance(said, dict):
                 said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
-            said = one_line(said or error.response.text or error.response.reason_phrase)
+            said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
@@ -305,18 +301,9 @@ class Endpoint:
         return self._error(what)
 
     def _error(self, what: str) -> UserError:
-        for secret in filter(None, (self._api_key, urlsplit(self._url).password)):
+        for secret in filter(None, self._secrets):
             what = what.replace(secret, "***")
         return UserError(f"{self.base_url}: {what}")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None] | None:
-    """Scheme, host and port; None for what is no URL."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
 
 
 def _asked(retries: int) -> str:
