@@ -56,7 +56,7 @@ class EndpointArguments(RequestArguments):
     """The model behind an OpenAI-compatible server."""
 
     endpoint_model: str | None = flag(None, "Name of the model. Default: the only one the server lists.", rare=True)
-    endpoint_api_key: str | None = flag(None, "Server's API key. Default: see README.", rare=True, secret=True)
+    endpoint_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
 
 
 class Reply(NamedTuple):
@@ -113,7 +113,7 @@ class Endpoint:
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
-        self._repeated, self._names = 0, dict[str, str]()  # other names of settings
+        self._names: dict[str, str] = {}  # that the server takes in place of ours
         friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
         known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
         self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
@@ -200,13 +200,10 @@ class Endpoint:
                     group.create_task(ask(create))
 
         if missing:
-            self._repeated = 0
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
-            if self._repeated:
-                log.info("%s: %d requests were sent again", self.base_url, self._repeated)
         for key, error in list(refused.items())[:1]:
-            said = one_line(str([*missing[key].asked.values()])[-99:])
+            said = one_line(str(missing[key].asked)[-99:].rstrip("'}]"))
             log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), said, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
@@ -225,7 +222,9 @@ class Endpoint:
                                 break
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
-                headers = [pair for pair in reply.headers.items() if pair[0] != "content-encoding"]
+                # The body is unpacked, and what is no UTF-8 is no JSON.
+                left_out = ("content-encoding", "content-type")
+                headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
                 if reply.status_code == 429 and b"insufficient_quota" in body:
                     headers.append(("x-should-retry", "false"))
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
@@ -256,7 +255,6 @@ class Endpoint:
         """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
         for attempt in range(self.flags.endpoint_retries + 1):
             reply = await self._send_adapted(send, job)
-            self._repeated += reply.retries_taken + (attempt > 0)
             try:
                 job.read(found := job.find(parse_json(reply.http_response.content)))
                 return found
@@ -277,7 +275,7 @@ class Endpoint:
                 status = getattr(error, "status_code", 0)
                 said = error.response.text if status == 400 else ""
                 named = next((name for name in INSTEAD if name in settings and name in said), None)
-                if named is None or "context" in said:  # too long a prompt, whose refusal names the limit, too
+                if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
                     raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)

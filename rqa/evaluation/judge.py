@@ -43,7 +43,7 @@ class JudgeArguments(RequestArguments):
     gen_gpt4eval: bool = flag(False, "Whether a language model judges the test answers.")
     judge_model: str = flag("gpt-4o", "Name of the judge at its server.")
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
-    judge_api_key: str | None = flag(None, "Judge's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
+    judge_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
     judge_price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out.", rare=True)
 
@@ -85,10 +85,7 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict, whatever stands around it.
-
-    What one quotes is no verdict, so that nothing inside an object counts, or all of it where it is the only value.
-    """
+    """The last JSON object in the reply with a known verdict; one inside another counts only if it is all of it."""
     found, end, reply = None, 0, reply[-10_000:]  # what never closes an object must not take quadratic time
     while (start := reply.find("{", end)) >= 0:
         try:
