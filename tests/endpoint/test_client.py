@@ -14,14 +14,20 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from email.utils import formatdate
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai_server import OpenAIServer, error, half_a_reply, serve
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
+from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, Reply, answer_tokens, chat_reply
+from rqa.evaluation.judge import parse_verdict
 from rqa.runtime.errors import UserError
+from rqa.runtime.text import parse_json
 
 WORDS = [f"word {number}" for number in range(12)]
 
@@ -409,3 +415,29 @@ def test_the_answers_tokens_are_found_in_what_the_server_shows(
 ) -> None:
     values = [None, -1.0, -2.0, -3.0, -9.0][: len(tokens)]
     assert answer_tokens(completion(tokens, offsets, values, **usage), prompt, answer) == expected
+
+
+VALUE = st.recursive(
+    st.sampled_from([None, True, -1, 10**30, math.nan, -0.5, "a", "\ud800", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text"]), inner),
+    max_leaves=6,
+)
+LISTS = {name: st.lists(st.sampled_from([0, 3, 5, -0.5, None, "Q: ", "An", "na"]), max_size=4) | VALUE
+         for name in ("tokens", "token_logprobs", "text_offset")}  # fmt: skip
+CHOICE = {"message": st.fixed_dictionaries({"content": VALUE}) | VALUE, "finish_reason": VALUE,
+          "logprobs": st.fixed_dictionaries(LISTS) | VALUE, "text": st.just("Q: Anna") | VALUE}  # fmt: skip
+REPLY = {"choices": st.lists(st.fixed_dictionaries(CHOICE) | VALUE, max_size=2) | VALUE,
+         "usage": st.fixed_dictionaries({"completion_tokens": VALUE}) | VALUE}  # fmt: skip
+
+
+@given(st.fixed_dictionaries(REPLY) | VALUE)
+def test_whatever_json_a_server_sends_is_a_reply_or_unreadable(value: Any) -> None:
+    sent, reply, values = json.dumps(value), Reply("", 0), []
+    with suppress(*UNREADABLE):
+        reply = Reply.read(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
+    assert isinstance(reply.text.encode(), bytes)
+    assert (type(reply.num_tokens), type(reply.cut), len(reply.text) <= 32) == (int, bool, True)
+    with suppress(*UNREADABLE):
+        values = answer_tokens(parse_json(sent), "Q: ", "Anna")
+    assert all(-1000 < value < 0.01 for value in values)
+    assert parse_verdict(sent) is None
