@@ -203,8 +203,9 @@ class Endpoint:
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
         for key, error in list(refused.items())[:1]:
-            said = one_line(str(missing[key].asked)[-99:].rstrip("'}]"))
-            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), said, error)
+            end = one_line(str(missing[key].asked)[-99:].rstrip("'}]").replace("\\n", " "))
+            told = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
+            log.warning(told, desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:

@@ -265,7 +265,7 @@ def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
     server.faults = [filtered, None, lambda: error(422, "too long"), *[None] * 9, filtered]
     replies = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
     assert [word for word, reply in zip(WORDS, replies, strict=True) if not reply] == ["word 0", "word 2"]
-    assert "ask: 2 of 12 are refused; the first, ..." in caplog.text
+    assert "ask: 2 of 12 requests were refused, and their answers are empty; the first, ..." in caplog.text
     assert "400, filtered" in caplog.text
     again = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
     assert (again[0], again[2]) == ("", "You said: word 2")
