@@ -3,14 +3,15 @@
 import asyncio
 import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -22,6 +23,7 @@ from rqa.runtime.text import clean_text, parse_json, without_thoughts
 log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
+URL = re.compile(r"https?://([^\s/?#]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
 CHARACTERS_PER_TOKEN = 32  # at most, on average: what a server says beyond them was not asked for
 LONGEST_REPLY = 2**24  # bytes, unpacked
@@ -29,6 +31,7 @@ TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
+ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
 REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
@@ -53,7 +56,7 @@ class EndpointArguments(RequestArguments):
     """The model behind an OpenAI-compatible server."""
 
     endpoint_model: str | None = flag(None, "Name of the model. Default: the only one the server lists.", rare=True)
-    endpoint_api_key: str | None = flag(None, "Server's API key. Default: see README.", rare=True, secret=True)
+    endpoint_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
 
 
 class Reply(NamedTuple):
@@ -71,10 +74,10 @@ class Reply(NamedTuple):
         if isinstance(content, list):
             content = "".join(part["text"] for part in content if part["type"] == "text")
         text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
-        counted = type(tokens) is int and 0 <= tokens < 10**9
         longest = max_tokens * CHARACTERS_PER_TOKEN
-        cut = reason in CUT or len(text) > longest
-        return cls(text[:longest], tokens if counted else len(text.split()), cut=cut)
+        if type(tokens) is not int or not 0 <= tokens < 10**9:
+            tokens = len(text.split())
+        return cls(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
 
 
 class Job(NamedTuple):
@@ -83,7 +86,6 @@ class Job(NamedTuple):
     settings: dict[str, Any]
     find: Callable[[Any], Any]  # what is kept of a reply
     read: Callable[[Any], Any] = lambda found: found  # what is made of that
-    question: str = ""  # how it is named
 
 
 class Refused(UserError):
@@ -105,18 +107,18 @@ class Endpoint:
     def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments(), template: Any = None) -> None:
         """`template` are variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
+        if not (url := URL.fullmatch(self._url)):
+            raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
         self.base_url = without_credentials(self._url)
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
-        self._repeated, self._names = 0, dict[str, str]()  # other names of settings
-        origin = _origin(self._url)
-        if origin is None or origin[0] not in ("http", "https") or not origin[1] or set("?# ") & set(self._url):
-            raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
-        friends = map(_origin, ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", "")))
-        key = flags.endpoint_api_key or (os.environ.get("OPENAI_API_KEY") if origin in friends else None)
-        self._api_key = (key or "").strip()
-        if not (self._api_key.isascii() and self._api_key.isprintable()):
+        self._names: dict[str, str] = {}  # that the server takes in place of ours
+        friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
+        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
+        self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
+        self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
+        if not (self._key.isascii() and self._key.isprintable()):
             raise UserError(f"{self.base_url}: its API key holds characters that no key has; copy the key again")
 
     @cached_property
@@ -140,20 +142,20 @@ class Endpoint:
         jobs, settings = [], {"max_tokens": max_tokens, "temperature": 0.0, **self._options}
         for turns in conversations:
             asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
-            key = self._key("chat", json.dumps(asked | settings, sort_keys=True))
-            read = partial(Reply.read, max_tokens)
-            jobs.append(Job(key, asked, settings, chat_reply, read, turns[-1]["content"]))
+            key = self._name("chat", json.dumps(asked | settings, sort_keys=True))
+            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens)))
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
         return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
-    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """The mean log-probability of each answer's tokens behind its prompt; None where it is refused. [Q] -> [Q]"""
+    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
+        """The mean log-probability of each answer's tokens behind its prompt; NaN where it is refused. [Q] -> [Q]"""
         jobs, settings = [], {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
-            jobs.append(Job(self._key("echo", prompt, answer), asked, settings, find, _log_probability, prompt))
-        return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
+            jobs.append(Job(self._name("echo", prompt, answer), asked, settings, find, _log_probability))
+        means = self._ask_all(lambda client: client.completions, jobs, "score")
+        return [math.nan if mean is None else mean for mean, _ in means]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         if not (values := answer_tokens(reply, prompt, answer)):
@@ -161,7 +163,7 @@ class Endpoint:
             raise self._error(f"gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
-    def _key(self, *parts: str) -> str:
+    def _name(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
     def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
@@ -198,14 +200,12 @@ class Endpoint:
                     group.create_task(ask(create))
 
         if missing:
-            self._repeated = 0
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
-            if self._repeated:
-                log.info("%s: %d requests were sent again", self.base_url, self._repeated)
         for key, error in list(refused.items())[:1]:
-            end = one_line(missing[key].question[-80:])
-            log.warning("%s: %d of %d are refused; the first, ...%s: %s", desc, len(refused), len(jobs), end, error)
+            end = one_line(str(missing[key].asked)[-99:].rstrip("'}]").replace("\\n", " "))
+            told = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
+            log.warning(told, desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
@@ -213,20 +213,19 @@ class Endpoint:
 
         class Client(openai.DefaultAsyncHttpxClient):
             async def send(self, request: Any, **options: Any) -> Any:
-                """One deadline for all of a reply, a limit to its size, and no way to another host."""
-                options |= {"stream": True, "follow_redirects": False}
+                """One deadline for the whole of a reply, and a limit to its size."""
+                options["stream"], body = True, bytearray()
                 try:
                     async with asyncio.timeout(2 * TIMEOUT), aclosing(await super().send(request, **options)) as reply:
-                        moved, body = reply.next_request, bytearray()
-                        if moved and moved.url != request.url and _origin(str(moved.url)) == _origin(str(request.url)):
-                            return await self.send(moved, **options)
                         async for part in reply.aiter_bytes():
                             body += part
                             if len(body) > LONGEST_REPLY:
                                 break
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
-                headers = [pair for pair in reply.headers.items() if pair[0] != "content-encoding"]
+                # The body is unpacked, and what is no UTF-8 is no JSON.
+                left_out = ("content-encoding", "content-type")
+                headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
                 if reply.status_code == 429 and b"insufficient_quota" in body:
                     headers.append(("x-should-retry", "false"))
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
@@ -234,10 +233,10 @@ class Endpoint:
         async def run() -> Any:
             async with openai.AsyncOpenAI(
                 base_url=self._url,
-                api_key=self._api_key or "none",
+                api_key=self._key or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
                 max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
-                http_client=Client(),
+                http_client=Client(follow_redirects=False),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
@@ -257,7 +256,6 @@ class Endpoint:
         """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
         for attempt in range(self.flags.endpoint_retries + 1):
             reply = await self._send_adapted(send, job)
-            self._repeated += reply.retries_taken + (attempt > 0)
             try:
                 job.read(found := job.find(parse_json(reply.http_response.content)))
                 return found
@@ -278,7 +276,7 @@ class Endpoint:
                 status = getattr(error, "status_code", 0)
                 said = error.response.text if status == 400 else ""
                 named = next((name for name in INSTEAD if name in settings and name in said), None)
-                if named is None or "context" in said:  # too long a prompt, whose refusal names the limit, too
+                if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
                     raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
@@ -288,12 +286,11 @@ class Endpoint:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
-            said = error.body if isinstance(error.body, dict) else {}
-            said = [said[name] for name in ("message", "detail") if isinstance(said.get(name), str)]
-            said = one_line(said[0] if said else error.response.text[:999] or error.response.reason_phrase)
+            said = error.body
+            if isinstance(said, dict):
+                said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
+            said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            if status < 400:
-                advice = f"it leads to {error.response.headers.get('location')}: if you trust that server, name it"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
@@ -303,18 +300,9 @@ class Endpoint:
         return self._error(what)
 
     def _error(self, what: str) -> UserError:
-        for secret in filter(None, (self._api_key, urlsplit(self._url).password)):
+        for secret in filter(None, self._secrets):
             what = what.replace(secret, "***")
         return UserError(f"{self.base_url}: {what}")
-
-
-def _origin(url: str) -> tuple[str, str | None, int | None] | None:
-    """Scheme, host and port; None for what is no URL."""
-    try:
-        parts = urlsplit(url)
-        return parts.scheme, parts.hostname, parts.port or {"http": 80, "https": 443}.get(parts.scheme)
-    except ValueError:
-        return None
 
 
 def _asked(retries: int) -> str:

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import re
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
@@ -21,7 +20,6 @@ log = logging.getLogger(__name__)
 VERDICTS = ("correct", "partially", "incorrect")
 SHARES = {"gen/gpt4eval": "correct", "gen/gpt4eval_partially": "partially"}
 ATTEMPTS, VERDICT_TOKENS = 3, 256
-LONGEST_VERDICT = 10**4  # characters
 
 INSTRUCTION = """\
 You grade the answers of a question answering system. You get a question, a reference answer that you take to be \
@@ -45,7 +43,7 @@ class JudgeArguments(RequestArguments):
     gen_gpt4eval: bool = flag(False, "Whether a language model judges the test answers.")
     judge_model: str = flag("gpt-4o", "Name of the judge at its server.")
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
-    judge_api_key: str | None = flag(None, "Judge's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
+    judge_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
     judge_price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out.", rare=True)
 
@@ -87,19 +85,14 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict, whatever stands around it.
-
-    What one quotes is no verdict, so that nothing inside an object counts, or all of it where it is the only value.
-    """
-    found, end, reply = None, 0, reply[-LONGEST_VERDICT:]
-    for start in (match.start() for match in re.finditer(r'\{\s*"', reply)):
-        if start < end:
-            continue
+    """The last JSON object in the reply with a known verdict; one inside another counts only if it is all of it."""
+    found, end, reply = None, 0, reply[-10_000:]  # what never closes an object must not take quadratic time
+    while (start := reply.find("{", end)) >= 0:
         try:
             value, end = json.JSONDecoder().raw_decode(reply, start)
         except (ValueError, RecursionError):
             depths = accumulate((character == "{") - (character == "}") for character in reply[start:])
-            end = next((start + place for place, depth in enumerate(depths) if not depth), len(reply))
+            end = next((place for place, depth in enumerate(depths, start + 1) if not depth), len(reply))
             continue
         if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
             value = inner
@@ -111,8 +104,8 @@ def parse_verdict(reply: str) -> dict[str, str] | None:
 
 def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
     """A verdict on each row, at temperature 0; what cannot be read is asked for again, and in the end None."""
-    server = {name: getattr(flags, name) for name in vars(RequestArguments())}
-    server |= {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
+    server = {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
+    server |= {name: getattr(flags, name) for name in vars(RequestArguments())}
     endpoint = Endpoint(PREFIX + flags.judge_base_url, EndpointArguments(**server))
     waiting: dict[int, list[dict[str, str]]] = {}  # conversations by row
     for number, row in enumerate(rows):

@@ -14,14 +14,20 @@ import threading
 import time
 import tracemalloc
 from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from email.utils import formatdate
+from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from openai_server import OpenAIServer, error, half_a_reply, serve
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
+from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, Reply, answer_tokens, chat_reply
+from rqa.evaluation.judge import parse_verdict
 from rqa.runtime.errors import UserError
+from rqa.runtime.text import parse_json
 
 WORDS = [f"word {number}" for number in range(12)]
 
@@ -166,11 +172,11 @@ def test_nobody_at_the_address_is_one_line_at_once(server: OpenAIServer, monkeyp
 
 
 def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
-    for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:80000/v1", "http://host:x/v1", "http://[::1/v1"):
+    for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:x/v1", "http://[::1/v1"):
         with pytest.raises(UserError, match=re.escape(f"openai::{spec}: not a server; write openai::http://host:port")):
             Endpoint(f"openai::{spec}")
-    for host in ("999.1.1.1", "a..b", "x" * 99 + ".de"):
-        with pytest.raises(UserError, match="not a server's URL|cannot be reached"):
+    for host in ("999.1.1.1", "a..b", "x" * 99 + ".de", "host:80000"):
+        with pytest.raises(UserError, match=r"not a server's URL|cannot be reached"):
             Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
     with pytest.raises(UserError, match=r"^http://host/v1: its API key holds characters that no key has; copy"):
         Endpoint("openai::http://user:word@host/v1", EndpointArguments(endpoint_api_key="schlüssel"))
@@ -259,7 +265,7 @@ def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
     server.faults = [filtered, None, lambda: error(422, "too long"), *[None] * 9, filtered]
     replies = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
     assert [word for word, reply in zip(WORDS, replies, strict=True) if not reply] == ["word 0", "word 2"]
-    assert "ask: 2 of 12 are refused; the first, ...word 0: http" in caplog.text
+    assert "ask: 2 of 12 requests were refused, and their answers are empty; the first, ..." in caplog.text
     assert "400, filtered" in caplog.text
     again = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
     assert (again[0], again[2]) == ("", "You said: word 2")
@@ -315,11 +321,12 @@ def test_a_redirect_to_another_host_is_not_followed_and_passwords_of_urls_are_se
 ) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
-        server.faults = [lambda: RedirectResponse(server.url + "/chat/completions"),
-                         None, lambda: RedirectResponse(other.url + "/chat/completions")]  # fmt: skip
+        server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
         assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
-        with pytest.raises(UserError, match=r"307, .*; it leads to .*: if you trust that server") as caught:
+        with pytest.raises(
+            UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed: name"
+        ) as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
@@ -408,3 +415,29 @@ def test_the_answers_tokens_are_found_in_what_the_server_shows(
 ) -> None:
     values = [None, -1.0, -2.0, -3.0, -9.0][: len(tokens)]
     assert answer_tokens(completion(tokens, offsets, values, **usage), prompt, answer) == expected
+
+
+VALUE = st.recursive(
+    st.sampled_from([None, True, -1, 10**30, math.nan, -0.5, "a", "\ud800", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text"]), inner),
+    max_leaves=6,
+)
+LISTS = {name: st.lists(st.sampled_from([0, 3, 5, -0.5, None, "Q: ", "An", "na"]), max_size=4) | VALUE
+         for name in ("tokens", "token_logprobs", "text_offset")}  # fmt: skip
+CHOICE = {"message": st.fixed_dictionaries({"content": VALUE}) | VALUE, "finish_reason": VALUE,
+          "logprobs": st.fixed_dictionaries(LISTS) | VALUE, "text": st.just("Q: Anna") | VALUE}  # fmt: skip
+REPLY = {"choices": st.lists(st.fixed_dictionaries(CHOICE) | VALUE, max_size=2) | VALUE,
+         "usage": st.fixed_dictionaries({"completion_tokens": VALUE}) | VALUE}  # fmt: skip
+
+
+@given(st.fixed_dictionaries(REPLY) | VALUE)
+def test_whatever_json_a_server_sends_is_a_reply_or_unreadable(value: Any) -> None:
+    sent, reply, values = json.dumps(value), Reply("", 0), []
+    with suppress(*UNREADABLE):
+        reply = Reply.read(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
+    assert isinstance(reply.text.encode(), bytes)
+    assert (type(reply.num_tokens), type(reply.cut), len(reply.text) <= 32) == (int, bool, True)
+    with suppress(*UNREADABLE):
+        values = answer_tokens(parse_json(sent), "Q: ", "Anna")
+    assert all(-1000 < value < 0.01 for value in values)
+    assert parse_verdict(sent) is None
