@@ -216,9 +216,8 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    return partial(
-        pad, pad_id=(pad_id or 0) % len(model.get_input_embeddings().weight)
-    )  # some models have no row for it
+    rows = len(model.get_input_embeddings().weight)  # some tokenizers' padding has none of these
+    return partial(pad, pad_id=(pad_id or 0) % rows)
 
 
 @torch.no_grad()
