@@ -2,6 +2,8 @@
 
 import copy
 import json
+import logging
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -14,7 +16,8 @@ import numpy as np
 from torch import Tensor, nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
+from tokenizers import normalizers
+from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from rqa.models.loading import (
@@ -22,6 +25,7 @@ from rqa.models.loading import (
     choose_collate,
     evaluating,
     hidden_states,
+    load_config,
     load_model,
     load_tokenizer,
     model_fingerprint,
@@ -32,6 +36,9 @@ from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
+from rqa.runtime.text import as_text
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
 SETTINGS_FILE = "rqa_encoder.json"
@@ -40,6 +47,8 @@ POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "
 TYPES = "sentence_transformers.models."
 POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
 OLD_POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls"}
+MODULES = ["Transformer", "Pooling", "Normalize"]
+GENERAL_FILE = "config_sentence_transformers.json"
 
 
 @dataclass(kw_only=True)
@@ -74,6 +83,15 @@ class EncoderSettings:
     projection: int = 0  # the projection's width; 0: there is none
 
 
+SETTINGS = {item.name: item.type for item in fields(EncoderSettings)} | {
+    **dict.fromkeys(("type", "path", "query", "document", "passage", "corpus", "similarity_fn_name"), str),
+    **dict.fromkeys(("two_encoders", "include_prompt", "do_lower_case"), bool),
+    **dict.fromkeys(("max_seq_length", "query_length", "document_length", "truncate_dim"), int),
+    "prompts": dict,
+}
+KINDS = {str: "a string", bool: "true or false", int: "a whole number (of a length: 3 or more)", dict: "an object"}
+
+
 def new_projection(width: int, dimension: int) -> nn.Sequential:
     """Linear map and LayerNorm (Izacard & Grave 2020, whose retriever ends so). [B, H] -> [B, D]"""
     return nn.Sequential(OrderedDict(linear=nn.Linear(width, dimension), norm=nn.LayerNorm(dimension)))
@@ -98,6 +116,7 @@ class Encoder(nn.Module):
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self._cut: set[str] = set()  # what was said to be cut
 
     @property
     def passage_side(self) -> "Encoder":
@@ -133,14 +152,24 @@ class Encoder(nn.Module):
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed questions, special tokens included. [N] -> [N]"""
-        return self._tokenize([self.settings.query_prefix + text for text in texts], self.settings.max_query_length)
+        return self._tokenize("query", texts, self.settings.query_prefix, self.settings.max_query_length)
 
     def tokenize_passages(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed passages, special tokens included. [N] -> [N]"""
-        return self._tokenize([self.settings.passage_prefix + text for text in texts], self.settings.max_passage_length)
+        return self._tokenize("passage", texts, self.settings.passage_prefix, self.settings.max_passage_length)
 
-    def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
+        if not texts:
+            return []
+        clean = as_text(self.tokenizer)
+        encoded = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
+        rows, encodings = encoded["input_ids"], encoded.encodings
+        full = [number for number, row in enumerate(rows) if len(row) >= most and kind not in self._cut]
+        if cut := sum(not encodings or bool(encodings[number].overflowing) for number in full):
+            self._cut.add(kind)
+            what = f"{cut} of {len(texts)} texts (--max_{kind}_length {most})"
+            log.warning("%s are longer than the encoder reads, which leaves their ends out", what)
+        return rows
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
@@ -176,6 +205,10 @@ class Encoder(nn.Module):
                 if computed:
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
+                if bad := [index for index in indices if not np.isfinite(embeddings[index]).all()]:
+                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)[:60]
+                    reason = f"the embedding of {text!r} is not finite; its weights are damaged, or needs --bf16 false"
+                    raise UserError(f"model {self.backbone.name_or_path}: {reason}")
                 bar.update(len(indices))
         return embeddings
 
@@ -210,23 +243,32 @@ def load_encoder(
 ) -> Encoder:
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
-    backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stored, names = _stored_settings(path), {item.name for item in fields(EncoderSettings)}
+    model_type = load_config(path, flags.trust_remote_code).model_type
+    kind = AutoModelForTextEncoding if model_type in ("t5", "mt5", "umt5") else AutoModel  # of T5 the encoder alone
+    backbone = load_model(kind, path, flags, dtype, main_only)
+    positions = getattr(backbone.config, "max_position_embeddings", None)
+    limit = min(tokenizer.model_max_length, positions or 512)
+    stored, names = _stored_settings(path, flags, limit), {item.name for item in fields(EncoderSettings)}
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
-    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
-    lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
+    lengths = {name: stored.get(name, 512) for name in ("max_query_length", "max_passage_length")}
+    if (longest := max(stored.get(name, 0) for name in lengths)) > limit:  # the tokenizer's limit does not bind it
+        limit = min(longest, positions or longest)
+    lengths = {name: min(length, limit) for name, length in lengths.items()}
     for name in lengths:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
     chosen = stored | lengths | given
     settings = EncoderSettings(**{name: chosen[name] for name in names & chosen.keys()})
     if (pooling := settings.pooling_type) not in POOLING_KEYS:
-        file = f"{path}/{POOLING}/config.json"
+        file = f"{path}/{stored.get('pooling_file', SETTINGS_FILE)}"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
+    if stored.get("do_lower_case"):
+        core = tokenizer.backend_tokenizer
+        core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
     last = dtype and flags.precision, flags.max_batch_tokens
     passages = None
     if stored.get("two_encoders"):
-        model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
+        model = load_model(kind, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
         projection = _load_projection(path, PASSAGE_ENCODER, model, settings.projection)
         passages = Encoder(model, tokenizer, settings, projection, None, *last)
     projection = _load_projection(path, "", backbone, settings.projection)
@@ -236,15 +278,16 @@ def load_encoder(
 def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> nn.Sequential | None:
     if not dimension:
         return None
-    projection = new_projection(backbone.config.hidden_size, dimension)
     weights: dict[str, Tensor] = {}
     try:
+        with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
+            projection = new_projection(backbone.config.hidden_size, dimension)
         for part in (DENSE, LAYER_NORM):
             weights |= load_file(cached_file(path, str(Path(folder, part, "model.safetensors"))))
-        projection.load_state_dict(weights)
+        projection.load_state_dict(weights, assign=True)
     except (OSError, RuntimeError, SafetensorError) as error:
         raise UserError(f"model {path}: the projection cannot be loaded: {one_line(error)}") from None
-    return projection.to(backbone.device)
+    return projection.to(backbone.device, torch.float32)
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:
@@ -272,39 +315,77 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
     return files | {
         "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": prompts, **similarity},
+        GENERAL_FILE: {"prompts": prompts, **similarity},
         f"{POOLING}/config.json": {"word_embedding_dimension": width, **pooling},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": encoder.passage_encoder is not None},
     }
 
 
-def _stored_settings(path: str) -> dict[str, Any]:
-    """The settings that a checkpoint's own files state, and whether passages have an encoder of their own."""
-    if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
+def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str, Any]:
+    """The settings that a checkpoint's own files state, and whether passages have an encoder of their own.
+
+    They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
+    refused. Similarity is cosine unless another is stated, with or without a Normalize module.
+    """
+    if ours := _read_settings(path, SETTINGS_FILE):  # it decides, not a folder left behind
         return ours
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json", list)}
+    modules = _read_settings(path, "modules.json", list)
     if not modules:
         return {}
-    if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
-    prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
-    stored = {"normalize": "Normalize" in modules, "query_prefix": prompts.get("query") or ""}
-    stored["passage_prefix"] = prompts.get("document") or prompts.get("passage") or ""
-    if "Pooling" in modules:
-        config = _read_json(path, f"{modules['Pooling']}/config.json")
-        modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
-                 if key.startswith("pooling_mode_") and value is True]  # fmt: skip
-        mode = config["pooling_mode"] if isinstance(config.get("pooling_mode"), str) else "+".join(modes)
-        stored["pooling_type"] = OLD_POOLING_NAMES.get(mode, mode or "none")
-    if length := _read_json(path, "sentence_bert_config.json").get("max_seq_length"):
-        stored |= {"max_query_length": length, "max_passage_length": length}
-    return stored
+    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", module.get("type", "?")) for module in modules]
+    if names not in (MODULES, MODULES[:2]) or modules[0].get("path"):
+        found = ", ".join(f"{name} in {module.get('path')!r}" for name, module in zip(names, modules, strict=True))
+        raise UserError(f"{path}/modules.json: {found} are not supported; only {', '.join(MODULES)}, the first in ''")
+    general, pooling_file = _read_settings(path, GENERAL_FILE), f"{modules[1].get('path', POOLING)}/config.json"
+    pooling, prompts = _read_settings(path, pooling_file), _typed(f"{path}/{GENERAL_FILE}", general.get("prompts", {}))
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    reading = next(filter(None, (_read_settings(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    old_modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items()
+                 if name.startswith("pooling_mode_") and on]  # fmt: skip
+    modes = pooling.get("pooling_mode", old_modes)
+    mode = "+".join(map(str, modes)) if isinstance(modes, list) else str(modes)
+    similarity = general.get("similarity_fn_name", "cosine")
+    query = prompts.get("query", "") if flags.query_prefix is None else flags.query_prefix
+    passage = prompts.get("document", "") if flags.passage_prefix is None else flags.passage_prefix
+    other_prompt = flags.passage_prefix is None and not passage and (prompts.get("passage") or prompts.get("corpus"))
+    for refused, reason in (
+        (similarity not in ("cosine", "dot") and flags.normalize is None,
+         f"{GENERAL_FILE}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)"),
+        ("truncate_dim" in general,
+         f"{GENERAL_FILE}: truncate_dim is not supported; remove it to compare whole embeddings"),
+        (other_prompt,
+         f"{GENERAL_FILE}: only prompts named query and document are used; choose --passage_prefix {other_prompt!r}"),
+        (pooling.get("include_prompt") is False and (query or passage),
+         f"{pooling_file}: include_prompt false is not supported; choose --query_prefix '' --passage_prefix ''"),
+    ):  # fmt: skip
+        if refused:
+            raise UserError(f"{path}/{reason}")
+    length = reading.get("max_seq_length", limit)
+    lengths = {"max_query_length": reading.get("query_length", length)}
+    lengths |= {"max_passage_length": reading.get("document_length", length)}
+    return reading | lengths | {
+        "normalize": similarity != "dot" or names == MODULES, "query_prefix": query, "passage_prefix": passage,
+        "pooling_type": OLD_POOLING_NAMES.get(mode, mode) or "mean", "pooling_file": pooling_file,
+    }  # fmt: skip
 
 
-def _read_json(path: str, name: str, kind: type = dict) -> Any:
-    """A JSON file of a directory or of a hub repository; empty if there is none."""
+def _read_settings(path: str, name: str, kind: type = dict) -> Any:
+    """What a JSON file of a directory or of a hub repository states, each setting of its type; empty without a file."""
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
-        return read_json(file, kind) if file else kind()
-    except OSError as error:
+        found = read_json(file, kind) if file else kind()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None
+    return [_typed(f"{path}/{name}", each) for each in found] if kind is list else _typed(f"{path}/{name}", found)
+
+
+def _typed(place: str, settings: Any) -> dict[str, Any]:
+    """Those of the settings that are not null, each of its type."""
+    if not isinstance(settings, dict):
+        raise UserError(f"{place}: expected an object, found {settings!r:.50}")
+    stated = {name: value for name, value in settings.items() if value is not None}
+    for name, value in stated.items():
+        kind = bool if name.startswith("pooling_mode_") else SETTINGS.get(name, type(value))
+        if type(value) is not kind or (kind is int and "length" in name and value < 3):
+            raise UserError(f"{place}: {name} must be {KINDS[kind]}, found {value!r:.50}")
+    return stated
