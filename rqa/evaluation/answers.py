@@ -1,5 +1,6 @@
 """Answers over what is retrieved, scored and timed; and, of a reader in training, the loss of the gold answers."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -20,6 +21,8 @@ from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.parallelize import in_step
 
+log = logging.getLogger(__name__)
+
 
 def evaluate_answers(
     reader: LocalReader, examples: Sequence[Example], found: Sequence[Sequence[Document]], flags: EvaluationArguments,
@@ -37,6 +40,10 @@ def evaluate_answers(
         reader.warm_up(examples[0], read[0])
     duration = seconds(lambda: part.extend(reader.answer([examples[i] for i in mine], [read[i] for i in mine])))
     answers, duration = distributed.gather(part), max(distributed.total_by_rank(duration))
+    replies = [answer for answer in answers if answer.num_tokens or answer.seconds is not None]  # to what was asked
+    if few := sum(answer.cut or not answer.text for answer in replies):
+        cure = "raise --max_new_tokens (of an encoder-decoder --max_decoder_seq_length)"
+        log.warning("%d of %d replies were empty or cut; %s", few, len(replies), cure)
     rows = retrieval_rows(found, examples, flags.recall_at)
     for row, answer, passages in zip(rows, answers, read, strict=True):
         row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}

@@ -22,12 +22,13 @@ from transformers.modeling_outputs import BaseModelOutput
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.models.reader import GenerationArguments, LocalReader
+from rqa.models.reader import GenerationArguments, LocalReader, generate
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
-from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
+from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
+from rqa.runtime.text import as_text
 
 NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
@@ -74,6 +75,7 @@ class FiDPrompter:
         self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
+        self.as_text = as_text(tokenizer)
         self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         end = tokenizer.eos_token_id
@@ -94,16 +96,18 @@ class FiDPrompter:
         prompts = [cut_passages(partial(self._prompt, kept, text), len(text), limit) for text in texts]
         return FiDSequence(prompts or [bare], target)
 
-    decode = Prompter.decode
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer's text from generated ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _encode_answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer(text_target=answer.strip())["input_ids"]
+        ids = self.tokenizer(text_target=self.as_text(answer.strip()))["input_ids"]
         ids = ids[1:] if ids[:1] == [self.start_token] else ids
         return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
 
     def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
         fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
-        return self.tokenizer.encode(fill(self.template, fields))
+        return self.tokenizer.encode(fill(self.template, {name: self.as_text(fields[name]) for name in fields}))
 
 
 @dataclass(frozen=True)
@@ -236,14 +240,15 @@ class FiD(WholePass):
         """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         passages = encode_passages(self.model, batch)
-        return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
+        return generate(self.model, config, **passages, synced_gpus=synced)[:, 1:]
 
 
 class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
     def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
-        super().__init__(fid, prompter, flags, filler=FiDSequence([[prompter.end_token]], []))
+        filler = FiDSequence([[prompter.end_token]], [])
+        super().__init__(fid, prompter, flags, filler, prompter.arguments.max_decoder_seq_length)
         self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
@@ -252,8 +257,7 @@ class FiDReader(LocalReader):
     @torch.compiler.set_stance("force_eager")  # as in `CausalLMReader`
     def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token
-        most = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
-        config = self.flags.config(most, [end], decoder_start_token_id=start_token(fid.model))
+        config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
             batch = fid_batch(prompts, self.collate, max_tokens=self.max_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()

@@ -52,10 +52,8 @@ class GenerationArguments(Arguments):
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
         """These settings as `transformers` takes them; answers end at any of the stop tokens."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
-        # What is not set here would come from the checkpoint's generation_config.json.
-        unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         search = {"num_beams": self.num_beams, "do_sample": self.do_sample, "max_new_tokens": max_new_tokens}
-        return GenerationConfig(**search, **sampling, **unset, eos_token_id=list(stop), pad_token_id=stop[0], **options)
+        return GenerationConfig(**search, **sampling, eos_token_id=list(stop), pad_token_id=stop[0], **options)
 
     def next_tokens(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
@@ -67,6 +65,15 @@ class GenerationArguments(Arguments):
         return tokens.gather(-1, odds.argmax(-1, keepdim=True))[:, 0]
 
 
+def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
+    """`model.generate` by this configuration alone: what it leaves open does not come from the checkpoint's own."""
+    theirs, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        return model.generate(**inputs, generation_config=config)
+    finally:
+        model.generation_config = theirs
+
+
 @dataclass(frozen=True)
 class Answer:
     """A generated answer and what it took."""
@@ -75,13 +82,15 @@ class Answer:
     num_tokens: int
     seconds: float | None = None  # of its batch; None: nothing was generated, as no prompt fits or it was kept
     batch_size: int = 1  # questions of that batch; only if it is 1 are the seconds what a user would have waited
+    cut: bool = False  # whether it reached the limit of new tokens before its end
 
 
 class LocalReader(ABC):
     """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated."""
 
-    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any) -> None:
+    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any, most: int) -> None:
         self.model, self.prompter, self.flags = model, prompter, flags
+        self.most = most  # tokens of an answer
         self.filler = filler  # the prompt for a sharded model when another process has more questions
         self.max_batch_tokens = flags.generation_batch_tokens  # what the prompts of one batch may cost together
 
@@ -122,7 +131,8 @@ class LocalReader(ABC):
                 generated = self.generate([prompts[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
+                    text, cut = self.prompter.decode(ids), len(ids) >= self.most  # without the token that ends it
+                    answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
 
@@ -170,14 +180,14 @@ class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
-        super().__init__(model, prompter, flags, filler=prompter.stop_ids)
+        super().__init__(model, prompter, flags, prompter.stop_ids, prompter.arguments.max_new_tokens)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
 
     def cost(self, prompt: list[int]) -> int:
-        return len(prompt) + self.prompter.arguments.max_new_tokens
+        return len(prompt) + self.most
 
     @cached_property
     def _reach(self) -> float | None:
@@ -194,7 +204,7 @@ class CausalLMReader(LocalReader):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
-        stop, most = self.prompter.stop_ids, max_new_tokens or self.prompter.arguments.max_new_tokens
+        stop, most = self.prompter.stop_ids, max_new_tokens or self.most
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
@@ -202,8 +212,7 @@ class CausalLMReader(LocalReader):
             else:
                 turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
-                config = self.flags.config(most, stop)
-                answers = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)
+                answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
                 answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
         return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
 

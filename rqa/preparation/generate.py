@@ -6,7 +6,6 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from random import Random
 from typing import Any
 
@@ -137,8 +136,9 @@ class LocalGenerator:
 
     def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
-        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        texts = map(ask, distributed.share(conversations))
+        prompter = self.reader.prompter
+        said = ([turn | {"content": prompter.as_text(turn["content"])} for turn in turns] for turns in conversations)
+        texts = map(prompter.apply_template, distributed.share(list(said)))
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)

@@ -157,9 +157,9 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     mended = False
     with reading(path) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
-            if not line.strip(b"\xef\xbb\xbf \t\r\n"):
-                continue
             try:
+                if not line.decode("utf-8-sig", "replace").strip():
+                    continue
                 row = _parse(line, dict)
             except UnicodeDecodeError as error:
                 cure = "convert the file to UTF-8"
