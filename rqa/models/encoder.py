@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tokenizers import normalizers
-from transformers import AutoModel, AutoModelForTextEncoding, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
 from rqa.models.loading import (
@@ -25,7 +25,7 @@ from rqa.models.loading import (
     choose_collate,
     evaluating,
     hidden_states,
-    load_config,
+    learned_positions,
     load_model,
     load_tokenizer,
     model_fingerprint,
@@ -45,10 +45,10 @@ SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
 POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "2_Normalize"
 TYPES = "sentence_transformers.models."
-POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-OLD_POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls"}
+POOLING_NAMES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 MODULES = ["Transformer", "Pooling", "Normalize"]
 GENERAL_FILE = "config_sentence_transformers.json"
+LENGTHS = ("max_query_length", "max_passage_length")
 
 
 @dataclass(kw_only=True)
@@ -66,7 +66,7 @@ class EncoderArguments(LoadingArguments):
     )
 
     def check(self) -> None:
-        self.check_bounds("max_query_length", "max_passage_length", at_least=3)
+        self.check_bounds(*LENGTHS, at_least=3)
         self.check_bounds("max_batch_tokens", at_least=1)
 
 
@@ -243,23 +243,18 @@ def load_encoder(
 ) -> Encoder:
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
-    model_type = load_config(path, flags.trust_remote_code).model_type
-    kind = AutoModelForTextEncoding if model_type in ("t5", "mt5", "umt5") else AutoModel  # of T5 the encoder alone
-    backbone = load_model(kind, path, flags, dtype, main_only)
-    positions = getattr(backbone.config, "max_position_embeddings", None)
+    backbone = load_model(AutoModel, path, flags, dtype, main_only)
+    positions = learned_positions(backbone) or getattr(backbone.config, "max_position_embeddings", None)
     limit = min(tokenizer.model_max_length, positions or 512)
     stored, names = _stored_settings(path, flags, limit), {item.name for item in fields(EncoderSettings)}
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
-    lengths = {name: stored.get(name, 512) for name in ("max_query_length", "max_passage_length")}
-    if (longest := max(stored.get(name, 0) for name in lengths)) > limit:  # the tokenizer's limit does not bind it
-        limit = min(longest, positions or longest)
-    lengths = {name: min(length, limit) for name, length in lengths.items()}
-    for name in lengths:
+    limit = max(limit, min(positions or 2**31, *(stored[name] for name in LENGTHS)))
+    for name in LENGTHS:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
-    chosen = stored | lengths | given
+    chosen = stored | {name: min(stored[name], limit) for name in LENGTHS} | given
     settings = EncoderSettings(**{name: chosen[name] for name in names & chosen.keys()})
-    if (pooling := settings.pooling_type) not in POOLING_KEYS:
+    if (pooling := settings.pooling_type) not in POOLING_NAMES.values():
         file = f"{path}/{stored.get('pooling_file', SETTINGS_FILE)}"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
     if stored.get("do_lower_case"):
@@ -268,7 +263,7 @@ def load_encoder(
     last = dtype and flags.precision, flags.max_batch_tokens
     passages = None
     if stored.get("two_encoders"):
-        model = load_model(kind, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
+        model = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
         projection = _load_projection(path, PASSAGE_ENCODER, model, settings.projection)
         passages = Encoder(model, tokenizer, settings, projection, None, *last)
     projection = _load_projection(path, "", backbone, settings.projection)
@@ -309,7 +304,7 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
         files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
     top = top | ({NORMALIZE: "Normalize"} if settings.normalize else {})
     listed = [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]} for i, path in enumerate(top)]
-    pooling = {key: settings.pooling_type == name for name, key in POOLING_KEYS.items()}
+    pooling = {key: settings.pooling_type == name for key, name in POOLING_NAMES.items()}
     prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
     similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
     return files | {
@@ -327,46 +322,47 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
     refused. Similarity is cosine unless another is stated, with or without a Normalize module.
     """
+    usual = dict.fromkeys(LENGTHS, min(limit, 512))
     if ours := _read_settings(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        return ours
+        return usual | ours
     modules = _read_settings(path, "modules.json", list)
     if not modules:
-        return {}
+        return usual
     names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", module.get("type", "?")) for module in modules]
     if names not in (MODULES, MODULES[:2]) or modules[0].get("path"):
-        found = ", ".join(f"{name} in {module.get('path')!r}" for name, module in zip(names, modules, strict=True))
-        raise UserError(f"{path}/modules.json: {found} are not supported; only {', '.join(MODULES)}, the first in ''")
+        found = ", ".join(names)
+        raise UserError(f"{path}/modules.json: only {', '.join(MODULES)}, the first in '', are known, not {found}")
     general, pooling_file = _read_settings(path, GENERAL_FILE), f"{modules[1].get('path', POOLING)}/config.json"
     pooling, prompts = _read_settings(path, pooling_file), _typed(f"{path}/{GENERAL_FILE}", general.get("prompts", {}))
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     reading = next(filter(None, (_read_settings(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
-    old_modes = [name.removeprefix("pooling_mode_") for name, on in pooling.items()
-                 if name.startswith("pooling_mode_") and on]  # fmt: skip
-    modes = pooling.get("pooling_mode", old_modes)
-    mode = "+".join(map(str, modes)) if isinstance(modes, list) else str(modes)
+    old = [POOLING_NAMES.get(key, key[13:]) for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
+    modes = pooling.get("pooling_mode", old)
     similarity = general.get("similarity_fn_name", "cosine")
+    if similarity not in ("cosine", "dot") and flags.normalize is None:
+        cure = "choose --normalize true, which is cosine"
+        raise UserError(f"{path}/{GENERAL_FILE}: similarity_fn_name {similarity} is not supported; {cure}")
+    if "truncate_dim" in general:
+        raise UserError(f"{path}/{GENERAL_FILE}: truncate_dim is not supported; remove it to compare whole embeddings")
+    other = prompts.get("passage") or prompts.get("corpus")
+    if other and "document" not in prompts and flags.passage_prefix is None:
+        raise UserError(f"{path}/{GENERAL_FILE}: the prompts lack 'document'; choose --passage_prefix {other!r}")
     query = prompts.get("query", "") if flags.query_prefix is None else flags.query_prefix
     passage = prompts.get("document", "") if flags.passage_prefix is None else flags.passage_prefix
-    other_prompt = flags.passage_prefix is None and not passage and (prompts.get("passage") or prompts.get("corpus"))
-    for refused, reason in (
-        (similarity not in ("cosine", "dot") and flags.normalize is None,
-         f"{GENERAL_FILE}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)"),
-        ("truncate_dim" in general,
-         f"{GENERAL_FILE}: truncate_dim is not supported; remove it to compare whole embeddings"),
-        (other_prompt,
-         f"{GENERAL_FILE}: only prompts named query and document are used; choose --passage_prefix {other_prompt!r}"),
-        (pooling.get("include_prompt") is False and (query or passage),
-         f"{pooling_file}: include_prompt false is not supported; choose --query_prefix '' --passage_prefix ''"),
-    ):  # fmt: skip
-        if refused:
-            raise UserError(f"{path}/{reason}")
+    if pooling.get("include_prompt") is False and (query or passage):
+        cure = "choose --query_prefix '' --passage_prefix ''"
+        raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; {cure}")
     length = reading.get("max_seq_length", limit)
-    lengths = {"max_query_length": reading.get("query_length", length)}
-    lengths |= {"max_passage_length": reading.get("document_length", length)}
-    return reading | lengths | {
-        "normalize": similarity != "dot" or names == MODULES, "query_prefix": query, "passage_prefix": passage,
-        "pooling_type": OLD_POOLING_NAMES.get(mode, mode) or "mean", "pooling_file": pooling_file,
-    }  # fmt: skip
+    return {
+        "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
+        "pooling_file": pooling_file,
+        "normalize": similarity != "dot" or names == MODULES,
+        "query_prefix": query,
+        "passage_prefix": passage,
+        "max_query_length": reading.get("query_length", length),
+        "max_passage_length": reading.get("document_length", length),
+        "do_lower_case": reading.get("do_lower_case", False),
+    }
 
 
 def _read_settings(path: str, name: str, kind: type = dict) -> Any:
