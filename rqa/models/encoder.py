@@ -7,6 +7,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -47,6 +48,7 @@ POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "
 TYPES = "sentence_transformers.models."
 POOLING_NAMES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
 MODULES = ["Transformer", "Pooling", "Normalize"]
+KINDS = {str: "a string", bool: "true or false", int: "a whole number (a length: at least 3)", dict: "an object"}
 GENERAL_FILE = "config_sentence_transformers.json"
 LENGTHS = ("max_query_length", "max_passage_length")
 
@@ -81,15 +83,6 @@ class EncoderSettings:
     max_query_length: int = 512
     max_passage_length: int = 512
     projection: int = 0  # the projection's width; 0: there is none
-
-
-SETTINGS = {item.name: item.type for item in fields(EncoderSettings)} | {
-    **dict.fromkeys(("type", "path", "query", "document", "passage", "corpus", "similarity_fn_name"), str),
-    **dict.fromkeys(("two_encoders", "include_prompt", "do_lower_case"), bool),
-    **dict.fromkeys(("max_seq_length", "query_length", "document_length", "truncate_dim"), int),
-    "prompts": dict,
-}
-KINDS = {str: "a string", bool: "true or false", int: "a whole number (of a length: 3 or more)", dict: "an object"}
 
 
 def new_projection(width: int, dimension: int) -> nn.Sequential:
@@ -162,13 +155,13 @@ class Encoder(nn.Module):
         if not texts:
             return []
         clean = as_text(self.tokenizer)
-        encoded = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
-        rows, encodings = encoded["input_ids"], encoded.encodings
-        full = [number for number, row in enumerate(rows) if len(row) >= most and kind not in self._cut]
-        if cut := sum(not encodings or bool(encodings[number].overflowing) for number in full):
+        found = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
+        rows, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
+        cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
+        if cut and kind not in self._cut:
             self._cut.add(kind)
             what = f"{cut} of {len(texts)} texts (--max_{kind}_length {most})"
-            log.warning("%s are longer than the encoder reads, which leaves their ends out", what)
+            log.warning("%s are longer than the encoder reads; what comes after that decides nothing", what)
         return rows
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -257,8 +250,7 @@ def load_encoder(
     if (pooling := settings.pooling_type) not in POOLING_NAMES.values():
         file = f"{path}/{stored.get('pooling_file', SETTINGS_FILE)}"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
-    if stored.get("do_lower_case"):
-        core = tokenizer.backend_tokenizer
+    if stored.get("do_lower_case") and (core := tokenizer.backend_tokenizer):
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
     last = dtype and flags.precision, flags.max_batch_tokens
     passages = None
@@ -322,66 +314,61 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
     refused. Similarity is cosine unless another is stated, with or without a Normalize module.
     """
-    usual = dict.fromkeys(LENGTHS, min(limit, 512))
-    if ours := _read_settings(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        return usual | ours
-    modules = _read_settings(path, "modules.json", list)
+    if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
+        defaults = {item.name: item.default for item in fields(EncoderSettings)} | {"two_encoders": False}
+        return {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
+    file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
     if not modules:
-        return usual
-    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", module.get("type", "?")) for module in modules]
-    if names not in (MODULES, MODULES[:2]) or modules[0].get("path"):
-        found = ", ".join(names)
-        raise UserError(f"{path}/modules.json: only {', '.join(MODULES)}, the first in '', are known, not {found}")
-    general, pooling_file = _read_settings(path, GENERAL_FILE), f"{modules[1].get('path', POOLING)}/config.json"
-    pooling, prompts = _read_settings(path, pooling_file), _typed(f"{path}/{GENERAL_FILE}", general.get("prompts", {}))
-    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
-    reading = next(filter(None, (_read_settings(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
-    old = [POOLING_NAMES.get(key, key[13:]) for key, on in pooling.items() if key.startswith("pooling_mode_") and on]
-    modes = pooling.get("pooling_mode", old)
-    similarity = general.get("similarity_fn_name", "cosine")
+        return dict.fromkeys(LENGTHS, min(limit, 512))
+    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
+    if names not in (MODULES, MODULES[:2]) or folders[0]:
+        wanted = f"{', '.join(MODULES)}, the first of path ''"
+        raise UserError(f"{file}: modules {', '.join(names)} are not supported, only {wanted}")
+    file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
+    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
     if similarity not in ("cosine", "dot") and flags.normalize is None:
-        cure = "choose --normalize true, which is cosine"
-        raise UserError(f"{path}/{GENERAL_FILE}: similarity_fn_name {similarity} is not supported; {cure}")
-    if "truncate_dim" in general:
-        raise UserError(f"{path}/{GENERAL_FILE}: truncate_dim is not supported; remove it to compare whole embeddings")
-    other = prompts.get("passage") or prompts.get("corpus")
-    if other and "document" not in prompts and flags.passage_prefix is None:
-        raise UserError(f"{path}/{GENERAL_FILE}: the prompts lack 'document'; choose --passage_prefix {other!r}")
-    query = prompts.get("query", "") if flags.query_prefix is None else flags.query_prefix
-    passage = prompts.get("document", "") if flags.passage_prefix is None else flags.passage_prefix
-    if pooling.get("include_prompt") is False and (query or passage):
-        cure = "choose --query_prefix '' --passage_prefix ''"
-        raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; {cure}")
-    length = reading.get("max_seq_length", limit)
+        raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
+    if general("truncate_dim", 0):
+        raise UserError(f"{file}: truncate_dim is not supported; remove it to compare whole embeddings")
+    prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
+    other = "" if "document" in prompts else prompt["passage"] or prompt["corpus"]
+    if other and flags.passage_prefix is None:
+        raise UserError(f"{file}: the prompts lack 'document'; choose --passage_prefix {other!r}")
+    pooling = _read_json(path, pooling_file)
+    if not _stated(f"{path}/{pooling_file}", pooling, "include_prompt", True):
+        raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
+    old = [key for key in pooling if key.startswith("pooling_mode_")]
+    old = [key for key in old if _stated(f"{path}/{pooling_file}", pooling, key, False)]
+    modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key[13:]) for key in old]
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    reading = partial(_stated, f"{path}/sentence_bert_config.json", found)
+    length = reading("max_seq_length", limit)
     return {
         "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
-        "pooling_file": pooling_file,
-        "normalize": similarity != "dot" or names == MODULES,
-        "query_prefix": query,
-        "passage_prefix": passage,
-        "max_query_length": reading.get("query_length", length),
-        "max_passage_length": reading.get("document_length", length),
-        "do_lower_case": reading.get("do_lower_case", False),
-    }
+        "pooling_file": pooling_file, "normalize": similarity != "dot" or names == MODULES,
+        "query_prefix": prompt["query"], "passage_prefix": prompt["document"],
+        "max_query_length": reading("query_length", length), "max_passage_length": reading("document_length", length),
+        "do_lower_case": reading("do_lower_case", False),
+    }  # fmt: skip
 
 
-def _read_settings(path: str, name: str, kind: type = dict) -> Any:
-    """What a JSON file of a directory or of a hub repository states, each setting of its type; empty without a file."""
+def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
+    """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
+    value = settings.get(name) if isinstance(settings, dict) else settings
+    if value is None:
+        return default
+    if type(value) is not type(default) or ("length" in name and value < 3):
+        raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
+    return value
+
+
+def _read_json(path: str, name: str, kind: type = dict) -> Any:
+    """A JSON file of a directory or of a hub repository; empty if there is none."""
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
-        found = read_json(file, kind) if file else kind()
+        return read_json(file, kind) if file else kind()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None
-    return [_typed(f"{path}/{name}", each) for each in found] if kind is list else _typed(f"{path}/{name}", found)
-
-
-def _typed(place: str, settings: Any) -> dict[str, Any]:
-    """Those of the settings that are not null, each of its type."""
-    if not isinstance(settings, dict):
-        raise UserError(f"{place}: expected an object, found {settings!r:.50}")
-    stated = {name: value for name, value in settings.items() if value is not None}
-    for name, value in stated.items():
-        kind = bool if name.startswith("pooling_mode_") else SETTINGS.get(name, type(value))
-        if type(value) is not kind or (kind is int and "length" in name and value < 3):
-            raise UserError(f"{place}: {name} must be {KINDS[kind]}, found {value!r:.50}")
-    return stated

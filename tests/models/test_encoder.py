@@ -12,8 +12,16 @@ import numpy as np
 import pytest
 import transformers
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.functional import layer_norm, normalize
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
@@ -104,54 +112,168 @@ def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
         assert np.abs(theirs.encode(QUERIES) - embed_queries(ours, QUERIES)).max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-@pytest.mark.parametrize("prompts", [{}, {"query": "query: ", "document": "passage: "}])
-def test_a_checkpoint_of_sentence_transformers_loads_with_its_pooling_and_prompts(
-    prompts: dict[str, str], mode: str, encoder_path: str, tmp_path: Path, passages: list[str]
-) -> None:
-    unit = (mode == "mean") == bool(prompts)
-    modules = [Transformer(encoder_path, max_seq_length=32), Pooling(32, pooling_mode=mode)]
-    theirs = SentenceTransformer(modules=modules + [Normalize()] * unit, prompts=prompts, device="cpu")
-    theirs.save_pretrained(str(tmp_path))
-    ours = load_encoder(str(tmp_path))
-    assert (ours.settings.pooling_type, ours.settings.normalize) == (mode, unit)
-    assert ours.settings.max_passage_length == 32
-    for texts, embed, name in ((QUERIES, embed_queries, "query"), (passages, embed_passages, "document")):
-        expected = theirs.encode(texts, prompt_name=name if prompts else None)
-        np.testing.assert_allclose(embed(ours, texts), expected, atol=1e-5)
+def lay_out(path: Path, encoder_path: str, *modules: torch.nn.Module, **settings: dict[str, Any]) -> str:
+    """Save with sentence-transformers, then change settings in its files; one that is None is taken out."""
+    modules = modules or (Pooling(32),)
+    SentenceTransformer(modules=[Transformer(encoder_path), *modules], device="cpu").save_pretrained(str(path))
+    for name, values in settings.items():
+        file = path / FILES.get(name, f"{name}.json")
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({key: v for key, v in (old | values).items() if v is not None}))
+    return str(path)
 
 
-@pytest.mark.parametrize("mode", ["max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"])
-def test_a_pooling_that_is_not_offered_is_refused_by_file_unless_another_is_chosen(
-    mode: str, encoder_path: str, tmp_path: Path
+FILES = {"general": "config_sentence_transformers.json", "reading": "sentence_bert_config.json",
+         "pooling": "1_Pooling/config.json"}  # fmt: skip
+OLD = {"pooling_mode": None, "pooling_mode_mean_tokens": False}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("", {}), ("unit", {}), ("", {"general": {"similarity_fn_name": None}}),
+    *((words, {"general": {"similarity_fn_name": "dot"}}) for words in ("", "unit")),
+    *(("", {"general": {"prompts": prompts, "default_prompt_name": name}})
+      for prompts, name in (({"query": "query: "}, "query"), ({"document": "passage: "}, None), ({"a": "a: "}, "a"),
+                            ({"query": "query: ", "document": "", "passage": "passage: "}, None))),
+    *(("", {"pooling": mode}) for mode in ({"pooling_mode": "cls"}, {"pooling_mode": ["cls"]}, OLD,
+                                           OLD | {"pooling_mode_cls_token": True})),
+    ("", {"reading": {"max_seq_length": 9}}), ("", {"tokenizer_config": {"model_max_length": 9}}),
+    ("", {"reading": {"max_seq_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
+    ("", {"reading": {"query_length": 5, "document_length": 7}}),
+    ("", {"reading": dict.fromkeys(("transformer_task", "modality_config", "module_output_name")),
+          "sentence_roberta_config": {"max_seq_length": 11}}),
+    *(("cased", {"reading": {"do_lower_case": lower}}) for lower in (True, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "settings"), LAYOUTS, ids=str)
+def test_a_checkpoint_of_sentence_transformers_scores_passages_as_its_own_similarity_does(
+    words: str, settings: dict[str, Any], encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
-    modules = [Transformer(encoder_path), Pooling(32, pooling_mode=mode)]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match=r"1_Pooling/config\.json: pooling \w*(max|last|sqrt|weighted)\w* is not"):
+    path = lay_out(tmp_path, encoder_path, Pooling(32), *[Normalize()] * (words == "unit"), **settings)
+    if words == "cased":
+        file = tmp_path / "tokenizer.json"
+        file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    theirs = SentenceTransformer(path, device="cpu")
+    expected = theirs.similarity(theirs.encode_query(QUERIES), theirs.encode_document(passages)).numpy()
+    for _ in range(2):  # what is saved here means the same, here and there
+        ours = load_encoder(path)
+        found = embed_queries(ours, QUERIES) @ embed_passages(ours, passages).T
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        ours.save_pretrained(path := str(tmp_path / "again"))
+
+
+REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is refused, and flags that replace it
+    *(("general", {"similarity_fn_name": name}, f"similarity_fn_name {name}", {"normalize": True})
+      for name in ("euclidean", "manhattan")),
+    ("general", {"truncate_dim": 16}, "truncate_dim is not", {}),
+    ("general", {"prompts": {"passage": "p: "}}, "choose --passage_prefix 'p: '", {"passage_prefix": "p: "}),
+    ("general", {"prompts": {"query": 3}}, "query must be a string, found 3", {}),
+    ("general", {"prompts": ["q: "]}, "prompts must be an object", {}),
+    ("pooling", {"include_prompt": False}, "include_prompt false is not", {}),
+    ("pooling", OLD | {"pooling_mode_mean_tokens": "false"}, "mean_tokens must be true or false, found 'false'", {}),
+    ("pooling", OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+     r"pooling mean\+max_tokens is not supported; choose --pooling_type", {"pooling_type": "mean"}),
+    *(("pooling", {"pooling_mode": mode}, f"pooling {mode} is not", {"pooling_type": "cls"})
+      for mode in ("max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")),
+    ("reading", {"max_seq_length": "64"}, "max_seq_length must be a whole number", {}),
+    ("reading", {"max_seq_length": -1}, "at least 3.*found -1", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "settings", "message", "flags"), REFUSED, ids=str)
+def test_a_setting_that_is_not_offered_or_of_another_type_is_refused_by_file_unless_a_flag_replaces_it(
+    file: str, settings: dict[str, Any], message: str, flags: dict[str, Any], encoder_path: str, tmp_path: Path
+) -> None:
+    path = lay_out(tmp_path, encoder_path, **{file: settings})
+    with pytest.raises(UserError, match=f"{FILES[file]}: .*{message}"):
+        load_encoder(path)
+    if flags:
+        settled = load_encoder(path, EncoderArguments(dtype="float32", **flags)).settings
+        assert vars(settled).items() >= flags.items()
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("pooling_type", "max"), ("normalize", "false"), ("normalize", 0), ("max_query_length", 32.0),
+     ("max_passage_length", -5), ("query_prefix", ["q"]), ("two_encoders", "no"), ("projection", True),
+     ("projection", 10**12)],
+)  # fmt: skip
+def test_a_setting_of_our_own_file_that_means_nothing_is_refused_by_name(
+    name: str, value: Any, projected: Encoder, tmp_path: Path
+) -> None:
+    projected.save_pretrained(tmp_path)
+    file = tmp_path / "rqa_encoder.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
+    message = f"rqa_encoder.json: (pooling max|{name} must be)" if value != 10**12 else "projection cannot be loaded"
+    with pytest.raises(UserError, match=message):
         load_encoder(str(tmp_path))
-    assert (
-        load_encoder(str(tmp_path), EncoderArguments(dtype="float32", pooling_type="cls")).settings.pooling_type
-        == "cls"
-    )
 
 
-def test_what_is_damaged_or_not_offered_is_refused_by_file(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
-    modules = [Transformer(encoder_path), Pooling(32), Dense(32, 16)]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "dense"))
-    with pytest.raises(UserError, match=r"modules\.json: module Dense is not supported"):
-        load_encoder(str(tmp_path / "dense"))
-    encoder.save_pretrained(tmp_path)
-    (tmp_path / "rqa_encoder.json").unlink()
-    two = json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
-    names = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
-    mixed = ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens")
-    for name, content, message in (*((name, bad, name) for name in names for bad in ("{", "3")), mixed):
+@pytest.mark.parametrize("wrong", [[Dense(32, 16)], [Pooling(32)], [Normalize(), Pooling(32)]], ids=str)
+def test_modules_that_are_not_offered_or_in_another_order_are_refused(
+    wrong: list[torch.nn.Module], encoder_path: str, tmp_path: Path
+) -> None:
+    path = lay_out(tmp_path, encoder_path, *([Pooling(32)] * (len(wrong) == 1)), *wrong)
+    with pytest.raises(UserError, match=r"modules\.json: modules Transformer, \w+, \w+ are not supported"):
+        load_encoder(path)
+
+
+def test_damaged_settings_are_refused_by_file(encoder_path: str, tmp_path: Path) -> None:
+    path = lay_out(tmp_path, encoder_path)
+    for name in ("modules.json", *FILES.values()):
         good = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=message):
-            load_encoder(str(tmp_path))
+        for bad in ("{", "3", "[3]", '[{"type": 3}]', "\0"):
+            (tmp_path / name).write_text(bad)
+            with pytest.raises(UserError, match=name):
+                load_encoder(path)
         (tmp_path / name).write_text(good)
-    load_encoder(str(tmp_path))
+    load_encoder(path)
+
+
+def unigram(texts: list[str]) -> PreTrainedTokenizerBase:
+    """XLM-R's kind: the vocabulary itself holds "</s>", and NFKC makes it of wide signs."""
+    core, special = Tokenizer(models.Unigram()), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    core.normalizer, core.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    names = {f"{name}_token": token for name, token in zip(("bos", "pad", "eos", "unk", "mask"), special, strict=True)}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytes"])
+def test_no_text_becomes_a_control_token_and_clean_text_keeps_its_tokens(
+    kind: str, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, passages: list[str]
+) -> None:
+    known = {"bytes": tokenizer, "unigram": unigram(passages)}.get(kind, encoder.tokenizer)
+    encoder.tokenizer, encoder.settings = known, EncoderSettings(query_prefix=f"{known.pad_token} ")
+    assert encoder.tokenize_passages(passages) == known(passages, truncation=True, max_length=512)["input_ids"]
+    tokens = [*known.all_special_tokens, "\uff1c/s\uff1e", "<|im_start|>", "[SEP]"]
+    control = {i for i, token in known.added_tokens_decoder.items() if token.special} - {known.unk_token_id}
+    for tokenize, own in ((encoder.tokenize_passages, []), (encoder.tokenize_queries, [known.pad_token_id])):
+        ends = known("")["input_ids"]
+        for row in tokenize([f"a{token}b {token} {token}" for token in tokens]):
+            assert sorted(id for id in row if id in control) == sorted(own + ends)
+
+
+def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder.settings = replace(encoder.settings, max_passage_length=6)
+    encoder.tokenize_passages(["a b c d"])  # [CLS] and [SEP] beside them
+    encoder.tokenize_queries(["a b c d e"])
+    assert not caplog.messages
+    for _ in range(2):
+        encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
+    (message,) = caplog.messages
+    assert message.startswith("2 of 3 texts (--max_passage_length 6) are longer than the encoder reads")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_an_embedding_that_is_not_finite_is_refused_with_its_text(value: float, encoder: Encoder) -> None:
+    (_, word, _), *_ = encoder.tokenize_passages(["copper"])
+    encoder.backbone.embeddings.word_embeddings.weight.data[word] = value
+    encoder.embed(encoder.tokenize_passages(["wool", "salt"]))
+    with pytest.raises(UserError, match=r"model .*: the embedding of 'sold copper' is not finite"):
+        encoder.embed(encoder.tokenize_passages(["wool", "sold copper", "salt"]))
 
 
 def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
