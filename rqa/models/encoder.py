@@ -160,8 +160,8 @@ class Encoder(nn.Module):
         cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
         if cut and kind not in self._cut:
             self._cut.add(kind)
-            what = f"{cut} of {len(texts)} texts (--max_{kind}_length {most})"
-            log.warning("%s are longer than the encoder reads; what comes after that decides nothing", what)
+            counted = f"{cut} of {len(texts)} texts"
+            log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", counted, kind, most)
         return rows
 
     def forward(self, batch: TokenBatch) -> Tensor:
@@ -272,7 +272,7 @@ def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimensio
         for part in (DENSE, LAYER_NORM):
             weights |= load_file(cached_file(path, str(Path(folder, part, "model.safetensors"))))
         projection.load_state_dict(weights, assign=True)
-    except (OSError, RuntimeError, SafetensorError) as error:
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"model {path}: the projection cannot be loaded: {one_line(error)}") from None
     return projection.to(backbone.device, torch.float32)
 

@@ -81,7 +81,7 @@ class Index:
             index = faiss.read_index(str(Path(directory, "index.faiss")))
             fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
             fits &= all(isinstance(state.get(name, ""), str) for name in ("stamp", "dtype"))
-        except (UserError, RuntimeError):
+        except (UserError, RuntimeError, MemoryError):
             return False
         if fits:
             self._use(index, state.get("stamp", ""))

@@ -264,7 +264,7 @@ def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
     for _ in range(2):
         encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
     (message,) = caplog.messages
-    assert message.startswith("2 of 3 texts (--max_passage_length 6) are longer than the encoder reads")
+    assert message.startswith("2 of 3 texts are longer than --max_passage_length 6")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
