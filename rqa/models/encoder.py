@@ -109,7 +109,7 @@ class Encoder(nn.Module):
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
-        self._cut: set[str] = set()  # what was said to be cut
+        self._counted: dict[str, int] = {}  # queries and passages among which those that are cut were counted
 
     @property
     def passage_side(self) -> "Encoder":
@@ -158,8 +158,8 @@ class Encoder(nn.Module):
         found = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
         rows, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
         cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
-        if cut and kind not in self._cut:
-            self._cut.add(kind)
+        if cut and len(texts) > self._counted.get(kind, 0):
+            self._counted[kind] = len(texts)
             counted = f"{cut} of {len(texts)} texts"
             log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", counted, kind, most)
         return rows

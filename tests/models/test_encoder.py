@@ -1,5 +1,6 @@
 """The encoder against sentence-transformers, and against itself in other batches."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -33,7 +34,7 @@ from rqa.runtime.errors import UserError
 try:
     from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
 except ImportError:
-    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
 
 D = 12  # of a projection
 PREFIXES = {"query_prefix": "query: ", "passage_prefix": "passage: "}
@@ -124,7 +125,7 @@ def lay_out(path: Path, encoder_path: str, *modules: torch.nn.Module, **settings
 
 
 FILES = {"general": "config_sentence_transformers.json", "reading": "sentence_bert_config.json",
-         "pooling": "1_Pooling/config.json"}  # fmt: skip
+         "pooling": "1_Pooling/config.json", "own": "rqa_encoder.json"}  # fmt: skip
 OLD = {"pooling_mode": None, "pooling_mode_mean_tokens": False}
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("", {}), ("unit", {}), ("", {"general": {"similarity_fn_name": None}}),
@@ -175,6 +176,10 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is re
       for mode in ("max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")),
     ("reading", {"max_seq_length": "64"}, "max_seq_length must be a whole number", {}),
     ("reading", {"max_seq_length": -1}, "at least 3.*found -1", {}),
+    ("own", {"pooling_type": "max"}, "pooling max is not", {"pooling_type": "cls"}),
+    *(("own", {name: value}, f"{name} must be", {})
+      for name, value in (("normalize", "false"), ("normalize", 0), ("max_query_length", 32.0), ("query_prefix", ["q"]),
+                          ("max_passage_length", -5), ("two_encoders", "no"), ("projection", True))),
 ]  # fmt: skip
 
 
@@ -190,40 +195,18 @@ def test_a_setting_that_is_not_offered_or_of_another_type_is_refused_by_file_unl
         assert vars(settled).items() >= flags.items()
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("pooling_type", "max"), ("normalize", "false"), ("normalize", 0), ("max_query_length", 32.0),
-     ("max_passage_length", -5), ("query_prefix", ["q"]), ("two_encoders", "no"), ("projection", True),
-     ("projection", 10**12)],
-)  # fmt: skip
-def test_a_setting_of_our_own_file_that_means_nothing_is_refused_by_name(
-    name: str, value: Any, projected: Encoder, tmp_path: Path
+def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_are_refused_by_file(
+    encoder_path: str, tmp_path: Path
 ) -> None:
-    projected.save_pretrained(tmp_path)
-    file = tmp_path / "rqa_encoder.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {name: value}))
-    message = f"rqa_encoder.json: (pooling max|{name} must be)" if value != 10**12 else "projection cannot be loaded"
-    with pytest.raises(UserError, match=message):
-        load_encoder(str(tmp_path))
-
-
-@pytest.mark.parametrize("wrong", [[Dense(32, 16)], [Pooling(32)], [Normalize(), Pooling(32)]], ids=str)
-def test_modules_that_are_not_offered_or_in_another_order_are_refused(
-    wrong: list[torch.nn.Module], encoder_path: str, tmp_path: Path
-) -> None:
-    path = lay_out(tmp_path, encoder_path, *([Pooling(32)] * (len(wrong) == 1)), *wrong)
-    with pytest.raises(UserError, match=r"modules\.json: modules Transformer, \w+, \w+ are not supported"):
-        load_encoder(path)
-
-
-def test_damaged_settings_are_refused_by_file(encoder_path: str, tmp_path: Path) -> None:
-    path = lay_out(tmp_path, encoder_path)
-    for name in ("modules.json", *FILES.values()):
-        good = (tmp_path / name).read_text()
-        for bad in ("{", "3", "[3]", '[{"type": 3}]', "\0"):
-            (tmp_path / name).write_text(bad)
-            with pytest.raises(UserError, match=name):
-                load_encoder(path)
+    path, names = lay_out(tmp_path, encoder_path), ("modules.json", *FILES.values())
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    dense = json.loads(json.dumps(modules).replace(".Pooling", ".Dense"))
+    wrong = [json.dumps(each) for each in (modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}])]
+    for name, bad in itertools.product(names, ("{", "3", "\0", *wrong)):
+        good = (tmp_path / name).read_text() if (tmp_path / name).exists() else "{}"
+        (tmp_path / name).write_text(bad)
+        with pytest.raises(UserError, match=name):
+            load_encoder(path)
         (tmp_path / name).write_text(good)
     load_encoder(path)
 
@@ -265,15 +248,6 @@ def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
         encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
     (message,) = caplog.messages
     assert message.startswith("2 of 3 texts are longer than --max_passage_length 6")
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_an_embedding_that_is_not_finite_is_refused_with_its_text(value: float, encoder: Encoder) -> None:
-    (_, word, _), *_ = encoder.tokenize_passages(["copper"])
-    encoder.backbone.embeddings.word_embeddings.weight.data[word] = value
-    encoder.embed(encoder.tokenize_passages(["wool", "salt"]))
-    with pytest.raises(UserError, match=r"model .*: the embedding of 'sold copper' is not finite"):
-        encoder.embed(encoder.tokenize_passages(["wool", "sold copper", "salt"]))
 
 
 def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
@@ -395,6 +369,10 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(8)
     projected.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved/2_Dense/model.safetensors").unlink()
+    with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
+        load_encoder(str(tmp_path / "saved"))
+    file = tmp_path / "saved/rqa_encoder.json"
+    file.write_text(file.read_text().replace(str(D), "9" * 12))
     with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()

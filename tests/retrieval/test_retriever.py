@@ -194,12 +194,13 @@ def test_what_was_retrieved_once_serves_no_other_questions_and_no_other_encoder(
         np.testing.assert_array_equal(hits.ids, retriever.retrieve(questions, k).ids)
 
 
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_an_encoder_that_is_not_finite_indexes_nothing_and_is_not_asked(
-    encoder: Encoder, documents: list[Document], tmp_path: Path
+    value: float, encoder: Encoder, documents: list[Document], tmp_path: Path
 ) -> None:
     retriever = opened(encoder, documents)
     (_, *_, word, _), *_ = encoder.tokenize_queries(["amber"])
-    encoder.backbone.embeddings.word_embeddings.weight.data[word] = torch.nan
+    encoder.backbone.embeddings.word_embeddings.weight.data[word] = value
     with pytest.raises(UserError, match="the embedding of 'amber' is not finite"):
         retriever.retrieve(QUESTIONS, 3)
     with pytest.raises(UserError, match=r"corvo.* is not finite"):
