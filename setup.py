@@ -16,6 +16,7 @@ REQUIRED = [
     "tqdm>=4.66",  # progress with time left
     "ijson>=3.3",  # JSON arrays larger than memory, element by element; 1.5 times as fast as our own reader was
     "sacrebleu>=2.4",  # BLEU as published
+    "regex>=2024.5",  # the properties of Unicode, for words in any script
     "rouge-score>=0.1.2",  # ROUGE as published
     "openai>=1.50",  # readers and judges behind an OpenAI-compatible server
     "Jinja2>=3.1",  # chat templates; transformers renders them with it but does not require it

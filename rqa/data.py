@@ -4,14 +4,15 @@ import logging
 import pickle
 import pickletools
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl, write_jsonl
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import plain
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +179,7 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
 def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
     """What `read_examples` reads, one line in memory at a time."""
     for line, row in read_jsonl(path):
-        for example in _parse_row(row, f"{path}:{line}", answers):
+        for example in parse_example(row, f"{path}:{line}", answers):
             texts = {"question": example.question, "gold_answer": example.gold_answer}
             blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
             if blank:  # as generated data has it
@@ -199,7 +200,29 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     write_jsonl(path, (example.to_json() for example in examples))
 
 
-def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
+def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
+    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
+
+    Others stay, and no retriever finds them; one warning counts both.
+    """
+    missing = {gold.key: normalize(gold.page_content) for example in examples for gold in example.gold_docs}
+    for document in documents:
+        missing.pop(document.key, None)
+    if not missing:
+        return examples
+    texts = set(missing.values())
+    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
+    lost = [key for key, text in missing.items() if text not in same]
+    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
+    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
+    told += "there with the same text, which counts as found; %d are not, and can never be found"
+    file = examples[0].where.rpartition(":")[0]
+    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
+    return [replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in e.gold_docs)) for e in examples]
+
+
+def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
+    """Check one decoded row of examples; `where` is file and line, for the error. -> one for each of its questions"""
     several = "questions" in row
     questions = row["questions"] if several else [row.get("question")]
     if not isinstance(questions, list) or not questions or not all(isinstance(text, str) for text in questions):
@@ -237,5 +260,5 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def normalize(text: str) -> str:
-    """Text as duplicates are compared: in lower case, any white space one space."""
-    return " ".join(text.lower().split())
+    """Text as duplicates are compared: in one case and one spelling of its characters, any white space one space."""
+    return " ".join(plain(text).casefold().split())

@@ -9,13 +9,13 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
 from rqa.data import Document, Example
-from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import reading
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.text import as_text, parse_json, without_thoughts
 
@@ -70,9 +70,10 @@ def read_template(path: str | None, default: str) -> str:
     if path is None:
         return default
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
+        with reading(path) as file:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    except UserError as error:
+        raise UserError(f"--prompt_template {error}") from None
     if missing := [name for name in re.findall(r"\{\w+\}", default) if name not in text]:
         raise UserError(f"--prompt_template {path}: the placeholder {missing[0]} is missing")
     return text.rstrip("\n")
@@ -114,9 +115,6 @@ class ChatTemplateArguments(Arguments):
     """What a chat template is told beside the conversation, here or at a server."""
 
     chat_template_kwargs: str = flag("{}", 'Variables of the chat template, such as {"enable_thinking": false}.')
-
-    def check(self) -> None:
-        _ = self.template_options
 
     @property
     def template_options(self) -> dict[str, Any]:
@@ -248,8 +246,7 @@ class Prompter:
         try:
             return self.tokenizer.apply_chat_template(messages, **options)
         except (TemplateError, TypeError, ValueError) as error:
-            cause = f"the chat template refuses a conversation ({one_line(error)})"
-            raise UserError(f"--chat_format template: {cause}; see --chat_template_kwargs") from None
+            raise UserError(f"--chat_format template: the chat template refuses a conversation ({error})") from None
 
     def _find_end_of_turn(self) -> tuple[str, list[int]]:
         """The text behind a reply in the history; its token ids up to a special one, which stand behind an answer."""

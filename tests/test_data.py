@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 
-from rqa.data import Document, Example, Turn, read_documents, read_examples, write_documents, write_examples
+from rqa.data import (
+    Document,
+    Example,
+    Turn,
+    read_documents,
+    read_examples,
+    with_known_gold,
+    write_documents,
+    write_examples,
+)  # fmt: skip
 from rqa.preparation.mine import DocumentFile
 from rqa.runtime.errors import UserError
 
@@ -283,6 +292,26 @@ def test_answers_may_be_absent_only_where_none_are_needed_and_serve_one_question
         assert len(read_examples(path)) == 2
     several = {"questions": ["What?", "Where?"], "gold_answer": "There."}
     assert re.search("^1: .*'questions'", refusal(read, path, lines(several)))
+
+
+def test_gold_passages_are_matched_by_text_and_those_not_in_the_database_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spelled = [
+        Document("Arlen trades  in\ncopper’s ore, E\u0301lan.", {"source": "x"}),
+        Document("Lost.", {"source": "guide"}),
+    ]
+    known = Document("arlen trades in copper's ore, Élan.", {"source": "guide/1"})
+    examples = [Example("Which?", (BRASK, *spelled), where="train.jsonl:7"), Example("None?")]
+    with caplog.at_level(logging.WARNING, logger="rqa"):
+        assert with_known_gold(examples[1:], []) == examples[1:]
+        assert with_known_gold([Example("Which?", (BRASK,))], [BRASK]) == [Example("Which?", (BRASK,))]
+        assert not caplog.records
+        found = with_known_gold(examples, [ARLEN, BRASK, known])
+    assert found == [Example("Which?", (BRASK, known, spelled[1])), Example("None?")]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("train.jsonl: 2 gold passages are not in the database")
+    assert re.search(r"such as 'guide': 'Lost\.'; 1 are there .* 1 are not, and can never be found", said)
 
 
 def test_documents_and_examples_are_read_back_as_they_were_written(

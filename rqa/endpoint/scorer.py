@@ -43,6 +43,9 @@ class EndpointScorer:
         texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         known = dict(zip(texts, scores, strict=True))
+        for number in [number for number, score in known.items() if score is None]:  # refused: as good as its others
+            rest = [known[i] for i in known if pairs[i].example is pairs[number].example and known[i] is not None]
+            known[number] = sum(rest) / max(len(rest), 1)
         return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from rqa.data import Document, Example
-from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.results import Rows, Scores
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
@@ -48,12 +48,12 @@ def evaluate_answers(
     for row, answer, passages in zip(rows, answers, read, strict=True):
         row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}
         texts = [passage.fmt_content for passage in passages]
-        scores = score_answer(answer.text, row["gold_answer"])
+        scores = score_answer(answer.text, *right_answers(row))
         scores |= {"faithfulness": faithfulness(answer.text, texts)}
         scores |= {"faithfulness_bigrams": faithfulness(answer.text, texts, 2)}
         row["scores"] |= {f"gen/{name}": value for name, value in scores.items()}
     metrics = mean_scores(rows)
-    metrics["gen/bleu"] = corpus_bleu([answer.text for answer in answers], [row["gold_answer"] for row in rows])
+    metrics["gen/bleu"] = bleu(np.sum(answer_statistics(rows), axis=0))
     metrics["gen/answer_words"] = sum(len(answer.text.split()) for answer in answers) / len(answers)
     return metrics | {f"gen/{name}": value for name, value in answer_speed(answers, duration).items()}, rows
 

@@ -2,7 +2,9 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from rqa.data import subset
@@ -12,12 +14,14 @@ from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
+from rqa.runtime.text import clean_text
 
 log = logging.getLogger(__name__)
 
 VERDICTS = ("correct", "partially", "incorrect")
 SHARES = {"gen/gpt4eval": "correct", "gen/gpt4eval_partially": "partially"}
 ATTEMPTS, VERDICT_TOKENS = 3, 256
+LONGEST_VERDICT = 10**4  # characters
 
 INSTRUCTION = """\
 You grade the answers of a question answering system. You get a question, a reference answer that you take to be \
@@ -83,28 +87,39 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict, whatever stands around it."""
-    found = None
-    for start in (place for place, character in enumerate(reply) if character == "{"):
-        try:
-            value, _ = json.JSONDecoder().raw_decode(reply, start)
-        except (ValueError, RecursionError):
+    """The last JSON object in the reply with a known verdict, whatever stands around it.
+
+    What one quotes is no verdict, so that nothing inside an object counts, or all of it where it is the only value.
+    """
+    found, end, reply = None, 0, reply[-LONGEST_VERDICT:]
+    for start in (match.start() for match in re.finditer(r'\{\s*"', reply)):
+        if start < end:
             continue
-        verdict = str(value.get("verdict", "")).strip().lower()
+        try:
+            value, end = json.JSONDecoder().raw_decode(reply, start)
+        except (ValueError, RecursionError):
+            depths = accumulate((character == "{") - (character == "}") for character in reply[start:])
+            end = next((start + place for place, depth in enumerate(depths) if not depth), len(reply))
+            continue
+        if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
+            value = inner
+        verdict = str(value.get("verdict")).strip().lower()
         if verdict in VERDICTS:
-            found = {"verdict": verdict, "reason": str(value.get("reason", ""))}
+            found = {"verdict": verdict, "reason": clean_text(str(value.get("reason", "")))}
     return found
 
 
 def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
     """A verdict on each row, at temperature 0; what cannot be read is asked for again, and in the end None."""
-    server = {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
-    server = EndpointArguments(endpoint_concurrency=flags.endpoint_concurrency, **server)
-    endpoint = Endpoint(PREFIX + flags.judge_base_url, server)
+    server = {name: getattr(flags, name) for name in vars(RequestArguments())}
+    server |= {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
+    endpoint = Endpoint(PREFIX + flags.judge_base_url, EndpointArguments(**server))
     waiting: dict[int, list[dict[str, str]]] = {}  # conversations by row
     for number, row in enumerate(rows):
         texts = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
         texts |= {"question": row["question"], "reference_answer": row["gold_answer"]}
+        if row.get("other_answers"):
+            texts["other_reference_answers (each of them is as right)"] = row["other_answers"]
         request = json.dumps(texts | {"system_answer": row["generated_answer"]}, indent=1, ensure_ascii=False)
         waiting[number] = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]
     what = f"judge {flags.judge_model}: {len(rows)} answers"
@@ -115,9 +130,9 @@ def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
         for number, reply in zip(list(waiting), replies, strict=True):
             turns = waiting.pop(number)
             verdicts[number] = parse_verdict(reply.text)
-            if not verdicts[number]:
-                said = {"role": "assistant", "content": reply.text or "(nothing)"}
+            if not verdicts[number] and reply.text:
+                said = {"role": "assistant", "content": reply.text}
                 waiting[number] = [*turns, said, {"role": "user", "content": AGAIN}]
-    if waiting:
-        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, len(waiting), len(rows))
+    if None in verdicts:
+        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, verdicts.count(None), len(rows))
     return verdicts

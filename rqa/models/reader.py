@@ -38,9 +38,7 @@ class GenerationArguments(Arguments):
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
     top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
-    generation_batch_tokens: int = flag(
-        16384, "Tokens that a batch of prompts takes, at most, padding included.", rare=True
-    )
+    generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, at most, padding included.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
@@ -182,6 +180,7 @@ class CausalLMReader(LocalReader):
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         super().__init__(model, prompter, flags, prompter.stop_ids, prompter.arguments.max_new_tokens)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
+        self.loop = self.most  # tokens that end an answer when it says them again
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
@@ -214,7 +213,7 @@ class CausalLMReader(LocalReader):
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
                 answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
                 answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
-        return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
+        return [ids[: next((i for i, token in enumerate(ids) if token in (-1, *stop)), len(ids))] for ids in answers]
 
     def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
         """What `generate` gives without beams; -1 behind the end of the longest answer. -> [B, most]"""
@@ -240,8 +239,12 @@ class CausalLMReader(LocalReader):
         # Everything but cuDNN, whose kernels are built anew for each batch size and length.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
-                if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
-                    break
+                if done % look_every == 0:
+                    new = tokens[:, longest : longest + done]
+                    spans = new.unfold(1, min(self.loop, done), 1)  # [B, done - loop + 1, loop]
+                    repeats = (spans[:, :-1] == spans[:, -1:]).all(2).any(1)
+                    if (repeats | torch.isin(new, ends).any(1)).all():
+                        break
                 place.fill_(longest + done - 1)
                 if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):
                     advance = in_graph(step)

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from rqa.data import DocumentArguments, read_documents, read_examples, subset
+from rqa.data import DocumentArguments, read_documents, read_examples, subset, with_known_gold
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
 from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.evaluation.retrieval import EvaluationArguments
@@ -68,7 +68,8 @@ class Run(ABC):
         set_seed(flags.seed)
         held_out = [read_examples(path, eval_answers) if path else [] for path in (flags.eval_file, flags.test_file)]
         self.documents = read_documents(flags.document_path)
-        self.train = read_examples(flags.train_file, train_answers)
+        held_out = [with_known_gold(examples, self.documents) for examples in held_out]
+        self.train = with_known_gold(read_examples(flags.train_file, train_answers), self.documents)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
         if distributed.is_main():
             self._open_output()

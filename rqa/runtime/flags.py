@@ -16,7 +16,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, without_credentials
 from rqa.runtime.files import read_json
 
 log = logging.getLogger(__name__)
@@ -77,8 +77,9 @@ class Arguments:
             setattr(self, name, default)
 
     def to_json(self) -> dict[str, Any]:
-        """Every flag's value by name, for `all_args.json`; API keys are left out."""
-        return {name: value for name, value in asdict(self).items() if not name.endswith("api_key")}
+        """Every flag's value by name, for `all_args.json`; API keys and the passwords of URLs are left out."""
+        values = {name: value for name, value in asdict(self).items() if not name.endswith("api_key")}
+        return {name: without_credentials(v) if isinstance(v, str) else v for name, v in values.items()}
 
 
 def parse(kind: type[Flags], description: str, line: list[str] | None = None) -> Flags:
