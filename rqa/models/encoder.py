@@ -3,6 +3,7 @@
 import copy
 import json
 import logging
+import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -237,11 +238,11 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    positions = learned_positions(backbone) or getattr(backbone.config, "max_position_embeddings", None)
-    limit = min(tokenizer.model_max_length, positions or 512)
+    positions = min(learned_positions(backbone), getattr(backbone.config, "max_position_embeddings", None) or math.inf)
+    limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
     stored, names = _stored_settings(path, flags, limit), {item.name for item in fields(EncoderSettings)}
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
-    limit = max(limit, min(positions or 2**31, *(stored[name] for name in LENGTHS)))
+    limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # the tokenizer's does not bind
     for name in LENGTHS:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")

@@ -2,16 +2,17 @@
 
 import json
 import logging
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 import transformers
@@ -31,8 +32,6 @@ from rqa.runtime.parallelize import assembled
 
 log = logging.getLogger(__name__)
 disable_progress_bar()
-
-Flags = TypeVar("Flags")
 
 ADAPTER_CONFIG = "adapter_config.json"
 # Names of tensors that decide nothing here: poolers, BERT's next-sentence head, and buffers that were saved once.
@@ -86,8 +85,7 @@ def load_model(
 ) -> PreTrainedModel:
     """Load a checkpoint on this process's device, with packed attention: flash-attn's kernel when asked, else ours.
 
-    A model that our attention does not compute is loaded with its own. A checkpoint that has checksums is compared with
-    them, and its tensors must be the model's.
+    A model that our attention does not compute gets its own. The checkpoint must hold what its checksums say, if any.
     The processes of a node load in turn: its memory holds only one model that is not on its device yet. With
     `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
     `path` is a directory or a hub name; `config` replaces values of the configuration.
@@ -105,7 +103,7 @@ def load_model(
     config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
     attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
-    kind = model_class(auto_class, path, flags.trust_remote_code)
+    kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
         load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
         try:
@@ -123,53 +121,48 @@ def load_model(
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
         model.to(distributed.device())
-    if auto_class is not transformers.AutoModelForSeq2SeqLM and not flags.use_flash_attention and _refusal(model):
+    half = auto_class is transformers.AutoModelForSeq2SeqLM  # its sides are set up by who loads it
+    probed = distributed.is_main() and not half and not flags.use_flash_attention
+    if distributed.from_main(probed and _refusal(model)):
         model.set_attn_implementation("eager")
-        if reason := _refusal(model):
+        if reason := distributed.from_main(probed and _refusal(model)):
             raise UserError(f"model {path}: cannot be run: {reason}")
     return model
 
 
-def model_class(auto_class: Any, path: str, trust_remote_code: bool = False) -> Any:
+def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
     """The class to load a checkpoint with: as an encoder, T5 is its encoder alone."""
-    if auto_class is transformers.AutoModel:
-        config = load_config(path, trust_remote_code)
-        if config.is_encoder_decoder and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING:
-            return transformers.AutoModelForTextEncoding
-    return auto_class
+    encodes = auto_class is transformers.AutoModel and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if encodes else auto_class
 
 
 def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: str = "") -> None:
-    """Refuse a checkpoint without one of a model's tensors, or with others; `found` is what loading tells of it.
+    """Refuse a checkpoint without one of a model's tensors, or with others, but for poolers, and heads of other tasks.
 
-    What may be absent: poolers, which nothing here reads, and `new_layers`. What may be left over: other tasks' heads.
+    `found` is what loading tells of it, `new_layers` a pattern of what need not be there.
     """
-    missing = {name for name in found["missing_keys"] if not re.search(new_layers or "$^", name)}
-    parts = dict(model.base_model.named_children())  # a head is none of them
-    prefix = model.base_model_prefix + "."
-    inner = {name for name in found["unexpected_keys"] if name.removeprefix(prefix).partition(".")[0] in parts}
+    inner = "|".join(name for name, _ in model.base_model.named_children())  # a head is none of these
+    unexpected = rf"^({model.base_model_prefix}\.)?({inner})\."
     faults = {
-        "missing": {name for name in missing if not re.search(NOT_READ, name)},
-        "not the model's": {name for name in inner if not re.search(NOT_READ, name)},
-        "of another shape": {name for name, *_ in found["mismatched_keys"]},
+        "missing": [name for name in found["missing_keys"] if not re.search(new_layers or "$^", name)],
+        "not the model's": [name for name in found["unexpected_keys"] if re.search(unexpected, name)],
+        "of another shape": [name for name, *_ in found["mismatched_keys"]],
     }
     for fault, names in faults.items():
-        if names:
+        if names := [name for name in names if not re.search(NOT_READ, name)]:
             cure = "download it again, or give it the config.json that it was saved with"
             raise ValueError(f"{len(names)} of its tensors are {fault}, such as {min(names)}; {cure}")
 
 
+@torch.no_grad()
 def _refusal(model: PreTrainedModel) -> str | None:
-    """Why a padded batch cannot be computed, as the main process finds, whose model surely has weights."""
-    reason = None
-    if distributed.is_main():
-        try:
-            with torch.no_grad():
-                hidden_states(model, pad([[0, 1], [1]]).to(model.device))
-        except Exception as error:  # attention that caps scores or has sinks; layers that `config.json` sets at odds
-            reason = one_line(error)
-            log.info("%s with %s attention fails: %s", type(model).__name__, attention_of(model), reason)
-    return distributed.from_main(reason)
+    """Why a padded batch cannot be computed: attention caps scores, or its layers do not fit together."""
+    try:
+        batch = pad([[1] * 8, [1] * 5]).to(model.device)
+        model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+    except Exception as error:
+        return one_line(error)
+    return None
 
 
 def base_of(path: str) -> str:
@@ -187,17 +180,15 @@ def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
     """The tokenizer of a checkpoint, whose model, if there is one, must have an embedding for each token."""
     with _reading(path):
-        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
-        try:
+        tokenizer, rows = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), math.inf
+        with suppress(OSError, ValueError, AttributeError):  # of a tokenizer alone
             config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
             rows = config.get_text_config(decoder=True).vocab_size
-        except (OSError, ValueError, AttributeError):  # a tokenizer alone
-            return tokenizer
-        # Gemma 3's has a special token for images that its text models lack.
+        # Gemma 3's has a special token for images that its text models lack, and that no text becomes.
         named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad", "cls", "sep")}
         added = tokenizer.added_tokens_decoder.items()
-        needed = [number for number, token in added if not token.special or number in named]
-        if (size := max(tokenizer.vocab_size, *(number + 1 for number in needed), 0)) > rows:
+        needed = [number + 1 for number, token in added if not token.special or number in named]
+        if (size := max([tokenizer.vocab_size, *needed])) > rows:
             raise ValueError(f"its tokenizer has {size} tokens, its embedding {rows}; take the tokenizer of this model")
         return tokenizer
 
@@ -224,14 +215,11 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    padding = partial(pad, pad_id=pad_id or 0)
-    if distributed.is_main() and not packing_is_exact(model, precision, padding):
-        log.warning("%s: what it makes of a text depends on the padding of its batch, a little", type(model).__name__)
-    return padding
+    return partial(pad, pad_id=pad_id or 0)
 
 
 @torch.no_grad()
-def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None, collate: Collate = pack) -> bool:
+def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None) -> bool:
     """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
     # Relative position biases, positions that do not start at 0 and state-space layers make a difference.
     half = len(model.get_input_embeddings().weight) // 2  # of the vocabulary; special tokens are in the other
@@ -239,8 +227,7 @@ def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = Non
     dtype = precision or (torch.bfloat16 if "flash" in attention_of(model) else model.dtype)
     with evaluating(model), distributed.autocast(dtype), holding(lowered(model) if dtype is torch.bfloat16 else {}):
         try:
-            batch = collate(sequences).to(model.device)
-            found = batch.real(hidden_states(model, batch))
+            packed = hidden_states(model, pack(sequences).to(model.device))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
             if isinstance(error, TypeError) and "cu_seq_lens" not in str(error):  # a fault of ours, not a refusal
                 raise
@@ -249,7 +236,7 @@ def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = Non
         expected = torch.cat([hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences])
     # Of the whole, not of single numbers: bfloat16 moves SmolLM2's largest ones by more than all others' spread.
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().norm()
-    return found.shape == expected.shape and bool((found - expected).float().norm() <= tolerance)
+    return packed.shape == expected.shape and bool((packed - expected).float().norm() <= tolerance)
 
 
 def lowered(module: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -289,22 +276,23 @@ def freeze_pooler(model: PreTrainedModel) -> None:
         pooler.requires_grad_(False)
 
 
-def learned_positions(model: nn.Module) -> int | None:
-    """The most tokens that a model with learned positions reads; None where it computes them."""
+def learned_positions(model: nn.Module) -> float:
+    """The most tokens that a model with learned positions reads; infinite where it computes them."""
     tables = [part for name, part in model.named_modules()
               if isinstance(part, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2])]  # fmt: skip
     # RoBERTa's positions begin behind its padding's, BART's and OPT's at an offset.
     before = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
-    return min((table.num_embeddings - rows for table, rows in zip(tables, before, strict=True)), default=None)
+    return min((table.num_embeddings - rows for table, rows in zip(tables, before, strict=True)), default=math.inf)
 
 
-def within_positions(model: nn.Module, flags: Flags, name: str) -> Flags:
+def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
     limit, asked = learned_positions(model), getattr(flags, name)
-    if limit is None or asked <= limit:
-        return flags
-    log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit)
-    setattr(flags := copy(flags), name, limit)
+    if asked > limit:
+        log.warning(
+            "--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit
+        )
+        setattr(flags := copy(flags), name, limit)
     return flags
 
 
@@ -318,17 +306,12 @@ def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
         vocabulary = json.dumps(state, sort_keys=True)
     configs = [model.config] if isinstance(model, PreTrainedModel) else []
-    settings = [_deciding(config.to_dict()) for config in (*configs, *getattr(model, "peft_config", {}).values())]
-    rules = [tokenizer.chat_template, tokenizer.special_tokens_map, tokenizer.truncation_side]
+    stated = [config.to_dict() for config in (*configs, *getattr(model, "peft_config", {}).values())]
+    stated += [{name: getattr(tokenizer, name) for name in ("chat_template", "special_tokens_map", "truncation_side")}]
+    told = json.dumps(stated, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    decides = json.loads(told, object_hook=lambda d: {k: v for k, v in d.items() if not re.search(UNDECIDING, k)})
     kind = type(model).__name__.removeprefix("FSDP")  # what sharding puts before it
-    return fingerprint(kind, json.dumps([settings, rules], sort_keys=True, default=str), vocabulary, more=weights)
-
-
-def _deciding(value: Any) -> Any:
-    """A configuration without what decides no output: paths, versions, types of numbers, what made it."""
-    if isinstance(value, dict):
-        return {str(name): _deciding(each) for name, each in value.items() if not re.search(UNDECIDING, str(name))}
-    return sorted(map(str, value)) if isinstance(value, set) else value
+    return fingerprint(kind, json.dumps(decides, sort_keys=True), vocabulary, more=weights)
 
 
 @contextmanager

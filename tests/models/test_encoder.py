@@ -32,7 +32,7 @@ from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
 try:
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 except ImportError:
     from sentence_transformers.models import Normalize, Pooling, Transformer
 
@@ -137,7 +137,7 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
                                            OLD | {"pooling_mode_cls_token": True})),
     ("", {"reading": {"max_seq_length": 9}}), ("", {"tokenizer_config": {"model_max_length": 9}}),
     ("", {"reading": {"max_seq_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
-    ("", {"reading": {"query_length": 5, "document_length": 7}}),
+    ("", {"reading": {"query_length": 5, "document_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
     ("", {"reading": dict.fromkeys(("transformer_task", "modality_config", "module_output_name")),
           "sentence_roberta_config": {"max_seq_length": 11}}),
     *(("cased", {"reading": {"do_lower_case": lower}}) for lower in (True, False)),
