@@ -313,7 +313,8 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     """The settings that a checkpoint's own files state, and whether passages have an encoder of their own.
 
     They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
-    refused. Similarity is cosine unless another is stated, with or without a Normalize module.
+    refused. Similarity is cosine unless another is stated, with or without a Normalize module; texts are cut at `limit`
+    tokens unless a length is stated.
     """
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
         defaults = {item.name: item.default for item in fields(EncoderSettings)} | {"two_encoders": False}
@@ -324,8 +325,8 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
     names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
     if names not in (MODULES, MODULES[:2]) or folders[0]:
-        wanted = f"{', '.join(MODULES)}, the first of path ''"
-        raise UserError(f"{file}: modules {', '.join(names)} are not supported, only {wanted}")
+        wanted = f"{', '.join(MODULES)} in this order, the first with path ''"
+        raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
     general = partial(_stated, file, _read_json(path, GENERAL_FILE))
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
@@ -342,7 +343,7 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
         raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
     old = [key for key in pooling if key.startswith("pooling_mode_")]
     old = [key for key in old if _stated(f"{path}/{pooling_file}", pooling, key, False)]
-    modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key[13:]) for key in old]
+    modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key.removeprefix("pooling_mode_")) for key in old]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
     reading = partial(_stated, f"{path}/sentence_bert_config.json", found)
