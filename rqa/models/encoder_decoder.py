@@ -21,7 +21,15 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
+from rqa.models.loading import (
+    WARM_START,
+    LoadingArguments,
+    evaluating,
+    hidden_states,
+    load_model,
+    load_tokenizer,
+    within_positions,
+)
 from rqa.models.reader import GenerationArguments, LocalReader, generate
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
@@ -172,11 +180,9 @@ def load_encoder_decoder(
                 model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
         except ValueError:  # T5Gemma caps its scores
             model.set_attn_implementation("eager")
-    for side, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
-        limit = getattr(getattr(part, "config", None), "max_position_embeddings", None)
-        asked = getattr(flags, f"max_{side}_seq_length", None)
-        if limit and asked and asked > limit:
-            raise UserError(f"--max_{side}_seq_length {asked}: {name} takes at most {limit} tokens")
+    flags = within_positions(model.get_encoder(), flags, "max_encoder_seq_length")
+    if isinstance(flags, FiDPromptArguments):
+        flags = within_positions(model.get_decoder(), flags, "max_decoder_seq_length")
     if flags.precision is torch.float16 and model.config.model_type in OVERFLOWING:
         raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))
@@ -187,11 +193,13 @@ def _warm_start(path: str, tokenizer: Any, load: Callable[..., PreTrainedModel])
     if None in tokens.values():
         raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
     encoder = load(transformers.AutoModel)
-    decoder = load(transformers.AutoModelForCausalLM, is_decoder=True, add_cross_attention=True)
+    headless = encoder.config.architectures == [type(encoder).__name__]  # the checkpoint has no head for tokens
+    made = {"new_layers": NEW_LAYERS if headless else "crossattention"}
+    decoder = load(transformers.AutoModelForCausalLM, **made, is_decoder=True, add_cross_attention=True)
     for layer in decoder.modules():
         if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
             layer.crossattention.load_state_dict(layer.attention.state_dict())
-    if encoder.config.architectures == [type(encoder).__name__]:  # the checkpoint has no head that predicts tokens
+    if headless:
         for name, module in decoder.named_modules():
             if isinstance(module, nn.Linear) and name.endswith(("predictions.transform.dense", "lm_head.dense")):
                 # Begin as the identity: the activation is linear near zero, and LayerNorm restores the scale.

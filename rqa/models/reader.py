@@ -17,7 +17,14 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
+from rqa.models.loading import (
+    attention_of,
+    evaluating,
+    hidden_states,
+    learned_positions,
+    packing_is_exact,
+    within_positions,
+)
 from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
@@ -178,7 +185,9 @@ class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
+        prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         super().__init__(model, prompter, flags, prompter.stop_ids, prompter.arguments.max_new_tokens)
+        self.positions = learned_positions(model)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
         self.loop = self.most  # tokens that end an answer when it says them again
 
@@ -204,6 +213,7 @@ class CausalLMReader(LocalReader):
     @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
         stop, most = self.prompter.stop_ids, max_new_tokens or self.most
+        most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token is not read
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:

@@ -200,10 +200,14 @@ def test_bfloat16_is_near_float32_and_float16_is_refused_for_t5_alone(case: Case
             load_encoder_decoder(case.path, type("Mixed", (FiDArguments,), {"precision": dtype})(**vars(FLAGS)))
 
 
-def test_a_model_that_cannot_take_what_is_asked_is_refused(encoder_path: str, bart_path: str, lm_path: str) -> None:
+def test_what_a_model_has_no_positions_for_is_cut_and_what_it_cannot_be_is_refused(
+    encoder_path: str, bart_path: str, lm_path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path, limit in ((f"bert::{encoder_path}", 64), (bart_path, 128)):
+        arguments = load_encoder_decoder(path, Flags())[1].arguments
+        assert (arguments.max_encoder_seq_length, arguments.max_decoder_seq_length) == (limit, limit)
+        assert f"has positions for {limit} tokens" in caplog.text
     for path, flags, message in (
-        (f"bert::{encoder_path}", Flags(), r"--max_encoder_seq_length 512: .* takes at most 64 tokens"),
-        (bart_path, Flags(max_encoder_seq_length=128), r"--max_decoder_seq_length 256: .* takes at most 128 tokens"),
         (lm_path, FLAGS, "cannot be loaded"),
         (f"bert::{lm_path}", FLAGS, r"the tokenizer lacks \[CLS\]"),
     ):
