@@ -3,7 +3,6 @@
 import logging
 import os
 import platform
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -125,9 +124,3 @@ def test_a_closed_or_full_output_ends_with_at_most_one_line_and_terminals_are_sh
         assert others == [said] * bool(said)
     if not redirected:
         assert done.stdout == "said \\x1b[31m a\nb\t\\ud800\n"
-
-
-def test_ctrl_c_during_imports_ends_without_a_word() -> None:
-    code = "import os, signal, rqa.runtime.quiet; os.kill(os.getpid(), signal.SIGINT)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
-    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")
