@@ -1,6 +1,5 @@
 """Checkpoints that were damaged, half-written, left behind by a crash, or continued under other circumstances."""
 
-import json
 import os
 import shutil
 from collections.abc import Callable
@@ -223,27 +222,6 @@ def test_another_step_size_goes_on_where_the_stream_was_left(flags: LoopArgument
     assert resumed.seen == whole.seen[12:]
     assert resumed.state.step == 3 + (32 - 12) // 2
     assert sorted(whole.seen) == sorted([*range(16)] * 2)
-
-
-def test_checkpoints_of_november_2026_are_continued_to_the_very_same_weights(flags: LoopArguments) -> None:
-    """They numbered the parameters of the optimizer and kept the sums since the last log line."""
-    plan = replace(flags, new_layers="bias", new_layers_learning_rate=0.2)
-    whole = run(plan)
-    shutil.rmtree(Path(flags.output_dir) / "checkpoint-6")
-    old = Path(flags.output_dir) / "checkpoint-4"
-    tensors = torch.load(old / "training_state.pt", weights_only=True)
-    moments = tensors["optimization"]["optimizer"]
-    assert list(moments) == ["linear.weight", "linear.bias"]
-    groups = [{"params": [number], "lr": 1.0} for number in range(2)]
-    tensors["optimization"]["optimizer"] = {"state": dict(enumerate(moments.values())), "param_groups": groups}
-    torch.save(tensors, old / "training_state.pt")
-    state = json.loads((old / "trainer_state.json").read_text())
-    del state["live_state"]
-    (old / "trainer_state.json").write_text(json.dumps(state | {"window": {"loss": 1.0, "steps": 1.0}}))
-    (old / "COMPLETE").write_text("{}")
-    resumed = run(replace(plan, resume_from_checkpoint="true"))
-    assert len(resumed.seen) == 2 * 4
-    assert same_weights(resumed, whole)
 
 
 def test_an_index_is_saved_once_shared_by_checkpoints_restored_and_deleted_with_the_last_of_them(
