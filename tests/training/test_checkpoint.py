@@ -60,10 +60,8 @@ class Drift:
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "flipped bit": lambda path: flip_a_bit(path / "training_state.pt"),
     "flipped bit in the weights": lambda path: flip_a_bit(path / "w.safetensors"),
-    "cut short": lambda path: (path / "training_state.pt").write_bytes((path / "training_state.pt").read_bytes()[:99]),
     "file gone": lambda path: (path / "w.safetensors").unlink(),
     "no mark": lambda path: (path / "COMPLETE").unlink(),
-    "empty mark": lambda path: (path / "COMPLETE").write_bytes(b""),
     "mark of another kind": lambda path: (path / "COMPLETE").write_text("[1]"),
 }
 
