@@ -228,7 +228,6 @@ NOWHERE = "model /nowhere: cannot be loaded: no such directory"
         ("dca", {"reader_model_path": "/nowhere"}, NOWHERE),
         ("dca", {"train_file": _lines(ROW | {"ctxs": GOLD}), "with_score": "true", "reader_model_path": None},
          "bad.jsonl:1: field 'ctxs' must hold documents with a 'score'"),
-        ("fid", {"max_encoder_seq_length": 65}, "--max_encoder_seq_length 65: "),
         ("fid", {"max_encoder_seq_length": 5}, "--max_encoder_seq_length or --max_decoder_seq_length: no example fits"),
         ("fid", {"model_name_or_path": "bert::/nowhere"}, NOWHERE),
         ("fid", {"fp16": "true"}, "--fp16 true needs a CUDA device"),
