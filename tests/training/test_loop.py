@@ -266,12 +266,16 @@ def test_before_step_comes_before_the_batch_is_made(flags: LoopArguments) -> Non
     assert made == [event for step in range(6) for event in (f"before {step}", "batch")]
 
 
+class Small(PreTrainedModel):
+    """What `transformers` caches about a class must not be cached about them all."""
+
+
 class InModel(Regression):
     """The same within a model of `transformers`, which is what bf16 lowers."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(dropout)
-        self.model = PreTrainedModel(PreTrainedConfig())
+        self.model = Small(PreTrainedConfig())
         self.model.linear, self.model.frozen = self._modules.pop("linear"), nn.Linear(4, 1).requires_grad_(False)
         self.dtypes: set[torch.dtype] = set()
 
