@@ -178,15 +178,22 @@ def measured(losses: dict[int, float]) -> Callable[[int], dict[str, float]]:
     return lambda step: {"eval_loss": losses[step], "eval_accuracy": float(step)}
 
 
-def test_the_best_model_of_another_directory_is_forgotten_with_one_line(
+def test_the_best_model_of_another_directory_or_metric_is_chosen_again_with_one_line(
     flags: LoopArguments, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
+    def told() -> list[str]:
+        lines = [line for line in warnings_of(caplog) if "best model" in line]
+        caplog.clear()
+        return lines
+
     first = replace(flags, max_steps=4, eval_steps=2)
     run(first, evaluate=measured({2: 0.1, 4: 0.5}))
+    run(replace(first, resume_from_checkpoint="true"))
+    assert told() == []
     start = Path(first.output_dir) / "checkpoint-4"
     other = replace(first, output_dir=str(tmp_path / "other"), max_steps=6, resume_from_checkpoint=str(start))
     resumed = run(other, evaluate=measured({6: 0.9}))
-    (line,) = [line for line in warnings_of(caplog) if "best model" in line]
+    (line,) = told()
     assert "none, not checkpoint-2 (0.1)" in line
     assert (resumed.state.best_metric, resumed.state.best_model_checkpoint) == (0.9, "checkpoint-6")
     assert torch.equal(weight_in(tmp_path / "other"), resumed.linear.weight)
@@ -195,18 +202,10 @@ def test_the_best_model_of_another_directory_is_forgotten_with_one_line(
         run(other)
     run(replace(other, overwrite_output_dir=True, max_steps=5))
     assert names(tmp_path / "other") == ["checkpoint-5"]
-
-
-def test_by_another_metric_the_best_is_chosen_again_and_by_the_same_one_without_a_word(
-    flags: LoopArguments, caplog: pytest.LogCaptureFixture
-) -> None:
-    first = replace(flags, max_steps=4, eval_steps=2)
-    run(first, evaluate=measured({2: 0.1, 4: 0.5}))
-    run(replace(first, resume_from_checkpoint="true"))
-    assert warnings_of(caplog) == []
+    told()
     again = replace(first, max_steps=6, resume_from_checkpoint="true", metric_for_best_model="accuracy")
     resumed = run(again, evaluate=lambda step: {"eval_accuracy": 0.0})
-    (line,) = [line for line in warnings_of(caplog) if "best model" in line]
+    (line,) = told()
     assert "checkpoint-4 (4.0), not checkpoint-2 (0.1)" in line
     assert (resumed.state.best_metric, resumed.state.best_model_checkpoint) == (4.0, "checkpoint-4")
 
