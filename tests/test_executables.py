@@ -242,17 +242,15 @@ NOWHERE = "model /nowhere: cannot be loaded: no such directory"
     ],
 )  # fmt: skip
 def test_what_an_executable_cannot_use_is_one_line_and_status_2(
-    name: str, own: dict[str, Any], message: str, trainer_flags: Flags, run_executable: Run,
-    capsys: pytest.CaptureFixture[str], tmp_path: Path,
-) -> None:  # fmt: skip
+    name: str, own: dict[str, Any], message: str, trainer_flags: Flags, refused: Callable[..., None], tmp_path: Path
+) -> None:
     """Files are given by their text."""
     for flag in own.keys() & {"train_file", "eval_file", "full_dataset_file_path"}:
         if not own[flag].startswith("/"):
             (tmp_path / "bad.jsonl").write_text(own[flag])
             own = own | {flag: tmp_path / "bad.jsonl"}
-    assert run_executable(f"train_{name}", trainer_flags(f"train_{name}", **own)) == 2
-    (error,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
-    assert message in error
+    line = (part for flag, value in trainer_flags(f"train_{name}", **own).items() for part in (f"--{flag}", value))
+    refused(message, f"train_{name}", *line)
     assert not (tmp_path / "out" / ("" if message.startswith("/nowhere") else "model.safetensors")).exists()
 
 
