@@ -52,10 +52,9 @@ def read_state(checkpoint: Path) -> RunState:
     try:
         state = replace(RunState(**read_json(checkpoint / STATE_FILE)), interrupted=False)
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]
-        numbers = [value for entry in state.log_history for value in entry.values()]
-        good = isinstance(state.log_history, list) and re.fullmatch(r"index-\d+", state.live_state or "index-0")
-        good = good and all(type(number) in (int, float, NoneType) for number in numbers)
-        if not good or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+        good = [isinstance(state.log_history, list), re.fullmatch(r"index-\d+", state.live_state or "index-0")]
+        good += [type(value) in (int, float, NoneType) for entry in state.log_history for value in entry.values()]
+        if not all(good) or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
             raise ValueError(f"{STATE_FILE} is not what a run writes")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint}: cannot be resumed ({one_line(error)})") from None
