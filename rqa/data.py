@@ -1,17 +1,19 @@
 """LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
+import json
 import logging
 import pickle
 import pickletools
 import random
-from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import read_jsonl, write_jsonl
+from rqa.runtime.files import read_jsonl, reading, write_jsonl
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import parse_json, plain
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +24,7 @@ T = TypeVar("T")
 class DocumentArguments(Arguments):
     """What is retrieved."""
 
-    document_path: str = flag(help="Document database: .jsonl, or LocalRQA's .pkl.", also="full_dataset_file_path")
+    document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.", also="full_dataset_file_path")
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,16 @@ class Document:
         """Two documents are the same when source and content are."""
         return str(self.metadata.get("source", "")), self.page_content
 
+    @property
+    def gain(self) -> float:
+        """How relevant a gold passage is, for nDCG: above 0, and 1 unless its `metadata.gold_gain` says otherwise."""
+        gain = self.metadata.get("gold_gain")
+        return gain if isinstance(gain, int | float) and gain > 0 else 1.0
+
     def to_json(self) -> dict[str, Any]:
-        return {"page_content": self.page_content, "metadata": self.metadata, "fmt_content": self.fmt_content}
+        row = {"page_content": self.page_content, "metadata": self.metadata}
+        derived = self.fmt_content == format_content(self.page_content, self.metadata)
+        return row if derived else row | {"fmt_content": self.fmt_content}
 
 
 def format_content(page_content: str, metadata: dict[str, Any]) -> str:
@@ -67,7 +77,7 @@ def parse_document(value: Any, where: str) -> Document:
 
 
 def read_documents(path: str | Path) -> list[Document]:
-    """Read a document database: `.jsonl`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
+    """Read a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
     unique: dict[tuple[str, str], Document] = {}
     for document in iterate_documents(path):
         unique.setdefault(document.key, document)
@@ -94,17 +104,19 @@ class _PickledDocument:
 
 
 class _DocumentUnpickler(pickle.Unpickler):
-    """Builds documents, dicts, lists, strings and numbers; refuses every other class by name."""
+    """Builds documents, dicts, lists, sets, strings and numbers; refuses every other class by name."""
 
     def find_class(self, module: str, name: str) -> type:
         if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
             return _PickledDocument
-        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, strings and numbers are read")
+        if module in ("builtins", "__builtin__") and name == "set":  # as protocols 2 and 3 write them
+            return set
+        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
 
 
 def _read_pickle(path: Path) -> list[Document]:
-    try:
-        with path.open("rb") as file:
+    with reading(path) as file:
+        try:
             size = path.stat().st_size
             # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
             for opcode, number, _ in pickletools.genops(file):
@@ -112,21 +124,21 @@ def _read_pickle(path: Path) -> list[Document]:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
             values = _DocumentUnpickler(file).load()
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except UserError as error:
-        raise UserError(f"{path}: {error}") from None
-    except Exception as error:  # a damaged pickle raises nearly anything
-        raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
-    if not isinstance(values, list):
-        raise UserError(f"{path}: expected a list of documents, found {type(values).__name__}")
-    documents = []
-    for number, value in enumerate(values, start=1):
-        attributes = vars(value) if isinstance(value, _PickledDocument) else value
-        if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
-            attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
-        documents.append(parse_document(attributes, f"{path}: item {number}"))
-    return documents
+            if not isinstance(values, list):
+                raise UserError(f"expected a list of documents, found {type(values).__name__}")
+            documents = []
+            for number, value in enumerate(values, start=1):
+                attributes = vars(value) if isinstance(value, _PickledDocument) else value
+                if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
+                    attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
+                # What JSON has no form for, such as bytes, becomes null, and a set a list.
+                text = json.dumps(attributes, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
+                documents.append(parse_document(parse_json(text, object), f"item {number}"))
+            return documents
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -178,7 +190,7 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
 def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
     """What `read_examples` reads, one line in memory at a time."""
     for line, row in read_jsonl(path):
-        for example in _parse_row(row, f"{path}:{line}", answers):
+        for example in parse_example(row, f"{path}:{line}", answers):
             texts = {"question": example.question, "gold_answer": example.gold_answer}
             blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
             if blank:  # as generated data has it
@@ -199,7 +211,29 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     write_jsonl(path, (example.to_json() for example in examples))
 
 
-def _parse_row(row: dict[str, Any], where: str, answers: bool) -> list[Example]:
+def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
+    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
+
+    Others stay, and no retriever finds them; one warning counts both.
+    """
+    missing = {gold.key: normalize(gold.page_content) for example in examples for gold in example.gold_docs}
+    for document in documents:
+        missing.pop(document.key, None)
+    if not missing:
+        return examples
+    texts = set(missing.values())
+    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
+    lost = [key for key, text in missing.items() if text not in same]
+    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
+    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
+    told += "there with the same text, which counts as found; %d are not, and can never be found"
+    file = examples[0].where.rpartition(":")[0]
+    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
+    return [replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in e.gold_docs)) for e in examples]
+
+
+def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
+    """Check one decoded row of examples; `where` is file and line, for the error. -> one for each of its questions"""
     several = "questions" in row
     questions = row["questions"] if several else [row.get("question")]
     if not isinstance(questions, list) or not questions or not all(isinstance(text, str) for text in questions):
@@ -237,5 +271,5 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def normalize(text: str) -> str:
-    """Text as duplicates are compared: in lower case, any white space one space."""
-    return " ".join(text.lower().split())
+    """Text as duplicates are compared: in one case and one spelling of its characters, any white space one space."""
+    return " ".join(plain(text).casefold().split())

@@ -9,15 +9,15 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass, replace
 from functools import cache, partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from jinja2.exceptions import TemplateError
 
 from rqa.data import Document, Example
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import reading
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.text import parse_json
+from rqa.runtime.text import as_text, parse_json, without_thoughts
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +70,10 @@ def read_template(path: str | None, default: str) -> str:
     if path is None:
         return default
     try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompt_template {path}: cannot be read ({error})") from None
+        with reading(path) as file:
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+    except UserError as error:
+        raise UserError(f"--prompt_template {error}") from None
     if missing := [name for name in re.findall(r"\{\w+\}", default) if name not in text]:
         raise UserError(f"--prompt_template {path}: the placeholder {missing[0]} is missing")
     return text.rstrip("\n")
@@ -170,10 +171,14 @@ class Prompter:
         self.tokenizer = tokenizer
         self.arguments = arguments or PromptArguments()
         self.instruction = read_template(self.arguments.prompt_template, INSTRUCTION)
+        self.as_text, self._options = as_text(tokenizer), self.arguments.template_options
         start = tokenizer.encode("", add_special_tokens=True)[:1]
         self._bos = start if start == [tokenizer.bos_token_id] else []
         self._end_of_reply, self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = sorted({self.end_of_turn[-1], tokenizer.eos_token_id} - {None})  # where generation ends
+        special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
+        self._unsaid = {token for token, name in special.items() if name not in ("<think>", "</think>")}
+        self._thinks = self._prompt(Example("?")).text.rstrip().endswith("<think>")  # a prompt begins the thoughts
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:
         """Token ids of the prompt and, when given, of the answer and its end of turn; or `DoesNotFit`.
@@ -198,8 +203,9 @@ class Prompter:
         return self.tokenizer.encode(self._answer_text(answer), add_special_tokens=False) + self.end_of_turn
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The answer's text from generated ids."""
-        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
+        """The answer's text from generated ids, without thoughts: "" where these never end."""
+        reply = self.tokenizer.decode([token for token in ids if token not in self._unsaid])
+        return without_thoughts("<think>" * self._thinks + reply)
 
     def _fit(self, example: Example, passages: Sequence[Document], target: int) -> tuple[_Prompt, bool]:
         """The longest prompt before an answer of so many tokens, and whether generation would cut it less."""
@@ -217,11 +223,12 @@ class Prompter:
         style = self.arguments
         texts = [cut(passage.fmt_content, cap) for passage in passages]
         numbered = "\n\n".join(f"[{number}] {text}" for number, text in enumerate(texts, start=1) if text)
-        request = fill(self.instruction, {"passages": numbered, "question": example.question})
-        turns = [(_role(turn.speaker), turn.message) for turn in example.chat_history] + [("user", request)]
+        fields = {"passages": self.as_text(numbered), "question": self.as_text(example.question)}
+        turns = [(_role(turn.speaker), self.as_text(turn.message)) for turn in example.chat_history]
+        turns += [("user", fill(self.instruction, fields))]
         messages = [{"role": role, "content": said} for role, said in turns]
         if style.chat_format == "template":
-            text = self._apply_template(messages)
+            text = self.apply_template(messages)
         else:
             before = {"user": style.user_prefix, "assistant": style.assistant_prefix}
             after = {"user": style.sep_user, "assistant": self._end_of_reply}
@@ -230,13 +237,15 @@ class Prompter:
         return _Prompt(messages, text, ids if ids[: len(self._bos)] == self._bos else self._bos + ids)
 
     def _answer_text(self, answer: str) -> str:
-        return (" " if self.arguments.chat_format == "prefix" else "") + answer.strip()
+        before = " " if self.arguments.chat_format == "prefix" else ""
+        return ("</think>\n\n" if self._thinks else before) + self.as_text(answer.strip())
 
-    def _apply_template(self, messages: list[dict[str, str]]) -> str:
-        asks = messages[-1]["role"] == "user"
+    def apply_template(self, messages: list[dict[str, str]]) -> str:
+        """The text of a conversation by the tokenizer's chat template; a reply is begun behind a user's turn."""
+        options = self._options | {"tokenize": False, "add_generation_prompt": messages[-1]["role"] == "user"}
         try:
-            return self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=asks)
-        except TemplateError as error:
+            return self.tokenizer.apply_chat_template(messages, **options)
+        except (TemplateError, TypeError, ValueError) as error:
             raise UserError(f"--chat_format template: the chat template refuses a conversation ({error})") from None
 
     def _find_end_of_turn(self) -> tuple[str, list[int]]:
@@ -246,7 +255,9 @@ class Prompter:
             if not self.tokenizer.chat_template:
                 raise UserError("--chat_format template: the tokenizer has no chat template; use --chat_format prefix")
             said = [{"role": "user", "content": "A question?"}, {"role": "assistant", "content": "An answer."}]
-            suffix = self._apply_template(said).rpartition("An answer.")[2]
+            suffix = self.apply_template(said).rpartition("An answer.")[2]
+        elif self._options and self.tokenizer.chat_template:
+            raise UserError("--chat_template_kwargs: only a chat template has variables; add --chat_format template")
         ids = self.tokenizer.encode(suffix, add_special_tokens=False) if suffix else []
         special = {*self.tokenizer.all_special_ids, *self.tokenizer.added_tokens_decoder}
         if ends := [position for position, token in enumerate(ids, start=1) if token in special]:

@@ -18,7 +18,16 @@ from typing import Any
 
 import pytest
 
-from rqa.data import Document, Example, Turn, read_documents, read_examples, write_documents, write_examples
+from rqa.data import (
+    Document,
+    Example,
+    Turn,
+    read_documents,
+    read_examples,
+    with_known_gold,
+    write_documents,
+    write_examples,
+)  # fmt: skip
 from rqa.preparation.mine import DocumentFile
 from rqa.runtime.errors import UserError
 
@@ -95,11 +104,13 @@ def test_localrqa_pickles_are_read(module: str, tmp_path: Path, monkeypatch: pyt
 
 def test_pydantic_keeps_the_fields_one_level_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made = foreign_class(monkeypatch, "langchain_core.documents.base")
-    for extra, protocol in itertools.product(("__fields_set__", "__pydantic_fields_set__"), (4, 5)):
-        state = {"__dict__": FIELDS | {"type": "Document"}, extra: set(FIELDS), "__pydantic_private__": None}
+    fields = FIELDS | {"metadata": FIELDS["metadata"] | {"tags": {"b", "a"}, "image": b"\xff", "half": "\ud83d"}}
+    expected = Document("text", {"source": "s", "tags": ["a", "b"], "image": None, "half": "\ufffd"})
+    for extra, protocol in itertools.product(("__fields_set__", "__pydantic_fields_set__"), (3, 4, 5)):
+        state = {"__dict__": fields | {"type": "Document"}, extra: set(FIELDS), "__pydantic_private__": None}
         made.__getstate__ = lambda self, state=state: state
         (tmp_path / "documents.pickle").write_bytes(pickle.dumps([instance(made)], protocol=protocol))
-        assert read_documents(tmp_path / "documents.pickle") == [Document("text", {"source": "s"})]
+        assert read_documents(tmp_path / "documents.pickle") == [expected]
 
 
 def test_a_pickle_that_refers_to_anything_else_is_refused_by_name_and_runs_nothing(
@@ -285,6 +296,26 @@ def test_answers_may_be_absent_only_where_none_are_needed_and_serve_one_question
     assert re.search("^1: .*'questions'", refusal(read, path, lines(several)))
 
 
+def test_gold_passages_are_matched_by_text_and_those_not_in_the_database_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    spelled = [
+        Document("Arlen trades  in\ncopper’s ore, E\u0301lan.", {"source": "x"}),
+        Document("Lost.", {"source": "guide"}),
+    ]
+    known = Document("arlen trades in copper's ore, Élan.", {"source": "guide/1"})
+    examples = [Example("Which?", (BRASK, *spelled), where="train.jsonl:7"), Example("None?")]
+    with caplog.at_level(logging.WARNING, logger="rqa"):
+        assert with_known_gold(examples[1:], []) == examples[1:]
+        assert with_known_gold([Example("Which?", (BRASK,))], [BRASK]) == [Example("Which?", (BRASK,))]
+        assert not caplog.records
+        found = with_known_gold(examples, [ARLEN, BRASK, known])
+    assert found == [Example("Which?", (BRASK, known, spelled[1])), Example("None?")]
+    (said,) = (record.getMessage() for record in caplog.records)
+    assert said.startswith("train.jsonl: 2 gold passages are not in the database")
+    assert re.search(r"such as 'guide': 'Lost\.'; 1 are there .* 1 are not, and can never be found", said)
+
+
 def test_documents_and_examples_are_read_back_as_they_were_written(
     tmp_path: Path, documents: list[Document], examples: list[Example]
 ) -> None:
@@ -308,6 +339,7 @@ def test_documents_and_examples_are_read_back_as_they_were_written(
         write(first, written)
         assert read(first) == written
         assert first.read_bytes().count(b"\n") == len(written)
+        assert first.read_bytes().count(b"fmt_content") == (1 if write is write_documents else 0)  # else it is derived
         write(again, read(first))
         assert again.read_bytes() == first.read_bytes()
     assert (difficult, asked) == before

@@ -182,6 +182,24 @@ def test_the_parser_refuses_in_one_line(line: str) -> None:
         parsed(name, flags)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["mine_negatives --document_path d.jsonl --output_path link",
+     "chunk_documents --document_path a d.jsonl --output_path d.jsonl",
+     "convert_dataset --to_format dpr --train_file d.jsonl --output_dir .",
+     "train_ctl --model_name_or_path . --output_dir ../m/",
+     "train_fid --model_name_or_path bert::. --output_dir ."],
+)  # fmt: skip
+def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "m").mkdir()
+    monkeypatch.chdir(tmp_path / "m")
+    Path("d.jsonl").touch()
+    Path("link").symlink_to("d.jsonl")
+    name, *flags = line.split()
+    with pytest.raises(UserError, match=r"too, and would be overwritten|holds the input d"):
+        parsed(name, flags)
+
+
 def _lines(*rows: object) -> str:
     return "\n".join(json.dumps(row) for row in rows)
 

@@ -3,29 +3,40 @@
 import asyncio
 import json
 import logging
+import math
 import os
+import re
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
-from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.errors import UserError, one_line, without_credentials
 from rqa.runtime.files import Store, cache_root, fingerprint
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import clean_text, parse_json, without_thoughts
 
 log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
+URL = re.compile(r"https?://([^\s/?#]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
 BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
+CHARACTERS_PER_TOKEN = 32  # at most, on average: what a server says beyond them was not asked for
+LONGEST_REPLY = 2**24  # bytes, unpacked
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
 PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
-ADVICE |= dict.fromkeys((401, 403), "the key is refused: set $OPENAI_API_KEY or the flag of the key")
+ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
+ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
+REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
+FIRST = 5  # requests: where all of them are refused, so will be the others
+INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
+CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
+UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
 @dataclass(kw_only=True)
@@ -45,7 +56,7 @@ class EndpointArguments(RequestArguments):
     """The model behind an OpenAI-compatible server."""
 
     endpoint_model: str | None = flag(None, "Name of the model. Default: the only one the server lists.", rare=True)
-    endpoint_api_key: str | None = flag(None, "Server's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
+    endpoint_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
 
 
 class Reply(NamedTuple):
@@ -53,13 +64,32 @@ class Reply(NamedTuple):
 
     text: str
     num_tokens: int
-    seconds: float | None
+    seconds: float | None = None
+    cut: bool = False  # whether it ended before its end
+
+    @classmethod
+    def read(cls, max_tokens: int, kept: Any) -> "Reply":
+        """The reply, without thoughts, in what `chat_reply` found now or in an earlier run; or one of `UNREADABLE`."""
+        content, tokens, reason = [*kept, None][:3]  # older versions kept no reason
+        if isinstance(content, list):
+            content = "".join(part["text"] for part in content if part["type"] == "text")
+        text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
+        longest = max_tokens * CHARACTERS_PER_TOKEN
+        if type(tokens) is not int or not 0 <= tokens < 10**9:
+            tokens = len(text.split())
+        return cls(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
 
 
 class Job(NamedTuple):
-    key: str  # under which its result is kept
-    body: dict[str, Any]
-    parse: Callable[[Any], Any]  # what is made of the reply
+    key: str  # under which what was found is kept
+    asked: dict[str, Any]
+    settings: dict[str, Any]
+    find: Callable[[Any], Any]  # what is kept of a reply
+    read: Callable[[Any], Any] = lambda found: found  # what is made of that
+
+
+class Refused(UserError):
+    """One request that the server will not answer, however often it is sent."""
 
 
 def is_endpoint(name: str) -> bool:
@@ -74,74 +104,93 @@ class Endpoint:
     an interrupted run goes on where it stopped, and the same question is never paid twice.
     """
 
-    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments()) -> None:
-        self.base_url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
-        self._store = Store(cache_root() / "endpoint.sqlite")
-        self._reached, self._repeated = False, 0
-        url = urlsplit(self.base_url)
-        if url.scheme not in ("http", "https") or not url.netloc:
+    def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments(), template: Any = None) -> None:
+        """`template` are variables of the server's chat template."""
+        self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
+        if not (url := URL.fullmatch(self._url)):
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
-        # OpenAI's newer models know only the new name, most other servers only the old one.
-        self._limit = "max_completion_tokens" if url.hostname == "api.openai.com" else "max_tokens"
+        self.base_url = without_credentials(self._url)
+        self._options = {"chat_template_kwargs": template} if template else {}
+        self._store = Store(cache_root() / "endpoint.sqlite")
+        self._reached = self._served = False
+        self._names: dict[str, str] = {}  # that the server takes in place of ours
+        friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
+        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
+        self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
+        self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
+        if not (self._key.isascii() and self._key.isprintable()):
+            raise UserError(f"{self.base_url}: its API key holds characters that no key has; copy the key again")
 
     @cached_property
     def model(self) -> str:
         """The model's name, from the flag or from the server's list."""
         if self.flags.endpoint_model:
             return self.flags.endpoint_model
-        job = Job("", {}, lambda reply: [model["id"] for model in reply["data"]])
+        job = Job("", {}, {}, lambda reply: [str.strip(model["id"]) for model in reply["data"]])
         names = self._run(lambda client: self._send(client.models.with_raw_response.list, job))
         if len(names) != 1:
-            found = ", ".join(names[:10]) or "none"
-            raise UserError(f"{self.base_url}: serves not one model but {found}; name it with --endpoint_model")
+            found = one_line(", ".join(names[:10])) or "none"
+            raise self._error(f"serves not one model but {found}; name it with --endpoint_model")
         return names[0]
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
         """The likeliest reply to each conversation, whose turns are `{"role", "content"}`. [Q] -> [Q]
 
-        Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept.
+        Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept. One that
+        the server refuses gets an empty reply.
         """
-        jobs = []
+        jobs, settings = [], {"max_tokens": max_tokens, "temperature": 0.0, **self._options}
         for turns in conversations:
-            messages = [{name: _valid(text) for name, text in turn.items()} for turn in turns]
-            body = {"messages": messages, self._limit: max_tokens, "temperature": 0.0}
-            jobs.append(Job(self._key("chat", json.dumps(body, sort_keys=True)), body, chat_reply))
+            asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
+            key = self._name("chat", json.dumps(asked | settings, sort_keys=True))
+            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens)))
         replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
-        return [Reply(*kept[:2], seconds) for kept, seconds in replies]
+        return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt, by the completions API. [Q] -> [Q]"""
-        jobs = []
-        for prompt, answer in zip(map(_valid, prompts), map(_valid, answers), strict=True):
+        """The mean log-probability of each answer's tokens behind its prompt; NaN where it is refused. [Q] -> [Q]"""
+        jobs, settings = [], {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+        for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
-            body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
-            jobs.append(Job(self._key("echo", prompt, answer), body, partial(self._mean, prompt, answer)))
-        return [mean for mean, _ in self._ask_all(lambda client: client.completions, jobs, "score")]
+            asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
+            jobs.append(Job(self._name("echo", prompt, answer), asked, settings, find, _log_probability))
+        means = self._ask_all(lambda client: client.completions, jobs, "score")
+        return [math.nan if mean is None else mean for mean, _ in means]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
-        values = answer_tokens(reply, prompt, answer)
-        if not values:
+        if not (values := answer_tokens(reply, prompt, answer)):
             needs = "scoring needs a completions API with echo and logprobs, such as vLLM's"
-            raise UserError(f"{self.base_url}: gives no log-probabilities of the prompt; {needs}")
+            raise self._error(f"gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
-    def _key(self, *parts: str) -> str:
+    def _name(self, *parts: str) -> str:
         return fingerprint(self.base_url, self.model, fingerprint(*parts))
 
     def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
-        """What is made of the reply to each job, and its seconds; None for a reply of an earlier run or job."""
-        known = self._store.get({job.key for job in jobs})
+        """What is made of the reply to each job, and its seconds; None if refused, or known before."""
+        kept, known = self._store.get({job.key for job in jobs}), {}
+        for job in jobs:
+            with suppress(*UNREADABLE):
+                known[job.key] = job.read(kept[job.key])
         if number := sum(job.key in known for job in jobs):
             log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
         missing = {job.key: job for job in jobs if job.key not in known}
-        waiting, seconds = iter(missing.values()), {}
+        waiting, seconds, refused = iter(missing.values()), {}, dict[str, Refused]()
+        self._served |= bool(known)
 
         async def ask(send: Callable[..., Any]) -> None:
             for job in waiting:
                 started = time.perf_counter()
-                known[job.key] = await self._send(partial(send, model=self.model), job)
-                seconds[job.key] = time.perf_counter() - started
-                self._store.put({job.key: known[job.key]})
+                try:
+                    found = await self._send(partial(send, model=self.model), job)
+                except Refused as error:
+                    refused[job.key] = error
+                    if not self._served and refused.keys() >= {*list(missing)[:FIRST]}:
+                        raise
+                else:
+                    self._served, known[job.key] = True, job.read(found)
+                    seconds[job.key] = time.perf_counter() - started
+                    self._store.put({job.key: found})
                 bar.update()
 
         async def ask_all(client: Any) -> None:
@@ -151,27 +200,43 @@ class Endpoint:
                     group.create_task(ask(create))
 
         if missing:
-            self._repeated = 0
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
                 self._run(ask_all)
-            if self._repeated:
-                log.info("%s: %d requests were sent again", self.base_url, self._repeated)
-        return [(known[job.key], seconds.pop(job.key, None)) for job in jobs]
+        for key, error in list(refused.items())[:1]:
+            end = one_line(str(missing[key].asked)[-99:].rstrip("'}]").replace("\\n", " "))
+            told = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
+            log.warning(told, desc, len(refused), len(jobs), end, error)
+        return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
         import openai  # a second that a run without servers does not need
 
-        async def give_up_without_quota(response: Any) -> None:
-            if response.status_code == 429 and b"insufficient_quota" in await response.aread():
-                response.headers["x-should-retry"] = "false"
+        class Client(openai.DefaultAsyncHttpxClient):
+            async def send(self, request: Any, **options: Any) -> Any:
+                """One deadline for the whole of a reply, and a limit to its size."""
+                options["stream"], body = True, bytearray()
+                try:
+                    async with asyncio.timeout(2 * TIMEOUT), aclosing(await super().send(request, **options)) as reply:
+                        async for part in reply.aiter_bytes():
+                            body += part
+                            if len(body) > LONGEST_REPLY:
+                                break
+                except TimeoutError:
+                    raise openai.APITimeoutError(request) from None
+                # The body is unpacked, and what is no UTF-8 is no JSON.
+                left_out = ("content-encoding", "content-type")
+                headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
+                if reply.status_code == 429 and b"insufficient_quota" in body:
+                    headers.append(("x-should-retry", "false"))
+                return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
 
         async def run() -> Any:
             async with openai.AsyncOpenAI(
-                base_url=self.base_url,
-                api_key=self.flags.endpoint_api_key or os.environ.get("OPENAI_API_KEY") or "none",
+                base_url=self._url,
+                api_key=self._key or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
                 max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
-                http_client=openai.DefaultAsyncHttpxClient(event_hooks={"response": [give_up_without_quota]}),
+                http_client=Client(follow_redirects=False),
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
@@ -181,22 +246,41 @@ class Endpoint:
 
         try:
             return asyncio.run(run())
-        except (openai.APIError, ExceptionGroup) as error:
+        except Exception as error:
             first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
+            if isinstance(first, UnicodeError) or type(first).__name__ == "InvalidURL":
+                raise self._error(f"not a server's URL ({one_line(first)})") from None
             raise self._failure(first) if isinstance(first, openai.APIError) else first from None
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
-        """What is made of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
+        """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
         for attempt in range(self.flags.endpoint_retries + 1):
-            reply = await send(**job.body)
-            self._repeated += reply.retries_taken + (attempt > 0)
+            reply = await self._send_adapted(send, job)
             try:
-                return job.parse(reply.http_response.json())
-            except (LookupError, TypeError, ValueError, AttributeError, RecursionError):
+                job.read(found := job.find(parse_json(reply.http_response.content)))
+                return found
+            except UNREADABLE as error:
+                said = f"{one_line(error)}: {one_line(reply.http_response.text[:200]) or 'empty'}"
                 if attempt < self.flags.endpoint_retries:
                     await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
-        said = one_line(reply.http_response.text[:200]) or "empty"
-        raise UserError(f"{self.base_url}: not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
+        raise self._error(f"not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
+
+    async def _send_adapted(self, send: Callable[..., Any], job: Job) -> Any:
+        """The reply; a setting that the server refuses by name takes its other name, or is left out."""
+        while True:
+            settings = {self._names.get(name, name): value for name, value in job.settings.items()}
+            settings.pop("", None)
+            try:
+                return await send(**job.asked, extra_body=settings or None)
+            except Exception as error:
+                status = getattr(error, "status_code", 0)
+                said = error.response.text if status == 400 else ""
+                named = next((name for name in INSTEAD if name in settings and name in said), None)
+                if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
+                    raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
+                if named not in self._names:
+                    log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
+                self._names[named] = INSTEAD[named]
 
     def _failure(self, error: Any) -> UserError:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
@@ -205,7 +289,7 @@ class Endpoint:
             said = error.body
             if isinstance(said, dict):
                 said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
-            said = one_line(said or error.response.text or error.response.reason_phrase)
+            said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
@@ -213,6 +297,11 @@ class Endpoint:
         else:
             reason = one_line(cause) or "connection lost"
             what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
+        return self._error(what)
+
+    def _error(self, what: str) -> UserError:
+        for secret in filter(None, self._secrets):
+            what = what.replace(secret, "***")
         return UserError(f"{self.base_url}: {what}")
 
 
@@ -220,33 +309,39 @@ def _asked(retries: int) -> str:
     return f"asked {retries + 1} time{'s' if retries else ''}"
 
 
-def chat_reply(reply: Any) -> tuple[str, int]:
-    """The text of a chat completion, and how many tokens it has."""
-    text = reply["choices"][0]["message"]["content"] or ""  # null when all tokens went into reasoning
-    tokens = (reply.get("usage") or {}).get("completion_tokens")
-    return text.strip(), len(text.split()) if tokens is None else tokens
+def chat_reply(reply: Any) -> list[Any]:
+    """What `Reply.read` reads of a chat completion: its content, how many tokens it has, and why it ended."""
+    choice, usage = reply["choices"][0], reply.get("usage")
+    tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
+    return [choice["message"].get("content"), tokens, choice.get("finish_reason")]
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     """The log-probabilities of the answer's tokens in a completion that echoes prompt + answer; none if it does not."""
-    choice = reply["choices"][0]
+    choice, text = reply["choices"][0], prompt + answer
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
-    if len(tokens) < 2 or len(choice["text"]) < len(prompt + answer):
+    if len(tokens) < 2 or len(choice["text"]) < len(text):
         return []
     # A server may show, and count, a token that it puts before every text.
-    start = len(prompt) + (0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0])
-    end = start + len(answer)
+    lead = 0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0]
+    start, end, shown = lead + len(prompt), lead + len(text), tokens[0][:lead] + text
     generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
-    ends = [*offsets[1:last], end]
-    rows = zip(values[:last], offsets[:last], ends, strict=True)
-    return [value for value, begin, stop in rows if value is not None and (begin >= start or stop > start)]
+    rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
+    # Of a character in several tokens, each may be shown as U+FFFD.
+    placed = all(shown.startswith(token, begin) or "\ufffd" in token for token, _, begin, _ in rows[1:])
+    if not placed or text not in choice["text"][: len(tokens[0]) + len(text)]:
+        raise ValueError("log-probabilities of another text")
+    rows = rows[values[0] is None :]  # nothing stands before the first token that could make it likely
+    return [_log_probability(value) for _, value, begin, stop in rows if begin >= start or stop > start]
 
 
-def _valid(text: str) -> str:
-    """Text that UTF-8 can carry: half a surrogate pair, which JSON files may hold, becomes a question mark."""
-    return text.encode("utf-8", "replace").decode("utf-8")
+def _log_probability(value: Any) -> float:
+    """A number that can be one: servers write -9999 for minus infinity, and round."""
+    if type(value) not in (int, float) or not -1000 < value < 0.01:
+        raise ValueError(f"{value} is no log-probability")
+    return value
 
 
 def estimated_tokens(text: str) -> int:

@@ -1,6 +1,7 @@
 """What a server stands in for: a reader, and the language model that scores answers."""
 
 import logging
+import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -43,6 +44,9 @@ class EndpointScorer:
         texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         known = dict(zip(texts, scores, strict=True))
+        for number in [number for number, score in known.items() if math.isnan(score)]:  # refused: as its others
+            near = [known[i] for i in known if pairs[i].example is pairs[number].example and not math.isnan(known[i])]
+            known[number] = sum(near) / max(len(near), 1)
         return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
 
 

@@ -1,5 +1,6 @@
 """Answers over what is retrieved, scored and timed; and, of a reader in training, the loss of the gold answers."""
 
+import logging
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -9,7 +10,7 @@ import numpy as np
 from torch import nn
 
 from rqa.data import Document, Example
-from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.results import Rows, Scores
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
@@ -19,6 +20,8 @@ from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.parallelize import in_step
+
+log = logging.getLogger(__name__)
 
 
 def evaluate_answers(
@@ -37,16 +40,20 @@ def evaluate_answers(
         reader.warm_up(examples[0], read[0])
     duration = seconds(lambda: part.extend(reader.answer([examples[i] for i in mine], [read[i] for i in mine])))
     answers, duration = distributed.gather(part), max(distributed.total_by_rank(duration))
+    replies = [answer for answer in answers if answer.num_tokens or answer.seconds is not None]  # to what was asked
+    if few := sum(answer.cut or not answer.text for answer in replies):
+        cure = "raise --max_new_tokens (of an encoder-decoder --max_decoder_seq_length)"
+        log.warning("%d of %d replies were empty or cut; %s", few, len(replies), cure)
     rows = retrieval_rows(found, examples, flags.recall_at)
     for row, answer, passages in zip(rows, answers, read, strict=True):
         row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}
         texts = [passage.fmt_content for passage in passages]
-        scores = score_answer(answer.text, row["gold_answer"])
+        scores = score_answer(answer.text, *right_answers(row))
         scores |= {"faithfulness": faithfulness(answer.text, texts)}
         scores |= {"faithfulness_bigrams": faithfulness(answer.text, texts, 2)}
         row["scores"] |= {f"gen/{name}": value for name, value in scores.items()}
     metrics = mean_scores(rows)
-    metrics["gen/bleu"] = corpus_bleu([answer.text for answer in answers], [row["gold_answer"] for row in rows])
+    metrics["gen/bleu"] = bleu(np.sum(answer_statistics(rows), axis=0))
     metrics["gen/answer_words"] = sum(len(answer.text.split()) for answer in answers) / len(answers)
     return metrics | {f"gen/{name}": value for name, value in answer_speed(answers, duration).items()}, rows
 

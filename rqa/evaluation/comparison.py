@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rqa.data import parse_document
+from rqa.data import parse_document, parse_example
 from rqa.evaluation.metrics import answer_statistics, bleu, bleu_samples
 from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
 from rqa.evaluation.results import difference_intervals, interval
@@ -49,8 +49,11 @@ def read_predictions(run: str | Path) -> list[Row]:
     path = Path(run) / PREDICTIONS if Path(run).is_dir() else Path(run)
     rows = []
     for line, row in read_jsonl(path):
-        if not isinstance(row.get("scores"), dict) or not isinstance(row.get("question"), str):
+        scores, answer = row.get("scores"), row.get("generated_answer", "")
+        numbers = scores.values() if isinstance(scores, dict) else [None]
+        if not isinstance(answer, str) or not all(isinstance(number, int | float) for number in numbers):
             raise UserError(f"{path}:{line}: has no 'question' with 'scores'; evaluate the run again")
+        parse_example(row, f"{path}:{line}")
         rows.append(row)
     if not rows:
         raise UserError(f"{path}: holds no predictions")

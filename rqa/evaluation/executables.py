@@ -66,8 +66,8 @@ def write_run(path: str | Path, hits: Hits, documents: Sequence[Document], tag: 
 
 
 def write_qrels(path: str | Path, examples: Sequence[Example]) -> None:
-    """Write `question 0 document 1` lines for the gold documents; questions are numbered from 1."""
+    """Write `question 0 document gain` lines for the gold documents; questions are numbered from 1."""
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for question, example in enumerate(examples, start=1):
-            for name in dict.fromkeys(document_name(document) for document in example.gold_docs):
-                file.write(f"{question} 0 {name} 1\n")
+            for name, gain in {document_name(document): document.gain for document in example.gold_docs}.items():
+                file.write(f"{question} 0 {name} {gain:g}\n")

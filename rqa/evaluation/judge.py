@@ -3,6 +3,7 @@
 import json
 import logging
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from rqa.data import subset
@@ -12,6 +13,7 @@ from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
+from rqa.runtime.text import clean_text
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +43,7 @@ class JudgeArguments(RequestArguments):
     gen_gpt4eval: bool = flag(False, "Whether a language model judges the test answers.")
     judge_model: str = flag("gpt-4o", "Name of the judge at its server.")
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
-    judge_api_key: str | None = flag(None, "Judge's API key. Default: $OPENAI_API_KEY.", rare=True, secret=True)
+    judge_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
     judge_price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out.", rare=True)
 
@@ -83,28 +85,34 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict, whatever stands around it."""
-    found = None
-    for start in (place for place, character in enumerate(reply) if character == "{"):
+    """The last JSON object in the reply with a known verdict; one inside another counts only if it is all of it."""
+    found, end, reply = None, 0, reply[-10_000:]  # what never closes an object must not take quadratic time
+    while (start := reply.find("{", end)) >= 0:
         try:
-            value, _ = json.JSONDecoder().raw_decode(reply, start)
+            value, end = json.JSONDecoder().raw_decode(reply, start)
         except (ValueError, RecursionError):
+            depths = accumulate((character == "{") - (character == "}") for character in reply[start:])
+            end = next((place for place, depth in enumerate(depths, start + 1) if not depth), len(reply))
             continue
-        verdict = str(value.get("verdict", "")).strip().lower()
+        if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
+            value = inner
+        verdict = str(value.get("verdict")).strip().lower()
         if verdict in VERDICTS:
-            found = {"verdict": verdict, "reason": str(value.get("reason", ""))}
+            found = {"verdict": verdict, "reason": clean_text(str(value.get("reason", "")))}
     return found
 
 
 def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
     """A verdict on each row, at temperature 0; what cannot be read is asked for again, and in the end None."""
     server = {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
-    server = EndpointArguments(endpoint_concurrency=flags.endpoint_concurrency, **server)
-    endpoint = Endpoint(PREFIX + flags.judge_base_url, server)
+    server |= {name: getattr(flags, name) for name in vars(RequestArguments())}
+    endpoint = Endpoint(PREFIX + flags.judge_base_url, EndpointArguments(**server))
     waiting: dict[int, list[dict[str, str]]] = {}  # conversations by row
     for number, row in enumerate(rows):
         texts = {"earlier_turns": row["chat_history"]} if row.get("chat_history") else {}
         texts |= {"question": row["question"], "reference_answer": row["gold_answer"]}
+        if row.get("other_answers"):
+            texts["other_reference_answers (each of them is as right)"] = row["other_answers"]
         request = json.dumps(texts | {"system_answer": row["generated_answer"]}, indent=1, ensure_ascii=False)
         waiting[number] = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": request}]
     what = f"judge {flags.judge_model}: {len(rows)} answers"
@@ -115,9 +123,9 @@ def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
         for number, reply in zip(list(waiting), replies, strict=True):
             turns = waiting.pop(number)
             verdicts[number] = parse_verdict(reply.text)
-            if not verdicts[number]:
-                said = {"role": "assistant", "content": reply.text or "(nothing)"}
+            if not verdicts[number] and reply.text:
+                said = {"role": "assistant", "content": reply.text}
                 waiting[number] = [*turns, said, {"role": "user", "content": AGAIN}]
-    if waiting:
-        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, len(waiting), len(rows))
+    if None in verdicts:
+        log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, verdicts.count(None), len(rows))
     return verdicts

@@ -19,7 +19,7 @@ from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, read_json, read_jsonl
 
 SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
-PREDICTIONS = "test-predictions.jsonl"
+PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
 EXAMPLES = 200  # questions that a page holds
 RIGHT = 0.5  # a question is right from this score on
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
@@ -48,16 +48,18 @@ MARKS = {  # kind -> bottom and top as shares of the height, and style; many of 
 Line = Sequence[tuple[float, float]]
 
 
-def write_report(directory: str | Path) -> None:
-    """Write `report.html` from whatever result files the directory holds, by the main process."""
+def write_report(directory: str | Path, written: Mapping[str, Path] | None = None) -> None:
+    """Write `report.html` from whatever result files the directory holds, by the main process.
+
+    `written` says where those files are, and the page goes, that are on their way into the directory.
+    """
     directory = Path(directory)
     if not distributed.is_main():
         return
-    scores, details, arguments, state = (
-        read_json(path) if path.exists() else {}
-        for path in (directory / name for name in (SCORES, DETAILS, ARGUMENTS, "trainer_state.json"))
-    )
-    rows = [row for _, row in read_jsonl(directory / PREDICTIONS)] if (directory / PREDICTIONS).exists() else []
+    names = (SCORES, DETAILS, ARGUMENTS, "trainer_state.json", PREDICTIONS, REPORT)
+    *paths, answers, report = (dict(written or {}).get(name, directory / name) for name in names)
+    scores, details, arguments, state = (read_json(path) if path.exists() else {} for path in paths)
+    rows = [row for _, row in read_jsonl(answers)] if answers.exists() else []
     history, rates = state.get("log_history", []), details.get("scores", {})
     own = {name.removeprefix("test_"): rate for name, rate in rates.items()}
     steps = [path.name.rpartition("-")[2] for path in directory.glob("checkpoint-*")]
@@ -85,7 +87,7 @@ def write_report(directory: str | Path) -> None:
         models=[arguments[name] for name in MODELS if arguments.get(name)],
         figure=figure,
     )
-    with atomic_file(directory / "report.html") as temporary:
+    with atomic_file(report) as temporary:
         temporary.write_text(page, encoding="utf-8")
 
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, SCORES, figure, other_figures, write_report
+from rqa.evaluation.report import ARGUMENTS, DETAILS, PREDICTIONS, REPORT, SCORES, figure, other_figures, write_report
 from rqa.evaluation.runtime import machine, peak_memory
 from rqa.runtime import distributed
-from rqa.runtime.files import write_json, write_jsonl
+from rqa.runtime.files import atomic_files, write_json, write_jsonl
 from rqa.runtime.flags import Arguments
 
 Scores = dict[str, float]
@@ -59,18 +59,22 @@ def write_results(
 ) -> str:
     """`score.json`, `score_details.json`, `test-predictions.jsonl` and `report.html`, by the main process. -> a table
 
-    `scores` has `test_gen/f1` and so on, a row's own `scores` `gen/f1`. `flags` go to `all_args.json`; a trainer wrote
-    its own. `others` are scores that are no means over questions, such as BLEU.
+    `scores` has `test_gen/f1` and so on, a row's own `scores` `gen/f1`. `flags` go to `all_args.json`, or beside a
+    trainer's to `eval_args.json`. `others` are scores that are no means over questions, such as BLEU.
     """
     intervals = with_intervals(rows) | (others or {})
     if distributed.is_main():
         directory = Path(directory)
-        if flags:
-            write_json(directory / ARGUMENTS, flags.to_json())
-        write_json(directory / SCORES, scores)
-        write_json(directory / DETAILS, {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()})
-        write_jsonl(directory / PREDICTIONS, rows)
-        write_report(directory)
+        details = {"scores": intervals, "peak_memory_gib": peak_memory(), "machine": machine()}
+        values: dict[str, Any] = {SCORES: scores, DETAILS: details}
+        if flags:  # a trainer's arguments stay
+            trained = all((directory / name).exists() for name in ("trainer_state.json", ARGUMENTS))
+            values["eval_args.json" if trained else ARGUMENTS] = flags.to_json()
+        with atomic_files(directory, [*values, PREDICTIONS, REPORT]) as places:
+            for name, value in values.items():
+                write_json(places[name], value)
+            write_jsonl(places[PREDICTIONS], rows)
+            write_report(directory, places)
     return markdown_table(scores, intervals)
 
 

@@ -1,8 +1,9 @@
 """How well a retriever finds the gold documents: rates between 0 and 1."""
 
 import math
-from collections.abc import Hashable, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from rqa.data import Document, Example
 from rqa.evaluation.results import Rows, Scores
@@ -10,6 +11,7 @@ from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.flags import Arguments, flag
 
+T = TypeVar("T")
 LOCALRQA_NAMES = {"gen/f1": "gen/f1/avg_f1_ans"}
 LOCALRQA_NAMES |= {f"gen/{kind}": f"gen/rouge/avg_{kind}_ans" for kind in ("rouge1", "rouge2", "rougeL")}
 
@@ -38,18 +40,19 @@ def find_passages(
     return retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), flags.depth))
 
 
-def score_ranking(ranking: Sequence[Hashable], gold: Set[Hashable], cutoffs: Sequence[int], depth: int = 10) -> Scores:
+def score_ranking(ranking: Sequence[T], gold: Mapping[T, float], cutoffs: Sequence[int], depth: int = 10) -> Scores:
     """The scores of one ranking that can be averaged over questions; recall is 1 if ALL gold is among the first k.
 
-    NDCG takes a relevance of 0 or 1 (Järvelin & Kekäläinen 2002). MAP divides by all gold documents, also those that
-    are not found (trec_eval's `map_cut`).
+    NDCG weighs gold documents by their gains (Järvelin & Kekäläinen 2002). MAP divides by all gold documents, also
+    those that are not found (trec_eval's `map_cut`).
     """
     ranks = sorted(ranking.index(document) + 1 for document in gold if document in ranking[:depth])  # each counts once
-    gain = sum(1 / math.log2(rank + 1) for rank in ranks)
+    gain = sum(gold[ranking[rank - 1]] / math.log2(rank + 1) for rank in ranks)
+    ideal = enumerate(sorted(gold.values(), reverse=True)[:depth], start=1)
     return {
-        **{f"recall@{k}": float(gold <= set(ranking[:k])) for k in cutoffs},
+        **{f"recall@{k}": float(gold.keys() <= set(ranking[:k])) for k in cutoffs},
         f"mrr@{depth}": 1 / ranks[0] if ranks else 0.0,
-        f"ndcg@{depth}": gain / sum(1 / math.log2(rank + 1) for rank in range(1, min(depth, len(gold)) + 1)),
+        f"ndcg@{depth}": gain / sum(gain / math.log2(rank + 1) for rank, gain in ideal),
         f"map@{depth}": sum(found / rank for found, rank in enumerate(ranks, start=1)) / len(gold),
     }
 
@@ -61,7 +64,8 @@ def retrieval_rows(found: Sequence[Sequence[Document]], examples: Sequence[Examp
     """
     rows = []
     for documents, example in zip(found, examples, strict=True):
-        ranking, gold = [document.key for document in documents], {document.key for document in example.gold_docs}
+        ranking = [document.key for document in documents]
+        gold = {document.key: document.gain for document in example.gold_docs}
         scores = score_ranking(ranking, gold, cutoffs) if gold else {}
         row = {"retrieved_docs": [document.to_json() for document in documents]}
         rows.append(example.to_json() | row | {"scores": {f"retr/{name}": value for name, value in scores.items()}})

@@ -67,9 +67,10 @@ def packed_attention(
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
     if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks (s_aux): sdpa would leave them out; load the model with eager")
+        raise NotImplementedError("attention sinks (s_aux), which sdpa would leave out")
     one_sequence = cu_seq_lens_q is None or (attention_mask is not None and cu_seq_lens_q.numel() == 2)
-    if query.shape[2] == 1 and one_sequence and attention_mask is not None and attention_mask.is_floating_point():
+    shared = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
+    if query.shape[2] == 1 and one_sequence and shared:  # one mask for all heads
         return _next_token(query, key, value, attention_mask, scale), None
     if one_sequence and not stands_in:  # or a padded batch, whose mask says everything
         return sdpa_attention_forward(

@@ -2,9 +2,13 @@
 
 import copy
 import json
+import logging
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ import numpy as np
 from torch import Tensor, nn
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from tokenizers import normalizers
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
@@ -22,6 +27,7 @@ from rqa.models.loading import (
     choose_collate,
     evaluating,
     hidden_states,
+    learned_positions,
     load_model,
     load_tokenizer,
     model_fingerprint,
@@ -32,14 +38,20 @@ from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import in_step
+from rqa.runtime.text import as_text
+
+log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
 SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
 POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "2_Normalize"
 TYPES = "sentence_transformers.models."
-POOLING_KEYS = {"mean": "pooling_mode_mean_tokens", "cls": "pooling_mode_cls_token"}
-OLD_POOLING_NAMES = {"mean_tokens": "mean", "cls_token": "cls"}
+POOLING_NAMES = {"pooling_mode_mean_tokens": "mean", "pooling_mode_cls_token": "cls"}
+MODULES = ["Transformer", "Pooling", "Normalize"]
+KINDS = {str: "a string", bool: "true or false", int: "a whole number (a length: at least 3)", dict: "an object"}
+GENERAL_FILE = "config_sentence_transformers.json"
+LENGTHS = ("max_query_length", "max_passage_length")
 
 
 @dataclass(kw_only=True)
@@ -57,7 +69,7 @@ class EncoderArguments(LoadingArguments):
     )
 
     def check(self) -> None:
-        self.check_bounds("max_query_length", "max_passage_length", at_least=3)
+        self.check_bounds(*LENGTHS, at_least=3)
         self.check_bounds("max_batch_tokens", at_least=1)
 
 
@@ -98,6 +110,7 @@ class Encoder(nn.Module):
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self._counted: dict[str, int] = {}  # queries and passages among which those that are cut were counted
 
     @property
     def passage_side(self) -> "Encoder":
@@ -133,14 +146,24 @@ class Encoder(nn.Module):
 
     def tokenize_queries(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed questions, special tokens included. [N] -> [N]"""
-        return self._tokenize([self.settings.query_prefix + text for text in texts], self.settings.max_query_length)
+        return self._tokenize("query", texts, self.settings.query_prefix, self.settings.max_query_length)
 
     def tokenize_passages(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of prefixed passages, special tokens included. [N] -> [N]"""
-        return self._tokenize([self.settings.passage_prefix + text for text in texts], self.settings.max_passage_length)
+        return self._tokenize("passage", texts, self.settings.passage_prefix, self.settings.max_passage_length)
 
-    def _tokenize(self, texts: list[str], max_length: int) -> list[list[int]]:
-        return self.tokenizer(texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
+        if not texts:
+            return []
+        clean = as_text(self.tokenizer)
+        found = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
+        rows, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
+        cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
+        if cut and len(texts) > self._counted.get(kind, 0):
+            self._counted[kind] = len(texts)
+            counted = f"{cut} of {len(texts)} texts"
+            log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", counted, kind, most)
+        return rows
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
@@ -176,6 +199,10 @@ class Encoder(nn.Module):
                 if computed:
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
+                if bad := [index for index in indices if not np.isfinite(embeddings[index]).all()]:
+                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)[:60]
+                    reason = f"the embedding of {text!r} is not finite; its weights are damaged, or needs --bf16 false"
+                    raise UserError(f"model {self.backbone.name_or_path}: {reason}")
                 bar.update(len(indices))
         return embeddings
 
@@ -211,18 +238,21 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stored, names = _stored_settings(path), {item.name for item in fields(EncoderSettings)}
+    positions = min(learned_positions(backbone), getattr(backbone.config, "max_position_embeddings", None) or math.inf)
+    limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
+    stored, names = _stored_settings(path, flags, limit), {item.name for item in fields(EncoderSettings)}
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
-    limit = min(tokenizer.model_max_length, getattr(backbone.config, "max_position_embeddings", None) or 512)
-    lengths = {name: min(stored.get(name, 512), limit) for name in ("max_query_length", "max_passage_length")}
-    for name in lengths:
+    limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # the tokenizer's does not bind
+    for name in LENGTHS:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
-    chosen = stored | lengths | given
+    chosen = stored | {name: min(stored[name], limit) for name in LENGTHS} | given
     settings = EncoderSettings(**{name: chosen[name] for name in names & chosen.keys()})
-    if (pooling := settings.pooling_type) not in POOLING_KEYS:
-        file = f"{path}/{POOLING}/config.json"
+    if (pooling := settings.pooling_type) not in POOLING_NAMES.values():
+        file = f"{path}/{stored.get('pooling_file', SETTINGS_FILE)}"
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type mean or cls")
+    if stored.get("do_lower_case") and (core := tokenizer.backend_tokenizer):
+        core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
     last = dtype and flags.precision, flags.max_batch_tokens
     passages = None
     if stored.get("two_encoders"):
@@ -236,15 +266,16 @@ def load_encoder(
 def _load_projection(path: str, folder: str, backbone: PreTrainedModel, dimension: int) -> nn.Sequential | None:
     if not dimension:
         return None
-    projection = new_projection(backbone.config.hidden_size, dimension)
     weights: dict[str, Tensor] = {}
     try:
+        with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
+            projection = new_projection(backbone.config.hidden_size, dimension)
         for part in (DENSE, LAYER_NORM):
             weights |= load_file(cached_file(path, str(Path(folder, part, "model.safetensors"))))
-        projection.load_state_dict(weights)
-    except (OSError, RuntimeError, SafetensorError) as error:
+        projection.load_state_dict(weights, assign=True)
+    except (OSError, RuntimeError, TypeError, SafetensorError) as error:
         raise UserError(f"model {path}: the projection cannot be loaded: {one_line(error)}") from None
-    return projection.to(backbone.device)
+    return projection.to(backbone.device, torch.float32)
 
 
 def _layout(encoder: Encoder) -> dict[str, Any]:
@@ -266,39 +297,74 @@ def _layout(encoder: Encoder) -> dict[str, Any]:
         files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
     top = top | ({NORMALIZE: "Normalize"} if settings.normalize else {})
     listed = [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]} for i, path in enumerate(top)]
-    pooling = {key: settings.pooling_type == name for name, key in POOLING_KEYS.items()}
+    pooling = {key: settings.pooling_type == name for key, name in POOLING_NAMES.items()}
     prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
     similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
     return files | {
         "modules.json": listed,
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
-        "config_sentence_transformers.json": {"prompts": prompts, **similarity},
+        GENERAL_FILE: {"prompts": prompts, **similarity},
         f"{POOLING}/config.json": {"word_embedding_dimension": width, **pooling},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": encoder.passage_encoder is not None},
     }
 
 
-def _stored_settings(path: str) -> dict[str, Any]:
-    """The settings that a checkpoint's own files state, and whether passages have an encoder of their own."""
+def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str, Any]:
+    """The settings that a checkpoint's own files state, and whether passages have an encoder of their own.
+
+    They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
+    refused. Similarity is cosine unless another is stated, with or without a Normalize module; texts are cut at `limit`
+    tokens unless a length is stated.
+    """
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        return ours
-    modules = {module["type"].rpartition(".")[2]: module["path"] for module in _read_json(path, "modules.json", list)}
+        defaults = {item.name: item.default for item in fields(EncoderSettings)} | {"two_encoders": False}
+        return {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
+    file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
     if not modules:
-        return {}
-    if unknown := set(modules) - {"Transformer", "Pooling", "Normalize"}:
-        raise UserError(f"{path}/modules.json: module {sorted(unknown)[0]} is not supported")
-    prompts = _read_json(path, "config_sentence_transformers.json").get("prompts") or {}
-    stored = {"normalize": "Normalize" in modules, "query_prefix": prompts.get("query") or ""}
-    stored["passage_prefix"] = prompts.get("document") or prompts.get("passage") or ""
-    if "Pooling" in modules:
-        config = _read_json(path, f"{modules['Pooling']}/config.json")
-        modes = [key.removeprefix("pooling_mode_") for key, value in config.items()
-                 if key.startswith("pooling_mode_") and value is True]  # fmt: skip
-        mode = config["pooling_mode"] if isinstance(config.get("pooling_mode"), str) else "+".join(modes)
-        stored["pooling_type"] = OLD_POOLING_NAMES.get(mode, mode or "none")
-    if length := _read_json(path, "sentence_bert_config.json").get("max_seq_length"):
-        stored |= {"max_query_length": length, "max_passage_length": length}
-    return stored
+        return dict.fromkeys(LENGTHS, min(limit, 512))
+    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
+    if names not in (MODULES, MODULES[:2]) or folders[0]:
+        wanted = f"{', '.join(MODULES)} in this order, the first with path ''"
+        raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
+    file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
+    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
+    if similarity not in ("cosine", "dot") and flags.normalize is None:
+        raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
+    if general("truncate_dim", 0):
+        raise UserError(f"{file}: truncate_dim is not supported; remove it to compare whole embeddings")
+    prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
+    other = "" if "document" in prompts else prompt["passage"] or prompt["corpus"]
+    if other and flags.passage_prefix is None:
+        raise UserError(f"{file}: the prompts lack 'document'; choose --passage_prefix {other!r}")
+    pooling = _read_json(path, pooling_file)
+    if not _stated(f"{path}/{pooling_file}", pooling, "include_prompt", True):
+        raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
+    old = [key for key in pooling if key.startswith("pooling_mode_")]
+    old = [key for key in old if _stated(f"{path}/{pooling_file}", pooling, key, False)]
+    modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key.removeprefix("pooling_mode_")) for key in old]
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    reading = partial(_stated, f"{path}/sentence_bert_config.json", found)
+    length = reading("max_seq_length", limit)
+    return {
+        "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
+        "pooling_file": pooling_file, "normalize": similarity != "dot" or names == MODULES,
+        "query_prefix": prompt["query"], "passage_prefix": prompt["document"],
+        "max_query_length": reading("query_length", length), "max_passage_length": reading("document_length", length),
+        "do_lower_case": reading("do_lower_case", False),
+    }  # fmt: skip
+
+
+def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
+    """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
+    value = settings.get(name) if isinstance(settings, dict) else settings
+    if value is None:
+        return default
+    if type(value) is not type(default) or ("length" in name and value < 3):
+        raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
+    return value
 
 
 def _read_json(path: str, name: str, kind: type = dict) -> Any:
@@ -306,5 +372,5 @@ def _read_json(path: str, name: str, kind: type = dict) -> Any:
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
         return read_json(file, kind) if file else kind()
-    except OSError as error:
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None

@@ -20,14 +20,16 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_outputs import BaseModelOutput
 
 from rqa.data import Document, Example
+from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.models.reader import GenerationArguments, LocalReader
+from rqa.models.reader import GenerationArguments, LocalReader, generate
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
-from rqa.prompts import DoesNotFit, Prompter, cut, cut_history, cut_passages, fill, read_template, retrieval_query
+from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
+from rqa.runtime.text import as_text
 
 NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
 FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
@@ -74,6 +76,7 @@ class FiDPrompter:
         self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
+        self.as_text = as_text(tokenizer)
         self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         end = tokenizer.eos_token_id
@@ -94,16 +97,18 @@ class FiDPrompter:
         prompts = [cut_passages(partial(self._prompt, kept, text), len(text), limit) for text in texts]
         return FiDSequence(prompts or [bare], target)
 
-    decode = Prompter.decode
+    def decode(self, ids: Sequence[int]) -> str:
+        """The answer's text from generated ids."""
+        return self.tokenizer.decode(ids, skip_special_tokens=True).strip()
 
     def _encode_answer(self, answer: str) -> list[int]:
-        ids = self.tokenizer(text_target=answer.strip())["input_ids"]
+        ids = self.tokenizer(text_target=self.as_text(answer.strip()))["input_ids"]
         ids = ids[1:] if ids[:1] == [self.start_token] else ids
         return ids if ids[-1:] == [self.end_token] else [*ids, self.end_token]
 
     def _prompt(self, example: Example, passage: str = "", cap: int | None = None) -> list[int]:
         fields = {"passage": cut(passage, cap), "question": retrieval_query(example)}
-        return self.tokenizer.encode(fill(self.template, fields))
+        return self.tokenizer.encode(fill(self.template, {name: self.as_text(fields[name]) for name in fields}))
 
 
 @dataclass(frozen=True)
@@ -168,11 +173,9 @@ def load_encoder_decoder(
                 model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
         except ValueError:  # T5Gemma caps its scores
             model.set_attn_implementation("eager")
-    for side, part in (("encoder", model.get_encoder()), ("decoder", model.get_decoder())):
-        limit = getattr(getattr(part, "config", None), "max_position_embeddings", None)
-        asked = getattr(flags, f"max_{side}_seq_length", None)
-        if limit and asked and asked > limit:
-            raise UserError(f"--max_{side}_seq_length {asked}: {name} takes at most {limit} tokens")
+    flags = loading.within_positions(model.get_encoder(), flags, "max_encoder_seq_length")
+    if isinstance(flags, FiDPromptArguments):
+        flags = loading.within_positions(model.get_decoder(), flags, "max_decoder_seq_length")
     if flags.precision is torch.float16 and model.config.model_type in OVERFLOWING:
         raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))
@@ -183,11 +186,13 @@ def _warm_start(path: str, tokenizer: Any, load: Callable[..., PreTrainedModel])
     if None in tokens.values():
         raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
     encoder = load(transformers.AutoModel)
-    decoder = load(transformers.AutoModelForCausalLM, is_decoder=True, add_cross_attention=True)
+    headless = encoder.config.architectures == [type(encoder).__name__]  # the checkpoint has no head for tokens
+    made = {"new_layers": NEW_LAYERS if headless else "crossattention"}
+    decoder = load(transformers.AutoModelForCausalLM, **made, is_decoder=True, add_cross_attention=True)
     for layer in decoder.modules():
         if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
             layer.crossattention.load_state_dict(layer.attention.state_dict())
-    if encoder.config.architectures == [type(encoder).__name__]:  # the checkpoint has no head that predicts tokens
+    if headless:
         for name, module in decoder.named_modules():
             if isinstance(module, nn.Linear) and name.endswith(("predictions.transform.dense", "lm_head.dense")):
                 # Begin as the identity: the activation is linear near zero, and LayerNorm restores the scale.
@@ -236,14 +241,15 @@ class FiD(WholePass):
         """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         passages = encode_passages(self.model, batch)
-        return self.model.generate(**passages, generation_config=config, synced_gpus=synced)[:, 1:]
+        return generate(self.model, config, **passages, synced_gpus=synced)[:, 1:]
 
 
 class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
     def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
-        super().__init__(fid, prompter, flags, filler=FiDSequence([[prompter.end_token]], []))
+        filler = FiDSequence([[prompter.end_token]], [])
+        super().__init__(fid, prompter, flags, filler, prompter.arguments.max_decoder_seq_length)
         self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
@@ -252,8 +258,7 @@ class FiDReader(LocalReader):
     @torch.compiler.set_stance("force_eager")  # as in `CausalLMReader`
     def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token
-        most = max_new_tokens or self.prompter.arguments.max_decoder_seq_length
-        config = self.flags.config(most, [end], decoder_start_token_id=start_token(fid.model))
+        config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
             batch = fid_batch(prompts, self.collate, max_tokens=self.max_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()

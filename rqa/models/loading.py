@@ -2,9 +2,12 @@
 
 import json
 import logging
+import math
 import os
+import re
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
@@ -12,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -22,7 +26,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import fingerprint, read_json
+from rqa.runtime.files import damage, fingerprint, is_complete, read_json
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import assembled
 
@@ -30,6 +34,10 @@ log = logging.getLogger(__name__)
 disable_progress_bar()
 
 ADAPTER_CONFIG = "adapter_config.json"
+# Names of tensors that decide nothing here: poolers, BERT's next-sentence head, and buffers that were saved once.
+NOT_READ = r"(^|\.)pooler\.|seq_relationship|position_ids$|inv_freq$|\b(attn|attention)\.(masked_)?bias$"
+# Names in a configuration, of a model or of adapters, that decide no output.
+UNDECIDING = "name_or_path|version|dtype|architectures|_attn_impl|use_cache|inference_mode|revision|auto_map"
 WARM_START = "bert::"  # before the name of an encoder that both sides of an encoder-decoder are made of
 
 
@@ -72,10 +80,12 @@ def load_model(
     flags: LoadingArguments = FLOAT32,
     dtype: torch.dtype | None = None,  # None: that of frozen models
     main_only: bool = False,
+    new_layers: str = "",  # a pattern of names: tensors that the checkpoint need not have
     **config: Any,
 ) -> PreTrainedModel:
     """Load a checkpoint on this process's device, with packed attention: flash-attn's kernel when asked, else ours.
 
+    A model that our attention does not compute gets its own. The checkpoint must hold what its checksums say, if any.
     The processes of a node load in turn: its memory holds only one model that is not on its device yet. With
     `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
     `path` is a directory or a hub name; `config` replaces values of the configuration.
@@ -83,38 +93,105 @@ def load_model(
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
-    if (Path(path) / ADAPTER_CONFIG).exists():
+    adapted = Path(path, config.get("subfolder", ""), ADAPTER_CONFIG).exists()
+    if adapted:
         _require_peft(f"model {path}: is a LoRA adapter")
+    if problem := distributed.from_main(damage(path) if distributed.is_main() and is_complete(path) else None):
+        raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
     config |= {"device_map": "meta"} if reserve else {}
     config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
-    load = partial(auto_class.from_pretrained, path, **config)
+    attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
+    config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
+    kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
+        load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
         try:
-            model = load(attn_implementation="flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION)
+            model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
             if not (flags.use_flash_attention or model.is_backend_compatible()):
-                model = load(attn_implementation="eager")
-        except ValueError as error:
-            if "attention" not in str(error).lower():
+                model, found = load(attn_implementation="eager")
+        except (ValueError, KeyError) as error:
+            if not re.search(f"attention|{attention}", str(error), re.IGNORECASE):
                 raise
-            model = load(attn_implementation="eager")
+            model, found = load(attn_implementation="eager")
+        check_checkpoint(model, found, new_layers)
+        if adapted:
+            found = model.load_adapter(path, dtype=config["dtype"], ignore_mismatched_sizes=True).to_dict()
+            check_checkpoint(model, found)
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
-        return model.to(distributed.device())
+        model.to(distributed.device())
+    half = auto_class is transformers.AutoModelForSeq2SeqLM  # its sides are set up by who loads it
+    probed = distributed.is_main() and not half and not flags.use_flash_attention
+    if distributed.from_main(probed and _refusal(model)):
+        model.set_attn_implementation("eager")
+        if reason := distributed.from_main(probed and _refusal(model)):
+            raise UserError(f"model {path}: cannot be run: {reason}")
+    return model
+
+
+def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
+    """The class to load a checkpoint with: as an encoder, T5 is its encoder alone."""
+    encodes = auto_class is transformers.AutoModel and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING
+    return transformers.AutoModelForTextEncoding if encodes else auto_class
+
+
+def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: str = "") -> None:
+    """Refuse a checkpoint without one of a model's tensors, or with others, but for poolers, and heads of other tasks.
+
+    `found` is what loading tells of it, `new_layers` a pattern of what need not be there.
+    """
+    inner = "|".join(name for name, _ in model.base_model.named_children())  # a head is none of these
+    unexpected = rf"^({model.base_model_prefix}\.)?({inner})\."
+    faults = {
+        "missing": [name for name in found["missing_keys"] if not re.search(new_layers or "$^", name)],
+        "not the model's": [name for name in found["unexpected_keys"] if re.search(unexpected, name)],
+        "of another shape": [name for name, *_ in found["mismatched_keys"]],
+    }
+    for fault, names in faults.items():
+        if names := [name for name in names if not re.search(NOT_READ, name)]:
+            cure = "download it again, or give it the config.json that it was saved with"
+            raise ValueError(f"{len(names)} of its tensors are {fault}, such as {min(names)}; {cure}")
+
+
+@torch.no_grad()
+def _refusal(model: PreTrainedModel) -> str | None:
+    """Why a padded batch cannot be computed: attention caps scores, or its layers do not fit together."""
+    try:
+        batch = pad([[1] * 8, [1] * 5]).to(model.device)
+        model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+    except Exception as error:
+        return one_line(error)
+    return None
+
+
+def base_of(path: str) -> str:
+    """The model that the LoRA adapter at `path` belongs to, or else `path`."""
+    adapter = Path(path, ADAPTER_CONFIG)
+    return read_json(adapter)["base_model_name_or_path"] if adapter.exists() else path
 
 
 def load_config(path: str, trust_remote_code: bool = False) -> PreTrainedConfig:
     """The configuration of a checkpoint, or of the one that a LoRA adapter belongs to."""
     with _reading(path):
-        adapter = Path(path) / ADAPTER_CONFIG
-        name = read_json(adapter)["base_model_name_or_path"] if adapter.exists() else path
-        return AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
+        return AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer of a checkpoint, whose model, if there is one, must have an embedding for each token."""
     with _reading(path):
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        tokenizer, rows = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), math.inf
+        with suppress(OSError, ValueError, AttributeError):  # of a tokenizer alone
+            config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
+            rows = config.get_text_config(decoder=True).vocab_size
+        # Gemma 3's has a special token for images that its text models lack, and that no text becomes.
+        named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
+        added = tokenizer.added_tokens_decoder.items()
+        needed = [number + 1 for number, token in added if not token.special or number in named]
+        if (size := max([tokenizer.vocab_size, *needed])) > rows:
+            raise ValueError(f"its tokenizer has {size} tokens, its embedding {rows}; take the tokenizer of this model")
+        return tokenizer
 
 
 @contextmanager
@@ -139,7 +216,8 @@ def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.
     if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    return partial(pad, pad_id=pad_id or 0)
+    rows = len(model.get_input_embeddings().weight)  # some tokenizers' padding has none of these
+    return partial(pad, pad_id=(pad_id or 0) % rows)
 
 
 @torch.no_grad()
@@ -200,16 +278,42 @@ def freeze_pooler(model: PreTrainedModel) -> None:
         pooler.requires_grad_(False)
 
 
+def learned_positions(model: nn.Module) -> float:
+    """The most tokens that a model with learned positions reads; infinite where it computes them."""
+    tables = [part for name, part in model.named_modules()
+              if isinstance(part, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2])]  # fmt: skip
+    # RoBERTa's positions begin behind its padding's, BART's and OPT's at an offset.
+    before = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
+    return min((table.num_embeddings - rows for table, rows in zip(tables, before, strict=True)), default=math.inf)
+
+
+def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
+    """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
+    limit, asked = learned_positions(model), getattr(flags, name)
+    if asked > limit:
+        log.warning(
+            "--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit
+        )
+        setattr(flags := copy(flags), name, limit)
+    return flags
+
+
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
-    """A hash of a model's weights, sharded or not, as bfloat16 has them, whatever they are in; and of its tokenizer."""
-    whole = (assembled(tensor.detach()) for tensor in model.state_dict().values())
+    """A hash of all that decides what a model computes: weights as bfloat16 has them, configuration, tokenizer."""
+    whole = (assembled(tensor.detach()) for tensor in model.state_dict().values())  # sharded or not
     tensors = ((t.bfloat16() if t.is_floating_point() else t).contiguous().cpu() for t in whole)
     weights = (tensor.flatten().view(torch.uint8).numpy().data for tensor in tensors)
-    rules = str(tokenizer)
+    vocabulary = str(tokenizer)
     if tokenizer.is_fast:  # it remembers the last call's truncation and padding, which decide nothing
         state = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
-        rules = json.dumps(state, sort_keys=True)
-    return fingerprint(rules, more=weights)
+        vocabulary = json.dumps(state, sort_keys=True)
+    configs = [model.config] if isinstance(model, PreTrainedModel) else []
+    stated = [config.to_dict() for config in (*configs, *getattr(model, "peft_config", {}).values())]
+    stated += [{name: getattr(tokenizer, name) for name in ("chat_template", "special_tokens_map", "truncation_side")}]
+    told = json.dumps(stated, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    decides = json.loads(told, object_hook=lambda d: {k: v for k, v in d.items() if not re.search(UNDECIDING, k)})
+    kind = type(model).__name__.removeprefix("FSDP")  # what sharding puts before it
+    return fingerprint(kind, json.dumps(decides, sort_keys=True), vocabulary, more=weights)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, PreTrainedModel
 
 from rqa.data import Document, Example
+from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
 from rqa.packing import pack, pad, token_budget_batches
@@ -38,9 +39,7 @@ class GenerationArguments(Arguments):
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
     top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
-    generation_batch_tokens: int = flag(
-        16384, "Tokens that a batch of prompts takes, at most, padding included.", rare=True
-    )
+    generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, at most, padding included.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
@@ -52,10 +51,8 @@ class GenerationArguments(Arguments):
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
         """These settings as `transformers` takes them; answers end at any of the stop tokens."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
-        # What is not set here would come from the checkpoint's generation_config.json.
-        unset = {"min_length": 0, "repetition_penalty": 1.0, "no_repeat_ngram_size": 0}
         search = {"num_beams": self.num_beams, "do_sample": self.do_sample, "max_new_tokens": max_new_tokens}
-        return GenerationConfig(**search, **sampling, **unset, eos_token_id=list(stop), pad_token_id=stop[0], **options)
+        return GenerationConfig(**search, **sampling, eos_token_id=list(stop), pad_token_id=stop[0], **options)
 
     def next_tokens(self, logits: Tensor) -> Tensor:
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
@@ -67,6 +64,15 @@ class GenerationArguments(Arguments):
         return tokens.gather(-1, odds.argmax(-1, keepdim=True))[:, 0]
 
 
+def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
+    """`model.generate` by this configuration alone: what it leaves open does not come from the checkpoint's own."""
+    theirs, model.generation_config = model.generation_config, GenerationConfig()
+    try:
+        return model.generate(**inputs, generation_config=config)
+    finally:
+        model.generation_config = theirs
+
+
 @dataclass(frozen=True)
 class Answer:
     """A generated answer and what it took."""
@@ -75,13 +81,15 @@ class Answer:
     num_tokens: int
     seconds: float | None = None  # of its batch; None: nothing was generated, as no prompt fits or it was kept
     batch_size: int = 1  # questions of that batch; only if it is 1 are the seconds what a user would have waited
+    cut: bool = False  # whether it reached the limit of new tokens before its end
 
 
 class LocalReader(ABC):
     """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated."""
 
-    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any) -> None:
+    def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any, most: int) -> None:
         self.model, self.prompter, self.flags = model, prompter, flags
+        self.most = most  # tokens of an answer
         self.filler = filler  # the prompt for a sharded model when another process has more questions
         self.max_batch_tokens = flags.generation_batch_tokens  # what the prompts of one batch may cost together
 
@@ -122,7 +130,8 @@ class LocalReader(ABC):
                 generated = self.generate([prompts[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
-                    answers[index] = Answer(self.prompter.decode(ids), len(ids), seconds, len(batch))
+                    text, cut = self.prompter.decode(ids), len(ids) >= self.most  # without the token that ends it
+                    answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
 
@@ -170,14 +179,17 @@ class CausalLMReader(LocalReader):
     """Answers questions over passages with a decoder, from prompts of token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
-        super().__init__(model, prompter, flags, filler=prompter.stop_ids)
+        prompter.arguments = loading.within_positions(model, prompter.arguments, "max_seq_length")
+        super().__init__(model, prompter, flags, prompter.stop_ids, prompter.arguments.max_new_tokens)
+        self.positions = loading.learned_positions(model)
         self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
+        self.loop = self.most  # tokens that end an answer when it says them again
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
 
     def cost(self, prompt: list[int]) -> int:
-        return len(prompt) + self.prompter.arguments.max_new_tokens
+        return len(prompt) + self.most
 
     @cached_property
     def _reach(self) -> float | None:
@@ -194,7 +206,8 @@ class CausalLMReader(LocalReader):
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
     def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
-        stop, most = self.prompter.stop_ids, max_new_tokens or self.prompter.arguments.max_new_tokens
+        stop, most = self.prompter.stop_ids, max_new_tokens or self.most
+        most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token is not read
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
@@ -202,10 +215,9 @@ class CausalLMReader(LocalReader):
             else:
                 turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
-                config = self.flags.config(most, stop)
-                answers = self.model.generate(**inputs, generation_config=config, synced_gpus=synced)
+                answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
                 answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
-        return [ids[: next((i for i, token in enumerate(ids) if token in stop), len(ids))] for ids in answers]
+        return [ids[: next((i for i, token in enumerate(ids) if token in (-1, *stop)), len(ids))] for ids in answers]
 
     def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
         """What `generate` gives without beams; -1 behind the end of the longest answer. -> [B, most]"""
@@ -231,8 +243,12 @@ class CausalLMReader(LocalReader):
         # Everything but cuDNN, whose kernels are built anew for each batch size and length.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
-                if done % look_every == 0 and torch.isin(tokens[:, longest:], ends).any(1).all():
-                    break
+                if done % look_every == 0:
+                    new = tokens[:, longest : longest + done]
+                    spans = new.unfold(1, min(self.loop, done), 1)  # [B, done - loop + 1, loop]
+                    repeats = (spans[:, :-1] == spans[:, -1:]).all(2).any(1)
+                    if (repeats | torch.isin(new, ends).any(1)).all():
+                        break
                 place.fill_(longest + done - 1)
                 if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):
                     advance = in_graph(step)

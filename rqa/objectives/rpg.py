@@ -21,7 +21,7 @@ from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerpri
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
-from rqa.prompts import PromptArguments, Prompter, retrieval_query
+from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
@@ -46,7 +46,7 @@ class ListArguments(ChunkArguments):
 
 
 @dataclass(kw_only=True)
-class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments):
+class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments, ChatTemplateArguments):
     """The frozen language model that judges documents, here or behind a server, and which documents it judges."""
 
     lm_model_path: str = flag(help="Language model: a directory, a hub name, or openai::http://host:port/v1.")
@@ -66,7 +66,8 @@ class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments):
     def lm_prompt(self, tokenizer: Any) -> PromptArguments:
         """How the language model is asked; it answers nothing, so that hardly any room is kept."""
         chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
-        return PromptArguments(chat_format=chat_format, max_seq_length=self.text_maxlength, max_new_tokens=1)
+        options = {"chat_format": chat_format, "chat_template_kwargs": self.chat_template_kwargs}
+        return PromptArguments(**options, max_seq_length=self.text_maxlength, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.causal_lm import answer_logits
-from rqa.models.loading import choose_collate, evaluating
+from rqa.models.loading import choose_collate, evaluating, within_positions
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
 from rqa.prompts import Prompter, TokenSequence, fitting
@@ -99,6 +99,7 @@ class AnswerScorer:
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:
         self.model = model.requires_grad_(False)
+        prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
         self._warn_once = cache(log.warning)  # a question comes with each of its documents
         self._collate = choose_collate(model, prompter.stop_ids[0])

@@ -10,20 +10,23 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TypeVar
 
-from tokenizers import Tokenizer
+import regex
+from tokenizers import Encoding, Tokenizer
 
 from rqa.data import Document, normalize
-from rqa.preparation.sources import Source, Unreadable, find_files, read_sources
+from rqa.preparation.sources import HEADING, Source, Unreadable, find_files, read_sources
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import clean_text
 
 T = TypeVar("T")
 Span = tuple[int, int]  # begin and end, in characters
 
 LEVELS = ["heading", "paragraph", "line", "sentence", "word"]
 BATCH_CHARACTERS = 1_000_000  # of the texts that are tokenised in one call
+LONGEST_UNKNOWN = 8  # characters that one token for an unknown word may stand for
 NAMED = 20  # skipped texts, and files of other kinds, that the summary names
 
 _CUTS = {  # a piece ends where one of these does
@@ -32,7 +35,8 @@ _CUTS = {  # a piece ends where one of these does
     "sentence": re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]"),
     "word": re.compile(r"(?<!\s)(?=\s)"),
 }
-_HEADING = re.compile(r"^#{1,6}[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
+# What readers see as one character: linear and of bounded length, unlike regex's own \X.
+_GRAPHEME = regex.compile(r"(?s)\p{RI}{2}|.(?:[\p{GCB=EX}\p{GCB=SM}\p{GCB=V}\p{GCB=T}]|\u200d.){0,31}")
 _FENCE = re.compile(r"^(```|~~~).*?(?:^\1|\Z)", re.MULTILINE | re.DOTALL)
 
 
@@ -70,10 +74,10 @@ class Chunker:
         for batch in pack(sources, lambda source: len(source.text), BATCH_CHARACTERS):
             encodings = self.tokenizer.encode_batch([source.text for source in batch], add_special_tokens=False)
             for source, encoding in zip(batch, encodings, strict=True):
-                yield source, self._passages(source, encoding.offsets)
+                yield source, self._passages(source, _spans(source.text, encoding))
 
     def _passages(self, source: Source, tokens: Sequence[Span]) -> list[Document]:
-        headings = _headings(source.text)
+        headings = _headings(source.text) if source.markdown else []
         positions = [position for position, _ in headings]
         documents = []
         for begin, end in _Cutter(source.text, tokens, positions, self).split(0, len(source.text)):
@@ -145,7 +149,25 @@ def _headings(text: str) -> list[tuple[int, str]]:
     if "#" not in text:
         return []
     prose = _FENCE.sub(lambda fence: " " * len(fence[0]), text)
-    return [(match.start(), match[1]) for match in _HEADING.finditer(prose)]
+    return [(match.start(), match[1]) for match in HEADING.finditer(prose)]
+
+
+def _spans(text: str, encoding: Encoding) -> list[Span]:
+    """Where the tokens stand; a long stretch that they do not spell, as an unknown word, counts a token a character.
+
+    It can be cut between what readers see as characters: an emoji of several stays whole.
+    """
+    spans: list[Span] = []
+    reached = 0
+    for token, span in zip([*encoding.tokens, ""], [*encoding.offsets, (len(text), len(text))], strict=True):
+        for (begin, end), spelt in (((reached, span[0]), 0), (span, len(token))):
+            if end - begin > LONGEST_UNKNOWN + spelt and not text[begin:end].isspace():
+                for seen in _GRAPHEME.finditer(text, begin, end):
+                    spans += [seen.span()] * len(seen[0])
+            elif spelt:
+                spans.append((begin, end))
+        reached = max(reached, span[1])
+    return spans
 
 
 def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
@@ -230,6 +252,6 @@ class Collection:
         if self.others:
             left_out[f"{len(self.others)} files of other kinds"] = self.others
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
+            lines += [f"{what} left out", *(f"  {clean_text(place)}" for place in places[:NAMED])]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)

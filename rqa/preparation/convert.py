@@ -1,6 +1,7 @@
 """From another layout to ours and back, a row in memory at a time."""
 
 import json
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -10,11 +11,13 @@ from typing import IO, Any
 
 from rqa.data import Document, Example, iterate_documents, iterate_examples
 from rqa.preparation.chunking import Seen
-from rqa.preparation.layouts import JSONL, LAYOUTS
+from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS
 from rqa.preparation.reading import read_rows, read_table
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
+
+log = logging.getLogger(__name__)
 
 JUDGED = {  # folders: a corpus, and for each split the questions and which passages are relevant to them
     "beir": ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"),
@@ -32,7 +35,7 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
     ending = "w_qa" if layout in LAYOUTS and LAYOUTS[layout].answers else "w_q"
     counts: Counter[str] = Counter()
     seen = Seen()
-    with _writing(directory) as (write, _):
+    with _writing(directory) as (write, written):
         items = _read_judged if layout in JUDGED else _read_rows
         for split, item in progress(items(layout, paths), desc="convert", unit="row"):
             if isinstance(item, Document):
@@ -40,14 +43,17 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
                 counts["passages" if is_new else "repeated passages left out"] += 1
                 if is_new:
                     write("documents.jsonl", item.to_json())
+            elif isinstance(item, str):
+                counts[item] += 1
             elif item.gold_answer == "" and not no_answer:
                 counts["unanswerable questions left out"] += 1
             else:
                 counts[f"questions of {split}"] += 1
                 item = replace(item, gold_answer=no_answer) if item.gold_answer == "" else item
                 write(f"{split}_{ending}.jsonl", item.to_json())
-        if not counts:
-            raise UserError(f"{paths[0]}: holds no rows")
+        if not written:
+            left_out = "".join(f"; {count} {what}" for what, count in counts.items())
+            raise UserError(f"{paths[0]}: holds no rows to write{left_out}")
     return counts
 
 
@@ -99,7 +105,7 @@ def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[C
             file.write(behind)
 
 
-def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Document | Example]]:
+def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Document | Example | str]]:
     stems = [path.name.removesuffix(".gz").rpartition(".")[0] or path.name for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"--input_path: two files are called {twice[0]}, which names the split")
@@ -108,7 +114,7 @@ def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Docume
             yield from ((stem, item) for item in LAYOUTS[layout].read(row))
 
 
-def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Document | Example]]:
+def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Document | Example | str]]:
     """Every passage of a folder's corpus, then the questions of each split that have a relevant one."""
     corpus, queries, qrels = JUDGED[layout]
     before, behind = qrels.split("*")
@@ -120,28 +126,29 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         if not files:
             raise UserError(f"{folder}: holds no qrels; a corpus alone needs no conversion")
         judged = {split: _read_judgements(path) for split, path in files.items()}
-        wanted = {name for relevant in judged.values() for names in relevant.values() for name in names}
+        wanted = {name for relevant in judged.values() for gains in relevant.values() for name in gains}
         passages: dict[str, Document] = {}
         for name, title, text in _read_texts(folder / corpus, default=""):
             content = (text.strip() if layout == "beir" else text) or title
-            if content:
-                document = Document(content, {"source": name, "title": title})
-                yield "", document
-                if name in wanted:
-                    passages[name] = document
+            document = Document(content, {"source": name, "title": title}) if content.strip() else None
+            yield "", document or BLANK
+            if document and name in wanted:
+                passages[name] = document
         for split, relevant in judged.items():
-            unasked = set(relevant)
+            unasked, asked = dict(relevant), 0
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
-                if query in unasked:
-                    unasked.remove(query)
-                    if absent := [name for name in relevant[query] if name not in passages]:
-                        where = _where(files[split], absent[0])
-                        raise UserError(f"{where}: passage '{absent[0]}' is not in the corpus")
-                    gold = tuple(passages[name] for name in relevant[query])
-                    yield split, Example(question, gold, where=str(files[split]))
-            if unasked:
-                first = min(unasked)
-                raise UserError(f"{_where(files[split], first)}: query '{first}' is in no file of queries")
+                gains = unasked.pop(query, {}) if question.strip() else {}
+                found = [(passages[name], gain) for name, gain in gains.items() if name in passages]
+                gold = [d if gain == 1 else replace(d, metadata=d.metadata | {"gold_gain": gain}) for d, gain in found]
+                if gold:
+                    asked += 1
+                    yield split, Example(question, tuple(gold), where=str(files[split]))
+            absent = [name for gains in relevant.values() for name in gains if name not in passages]
+            for what, names in (("passage", absent), ("query", list(unasked))):
+                if names:
+                    said = "%s: %s '%s' is absent or blank; %d such judgements are left out"
+                    log.warning(said, _where(files[split], names[0]), what, names[0], len(names))
+            yield from [("", f"judged questions of {split} left out")] * (len(relevant) - asked)
 
 
 def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, str, str]]:
@@ -153,7 +160,7 @@ def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, s
             yield row.text("_id"), row.text("title", default=""), row.text("text", default=default)
         return
     for where, fields in read_table(path):
-        if len(fields) != 2 or not fields[1].strip():
+        if len(fields) != 2:
             raise UserError(f"{where}: expected an identifier and a text with a tab between them")
         yield fields[0], "", fields[1]
 
@@ -163,20 +170,20 @@ def _where(path: Path, identifier: str) -> str:
     return next((where for where, fields in read_table(path) if identifier in " ".join(fields).split()), str(path))
 
 
-def _read_judgements(path: Path) -> dict[str, list[str]]:
-    """The relevant passages of each query: query, passage, score below a header, or TREC's four columns."""
-    relevant: defaultdict[str, list[str]] = defaultdict(list)
+def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
+    """The relevant passages of each query with their gains: query, passage, score below a header, or TREC's columns."""
+    relevant: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for where, fields in read_table(path):
         fields = fields if len(fields) > 1 else fields[0].split()
         if len(fields) not in (3, 4):
             raise UserError(f"{where}: expected query, passage and score, found {len(fields)} columns")
         query, passage, score = fields[0], fields[-2], fields[-1].strip()
-        if not score.lstrip("-").isdigit():
-            if where.endswith(":1"):
-                continue  # the header
-            raise UserError(f"{where}: score '{score}' is not a number")
-        if int(score) > 0:
-            relevant[query].append(passage)
+        try:
+            if float(score) > 0:
+                relevant[query][passage] = float(score)
+        except ValueError:
+            if not where.endswith(":1"):  # the header
+                raise UserError(f"{where}: score '{score}' is not a number") from None
     return relevant
 
 
@@ -202,6 +209,6 @@ def _write_beir(directory: Path, documents: Path, splits: dict[str, Path]) -> Co
                 for document in example.gold_docs:
                     if not names[document.key]:
                         raise UserError(f"{example.where}: a gold passage is not in {documents}")
-                    write(f"qrels/{split}.tsv", f"{query}\t{names[document.key]}\t1")
+                    write(f"qrels/{split}.tsv", f"{query}\t{names[document.key]}\t{document.gain:g}")
             counts[f"qrels/{split}.tsv"] -= 1  # the header
     return counts

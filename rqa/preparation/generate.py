@@ -3,10 +3,10 @@
 import json
 import logging
 import re
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from random import Random
 from typing import Any
 
@@ -17,18 +17,22 @@ from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_end
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
-from rqa.prompts import PromptArguments, Prompter, fill, retrieval_query
+from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import Store, cache_root, fingerprint
+from rqa.runtime.files import Store, cache_root, fingerprint, write_jsonl
 from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.text import words
 
 log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
 
-KEPT_AT_ONCE = 128  # conversations between two writes of the store: what an interruption costs at most
+FIRST, AT_ONCE = 10, 64  # conversations whose replies are judged together: at first, and then at least
+KEPT_AT_ONCE = 32  # conversations between two writes of the store: what an interruption costs at most
+LOOP = 64  # characters, or tokens, that end a reply and stand in it before: small models say the same for ever
+SHOWN = 3  # replies that are left out
 
 ASK_QUESTIONS = """\
 Here is a passage of a larger collection.
@@ -59,7 +63,7 @@ _QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
 
 
 @dataclass(kw_only=True)
-class GeneratorArguments(LoadingArguments, EndpointArguments):
+class GeneratorArguments(LoadingArguments, EndpointArguments, ChatTemplateArguments):
     """The language model that writes, and its price."""
 
     model_name_or_path: str = flag(help="Model that writes: a directory, a hub name, or openai::http://host:port/v1.")
@@ -94,87 +98,119 @@ class SampleArguments(Arguments):
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
-    """The first lines that end in a question mark and do not speak of the passage; none twice."""
+    """The first lines that end in a question mark and do not speak of the passage, none twice; or a ValueError."""
     # Numbers, bullets, quotes and whatever leads to "question:" are taken off.
     lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
     lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
-    lines = [line for line in lines if len(line.split()) >= FEWEST_WORDS and _QUESTION_END.search(line)]
-    return list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))[:number]
+    lines = [line for line in lines if len(words(line)) >= FEWEST_WORDS and _QUESTION_END.search(line)]
+    questions = list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))
+    if not questions:
+        raise ValueError("speaks of the passage" if lines else "holds no question")
+    return questions[:number]
 
 
-def parse_answer(reply: str, question: str) -> str | None:
-    """The answer on one line; None where the model found none, speaks of the passage or says the question again."""
+def parse_answer(reply: str, question: str) -> str:
+    """The answer on one line; a ValueError where there is none, or it speaks of the passage, or is the question."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
-    bare = re.sub(r"[^\w\s]", "", answer).strip().lower()
-    echo = bare == re.sub(r"[^\w\s]", "", question).strip().lower()
-    return None if not bare or echo or bare.startswith(NO_ANSWER) or _UNSEEN.search(answer) else answer
+    bare, asked = (re.sub(r"[^\w\s]", "", text).strip().lower() for text in (answer, question))
+    if not bare or bare == asked or bare.startswith(NO_ANSWER):
+        raise ValueError("holds no answer")
+    if _UNSEEN.search(answer):
+        raise ValueError("speaks of the passage")
+    return answer
 
 
 class LocalGenerator:
     """A decoder in this process, or a copy of it in each of several; its own chat template is used."""
 
-    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_new_tokens: int) -> None:
-        self.tokenizer = tokenizer
-        prompt = PromptArguments(chat_format="template", max_new_tokens=max_new_tokens)
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: GeneratorArguments) -> None:
+        self.tokenizer, most, variables = tokenizer, flags.max_new_tokens, flags.chat_template_kwargs
+        prompt = PromptArguments(chat_format="template", max_new_tokens=most, chat_template_kwargs=variables)
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
-        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - max_new_tokens
+        self.reader.loop = LOOP
+        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - most
         self._store = Store(cache_root() / "generated.sqlite")
-        self._identity = fingerprint(model_fingerprint(model, tokenizer), str(max_new_tokens))
+        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{most} {LOOP} {variables}")
 
-    def generate(self, conversations: Sequence[Conversation]) -> list[str]:
-        """The reply to each conversation, greedily; what an earlier run was told is not asked again. [Q] -> [Q]"""
+    def generate(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+        """Each reply, greedily, and whether it is cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
         keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
         waiting = dict(zip(keys, conversations, strict=True))
         kept = distributed.from_main(self._store.get(waiting))
         missing = [key for key in waiting if key not in kept]
         for start in range(0, len(missing), KEPT_AT_ONCE):
-            log.info("generate: %d of %d conversations done", len(keys) - len(missing) + start, len(keys))
             part = missing[start : start + KEPT_AT_ONCE]
             kept |= zip(part, self._reply([waiting[key] for key in part]), strict=True)
             if distributed.is_main():
                 self._store.put({key: kept[key] for key in part})
-        return [kept[key] for key in keys]
+        return [(text, cut) for text, cut in (kept[key] for key in keys)]
 
-    def _reply(self, conversations: Sequence[Conversation]) -> list[str]:
+    def _reply(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
         """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
-        ask = partial(self.tokenizer.apply_chat_template, tokenize=False, add_generation_prompt=True)
-        texts = map(ask, distributed.share(conversations))
+        prompter = self.reader.prompter
+        said = ([turn | {"content": prompter.as_text(turn["content"])} for turn in turns] for turns in conversations)
+        texts = map(prompter.apply_template, distributed.share(list(said)))
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
         if longer := sum(len(prompt) > self._limit for prompt in prompts):
             log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
         prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
         answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
-        return distributed.gather([answer.text for answer in answers])
+        return distributed.gather([(answer.text, answer.cut) for answer in answers])
 
 
-def generate(conversations: Sequence[Conversation], flags: GeneratorArguments) -> list[str]:
-    """The reply to each conversation by the server or the local model that the flags name. [Q] -> [Q]"""
+def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], list[tuple[str, bool]]]:
+    """`LocalGenerator.generate`, or the like for a server, of the model that the flags name."""
     name = flags.model_name_or_path
     if is_endpoint(name):
-        endpoint = Endpoint(name, flags)
-        replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
-        return distributed.from_main([reply.text for reply in replies])
+        endpoint = Endpoint(name, flags, flags.template_options)
+
+        def ask(conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
+            replies = endpoint.ask(conversations, flags.max_new_tokens) if distributed.is_main() else []
+            return distributed.from_main([(reply.text, reply.cut) for reply in replies])
+
+        return ask
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
         raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
-    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags.max_new_tokens).generate(conversations)
+    return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags).generate
 
 
-def question_conversations(passages: dict[str, list[Document]], template: str, number: int) -> list[Conversation]:
-    """What is asked about each passage of each split."""
-    texts = [document.fmt_content for found in passages.values() for document in found]
-    return [_ask(template, passage=text, number=str(number)) for text in texts]
+def generate(
+    conversations: Sequence[Conversation], flags: GeneratorArguments, wanted: str, accepted: Path,
+    read: Callable[[int, str], list[Example]],
+) -> list[list[Example]]:  # fmt: skip
+    """What `read` makes of each conversation's number and reply; its ValueError says why that is nothing. [Q] -> [Q]
+
+    What is made so far stands in the file `accepted`, which the caller removes.
+    """
+    write, made, rejected, unfinished = _writer(flags), [], 0, 0
+    while (done := len(made)) < len(conversations):
+        started = time.monotonic()
+        for text, cut in write(conversations[done : done + (max(AT_ONCE, done // 4) if done else FIRST)]):
+            repeats = text.count(text[-LOOP:]) > 1
+            unfinished += not text or (cut and not repeats)
+            try:
+                whole = text.rpartition("\n")[0] if cut or repeats else text  # without the last line, which is not
+                made.append(read(len(made), whole))
+            except ValueError as error:
+                made.append([])
+                rejected += 1
+                if rejected <= SHOWN:
+                    why = "repeats itself" if repeats else "is cut" if cut else error
+                    log.info("a reply is left out, since it %s: %r", why, text[:200])
+        if any(made) and distributed.is_main():
+            write_jsonl(accepted, (example.to_json() for examples in made for example in examples))
+        if left := len(conversations) - len(made):
+            seconds = left * (time.monotonic() - started) / (len(made) - done)
+            log.info("%d replies, %d left out; the other %d take about %.0f s", len(made), rejected, left, seconds)
+        if not done and rejected > len(made) / 2:
+            log.warning("%d of the first %d replies hold no %s; name a larger model", rejected, len(made), wanted)
+    if unfinished:
+        log.warning("%d of %d replies were empty or cut; raise --max_new_tokens", unfinished, len(made))
+    return made
 
 
-def answer_conversations(examples: Sequence[Example], template: str) -> list[Conversation]:
-    """What is asked for the answer of each example, from its first gold passage."""
-    for example in examples:
-        if not example.gold_docs:
-            raise UserError(f"{example.where}: field 'gold_docs' is empty; an answer needs a passage")
-    return [_ask(template, passage=each.gold_docs[0].fmt_content, question=each.question) for each in examples]
-
-
-def _ask(template: str, **fields: str) -> Conversation:
+def conversation(template: str, **fields: str) -> Conversation:
     return [{"role": "user", "content": fill(template, fields)}]
 
 
@@ -182,11 +218,11 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
     """Passages of each split, in the database's order; no text, or no source, is in two of them."""
     distinct: dict[str, int] = {}
     for number, document in enumerate(documents):
-        if len(document.page_content.split()) >= flags.min_passage_words:
+        if len(words(document.page_content)) >= flags.min_passage_words:
             distinct.setdefault(normalize(document.page_content), number)
     groups: dict[Any, list[int]] = {}
     for number in distinct.values():
-        group = number if flags.split_by == "passage" else documents[number].metadata.get("source", number)
+        group = number if flags.split_by == "passage" else repr(documents[number].metadata.get("source", number))
         groups.setdefault(group, []).append(number)
     shuffled = list(groups.values())
     Random(flags.seed).shuffle(shuffled)
@@ -201,27 +237,6 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
             numbers += shuffled.pop()
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]
     return chosen
-
-
-def read_questions(
-    passages: dict[str, list[Document]], replies: Sequence[str], number: int, counts: Counter[str]
-) -> dict[str, list[Example]]:
-    """Questions by split, `number` a passage at most, none asked of two; `counts` gets what became of the replies."""
-    asked = [(split, document) for split, found in passages.items() for document in found]
-    drafts = [
-        (split, Example(question, (document,)))
-        for (split, document), reply in zip(asked, replies, strict=True)
-        for question in parse_questions(reply, number)
-    ]
-    counts["passages"] = len(asked)
-    counts["passages without a readable question"] = len(asked) - len({id(draft.gold_docs[0]) for _, draft in drafts})
-    if not drafts:
-        first = f"the first: {replies[0]!r}"
-        raise UserError(f"--model_name_or_path: none of {len(asked)} replies holds a question; {first}")
-    frequency = Counter(normalize(draft.question) for _, draft in drafts)
-    unique = [(split, draft) for split, draft in drafts if frequency[normalize(draft.question)] == 1]
-    counts["questions left out as asked of several passages"] = len(drafts) - len(unique)
-    return {name: [draft for split, draft in unique if split == name] for name in passages}
 
 
 def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:
@@ -246,9 +261,3 @@ def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
         row.pop("question", None)
         row["questions"].append(example.question)
     return rows.values()
-
-
-def read_answers(examples: Sequence[Example], replies: Iterator[str]) -> list[Example]:
-    """The examples with the answers of the next replies; those that the passage does not answer are left out."""
-    pairs = [(example, parse_answer(next(replies), example.question)) for example in examples]
-    return [replace(example, gold_answer=answer) for example, answer in pairs if answer is not None]

@@ -10,6 +10,7 @@ from rqa.data import Document, Example
 from rqa.preparation.reading import Row
 
 JSONL, ARRAY = ("", "\n", "\n"), ("[\n", ",\n", "\n]\n")
+BLANK = "blank passages left out"
 LISTS = ("gold_docs", "hard_neg_docs", "ctxs", "others")  # of passages, in the order in which they join the database
 
 
@@ -35,15 +36,17 @@ class Layout:
     def paths(self) -> dict[str, str]:
         return {held: path for path, held in (*self.row.items(), *self.passage.items()) if isinstance(held, str)}
 
-    def read(self, row: Row) -> Iterator[Document | Example]:
-        """The passages of a row, then its question. An unanswerable question has the answer ""."""
+    def read(self, row: Row) -> Iterator[Document | Example | str]:
+        """The passages of a row (`BLANK` for a blank one), then its question. An unanswerable one has the answer ""."""
         paths = self.paths
         if self.corpus and row.find(paths["question"])[1] is None:
-            yield from filter(None, [self._read_passage(row)])
+            yield self._read_passage(row) or BLANK
             return
-        lists = {name: self._read_passages(row, paths[name]) for name in LISTS if name in paths}
-        for pairs in lists.values():
-            yield from (document for document, _ in pairs)
+        lists = {}
+        for name in (name for name in LISTS if name in paths):
+            pairs = self._read_passages(row, paths[name])
+            yield from (document or BLANK for document, _ in pairs)
+            lists[name] = [(document, each) for document, each in pairs if document]
         contexts, scores = lists.get("ctxs", []), None
         if contexts and "score" in paths and all(each.find(paths["score"])[1] is not None for _, each in contexts):
             scores = tuple(each.number(paths["score"]) for _, each in contexts)
@@ -56,14 +59,13 @@ class Layout:
         answered = {"gold_answer": first, "other_answers": tuple(others), "ctx_scores": scores}
         yield Example(row.text(paths["question"]), where=row.where, **answered, **found)
 
-    def _read_passages(self, row: Row, path: str) -> list[tuple[Document, Row]]:
+    def _read_passages(self, row: Row, path: str) -> list[tuple[Document | None, Row]]:
         if not self.passage:
-            return [(Document(text), row) for text in row.texts(path) if text.strip()]
-        found = [(self._read_passage(each), each) for each in row.rows(path)]
-        return [(document, each) for document, each in found if document]
+            return [(Document(text) if text.strip() else None, row) for text in row.texts(path)]
+        return [(self._read_passage(each), each) for each in row.rows(path)]
 
     def _read_passage(self, row: Row) -> Document | None:
-        """A passage whose text is blank is its title; one that has neither is none, or wrong where titles exist."""
+        """A passage whose text is blank is its title; one that has neither is none."""
         paths = self.paths
         title = row.text(paths["title"], default="") if "title" in paths else ""
         text = row.text(paths["contents"] if "contents" in paths else paths["text"])
@@ -71,11 +73,8 @@ class Layout:
             title, _, text = text.partition("\n")
             title = title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title
         content = text if text.strip() else title
-        if content.strip():
-            return Document(content, {"source": row.text(paths["source"], default=title), "title": title})
-        if "title" in paths:
-            raise row.wrong(paths["text"], "a text that is not blank")
-        return None
+        metadata = {"source": row.text(paths["source"], default=title), "title": title}
+        return Document(content, metadata) if content.strip() else None
 
     def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
         no_answers = [self.no_answer] if self.no_answer else [] if self.answers else None
@@ -124,14 +123,17 @@ def all_answers(example: Example) -> list[str]:
 
 
 class SQuAD(Layout):
-    """A row is an article: paragraphs, and the questions about each."""
+    """A row is an article: paragraphs, and the questions about each. Or it is one question, as `datasets` has it."""
 
-    def read(self, row: Row) -> Iterator[Document | Example]:
+    def read(self, row: Row) -> Iterator[Document | Example | str]:
         title = row.text("title", default="")
-        for paragraph in row.rows("paragraphs"):
+        for paragraph in [row] if "context" in row.values else row.rows("paragraphs"):
             document = Document(paragraph.text("context"), {"source": title, "title": title})
+            if not document.page_content.strip():
+                yield BLANK
+                continue
             yield document
-            for asked in paragraph.rows("qas"):
+            for asked in [row] if paragraph is row else paragraph.rows("qas"):
                 impossible = asked.values.get("is_impossible") is True
                 answers = [] if impossible else [answer.text("text") for answer in asked.rows("answers")]
                 first, *others = dict.fromkeys(answers or [""])

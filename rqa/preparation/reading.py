@@ -1,20 +1,21 @@
 """Other projects' files row by row, whatever their size: JSONL, JSON arrays, tab-separated values, gzipped or not."""
 
+import json
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from decimal import Decimal
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import ijson
-
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import read_jsonl, reading
+from rqa.runtime.files import LONGEST, read_jsonl, reading
+from rqa.runtime.text import parse_json
 
-START = 1 << 20  # characters that tell an array from lines
+START = 1 << 20  # characters read at once; the first ones tell an array from lines
+_BETWEEN = re.compile(r"\s*,?\s*")
+_DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class Row:
     def text(self, path: str, default: str | None = None) -> str:
         """A string or a number; without a default it must be there."""
         name, value = self.find(path)
-        if isinstance(value, str | int | float | Decimal):
+        if isinstance(value, str | int | float):
             return str(value)
         if value is not None:
             raise self.wrong(path, "a string")
@@ -83,24 +84,34 @@ class Row:
 def read_rows(path: Path, key: str = "") -> Iterator[Row]:
     """Yield the objects of JSONL, of a JSON array, or of the array at `key` of an object; one in memory at a time."""
     with reading(path) as unpacked, TextIOWrapper(unpacked, "utf-8-sig") as file:
-        if not re.search(rf'"{key}"\s*:\s*\[' if key else r"\A\s*\[", file.read(START)):
+        text = file.read(START)
+        begin = (re.search(rf'"{key}"\s*:\s*\[', text) if key else None) or re.match(r"\s*\[", text)
+        if begin is None:
             yield from (Row(row, f"{path}:{line}") for line, row in read_jsonl(path))
             return
-        file.seek(0)
-        number, data = 0, SimpleNamespace(read=lambda size: file.read(size).encode())
-        try:
-            for number, value in enumerate(ijson.items(data, f"{key}.item" if key else "item"), start=1):
-                if not isinstance(value, dict):
-                    raise UserError(f"{path}: item {number}: expected a JSON object, found {type(value).__name__}")
-                yield Row(value, f"{path}: item {number}")
-        except ijson.JSONError as error:
-            reason = re.split(r"\n|\\n", str(error).removeprefix("b'"))[0]  # behind it stands what surrounds the place
-            raise UserError(f"{path}: item {number + 1}: not valid JSON ({reason})") from None
+        at, number = begin.end(), 1
+        while True:
+            start = next(_BETWEEN.finditer(text, at)).end()
+            try:
+                if text.startswith("]", start):
+                    return
+                end = _DECODER.raw_decode(text, start)[1]
+                row = parse_json(text[start:end])
+            except (ValueError, RecursionError) as error:  # unless the item goes on in what was not read yet
+                if len(text) - at < LONGEST and (more := file.read(max(START, len(text) - at))):
+                    text, at = text[at:] + more, 0
+                    continue
+                reason = getattr(error, "msg", None) or str(error)
+                raise UserError(f"{path}: item {number}: not valid JSON ({reason})") from None
+            yield Row(row, f"{path}: item {number}")
+            at, number = end, number + 1
 
 
 def read_table(path: Path) -> Iterator[tuple[str, list[str]]]:
     """Yield `(file:line, fields)` of each line of tab-separated values that is not blank."""
     with reading(path) as unpacked, TextIOWrapper(unpacked, "utf-8-sig") as file:
-        for number, line in enumerate(file, start=1):
+        for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), start=1):
+            if len(line) > LONGEST:
+                raise UserError(f"{path}:{number}: is longer than {LONGEST >> 20} million characters")
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\n").split("\t")

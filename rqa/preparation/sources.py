@@ -5,24 +5,37 @@ import io
 import logging
 import os
 import re
+import unicodedata
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
+
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl
+from rqa.runtime.text import clean_text
 
-_TITLE = re.compile(r"\A\s*#[ \t]+(.+?)[ \t#]*$", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}[ \t]+(\S.{0,249}?)(?:[ \t]{1,250}#{0,250})?[ \t\r]*$", re.MULTILINE)
+_TITLE = re.compile(rf"\A\s*(?=#[ \t]){HEADING.pattern}", re.MULTILINE)
+LONGEST_TITLE = 250  # characters, as of a heading; every passage repeats it
+_NO_TEXT = re.compile(  # control characters, white space beyond a hundredth, embedded images
+    r"[\x00-\x08\x0b\x0e-\x1f\x7f]|\s(?<=\s{101})\s*(?=\s)"
+    r"|data:[\w.+-]{1,60}/[\w.+-]{1,90}(?:;[\w.=+-]{1,90})*,[\w+/=%.*~-]{50,}(?:\s[\w+/=%-]{40,})*",
+    re.ASCII,
+)
+_SPLIT_WORD = regex.compile(r"(?<=\p{Ll})[-\u2010][ \t]*\n[ \t]*(?=\p{Ll})|\u00ad\n?")
 
 
 @dataclass(frozen=True)
 class Source:
     source: str  # a path or an address
     title: str  # the text's own, else its file's name
-    text: str  # with headings as Markdown has them
+    text: str
     where: str  # file, and line of a JSONL file, for messages
     metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the file had; passages inherit it
+    markdown: bool = True  # whether a line that begins with # is a heading
 
 
 class Unreadable(Exception):
@@ -38,29 +51,38 @@ def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     if path.is_dir():
         found = sorted(Path(folder, name) for folder, _, names in os.walk(path) for name in names)
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
-    files = [file for file in found if file.suffix.lower() in READERS]
+    files = [file for file in found if _ending(file)]
     if not files:
         wrong = "holds no file that ends" if path.is_dir() else "cannot be read; write files that end"
         raise UserError(f"{path}: {wrong} in {', '.join(READERS)}")
     for file in files:
-        package = PACKAGES.get(file.suffix.lower())
+        package = PACKAGES.get(_ending(file))
         if package and importlib.util.find_spec(package) is None:
             raise UserError(f'{file}: reading it needs {package}; pip install "rqa[documents]"')
-    return files, [file for file in found if file.suffix.lower() not in READERS]
+    return files, [file for file in found if not _ending(file)]
+
+
+def _ending(file: Path) -> str:
+    return next(filter(file.name.lower().endswith, READERS), "")
 
 
 def read_sources(file: Path, name: str) -> Iterator[Source]:
     """The texts of one file, which passages call `name`. A JSONL file has one a line, and any other file one."""
-    return READERS[file.suffix.lower()](file, name)
+    if not file.is_file():  # a pipe may never end
+        raise Unreadable("is no regular file")
+    try:
+        for source in READERS[_ending(file)](file, clean_text(name)):
+            yield replace(source, title=clean_text(source.title), text=_NO_TEXT.sub("", clean_text(source.text)))
+    except UserError:
+        raise
+    except Exception as error:  # a damaged PDF raises nearly anything
+        kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"a readable {file.suffix[1:].upper()}"
+        raise Unreadable(f"not {kind} ({one_line(error) or type(error).__name__})") from None
 
 
 def _read_text(file: Path, name: str) -> Iterator[Source]:
-    data = _bytes(file)
-    encoding = "utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig"
-    try:
-        text = data.decode(encoding).replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise Unreadable(f"not UTF-8 text ({error.reason} at byte {error.start})") from None
+    data = file.read_bytes()
+    text = data.decode("utf-16" if data.startswith((b"\xff\xfe", b"\xfe\xff")) else "utf-8-sig").replace("\r\n", "\n")
     title = _TITLE.match(text)
     yield Source(name, title[1] if title else file.stem, text, str(file))
 
@@ -69,24 +91,22 @@ def _read_html(file: Path, name: str) -> Iterator[Source]:
     import trafilatura
 
     logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is said here
-    data = _bytes(file)
-    text = trafilatura.extract(data, output_format="markdown", favor_recall=True, include_comments=False)
-    about = trafilatura.extract_metadata(data) if text else None
-    yield Source(name, (about and about.title) or file.stem, text or "", str(file))
+    page = trafilatura.load_html(file.read_bytes())
+    found = [] if page is None else page.xpath("(//title)[1] | (//h1)[1]")
+    titles = list(filter(None, (" ".join(each.text_content().split()) for each in found))) or [file.stem]
+    title = min(filter(titles[0].startswith, titles), key=len)  # the heading "Arlen" of a page called "Arlen | Guide"
+    text = trafilatura.extract(page, output_format="markdown", favor_recall=True, include_comments=False)
+    yield Source(name, title[:LONGEST_TITLE], text or "", str(file))
 
 
 def _read_pdf(file: Path, name: str) -> Iterator[Source]:
     import pypdf
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)
-    data = _bytes(file)
-    try:
-        reader = pypdf.PdfReader(io.BytesIO(data))
-        pages = [page.extract_text() for page in reader.pages]
-        title = (reader.metadata and reader.metadata.title) or file.stem
-    except Exception as error:  # a damaged PDF raises nearly anything
-        raise Unreadable(f"not a readable PDF ({one_line(error) or type(error).__name__})") from None
-    yield Source(name, str(title), "\n\n".join(pages), str(file))
+    reader = pypdf.PdfReader(io.BytesIO(file.read_bytes()))
+    text = unicodedata.normalize("NFKC", "\n\n".join(page.extract_text() for page in reader.pages))  # no ligatures
+    title = str((reader.metadata and reader.metadata.title) or file.stem)
+    yield Source(name, title[:LONGEST_TITLE], _SPLIT_WORD.sub("", text), str(file), markdown=False)
 
 
 def _read_rows(file: Path, name: str) -> Iterator[Source]:
@@ -99,17 +119,10 @@ def _read_rows(file: Path, name: str) -> Iterator[Source]:
         yield Source(row.get("source") or f"{name}:{line}", row.get("title", ""), row["text"], where, rest)
 
 
-def _bytes(file: Path) -> bytes:
-    try:
-        return file.read_bytes()
-    except OSError as error:
-        raise Unreadable(error.strerror or str(error)) from None
-
-
 READERS: dict[str, Callable[[Path, str], Iterator[Source]]] = {
     **dict.fromkeys((".txt", ".md", ".markdown", ".rst"), _read_text),
     **dict.fromkeys((".html", ".htm"), _read_html),
     ".pdf": _read_pdf,
-    ".jsonl": _read_rows,
+    **dict.fromkeys((".jsonl", ".jsonl.gz"), _read_rows),
 }
 PACKAGES = {".html": "trafilatura", ".htm": "trafilatura", ".pdf": "pypdf"}  # what the extra `documents` installs

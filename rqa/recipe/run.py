@@ -5,21 +5,20 @@ from abc import ABC, abstractmethod
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from rqa.data import DocumentArguments, read_documents, read_examples, subset
-from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES, write_report
+from rqa.data import DocumentArguments, read_documents, read_examples, subset, with_known_gold
+from rqa.evaluation.report import DETAILS, PREDICTIONS, REPORT, SCORES, write_report
 from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import read_json, write_json, write_jsonl
+from rqa.runtime.files import beside, claim, read_json, write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
@@ -68,7 +67,8 @@ class Run(ABC):
         set_seed(flags.seed)
         held_out = [read_examples(path, eval_answers) if path else [] for path in (flags.eval_file, flags.test_file)]
         self.documents = read_documents(flags.document_path)
-        self.train = read_examples(flags.train_file, train_answers)
+        held_out = [with_known_gold(examples, self.documents) for examples in held_out]
+        self.train = with_known_gold(read_examples(flags.train_file, train_answers), self.documents)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
         if distributed.is_main():
             self._open_output()
@@ -110,9 +110,9 @@ class Run(ABC):
             return {}
         scores, rows = self.score_test() if self.test else ({}, [])
         if self.flags.merge_lora_on_save and distributed.is_main():
-            with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=self.output) as directory:
+            with beside(self.output / "model") as directory:
                 merged(self.output, type(self.model)).save_pretrained(directory)
-                promote(Path(directory), self.output)
+                promote(directory, self.output, whole=False)
         distributed.barrier()
         if self.test:
             scores = self.publish({f"test_{name}": value for name, value in scores.items()}, rows)
@@ -123,8 +123,9 @@ class Run(ABC):
         """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
         now, then = self.flags.to_json(), {}
         self.output.mkdir(parents=True, exist_ok=True)
+        claim(self.output)
         if not self.checkpoint or not continues(self.checkpoint, self.flags):
-            for name in (SCORES, DETAILS, PREDICTIONS):  # of a run that this one replaces
+            for name in (SCORES, DETAILS, PREDICTIONS, REPORT):  # of a run that this one replaces
                 (self.output / name).unlink(missing_ok=True)
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))

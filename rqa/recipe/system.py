@@ -32,8 +32,8 @@ class EndpointReader:
         """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
         asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
         replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        answers = dict(zip(asked, replies, strict=True))
-        return [Answer(*answers.get(number, ("", 0))) for number in range(len(examples))]
+        answers = {i: Answer(r.text, r.num_tokens, r.seconds, cut=r.cut) for i, r in zip(asked, replies, strict=True)}
+        return [answers.get(number, Answer("", 0)) for number in range(len(examples))]
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Nothing: a server is asked no question twice, and may have to be paid."""
@@ -47,7 +47,7 @@ def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader
     if is_endpoint(path):
         if any(getattr(flags, name) != getattr(GenerationArguments, name) for name in vars(GenerationArguments())):
             raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
-        return EndpointReader(Endpoint(path, flags), flags)
+        return EndpointReader(Endpoint(path, flags, flags.template_options), flags)
     if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
         collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)

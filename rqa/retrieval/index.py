@@ -66,7 +66,8 @@ class Index:
         assert self._faiss is not None, "the index is empty"
         refuse_foreign_directory(Path(directory))
         with atomic_directory(directory) as temporary:
-            faiss.write_index(self._faiss, str(temporary / "index.faiss"))
+            with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
+                faiss.write_index(self._faiss, faiss.PyCallbackIOWriter(file.write))
             state = {"stamp": self.stamp, "index_factory": self.flags.index_factory, "documents": len(self)}
             state |= {"dtype": self.dtype}
             (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
@@ -79,7 +80,8 @@ class Index:
             state = read_json(Path(directory, "index.json"))
             index = faiss.read_index(str(Path(directory, "index.faiss")))
             fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
-        except (UserError, RuntimeError):
+            fits &= all(isinstance(state.get(name, ""), str) for name in ("stamp", "dtype"))
+        except (UserError, RuntimeError, MemoryError):
             return False
         if fits:
             self._use(index, state.get("stamp", ""))

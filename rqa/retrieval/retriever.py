@@ -1,5 +1,6 @@
 """Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
 
+import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -53,8 +54,9 @@ class PassageRetriever(ABC):
         hits = self.retrieve_shared(questions, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
-                np.save(temporary / "ids.npy", hits.ids)
-                np.save(temporary / "scores.npy", hits.scores)
+                for name, array in vars(hits).items():
+                    np.save(buffer := io.BytesIO(), array)  # into a file it would ignore that a disk is full
+                    (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
         return hits
 
     def documents_of(self, hits: Hits) -> list[list[Document]]:

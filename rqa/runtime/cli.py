@@ -4,11 +4,13 @@ import ctypes
 import logging
 import os
 import platform
+import re
 import signal
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from errno import EDQUOT, EIO, ENOSPC
 from io import StringIO
 from types import FrameType
 from typing import Any
@@ -22,14 +24,18 @@ log = logging.getLogger(__name__)
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
 SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
+# What a terminal obeys, what turns the direction of text, and halves of characters, which no encoding has.
+UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def run(main: Callable[[], Any]) -> None:
     """Run an executable's main function and exit.
 
     Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; 1 with one line if another process of
-    the run is gone; anything else is our mistake and shows its traceback.
+    the run is gone; as a signal ends it, if nobody reads its output; anything else is our mistake, with its traceback.
     """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `rqa.runtime.quiet`
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     tune_allocator()
     quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
@@ -38,15 +44,21 @@ def run(main: Callable[[], Any]) -> None:
     logger.setLevel(logging.INFO)
     logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
     log_to()
+    if sys.stdout:
+        write = sys.stdout.write
+        sys.stdout.write = lambda text: write(printable(text))
     try:
         main()
+        print(end="", flush=True)
         return
     except UserError as error:
         status, message = 2, str(error)
+    except BrokenPipeError:  # nobody reads its output any more, as behind `| head`
+        status, message = 128 + signal.SIGPIPE, ""
     except OSError as error:
-        if error.filename is None or error.strerror is None:
+        if not error.strerror or (error.filename is None and error.errno not in (ENOSPC, EDQUOT, EIO)):
             raise
-        status, message = 2, f"{error.filename}: {error.strerror}"
+        status, message = 2, f"{error.filename or 'standard output'}: {error.strerror}"
     except RuntimeError as error:
         # gloo raises plain RuntimeErrors, NCCL those of its own
         is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
@@ -56,8 +68,18 @@ def run(main: Callable[[], Any]) -> None:
         status = 1
     except KeyboardInterrupt:
         sys.exit(130)
-    print(f"error: {message}", file=sys.stderr)
+    with suppress(OSError):
+        print(f"error: {printable(message)}\n" if message else "", end="", file=sys.stderr)
+    try:
+        print(end="", flush=True)
+    except OSError:  # it would fail once more when Python ends
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
+
+
+def printable(text: str) -> str:
+    """Text that a terminal shows and does not obey: `\\x1b` is written out."""
+    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def tune_allocator() -> None:
@@ -80,8 +102,13 @@ def log_to(path: str | None = None) -> None:
     """Send messages of `rqa`, from the main process, to standard error or, appended, to a file."""
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", None if path else "%H:%M:%S"))
-    handler.addFilter(lambda record: record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0")
+    handler.addFilter(_is_shown)
     logging.getLogger("rqa").addHandler(handler)
+
+
+def _is_shown(record: logging.LogRecord) -> bool:
+    record.msg, record.args = printable(record.getMessage()), ()
+    return record.levelno >= logging.ERROR or os.environ.get("RANK", "0") == "0"
 
 
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:

@@ -1,16 +1,19 @@
 """Files that are whole or absent: atomic writes, checksums, JSON; and a store of what was expensive to compute."""
 
+import fcntl
 import gzip
 import hashlib
 import json
 import logging
 import os
+import re
 import shutil
 import sqlite3
+import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
-from functools import partial
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
+from functools import cache, partial
 from io import BufferedIOBase
 from itertools import chain
 from pathlib import Path
@@ -23,6 +26,9 @@ from rqa.runtime.text import parse_json
 log = logging.getLogger(__name__)
 
 COMPLETION_MARK = "COMPLETE"
+DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
+OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
+SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
 KEYS_PER_QUERY = 500  # SQLite built with its oldest limit takes 999
 LONGEST = 2**28  # bytes of a JSON file, or of a line
 SECONDS_TO_WAIT = 60  # for another process's transaction
@@ -35,39 +41,124 @@ def cache_root() -> Path:
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success it is synced and takes `path`'s name."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with _renaming_to(path):
-            yield temporary
-            _sync(temporary)
-            os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    """Yield a path to write; on success its content is `path`'s. See `atomic_files`."""
+    with atomic_files(Path(path).parent, [Path(path).name]) as places:
+        yield places[Path(path).name]
+
+
+@contextmanager
+def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Path]]:
+    """Yield a path to write for each name; on success all are synced, and take their places together.
+
+    The first one never stands beside the former others: it goes before they come, and comes last. Links are followed,
+    and modes kept. What is no regular file, such as a pipe or /dev/stdout, is written directly.
+    """
+    with ExitStack() as stack:
+        places = {name: stack.enter_context(_place(directory / name)) for name in names}
+        yield {name: written for name, (written, _) in places.items()}
+        renamed = [(written, target) for written, target in places.values() if target]
+        for written, target in renamed:
+            if target.exists():
+                shutil.copymode(target, written)
+            _sync(written)
+        if len(renamed) > 1:
+            renamed[0][1].unlink(missing_ok=True)
+        for written, target in reversed(renamed):
+            os.replace(written, target)
+
+
+@contextmanager
+def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
+    """Where to write, and which path gets that, if any."""
+    if path.parent in DEVICES or OURS.fullmatch(path.name) or (path.exists() and not path.is_file()):
+        try:
+            yield path, None
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            raise
+        with suppress(OSError):  # what is printed from now on comes behind it, where standard output is a file
+            os.lseek(1, 0, os.SEEK_END)
+    else:
+        target = Path(os.path.realpath(path))
+        mode = 0o600 if target.exists() else 0o666
+        with beside(target, lambda new: new.touch(mode, exist_ok=False)) as temporary:
+            yield temporary, target
 
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory; on success it is marked complete (with checksums), synced, and is `path`."""
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{uuid4().hex}.tmp")
-    retired = temporary.with_suffix(".old")
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{path}: is no directory; name one, or a path where nothing is")
+    with beside(path) as temporary:
+        yield temporary
+        files = sorted(child for child in temporary.rglob("*") if child.is_file())
+        sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
+        (temporary / COMPLETION_MARK).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
+        for child in (*sorted(temporary.rglob("*")), temporary):
+            _sync(child)
+        retired = path.with_name(f"{temporary.name}-{path.name}")
+        if path.exists():
+            shutil.copymode(path, temporary)
+            os.replace(path, retired)
+        os.replace(temporary, path)
+    shutil.rmtree(retired, ignore_errors=True)
+
+
+@contextmanager
+def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
+    """Make a directory, or a file, with an unforeseeable name beside `path`; it goes afterwards, unless renamed."""
+    temporary = path.with_name(f".rqa-{uuid4().hex}")
     try:
-        with _renaming_to(path):
-            temporary.mkdir()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(path.parent)
+        make(temporary)
+        with _locked(temporary):
             yield temporary
-            files = sorted(child for child in temporary.rglob("*") if child.is_file())
-            sums = {str(child.relative_to(temporary)): _sha256(child) for child in files}
-            (temporary / COMPLETION_MARK).write_text(json.dumps(sums, indent=2) + "\n", encoding="utf-8")
-            for child in (*sorted(temporary.rglob("*")), temporary):
-                _sync(child)
-            if path.exists():
-                os.replace(path, retired)
-            os.replace(temporary, path)
+        _sync(path.parent)
+    except OSError as error:  # a full disk does not say which file it refused; the user needs to know
+        error.filename = str(path) if error.filename in (None, str(temporary)) else error.filename
+        raise
     finally:
-        for left in (temporary, retired):
-            shutil.rmtree(left, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[bool]:
+    """Hold the lock of a file or directory, which a kill releases, too. -> whether it was free, and can be locked"""
+    descriptor, free = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), False
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            free = True
+        yield free
+    finally:
+        os.close(descriptor)
+
+
+@cache
+def claim(directory: Path) -> None:
+    """Keep a directory for this process until it ends; refuse if another one keeps it."""
+    with suppress(OSError):
+        try:
+            fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"--output_dir {directory}: another run is writing there; name another one") from None
+
+
+def remove_leftovers(directory: str | Path) -> None:
+    """Delete what killed writers left, and give back its name to a directory that was making room for another."""
+    for path in Path(directory).glob(".rqa-*"):
+        ours = OURS.fullmatch(path.name)
+        with suppress(OSError):
+            if not ours or time.time() - path.lstat().st_mtime < SECONDS_TO_LOCK:
+                continue
+            with _locked(path) as free:
+                if free and ours[1] and not path.with_name(ours[1]).exists():
+                    os.replace(path, path.with_name(ours[1]))
+                elif free:
+                    shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:
@@ -79,22 +170,15 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-@contextmanager
-def _renaming_to(path: Path) -> Iterator[None]:
-    """Make the directory of `path`, and afterwards sync it."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield
-        _sync(path.parent)
-    except OSError as error:  # a full disk does not say which file it refused; the user needs to know
-        if error.filename is None and error.errno is not None:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise
-
-
 def is_complete(directory: str | Path) -> bool:
     """Whether `atomic_directory` finished this directory; cheap, its files are not read."""
-    return (Path(directory) / COMPLETION_MARK).is_file()
+    return is_own_file(directory, COMPLETION_MARK)
+
+
+def is_own_file(directory: str | Path, name: str) -> bool:
+    """Whether this relative name is that of a regular file in the directory, without links on the way."""
+    path = f"{os.path.realpath(directory)}/{name}"
+    return os.path.isfile(path) and os.path.realpath(path) == path
 
 
 def damage(directory: str | Path) -> str | None:
@@ -103,11 +187,12 @@ def damage(directory: str | Path) -> str | None:
     if not is_complete(directory):
         return "it is incomplete" if directory.is_dir() else "no such directory"
     try:
-        sums = parse_json((directory / COMPLETION_MARK).read_bytes())
-        for name, expected in sums.items():
+        for name, expected in read_json(directory / COMPLETION_MARK).items():
+            if not is_own_file(directory, name):
+                return f"{name} is no regular file in it"
             if _sha256(directory / name) != expected:
                 return f"{name} is damaged"
-    except (OSError, ValueError, AttributeError, TypeError) as error:
+    except (UserError, OSError, ValueError) as error:
         name = getattr(error, "filename", None)
         return f"{Path(name).name} cannot be read" if name else f"{COMPLETION_MARK} is damaged"
     return None
@@ -118,18 +203,6 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def remove_leftovers(directory: str | Path) -> None:
-    """Delete what a crash left of `atomic_file` and `atomic_directory`; no process may be writing there."""
-    for path in sorted(Path(directory).glob(".*.tmp")) + sorted(Path(directory).glob(".*.old")):
-        original = path.with_name(path.name[1:].rsplit(".", 2)[0])
-        if path.suffix == ".old" and not original.exists():  # the crash came between `atomic_directory`'s two renames
-            os.replace(path, original)
-        elif path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
-
-
 def write_json(path: str | Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     with atomic_file(path) as temporary:
@@ -137,8 +210,9 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically."""
-    with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
+    """Write one JSON object a line, atomically; packed if the path ends in `.gz`."""
+    packed = gzip.open if str(path).endswith(".gz") else open
+    with atomic_file(path) as temporary, packed(temporary, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 

@@ -4,6 +4,7 @@ import argparse
 import copy
 import difflib
 import logging
+import os
 import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
@@ -16,7 +17,7 @@ from typing import Any, NoReturn, TypeVar, get_type_hints
 from transformers import HfArgumentParser
 from transformers.hf_argparser import string_to_bool
 
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, without_credentials
 from rqa.runtime.files import read_json
 
 log = logging.getLogger(__name__)
@@ -69,6 +70,15 @@ class Arguments:
                 if value is not None and not (at_least <= value <= at_most and above < value < below):
                     raise UserError(f"--{name} {value}: must be {told}")
 
+    def refuse_input_as(self, output: str) -> None:
+        """Refuse an output that is one of the files or models to read."""
+        written = getattr(self, output)
+        for name, value in vars(self).items() if os.path.exists(written) else ():
+            paths = [str(path).removeprefix("bert::") for path in (value if isinstance(value, list) else [value])]
+            read = name != output and name.endswith(("_file", "_path", "_model", "_template"))
+            if read and any(os.path.exists(path) and os.path.samefile(path, written) for path in paths):
+                raise UserError(f"--{output} {written}: is --{name}, too, and would be overwritten; name another")
+
     def ignore(self, name: str, why: str) -> None:
         """Accept a flag that means nothing here, with one line: one set of flags serves all trainers."""
         default = getattr(type(self), name)
@@ -77,8 +87,9 @@ class Arguments:
             setattr(self, name, default)
 
     def to_json(self) -> dict[str, Any]:
-        """Every flag's value by name, for `all_args.json`; API keys are left out."""
-        return {name: value for name, value in asdict(self).items() if not name.endswith("api_key")}
+        """Every flag's value by name, for `all_args.json`; API keys and the passwords of URLs are left out."""
+        values = {name: value for name, value in asdict(self).items() if not name.endswith("api_key")}
+        return {name: without_credentials(v) if isinstance(v, str) else v for name, v in values.items()}
 
 
 def parse(kind: type[Flags], description: str, line: list[str] | None = None) -> Flags:

@@ -2,11 +2,28 @@
 
 import json
 import math
+import re
+import unicodedata
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
+import regex
+
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
 KINDS = {dict: "object", list: "array"}
+_ASCII = re.compile(r"[\s -~]*").fullmatch
+_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}]|[\p{P}\p{S}]$").search
+_ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
+_ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
+_INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
+_PUNCTUATION = regex.compile(r"[\p{P}\p{Sc}\p{Sk}\p{Sm}]+")  # in ASCII, `string.punctuation`
+_UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Tibetan}\p{Line_Break=SA}]"  # SA: Thai, Lao, Khmer, ...
+_CHARACTER = rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]][\p{{M}}ー]*"
+_PAIR = regex.compile(_CHARACTER * 2, regex.V1)
+_WORD = regex.compile(rf"[\w--{_UNSPACED}]+|{_CHARACTER}|\p{{So}}\p{{M}}*", regex.V1)  # its \w holds marks, too
+_ASCII_WORD = re.compile(r"\w+")  # the same there, in a fifth of the time
+_APART = regex.compile(rf"{_CHARACTER}|[\p{{P}}--\p{{ASCII}}]", regex.V1)
 
 
 def clean_text(text: str) -> str:
@@ -14,10 +31,59 @@ def clean_text(text: str) -> str:
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
+def plain(text: str) -> str:
+    """Text in NFKC, with ASCII's quotes and dashes and without what is invisible, such as soft hyphens."""
+    return text if text.isascii() else unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_ALIKE)))
+
+
+def words(text: str, joined: bool = False, pairs: bool = False) -> list[str]:
+    """What is compared of a text, in any script: its words in one case, or characters where no spaces part the words.
+
+    `joined` makes one word of "U.S." and of "don't"; `pairs` adds each two characters that follow one another.
+    """
+    text = plain(text).casefold()
+    found = (_ASCII_WORD if text.isascii() else _WORD).findall(_PUNCTUATION.sub("", text) if joined else text)
+    return found + _PAIR.findall(text, overlapped=True) if pairs and not text.isascii() else found
+
+
+def spaced(text: str) -> str:
+    """Plain text with spaces around what tokenizers of English leave together; that of ASCII is as it was."""
+    return text if text.isascii() else _APART.sub(r" \g<0> ", plain(text))
+
+
 def without_thoughts(reply: str) -> str:
     """What a reply says behind its `<think>...</think>`, which a prompt may have begun; "" where that never ends."""
     thoughts, end, said = reply.partition("</think>")
     return said.strip() if end else "" if thoughts.lstrip().startswith("<think>") else reply.strip()
+
+
+def as_text(tokenizer: Any) -> Callable[[str], str]:
+    """What keeps text from outside text: where it would become a control token of this tokenizer, a space breaks it.
+
+    Control tokens are the special ones, and added ones between signs, such as `<think>`; added words stay whole.
+    """
+    normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
+    forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are found in lower case, or after NFKC
+    control, names = set(), set()
+    for token, added in tokenizer.added_tokens_decoder.items():
+        name = added.content.strip()
+        if len(name) > 1 and (added.special or _BETWEEN_SIGNS(name)):
+            control.add(token)
+            names |= {named for form in forms if len(named := form(name)) > 1}
+    begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
+
+    def mended(text: str) -> str:
+        if _ASCII(text) and not begins(text):
+            return text  # normalizing costs a fifth of tokenizing, and changes no sign of these
+        for form in forms:
+            seen = broken = form(text)
+            if begins(seen) and not control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+                for name in sorted(names, key=len):
+                    broken = broken.replace(name, f"{name[:-1]} {name[-1:]}")
+                text = text if broken == seen else broken
+        return text
+
+    return mended if control else str
 
 
 def parse_json(text: str | bytes, kind: type = dict) -> Any:

@@ -136,3 +136,4 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
         if Path(self.output_dir).is_file():
             raise UserError(f"--output_dir {self.output_dir}: is a file; name a directory")
+        self.refuse_input_as("output_dir")

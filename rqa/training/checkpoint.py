@@ -4,6 +4,7 @@ import logging
 import random
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -21,7 +22,8 @@ from rqa.training.optim import Optimization
 log = logging.getLogger(__name__)
 
 TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
-WEIGHTS = ("adapter_*", "model*.safetensors", "*.safetensors.index.json")
+MANIFEST = ".rqa-model.json"  # the model's files at the top of the output directory; without it there are these:
+MODEL_FILES = ("adapter_*", "config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json")
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK, "live_state"}  # until November 2026
 
 
@@ -163,18 +165,23 @@ def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
             shutil.rmtree(path)
 
 
-def promote(source: Path, output: Path) -> None:
-    """Put a model's files at the top of the output directory, each file whole at any moment."""
-    # Weights of another kind that stand there, whole or adapters, would be loaded beside these.
-    for path in (path for pattern in WEIGHTS for path in output.glob(pattern)):
-        if not (source / path.name).exists():
-            path.unlink()
-    for path in sorted(source.rglob("*")):
-        copy = output / path.relative_to(source)
-        if path.relative_to(source).parts[0] in NOT_MODEL_FILES:
-            continue
-        if path.is_dir():
-            copy.mkdir(exist_ok=True)
-        else:
-            with files.atomic_file(copy) as temporary:
-                shutil.copyfile(path, temporary)
+def promote(source: Path, output: Path, whole: bool = True) -> None:
+    """Put a model's files at the top of the output directory, all together, in place of the model that stands there.
+
+    If `source` is not the whole model, but its weights and configuration, what else there is of it stays.
+    """
+    paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
+    names = sorted(str(path) for path in paths if path.parts[0] not in NOT_MODEL_FILES)
+    names.sort(key=lambda name: name not in ("config.json", "adapter_config.json"))  # nothing loads without it
+    listed: set[str] = set()
+    with suppress(UserError):
+        listed = set(map(str, files.read_json(output / MANIFEST, list)))
+    old = {path.name for pattern in MODEL_FILES for path in output.glob(pattern)} | (listed if whole else set())
+    with files.atomic_files(output, [*names, MANIFEST]) as places:
+        for name in names:
+            shutil.copyfile(source / name, places[name])
+        files.write_json(places[MANIFEST], [*names, *(listed - old - set(names))])
+        for name in old - set(names):  # weights of another kind would be loaded beside these
+            path = output / name
+            if files.is_own_file(output, name) or (path.parent == output and path.is_symlink()):
+                path.unlink()

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from itertools import chain, pairwise
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -21,7 +20,7 @@ from torch import nn
 from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import damage
+from rqa.runtime.files import beside, damage
 from rqa.runtime.parallelize import parallelize, whole_weights
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import LiveState, delete_old_checkpoints, load_checkpoint, promote, save_checkpoint
@@ -180,7 +179,7 @@ def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArgum
             else:
                 if best:
                     log.warning("%s, the best, cannot be used (%s): the last model takes its place", best, problem)
-                with TemporaryDirectory(prefix=".model.", suffix=".tmp", dir=output) as directory:
+                with beside(output / "model") as directory:
                     objective.save_pretrained(directory)
-                    promote(Path(directory), output)
+                    promote(directory, output)
     distributed.barrier()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rqa.models.loading import WARM_START, freeze_pooler, load_config, train_adapters
+from rqa.models.loading import WARM_START, freeze_pooler, learned_positions, load_config, model_class, train_adapters
 from rqa.runtime import distributed
 
 FUSED_ATTENTION = "rqa_fused"  # keeps queries, keys, values and output, as every fused kernel does
@@ -68,13 +68,14 @@ def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
     config = load_config(path.removeprefix(WARM_START), flags.trust_remote_code)
     if path.startswith(WARM_START):
         config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
-    kind = AutoModel if is_retriever else AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    reader = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    kind = model_class(AutoModel, config) if is_retriever else reader
     dtype = torch.bfloat16 if flags.bf16 else torch.float32
     build = partial(kind.from_config, config, dtype=dtype, trust_remote_code=flags.trust_remote_code)
     with torch.device("meta"):
         try:
             return build(attn_implementation=FUSED_ATTENTION)
-        except ValueError:
+        except (ValueError, KeyError):
             return build(attn_implementation="eager")
 
 
@@ -91,6 +92,7 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
         answer = flags.max_decoder_seq_length
     else:
         rows, length, answer = B, flags.max_seq_length, flags.max_new_tokens
+    length = int(min(length, learned_positions(model)))
     zeros, kept = partial(torch.zeros, dtype=torch.long, device="meta"), []
     inputs = {"input_ids": zeros(rows, length), "attention_mask": zeros(rows, length)}
     if "logits_to_keep" in inspect.signature(model.forward).parameters:

@@ -1,20 +1,33 @@
 """A server is asked over real sockets: in order, at once, again when it fails, and never twice for what is known."""
 
+import asyncio
+import base64
+import gzip
+import json
 import logging
+import math
 import os
+import re
 import signal
 import socket
 import threading
 import time
-from collections.abc import Callable
+import tracemalloc
+from collections.abc import AsyncIterator, Callable
+from contextlib import suppress
 from email.utils import formatdate
+from typing import Any
 
 import pytest
-from openai_server import OpenAIServer, error, half_a_reply
-from starlette.responses import HTMLResponse, JSONResponse, Response
+from hypothesis import given
+from hypothesis import strategies as st
+from openai_server import OpenAIServer, error, half_a_reply, serve
+from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from rqa.endpoint.client import Endpoint, EndpointArguments, Reply, answer_tokens
+from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, Reply, answer_tokens, chat_reply
+from rqa.evaluation.judge import parse_verdict
 from rqa.runtime.errors import UserError
+from rqa.runtime.text import parse_json
 
 WORDS = [f"word {number}" for number in range(12)]
 
@@ -71,7 +84,7 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "overloaded": (lambda: HTMLResponse("<h1>Bad gateway</h1>", 502), "502, .*Bad gateway.*; asked 3 times"),
     "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
-    "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*\(\{\), asked 3 times"),
+    "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
     "no message": (lambda: JSONResponse({"choices": [{"text": "hm"}]}), "not the reply .*, asked 3 times"),
@@ -124,10 +137,15 @@ def test_what_will_not_pass_is_asked_once(server: OpenAIServer) -> None:
 
 def test_the_key_comes_from_the_flag_or_the_environment(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     server.key = "secret"
-    with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: set \$OPENAI_API_KEY"):
+    with pytest.raises(UserError, match=r"401, Incorrect API key provided; the key is refused: give its flag, or"):
         connect(server, api_key="wrong").ask(say("a"), 7)
     connect(server, api_key="secret").ask(say("a"), 7)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    monkeypatch.setenv("OPENAI_API_KEY", "secret\n")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://127.0.0.1/v1")
+    with pytest.raises(UserError, match="401"):  # no other host gets it
+        connect(server).ask(say("b"), 7)
+    assert server.seen[-1].key == "none"
+    monkeypatch.setenv("OPENAI_BASE_URL", server.url)
     connect(server).ask(say("b"), 7)
     assert "secret" not in repr(EndpointArguments(endpoint_api_key="secret"))
 
@@ -154,16 +172,21 @@ def test_nobody_at_the_address_is_one_line_at_once(server: OpenAIServer, monkeyp
 
 
 def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
-    for spec in ("openai::localhost:8000", "openai::", "openai::ftp://host/v1"):
-        with pytest.raises(UserError, match=f"{spec}: not a server; write openai::http://host:port/v1"):
-            Endpoint(spec)
+    for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:x/v1", "http://[::1/v1"):
+        with pytest.raises(UserError, match=re.escape(f"openai::{spec}: not a server; write openai::http://host:port")):
+            Endpoint(f"openai::{spec}")
+    for host in ("999.1.1.1", "a..b", "x" * 99 + ".de", "host:80000"):
+        with pytest.raises(UserError, match=r"not a server's URL|cannot be reached"):
+            Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
+    with pytest.raises(UserError, match=r"^http://host/v1: its API key holds characters that no key has; copy"):
+        Endpoint("openai::http://user:word@host/v1", EndpointArguments(endpoint_api_key="schlüssel"))
     with pytest.raises(UserError, match="--endpoint_concurrency 0: must be at least 1"):
         EndpointArguments(endpoint_concurrency=0)
 
 
 def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
-    server.faults = [None] * 7 + [lambda: error(400, "no")]
-    with pytest.raises(UserError, match="400, no"):
+    server.faults = [None] * 7 + [lambda: error(403, "no")]
+    with pytest.raises(UserError, match="403, no"):
         connect(server, concurrency=1).ask(say(*WORDS), 7)
     server.seen.clear()
     assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
@@ -197,9 +220,123 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
 
 
 def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
-    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half ? a pair, 木 and 🙂"]
-    server.faults = [lambda: JSONResponse({"choices": [{"message": {"content": None}}], "usage": None})]
-    assert texts(connect(server).ask(say("a"), 7)) == [""]
+    assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half � a pair, 木 and 🙂"]
+
+
+@pytest.mark.parametrize(
+    ("content", "tokens", "reason", "expected"),
+    [
+        (None, 5, "length", ("", 5, True)),
+        ("<think>\nHm.\n</think>\n\nIn Lund. ", "5", "stop", ("In Lund.", 2, False)),
+        ("<think>\nHm, let me", -1, "length", ("", 0, True)),
+        ([{"type": "thinking", "thinking": []}, {"type": "text", "text": "In "}, {"type": "text", "text": "Lund"}],
+         10**30, None, ("In Lund", 2, False)),
+        ("a" * 10**6, 7, "stop", ("a" * 7 * 32, 7, True)),
+        ("half \ud83d", True, "stop", ("half \ufffd", 2, False)),
+    ],
+)  # fmt: skip
+def test_replies_are_read_alike_from_the_server_and_from_what_was_kept(
+    content: object, tokens: object, reason: str | None, expected: tuple, server: OpenAIServer
+) -> None:
+    choice = {"message": {"content": content}, "finish_reason": reason}
+    body = json.dumps({"choices": [choice], "usage": {"completion_tokens": tokens}})
+    server.faults = [lambda: Response(body, media_type="application/json")]
+    for _ in range(2):
+        (reply,) = connect(server).ask(say("a"), 7)
+        assert (reply.text, reply.num_tokens, reply.cut) == expected
+    assert len(server.questions) == 1
+
+
+def test_what_is_kept_and_cannot_be_read_is_asked_for_again_and_thoughts_of_old_replies_go(
+    server: OpenAIServer,
+) -> None:
+    ours = connect(server, model="tiny")
+    for kept, expected in ((["<think>Hm.</think>So."], "You said: a"), (["<think>Hm.</think>So.", 4], "So.")):
+        ours.ask(say("a"), 7)
+        with ours._store._database as database:
+            database.execute("UPDATE kept SET value = ?", (json.dumps(kept),))
+        assert texts(ours.ask(say("a"), 7)) == [expected]
+
+
+def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
+    server: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    filtered = lambda: error(400, "filtered")  # noqa: E731
+    server.faults = [filtered, None, lambda: error(422, "too long"), *[None] * 9, filtered]
+    replies = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
+    assert [word for word, reply in zip(WORDS, replies, strict=True) if not reply] == ["word 0", "word 2"]
+    assert "ask: 2 of 12 requests were refused, and their answers are empty; the first, ..." in caplog.text
+    assert "400, filtered" in caplog.text
+    again = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
+    assert (again[0], again[2]) == ("", "You said: word 2")
+    assert server.questions[12:] == ["word 0", "word 2"]
+    server.faults = [filtered] * 20
+    with pytest.raises(UserError, match="400, filtered"):
+        connect(server, concurrency=1).ask(say(*map(str, range(20))), 7)
+    assert len(server.questions) == 14 + 5
+
+
+def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_are_sent(server: OpenAIServer) -> None:
+    def refuse() -> Response:
+        for name in ("max_tokens", "temperature"):
+            if name in server.seen[-1].body:
+                return error(400, f"Unsupported: '{name}'; use 'max_completion_tokens' or the default")
+        return JSONResponse({"choices": [{"message": {"content": "So."}}]})
+
+    server.faults = [refuse] * 9
+    ours = Endpoint(f"openai::{server.url}", EndpointArguments(endpoint_concurrency=1), {"enable_thinking": False})
+    assert texts(ours.ask(say("a", "b"), 7)) == ["So.", "So."]
+    bodies = [sorted(body.keys() - {"messages", "model"}) for body in server.of("chat/completions")]
+    assert bodies[2:] == [["chat_template_kwargs", "max_completion_tokens"]] * 2
+
+
+def slowly() -> Response:
+    async def body() -> AsyncIterator[bytes]:
+        while True:
+            yield b" "
+            await asyncio.sleep(0.1)
+
+    return StreamingResponse(body(), media_type="application/json")
+
+
+def test_no_reply_takes_more_time_or_memory_than_is_allowed(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.3)
+    server.faults = [slowly] * 2
+    with pytest.raises(UserError, match=r"no answer within 0.3 seconds"):
+        connect(server, retries=1).ask(say("a"), 7)
+    monkeypatch.setattr("rqa.endpoint.client.LONGEST_REPLY", 2**20)
+    bomb = gzip.compress(b" " * 2**26)
+    server.faults = [lambda: Response(bomb, headers={"content-encoding": "gzip"})] * 2
+    tracemalloc.start()
+    with pytest.raises(UserError, match=r"not the reply of .*empty"):
+        connect(server, retries=1).ask(say("a"), 7)
+    assert tracemalloc.get_traced_memory()[1] < 2**24
+    tracemalloc.stop()
+
+
+def test_a_redirect_to_another_host_is_not_followed_and_passwords_of_urls_are_sent_and_not_said(
+    server: OpenAIServer,
+) -> None:
+    url = server.url.replace("//", "//user:pass-word@")
+    with serve() as other:
+        server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
+        ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
+        assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
+        with pytest.raises(
+            UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed: name"
+        ) as caught:
+            ours.ask(say("b"), 7)
+        assert not other.seen
+    assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
+    shown = (str(caught.value), ours.base_url, str(EndpointArguments(endpoint_model=f"openai::{url}").to_json()))
+    assert not any("pass-word" in text for text in shown)
+    server.key = "longer"
+    server.faults = [lambda: error(401, "no such key: pass-word")]
+    with pytest.raises(UserError) as caught:
+        ours.ask(say("c"), 7)
+    assert "pass-word" not in str(caught.value)
 
 
 def characters(body: dict) -> dict:
@@ -233,6 +370,29 @@ def test_a_server_that_scores_no_prompts_is_one_line(server: OpenAIServer) -> No
             connect(server).answer_logprobs(["a long prompt, longer than nine: "], ["abc"])
 
 
+@pytest.mark.parametrize("wrong", ["infinite", "positive", "clipped", "null", "text", "shifted", "another", "short"])
+def test_impossible_log_probabilities_are_refused(wrong: str, server: OpenAIServer) -> None:
+    def complete(body: dict) -> Response:
+        good = characters(body)
+        (choice,) = good["choices"]
+        values = choice["logprobs"]["token_logprobs"]
+        given = {"infinite": -math.inf, "positive": 5.0, "clipped": -9999.0, "null": None, "text": "-0.1"}
+        values[6] = given.get(wrong, values[6])
+        if wrong == "shifted":
+            choice["logprobs"]["text_offset"] = [offset + 2 for offset in choice["logprobs"]["text_offset"]]
+        elif wrong == "another":
+            choice["text"] = choice["text"][::-1]
+        elif wrong == "short":
+            values.pop()
+        return Response(json.dumps(good), media_type="application/json")
+
+    server.faults = [lambda: complete(server.seen[-1].body)] * 2
+    with pytest.raises(UserError, match="not the reply of an OpenAI-compatible server"):
+        connect(server, retries=1).answer_logprobs(["zzz: "], ["abc"])
+    server.complete = characters
+    assert connect(server).answer_logprobs(["zzz: "], ["abc"]) == pytest.approx([-0.2])
+
+
 COUNTED = {"completion_tokens": 1}
 
 
@@ -255,3 +415,29 @@ def test_the_answers_tokens_are_found_in_what_the_server_shows(
 ) -> None:
     values = [None, -1.0, -2.0, -3.0, -9.0][: len(tokens)]
     assert answer_tokens(completion(tokens, offsets, values, **usage), prompt, answer) == expected
+
+
+VALUE = st.recursive(
+    st.sampled_from([None, True, -1, 10**30, math.nan, -0.5, "a", "\ud800", "text"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text"]), inner),
+    max_leaves=6,
+)
+LISTS = {name: st.lists(st.sampled_from([0, 3, 5, -0.5, None, "Q: ", "An", "na"]), max_size=4) | VALUE
+         for name in ("tokens", "token_logprobs", "text_offset")}  # fmt: skip
+CHOICE = {"message": st.fixed_dictionaries({"content": VALUE}) | VALUE, "finish_reason": VALUE,
+          "logprobs": st.fixed_dictionaries(LISTS) | VALUE, "text": st.just("Q: Anna") | VALUE}  # fmt: skip
+REPLY = {"choices": st.lists(st.fixed_dictionaries(CHOICE) | VALUE, max_size=2) | VALUE,
+         "usage": st.fixed_dictionaries({"completion_tokens": VALUE}) | VALUE}  # fmt: skip
+
+
+@given(st.fixed_dictionaries(REPLY) | VALUE)
+def test_whatever_json_a_server_sends_is_a_reply_or_unreadable(value: Any) -> None:
+    sent, reply, values = json.dumps(value), Reply("", 0), []
+    with suppress(*UNREADABLE):
+        reply = Reply.read(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
+    assert isinstance(reply.text.encode(), bytes)
+    assert (type(reply.num_tokens), type(reply.cut), len(reply.text) <= 32) == (int, bool, True)
+    with suppress(*UNREADABLE):
+        values = answer_tokens(parse_json(sent), "Q: ", "Anna")
+    assert all(-1000 < value < 0.01 for value in values)
+    assert parse_verdict(sent) is None

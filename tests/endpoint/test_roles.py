@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import pytest
-from openai_server import OpenAIServer
+from openai_server import OpenAIServer, error
 from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
@@ -32,13 +32,13 @@ def test_the_reader_asks_what_every_other_reader_sees_and_leaves_the_format_to_t
     server: OpenAIServer, documents: list[Document], examples: list[Example]
 ) -> None:
     asked = Example("And Brask?", chat_history=(Turn("user", "Where is Arlen?"), Turn("assistant", "By the sea.")))
-    ours = reader(server, chat_format="template", max_new_tokens=9)
+    ours = reader(server, chat_format="template", max_new_tokens=99)
     answers = ours.answer([asked, examples[0]], [documents[:2], []])
     body, _ = sorted(server.of("chat/completions"), key=lambda body: -len(body["messages"]))
     assert [turn["role"] for turn in body["messages"]] == ["user", "assistant", "user"]
     passages = f"[1] {documents[0].fmt_content}\n\n[2] {documents[1].fmt_content}"
     expected = ours.prompter.instruction.replace("{passages}", passages).replace("{question}", "And Brask?")
-    assert (body["messages"][-1]["content"], body["max_tokens"]) == (expected, 9)
+    assert (body["messages"][-1]["content"], body["max_tokens"]) == (expected, 99)
     assert [answer.text.rpartition(": ")[2] for answer in answers] == ["And Brask?", examples[0].question]
     assert answers[0].num_tokens > 10
 
@@ -95,6 +95,18 @@ def test_scores_from_a_server_equal_those_of_the_same_model_here_and_what_does_n
     assert [there[i] for i in numbers] == pytest.approx([here[i] for i in numbers], abs=1e-5)
     assert set(there) == set(here)
     assert len(scoring.of("completions")) == len(pairs) - 1
+
+
+def test_a_document_whose_score_is_refused_scores_as_the_others_of_its_question(
+    scoring: OpenAIServer, tokenizer: PreTrainedTokenizerBase, documents: list[Document], examples: list[Example]
+) -> None:
+    pairs = [Pair(example, document) for example in examples[:2] for document in documents[:3]]
+    scorer = EndpointScorer(Endpoint(f"openai::{scoring.url}"), Prompter(tokenizer, PromptArguments(max_new_tokens=1)))
+    scorer.endpoint.flags.endpoint_concurrency = 1
+    scoring.faults = [None, lambda: error(400, "filtered")]
+    scores = [score for _, score in scorer(pairs)]
+    assert scores[1] == pytest.approx((scores[0] + scores[2]) / 2)
+    assert len(set(scores)) == len(scores)
 
 
 def test_a_scorer_without_a_tokenizer_cuts_by_estimate(

@@ -3,6 +3,7 @@
 import json
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 import sacrebleu
 from scipy import stats
 
-from rqa.data import Document, Example, Turn
+from rqa.data import Document, Example, Turn, write_examples
 from rqa.evaluation.comparison import Difference, changed_sides, compare, headline, pair
 from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics, corpus_bleu
 from rqa.evaluation.results import interval, markdown_table, mean_intervals, with_intervals
@@ -163,6 +164,25 @@ def test_retrievers_are_evaluated_on_a_machine_that_is_named_and_compared(
     assert "retr/mrr@10 is the same as A's" in capsys.readouterr().out
 
 
+def test_gold_passages_without_a_source_are_found_by_their_text(
+    data: Path,
+    examples: list[Example],
+    tmp_path: Path,
+    run_line: Callable[..., int],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    bare = [replace(example, gold_docs=(Document(example.gold_docs[0].page_content),)) for example in examples]
+    scores = []
+    for name, asked in (("known", examples), ("bare", bare)):
+        write_examples(tmp_path / name, [replace(example, gold_docs=example.gold_docs[:1]) for example in asked])
+        files = ["--document_path", data / "documents.jsonl", "--eval_data_path", tmp_path / name]
+        line = ["--embedding_model", "bm25", *files, "--output_dir", tmp_path / f"{name}.out"]
+        assert run_line("evaluate_retriever", *line) == 0
+        scores.append(json.loads((tmp_path / f"{name}.out" / "score.json").read_text())["test_retr/mrr@10"])
+    assert scores[0] == scores[1] > 0
+    assert "gold passages are not in the database" in capsys.readouterr().err
+
+
 def test_a_retriever_is_not_scored_without_gold(data: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
     (tmp_path / "questions.jsonl").write_text('{"question": "Why?"}\n')
     files = ["--document_path", data / "documents.jsonl", "--eval_data_path", tmp_path / "questions.jsonl"]
@@ -177,11 +197,20 @@ def test_what_cannot_be_compared_is_one_line(
     monkeypatch.chdir(tmp_path)
     for name, value in (("old", {"question": "q"}), ("good", row("q", f1=1.0)), ("other", row("r", f1=1.0))):
         Path(name).write_text(json.dumps(value))
+    for name, values in {
+        "score": {"scores": {"f1": "1"}},
+        "answer": {"generated_answer": 5},
+        "gold": {"gold_answer": 5},
+    }.items():
+        Path(name).write_text(json.dumps(row("q", f1=1.0) | values))
     Path("empty").touch()
     for line, message in {
         "one": "name two runs, as in compare_runs A B; found 1",
         "absent absent": "absent: no such file",
         "old old": "old:1: has no 'question' with 'scores'; evaluate the run again",
+        "score good": "score:1: has no 'question' with 'scores'",
+        "answer good": "answer:1: has no 'question' with 'scores'",
+        "gold good": "gold:1: field 'gold_answer' must be a string",
         "empty empty": "empty: holds no predictions",
         "good other": "the runs answer different questions: 1 only in A",
         "good good --metric gen/f2": "--metric gen/f2: not in both runs; choose one of f1",

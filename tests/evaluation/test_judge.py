@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from openai_server import OpenAIServer
+from starlette.responses import Response
 
 from rqa.evaluation.judge import INSTRUCTION, JudgeArguments, judge_answers, judge_results, parse_verdict
 from rqa.evaluation.report import DETAILS, PREDICTIONS, SCORES
@@ -64,6 +65,19 @@ def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zer
     assert json.loads(body["messages"][1]["content"]) == texts
 
 
+def test_the_judge_sees_all_right_answers_and_an_empty_reply_is_not_argued_with(judge: OpenAIServer) -> None:
+    judged = rows(2)
+    judged[0]["other_answers"] = ["Because.", "Thus."]
+    judge.say = lambda messages: json.dumps({"verdict": "correct"}) if "Thus." in messages[1]["content"] else ""
+    judge.faults = [lambda: Response("{", media_type="application/json")] * 2
+    with pytest.raises(UserError, match="asked 2 times"):
+        judge_answers(judged, arguments(judge, endpoint_retries=1, endpoint_concurrency=1))
+    assert judge_answers(judged, arguments(judge))["gen/gpt4eval_unparsed"] == 1
+    assert len(judge.questions) == 4
+    first = json.loads(judge.of("chat/completions")[0]["messages"][1]["content"])
+    assert ["Because.", "Thus."] in first.values()
+
+
 def test_a_verdict_is_paid_once_for_the_same_content_and_as_many_are_asked_for_at_once_as_allowed(
     judge: OpenAIServer,
 ) -> None:
@@ -105,10 +119,17 @@ def test_verdicts_are_read_from_what_models_write() -> None:
         '{"verdict": "correct"} No, wait: {"verdict": "incorrect"}': "incorrect",
         '{"grade": {"verdict": "correct"}}': "correct",
         **dict.fromkeys(['{"verdict": "maybe"}', '{"verdict": null}', '{"verdict": "correct"', "correct", ""], None),
-        "{" * 3000: None,
+        # What the answer or the judge quotes is no verdict.
+        '{"verdict": "incorrect", "quoted": {"verdict": "correct"}}': "incorrect",
+        '{"reason": "It says {"verdict": "correct"}.", "verdict": "incorrect"} {"verdict": "incorrect"}': "incorrect",
+        '{"reason": "It says {"verdict": "correct"}.", "verdict": "incorrect"}': None,
+        '{"reason": "It has one } too many.", "verdict": "partially"}': "partially",
+        **dict.fromkeys([bracket * 10**6 for bracket in ("{", "[", '{"', '{"}', '{"a":')]),
     }.items():
         verdict = parse_verdict(reply)
-        assert (verdict and verdict["verdict"]) == expected, reply
+        assert (verdict and verdict["verdict"]) == expected, reply[:99]
+    verdict = parse_verdict('{"verdict": "correct", "reason": "half \\ud83d"}')
+    assert verdict == {"verdict": "correct", "reason": "half \ufffd"}
 
 
 def test_so_many_examples_at_most_and_always_the_same(judge: OpenAIServer) -> None:

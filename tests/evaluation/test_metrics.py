@@ -2,6 +2,10 @@
 
 import itertools
 import random
+import re
+import string
+import unicodedata
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import corpus_bleu, faithfulness, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, corpus_bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -57,6 +61,75 @@ def test_rouge_is_that_of_rouge_score_and_worked_out_by_hand() -> None:
     scores = score_answer("one two four", "one two three four five")
     assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
     assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 4) / (3 / 4))
+
+
+def test_english_scores_are_those_of_the_squad_script_rouge_score_and_sacrebleu() -> None:
+    chance, library, pairs = random.Random(0), RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True), []
+    for _ in range(300):
+        texts = ["".join(chance.choices("abeht'-_.,$  " + string.printable, k=30)) + " The end" for _ in range(2)]
+        pairs.append(tuple(texts))
+        bare = ["".join(c for c in text.lower() if c not in string.punctuation) for text in texts]
+        ours, theirs = (re.sub(r"\b(a|an|the)\b", " ", text).split() for text in bare)
+        f1 = 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
+        rouge = {kind: score.fmeasure for kind, score in library.score(texts[1], texts[0]).items()}
+        assert score_answer(*texts) == {"f1": f1, "exact_match": ours == theirs} | rouge
+    answers, references = map(list, zip(*pairs, strict=True))
+    theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
+    assert corpus_bleu(answers, references) == pytest.approx(theirs / 100)
+
+
+SCRIPTS = {
+    "巴黎是法国的首都。": "城", "東京タワーは高いです": "よ", "파리는 프랑스의 수도": "는", "กรุงเทพเป็นเมืองหลวง": "น",
+    "Париж — столица Франции": " е", "باريس عاصمة فرنسا": " هي", "पेरिस फ्रांस की राजधानी है": " ही",
+    "élève à l'école été": " né",
+    "ភ្នំពេញជារាជធានី": "ន", "二〇〇八年": "度", "ལྷ་ས་ནི་བོད": "ཀྱི", "בירת צרפת היא פריז": " זו",
+}  # fmt: skip
+
+
+def test_identical_answers_score_1_in_every_script_and_longer_ones_less_but_not_0() -> None:
+    for text, more in SCRIPTS.items():
+        perfect = {"rouge1": 1, "rouge2": 1, "rougeL": 1, "f1": 1, "exact_match": 1}
+        assert (score_answer(text, text), corpus_bleu([text], [text])) == (perfect, 1), text
+        longer = score_answer(text + more, text)
+        assert all(0 < longer[name] < 1 for name in perfect if name != "exact_match"), text
+        assert 0 <= corpus_bleu([text + more], [text]) < 1, text
+    assert not any(score_answer("élan", "écran").values())
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("the king’s “crown”", 'the king\'s "crown"'), ("1914–1918", "1914-1918"), ("ＡＢＣ　１２", "ABC 12"),
+        ("п’ять яблук п´ять", "п'ять яблук пʼять"), ("co\u00adop\u200bera\ufefftion", "cooperation"),
+        ("ﾊﾟﾘ市", "パリ市"),
+        *((text, unicodedata.normalize("NFD", text)) for text in ("élève été", "Việt Nam", "がぎ", "파리는")),
+    ],
+)  # fmt: skip
+def test_one_text_in_two_spellings_is_the_same(one: str, other: str) -> None:
+    assert (score_answer(one, other)["exact_match"], score_answer(one, other)["rouge1"]) == (1, 1)
+    assert corpus_bleu([one], [other]) == 1
+
+
+def test_the_best_of_several_right_answers_counts_and_bleu_takes_them_all() -> None:
+    both = score_answer("copper wool", "wool copper", "copper wool salt")
+    assert both == {
+        "rouge1": 1,
+        "rouge2": pytest.approx(2 / 3),
+        "rougeL": pytest.approx(0.8),
+        "f1": 1,
+        "exact_match": 0,
+    }
+    answers = ["It trades in copper and wool each spring.", "In 1107 a harbour was built."]
+    others = [
+        ["It trades in copper each spring.", "Copper and wool each spring."],
+        ["A harbour was built in 1107.", "!"],
+    ]
+    rows = [{"generated_answer": text, "gold_answer": gold, "other_answers": [other, " ", "?"]}
+            for text, (gold, other) in zip(answers, others, strict=True)]  # fmt: skip
+    references = [[gold for gold, _ in others], [other if other != "!" else None for _, other in others]]
+    theirs = sacrebleu.BLEU().corpus_score(answers, references).score
+    assert bleu(np.sum(answer_statistics(rows), axis=0)) == pytest.approx(theirs / 100)
+    assert right_answers(rows[1]) == ["A harbour was built in 1107."]  # what has no words is what an empty answer says
 
 
 def test_faithfulness_worked_out_by_hand() -> None:
@@ -111,7 +184,7 @@ RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, a
 
 def test_scores_of_a_ranking_worked_out_by_hand() -> None:
     for ranking, gold, k, *expected in RANKINGS:
-        scores = score_ranking(ranking, set(gold), [k], depth=k)
+        scores = score_ranking(ranking, dict.fromkeys(gold, 1), [k], depth=k)
         found = [scores[f"{name}@{k}"] for name in ("recall", "mrr", "ndcg", "map")]
         assert found == pytest.approx(expected, abs=1e-12)
 
@@ -140,9 +213,10 @@ def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
     for number in range(600):
         found = chance.sample(names, chance.randint(1, 20))
         run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
-        qrels[f"q{number}"] = dict.fromkeys(chance.sample(names, chance.choice([1, 2, 4, 15])), 1)
+        gold = chance.sample(names, chance.choice([1, 2, 4, 15]))
+        qrels[f"q{number}"] = {name: chance.choice([1, 1, 2, 3]) for name in gold}
     for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
-        ours = score_ranking(as_trec_eval_ranks(run[question]), set(qrels[question]), [1, 4, 10])
+        ours = score_ranking(as_trec_eval_ranks(run[question]), qrels[question], [1, 4, 10])
         first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
         expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": first_ten}
         expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ import pytest
 from rqa.data import Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
+from rqa.evaluation.comparison import compare
 from rqa.evaluation.executables import EvaluationDataArguments, measure_speed
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import machine, machine_line, seconds
@@ -99,6 +101,18 @@ def test_answers_are_timed_around_the_reader_alone(answered: Answered, examples:
     assert all(0 <= value <= 1 for row in rows for value in row["scores"].values())
 
 
+def test_an_answer_is_scored_against_every_right_one_also_when_runs_are_compared(
+    documents: list[Document], examples: list[Example], time: Clock
+) -> None:
+    asked = [replace(example, other_answers=("No.", example.question)) for example in examples]
+    found = [[document] for document in documents]
+    metrics, rows = evaluate_answers(Parrot(), asked, found, EvaluationArguments())
+    wanted = {f"gen/{name}" for name in ("f1", "exact_match", "rouge1", "rouge2", "rougeL", "bleu")}
+    assert {metrics[name] for name in wanted} == {1.0}
+    assert {(difference.first, difference.second) for difference in compare([*zip(rows, rows, strict=True)])
+            if difference.name in wanted} == {(1.0, 1.0)}  # fmt: skip
+
+
 def test_questions_answered_together_tell_the_time_of_a_batch_and_no_latency(answered: Answered) -> None:
     metrics, _ = answered(Parrot(batch_size=8), warm_up=True)
     expected = {"gen/questions_per_batch": 8, "gen/questions_per_second": 24 / 0.05,
@@ -114,6 +128,19 @@ def test_what_was_not_generated_now_enters_no_time(answered: Answered, examples:
     assert len(rows) == len(examples)  # and yet each of them is scored
     metrics, _ = answered(Parrot(kept=len(examples)))
     assert not [name for name in metrics if "latency" in name or "per_" in name or "seconds" in name]
+
+
+def test_replies_that_are_empty_or_cut_are_counted_and_questions_without_a_reply_are_not(
+    documents: list[Document], examples: list[Example], time: Clock, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = [Answer("", 0), Answer("", 3), Answer("", 0, 0.1), Answer("It is", 3, 0.1, cut=True), Answer("Salt.", 3)]
+    reader: Any = SimpleNamespace(answer=lambda *_: time.sleep(0.1) or told)
+    evaluate_answers(reader, examples[:5], [documents[:1]] * 5, EvaluationArguments())
+    assert [line for line in caplog.messages if "3 of 4 replies were empty or cut; raise --max_new_tokens" in line]
+    caplog.clear()
+    reader.answer = lambda *_: told[4:]
+    evaluate_answers(reader, examples[:1], [[]], EvaluationArguments())
+    assert not caplog.messages
 
 
 def test_readers_warm_up_with_a_few_tokens(

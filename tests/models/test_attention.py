@@ -4,6 +4,7 @@ import copy
 import inspect
 from functools import partialmethod
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,12 +13,16 @@ import pytest
 import transformers
 from torch import Tensor
 from torch.nn.attention.varlen import varlen_attn
-from transformers import DynamicCache, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, DynamicCache, PreTrainedConfig, PreTrainedModel
 
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
+from rqa.models.causal_lm import answer_logits, load_causal_lm
+from rqa.models.loading import choose_collate, hidden_states, load_model
 from rqa.models.reader import CausalLMReader, read_prompts
-from rqa.packing import pack
+from rqa.packing import answer_batch, pack
+from rqa.prompts import TokenSequence
+from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
 
 VOCABULARY = 50
@@ -197,7 +202,7 @@ def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
 
 
 def reader_of(config: PreTrainedConfig) -> CausalLMReader:
-    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8))
+    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8, max_seq_length=20))
     return CausalLMReader(build(config, PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
 
 
@@ -282,3 +287,69 @@ def test_layers_are_compiled_once_for_rows_of_all_lengths_and_give_the_same(
         for (parameter, our), (_, their) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
             if their.grad is not None:
                 torch.testing.assert_close(our.grad, -their.grad, atol=2e-5, rtol=1e-4, msg=parameter)
+
+
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "num_local_experts": 4}
+RANKS = {"q_lora_rank": 8, "kv_lora_rank": 8, "n_group": 1, "topk_group": 1, "n_routed_experts": 4}
+LATENT = {"qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 4, "num_key_value_heads": 4}
+NARROW = {"head_dim": 4, "sliding_window": 4}
+PLAIN = """Apertus Arcee BitNet Bloom Cohere DiffLlama Doge Falcon GPT2 GPTBigCode GPTNeoX Granite Llama Mamba Mpt
+    Nemotron Olmo Olmo2 OPT Persimmon Phi Phi3 Qwen2 SmolLM3 StableLm Starcoder2"""
+WINDOWED = """Cohere2 Cwm Ernie4_5 Exaone4 Gemma Gemma2 Gemma3 Glm Glm4 Helium HunYuanDenseV1 Mistral Olmo3 Qwen3
+    SeedOss VaultGemma"""
+GROUPS = ((PLAIN, {}), (WINDOWED, NARROW), ("GptOss GraniteMoe Mixtral Olmoe Phimoe Qwen3Moe", EXPERTS | NARROW),
+          ("DeepseekV2 DeepseekV3", EXPERTS | RANKS | LATENT), ("CodeGen GPTJ", {"rotary_dim": 4}))  # fmt: skip
+FAMILIES = {name: GROUPED | options for names, options in GROUPS for name in names.split()}
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_of_decoders_is_packed_or_padded_and_generates_as_its_own_attention(
+    name: str, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**FAMILIES[name])
+    head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
+    theirs = getattr(transformers, name + head)._from_config(config, attn_implementation="eager").eval()
+    for weight in theirs.parameters():
+        weight.data.normal_(0, 0.3) if weight.dim() > 1 else None
+    theirs.save_pretrained(tmp_path)
+    ours = load_causal_lm(str(tmp_path))
+    collate = choose_collate(ours, 0)
+    with torch.no_grad():
+        logits = answer_logits(ours, answer_batch([TokenSequence(ids, 1) for ids in SEQUENCES], collate))
+        expected = torch.cat([theirs(torch.tensor([ids])).logits[0, :-1] for ids in SEQUENCES])
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
+    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=4, max_seq_length=20))
+    for ids, answer in zip(SEQUENCES[2:4], CausalLMReader(ours, prompter).generate(SEQUENCES[2:4]), strict=True):
+        alone = theirs.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=0)
+        assert [*answer, 0][:4] == alone[0, len(ids) :].tolist()[:4]
+
+
+ENCODERS = """Albert Bart Bert BigBird Camembert Deberta DebertaV2 DistilBert Electra Ernie Esm EuroBert Gemma2
+    Gemma3Text GptOss GPT2 IBert Llama Longformer MegatronBert ModernBert MPNet MT5 NomicBert OPT Qwen3 RemBert RoFormer
+    Roberta SqueezeBert T5 XLM XLMRoberta"""
+OWN = {"embedding_size": 16, "input_embedding_size": 16, "output_embedding_size": 16, "attention_window": 8, "d_kv": 4,
+       "num_local_experts": 4, "mask_token_id": 4, "decoder_start_token_id": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ENCODERS.split())
+def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    options = GROUPED | NARROW | OWN
+    config = getattr(transformers, f"{name}Config")(**options)
+    kind = "EncoderModel" if name.endswith("T5") else "Model"
+    theirs = getattr(transformers, name + kind)._from_config(config, attn_implementation="eager").eval()
+    theirs.save_pretrained(tmp_path)
+    ours = load_model(AutoModel, str(tmp_path))
+    batch = choose_collate(ours, 0)(SEQUENCES)
+    with torch.no_grad():
+        found = batch.real(hidden_states(ours, batch))
+        alone = [theirs(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))) for ids in SEQUENCES]
+    torch.testing.assert_close(found, torch.cat([each.last_hidden_state[0] for each in alone]), atol=1e-4, rtol=1e-4)
+
+
+def test_a_model_whose_layers_do_not_fit_together_is_one_line(tmp_path: Path) -> None:
+    config = transformers.DeepseekV3Config(**FAMILIES["DeepseekV3"] | {"num_key_value_heads": 2})
+    transformers.DeepseekV3ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"model .*: cannot be run: The size of tensor a"):
+        load_causal_lm(str(tmp_path))

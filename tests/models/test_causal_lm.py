@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import torch
 import pytest
-from transformers import AutoModelForCausalLM, TemperatureLogitsWarper, TopPLogitsWarper
+from transformers import AutoModelForCausalLM, GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
 from rqa.data import Document, Example
 from rqa.models import reader as reading
@@ -134,10 +134,30 @@ def test_tokens_are_sampled_as_often_as_temperature_and_top_p_say() -> None:
 
 
 def test_decoding_is_greedy_whatever_the_checkpoint_prefers(case: Case) -> None:
-    config = case.reader.model.generation_config
-    config.do_sample, config.temperature, config.top_k, config.top_p = True, 5.0, 50, 0.9
-    config.max_length, config.num_beams, config.repetition_penalty, config.no_repeat_ngram_size = 20, 3, 3.0, 1
-    assert case.reader.generate(case.prompts) == case.expected
+    reader, likeliest = case.reader, case.expected[0][0]
+    reader.flags = GenerationArguments(num_beams=2)
+    beams = reader.generate(case.prompts)
+    theirs = GenerationConfig(
+        do_sample=True, temperature=5.0, top_p=0.9, max_length=20, num_beams=3, repetition_penalty=3.0, min_length=50,
+        no_repeat_ngram_size=1, max_time=1e-9, suppress_tokens=[likeliest], begin_suppress_tokens=[likeliest],
+        sequence_bias=[[[likeliest], -9.0]], bad_words_ids=[[likeliest]], length_penalty=-5.0, early_stopping=True,
+        guidance_scale=3.0, forced_eos_token_id=5, num_return_sequences=2, return_dict_in_generate=True, min_p=0.9,
+    )  # fmt: skip
+    reader.model.generation_config = theirs
+    assert reader.generate(case.prompts) == beams
+    assert reader.model.generation_config is theirs  # which is saved with the model
+    reader.flags = GenerationArguments()
+    assert reader.generate(case.prompts) == case.expected
+    vars(reader)["_reach"] = None  # as of a model that cannot be packed
+    assert reader.generate(case.prompts) == case.expected
+
+
+def test_an_answer_is_cut_that_has_all_tokens_it_may_have_and_no_end(case: Case) -> None:
+    whole, answers = case.expected, case.reader.answer(case.examples, case.passages, progress=False)
+    case.reader.prompter.stop_ids = [case.greedy(case.prompts[0])[3]]
+    answers += case.reader.answer(case.examples[:1], case.passages[:1], progress=False)
+    assert [answer.cut for answer in answers] == [*(len(ids) == NEW_TOKENS for ids in whole), False]
+    assert {answer.cut for answer in answers} == {True, False}
 
 
 def test_answers_come_back_in_the_order_asked_from_batches_as_large_as_allowed(

@@ -1,5 +1,6 @@
 """The encoder against sentence-transformers, and against itself in other batches."""
 
+import itertools
 import json
 import random
 from dataclasses import replace
@@ -12,8 +13,16 @@ import numpy as np
 import pytest
 import transformers
 from sentence_transformers import SentenceTransformer
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from torch.nn.functional import layer_norm, normalize
-from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModel,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+)
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
@@ -23,9 +32,9 @@ from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
 try:
-    from sentence_transformers.sentence_transformer.modules import Dense, Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
 except ImportError:
-    from sentence_transformers.models import Dense, Normalize, Pooling, Transformer
+    from sentence_transformers.models import Normalize, Pooling, Transformer
 
 D = 12  # of a projection
 PREFIXES = {"query_prefix": "query: ", "passage_prefix": "passage: "}
@@ -104,54 +113,141 @@ def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
         assert np.abs(theirs.encode(QUERIES) - embed_queries(ours, QUERIES)).max() > 1e-3
 
 
-@pytest.mark.parametrize("mode", ["mean", "cls"])
-@pytest.mark.parametrize("prompts", [{}, {"query": "query: ", "document": "passage: "}])
-def test_a_checkpoint_of_sentence_transformers_loads_with_its_pooling_and_prompts(
-    prompts: dict[str, str], mode: str, encoder_path: str, tmp_path: Path, passages: list[str]
+def lay_out(path: Path, encoder_path: str, *modules: torch.nn.Module, **settings: dict[str, Any]) -> str:
+    """Save with sentence-transformers, then change settings in its files; one that is None is taken out."""
+    modules = modules or (Pooling(32),)
+    SentenceTransformer(modules=[Transformer(encoder_path), *modules], device="cpu").save_pretrained(str(path))
+    for name, values in settings.items():
+        file = path / FILES.get(name, f"{name}.json")
+        old = json.loads(file.read_text()) if file.exists() else {}
+        file.write_text(json.dumps({key: v for key, v in (old | values).items() if v is not None}))
+    return str(path)
+
+
+FILES = {"general": "config_sentence_transformers.json", "reading": "sentence_bert_config.json",
+         "pooling": "1_Pooling/config.json", "own": "rqa_encoder.json"}  # fmt: skip
+OLD = {"pooling_mode": None, "pooling_mode_mean_tokens": False}
+LAYOUTS: list[tuple[str, dict[str, Any]]] = [
+    ("", {}), ("unit", {}), ("", {"general": {"similarity_fn_name": None}}),
+    *((words, {"general": {"similarity_fn_name": "dot"}}) for words in ("", "unit")),
+    *(("", {"general": {"prompts": prompts, "default_prompt_name": name}})
+      for prompts, name in (({"query": "query: "}, "query"), ({"document": "passage: "}, None), ({"a": "a: "}, "a"),
+                            ({"query": "query: ", "document": "", "passage": "passage: "}, None))),
+    *(("", {"pooling": mode}) for mode in ({"pooling_mode": "cls"}, {"pooling_mode": ["cls"]}, OLD,
+                                           OLD | {"pooling_mode_cls_token": True})),
+    ("", {"reading": {"max_seq_length": 9}}), ("", {"tokenizer_config": {"model_max_length": 9}}),
+    ("", {"reading": {"max_seq_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
+    ("", {"reading": {"query_length": 5, "document_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
+    ("", {"reading": dict.fromkeys(("transformer_task", "modality_config", "module_output_name")),
+          "sentence_roberta_config": {"max_seq_length": 11}}),
+    *(("cased", {"reading": {"do_lower_case": lower}}) for lower in (True, False)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("words", "settings"), LAYOUTS, ids=str)
+def test_a_checkpoint_of_sentence_transformers_scores_passages_as_its_own_similarity_does(
+    words: str, settings: dict[str, Any], encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
-    unit = (mode == "mean") == bool(prompts)
-    modules = [Transformer(encoder_path, max_seq_length=32), Pooling(32, pooling_mode=mode)]
-    theirs = SentenceTransformer(modules=modules + [Normalize()] * unit, prompts=prompts, device="cpu")
-    theirs.save_pretrained(str(tmp_path))
-    ours = load_encoder(str(tmp_path))
-    assert (ours.settings.pooling_type, ours.settings.normalize) == (mode, unit)
-    assert ours.settings.max_passage_length == 32
-    for texts, embed, name in ((QUERIES, embed_queries, "query"), (passages, embed_passages, "document")):
-        expected = theirs.encode(texts, prompt_name=name if prompts else None)
-        np.testing.assert_allclose(embed(ours, texts), expected, atol=1e-5)
+    path = lay_out(tmp_path, encoder_path, Pooling(32), *[Normalize()] * (words == "unit"), **settings)
+    if words == "cased":
+        file = tmp_path / "tokenizer.json"
+        file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
+    theirs = SentenceTransformer(path, device="cpu")
+    expected = theirs.similarity(theirs.encode_query(QUERIES), theirs.encode_document(passages)).numpy()
+    for _ in range(2):  # what is saved here means the same, here and there
+        ours = load_encoder(path)
+        found = embed_queries(ours, QUERIES) @ embed_passages(ours, passages).T
+        np.testing.assert_allclose(found, expected, atol=1e-5 * np.abs(expected).max())
+        ours.save_pretrained(path := str(tmp_path / "again"))
 
 
-@pytest.mark.parametrize("mode", ["max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean"])
-def test_a_pooling_that_is_not_offered_is_refused_by_file_unless_another_is_chosen(
-    mode: str, encoder_path: str, tmp_path: Path
+REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is refused, and flags that replace it
+    *(("general", {"similarity_fn_name": name}, f"similarity_fn_name {name}", {"normalize": True})
+      for name in ("euclidean", "manhattan")),
+    ("general", {"truncate_dim": 16}, "truncate_dim is not", {}),
+    ("general", {"prompts": {"passage": "p: "}}, "choose --passage_prefix 'p: '", {"passage_prefix": "p: "}),
+    ("general", {"prompts": {"query": 3}}, "query must be a string, found 3", {}),
+    ("general", {"prompts": ["q: "]}, "prompts must be an object", {}),
+    ("pooling", {"include_prompt": False}, "include_prompt false is not", {}),
+    ("pooling", OLD | {"pooling_mode_mean_tokens": "false"}, "mean_tokens must be true or false, found 'false'", {}),
+    ("pooling", OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
+     r"pooling mean\+max_tokens is not supported; choose --pooling_type", {"pooling_type": "mean"}),
+    *(("pooling", {"pooling_mode": mode}, f"pooling {mode} is not", {"pooling_type": "cls"})
+      for mode in ("max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")),
+    ("reading", {"max_seq_length": "64"}, "max_seq_length must be a whole number", {}),
+    ("reading", {"max_seq_length": -1}, "at least 3.*found -1", {}),
+    ("own", {"pooling_type": "max"}, "pooling max is not", {"pooling_type": "cls"}),
+    *(("own", {name: value}, f"{name} must be", {})
+      for name, value in (("normalize", "false"), ("normalize", 0), ("max_query_length", 32.0), ("query_prefix", ["q"]),
+                          ("max_passage_length", -5), ("two_encoders", "no"), ("projection", True))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "settings", "message", "flags"), REFUSED, ids=str)
+def test_a_setting_that_is_not_offered_or_of_another_type_is_refused_by_file_unless_a_flag_replaces_it(
+    file: str, settings: dict[str, Any], message: str, flags: dict[str, Any], encoder_path: str, tmp_path: Path
 ) -> None:
-    modules = [Transformer(encoder_path), Pooling(32, pooling_mode=mode)]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path))
-    with pytest.raises(UserError, match=r"1_Pooling/config\.json: pooling \w*(max|last|sqrt|weighted)\w* is not"):
-        load_encoder(str(tmp_path))
-    assert (
-        load_encoder(str(tmp_path), EncoderArguments(dtype="float32", pooling_type="cls")).settings.pooling_type
-        == "cls"
-    )
+    path = lay_out(tmp_path, encoder_path, **{file: settings})
+    with pytest.raises(UserError, match=f"{FILES[file]}: .*{message}"):
+        load_encoder(path)
+    if flags:
+        settled = load_encoder(path, EncoderArguments(dtype="float32", **flags)).settings
+        assert vars(settled).items() >= flags.items()
 
 
-def test_what_is_damaged_or_not_offered_is_refused_by_file(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
-    modules = [Transformer(encoder_path), Pooling(32), Dense(32, 16)]
-    SentenceTransformer(modules=modules, device="cpu").save_pretrained(str(tmp_path / "dense"))
-    with pytest.raises(UserError, match=r"modules\.json: module Dense is not supported"):
-        load_encoder(str(tmp_path / "dense"))
-    encoder.save_pretrained(tmp_path)
-    (tmp_path / "rqa_encoder.json").unlink()
-    two = json.dumps({"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True})
-    names = ("modules.json", "sentence_bert_config.json", "1_Pooling/config.json")
-    mixed = ("1_Pooling/config.json", two, r"1_Pooling/config\.json: pooling mean_tokens\+max_tokens")
-    for name, content, message in (*((name, bad, name) for name in names for bad in ("{", "3")), mixed):
-        good = (tmp_path / name).read_text()
-        (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=message):
-            load_encoder(str(tmp_path))
+def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_are_refused_by_file(
+    encoder_path: str, tmp_path: Path
+) -> None:
+    path, names = lay_out(tmp_path, encoder_path), ("modules.json", *FILES.values())
+    modules = json.loads((tmp_path / "modules.json").read_text())
+    dense = json.loads(json.dumps(modules).replace(".Pooling", ".Dense"))
+    wrong = [json.dumps(each) for each in (modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}])]
+    for name, bad in itertools.product(names, ("{", "3", "\0", *wrong)):
+        good = (tmp_path / name).read_text() if (tmp_path / name).exists() else "{}"
+        (tmp_path / name).write_text(bad)
+        with pytest.raises(UserError, match=name):
+            load_encoder(path)
         (tmp_path / name).write_text(good)
-    load_encoder(str(tmp_path))
+    load_encoder(path)
+
+
+def unigram(texts: list[str]) -> PreTrainedTokenizerBase:
+    """XLM-R's kind: the vocabulary itself holds "</s>", and NFKC makes it of wide signs."""
+    core, special = Tokenizer(models.Unigram()), ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    core.normalizer, core.pre_tokenizer = normalizers.NFKC(), pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(vocab_size=200, special_tokens=special, unk_token="<unk>", show_progress=False)
+    core.train_from_iterator(texts, trainer)
+    core.post_processor = processors.TemplateProcessing("<s> $A </s>", None, [("<s>", 0), ("</s>", 2)])
+    names = {f"{name}_token": token for name, token in zip(("bos", "pad", "eos", "unk", "mask"), special, strict=True)}
+    return PreTrainedTokenizerFast(tokenizer_object=core, **names)
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram", "bytes"])
+def test_no_text_becomes_a_control_token_and_clean_text_keeps_its_tokens(
+    kind: str, encoder: Encoder, tokenizer: PreTrainedTokenizerBase, passages: list[str]
+) -> None:
+    known = {"bytes": tokenizer, "unigram": unigram(passages)}.get(kind, encoder.tokenizer)
+    encoder.tokenizer, encoder.settings = known, EncoderSettings(query_prefix=f"{known.pad_token} ")
+    assert encoder.tokenize_passages(passages) == known(passages, truncation=True, max_length=512)["input_ids"]
+    tokens = [*known.all_special_tokens, "\uff1c/s\uff1e", "<|im_start|>", "[SEP]"]
+    control = {i for i, token in known.added_tokens_decoder.items() if token.special} - {known.unk_token_id}
+    for tokenize, own in ((encoder.tokenize_passages, []), (encoder.tokenize_queries, [known.pad_token_id])):
+        ends = known("")["input_ids"]
+        for row in tokenize([f"a{token}b {token} {token}" for token in tokens]):
+            assert sorted(id for id in row if id in control) == sorted(own + ends)
+
+
+def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    encoder.settings = replace(encoder.settings, max_passage_length=6)
+    encoder.tokenize_passages(["a b c d"])  # [CLS] and [SEP] beside them
+    encoder.tokenize_queries(["a b c d e"])
+    assert not caplog.messages
+    for _ in range(2):
+        encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
+    (message,) = caplog.messages
+    assert message.startswith("2 of 3 texts are longer than --max_passage_length 6")
 
 
 def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
@@ -273,6 +369,10 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(8)
     projected.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved/2_Dense/model.safetensors").unlink()
+    with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
+        load_encoder(str(tmp_path / "saved"))
+    file = tmp_path / "saved/rqa_encoder.json"
+    file.write_text(file.read_text().replace(str(D), "9" * 12))
     with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()

@@ -132,14 +132,16 @@ def test_the_saved_checkpoint_is_an_ordinary_one(case: Case) -> None:
 
 
 def test_generation_is_that_of_the_plain_model_over_all_passages(case: Case) -> None:
-    end = case.objective.prompter.end_token
+    end, plain = case.objective.prompter.end_token, case.plain  # saved before the checkpoint's own wishes, below
+    wishes = {"suppress_tokens": [*range(9, 30)], "min_length": 9, "max_time": 1e-9, "decoder_start_token_id": 7}
+    case.model.generation_config.update(**wishes, forced_bos_token_id=8, length_penalty=-5.0, no_repeat_ngram_size=1)
     for beams in (1, 3):
         answers = case.reader(num_beams=beams).generate(case.sequences)
         config = GenerationConfig(max_new_tokens=24, num_beams=beams, eos_token_id=end, pad_token_id=end)
         for ours, sequence in zip(answers, case.sequences, strict=True):
-            states = naive_states(case.plain, sequence)
+            states = naive_states(plain, sequence)
             mask = torch.ones(states.last_hidden_state.shape[:2], dtype=torch.long)
-            output = case.plain.generate(encoder_outputs=states, attention_mask=mask, generation_config=config)
+            output = plain.generate(encoder_outputs=states, attention_mask=mask, generation_config=config)
             theirs = output[0, 1:].tolist()
             assert ours == (theirs[: theirs.index(end)] if end in theirs else theirs)
 
@@ -198,10 +200,14 @@ def test_bfloat16_is_near_float32_and_float16_is_refused_for_t5_alone(case: Case
             load_encoder_decoder(case.path, type("Mixed", (FiDArguments,), {"precision": dtype})(**vars(FLAGS)))
 
 
-def test_a_model_that_cannot_take_what_is_asked_is_refused(encoder_path: str, bart_path: str, lm_path: str) -> None:
+def test_what_a_model_has_no_positions_for_is_cut_and_what_it_cannot_be_is_refused(
+    encoder_path: str, bart_path: str, lm_path: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    for path, limit in ((f"bert::{encoder_path}", 64), (bart_path, 128)):
+        arguments = load_encoder_decoder(path, Flags())[1].arguments
+        assert (arguments.max_encoder_seq_length, arguments.max_decoder_seq_length) == (limit, limit)
+        assert f"has positions for {limit} tokens" in caplog.text
     for path, flags, message in (
-        (f"bert::{encoder_path}", Flags(), r"--max_encoder_seq_length 512: .* takes at most 64 tokens"),
-        (bart_path, Flags(max_encoder_seq_length=128), r"--max_decoder_seq_length 256: .* takes at most 128 tokens"),
         (lm_path, FLAGS, "cannot be loaded"),
         (f"bert::{lm_path}", FLAGS, r"the tokenizer lacks \[CLS\]"),
     ):

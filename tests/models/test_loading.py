@@ -1,6 +1,7 @@
 """What a checkpoint that cannot be loaded says; adapters: trained, saved in peft's layout, loaded, merged, resumed."""
 
 import json
+import math
 import os
 import re
 import shutil
@@ -14,10 +15,12 @@ from typing import Any
 import torch
 import huggingface_hub.constants
 import pytest
+import transformers
 from torch import nn
-from peft import PeftModel
-from safetensors.torch import load_file
-from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from conftest import SMALL
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rqa.models import attention
 from rqa.models.causal_lm import load_causal_lm
@@ -27,14 +30,20 @@ from rqa.models.loading import (
     attention_of,
     choose_collate,
     evaluating,
+    learned_positions,
     load_config,
     load_model,
     load_tokenizer,
+    model_fingerprint,
     train_adapters,
 )
+from rqa.models.reader import CausalLMReader
+from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.packing import pack
+from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import atomic_directory
 
 
 def test_a_decoder_like_llama_is_packed_and_choosing_leaves_mode_and_random_state_alone(lm_path: str) -> None:
@@ -154,6 +163,157 @@ def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged
     (damaged / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     refusal(load_causal_lm, damaged)
     assert not (tmp_path / "ran").exists()
+
+
+def edit(path: Path, name: str, **values: object) -> None:
+    """Change a JSON file of a checkpoint."""
+    (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | values))
+
+
+def drop(path: Path, *names: str, **more: torch.Tensor) -> None:
+    """Take tensors out of a checkpoint, and put others into it."""
+    kept = {name: tensor for name, tensor in load_file(path).items() if name not in names}
+    save_file(kept | more, path, {"format": "pt"})
+
+
+UP = "model.layers.1.mlp.up_proj."
+FAULTS = {
+    "a tensor is missing": ({}, UP + "weight", {}, f"1 of its tensors are missing, such as {UP}weight"),
+    "a layer is missing": ({"num_hidden_layers": 3}, "", {}, "tensors are missing, such as model.layers.2"),
+    "a layer too many": ({"num_hidden_layers": 1}, "", {}, "not the model's, such as model.layers.1"),
+    "a bias too many": ({}, "", {UP + "bias": torch.ones(64)}, "1 of its tensors are not the model's"),
+    "another width": ({"intermediate_size": 65}, "", {}, "of another shape, such as model.layers.0.mlp"),
+    "no head": ({"tie_word_embeddings": False}, "lm_head.weight", {}, "missing, such as lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_checkpoint_holds_just_the_tensors_of_its_model(fault: str, damaged: Path) -> None:
+    config, name, more, message = FAULTS[fault]
+    edit(damaged, "config.json", **config)
+    drop(damaged / "model.safetensors", name, **more)
+    assert message in refusal(load_causal_lm, damaged)
+
+
+def test_an_adapter_and_the_model_below_it_are_whole(damaged: Path, tmp_path: Path) -> None:
+    adapter, lora_B = tmp_path / "adapter", "base_model.model.model.layers.1.self_attn.q_proj.lora_B.weight"
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(damaged), LoraConfig(target_modules=["q_proj"]))
+    model.save_pretrained(adapter)
+    assert load_causal_lm(str(adapter), dtype=torch.bfloat16).dtype == torch.bfloat16
+    weights = (adapter / "adapter_model.safetensors").read_bytes()
+    drop(adapter / "adapter_model.safetensors", lora_B)
+    missing = "1 of its tensors are missing, such as model.layers.1."
+    assert missing + "self_attn.q_proj.lora_B" in refusal(load_causal_lm, adapter)
+    (adapter / "adapter_model.safetensors").write_bytes(weights)
+    edit(adapter, "adapter_config.json", r=4)
+    assert "of another shape, such as model.layers.0" in refusal(load_causal_lm, adapter)
+    drop(damaged / "model.safetensors", UP + "weight")
+    assert missing + "mlp.up_proj" in refusal(load_causal_lm, adapter)
+
+
+HEADS = ("BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification", "RobertaForMaskedLM",
+         "AlbertForMaskedLM", "ElectraForPreTraining", "ModernBertForMaskedLM", "LlamaForCausalLM")  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_an_encoder_is_loaded_from_a_checkpoint_with_another_head(kind: str, wordpiece: Any, saved: Any) -> None:
+    whole = getattr(transformers, kind)
+    config = whole.config_class(vocab_size=len(wordpiece), **SMALL, pad_token_id=0, bos_token_id=2, eos_token_id=3)
+    path = Path(saved("headed", 0, whole, config, wordpiece))
+    expected = whole.from_pretrained(path).base_model.state_dict()
+    for name, tensor in load_model(AutoModel, str(path)).state_dict().items():
+        assert "pooler" in name or torch.equal(tensor, expected[name])
+
+
+def test_a_checkpoint_with_checksums_is_compared_with_them(damaged: Path, tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "checkpoint-1") as directory:
+        shutil.copytree(damaged, directory, dirs_exist_ok=True)
+    load_causal_lm(str(tmp_path / "checkpoint-1"))
+    weights = bytearray((tmp_path / "checkpoint-1/model.safetensors").read_bytes())
+    weights[-3] ^= 1
+    (tmp_path / "checkpoint-1/model.safetensors").write_bytes(weights)
+    with pytest.raises(UserError, match=r"checkpoint-1: model.safetensors is damaged; copy it again"):
+        load_causal_lm(str(tmp_path / "checkpoint-1"))
+
+
+def test_each_token_that_a_text_may_hold_has_an_embedding(damaged: Path) -> None:
+    tokenizer, message = load_tokenizer(str(damaged)), "its tokenizer has {} tokens, its embedding {}; take"
+    rows = len(tokenizer)
+    tokenizer.add_tokens([AddedToken("<image>", special=True)])  # Gemma 3 has one that its text models lack
+    tokenizer.save_pretrained(damaged)
+    load_tokenizer(str(damaged))
+    tokenizer.add_tokens(["zebra"])
+    tokenizer.save_pretrained(damaged)
+    assert message.format(rows + 2, rows) in refusal(load_tokenizer, damaged)
+    (damaged / "config.json").unlink()
+    load_tokenizer(str(damaged))  # there is no model
+
+
+BARELY = {"num_hidden_layers": 1, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+POSITIONS = {"GPT2": 64, "OPT": 64, "Bert": 64, "Roberta": 63, "MPNet": 62, "DistilBert": 64, "Llama": math.inf,
+             "ModernBert": math.inf, "DebertaV2": 64}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", POSITIONS)
+def test_so_many_tokens_are_read_as_a_model_has_learned_positions_for(kind: str) -> None:
+    sizes = BARELY | {"max_position_embeddings": 64}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=40, hidden_size=16, num_attention_heads=4, **sizes)
+    model = getattr(transformers, f"{kind}Model")(config)
+    most = learned_positions(model)
+    assert most == POSITIONS[kind]
+    tokens = torch.full((1, 64 if most == math.inf else int(most)), 5)
+    model(tokens)
+    if most < math.inf:
+        with pytest.raises((IndexError, RuntimeError)):
+            model(torch.full((1, int(most) + 1), 5))
+
+
+def test_prompts_and_answers_keep_to_learned_positions(
+    tokenizer: Any, saved: Any, examples: Any, documents: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = transformers.GPT2Config(vocab_size=len(tokenizer), n_positions=96, n_embd=16, n_layer=1, n_head=2)
+    model = load_causal_lm(saved("gpt2", 5, transformers.GPT2LMHeadModel, config, tokenizer))
+    prompter = Prompter(tokenizer, PromptArguments(max_new_tokens=40))
+    prompter.stop_ids = [0]
+    reader = CausalLMReader(model, prompter)
+    assert "--max_seq_length 2048: GPT2LMHeadModel has positions for 96 tokens, which are taken" in caplog.text
+    pairs = [Pair(example, documents[0]) for example in examples[:3]]
+    assert all(score < 0 for _, score in AnswerScorer(model, prompter, 512)(pairs))
+    for answer in (reader.generate([[7] * length])[0] for length in (50, 90, 96)):
+        assert answer
+
+
+CHANGES = [("hidden_act", "gelu"), ("rms_norm_eps", 1e-3), ("rope_parameters", {
+    "rope_theta": 5e5, "rope_type": "default"}), ("sliding_window", 4)]  # fmt: skip
+
+
+def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_paths_and_types(
+    damaged: Path, lm_path: str, tmp_path: Path
+) -> None:
+    def of(path: Path | str = damaged, **options: Any) -> str:
+        return model_fingerprint(load_causal_lm(str(path), **options), load_tokenizer(str(path)))
+
+    before, config = of(), (damaged / "config.json").read_text()
+    assert before == of(lm_path) == of(dtype=torch.bfloat16)
+    edit(damaged, "config.json", transformers_version="4.1", architectures=None, dtype="bfloat16")
+    assert of() == before
+    found = []
+    for name, value in CHANGES:
+        (damaged / "config.json").write_text(config)
+        edit(damaged, "config.json", **{name: value})
+        found.append(of())
+    (damaged / "config.json").write_text(config)
+    live = load_causal_lm(str(damaged))
+    train_adapters(live, LoraArguments(use_lora=True), str(damaged))
+    for alpha in (32, 16):
+        live.save_pretrained(tmp_path / "adapter")
+        load_tokenizer(str(damaged)).save_pretrained(tmp_path / "adapter")
+        edit(tmp_path / "adapter", "adapter_config.json", lora_alpha=alpha)
+        found.append(of(tmp_path / "adapter"))
+    assert found[-2] == model_fingerprint(live, load_tokenizer(str(damaged)))
+    (damaged / "chat_template.jinja").write_text("{{ messages }}")
+    found.append(of())
+    assert len({before, *found}) == 1 + len(found)
 
 
 Run = Callable[[str, dict[str, object]], int]

@@ -1,9 +1,11 @@
 """Chunking, against langchain's splitter with the same tokenizer, and by the properties of passages."""
 
+import time
 from itertools import pairwise
 from typing import Any
 
 import pytest
+import regex
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from langchain_text_splitters import RecursiveCharacterTextSplitter
@@ -79,6 +81,28 @@ def test_no_passage_of_word_pieces_is_too_long_and_the_callers_tokenizer_is_left
     assert core.truncation["max_length"] == 4
 
 
+@pytest.mark.parametrize(
+    ("text", "overlap"),
+    [("ท่าเรือแห่งนี้มีชื่อเสียง" * 50, 0), ("👩‍👩‍👧‍👦🏳️‍🌈é" * 50, 3), ("iVBORw0KGgo" * 50, 0), ("a" + "\u200b" * 500 + "b", 0)],
+)
+def test_what_the_tokenizer_does_not_spell_counts_by_the_character_and_no_character_is_cut(
+    text: str, overlap: int, wordpiece: PreTrainedTokenizerBase
+) -> None:
+    for tokenizer in (word_tokenizer(), wordpiece.backend_tokenizer):
+        passages = cut(text, tokenizer, chunk_size=30, chunk_overlap=overlap)
+        assert max(map(len, passages)) <= 30
+        whole = set(regex.findall(r"\X", text))
+        assert all(set(regex.findall(r"\X", passage)) <= whole for passage in passages if "\u200b" not in text)
+
+
+def test_hostile_lines_take_no_quadratic_time() -> None:
+    for text in ("# " + "#" * 100_000 + "x", "# a" + " #" * 50_000 + " x", "🇩" * 100_000, "a" + "\u0301" * 100_000):
+        start = time.monotonic()
+        documents = documents_of(text, chunk_size=60, chunk_overlap=0)
+        assert time.monotonic() - start < 20
+        assert max(len(str(document.metadata)) for document in documents) < 400  # a heading stands in each passage
+
+
 @settings(max_examples=100)
 @given(ends=st.lists(st.sampled_from([" ", ". ", "\n", "\n\n"]), max_size=60), size=st.integers(2, 12), data=st.data())
 def test_neighbours_share_no_more_than_the_overlap(ends: list[str], size: int, data: st.DataObject) -> None:
@@ -108,9 +132,9 @@ def test_a_text_is_cut_where_it_keeps_most_together_and_whole_sentences_overlap(
 
 
 def test_a_passage_knows_its_source_its_title_and_the_heading_above_it() -> None:
-    text = "intro words\n# First #\none two three\n```\n# a comment\n```\n## Second\nfour five"
+    text = "intro words\n# C# #\none two three\n```\n# a comment\n```\n## Second\nfour five"
     documents = documents_of(text, chunk_size=6, chunk_overlap=0)
-    assert [document.metadata.get("subtitle") for document in documents] == [None, "First", "First", "Second"]
+    assert [document.metadata.get("subtitle") for document in documents] == [None, "C#", "C#", "Second"]
     assert {(d.metadata["source"], d.metadata["title"]) for d in documents} == {("s", "t")}
 
 

@@ -1,7 +1,9 @@
 """Files to passages, as bin/chunk_documents does it."""
 
+import gzip
 import importlib.util
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,7 +13,7 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from rqa.data import read_documents
 from rqa.preparation.chunking import Seen
-from rqa.preparation.sources import find_files
+from rqa.preparation.sources import find_files, read_sources
 from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]
@@ -57,6 +59,8 @@ def folder(tmp_path: Path) -> Path:
     (root / "image.png").write_bytes(b"\x89PNG")
     one = {"source": "http://x/1", "title": "One", "text": "Dunmore sells salt.", "lang": "en"}
     (root / "rows.jsonl").write_text("\n".join(map(json.dumps, [one, {"text": " "}, {"text": "Untitled."}])))
+    (root / "more.jsonl.gz").write_bytes(gzip.compress(b'{"text": "Packed."}'))
+    os.mkfifo(root / "pipe.txt")
     return root
 
 
@@ -75,13 +79,15 @@ def test_a_folder_of_all_kinds_becomes_one_database_the_same_each_time(
     page, other = found.pop(("page.html", "Arlen")), found.pop(("http://x/1", "One"))
     assert {place: document.page_content for place, document in found.items()} == {
         ("deep/copy.md", "Brask"): "# Brask\n\nBrask  trades in WOOL.", ("rows.jsonl:3", ""): "Untitled.",
+        ("more.jsonl.gz:1", ""): "Packed.",
         ("deep/report.pdf", "Annual report"): "Corvo sells amber.", ("notes.txt", "notes"): "Ünï and 日本語",
     }  # fmt: skip
     assert "# Arlen" in page.page_content
     assert "Home" not in page.page_content
     assert other.metadata["lang"] == "en"
     printed = capsys.readouterr().out
-    for line in ("6 passages of 7 texts", "1 duplicates and 6 empty or unreadable texts left out",
+    for line in ("7 passages of 8 texts", "1 duplicates and 7 empty or unreadable texts left out",
+                 "pipe.txt: is no regular file",
                  "locked.pdf: not a readable PDF", "broken.pdf: not a readable PDF", "latin.txt: not UTF-8 text",
                  "empty.txt: holds no text", "scan.pdf: holds no text", "rows.jsonl:2: holds no text",
                  f"1 files of other kinds left out\n  {folder}/image.png"):  # fmt: skip
@@ -107,6 +113,37 @@ def test_what_cannot_be_read_is_one_line_and_writes_nothing(
     flags = ["--model_name_or_path", encoder_path, "--output_path", tmp_path / "o.jsonl"]
     refused(message, "chunk_documents", "--document_path", tmp_path / name, *flags)
     assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_pdf_has_no_headings_whole_words_and_whole_characters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_pdf(tmp_path / "a.pdf", "replaced")
+    said = "# 3 of the \ufb01rst har-\nbours, well-\nKnown \ud83d here"
+    monkeypatch.setattr("pypdf.PageObject.extract_text", lambda self: said)
+    (source,) = read_sources(tmp_path / "a.pdf", "a.pdf")
+    assert (source.text, source.markdown) == ("# 3 of the first harbours, well-\nKnown \ufffd here", False)
+
+
+@pytest.mark.parametrize(
+    ("head", "heading", "title"),
+    [("Arlen &amp; sea | Guide", "Arlen  &amp; sea", "Arlen & sea"), ("Arlen | Guide", "Trade", "Arlen | Guide"),
+     ("", "Trade", "Trade"), ("", "", "page")],
+)  # fmt: skip
+def test_a_page_is_called_by_its_title_or_first_heading_and_no_box(
+    head: str, heading: str, title: str, tmp_path: Path
+) -> None:
+    box = f"<div class='title'><h2 class='title'>Note</h2></div>{f'<h1>{heading}</h1>' if heading else ''}<p>It trades."
+    (tmp_path / "page.html").write_text(f"<html><head><title>{head}</title></head><body>{box}</body></html>")
+    (source,) = read_sources(tmp_path / "page.html", "page.html")
+    assert source.title == title
+
+
+def test_embedded_images_control_characters_and_runs_of_white_space_are_no_text(tmp_path: Path) -> None:
+    image = "![chart](data:image/png;base64," + "iVBORw0KGgo" * 100 + ")"
+    (tmp_path / "a.md").write_text(f"# A\x00\n\n{image}" + " " * 1000 + "\nthe data:image scheme")
+    (source,) = read_sources(tmp_path / "a.md", "a.md")
+    assert source.text == "# A\n\n![chart]()" + " " * 100 + "\nthe data:image scheme"
 
 
 def test_a_parser_that_is_not_installed_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

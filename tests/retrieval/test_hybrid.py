@@ -58,6 +58,8 @@ def test_documents_are_ranked_by_bm25_and_those_without_a_common_word_are_not_fo
         (["same words"] * 50, ["words"], [list(range(7))]),  # in the database's order
         (["!?", "..."], ["", "!?", "word"], [[-1, -1]] * 3),
         (["!?", "word"], ["word", ""], [[1, -1], [-1, -1]]),
+        (["东京是日本的首都。", "京都在东边", "喝茶"], ["东京", "茶"], [[0, 1, -1], [2, -1, -1]]),  # pairs decide
+        (["e\u0301cole", "ｶﾀｶﾅ", "กรุงเทพ"], ["École", "カタ", "เทพ"], [[0, -1, -1], [1, -1, -1], [2, -1, -1]]),
         (["Die STRASSE nach Köln", "x y z"], ["straße", "KÖLN", "Y"], [[0, -1], [0, -1], [1, -1]]),
     ],
 )

@@ -2,6 +2,7 @@
 
 import logging
 import math
+import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -191,3 +192,28 @@ def test_what_was_retrieved_once_serves_no_other_questions_and_no_other_encoder(
         hits = retriever.retrieve_once(questions, k)
         assert encoded == [len(questions)]
         np.testing.assert_array_equal(hits.ids, retriever.retrieve(questions, k).ids)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_an_encoder_that_is_not_finite_indexes_nothing_and_is_not_asked(
+    value: float, encoder: Encoder, documents: list[Document], tmp_path: Path
+) -> None:
+    retriever = opened(encoder, documents)
+    (_, *_, word, _), *_ = encoder.tokenize_queries(["amber"])
+    encoder.backbone.embeddings.word_embeddings.weight.data[word] = value
+    with pytest.raises(UserError, match="the embedding of 'amber' is not finite"):
+        retriever.retrieve(QUESTIONS, 3)
+    with pytest.raises(UserError, match=r"corvo.* is not finite"):
+        opened(encoder, documents, tmp_path / "index")
+    assert not (tmp_path / "index").exists()
+
+
+def test_what_does_not_fit_on_the_disk_is_not_kept(encoder: Encoder, documents: list[Document]) -> None:
+    retriever, limits = opened(encoder, documents), resource.getrlimit(resource.RLIMIT_FSIZE)
+    asked = [f"{question} {number}" for number in range(40) for question in QUESTIONS]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (160 * 3 * 8 + 100, limits[1]))  # its header alone takes 128
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            retriever.retrieve_once(asked, 3)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -3,8 +3,10 @@
 import logging
 import os
 import platform
+import signal
 import subprocess
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -87,3 +89,45 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_every_half_minute(
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
     work(3, 40)
     assert "\rencode documents: 300text" in capsys.readouterr().err
+
+
+SAYS = r"""
+import logging, sys
+from rqa.runtime.cli import progress, run
+from rqa.runtime.errors import UserError
+
+def main():
+    logging.getLogger("rqa").warning("%s", "log \x1b[31m \u202e")
+    print("said \x1b[31m", "a\nb\t\ud800")
+    for number in progress(range(int(sys.argv[1])), desc="all"):
+        print(number)
+    raise UserError("refused \x1b[31m")
+
+run(main)
+"""
+
+
+@pytest.mark.parametrize(
+    ("redirected", "status", "said"),
+    [("", 2, "error: refused \\x1b[31m"), (">/dev/full", 2, "error: standard output: No space left on device"),
+     ("| true", 141, ""), ("2>/dev/full", 2, ""), (">&-", 2, "error: refused \\x1b[31m")],
+)  # fmt: skip
+def test_a_closed_or_full_output_ends_with_at_most_one_line_and_terminals_are_shown_text_alone(
+    redirected: str, status: int, said: str, tmp_path: Path
+) -> None:
+    (tmp_path / "says.py").write_text(SAYS)
+    line = f"{sys.executable} {tmp_path / 'says.py'} {10**5 if redirected else 0} {redirected}; exit ${{PIPESTATUS[0]}}"
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True)
+    assert done.returncode == status
+    if "2>" not in redirected:
+        first, *others = done.stderr.splitlines()
+        assert first.endswith(r"log \x1b[31m \u202e")
+        assert others == [said] * bool(said)
+    if not redirected:
+        assert done.stdout == "said \\x1b[31m a\nb\t\\ud800\n"
+
+
+def test_ctrl_c_during_imports_ends_without_a_word() -> None:
+    code = "import os, signal, rqa.runtime.quiet; os.kill(os.getpid(), signal.SIGINT)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (-signal.SIGINT, b"", b"")

@@ -1,6 +1,7 @@
 """Checkpoints that were damaged, half-written, left behind by a crash, or continued under other circumstances."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -119,9 +120,10 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
     owner: Any, name: str, flags: LoopArguments, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole, write = run(replace(flags, output_dir=str(tmp_path / "whole")), before_step=Drift()), getattr(owner, name)
+    output = Path(flags.output_dir)
 
     def fill(*given: object) -> None:
-        is_last = any("checkpoint-6" in str(path) or "index-5" in str(path) for path in given if isinstance(path, Path))
+        is_last = (output / "checkpoint-4").exists() and any("/.rqa-" in str(path) for path in given)
         with full_disk(10) if is_last else nullcontext():
             write(*given)
 
@@ -129,7 +131,6 @@ def test_a_disk_that_takes_no_more_stops_the_run_with_one_line_and_the_last_chec
     with pytest.raises(UserError) as error:
         run(flags, before_step=Drift())
     monkeypatch.undo()
-    output = Path(flags.output_dir)
     assert "checkpoint-6: cannot be written" in str(error.value)
     assert f"make room and continue from {output / 'checkpoint-4'}" in str(error.value)
     assert "\n" not in str(error.value)
@@ -150,12 +151,22 @@ def test_what_a_crash_left_half_written_is_cleaned_and_a_retired_checkpoint_rega
 ) -> None:
     run(flags)
     output = Path(flags.output_dir)
-    (output / ".checkpoint-8.abc.tmp" / "1_Pooling").mkdir(parents=True)
-    (output / ".trainer_state.json.12.tmp").write_text("{")
-    shutil.copytree(output / "checkpoint-4", output / ".checkpoint-4.xyz.old")
-    (output / "checkpoint-6").rename(output / ".checkpoint-6.abc.old")
-    assert checkpoint_to_resume(replace(flags, resume_from_checkpoint="true")) == output / "checkpoint-6"
-    assert not names(output, ".*")
+    theirs = [".notes.tmp", ".bashrc.old", ".rqa-notes"]
+    for name in theirs:
+        (output / name).touch()
+    left = [
+        output / f".rqa-{letter * 32}{name}"
+        for letter, name in zip("abcd", ("", "", "-checkpoint-4", "-checkpoint-6"), strict=True)
+    ]
+    (left[0] / "1_Pooling").mkdir(parents=True)
+    left[1].write_text("{")
+    shutil.copytree(output / "checkpoint-4", left[2])
+    (output / "checkpoint-6").rename(left[3])
+    with atomic_file(output / "being-written") as alive:
+        for path in (*left, alive):
+            os.utime(path, (0, 0))
+        assert checkpoint_to_resume(replace(flags, resume_from_checkpoint="true")) == output / "checkpoint-6"
+        assert names(output, ".*") == sorted([*theirs, ".rqa-model.json", alive.name])
 
 
 def test_the_flags_of_the_command_line_win_over_those_of_the_checkpoint(flags: LoopArguments) -> None:

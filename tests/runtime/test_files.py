@@ -1,0 +1,184 @@
+"""What is written is whole or absent, wherever a kill comes, and links, modes and pipes stay what they are."""
+
+import json
+import os
+import signal
+import stat
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rqa.evaluation.results import write_results
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import atomic_directory, claim, damage, read_jsonl, write_json, write_jsonl
+from rqa.runtime.flags import Arguments
+from rqa.training.checkpoint import promote
+
+LONG_AGO = (0, 0)
+
+
+def dies(work: Callable[[], Any], calls: int) -> bool:
+    """Do work in a child, which is killed instead of its next rename or deletion after so many; whether it was."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    left = [calls]
+
+    def counted(call: Callable[..., Any]) -> Callable[..., Any]:
+        def count(*given: Any, **named: Any) -> Any:
+            left[0] -= 1
+            return call(*given, **named) if left[0] >= 0 else os.kill(os.getpid(), signal.SIGKILL)
+
+        return count
+
+    os.replace, os.unlink = counted(os.replace), counted(os.unlink)
+    try:
+        work()
+    finally:
+        os._exit(0)
+
+
+def forget_the_clock(directory: Path) -> None:
+    for path in directory.rglob(".rqa-*"):
+        os.utime(path, LONG_AGO)
+
+
+def test_a_link_leads_to_its_file_which_keeps_its_mode_and_a_pipe_stays_a_pipe(tmp_path: Path) -> None:
+    real, link, pipe, got = tmp_path / "real.json", tmp_path / "link.json", tmp_path / "pipe", []
+    real.touch(0o640)
+    link.symlink_to("real.json")
+    write_json(link, {"a": 1})
+    assert (link.is_symlink(), stat.S_IMODE(real.stat().st_mode)) == (True, 0o640)
+    assert json.loads(real.read_text()) == {"a": 1}
+    os.mkfifo(pipe)
+    reader = threading.Thread(target=lambda: got.append(pipe.read_text()))
+    reader.start()
+    write_jsonl(pipe, [{"a": 1}])
+    reader.join(9)
+    assert (got, pipe.is_fifo()) == (['{"a": 1}\n'], True)
+    write_jsonl("/dev/null", [{"a": 1}])
+    assert Path("/dev/null").is_char_device()
+    write_jsonl(tmp_path / "packed.jsonl.gz", [{"a": 1}])
+    assert list(read_jsonl(tmp_path / "packed.jsonl.gz")) == [(1, {"a": 1})]
+    with pytest.raises(UserError, match="pipe: is no directory"), atomic_directory(pipe):
+        pass
+    (tmp_path / "far").mkdir(0o700)
+    (tmp_path / "near").symlink_to("far")
+    with atomic_directory(tmp_path / "near"):
+        pass
+    assert (tmp_path / "near").is_symlink()
+    assert stat.S_IMODE((tmp_path / "far").stat().st_mode) == 0o700
+
+
+def test_scores_never_stand_beside_the_predictions_of_another_evaluation_and_a_trainer_s_arguments_stay(
+    tmp_path: Path,
+) -> None:
+    def evaluate(output: Path, right: float) -> None:
+        row = {"question": "a", "chat_history": [], "gold_answer": "b", "generated_answer": "c"}
+        write_results(output, {"test_gen/f1": right}, [row | {"scores": {"gen/f1": right}}], Arguments())
+
+    calls = killed = 0
+    while killed == calls:
+        output = tmp_path / str(calls)
+        evaluate(output, 0.0)
+        killed += dies(lambda output=output: evaluate(output, 1.0), calls)
+        calls += 1
+        if (output / "score.json").exists():
+            (_, row), *_ = read_jsonl(output / "test-predictions.jsonl")
+            shown = "1.000" in (output / "report.html").read_text()
+            assert json.loads((output / "score.json").read_text()) == {"test_gen/f1": row["scores"]["gen/f1"]}
+            assert shown == (row["scores"]["gen/f1"] == 1)
+        forget_the_clock(output)
+        evaluate(output, 1.0)
+        names = {"all_args.json", "report.html", "score.json", "score_details.json", "test-predictions.jsonl"}
+        assert {path.name for path in output.iterdir()} == names
+    assert calls > 5
+    for name in ("all_args.json", "trainer_state.json"):
+        (output / name).write_text('{"of": "the trainer"}')
+    evaluate(output, 1.0)
+    assert json.loads((output / "all_args.json").read_text()) == {"of": "the trainer"}
+    assert json.loads((output / "eval_args.json").read_text()) == {}
+
+
+PLAIN = ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json")
+ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
+
+
+@pytest.mark.parametrize(("old", "new"), [(PLAIN, ADAPTER), (ADAPTER, PLAIN), (PLAIN, PLAIN)])
+def test_a_model_takes_the_place_of_another_one_wherever_it_is_killed(
+    old: tuple[str, ...], new: tuple[str, ...], tmp_path: Path
+) -> None:
+    def model(kind: str, names: tuple[str, ...]) -> Path:
+        for name in names:
+            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / kind / name).write_text(kind)
+        return tmp_path / kind
+
+    first, second, calls, killed = model("old", old), model("new", new), 0, 0
+    while killed == calls:
+        output = tmp_path / f"out-{calls}"
+        output.mkdir()
+        (output / "notes.json").touch()
+        promote(first, output)
+        killed += dies(lambda output=output: promote(second, output), calls)
+        calls += 1
+        configured = [(output / name).read_text() for name in (old[0], new[0]) if (output / name).exists()]
+        if configured:
+            kinds = {(output / names[0]).read_text() for names in (old[1:], new[1:]) if (output / names[0]).exists()}
+            assert kinds <= set(configured), calls
+        forget_the_clock(output)
+        promote(second, output)
+        left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
+        assert {name for name in left if not name.startswith(".rqa-")} == {*new, "notes.json"}
+    assert calls > len(new)
+
+
+def test_the_weights_of_a_merged_adapter_leave_its_tokenizer(tmp_path: Path) -> None:
+    for kind, names in (("adapter", ADAPTER), ("merged", PLAIN[:2])):
+        (tmp_path / kind).mkdir()
+        for name in names:
+            (tmp_path / kind / name).touch()
+    (tmp_path / "out").mkdir()
+    promote(tmp_path / "adapter", tmp_path / "out")
+    promote(tmp_path / "merged", tmp_path / "out", whole=False)
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*PLAIN[:3]}
+    foreign = tmp_path / "adapter" / ADAPTER[0]
+    (tmp_path / "out" / ".rqa-model.json").write_text(
+        json.dumps([f"../adapter/{ADAPTER[0]}", str(foreign), "nul\0", 3])
+    )
+    promote(tmp_path / "adapter", tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*ADAPTER}
+    assert foreign.exists()
+
+
+@pytest.mark.parametrize("name", ["link", "../outside", "/dev/zero", "pipe", "sub/file", "nul\0", ""])
+def test_only_regular_files_of_its_own_make_a_directory_whole(name: str, tmp_path: Path) -> None:
+    with atomic_directory(tmp_path / "whole") as directory:
+        (directory / "file").touch()
+    (tmp_path / "outside").touch()
+    (tmp_path / "whole" / "link").symlink_to("file")
+    (tmp_path / "whole" / "sub").symlink_to(".")
+    os.mkfifo(tmp_path / "whole" / "pipe")
+    assert damage(tmp_path / "whole") is None
+    sums = json.loads((tmp_path / "whole" / "COMPLETE").read_text())
+    (tmp_path / "whole" / "COMPLETE").write_text(json.dumps({name: sums["file"]}))
+    assert damage(tmp_path / "whole") is not None
+
+
+def test_a_directory_belongs_to_one_process_until_that_is_killed(tmp_path: Path) -> None:
+    read, write = os.pipe()
+    child = os.fork()
+    if not child:
+        claim(tmp_path)
+        os.write(write, b"x")
+        signal.pause()
+    assert os.read(read, 1) == b"x"
+    with pytest.raises(UserError, match="another run is writing there"):
+        claim(tmp_path)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    claim(tmp_path)
+    claim(tmp_path)
