@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from openai_server import OpenAIServer, error, half_a_reply, serve
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, Reply, answer_tokens, chat_reply
+from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, answer_tokens, chat_reply, read_reply
 from rqa.evaluation.judge import parse_verdict
+from rqa.models.reader import Answer
 from rqa.runtime.errors import UserError
 from rqa.runtime.text import parse_json
 
@@ -40,7 +41,7 @@ def say(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def texts(replies: list[Reply]) -> list[str]:
+def texts(replies: list[Answer]) -> list[str]:
     return [reply.text for reply in replies]
 
 
@@ -432,9 +433,9 @@ REPLY = {"choices": st.lists(st.fixed_dictionaries(CHOICE) | VALUE, max_size=2) 
 
 @given(st.fixed_dictionaries(REPLY) | VALUE)
 def test_whatever_json_a_server_sends_is_a_reply_or_unreadable(value: Any) -> None:
-    sent, reply, values = json.dumps(value), Reply("", 0), []
+    sent, reply, values = json.dumps(value), Answer("", 0), []
     with suppress(*UNREADABLE):
-        reply = Reply.read(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
+        reply = read_reply(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
     assert isinstance(reply.text.encode(), bytes)
     assert (type(reply.num_tokens), type(reply.cut), len(reply.text) <= 32) == (int, bool, True)
     with suppress(*UNREADABLE):
