@@ -14,7 +14,7 @@ from scipy import stats
 
 from rqa.data import Document, Example, Turn, write_examples
 from rqa.evaluation.comparison import Difference, changed_sides, compare, headline, pair
-from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics, corpus_bleu
+from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics
 from rqa.evaluation.results import interval, markdown_table, mean_intervals, with_intervals
 from rqa.runtime.errors import UserError
 
@@ -54,7 +54,7 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_bootstrap() -> None:
     statistics = np.array([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)])
     samples = bleu_samples(statistics)
     theirs = sacrebleu.BLEU().corpus_score(answers, [references], n_bootstrap=1000)
-    assert bleu(statistics.sum(axis=0)) == corpus_bleu(answers, references) == pytest.approx(theirs.score / 100)
+    assert bleu(statistics.sum(axis=0)) == pytest.approx(theirs.score / 100)
     assert samples.mean() == pytest.approx(theirs._mean / 100, abs=0.01)
     low, high = interval(samples)
     assert (high - low) / 2 == pytest.approx(theirs._ci / 100, rel=0.15)
@@ -104,7 +104,8 @@ def test_bleu_is_compared_over_the_whole_corpus() -> None:
     texts = ["An apple pie today.", "An answer."]
     first, second = ([row(str(i), f1=0.0) | {"generated_answer": text} for i in range(20)] for text in texts)
     found = {difference.name: difference for difference in compare(pair(first, second))}["gen/bleu"]
-    assert [found.first, found.second] == [corpus_bleu([text] * 20, ["An answer."] * 20) for text in texts]
+    theirs = sacrebleu.BLEU().corpus_score(texts[:1] * 20, [["An answer."] * 20]).score
+    assert [found.first, found.second] == pytest.approx([theirs / 100, 1])
     assert found.telling
 
 
