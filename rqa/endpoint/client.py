@@ -174,14 +174,10 @@ class Endpoint:
                     self._store.put({job.key: found})
                 bar.update()
 
-        async def ask_all(client: Any) -> None:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.flags.endpoint_concurrency, len(missing))):
-                    group.create_task(ask(client))
-
         if missing:
+            at_once = min(self.flags.endpoint_concurrency, len(missing))
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
-                self._run(ask_all)
+                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(at_once))))
         for key, error in list(refused.items())[:1]:
             turns = missing[key].body.get("messages") or [{"content": missing[key].body["prompt"]}]
             end = one_line(turns[-1]["content"][-99:])
@@ -228,10 +224,9 @@ class Endpoint:
         try:
             return asyncio.run(run())
         except Exception as error:
-            first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-            if isinstance(first, UnicodeError) or type(first).__name__ == "InvalidURL":
-                raise self._error(f"not a server's URL ({one_line(first)})") from None
-            raise self._failure(first) if isinstance(first, openai.APIError) else first from None
+            if isinstance(error, UnicodeError) or type(error).__name__ == "InvalidURL":
+                raise self._error(f"not a server's URL ({one_line(error)})") from None
+            raise self._failure(error) if isinstance(error, openai.APIError) else error from None
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
         """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
@@ -248,19 +243,18 @@ class Endpoint:
 
     async def _send_adapted(self, send: Callable[..., Any], job: Job) -> Any:
         """The reply; a setting that the server refuses by name takes its other name, or is left out."""
-        from openai import HttpxBinaryResponseContent as Raw
+        from openai import APIStatusError, HttpxBinaryResponseContent
 
         while True:
             body = {self._names.get(name, name): value for name, value in job.body.items()}
             body.pop("", None)
             try:
-                return await send(job.path, cast_to=Raw, options={"extra_json": body or None})
-            except Exception as error:
-                status = getattr(error, "status_code", 0)
-                said = error.response.text if status == 400 else ""
+                return await send(job.path, cast_to=HttpxBinaryResponseContent, options={"extra_json": body or None})
+            except APIStatusError as error:
+                said = error.response.text if error.status_code == 400 else ""
                 named = next((name for name in INSTEAD if name in body and name in said), None)
                 if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
-                    raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
+                    raise Refused(str(self._failure(error))) if error.status_code in REFUSALS else error from None
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
                 self._names[named] = INSTEAD[named]
