@@ -3,7 +3,6 @@
 import asyncio
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -127,15 +126,15 @@ class Endpoint:
             jobs.append(self._job("/chat/completions", names, body, chat_reply, read))
         return [replace(reply or Answer("", 0), seconds=seconds) for reply, seconds in self._ask_all(jobs, desc)]
 
-    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt; NaN where it is refused. [Q] -> [Q]"""
+    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The mean log-probability of each answer's tokens behind its prompt; None where it is refused. [Q] -> [Q]"""
         jobs = []
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
             body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
             names, find = ("echo", prompt, answer), partial(self._mean, prompt, answer)
             jobs.append(self._job("/completions", names, body, find, _log_probability))
-        return [math.nan if mean is None else mean for mean, _ in self._ask_all(jobs, "score")]
+        return [mean for mean, _ in self._ask_all(jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         if not (values := answer_tokens(reply, prompt, answer)):
@@ -166,7 +165,7 @@ class Endpoint:
                     found = await self._send(client.post, job)
                 except Refused as error:
                     refused[job.key] = error
-                    if not self._served and refused.keys() >= {*list(missing)[:FIRST]}:
+                    if not self._served and len(refused) >= min(FIRST, len(missing)):
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
