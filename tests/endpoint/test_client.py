@@ -87,7 +87,6 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
-    "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
     "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
     "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
 }
@@ -349,23 +348,24 @@ def test_a_server_that_scores_no_prompts_is_one_line(server: OpenAIServer) -> No
             connect(server).answer_logprobs(["a long prompt, longer than nine: "], ["abc"])
 
 
-@pytest.mark.parametrize("wrong", ["infinite", "positive", "clipped", "null", "text", "shifted", "another", "short"])
+IMPOSSIBLE: dict[str, Callable[[dict, dict], Any]] = {
+    **{f"value {value}": lambda _, logprobs, value=value: logprobs["token_logprobs"].__setitem__(6, value)
+       for value in (-math.inf, 5.0, -9999.0, None, "-0.1")},
+    "shifted": lambda _, logprobs: logprobs.update(text_offset=[offset + 2 for offset in logprobs["text_offset"]]),
+    "short": lambda _, logprobs: logprobs["token_logprobs"].pop(),
+    "another text": lambda choice, _: choice.update(text=choice["text"][::-1]),
+    "other tokens": lambda _, logprobs: logprobs["tokens"].reverse(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE)
 def test_impossible_log_probabilities_are_refused(wrong: str, server: OpenAIServer) -> None:
-    def complete(body: dict) -> Response:
-        good = characters(body)
-        (choice,) = good["choices"]
-        values = choice["logprobs"]["token_logprobs"]
-        given = {"infinite": -math.inf, "positive": 5.0, "clipped": -9999.0, "null": None, "text": "-0.1"}
-        values[6] = given.get(wrong, values[6])
-        if wrong == "shifted":
-            choice["logprobs"]["text_offset"] = [offset + 2 for offset in choice["logprobs"]["text_offset"]]
-        elif wrong == "another":
-            choice["text"] = choice["text"][::-1]
-        elif wrong == "short":
-            values.pop()
+    def complete() -> Response:
+        good = characters(server.seen[-1].body)
+        IMPOSSIBLE[wrong](good["choices"][0], good["choices"][0]["logprobs"])
         return Response(json.dumps(good), media_type="application/json")
 
-    server.faults = [lambda: complete(server.seen[-1].body)] * 2
+    server.faults = [complete] * 2
     with pytest.raises(UserError, match="not the reply of an OpenAI-compatible server"):
         connect(server, retries=1).answer_logprobs(["zzz: "], ["abc"])
     server.complete = characters

@@ -19,14 +19,6 @@ from rqa.evaluation.results import interval, markdown_table, mean_intervals, wit
 from rqa.runtime.errors import UserError
 
 
-@pytest.mark.parametrize("rate", [0.2, 0.5, 0.85])
-def test_about_95_of_100_intervals_hold_the_true_rate(rate: float) -> None:
-    samples = (np.random.default_rng(1).random((75, 600)) < rate).astype(float)  # 600 evaluations of 75 questions
-    low, high = mean_intervals(samples).T
-    assert 0.91 < np.mean((low <= rate) & (rate <= high)) < 0.985
-    assert np.mean(high - low) == pytest.approx(2 * 1.96 * np.sqrt(rate * (1 - rate) / 75), rel=0.06)
-
-
 def test_intervals_are_those_of_scipys_bootstrap_at_every_call_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     values = np.random.default_rng(3).random((40, 2)) ** 2
     ours = mean_intervals(values)
@@ -38,9 +30,7 @@ def test_intervals_are_those_of_scipys_bootstrap_at_every_call_and_in_chunks(mon
     np.testing.assert_allclose(mean_intervals(values), ours, atol=0.01)
 
 
-def test_intervals_lie_between_0_and_1_and_all_right_or_all_wrong_is_not_certainty() -> None:
-    few = mean_intervals(np.random.default_rng(6).integers(0, 2, (9, 5)).astype(float))
-    assert ((few >= 0) & (few <= 1)).all()
+def test_all_right_or_all_wrong_is_not_certainty() -> None:
     ends = mean_intervals(np.stack([np.zeros(75), np.ones(75)], axis=1))
     for right, ours in zip((0, 75), ends, strict=True):
         theirs = stats.binomtest(right, 75).proportion_ci(method="exact")

@@ -75,14 +75,6 @@ def test_the_judge_sees_what_decides_at_temperature_0_and_an_empty_reply_is_not_
     assert list(given.values()) == [earlier, "Why 0?", "So 0.", others, "answer 0"]
 
 
-def test_a_verdict_is_paid_once_and_as_many_are_asked_for_at_once_as_allowed(judge: OpenAIServer) -> None:
-    judge.delay = 0.05
-    judge_answers(rows(3), arguments(judge, endpoint_concurrency=2))
-    assert judge.most_at_once == 2
-    judge_answers(rows(4), arguments(judge))
-    assert len(judge.questions) == 4
-
-
 def test_what_cannot_be_read_is_asked_for_again_and_then_counted(
     judge: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -145,12 +145,10 @@ def test_every_score_of_an_answer_is_between_0_and_1() -> None:
         assert 0 <= corpus_bleu([answer], [reference]) <= 1
 
 
-TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
+TWO = 0.6309297535714575  # the gain of the second rank: 1 / log2(2 + 1)
 RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
     ("abcd", "ad", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
-    ("abcd", "ad", 4, 1, 1, (1 + FOUR) / (1 + TWO), (1 + 2 / 4) / 2),
     ("abcd", "bd", 3, 0, 1 / 2, TWO / (1 + TWO), (1 / 2) / 2),
-    ("abcd", "abx", 10, 0, 1, (1 + TWO) / (1 + TWO + THREE), (1 + 1) / 3),
     ("abcd", "d", 3, 0, 0, 0, 0),
     ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),  # a document found twice counts once
     ("abab", "ab", 10, 1, 1, 1, 1),
