@@ -16,12 +16,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import numpy as np
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
 from rqa.evaluation.answers import evaluate_answers
-from rqa.evaluation.metrics import bleu, bleu_statistics, score_answer
+from rqa.evaluation.metrics import corpus_bleu, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages
 from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
@@ -158,8 +157,7 @@ def run_transformers(
     def score() -> None:
         for example, answer in zip(examples, answers, strict=True):
             score_answer(answer, example.gold_answer)
-        both = zip(answers, examples, strict=True)
-        bleu(np.sum([bleu_statistics(answer, example.gold_answer) for answer, example in both], axis=0))
+        corpus_bleu(answers, [example.gold_answer for example in examples])
 
     took["retrieve"], took["generate"], took["score"] = seconds(retrieve), seconds(generate), seconds(score)
 

@@ -16,7 +16,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import answer_statistics, bleu, bleu_statistics, faithfulness, right_answers, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, corpus_bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -29,10 +29,6 @@ PAIRS = [
     ("copper copper copper copper", "copper"),
     ("Cities trading coppers", "City trade copper"),
 ]
-
-
-def corpus_bleu(answers: list[str], references: list[str]) -> float:
-    return bleu(np.sum(list(map(bleu_statistics, answers, references)), axis=0))
 
 
 def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> None:
