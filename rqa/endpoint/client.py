@@ -3,16 +3,16 @@
 import asyncio
 import json
 import logging
-import math
 import os
 import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import aclosing, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from rqa.models.reader import Answer
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line, without_credentials
@@ -59,31 +59,10 @@ class EndpointArguments(RequestArguments):
     endpoint_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
 
 
-class Reply(NamedTuple):
-    """What a server said, the tokens it generated for that, and the seconds it took; None if it was not asked now."""
-
-    text: str
-    num_tokens: int
-    seconds: float | None = None
-    cut: bool = False  # whether it ended before its end
-
-    @classmethod
-    def read(cls, max_tokens: int, kept: Any) -> "Reply":
-        """The reply, without thoughts, in what `chat_reply` found now or in an earlier run; or one of `UNREADABLE`."""
-        content, tokens, reason = [*kept, None][:3]  # older versions kept no reason
-        if isinstance(content, list):
-            content = "".join(part["text"] for part in content if part["type"] == "text")
-        text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
-        longest = max_tokens * CHARACTERS_PER_TOKEN
-        if type(tokens) is not int or not 0 <= tokens < 10**9:
-            tokens = len(text.split())
-        return cls(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
-
-
 class Job(NamedTuple):
+    path: str
     key: str  # under which what was found is kept
-    asked: dict[str, Any]
-    settings: dict[str, Any]
+    body: dict[str, Any]
     find: Callable[[Any], Any]  # what is kept of a reply
     read: Callable[[Any], Any] = lambda found: found  # what is made of that
 
@@ -126,36 +105,36 @@ class Endpoint:
         """The model's name, from the flag or from the server's list."""
         if self.flags.endpoint_model:
             return self.flags.endpoint_model
-        job = Job("", {}, {}, lambda reply: [str.strip(model["id"]) for model in reply["data"]])
-        names = self._run(lambda client: self._send(client.models.with_raw_response.list, job))
+        job = Job("/models", "", {}, lambda reply: [str.strip(model["id"]) for model in reply["data"]])
+        names = self._run(lambda client: self._send(client.get, job))
         if len(names) != 1:
             found = one_line(", ".join(names[:10])) or "none"
             raise self._error(f"serves not one model but {found}; name it with --endpoint_model")
         return names[0]
 
-    def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Reply]:
+    def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Answer]:
         """The likeliest reply to each conversation, whose turns are `{"role", "content"}`. [Q] -> [Q]
 
         Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept. One that
         the server refuses gets an empty reply.
         """
-        jobs, settings = [], {"max_tokens": max_tokens, "temperature": 0.0, **self._options}
+        jobs, read = [], partial(read_reply, max_tokens)
         for turns in conversations:
-            asked = {"messages": [{name: clean_text(text) for name, text in turn.items()} for turn in turns]}
-            key = self._name("chat", json.dumps(asked | settings, sort_keys=True))
-            jobs.append(Job(key, asked, settings, chat_reply, partial(Reply.read, max_tokens)))
-        replies = self._ask_all(lambda client: client.chat.completions, jobs, desc)
-        return [(reply or Reply("", 0))._replace(seconds=seconds) for reply, seconds in replies]
+            messages = [{name: clean_text(text) for name, text in turn.items()} for turn in turns]
+            body = {"messages": messages, "max_tokens": max_tokens, "temperature": 0.0, **self._options}
+            names = "chat", json.dumps(body, sort_keys=True)
+            jobs.append(self._job("/chat/completions", names, body, chat_reply, read))
+        return [replace(reply or Answer("", 0), seconds=seconds) for reply, seconds in self._ask_all(jobs, desc)]
 
-    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float]:
-        """The mean log-probability of each answer's tokens behind its prompt; NaN where it is refused. [Q] -> [Q]"""
-        jobs, settings = [], {"max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+    def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
+        """The mean log-probability of each answer's tokens behind its prompt; None where it is refused. [Q] -> [Q]"""
+        jobs = []
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
             # No token is wanted, but many servers refuse to generate none.
-            asked, find = {"prompt": prompt + answer}, partial(self._mean, prompt, answer)
-            jobs.append(Job(self._name("echo", prompt, answer), asked, settings, find, _log_probability))
-        means = self._ask_all(lambda client: client.completions, jobs, "score")
-        return [math.nan if mean is None else mean for mean, _ in means]
+            body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
+            names, find = ("echo", prompt, answer), partial(self._mean, prompt, answer)
+            jobs.append(self._job("/completions", names, body, find, _log_probability))
+        return [mean for mean, _ in self._ask_all(jobs, "score")]
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         if not (values := answer_tokens(reply, prompt, answer)):
@@ -163,10 +142,11 @@ class Endpoint:
             raise self._error(f"gives no log-probabilities of the prompt; {needs}")
         return sum(values) / len(values)
 
-    def _name(self, *parts: str) -> str:
-        return fingerprint(self.base_url, self.model, fingerprint(*parts))
+    def _job(self, path: str, names: tuple[str, ...], body: dict[str, Any], *how: Callable[[Any], Any]) -> Job:
+        key = fingerprint(self.base_url, self.model, fingerprint(*names))
+        return Job(path, key, {"model": self.model} | body, *how)
 
-    def _ask_all(self, api: Callable[[Any], Any], jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
+    def _ask_all(self, jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
         """What is made of the reply to each job, and its seconds; None if refused, or known before."""
         kept, known = self._store.get({job.key for job in jobs}), {}
         for job in jobs:
@@ -178,14 +158,14 @@ class Endpoint:
         waiting, seconds, refused = iter(missing.values()), {}, dict[str, Refused]()
         self._served |= bool(known)
 
-        async def ask(send: Callable[..., Any]) -> None:
+        async def ask(client: Any) -> None:
             for job in waiting:
                 started = time.perf_counter()
                 try:
-                    found = await self._send(partial(send, model=self.model), job)
+                    found = await self._send(client.post, job)
                 except Refused as error:
                     refused[job.key] = error
-                    if not self._served and refused.keys() >= {*list(missing)[:FIRST]}:
+                    if not self._served and len(refused) >= min(FIRST, len(missing)):
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
@@ -193,17 +173,13 @@ class Endpoint:
                     self._store.put({job.key: found})
                 bar.update()
 
-        async def ask_all(client: Any) -> None:
-            create = api(client).with_raw_response.create
-            async with asyncio.TaskGroup() as group:
-                for _ in range(min(self.flags.endpoint_concurrency, len(missing))):
-                    group.create_task(ask(create))
-
         if missing:
+            at_once = min(self.flags.endpoint_concurrency, len(missing))
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
-                self._run(ask_all)
+                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(at_once))))
         for key, error in list(refused.items())[:1]:
-            end = one_line(str(missing[key].asked)[-99:].rstrip("'}]").replace("\\n", " "))
+            turns = missing[key].body.get("messages") or [{"content": missing[key].body["prompt"]}]
+            end = one_line(turns[-1]["content"][-99:])
             told = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
             log.warning(told, desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
@@ -240,44 +216,44 @@ class Endpoint:
             ) as client:
                 if not self._reached:  # if nobody is there, say it now and not after many retries
                     with suppress(openai.APIStatusError):
-                        await client.with_options(max_retries=1).models.with_raw_response.list()
+                        await client.with_options(max_retries=1).get("/models", cast_to=str)
                     self._reached = True
                 return await work(client)
 
         try:
             return asyncio.run(run())
         except Exception as error:
-            first = error.exceptions[0] if isinstance(error, ExceptionGroup) else error
-            if isinstance(first, UnicodeError) or type(first).__name__ == "InvalidURL":
-                raise self._error(f"not a server's URL ({one_line(first)})") from None
-            raise self._failure(first) if isinstance(first, openai.APIError) else first from None
+            if isinstance(error, UnicodeError) or type(error).__name__ == "InvalidURL":
+                raise self._error(f"not a server's URL ({one_line(error)})") from None
+            raise self._failure(error) if isinstance(error, openai.APIError) else error from None
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
         """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
         for attempt in range(self.flags.endpoint_retries + 1):
             reply = await self._send_adapted(send, job)
             try:
-                job.read(found := job.find(parse_json(reply.http_response.content)))
+                job.read(found := job.find(parse_json(reply.content)))
                 return found
             except UNREADABLE as error:
-                said = f"{one_line(error)}: {one_line(reply.http_response.text[:200]) or 'empty'}"
+                said = f"{one_line(error)}: {one_line(reply.text[:200]) or 'empty'}"
                 if attempt < self.flags.endpoint_retries:
                     await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
         raise self._error(f"not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
 
     async def _send_adapted(self, send: Callable[..., Any], job: Job) -> Any:
         """The reply; a setting that the server refuses by name takes its other name, or is left out."""
+        from openai import APIStatusError, HttpxBinaryResponseContent
+
         while True:
-            settings = {self._names.get(name, name): value for name, value in job.settings.items()}
-            settings.pop("", None)
+            body = {self._names.get(name, name): value for name, value in job.body.items()}
+            body.pop("", None)
             try:
-                return await send(**job.asked, extra_body=settings or None)
-            except Exception as error:
-                status = getattr(error, "status_code", 0)
-                said = error.response.text if status == 400 else ""
-                named = next((name for name in INSTEAD if name in settings and name in said), None)
+                return await send(job.path, cast_to=HttpxBinaryResponseContent, options={"extra_json": body or None})
+            except APIStatusError as error:
+                said = error.response.text if error.status_code == 400 else ""
+                named = next((name for name in INSTEAD if name in body and name in said), None)
                 if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
-                    raise Refused(str(self._failure(error))) if status in REFUSALS else error from None
+                    raise Refused(str(self._failure(error))) if error.status_code in REFUSALS else error from None
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
                 self._names[named] = INSTEAD[named]
@@ -288,7 +264,7 @@ class Endpoint:
         if status := getattr(error, "status_code", 0):
             said = error.body
             if isinstance(said, dict):
-                said = next((said[name] for name in ("message", "detail") if said.get(name)), said)
+                said = said.get("message") or said.get("detail") or said
             said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"
@@ -310,10 +286,22 @@ def _asked(retries: int) -> str:
 
 
 def chat_reply(reply: Any) -> list[Any]:
-    """What `Reply.read` reads of a chat completion: its content, how many tokens it has, and why it ended."""
+    """What `read_reply` reads of a chat completion: its content, how many tokens it has, and why it ended."""
     choice, usage = reply["choices"][0], reply.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return [choice["message"].get("content"), tokens, choice.get("finish_reason")]
+
+
+def read_reply(max_tokens: int, kept: Any) -> Answer:
+    """The reply, without thoughts, in what `chat_reply` found now or in an earlier run; or one of `UNREADABLE`."""
+    content, tokens, reason = [*kept, None][:3]  # older versions kept no reason
+    if isinstance(content, list):
+        content = "".join(part["text"] for part in content if part["type"] == "text")
+    text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
+    longest = max_tokens * CHARACTERS_PER_TOKEN
+    if type(tokens) is not int or not 0 <= tokens < 10**9:
+        tokens = len(text.split())
+    return Answer(text[:longest], tokens, cut=reason in CUT or len(text) > longest)
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:

@@ -1,7 +1,6 @@
 """What a server stands in for: a reader, and the language model that scores answers."""
 
 import logging
-import math
 from collections.abc import Iterable, Sequence
 from functools import cache
 from typing import Any
@@ -44,10 +43,11 @@ class EndpointScorer:
         texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         known = dict(zip(texts, scores, strict=True))
-        for number in [number for number, score in known.items() if math.isnan(score)]:  # refused: as its others
-            near = [known[i] for i in known if pairs[i].example is pairs[number].example and not math.isnan(known[i])]
+        scored = {number: score for number, score in known.items() if score is not None}
+        for number in known.keys() - scored.keys():  # refused: as its others
+            near = [score for i, score in scored.items() if pairs[i].example is pairs[number].example]
             known[number] = sum(near) / max(len(near), 1)
-        return [(position, known.get(position, 0.0)) for position in range(len(pairs))]
+        return [(position, known.get(position) or 0.0) for position in range(len(pairs))]
 
 
 def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:

@@ -39,12 +39,10 @@ def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
 def score_answer(answer: str, *references: str) -> dict[str, float]:
     """The scores of one answer, each its best over the references; F1 is of words, and 1 for two empty texts."""
     rouge = {kind: score.fmeasure for kind, score in _rouge().score_multi(references, answer).items()}
-    ours, found = normalize_answer(answer), []
-    for theirs in map(normalize_answer, references):
-        same, total = float(ours == theirs), len(ours) + len(theirs)
-        found.append((2 * (Counter(ours) & Counter(theirs)).total() / total if ours and theirs else same, same))
-    f1, same = max(found)  # what is the same has the greatest F1, too
-    return rouge | {"f1": f1, "exact_match": same}
+    ours, right = normalize_answer(answer), list(map(normalize_answer, references))
+    same = float(ours in right)
+    f1 = max(2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs) or 1) for theirs in right)
+    return rouge | {"f1": max(f1, same), "exact_match": same}
 
 
 @cache
@@ -73,8 +71,7 @@ def bleu(statistics: Sequence[int]) -> float:
 
 def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
     """sacreBLEU over all answers together, divided by 100."""
-    rows = [bleu_statistics(*pair) for pair in zip(answers, references, strict=True)]
-    return bleu([sum(column) for column in zip(*rows, strict=True)])
+    return bleu(np.sum([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)], axis=0))
 
 
 def answer_statistics(rows: Rows) -> list[list[int]]:

@@ -32,7 +32,7 @@ class EndpointReader:
         """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
         asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
         replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        answers = {i: Answer(r.text, r.num_tokens, r.seconds, cut=r.cut) for i, r in zip(asked, replies, strict=True)}
+        answers = dict(zip(asked, replies, strict=True))
         return [answers.get(number, Answer("", 0)) for number in range(len(examples))]
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:

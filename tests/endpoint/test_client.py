@@ -24,8 +24,9 @@ from hypothesis import strategies as st
 from openai_server import OpenAIServer, error, half_a_reply, serve
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
-from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, Reply, answer_tokens, chat_reply
+from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, answer_tokens, chat_reply, read_reply
 from rqa.evaluation.judge import parse_verdict
+from rqa.models.reader import Answer
 from rqa.runtime.errors import UserError
 from rqa.runtime.text import parse_json
 
@@ -40,7 +41,7 @@ def say(*texts: str) -> list[list[dict[str, str]]]:
     return [[{"role": "user", "content": text}] for text in texts]
 
 
-def texts(replies: list[Reply]) -> list[str]:
+def texts(replies: list[Answer]) -> list[str]:
     return [reply.text for reply in replies]
 
 
@@ -86,9 +87,6 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
-    "no choices": (lambda: JSONResponse({"choices": []}), "not the reply .*, asked 3 times"),
-    "no message": (lambda: JSONResponse({"choices": [{"text": "hm"}]}), "not the reply .*, asked 3 times"),
-    "not an object": (lambda: JSONResponse(["hm"]), "not the reply .*, asked 3 times"),
     "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
     "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
 }
@@ -111,9 +109,8 @@ def test_what_may_pass_is_asked_again_and_what_does_not_pass_is_one_line(
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("after", [lambda: "0.5", lambda: formatdate(time.time() + 2, usegmt=True)])
-def test_the_server_says_how_long_to_wait(after: Callable[[], str], server: OpenAIServer) -> None:
-    server.faults = [lambda: error(429, "wait", retry_after=after())]
+def test_the_server_says_how_long_to_wait(server: OpenAIServer) -> None:
+    server.faults = [lambda: error(429, "wait", retry_after=formatdate(time.time() + 2, usegmt=True))]
     connect(server).ask(say("a"), 7)
     first, second = (seen for seen in server.seen if seen.path == "chat/completions")
     assert second.at - first.at >= 0.5
@@ -184,15 +181,6 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
         EndpointArguments(endpoint_concurrency=0)
 
 
-def test_a_run_that_failed_continues_where_it_stopped(server: OpenAIServer) -> None:
-    server.faults = [None] * 7 + [lambda: error(403, "no")]
-    with pytest.raises(UserError, match="403, no"):
-        connect(server, concurrency=1).ask(say(*WORDS), 7)
-    server.seen.clear()
-    assert texts(connect(server, concurrency=1).ask(say(*WORDS), 7)) == [f"You said: {word}" for word in WORDS]
-    assert server.questions == WORDS[7:]
-
-
 def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
     handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
@@ -219,7 +207,7 @@ def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, 
     assert len(server.questions) == len(WORDS) - 6
 
 
-def test_text_that_utf8_cannot_carry_is_sent_all_the_same_and_no_text_is_an_empty_reply(server: OpenAIServer) -> None:
+def test_text_that_utf8_cannot_carry_is_sent_all_the_same(server: OpenAIServer) -> None:
     assert texts(connect(server).ask(say("half \ud83d a pair, 木 and 🙂"), 7)) == ["You said: half � a pair, 木 and 🙂"]
 
 
@@ -247,9 +235,7 @@ def test_replies_are_read_alike_from_the_server_and_from_what_was_kept(
     assert len(server.questions) == 1
 
 
-def test_what_is_kept_and_cannot_be_read_is_asked_for_again_and_thoughts_of_old_replies_go(
-    server: OpenAIServer,
-) -> None:
+def test_what_is_kept_unreadably_is_asked_for_again_and_thoughts_of_old_replies_go(server: OpenAIServer) -> None:
     ours = connect(server, model="tiny")
     for kept, expected in ((["<think>Hm.</think>So."], "You said: a"), (["<think>Hm.</think>So.", 4], "So.")):
         ours.ask(say("a"), 7)
@@ -299,9 +285,7 @@ def slowly() -> Response:
     return StreamingResponse(body(), media_type="application/json")
 
 
-def test_no_reply_takes_more_time_or_memory_than_is_allowed(
-    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.3)
     server.faults = [slowly] * 2
     with pytest.raises(UserError, match=r"no answer within 0.3 seconds"):
@@ -316,27 +300,21 @@ def test_no_reply_takes_more_time_or_memory_than_is_allowed(
     tracemalloc.stop()
 
 
-def test_a_redirect_to_another_host_is_not_followed_and_passwords_of_urls_are_sent_and_not_said(
-    server: OpenAIServer,
-) -> None:
+def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(server: OpenAIServer) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
         server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
         assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
-        with pytest.raises(
-            UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed: name"
-        ) as caught:
+        with pytest.raises(UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed:") as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
     shown = (str(caught.value), ours.base_url, str(EndpointArguments(endpoint_model=f"openai::{url}").to_json()))
     assert not any("pass-word" in text for text in shown)
-    server.key = "longer"
     server.faults = [lambda: error(401, "no such key: pass-word")]
-    with pytest.raises(UserError) as caught:
+    with pytest.raises(UserError, match=r"no such key: \*\*\*;"):
         ours.ask(say("c"), 7)
-    assert "pass-word" not in str(caught.value)
 
 
 def characters(body: dict) -> dict:
@@ -370,23 +348,24 @@ def test_a_server_that_scores_no_prompts_is_one_line(server: OpenAIServer) -> No
             connect(server).answer_logprobs(["a long prompt, longer than nine: "], ["abc"])
 
 
-@pytest.mark.parametrize("wrong", ["infinite", "positive", "clipped", "null", "text", "shifted", "another", "short"])
+IMPOSSIBLE: dict[str, Callable[[dict, dict], Any]] = {
+    **{f"value {value}": lambda _, logprobs, value=value: logprobs["token_logprobs"].__setitem__(6, value)
+       for value in (-math.inf, 5.0, -9999.0, None, "-0.1")},
+    "shifted": lambda _, logprobs: logprobs.update(text_offset=[offset + 2 for offset in logprobs["text_offset"]]),
+    "short": lambda _, logprobs: logprobs["token_logprobs"].pop(),
+    "another text": lambda choice, _: choice.update(text=choice["text"][::-1]),
+    "other tokens": lambda _, logprobs: logprobs["tokens"].reverse(),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", IMPOSSIBLE)
 def test_impossible_log_probabilities_are_refused(wrong: str, server: OpenAIServer) -> None:
-    def complete(body: dict) -> Response:
-        good = characters(body)
-        (choice,) = good["choices"]
-        values = choice["logprobs"]["token_logprobs"]
-        given = {"infinite": -math.inf, "positive": 5.0, "clipped": -9999.0, "null": None, "text": "-0.1"}
-        values[6] = given.get(wrong, values[6])
-        if wrong == "shifted":
-            choice["logprobs"]["text_offset"] = [offset + 2 for offset in choice["logprobs"]["text_offset"]]
-        elif wrong == "another":
-            choice["text"] = choice["text"][::-1]
-        elif wrong == "short":
-            values.pop()
+    def complete() -> Response:
+        good = characters(server.seen[-1].body)
+        IMPOSSIBLE[wrong](good["choices"][0], good["choices"][0]["logprobs"])
         return Response(json.dumps(good), media_type="application/json")
 
-    server.faults = [lambda: complete(server.seen[-1].body)] * 2
+    server.faults = [complete] * 2
     with pytest.raises(UserError, match="not the reply of an OpenAI-compatible server"):
         connect(server, retries=1).answer_logprobs(["zzz: "], ["abc"])
     server.complete = characters
@@ -432,9 +411,9 @@ REPLY = {"choices": st.lists(st.fixed_dictionaries(CHOICE) | VALUE, max_size=2) 
 
 @given(st.fixed_dictionaries(REPLY) | VALUE)
 def test_whatever_json_a_server_sends_is_a_reply_or_unreadable(value: Any) -> None:
-    sent, reply, values = json.dumps(value), Reply("", 0), []
+    sent, reply, values = json.dumps(value), Answer("", 0), []
     with suppress(*UNREADABLE):
-        reply = Reply.read(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
+        reply = read_reply(1, json.loads(json.dumps(chat_reply(parse_json(sent)))))
     assert isinstance(reply.text.encode(), bytes)
     assert (type(reply.num_tokens), type(reply.cut), len(reply.text) <= 32) == (int, bool, True)
     with suppress(*UNREADABLE):

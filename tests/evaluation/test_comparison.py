@@ -2,8 +2,8 @@
 
 import json
 import random
+import re
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,19 +12,11 @@ import pytest
 import sacrebleu
 from scipy import stats
 
-from rqa.data import Document, Example, Turn, write_examples
+from rqa.data import Document, Example, Turn
 from rqa.evaluation.comparison import Difference, changed_sides, compare, headline, pair
-from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics, corpus_bleu
+from rqa.evaluation.metrics import bleu, bleu_samples, bleu_statistics
 from rqa.evaluation.results import interval, markdown_table, mean_intervals, with_intervals
 from rqa.runtime.errors import UserError
-
-
-@pytest.mark.parametrize("rate", [0.2, 0.5, 0.85])
-def test_about_95_of_100_intervals_hold_the_true_rate(rate: float) -> None:
-    samples = (np.random.default_rng(1).random((75, 600)) < rate).astype(float)  # 600 evaluations of 75 questions
-    low, high = mean_intervals(samples).T
-    assert 0.91 < np.mean((low <= rate) & (rate <= high)) < 0.985
-    assert np.mean(high - low) == pytest.approx(2 * 1.96 * np.sqrt(rate * (1 - rate) / 75), rel=0.06)
 
 
 def test_intervals_are_those_of_scipys_bootstrap_at_every_call_and_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,9 +30,7 @@ def test_intervals_are_those_of_scipys_bootstrap_at_every_call_and_in_chunks(mon
     np.testing.assert_allclose(mean_intervals(values), ours, atol=0.01)
 
 
-def test_intervals_lie_between_0_and_1_and_all_right_or_all_wrong_is_not_certainty() -> None:
-    few = mean_intervals(np.random.default_rng(6).integers(0, 2, (9, 5)).astype(float))
-    assert ((few >= 0) & (few <= 1)).all()
+def test_all_right_or_all_wrong_is_not_certainty() -> None:
     ends = mean_intervals(np.stack([np.zeros(75), np.ones(75)], axis=1))
     for right, ours in zip((0, 75), ends, strict=True):
         theirs = stats.binomtest(right, 75).proportion_ci(method="exact")
@@ -54,7 +44,7 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_bootstrap() -> None:
     statistics = np.array([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)])
     samples = bleu_samples(statistics)
     theirs = sacrebleu.BLEU().corpus_score(answers, [references], n_bootstrap=1000)
-    assert bleu(statistics.sum(axis=0)) == corpus_bleu(answers, references) == pytest.approx(theirs.score / 100)
+    assert bleu(statistics.sum(axis=0)) == pytest.approx(theirs.score / 100)
     assert samples.mean() == pytest.approx(theirs._mean / 100, abs=0.01)
     low, high = interval(samples)
     assert (high - low) / 2 == pytest.approx(theirs._ci / 100, rel=0.15)
@@ -104,7 +94,8 @@ def test_bleu_is_compared_over_the_whole_corpus() -> None:
     texts = ["An apple pie today.", "An answer."]
     first, second = ([row(str(i), f1=0.0) | {"generated_answer": text} for i in range(20)] for text in texts)
     found = {difference.name: difference for difference in compare(pair(first, second))}["gen/bleu"]
-    assert [found.first, found.second] == [corpus_bleu([text] * 20, ["An answer."] * 20) for text in texts]
+    theirs = sacrebleu.BLEU().corpus_score(texts[:1] * 20, [["An answer."] * 20]).score
+    assert [found.first, found.second] == pytest.approx([theirs / 100, 1])
     assert found.telling
 
 
@@ -133,10 +124,12 @@ def test_each_rate_has_its_own_number_of_questions() -> None:
     assert "avg_f1_ans" not in table
 
 
-def test_retrievers_are_evaluated_on_a_machine_that_is_named_and_compared(
+def test_retrievers_are_evaluated_by_sources_or_texts_on_a_machine_that_is_named_and_compared(
     data: Path, encoder_path: str, tmp_path: Path, run_line: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    files = ["--document_path", data / "documents.jsonl", "--eval_data_path", data / "train_w_qa.jsonl"]
+    asked = re.sub(r'"metadata": {"source": [^}]*}', '"metadata": {}', (data / "train_w_qa.jsonl").read_text())
+    (tmp_path / "asked.jsonl").write_text(asked)
+    files = ["--document_path", data / "documents.jsonl", "--eval_data_path", tmp_path / "asked.jsonl"]
     metrics = "recall@1 recall@3 document_recall/recall3 mrr@10 ndcg@10 map@10 latency_p50_ms latency_p99_ms"
     for retriever in ("bm25", "dense", "hybrid"):
         which = ["--embedding_model", "bm25" if retriever == "bm25" else encoder_path, "--retriever", retriever]
@@ -154,7 +147,7 @@ def test_retrievers_are_evaluated_on_a_machine_that_is_named_and_compared(
         rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
         assert [len(row["retrieved_docs"]) >= 3 for row in rows] == [True] * 16
         assert retriever != "bm25" or scores["test_retr/recall@3"] > 0.9
-    capsys.readouterr()
+    assert "16 gold passages are not in the database" in capsys.readouterr().err
     assert run_line("compare_runs", tmp_path / "dense", tmp_path / "bm25", "--show", 1) == 0
     said = capsys.readouterr().out
     assert said.rstrip().endswith("this is more than chance.")
@@ -162,25 +155,6 @@ def test_retrievers_are_evaluated_on_a_machine_that_is_named_and_compared(
     assert 1 <= said.count("\n- ") <= 2
     assert run_line("compare_runs", tmp_path / "dense", tmp_path / "dense", "--metric", "retr/mrr@10") == 0
     assert "retr/mrr@10 is the same as A's" in capsys.readouterr().out
-
-
-def test_gold_passages_without_a_source_are_found_by_their_text(
-    data: Path,
-    examples: list[Example],
-    tmp_path: Path,
-    run_line: Callable[..., int],
-    capsys: pytest.CaptureFixture[str],
-) -> None:
-    bare = [replace(example, gold_docs=(Document(example.gold_docs[0].page_content),)) for example in examples]
-    scores = []
-    for name, asked in (("known", examples), ("bare", bare)):
-        write_examples(tmp_path / name, [replace(example, gold_docs=example.gold_docs[:1]) for example in asked])
-        files = ["--document_path", data / "documents.jsonl", "--eval_data_path", tmp_path / name]
-        line = ["--embedding_model", "bm25", *files, "--output_dir", tmp_path / f"{name}.out"]
-        assert run_line("evaluate_retriever", *line) == 0
-        scores.append(json.loads((tmp_path / f"{name}.out" / "score.json").read_text())["test_retr/mrr@10"])
-    assert scores[0] == scores[1] > 0
-    assert "gold passages are not in the database" in capsys.readouterr().err
 
 
 def test_a_retriever_is_not_scored_without_gold(data: Path, tmp_path: Path, refused: Callable[..., None]) -> None:
@@ -195,14 +169,11 @@ def test_what_cannot_be_compared_is_one_line(
     refused: Callable[..., None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    for name, value in (("old", {"question": "q"}), ("good", row("q", f1=1.0)), ("other", row("r", f1=1.0))):
+    good = row("q", f1=1.0)
+    wrong = {"score": {"scores": {"f1": "1"}}, "answer": {"generated_answer": 5}, "gold": {"gold_answer": 5}}
+    files = {"old": {"question": "q"}, "good": good, "other": row("r", f1=1.0)}
+    for name, value in (files | {name: good | values for name, values in wrong.items()}).items():
         Path(name).write_text(json.dumps(value))
-    for name, values in {
-        "score": {"scores": {"f1": "1"}},
-        "answer": {"generated_answer": 5},
-        "gold": {"gold_answer": 5},
-    }.items():
-        Path(name).write_text(json.dumps(row("q", f1=1.0) | values))
     Path("empty").touch()
     for line, message in {
         "one": "name two runs, as in compare_runs A B; found 1",

@@ -56,36 +56,23 @@ def test_the_rate_is_the_share_of_correct_answers_and_each_row_keeps_its_verdict
     assert 0 <= detail["low"] <= 0.5 <= detail["high"] <= 1
 
 
-def test_the_judge_sees_question_reference_answer_and_history_at_temperature_zero(judge: OpenAIServer) -> None:
-    earlier = [{"speaker": "user", "message": "Hm."}]
-    judge_answers([rows(1)[0] | {"chat_history": earlier}], arguments(judge))
-    (body,) = judge.of("chat/completions")
-    texts = {"question": "Why 0?", "reference_answer": "So 0.", "system_answer": "answer 0", "earlier_turns": earlier}
-    assert (body["temperature"], body["messages"][0]) == (0, {"role": "system", "content": INSTRUCTION})
-    assert json.loads(body["messages"][1]["content"]) == texts
-
-
-def test_the_judge_sees_all_right_answers_and_an_empty_reply_is_not_argued_with(judge: OpenAIServer) -> None:
-    judged = rows(2)
-    judged[0]["other_answers"] = ["Because.", "Thus."]
+def test_the_judge_sees_what_decides_at_temperature_0_and_an_empty_reply_is_not_argued_with(
+    judge: OpenAIServer,
+) -> None:
+    judged, earlier, others = rows(2), [{"speaker": "user", "message": "Hm."}], ["Because.", "Thus."]
+    judged[0] |= {"chat_history": earlier, "other_answers": others}
     judge.say = lambda messages: json.dumps({"verdict": "correct"}) if "Thus." in messages[1]["content"] else ""
     judge.faults = [lambda: Response("{", media_type="application/json")] * 2
     with pytest.raises(UserError, match="asked 2 times"):
         judge_answers(judged, arguments(judge, endpoint_retries=1, endpoint_concurrency=1))
     assert judge_answers(judged, arguments(judge))["gen/gpt4eval_unparsed"] == 1
     assert len(judge.questions) == 4
-    first = json.loads(judge.of("chat/completions")[0]["messages"][1]["content"])
-    assert ["Because.", "Thus."] in first.values()
-
-
-def test_a_verdict_is_paid_once_for_the_same_content_and_as_many_are_asked_for_at_once_as_allowed(
-    judge: OpenAIServer,
-) -> None:
-    judge.delay = 0.05
-    judge_answers(rows(3), arguments(judge, endpoint_concurrency=2))
-    assert judge.most_at_once == 2
-    judge_answers(rows(4), arguments(judge))
-    assert len(judge.questions) == 4
+    body = judge.of("chat/completions")[0]
+    assert (body["temperature"], body["messages"][0]) == (0, {"role": "system", "content": INSTRUCTION})
+    given = json.loads(body["messages"][1]["content"])
+    names = ["earlier_turns", "question", "reference_answer", "other_reference_answers", "system_answer"]
+    assert [name.partition(" ")[0] for name in given] == names
+    assert list(given.values()) == [earlier, "Why 0?", "So 0.", others, "answer 0"]
 
 
 def test_what_cannot_be_read_is_asked_for_again_and_then_counted(

@@ -52,30 +52,27 @@ def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> Non
             assert (ours["f1"], ours["exact_match"]) == (pytest.approx(f1, abs=1e-12), exact)
 
 
-def test_rouge_is_that_of_rouge_score_and_worked_out_by_hand() -> None:
-    library = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    for answer, reference in PAIRS:
-        ours, theirs = score_answer(answer, reference), library.score(target=reference, prediction=answer)
-        assert {kind: ours[kind] for kind in theirs} == {kind: score.fmeasure for kind, score in theirs.items()}
-        assert set(ours) == {*theirs, "f1", "exact_match"}
+def test_rouge_worked_out_by_hand() -> None:
     scores = score_answer("one two four", "one two three four five")
     assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
     assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 4) / (3 / 4))
 
 
 def test_english_scores_are_those_of_the_squad_script_rouge_score_and_sacrebleu() -> None:
-    chance, library, pairs = random.Random(0), RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True), []
+    chance, library, pairs = random.Random(0), RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True), [*PAIRS]
     for _ in range(300):
         texts = ["".join(chance.choices("abeht'-_.,$  " + string.printable, k=30)) + " The end" for _ in range(2)]
-        pairs.append(tuple(texts))
+        pairs.append((texts[0], texts[1]))
+    for texts in pairs:
         bare = ["".join(c for c in text.lower() if c not in string.punctuation) for text in texts]
         ours, theirs = (re.sub(r"\b(a|an|the)\b", " ", text).split() for text in bare)
         f1 = 2 * (Counter(ours) & Counter(theirs)).total() / (len(ours) + len(theirs))
         rouge = {kind: score.fmeasure for kind, score in library.score(texts[1], texts[0]).items()}
         assert score_answer(*texts) == {"f1": f1, "exact_match": ours == theirs} | rouge
-    answers, references = map(list, zip(*pairs, strict=True))
-    theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
-    assert corpus_bleu(answers, references) == pytest.approx(theirs / 100)
+    for size in [*range(1, len(PAIRS) + 1), len(pairs)]:
+        answers, references = map(list, zip(*pairs[:size], strict=True))
+        theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
+        assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
 
 
 SCRIPTS = {
@@ -111,25 +108,16 @@ def test_one_text_in_two_spellings_is_the_same(one: str, other: str) -> None:
 
 
 def test_the_best_of_several_right_answers_counts_and_bleu_takes_them_all() -> None:
-    both = score_answer("copper wool", "wool copper", "copper wool salt")
-    assert both == {
-        "rouge1": 1,
-        "rouge2": pytest.approx(2 / 3),
-        "rougeL": pytest.approx(0.8),
-        "f1": 1,
-        "exact_match": 0,
-    }
+    best = {"rouge1": 1, "rouge2": 2 / 3, "rougeL": 0.8, "f1": 1, "exact_match": 0}
+    assert score_answer("copper wool", "wool copper", "copper wool salt") == pytest.approx(best)
     answers = ["It trades in copper and wool each spring.", "In 1107 a harbour was built."]
-    others = [
-        ["It trades in copper each spring.", "Copper and wool each spring."],
-        ["A harbour was built in 1107.", "!"],
-    ]
-    rows = [{"generated_answer": text, "gold_answer": gold, "other_answers": [other, " ", "?"]}
-            for text, (gold, other) in zip(answers, others, strict=True)]  # fmt: skip
-    references = [[gold for gold, _ in others], [other if other != "!" else None for _, other in others]]
+    golds, other = ["It trades in copper each spring.", "A harbour was built in 1107."], "Copper and wool each spring."
+    rows = [{"generated_answer": text, "gold_answer": gold, "other_answers": [right, " ", "?"]}
+            for text, gold, right in zip(answers, golds, [other, "!"], strict=True)]  # fmt: skip
+    references = [golds, [other, None]]
     theirs = sacrebleu.BLEU().corpus_score(answers, references).score
     assert bleu(np.sum(answer_statistics(rows), axis=0)) == pytest.approx(theirs / 100)
-    assert right_answers(rows[1]) == ["A harbour was built in 1107."]  # what has no words is what an empty answer says
+    assert right_answers(rows[1]) == golds[1:]  # what has no words is what an empty answer says
 
 
 def test_faithfulness_worked_out_by_hand() -> None:
@@ -145,13 +133,6 @@ def test_faithfulness_worked_out_by_hand() -> None:
         assert (faithfulness(answer, passages), faithfulness(answer, passages, 2)) == pytest.approx((words, pairs))
 
 
-def test_bleu_is_that_of_sacrebleu_over_the_whole_corpus() -> None:
-    for size in range(1, len(PAIRS) + 1):
-        answers, references = map(list, zip(*PAIRS[:size], strict=True))
-        theirs = sacrebleu.BLEU().corpus_score(answers, [references]).score
-        assert corpus_bleu(answers, references) == pytest.approx(theirs / 100, abs=1e-12)
-
-
 def test_every_score_of_an_answer_is_between_0_and_1() -> None:
     texts = [*("word " * n for n in range(1, 12)), "the cat sat on the mat", "one two three four five six seven"]
     perfect = [(text, text) for text in texts]
@@ -160,20 +141,11 @@ def test_every_score_of_an_answer_is_between_0_and_1() -> None:
         assert 0 <= corpus_bleu([answer], [reference]) <= 1
 
 
-TWO, THREE, FOUR = 0.6309297535714575, 0.5, 0.43067655807339306  # gains of ranks: 1 / log2(rank + 1)
+TWO = 0.6309297535714575  # the gain of the second rank: 1 / log2(2 + 1)
 RANKINGS = [  # ranking, gold, k: recall (of ALL gold), reciprocal rank, NDCG, average precision
-    ("abcd", "ab", 1, 0, 1, 1, 1 / 2),
-    ("abcd", "ab", 2, 1, 1, 1, 1),
     ("abcd", "ad", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
-    ("abcd", "ad", 4, 1, 1, (1 + FOUR) / (1 + TWO), (1 + 2 / 4) / 2),
-    ("abcd", "c", 10, 1, 1 / 3, THREE, 1 / 3),
-    ("abcd", "ac", 10, 1, 1, (1 + THREE) / (1 + TWO), (1 + 2 / 3) / 2),
-    ("abcd", "cd", 10, 1, 1 / 3, (THREE + FOUR) / (1 + TWO), (1 / 3 + 2 / 4) / 2),
-    ("abcd", "bd", 10, 1, 1 / 2, (TWO + FOUR) / (1 + TWO), (1 / 2 + 2 / 4) / 2),
     ("abcd", "bd", 3, 0, 1 / 2, TWO / (1 + TWO), (1 / 2) / 2),
-    ("abcd", "abx", 10, 0, 1, (1 + TWO) / (1 + TWO + THREE), (1 + 1) / 3),
     ("abcd", "d", 3, 0, 0, 0, 0),
-    ("abcd", "x", 10, 0, 0, 0, 0),
     ("abab", "b", 10, 1, 1 / 2, TWO, 1 / 2),  # a document found twice counts once
     ("abab", "ab", 10, 1, 1, 1, 1),
     ("aaab", "ab", 3, 0, 1, 1 / (1 + TWO), 1 / 2),
@@ -206,27 +178,11 @@ def as_trec_eval_ranks(scores: dict[str, float]) -> list[str]:
     return sorted(scores, key=lambda name: (np.float32(scores[name]), name), reverse=True)
 
 
-def test_metrics_of_rankings_are_those_of_trec_eval() -> None:
-    """Scores with many ties, and gold documents of which some are never found."""
-    chance = random.Random(0)
-    names, run, qrels = [f"d{i}" for i in range(30)], {}, {}
-    for number in range(600):
-        found = chance.sample(names, chance.randint(1, 20))
-        run[f"q{number}"] = {name: chance.choice([0.25, 0.5, 1.0, 2.0]) for name in found}
-        gold = chance.sample(names, chance.choice([1, 2, 4, 15]))
-        qrels[f"q{number}"] = {name: chance.choice([1, 1, 2, 3]) for name in gold}
-    for question, theirs in pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).items():
-        ours = score_ranking(as_trec_eval_ranks(run[question]), qrels[question], [1, 4, 10])
-        first_ten = theirs["recip_rank"] if theirs["recip_rank"] >= 0.1 else 0.0  # trec_eval's knows no cut
-        expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": first_ten}
-        expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found
-        assert ours == pytest.approx(expected, abs=1e-6)
-
-
 def test_trec_eval_finds_our_scores_and_our_order_in_the_files_we_write(tmp_path: Path) -> None:
+    """Scores with many ties, and gold documents of several gains, of which some are never found."""
     chance = random.Random(0)
-    documents = [Document(f"Passage {i}.", {"source": f"a b/{i}"}) for i in range(25)]
-    examples = [Example(f"Q{i}?", tuple(chance.sample(documents, chance.randint(1, 3)))) for i in range(100)]
+    documents = [Document(f"Passage {i}.", {"source": f"a b/{i}", "gold_gain": 1 + i % 3}) for i in range(25)]
+    examples = [Example(f"Q{i}?", tuple(chance.sample(documents, chance.choice([1, 2, 4, 15])))) for i in range(300)]
     ids = np.array([chance.sample(range(25), 10) for _ in examples])
     ids[0, 5:] = -1
     scores = -np.sort(-np.array([[chance.choice([0.5, 0.5000001, 3.0]) for _ in range(10)] for _ in examples]))
@@ -234,15 +190,13 @@ def test_trec_eval_finds_our_scores_and_our_order_in_the_files_we_write(tmp_path
     write_qrels(tmp_path / "qrels", examples)
     with (tmp_path / "run").open() as run, (tmp_path / "qrels").open() as qrels:
         run, qrels = pytrec_eval.parse_run(run), pytrec_eval.parse_qrel(qrels)
-    theirs = pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run).values()
+    measured = pytrec_eval.RelevanceEvaluator(qrels, MEASURES).evaluate(run)
     found = [[documents[i] for i in row if i >= 0] for row in ids.tolist()]
-    names = {"ndcg@10": "ndcg_cut_10", "map@10": "map_cut_10", "mrr@10": "recip_rank"}
-    expected = {f"retr/{ours}": np.mean([row[measure] for row in theirs]) for ours, measure in names.items()}
-    for k in (1, 4, 10):
-        recall = np.mean([row[f"recall_{k}"] == 1 for row in theirs])
-        expected |= {f"retr/recall@{k}": recall, f"retr/document_recall/recall{k}": recall}
-    rows = retrieval_rows([*found, documents], [*examples, Example("Without gold?")], [1, 4, 10])
-    assert mean_scores(rows) == pytest.approx(expected, abs=1e-6)
-    for number, (ranking, example) in enumerate(zip(found, examples, strict=True), start=1):
+    rows = retrieval_rows(found, examples, [1, 4, 10])
+    for number, (ranking, example, row) in enumerate(zip(found, examples, rows, strict=True), start=1):
+        theirs = measured[str(number)]
+        expected = {"ndcg@10": theirs["ndcg_cut_10"], "map@10": theirs["map_cut_10"], "mrr@10": theirs["recip_rank"]}
+        expected |= {f"recall@{k}": float(theirs[f"recall_{k}"] == 1) for k in (1, 4, 10)}  # all gold is found
+        assert row["scores"] == pytest.approx({f"retr/{name}": score for name, score in expected.items()}, abs=1e-6)
         assert as_trec_eval_ranks(run[str(number)]) == [document_name(document) for document in ranking]
-        assert qrels[str(number)] == {document_name(document): 1 for document in example.gold_docs}
+        assert qrels[str(number)] == {document_name(document): document.gain for document in example.gold_docs}
