@@ -7,8 +7,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -90,6 +89,7 @@ def load_model(
     `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
     `path` is a directory or a hub name; `config` replaces values of the configuration.
     """
+    attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
@@ -101,19 +101,17 @@ def load_model(
     reserve = main_only and not distributed.is_main()
     config |= {"device_map": "meta"} if reserve else {}
     config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
-    attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
-        load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
+        load = partial(kind.from_pretrained, base_of(path), **config)
         try:
             model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
-            if not (flags.use_flash_attention or model.is_backend_compatible()):
-                model, found = load(attn_implementation="eager")
-        except (ValueError, KeyError) as error:
-            if not re.search(f"attention|{attention}", str(error), re.IGNORECASE):
-                raise
+            known = flags.use_flash_attention or model.is_backend_compatible()
+        except (ValueError, KeyError):  # of a model that lacks this attention; any other error comes again
+            known = False
+        if not known:
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
         if adapted:
@@ -182,9 +180,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a checkpoint, whose model, if there is one, must have an embedding for each token."""
     with _reading(path):
         tokenizer, rows = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), math.inf
-        with suppress(OSError, ValueError, AttributeError):  # of a tokenizer alone
-            config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
-            rows = config.get_text_config(decoder=True).vocab_size
+        with suppress(UserError, AttributeError):  # of a tokenizer alone
+            rows = load_config(path, trust_remote_code).get_text_config(decoder=True).vocab_size
         # Gemma 3's has a special token for images that its text models lack, and that no text becomes.
         named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
         added = tokenizer.added_tokens_decoder.items()
@@ -289,13 +286,11 @@ def learned_positions(model: nn.Module) -> float:
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
-    limit, asked = learned_positions(model), getattr(flags, name)
-    if asked > limit:
-        log.warning(
-            "--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit
-        )
-        setattr(flags := copy(flags), name, limit)
-    return flags
+    limit, asked, kind = learned_positions(model), getattr(flags, name), type(model).__name__
+    if asked <= limit:
+        return flags
+    log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, kind, limit)
+    return replace(flags, **{name: limit})
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
