@@ -332,10 +332,10 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     if other and flags.passage_prefix is None:
         raise UserError(f"{file}: the prompts lack 'document'; choose --passage_prefix {other!r}")
     pooling = _read_json(path, pooling_file)
-    if not _stated(f"{path}/{pooling_file}", pooling, "include_prompt", True):
+    pools = partial(_stated, f"{path}/{pooling_file}", pooling)
+    if not pools("include_prompt", True):
         raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
-    old = [key for key in pooling if key.startswith("pooling_mode_")]
-    old = [key for key in old if _stated(f"{path}/{pooling_file}", pooling, key, False)]
+    old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
     modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key.removeprefix("pooling_mode_")) for key in old]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})

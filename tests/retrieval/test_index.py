@@ -127,8 +127,6 @@ def lying(name: str, content: bytes) -> Callable[[Path], object]:
      lambda path: (path / "index.faiss").write_bytes((path / "index.faiss").read_bytes()[:800]),
      lying("index.json", b'{"stamp": '), lying("index.json", b"[]"), lying("index.json", b"\xff\xfe"),
      lying("index.json", b'{"index_factory": "Flat", "documents": 51}'), lying("index.faiss", b"FAISS"),
-     lying("index.json", b'{"index_factory": "Flat", "documents": 50, "stamp": ["a"]}'),
-     lying("index.json", b'{"index_factory": "Flat", "documents": 50, "dtype": 16}'),
      lying("index.faiss", bytes(range(256)) * 8)],
 )  # fmt: skip
 def test_a_half_written_damaged_or_lying_index_is_not_used(harm: Callable[[Path], object], tmp_path: Path) -> None:

@@ -169,7 +169,7 @@ def test_retrieving_once_reads_from_the_disk_the_second_time(
     assert encoded == [len(QUESTIONS)]
     (mark,) = (tmp_path / "cache").rglob("COMPLETE")
     mark.unlink()
-    (mark.parent / "ids.npy").write_bytes(b"")
+    (mark.parent / "hits.npz").write_bytes(b"")
     third = retrievers[0].retrieve_once(QUESTIONS, 3)
     assert encoded == [len(QUESTIONS)] * 2
     expected = retrievers[0].retrieve(QUESTIONS, 3)
