@@ -64,11 +64,6 @@ class LoadingArguments(Arguments):
         """What the model that is trained is loaded in; training lowers it itself, and keeps these weights."""
         return torch.float32
 
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """What models that are not trained are loaded in."""
-        return self.precision if self.dtype == "auto" else getattr(torch, self.dtype)
-
 
 FLOAT32 = LoadingArguments(dtype="float32")
 
@@ -100,7 +95,8 @@ def load_model(
         raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
     config |= {"device_map": "meta"} if reserve else {}
-    config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
+    dtype = dtype or (flags.precision if flags.dtype == "auto" else getattr(torch, flags.dtype))
+    config |= {"dtype": dtype, "trust_remote_code": flags.trust_remote_code}
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
@@ -115,7 +111,7 @@ def load_model(
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
         if adapted:
-            found = model.load_adapter(path, dtype=config["dtype"], ignore_mismatched_sizes=True).to_dict()
+            found = model.load_adapter(path, dtype=dtype, ignore_mismatched_sizes=True).to_dict()
             check_checkpoint(model, found)
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
