@@ -216,7 +216,7 @@ class Encoder(nn.Module):
             (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for folder, name in ((DENSE, "linear"), (LAYER_NORM, "norm")) if self.projection else ():
             weights = getattr(self.projection, name).state_dict(prefix=f"{name}.")
-            save_file({key: w.contiguous() for key, w in weights.items()}, directory / folder / "model.safetensors")
+            save_file(weights, directory / folder / "model.safetensors")
         if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 

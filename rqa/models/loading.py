@@ -7,7 +7,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, replace
+from copy import copy
+from dataclasses import dataclass
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,7 +101,7 @@ def load_model(
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
-        load = partial(kind.from_pretrained, base_of(path), **config)
+        load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
         try:
             model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
@@ -283,10 +284,10 @@ def learned_positions(model: nn.Module) -> float:
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
     limit, asked, kind = learned_positions(model), getattr(flags, name), type(model).__name__
-    if asked <= limit:
-        return flags
-    log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, kind, limit)
-    return replace(flags, **{name: limit})
+    if asked > limit:
+        log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, kind, limit)
+        setattr(flags := copy(flags), name, limit)
+    return flags
 
 
 def model_fingerprint(model: nn.Module, tokenizer: Any) -> str:
