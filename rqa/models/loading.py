@@ -194,10 +194,8 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason, config = one_line(error), Path(path, "config.json")
-        if config.is_file() and not config.read_bytes().lstrip().startswith(b"{"):
-            reason = "config.json holds no JSON object"
-        elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        reason = one_line(error)
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
             reason = "no such directory"
         elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):
             reason = f"no such directory, and no model hub can be reached ({reason})"

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import transformers
 from conftest import SMALL
+from fakes import change_weights
 from sentence_transformers import SentenceTransformer
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
@@ -57,14 +58,8 @@ def frozen(encoder_path: str) -> Encoder:
     """With passages frozen, and other weights for questions than those of passages."""
     encoder = load_encoder(encoder_path, EncoderArguments(dtype="float32", **PREFIXES))
     encoder.freeze_passages()
-    shift_questions(encoder)
+    change_weights(encoder)
     return encoder
-
-
-def shift_questions(encoder: Encoder) -> None:
-    with torch.no_grad():
-        for parameter in filter(lambda parameter: parameter.requires_grad, encoder.parameters()):
-            parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def embed_queries(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
@@ -90,7 +85,7 @@ def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
             torch.nn.init.normal_(parameter)
     if "frozen" in words:
         ours.freeze_passages()
-        shift_questions(ours)
+        change_weights(ours)
         assert np.abs(embed_passages(ours, passages) - ours.embed(ours.tokenize_passages(passages))).max() > 1e-2
     ours.save_pretrained(tmp_path)
     again, theirs = load_encoder(str(tmp_path)), SentenceTransformer(str(tmp_path), device="cpu")

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
-from fakes import full_disk
+from fakes import change_weights, full_disk
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
@@ -32,11 +32,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def opened(encoder: Encoder, documents: list[Document], path: Path | None = None, **flags: str) -> Retriever:
     return Retriever(encoder, documents, IndexArguments(**flags)).open(path)
-
-
-def change_weights(encoder: Encoder) -> None:
-    with torch.no_grad():
-        encoder.backbone.embeddings.word_embeddings.weight.mul_(torch.rand(32) + 0.5)
 
 
 def expected_scores(encoder: Encoder, documents: list[Document]) -> np.ndarray:
