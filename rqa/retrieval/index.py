@@ -38,7 +38,6 @@ class Index:
     def __init__(self, flags: IndexArguments) -> None:
         self.flags = flags
         self.stamp = ""  # the fingerprint of documents, encoder and settings that the embeddings were made from
-        self.dtype = "float32"  # what they were computed in; the index serves encoders of any precision
         self._faiss: faiss.Index | None = None
 
     def __len__(self) -> int:
@@ -69,7 +68,6 @@ class Index:
             with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
                 faiss.write_index(self._faiss, faiss.PyCallbackIOWriter(file.write))
             state = {"stamp": self.stamp, "index_factory": self.flags.index_factory, "documents": len(self)}
-            state |= {"dtype": self.dtype}
             (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> bool:
@@ -80,12 +78,10 @@ class Index:
             state = read_json(Path(directory, "index.json"))
             index = faiss.read_index(str(Path(directory, "index.faiss")))
             fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
-            fits &= all(isinstance(state.get(name, ""), str) for name in ("stamp", "dtype"))
         except (UserError, RuntimeError, MemoryError):
             return False
         if fits:
             self._use(index, state.get("stamp", ""))
-            self.dtype = state.get("dtype", "float32")
         return fits
 
     def _use(self, index: faiss.Index, stamp: str) -> None:

@@ -1,6 +1,5 @@
 """Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
 
-import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -47,16 +46,14 @@ class PassageRetriever(ABC):
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
-        directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *questions)
+        directory = cache_root() / "hits" / fingerprint(self.identity(), str(k), *questions)
         if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(questions), directory)
-            return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
+            return Hits(**np.load(directory / "hits.npz"))
         hits = self.retrieve_shared(questions, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
-                for name, array in vars(hits).items():
-                    np.save(buffer := io.BytesIO(), array)  # into a file it would ignore that a disk is full
-                    (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
+                np.savez(temporary / "hits.npz", **vars(hits))  # `np.save` would ignore that a disk is full
         return hits
 
     def documents_of(self, hits: Hits) -> list[list[Document]]:
@@ -79,7 +76,7 @@ class Retriever(PassageRetriever):
         stamp = self.stamp()
         refuse_foreign_directory(Path(path))
         if self.index.load(path) and self.index.stamp == stamp:
-            log.info("index %s: %d documents, encoded in %s", path, len(self.index), self.index.dtype)
+            log.info("index %s: %d documents", path, len(self.index))
             return self
         if Path(path).is_dir() and any(Path(path).iterdir()):
             log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
@@ -94,7 +91,6 @@ class Retriever(PassageRetriever):
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
         share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
         self.index.replace(distributed.gather_array(share), stamp)
-        self.index.dtype = str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
 
     def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""
