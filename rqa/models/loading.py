@@ -1,6 +1,5 @@
 """Checkpoints in, models and tokenizers out; LoRA adapters; and whether a model may be packed."""
 
-import inspect
 import json
 import logging
 import math
@@ -24,7 +23,7 @@ from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.packing import AnswerBatch, Collate, TokenBatch, pack, pad
+from rqa.packing import Collate, TokenBatch, pack, pad
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import damage, fingerprint, is_complete, read_json
@@ -125,13 +124,6 @@ def load_model(
         if reason := distributed.from_main(probed and _refusal(model)):
             raise UserError(f"model {path}: cannot be run: {reason}")
     return model
-
-
-def load_causal_lm(
-    path: str, flags: LoadingArguments = FLOAT32, dtype: torch.dtype | None = None, main_only: bool = False
-) -> PreTrainedModel:
-    """A decoder from a directory or hub name; the arguments are those of `load_model`."""
-    return load_model(transformers.AutoModelForCausalLM, path, flags, dtype, main_only)
 
 
 def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
@@ -270,16 +262,6 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> 
     """The last layer's output, flattened; options go to the model. -> [rows, D]"""
     options |= {"use_cache": False} if model.can_generate() else {}
     return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
-
-
-def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """Next-token logits at the answers' positions only; the output layer runs on no other token. -> [N, V]"""
-    inputs = batch.tokens.inputs
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
-    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
-    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
-    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]
 
 
 def freeze_pooler(model: PreTrainedModel) -> None:

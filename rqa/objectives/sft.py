@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models import loading
-from rqa.models.loading import LoadingArguments, answer_logits, choose_collate, load_causal_lm, load_tokenizer
+from rqa.models.causal_lm import answer_logits, load_causal_lm
+from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer, within_positions
 from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
@@ -43,7 +43,7 @@ class AnswerLikelihood(nn.Module):
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
-        prompter.arguments = loading.within_positions(model, prompter.arguments, "max_seq_length")
+        prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.model, self.prompter = model, prompter
         self._collate = choose_collate(model, prompter.stop_ids[0], precision)
 

@@ -38,6 +38,7 @@ class Index:
     def __init__(self, flags: IndexArguments) -> None:
         self.flags = flags
         self.stamp = ""  # the fingerprint of documents, encoder and settings that the embeddings were made from
+        self.dtype = "float32"  # what they were computed in; the index serves encoders of any precision
         self._faiss: faiss.Index | None = None
 
     def __len__(self) -> int:
@@ -67,7 +68,8 @@ class Index:
         with atomic_directory(directory) as temporary:
             with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
                 faiss.write_index(self._faiss, faiss.PyCallbackIOWriter(file.write))
-            state = {"stamp": self.stamp, "index_factory": self.flags.index_factory, "documents": len(self)}
+            known = {"stamp": self.stamp, "dtype": self.dtype}
+            state = known | {"index_factory": self.flags.index_factory, "documents": len(self)}
             (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> bool:
@@ -82,6 +84,7 @@ class Index:
             return False
         if fits:
             self._use(index, state.get("stamp", ""))
+            self.dtype = state.get("dtype", "float32")
         return fits
 
     def _use(self, index: faiss.Index, stamp: str) -> None:

@@ -76,7 +76,7 @@ class Retriever(PassageRetriever):
         stamp = self.stamp()
         refuse_foreign_directory(Path(path))
         if self.index.load(path) and self.index.stamp == stamp:
-            log.info("index %s: %d documents", path, len(self.index))
+            log.info("index %s: %d documents, encoded in %s", path, len(self.index), self.index.dtype)
             return self
         if Path(path).is_dir() and any(Path(path).iterdir()):
             log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
@@ -91,6 +91,7 @@ class Retriever(PassageRetriever):
         """Encode every document with the current weights, each process its share, and replace the index in memory."""
         share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
         self.index.replace(distributed.gather_array(share), stamp)
+        self.index.dtype = str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
 
     def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""

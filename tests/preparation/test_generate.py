@@ -12,7 +12,7 @@ from openai_server import OpenAIServer
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
-from rqa.models.loading import load_causal_lm
+from rqa.models.causal_lm import load_causal_lm
 from rqa.preparation.generate import (
     GeneratorArguments,
     LocalGenerator,
