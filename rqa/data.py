@@ -229,7 +229,12 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     told += "there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
-    return [replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in e.gold_docs)) for e in examples]
+
+    def known(gold: Document) -> Document:
+        found = same.get(missing.get(gold.key, ""), gold)
+        return found if gold.gain == 1 else replace(found, metadata=found.metadata | {"gold_gain": gold.gain})
+
+    return [replace(example, gold_docs=tuple(map(known, example.gold_docs))) for example in examples]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from types import ModuleType
@@ -300,7 +301,7 @@ def test_gold_passages_are_matched_by_text_and_those_not_in_the_database_are_cou
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     spelled = [
-        Document("Arlen trades  in\ncopper’s ore, E\u0301lan.", {"source": "x"}),
+        Document("Arlen trades  in\ncopper’s ore, E\u0301lan.", {"source": "x", "gold_gain": 2}),
         Document("Lost.", {"source": "guide"}),
     ]
     known = Document("arlen trades in copper's ore, Élan.", {"source": "guide/1"})
@@ -310,7 +311,8 @@ def test_gold_passages_are_matched_by_text_and_those_not_in_the_database_are_cou
         assert with_known_gold([Example("Which?", (BRASK,))], [BRASK]) == [Example("Which?", (BRASK,))]
         assert not caplog.records
         found = with_known_gold(examples, [ARLEN, BRASK, known])
-    assert found == [Example("Which?", (BRASK, known, spelled[1])), Example("None?")]
+    graded = replace(known, metadata=known.metadata | {"gold_gain": 2})  # the question's, not the database's
+    assert found == [Example("Which?", (BRASK, graded, spelled[1])), Example("None?")]
     (said,) = (record.getMessage() for record in caplog.records)
     assert said.startswith("train.jsonl: 2 gold passages are not in the database")
     assert re.search(r"such as 'guide': 'Lost\.'; 1 are there .* 1 are not, and can never be found", said)

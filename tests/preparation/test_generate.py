@@ -1,5 +1,6 @@
 """Questions and answers written by a language model: a server on loopback, and a tiny local one."""
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -90,7 +91,9 @@ def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage_and_as
     assert len(writer.questions) == 16
     for path in out.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    printed = generate("answers", input_path=sorted(out.glob("*_w_q.jsonl")))
+    (out / "test_w_q.jsonl.gz").write_bytes(gzip.compress((out / "test_w_q.jsonl").read_bytes()))
+    (out / "test_w_q.jsonl").unlink()
+    printed = generate("answers", input_path=sorted(out.glob("*_w_q.jsonl*")))
     assert "16 answers, 16 questions left out without an answer" in printed
     for split, found in asked.items():
         examples = read_examples(out / f"{split}_w_qa.jsonl", answers=True)
