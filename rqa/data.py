@@ -100,7 +100,10 @@ def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
 
 
 class _PickledDocument:
-    """Receives the attributes of a pickled document, whatever library's class it was."""
+    """Receives the fields of a pickled document, whatever library's class it was."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state.get("__dict__", state))  # pydantic keeps them one level down
 
 
 class _DocumentUnpickler(pickle.Unpickler):
@@ -114,6 +117,13 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
 
 
+def _json_of(value: Any) -> Any:
+    """A document's fields, a set as a list, and null for what JSON has no form for, such as bytes."""
+    if isinstance(value, _PickledDocument):
+        return vars(value)
+    return sorted(value, key=str) if isinstance(value, set) else None
+
+
 def _read_pickle(path: Path) -> list[Document]:
     with reading(path) as file:
         try:
@@ -123,18 +133,8 @@ def _read_pickle(path: Path) -> list[Document]:
                 if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
-            values = _DocumentUnpickler(file).load()
-            if not isinstance(values, list):
-                raise UserError(f"expected a list of documents, found {type(values).__name__}")
-            documents = []
-            for number, value in enumerate(values, start=1):
-                attributes = vars(value) if isinstance(value, _PickledDocument) else value
-                if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
-                    attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
-                # What JSON has no form for, such as bytes, becomes null, and a set a list.
-                text = json.dumps(attributes, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
-                documents.append(parse_document(parse_json(text, object), f"item {number}"))
-            return documents
+            values = parse_json(json.dumps(_DocumentUnpickler(file).load(), default=_json_of), list)
+            return [parse_document(value, f"item {number}") for number, value in enumerate(values, start=1)]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle raises nearly anything

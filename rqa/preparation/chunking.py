@@ -19,7 +19,6 @@ from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.text import clean_text
 
 T = TypeVar("T")
 Span = tuple[int, int]  # begin and end, in characters
@@ -252,6 +251,6 @@ class Collection:
         if self.others:
             left_out[f"{len(self.others)} files of other kinds"] = self.others
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {clean_text(place)}" for place in places[:NAMED])]
+            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)
