@@ -50,6 +50,10 @@ class Document:
         gain = self.metadata.get("gold_gain")
         return gain if isinstance(gain, int | float) and gain > 0 else 1.0
 
+    def graded(self, gain: float) -> "Document":
+        """The same document with this gain."""
+        return self if gain == self.gain else replace(self, metadata=self.metadata | {"gold_gain": gain})
+
     def to_json(self) -> dict[str, Any]:
         row = {"page_content": self.page_content, "metadata": self.metadata}
         derived = self.fmt_content == format_content(self.page_content, self.metadata)
@@ -229,12 +233,10 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     told += "there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
-
-    def known(gold: Document) -> Document:
-        found = same.get(missing.get(gold.key, ""), gold)
-        return found if gold.gain == 1 else replace(found, metadata=found.metadata | {"gold_gain": gold.gain})
-
-    return [replace(example, gold_docs=tuple(map(known, example.gold_docs))) for example in examples]
+    return [
+        replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d).graded(d.gain) for d in e.gold_docs))
+        for e in examples
+    ]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
@@ -249,23 +251,22 @@ def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> lis
         raise UserError(f"{where}: field 'gold_answer' must be a string")
     if answers and len(questions) > 1:
         raise UserError(f"{where}: one 'gold_answer' cannot answer several 'questions'; write a line for each")
-    others = _list(row, "other_answers", where)
+    others, turns = _list(row, "other_answers", where), _list(row, "chat_history", where)
     if not all(isinstance(other, str) for other in others):
         raise UserError(f"{where}: field 'other_answers' must hold strings")
-    turns = _list(row, "chat_history", where)
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("speaker", "message")):
             raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
-    scores = [context.get("score") for context in _list(row, "ctxs", where) if isinstance(context, dict)]
-    scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
-    documents = {
+    fields: dict[str, Any] = {
         name: tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
         for name in ("gold_docs", "hard_neg_docs", "ctxs")
     }
-    ctx_scores = tuple(map(float, scores)) if scored else None
-    history = tuple(Turn(turn["speaker"], turn["message"]) for turn in turns)
-    known = {"chat_history": history, "ctx_scores": ctx_scores, "other_answers": tuple(others), "where": where}
-    return [Example(question, gold_answer=answer, **documents, **known) for question in questions]
+    scores = [context.get("score") for context in row.get("ctxs") or ()]
+    if scores and all(isinstance(score, int | float) for score in scores):
+        fields["ctx_scores"] = tuple(map(float, scores))
+    fields["chat_history"] = tuple(Turn(turn["speaker"], turn["message"]) for turn in turns)
+    fields |= {"gold_answer": answer, "other_answers": tuple(others), "where": where}
+    return [Example(question, **fields) for question in questions]
 
 
 def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:

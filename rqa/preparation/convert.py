@@ -11,7 +11,7 @@ from typing import IO, Any
 
 from rqa.data import Document, Example, iterate_documents, iterate_examples
 from rqa.preparation.chunking import Seen
-from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS
+from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS, passage
 from rqa.preparation.reading import read_rows, read_table
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
@@ -129,8 +129,7 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         wanted = {name for relevant in judged.values() for gains in relevant.values() for name in gains}
         passages: dict[str, Document] = {}
         for name, title, text in _read_texts(folder / corpus, default=""):
-            content = (text.strip() if layout == "beir" else text) or title
-            document = Document(content, {"source": name, "title": title}) if content.strip() else None
+            document = passage(text.strip() if layout == "beir" else text, name, title)
             yield "", document or BLANK
             if document and name in wanted:
                 passages[name] = document
@@ -138,8 +137,7 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
             unasked, asked = dict(relevant), 0
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
                 gains = unasked.pop(query, {}) if question.strip() else {}
-                found = [(passages[name], gain) for name, gain in gains.items() if name in passages]
-                gold = [d if gain == 1 else replace(d, metadata=d.metadata | {"gold_gain": gain}) for d, gain in found]
+                gold = [passages[name].graded(gain) for name, gain in gains.items() if name in passages]
                 if gold:
                     asked += 1
                     yield split, Example(question, tuple(gold), where=str(files[split]))
@@ -147,7 +145,7 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
             for what, names in (("passage", absent), ("query", list(unasked))):
                 if names:
                     said = "%s: %s '%s' is absent or blank; %d such judgements are left out"
-                    log.warning(said, _where(files[split], names[0]), what, names[0], len(names))
+                    log.warning(said, files[split], what, names[0], len(names))
             yield from [("", f"judged questions of {split} left out")] * (len(relevant) - asked)
 
 
@@ -163,11 +161,6 @@ def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, s
         if len(fields) != 2:
             raise UserError(f"{where}: expected an identifier and a text with a tab between them")
         yield fields[0], "", fields[1]
-
-
-def _where(path: Path, identifier: str) -> str:
-    """The file and the first line that names a query or a passage."""
-    return next((where for where, fields in read_table(path) if identifier in " ".join(fields).split()), str(path))
 
 
 def _read_judgements(path: Path) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """What a data set is like: counts, lengths, gold passages that the database lacks, leaks between splits, duplicates."""
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -78,19 +78,18 @@ class _Lengths:
         if self.tokenizer:
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-        self._waiting: dict[str, list[str]] = {}
-        self._lengths: dict[str, array[int]] = {}
+        self._waiting: defaultdict[str, list[str]] = defaultdict(list)
+        self._lengths: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, kind: str, text: str) -> None:
-        waiting = self._waiting.setdefault(kind, [])
-        waiting.append(text)
-        if len(waiting) == BATCH:
+        self._waiting[kind].append(text)
+        if len(self._waiting[kind]) == BATCH:
             self._count(kind)
 
     def _count(self, kind: str) -> None:
         texts = self._waiting.pop(kind)
         tokens = self.tokenizer and self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        self._lengths.setdefault(kind, array("q")).extend(map(len, tokens or map(str.split, texts)))
+        self._lengths[kind].extend(map(len, tokens or map(str.split, texts)))
 
     def table(self) -> Iterator[str]:
         """One line a kind: mean, median, 95th percentile and maximum."""

@@ -233,8 +233,8 @@ def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(
     (example,) = iterate_examples(tmp_path / "ours/test_w_q.jsonl")
     assert [(document.page_content, document.gain) for document in example.gold_docs] == [(WOOL, 2)]
     passage, query = caplog.messages
-    assert passage.endswith("test.tsv:3: passage 'absent' is absent or blank; 3 such judgements are left out")
-    assert query.endswith("test.tsv:7: query 'test-9' is absent or blank; 1 such judgements are left out")
+    assert passage.endswith("test.tsv: passage 'absent' is absent or blank; 3 such judgements are left out")
+    assert query.endswith("test.tsv: query 'test-9' is absent or blank; 1 such judgements are left out")
 
 
 def test_passages_of_one_source_get_names_of_their_own(tmp_path: Path) -> None:
