@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rqa.data import Document, Example, Turn
 from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter
-from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting, retrieval_query
+from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.text import as_text
 
@@ -209,21 +209,6 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
     assert len(said) == 3
     with pytest.raises(ZeroDivisionError):
         fitting(lambda number: 1 // number, [(0,)], "it is left out", said.append)
-
-
-@both_formats
-def test_placeholders_in_questions_and_passages_are_plain_text(chat_format: str, tokenizer: Tokenizer) -> None:
-    question = r"What does {passages} or {question} or {0} or {x!r} mean, and \1 and \g<0>?"
-    passage = Document(r"The template has {question} and {passages} and \2.")
-    prompt = Prompter(tokenizer, arguments(chat_format)).encode(Example(question), [passage])
-    text = tokenizer.decode(prompt.ids)
-    assert f"[1] {passage.page_content}\n\nQuestion: {question}" in text
-    assert text.count(question) == text.count(passage.page_content) == 1
-
-
-def test_the_retriever_is_asked_with_the_conversation() -> None:
-    assert retrieval_query(ASKED) == ASKED.question
-    assert retrieval_query(TALKED).split("\n") == [*(turn.message for turn in HISTORY), ASKED.question]
 
 
 def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(tokenizer: Tokenizer, documents: list[Document]) -> None:
@@ -430,11 +415,14 @@ def test_the_answer_does_not_repeat_the_decoders_start(encoder_path: str, bart_p
         FiDPrompter(t5)
 
 
-def test_a_template_replaces_the_prompt_of_a_passage(fid: FiDPrompter, tmp_path: Path) -> None:
+def test_a_template_replaces_the_prompt_of_a_passage_and_placeholders_in_it_are_plain_text(
+    fid: FiDPrompter, tmp_path: Path
+) -> None:
     (tmp_path / "template.txt").write_text("{passage} Now: {question}\n")
     style = FiDPromptArguments(prompt_template=str(tmp_path / "template.txt"))
-    (ids,) = FiDPrompter(fid.tokenizer, style).encode(Example("Why?"), [Document("Salt in {question}.")]).passages
-    assert ids == fid.tokenizer("Salt in {question}. Now: Why?")["input_ids"]
+    hostile = r"Salt in {question} or {passage} or {0}, and \1 and \g<0>."
+    (ids,) = FiDPrompter(fid.tokenizer, style).encode(Example(hostile), [Document(hostile)]).passages
+    assert ids == fid.tokenizer(f"{hostile} Now: {hostile}")["input_ids"]
     (tmp_path / "template.txt").write_text("{passages} {question}")
     with pytest.raises(UserError, match=r"the placeholder {passage} is missing"):
         FiDPrompter(fid.tokenizer, style)

@@ -244,14 +244,10 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
     for turns in conversations:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
-        ids = torch.tensor([prompt])
-        for _ in range(6):
-            next_id = model(ids).logits[0, -1].argmax()
-            if next_id in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
-                break
-            ids = torch.cat([ids, next_id[None, None]], dim=1)
-        reply = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
-        expected.append((reply, ids.shape[1] == len(prompt) + 6))
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=ends)[0].tolist()
+        reply = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        expected.append((reply, len(ids) == len(prompt) + 6 and ids[-1] not in ends))
     flags = GeneratorArguments(model_name_or_path=lm_path, max_new_tokens=6)
     generator = LocalGenerator(model, tokenizer, flags)
     assert generator.generate(conversations) == expected
