@@ -46,11 +46,13 @@ def arguments(chat_format: str, **given: object) -> PromptArguments:
 
 
 def passage_characters(text: str, passages: list[Document]) -> int:
-    """How much of the passages a prompt shows; every passage shown must be a beginning of the real one."""
+    """How much of the passages a prompt shows; of each passage the first words."""
     body = text.partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
     shown = re.split(r"(?:^|\n\n)\[(\d+)\] ", body)[1:]
     for number, part in zip(shown[::2], shown[1::2], strict=True):
-        assert passages[int(number) - 1].fmt_content.startswith(part)
+        whole = passages[int(number) - 1].fmt_content
+        assert whole.startswith(part)
+        assert len(part.split()) < 2 or not whole[len(part) :][:1].strip()
     return sum(map(len, shown[1::2]))
 
 
@@ -137,13 +139,13 @@ def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_wi
 
 @both_formats
 @pytest.mark.parametrize("with_history", [False, True])
-def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
+def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut_at_word_ends(
     with_history: bool, chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     asked, passages = TALKED if with_history else ASKED, documents[:3]
     roomy = Prompter(tokenizer, arguments(chat_format))
     whole, alone = roomy.encode(asked, passages, ANSWER), roomy.encode(ASKED, [], ANSWER)
-    shown = []
+    shown, longest_word = [], 2 + max(len(tokenizer.encode(f" {w}")) for p in passages for w in p.fmt_content.split())
     for length in [*range(len(alone.ids), len(whole.ids) + 30, 3), len(whole.ids) + 30]:
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
         sequence = prompter.encode(asked, passages, ANSWER)
@@ -155,6 +157,8 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
         turns = [turn.message in text for turn in asked.chat_history]
         assert turns == sorted(turns), "an older turn outlived a newer one"
         shown.append((sum(turns), passage_characters(text, passages)))
+        if 0 < shown[-1][1] < sum(len(passage.fmt_content) for passage in passages):  # all the room is used
+            assert sequence.answer_start > length - 24 - len(passages) * longest_word
     assert sequence.ids == whole.ids
     assert [turns for turns, _ in shown] == sorted(turns for turns, _ in shown)
     assert shown[0] == (0, 0)
@@ -164,20 +168,6 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
     needed = len(alone.ids)
     with pytest.raises(DoesNotFit, match=rf"^train\.jsonl:7: .* {needed} tokens.*--max_seq_length {needed - 1}"):
         Prompter(tokenizer, arguments(chat_format, max_seq_length=needed - 1)).encode(asked, passages, ANSWER)
-
-
-@both_formats
-def test_passages_fill_the_room_that_there_is_and_are_cut_at_word_ends(
-    chat_format: str, tokenizer: Tokenizer, documents: list[Document]
-) -> None:
-    words = [document.fmt_content.split() for document in documents[:2]]
-    longest_word = max(len(tokenizer.encode(" " + word)) for word in itertools.chain(*words))
-    for length in range(100, 138):
-        prompt = Prompter(tokenizer, arguments(chat_format, max_seq_length=length)).encode(ASKED, documents[:2])
-        assert length - 24 - 2 * (longest_word + 2) <= len(prompt.ids) <= length - 24
-        body = tokenizer.decode(prompt.ids).partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
-        for text, whole in zip(body.removeprefix("[1] ").split("\n\n[2] "), words, strict=True):
-            assert text.split() == whole[: len(text.split())]
 
 
 def test_cutting_the_history_never_leaves_an_answer_without_its_question(
