@@ -140,6 +140,7 @@ QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
     ("msmarco", {**MARCO, "passages": COLUMNS}, ["Brask", "The town"], [WOOL], [SALT, WOOL, TITLELESS]),
     ("msmarco", {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
      ["a"], [WOOL], [WOOL]),
+    ("msmarco", {"query": "q", "answers": ["No Answer Present."], "passages": []}, ["none"], [], []),
     ("squad", {"title": "T", "context": WOOL, "question": "q", "answers": {"text": ["wool"], "answer_start": [16]}},
      ["wool"], [WOOL], [WOOL]),  # as `datasets` lays it out
     # Parquet gives null for what is not there, and Wikipedia dumps hold pages without text.
