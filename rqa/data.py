@@ -103,11 +103,11 @@ def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
     write_jsonl(path, (document.to_json() for document in documents))
 
 
-class _PickledDocument:
-    """Receives the fields of a pickled document, whatever library's class it was."""
+class _PickledDocument(dict):
+    """The fields of a pickled document, whatever library's class it was."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state.get("__dict__", state))  # pydantic keeps them one level down
+        self.update(state.get("__dict__", state))  # pydantic keeps them one level down
 
 
 class _DocumentUnpickler(pickle.Unpickler):
@@ -121,13 +121,6 @@ class _DocumentUnpickler(pickle.Unpickler):
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
 
 
-def _json_of(value: Any) -> Any:
-    """A document's fields, a set as a list, and null for what JSON has no form for, such as bytes."""
-    if isinstance(value, _PickledDocument):
-        return vars(value)
-    return sorted(value, key=str) if isinstance(value, set) else None
-
-
 def _read_pickle(path: Path) -> list[Document]:
     with reading(path) as file:
         try:
@@ -137,8 +130,10 @@ def _read_pickle(path: Path) -> list[Document]:
                 if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
-            values = parse_json(json.dumps(_DocumentUnpickler(file).load(), default=_json_of), list)
-            return [parse_document(value, f"item {number}") for number, value in enumerate(values, start=1)]
+            # What JSON has no form for, such as bytes, becomes null, and a set a list.
+            values = _DocumentUnpickler(file).load()
+            text = json.dumps(values, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
+            return [parse_document(row, f"item {number}") for number, row in enumerate(parse_json(text, list), start=1)]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle raises nearly anything

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -105,7 +105,7 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
     """An object with a value at each path; None has no place."""
     filled: dict[str, Any] = {}
     for path, what in fields.items():
-        *above, name = _names(path)
+        *above, name = (part.partition("|")[0] for part in path.split("."))
         place = filled
         for part in above:
             place = place.setdefault(part, {})
@@ -113,11 +113,6 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             place[name] = value
     return filled
-
-
-@cache
-def _names(path: str) -> list[str]:
-    return [part.partition("|")[0] for part in path.split(".")]
 
 
 def all_answers(example: Example) -> list[str]:
