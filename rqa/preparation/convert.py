@@ -1,7 +1,6 @@
 """From another layout to ours and back, a row in memory at a time."""
 
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -16,8 +15,6 @@ from rqa.preparation.reading import read_rows, read_table
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
-
-log = logging.getLogger(__name__)
 
 JUDGED = {  # folders: a corpus, and for each split the questions and which passages are relevant to them
     "beir": ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"),
@@ -134,19 +131,16 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
             if document and name in wanted:
                 passages[name] = document
         for split, relevant in judged.items():
-            unasked, asked = dict(relevant), 0
+            absent = sum(name not in passages for gains in relevant.values() for name in gains)
+            yield from [("", f"judgements of {split} of absent or blank passages left out")] * absent
+            left_out = "", f"judged questions of {split} left out"
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
-                gains = unasked.pop(query, {}) if question.strip() else {}
-                gold = [passages[name].graded(gain) for name, gain in gains.items() if name in passages]
-                if gold:
-                    asked += 1
-                    yield split, Example(question, tuple(gold), where=str(files[split]))
-            absent = [name for gains in relevant.values() for name in gains if name not in passages]
-            for what, names in (("passage", absent), ("query", list(unasked))):
-                if names:
-                    said = "%s: %s '%s' is absent or blank; %d such judgements are left out"
-                    log.warning(said, files[split], what, names[0], len(names))
-            yield from [("", f"judged questions of {split} left out")] * (len(relevant) - asked)
+                gains = relevant.pop(query, {}) if question.strip() else {}
+                if gold := tuple(passages[name].graded(gain) for name, gain in gains.items() if name in passages):
+                    yield split, Example(question, gold, where=str(files[split]))
+                elif gains:
+                    yield left_out
+            yield from [left_out] * len(relevant)
 
 
 def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, str, str]]:
