@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import pytest
 import transformers
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from openai_server import OpenAIServer, serve
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from trainers import Flags, Run, Train
@@ -36,8 +36,9 @@ LONGEST = ["test_processes", "test_retriever_training", "test_interruption", "te
            "test_distilled_training", "test_fid_training", "test_architecture"]  # fmt: skip
 
 settings.register_profile(
-    "default", max_examples=25, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
-)
+    "default", max_examples=25, deadline=10_000, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
+    suppress_health_check=list(HealthCheck),
+)  # fmt: skip
 settings.register_profile("thorough", settings.get_profile("default"), max_examples=1000)
 settings.load_profile("default")  # `pytest --hypothesis-profile thorough` takes its time
 

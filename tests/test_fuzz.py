@@ -21,6 +21,10 @@ from trainers import EXECUTABLES, flags_of, parsed, required
 from transformers import set_seed
 
 from rqa.data import Document, Example, read_documents, read_examples, write_documents, write_examples
+from rqa.models.causal_lm import load_causal_lm
+from rqa.models.encoder import load_encoder
+from rqa.models.loading import LoraArguments, load_tokenizer, train_adapters
+from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import _sha256, damage
@@ -221,6 +225,84 @@ def test_command_lines_and_files_of_flags(
             one_step(Optimization(Regression(), flags, 10))
     path.write_text(json.dumps(other))
     assert not result(lambda: parse(*flags_of("train_ctl"), [str(path)])), "it lacks what is required"
+
+
+def altered(data: bytes) -> st.SearchStrategy[bytes]:
+    """A JSON file with one value replaced by another, or with other bytes."""
+    value = json.loads(data)
+    places = [(at, key) for at, row in enumerate(value) for key in row] if isinstance(value, list) else list(value)
+
+    def replaced(place: Any, new: Any) -> bytes:
+        copy = json.loads(data)
+        at, key = place if isinstance(place, tuple) else (None, place)
+        (copy if at is None else copy[at])[key] = new
+        return json.dumps(copy).encode()
+
+    return (
+        st.builds(replaced, st.sampled_from(places), JSON | VALUE)
+        | mutated(data)
+        | JSON.map(lambda v: json.dumps(v).encode())
+    )
+
+
+@pytest.fixture(scope="module")
+def encoder_directory(encoder_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder as sentence-transformers saves it, with our settings beside."""
+    path = tmp_path_factory.mktemp("fuzz") / "encoder"
+    path.mkdir()
+    load_encoder(encoder_path).save_pretrained(path)
+    return path
+
+
+LAYOUT = [
+    "rqa_encoder.json",
+    "modules.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "1_Pooling/config.json",
+]
+
+
+@given(draw=st.data(), ours=st.booleans())
+def test_the_files_around_an_encoder(draw: st.DataObject, ours: bool, encoder_directory: Path) -> None:
+    path = copied(encoder_directory, "copy")
+    name = draw.draw(st.sampled_from(LAYOUT[:1] if ours else LAYOUT[1:]))
+    if not ours:
+        (path / LAYOUT[0]).unlink()
+    (path / name).write_bytes(draw.draw(altered((path / name).read_bytes())))
+    if encoder := result(lambda: load_encoder(str(path)), str(path)):
+        assert np.isfinite(encoder.embed(encoder.tokenize_passages(["A harbour."]))).all()
+
+
+@pytest.fixture(scope="module")
+def reader_directory(lm_path: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An adapter, and the generation settings that its base might bring."""
+    path = tmp_path_factory.mktemp("fuzz") / "adapter"
+    model = load_causal_lm(lm_path)
+    train_adapters(model, LoraArguments(use_lora=True), lm_path)
+    model.save_pretrained(path)
+    load_tokenizer(lm_path).save_pretrained(path)
+    (path / "generation_config.json").write_text(json.dumps(GENERATION))
+    return path
+
+
+GENERATION = {
+    "suppress_tokens": [5],
+    "max_time": 0.1,
+    "num_beams": 4,
+    "do_sample": True,
+    "temperature": 0.5,
+    "eos_token_id": 3,
+}
+
+
+@given(draw=st.data(), name=st.sampled_from(["adapter_config.json", "generation_config.json"]))
+def test_adapters_and_generation_settings(draw: st.DataObject, name: str, reader_directory: Path) -> None:
+    path = copied(reader_directory, "copy")
+    (path / name).write_bytes(draw.draw(altered((path / name).read_bytes())))
+    flags = ReaderArguments(max_new_tokens=2, max_seq_length=128)
+    if reader := result(lambda: load_reader(str(path), flags), str(path)):
+        assert len(reader.answer([Example("Where?")], [[]])) == 1
 
 
 def test_nothing_that_is_read_may_execute_code() -> None:

@@ -2,7 +2,6 @@
 
 import logging
 from abc import ABC, abstractmethod
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.models.loading import merged
 from rqa.runtime import distributed
 from rqa.runtime.cli import log_to
-from rqa.runtime.errors import UserError
 from rqa.runtime.files import beside, claim, read_json, write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
@@ -121,7 +119,7 @@ class Run(ABC):
 
     def _open_output(self) -> None:
         """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
-        now, then = self.flags.to_json(), {}
+        now, saved = self.flags.to_json(), self.checkpoint / ARGUMENTS_FILE if self.checkpoint else None
         self.output.mkdir(parents=True, exist_ok=True)
         claim(self.output)
         if not self.checkpoint or not continues(self.checkpoint, self.flags):
@@ -129,9 +127,7 @@ class Run(ABC):
                 (self.output / name).unlink(missing_ok=True)
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))
-        if self.checkpoint:
-            with suppress(UserError):
-                then = read_json(self.checkpoint / ARGUMENTS_FILE)
+        then = read_json(saved) if saved and saved.exists() else {}
         changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
         if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
             log.warning("flags differ from those of %s: %s; the command line wins", self.checkpoint, told)

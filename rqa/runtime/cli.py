@@ -34,8 +34,6 @@ def run(main: Callable[[], Any]) -> None:
     Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; 1 with one line if another process of
     the run is gone; as a signal ends it, if nobody reads its output; anything else is our mistake, with its traceback.
     """
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:  # by `rqa.runtime.quiet`
-        signal.signal(signal.SIGINT, signal.default_int_handler)
     tune_allocator()
     quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
     os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}

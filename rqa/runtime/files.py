@@ -29,7 +29,6 @@ COMPLETION_MARK = "COMPLETE"
 DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
 OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
 SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
-KEYS_PER_QUERY = 500  # SQLite built with its oldest limit takes 999
 LONGEST = 2**28  # bytes of a JSON file, or of a line
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
@@ -71,11 +70,7 @@ def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Pa
 def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
     """Where to write, and which path gets that, if any."""
     if path.parent in DEVICES or OURS.fullmatch(path.name) or (path.exists() and not path.is_file()):
-        try:
-            yield path, None
-        except OSError as error:
-            error.filename = error.filename or str(path)
-            raise
+        yield path, None
         with suppress(OSError):  # what is printed from now on comes behind it, where standard output is a file
             os.lseek(1, 0, os.SEEK_END)
     else:
@@ -218,10 +213,9 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
 
 def read_json(path: str | Path, kind: type = dict) -> Any:
     """The value in a JSON file, which must be of this kind."""
-    with reading(path) as file:
-        data = file.read(LONGEST + 1)
     try:
-        return _parse(data, kind)
+        with reading(path) as file:
+            return _parse(file.read(LONGEST + 1), kind)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -295,14 +289,10 @@ class Store:
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are kept."""
-        names = list(keys)
-        found: dict[str, Any] = {}
+        query = "SELECT key, value FROM kept WHERE key = ?"
         with self._one_line_for_errors():
-            for start in range(0, len(names), KEYS_PER_QUERY):
-                part = names[start : start + KEYS_PER_QUERY]
-                query = f"SELECT key, value FROM kept WHERE key IN ({','.join('?' * len(part))})"
-                found.update((key, json.loads(value)) for key, value in self._database.execute(query, part))
-        return found
+            found = chain.from_iterable(self._database.execute(query, [key]) for key in keys)
+            return {key: json.loads(value) for key, value in found}
 
     def put(self, values: Mapping[str, Any]) -> None:
         """Keep all these values, or on an error none; a key's older value is replaced."""

@@ -168,9 +168,8 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 def _from_json(path: str) -> list[str]:
     """A JSON object of flags as a command line."""
-    values = read_json(path)
     line: list[str] = []
-    for name, value in values.items():
+    for name, value in read_json(path).items():
         parts = value if isinstance(value, list) else [value]
         if not all(part is None or isinstance(part, str | int | float) for part in parts):
             raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")

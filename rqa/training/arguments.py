@@ -3,7 +3,6 @@
 import re
 from dataclasses import dataclass
 from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
@@ -134,6 +133,4 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             raise UserError('--optim adamw_8bit: torchao is not installed; pip install "rqa[8bit]"')
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
-        if Path(self.output_dir).is_file():
-            raise UserError(f"--output_dir {self.output_dir}: is a file; name a directory")
         self.refuse_input_as("output_dir")

@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
 MANIFEST = ".rqa-model.json"  # the model's files at the top of the output directory; without it there are these:
 MODEL_FILES = ("adapter_*", "config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json")
-NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK, "live_state"}  # until November 2026
+NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK}
 
 
 @runtime_checkable
@@ -70,9 +70,7 @@ def _damage(checkpoint: Path) -> str | None:
 def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
     """The checkpoint that the flags ask to continue from; None for a new run. What a crash left half-written goes."""
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
-    anew = wanted.lower() == "false"
-    if flags.overwrite_output_dir or not anew:
-        files.remove_leftovers(output)
+    files.remove_leftovers(output)
     found = list(numbered(output, "checkpoint").values())
     if wanted.lower() == "true":
         for path in reversed(found):
@@ -83,7 +81,7 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
             raise UserError(f"{output}: no checkpoint can be used; start afresh with --overwrite_output_dir true alone")
         log.info("%s holds no complete checkpoint: starting from step 0", output)
         return None
-    source = None if anew else Path(wanted)
+    source = None if wanted.lower() == "false" else Path(wanted)
     if source and (problem := _damage(source)):
         advice = "true takes the newest good one of output_dir"
         raise UserError(f"--resume_from_checkpoint {source}: is not a complete checkpoint ({problem}); {advice}")
@@ -175,13 +173,13 @@ def promote(source: Path, output: Path, whole: bool = True) -> None:
     names.sort(key=lambda name: name not in ("config.json", "adapter_config.json"))  # nothing loads without it
     listed: set[str] = set()
     with suppress(UserError):
-        listed = set(map(str, files.read_json(output / MANIFEST, list)))
-    old = {path.name for pattern in MODEL_FILES for path in output.glob(pattern)} | (listed if whole else set())
+        named = map(str, files.read_json(output / MANIFEST, list))
+        listed = {name for name in named if files.is_own_file(output, name)}
+    found = (path for pattern in MODEL_FILES for path in output.glob(pattern) if not path.is_dir())
+    old = {path.name for path in found} | (listed if whole else set())
     with files.atomic_files(output, [*names, MANIFEST]) as places:
         for name in names:
             shutil.copyfile(source / name, places[name])
         files.write_json(places[MANIFEST], [*names, *(listed - old - set(names))])
         for name in old - set(names):  # weights of another kind would be loaded beside these
-            path = output / name
-            if files.is_own_file(output, name) or (path.parent == output and path.is_symlink()):
-                path.unlink()
+            (output / name).unlink()

@@ -18,8 +18,7 @@ from tqdm import tqdm
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import is_complete, write_json, write_jsonl
-from rqa.runtime.text import parse_json
+from rqa.runtime.files import is_complete, read_json, write_json, write_jsonl
 from rqa.training.arguments import LoopArguments
 
 log = logging.getLogger(__name__)
@@ -51,16 +50,13 @@ def continues(checkpoint: Path, flags: LoopArguments) -> bool:
 def read_state(checkpoint: Path) -> RunState:
     """How far a checkpoint's run was; an error if its `trainer_state.json` is not what a run writes."""
     try:
-        saved = parse_json((checkpoint / STATE_FILE).read_bytes())
-        saved.pop("window", None)  # rqa kept it until November 2026
-        state = replace(RunState(**saved), interrupted=False)
+        state = replace(RunState(**read_json(checkpoint / STATE_FILE)), interrupted=False)
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]
-        numbers = [value for entry in state.log_history for value in entry.values()]
-        good = isinstance(state.log_history, list) and re.fullmatch(r"index-\d+", state.live_state or "index-0")
-        good = good and all(type(number) in (int, float, NoneType) for number in numbers)
-        if not good or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
+        good = [isinstance(state.log_history, list), re.fullmatch(r"index-\d+", state.live_state or "index-0")]
+        good += [type(value) in (int, float, NoneType) for entry in state.log_history for value in entry.values()]
+        if not all(good) or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
             raise ValueError(f"{STATE_FILE} is not what a run writes")
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint}: cannot be resumed ({one_line(error)})") from None
     return state
 

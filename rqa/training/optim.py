@@ -113,11 +113,8 @@ class Optimization:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore moments and loss scale; learning rates and decay stay those of the present flags."""
         moments = state["optimizer"]
-        if (saved := state.get("optim", "adamw")) != self.flags.optim:
-            raise ValueError(f"it was saved with --optim {saved}")
-        if "param_groups" in moments:  # until November 2026 parameters were numbered, in the same order
-            numbers = [number for group in moments["param_groups"] for number in group["params"]]
-            moments = {name: moments["state"].get(n, {}) for name, n in zip(self.trained, numbers, strict=True)}
+        if state["optim"] != self.flags.optim:
+            raise ValueError(f"it was saved with --optim {state['optim']}")
         same = moments.keys() == self.trained.keys() and all(
             value.shape in ((), self.trained[name].shape) for name, own in moments.items() for value in own.values()
         )
@@ -130,7 +127,7 @@ class Optimization:
                 if self.flags.optim == "adamw_8bit":  # counts steps on the CPU
                     self.optimizer.state[parameter]["step"] = own["step"]
         self.scaler.load_state_dict(state["scaler"])
-        self.skipped = state.get("skipped", 0)
+        self.skipped = state["skipped"]
 
 
 def _hand_over(master: nn.Parameter, weight: nn.Parameter) -> None:

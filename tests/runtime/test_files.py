@@ -107,17 +107,18 @@ PLAIN = ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
 
 
+def model(path: Path, names: tuple[str, ...]) -> Path:
+    for name in names:
+        (path / name).parent.mkdir(parents=True, exist_ok=True)
+        (path / name).write_text(path.name)
+    return path
+
+
 @pytest.mark.parametrize(("old", "new"), [(PLAIN, ADAPTER), (ADAPTER, PLAIN), (PLAIN, PLAIN)])
 def test_a_model_takes_the_place_of_another_one_wherever_it_is_killed(
     old: tuple[str, ...], new: tuple[str, ...], tmp_path: Path
 ) -> None:
-    def model(kind: str, names: tuple[str, ...]) -> Path:
-        for name in names:
-            (tmp_path / kind / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / kind / name).write_text(kind)
-        return tmp_path / kind
-
-    first, second, calls, killed = model("old", old), model("new", new), 0, 0
+    first, second, calls, killed = model(tmp_path / "old", old), model(tmp_path / "new", new), 0, 0
     while killed == calls:
         output = tmp_path / f"out-{calls}"
         output.mkdir()
@@ -137,20 +138,14 @@ def test_a_model_takes_the_place_of_another_one_wherever_it_is_killed(
 
 
 def test_the_weights_of_a_merged_adapter_leave_its_tokenizer(tmp_path: Path) -> None:
-    for kind, names in (("adapter", ADAPTER), ("merged", PLAIN[:2])):
-        (tmp_path / kind).mkdir()
-        for name in names:
-            (tmp_path / kind / name).touch()
-    (tmp_path / "out").mkdir()
-    promote(tmp_path / "adapter", tmp_path / "out")
-    promote(tmp_path / "merged", tmp_path / "out", whole=False)
-    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*PLAIN[:3]}
-    foreign = tmp_path / "adapter" / ADAPTER[0]
-    (tmp_path / "out" / ".rqa-model.json").write_text(
-        json.dumps([f"../adapter/{ADAPTER[0]}", str(foreign), "nul\0", 3])
-    )
-    promote(tmp_path / "adapter", tmp_path / "out")
-    assert {path.name for path in (tmp_path / "out").glob("[!.]*")} == {*ADAPTER}
+    adapter, output = model(tmp_path / "adapter", ADAPTER), tmp_path / "out"
+    promote(adapter, output)
+    promote(model(tmp_path / "merged", PLAIN[:2]), output, whole=False)
+    assert {path.name for path in output.glob("[!.]*")} == {*PLAIN[:3]}
+    foreign = adapter / ADAPTER[0]
+    (output / ".rqa-model.json").write_text(json.dumps([f"../adapter/{foreign.name}", str(foreign), "nul\0", 3]))
+    promote(adapter, output)
+    assert {path.name for path in output.glob("[!.]*")} == {*ADAPTER}
     assert foreign.exists()
 
 

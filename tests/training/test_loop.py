@@ -11,7 +11,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import torch
 import pytest
@@ -213,27 +212,6 @@ def test_matrices_decay_and_vectors_do_not_and_new_layers_learn_at_their_own_rat
         run(replace(plan, new_layers="crossattention"))
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"new_layers_learning_rate": 0.1}, "--new_layers: goes with --new_layers_learning_rate"),
-        ({"new_layers": "(", "new_layers_learning_rate": 0.1}, r"--new_layers \(: is not a regular expression"),
-        ({"new_layers": "b", "new_layers_learning_rate": -1.0}, "--new_layers_learning_rate -1.0: must be at least 0"),
-        ({"optim": "adamw_8bit"}, "--optim adamw_8bit: trains whole bf16 weights; add --bf16 true"),
-        ({"max_steps": 0}, "--max_steps 0: must be at least 1, or -1"),
-        ({"max_steps": -1, "num_train_epochs": 0.0}, "--num_train_epochs: must be positive"),
-        ({"num_train_epochs": math.nan}, r"--num_train_epochs nan: must be a finite number"),
-        ({"save_total_limit": 0}, "--save_total_limit 0: must be at least 1"),
-        ({"warmup_ratio": 1.5}, "--warmup_ratio 1.5: must be at least 0 and at most 1"),
-        ({"adam_beta1": 1.0}, "--adam_beta1 1.0: must be at least 0 and less than 1"),
-        ({"output_dir": __file__}, r"--output_dir .*: is a file"),
-    ],
-)
-def test_flags_that_make_no_sense_are_refused(flags: LoopArguments, change: dict[str, Any], message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        replace(flags, **change)
-
-
 def test_every_log_line_is_the_mean_since_the_last_and_every_event_an_entry_of_its_own(flags: LoopArguments) -> None:
     def before_step(step: int) -> dict[str, float]:
         return {"index_staleness": float(step), **({"index_refreshed": 1.0} if step == 4 else {})}
@@ -288,12 +266,16 @@ def test_before_step_comes_before_the_batch_is_made(flags: LoopArguments) -> Non
     assert made == [event for step in range(6) for event in (f"before {step}", "batch")]
 
 
+class Small(PreTrainedModel):
+    """What `transformers` caches about a class must not be cached about them all."""
+
+
 class InModel(Regression):
     """The same within a model of `transformers`, which is what bf16 lowers."""
 
     def __init__(self, dropout: float = 0.0) -> None:
         super().__init__(dropout)
-        self.model = PreTrainedModel(PreTrainedConfig())
+        self.model = Small(PreTrainedConfig())
         self.model.linear, self.model.frozen = self._modules.pop("linear"), nn.Linear(4, 1).requires_grad_(False)
         self.dtypes: set[torch.dtype] = set()
 
