@@ -312,14 +312,16 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     if len(tokens) < 2 or len(choice["text"]) < len(text):
         return []
     # A server may show, and count, a token that it puts before every text.
-    lead = 0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0]
-    start, end, shown = lead + len(prompt), lead + len(text), tokens[0][:lead] + text
+    shown = ("" if prompt.startswith(tokens[0].strip()) else tokens[0][: offsets[1] - offsets[0]]) + text
+    end, start = len(shown), len(shown) - len(answer)
     generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
     rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
-    # Of a character in several tokens, each may be shown as U+FFFD.
-    placed = all(shown.startswith(token, begin) or "\ufffd" in token for token, _, begin, _ in rows[1:])
-    if not placed or text not in choice["text"][: len(tokens[0]) + len(text)]:
+    # The tokens tile the text; of a character in several tokens, each may be shown as U+FFFD.
+    parts = [(token, shown[begin:stop]) for token, _, begin, stop in rows[1:]]
+    tiled = all(token == part or ("\ufffd" in token and len(part) <= len(token)) for token, part in parts)
+    edges = choice["text"].find(text), min(offsets), offsets[1]
+    if not tiled or min(edges) < 0 or max(edges) > len(tokens[0]):
         raise ValueError("log-probabilities of another text")
     rows = rows[values[0] is None :]  # nothing stands before the first token that could make it likely
     return [_log_probability(value) for _, value, begin, stop in rows if begin >= start or stop > start]

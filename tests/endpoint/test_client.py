@@ -383,6 +383,8 @@ COUNTED = {"completion_tokens": 1}
         # a token that the server puts in front shifts the text
         (["<s>", "Q: ", "Anna", "\n"], [0, 3, 6, 10], COUNTED, "Q: ", "Anna", [-2.0]),
         # parts of one character all count, and a generated token does not, counted or not
+    **{f"token {place} is missing": lambda _, logprobs, place=place: [row.pop(place) for row in logprobs.values()]
+       for place in (1, 3, 6, 7)},
         (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], COUNTED, "Q: ", "木", [-1.0, -2.0, -3.0]),
         (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], {}, "Q: ", "木", [-1.0, -2.0, -3.0]),
         # an end token that is counted but not shown takes no token away
