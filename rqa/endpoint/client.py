@@ -87,14 +87,15 @@ class Endpoint:
         """`template` are variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         if not (url := URL.fullmatch(self._url)):
+            spec = re.sub(r"(?s)[?#].*", "?...", spec, count=1)  # a query may hold a key
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
         self.base_url = without_credentials(self._url)
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
         self._names: dict[str, str] = {}  # that the server takes in place of ours
-        friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
-        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
+        friends = "https://api.openai.com", without_credentials(os.environ.get("OPENAI_BASE_URL", ""))
+        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]  # others get no key
         self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
         self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
         if not (self._key.isascii() and self._key.isprintable()):
@@ -200,6 +201,10 @@ class Endpoint:
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
                 # The body is unpacked, and what is no UTF-8 is no JSON.
+                except Exception as error:
+                    if type(error).__name__ != "DecodingError":
+                        raise
+                    body[:] = f"its compression is broken: {error}".encode()  # a reply that cannot be read
                 left_out = ("content-encoding", "content-type")
                 headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
                 if reply.status_code == 429 and b"insufficient_quota" in body:

@@ -86,6 +86,10 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
+    "no gzip": (
+        lambda: Response("a" * 9, headers={"content-encoding": "gzip"}),
+        "not the .*: its compression is broken",
+    ),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
     "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
@@ -172,6 +176,8 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
     for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:x/v1", "http://[::1/v1"):
         with pytest.raises(UserError, match=re.escape(f"openai::{spec}: not a server; write openai::http://host:port")):
             Endpoint(f"openai::{spec}")
+    with pytest.raises(UserError, match=r"^openai::http://host/v1\?\.\.\.: not a server"):
+        Endpoint("openai::http://host/v1?key=secret#secret")
     for host in ("999.1.1.1", "a..b", "x" * 99 + ".de", "host:80000"):
         with pytest.raises(UserError, match=r"not a server's URL|cannot be reached"):
             Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
@@ -300,7 +306,9 @@ def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatc
     tracemalloc.stop()
 
 
-def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(server: OpenAIServer) -> None:
+def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
         server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
@@ -326,6 +334,9 @@ def characters(body: dict) -> dict:
 
 
 def completion(tokens: list[str], offsets: list[int], values: list[float | None], **usage: int) -> dict:
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert (ours._key, connect(server)._key) == ("", "secret")
     logprobs = {"tokens": tokens, "token_logprobs": values, "text_offset": offsets}
     return {"choices": [{"text": "".join(tokens), "logprobs": logprobs}], "usage": usage}
 
