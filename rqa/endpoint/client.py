@@ -34,6 +34,7 @@ ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPEN
 ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
 REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
+QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
 CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
@@ -255,10 +256,11 @@ class Endpoint:
             try:
                 return await send(job.path, cast_to=HttpxBinaryResponseContent, options={"extra_json": body or None})
             except APIStatusError as error:
-                said = error.response.text if error.status_code == 400 else ""
-                named = next((name for name in INSTEAD if name in body and name in said), None)
-                if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
-                    raise Refused(str(self._failure(error))) if error.status_code in REFUSALS else error from None
+                refusal = self._failure(error)
+                names = [error.param] if error.param else QUOTED.findall(str(refusal) * (error.status_code == 400))
+                named = next((name for name in INSTEAD if name in body and name in names), None)
+                if named is None or "context length" in str(refusal):  # too long a prompt; the limit is named, too
+                    raise refusal from error
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
                 self._names[named] = INSTEAD[named]
@@ -267,9 +269,8 @@ class Endpoint:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
-            said = error.body
-            if isinstance(said, dict):
-                said = said.get("message") or said.get("detail") or said
+            said = error.body if isinstance(error.body, dict) else {"message": error.body}
+            said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
             said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
             what = f"{status}, {said}; {ADVICE.get(status, advice)}"

@@ -270,9 +270,11 @@ def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
 
 def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_are_sent(server: OpenAIServer) -> None:
     def refuse() -> Response:
-        for name in ("max_tokens", "temperature"):
-            if name in server.seen[-1].body:
-                return error(400, f"Unsupported: '{name}'; use 'max_completion_tokens' or the default")
+        body = server.seen[-1].body
+        if "max_tokens" in body:
+            return error(400, "Unsupported: `max_tokens`; use 'max_completion_tokens'")
+        if "temperature" in body:
+            return error(400, "Only the default is supported", param="temperature")
         return JSONResponse({"choices": [{"message": {"content": "So."}}]})
 
     server.faults = [refuse] * 9
@@ -290,6 +292,12 @@ def slowly() -> Response:
 
     return StreamingResponse(body(), media_type="application/json")
 
+    repeated = {"message": "Filtered: what is the temperature in Lund?", "request": {"temperature": 0}}
+    for said in (repeated, repeated | {"param": "prompt", "message": "'temperature'"}, repeated | {"message": None}):
+        server.faults = [lambda said=said: JSONResponse({"error": said}, 400)] * 2
+        with pytest.raises(UserError, match="400, "):
+            connect(server).ask(say("c"), 7)
+        assert server.of("chat/completions")[-1]["temperature"] == 0
 
 def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.3)
