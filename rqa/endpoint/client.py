@@ -32,10 +32,9 @@ PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; tw
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
 ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
-REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
-QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
+QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
 CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
@@ -69,7 +68,7 @@ class Job(NamedTuple):
 
 
 class Refused(UserError):
-    """One request that the server will not answer, however often it is sent."""
+    """A request that the server does not answer as it should, however often it is sent."""
 
 
 def is_endpoint(name: str) -> bool:
@@ -167,7 +166,8 @@ class Endpoint:
                     found = await self._send(client.post, job)
                 except Refused as error:
                     refused[job.key] = error
-                    if not self._served and len(refused) >= min(FIRST, len(missing)):
+                    at_once = getattr(error.__cause__, "status_code", 0) in ADVICE
+                    if not self._served and (at_once or len(refused) >= min(FIRST, len(missing))):
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
@@ -176,9 +176,9 @@ class Endpoint:
                 bar.update()
 
         if missing:
-            at_once = min(self.flags.endpoint_concurrency, len(missing))
+            workers = min(self.flags.endpoint_concurrency, len(missing))
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
-                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(at_once))))
+                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(workers))))
         for key, error in list(refused.items())[:1]:
             turns = missing[key].body.get("messages") or [{"content": missing[key].body["prompt"]}]
             end = one_line(turns[-1]["content"][-99:])
@@ -201,11 +201,11 @@ class Endpoint:
                                 break
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
-                # The body is unpacked, and what is no UTF-8 is no JSON.
                 except Exception as error:
                     if type(error).__name__ != "DecodingError":
                         raise
                     body[:] = f"its compression is broken: {error}".encode()  # a reply that cannot be read
+                # The body is unpacked, and what is no UTF-8 is no JSON.
                 left_out = ("content-encoding", "content-type")
                 headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
                 if reply.status_code == 429 and b"insufficient_quota" in body:
@@ -265,7 +265,7 @@ class Endpoint:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
                 self._names[named] = INSTEAD[named]
 
-    def _failure(self, error: Any) -> UserError:
+    def _failure(self, error: Any) -> Refused:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
@@ -273,7 +273,7 @@ class Endpoint:
             said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
             said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            what = f"{status}, {said}; {ADVICE.get(status, advice)}"
+            what = f"{status}, {said}; {advice if self._served else ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
         else:
@@ -281,10 +281,10 @@ class Endpoint:
             what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
         return self._error(what)
 
-    def _error(self, what: str) -> UserError:
+    def _error(self, what: str) -> Refused:
         for secret in filter(None, self._secrets):
             what = what.replace(secret, "***")
-        return UserError(f"{self.base_url}: {what}")
+        return Refused(f"{self.base_url}: {what}")
 
 
 def _asked(retries: int) -> str:

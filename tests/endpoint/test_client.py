@@ -254,18 +254,28 @@ def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
     server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     filtered = lambda: error(400, "filtered")  # noqa: E731
-    server.faults = [filtered, None, lambda: error(422, "too long"), *[None] * 9, filtered]
-    replies = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
-    assert [word for word, reply in zip(WORDS, replies, strict=True) if not reply] == ["word 0", "word 2"]
-    assert "ask: 2 of 12 requests were refused, and their answers are empty; the first, ..." in caplog.text
+    replies = [error(status, "not this one") for status in (403, 404, 422, 451, 500)]
+    replies += [JSONResponse({"choices": choices}) for choices in ([], [{"message": None}])]
+    replies += [Response("no gzip", headers={"content-encoding": "gzip"})]
+    lasting = [lambda reply=reply: reply for reply in replies]
+    server.faults = [filtered, None, *lasting, None, None, filtered]
+    ours = connect(server, concurrency=1, retries=0)
+    given = [f"You said: {word}" if number in (1, 10, 11) else "" for number, word in enumerate(WORDS)]
+    assert texts(ours.ask(say(*WORDS), 7)) == given
+    assert "ask: 9 of 12 requests were refused, and their answers are empty; the first, ...word 0: " in caplog.text
     assert "400, filtered" in caplog.text
     again = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
-    assert (again[0], again[2]) == ("", "You said: word 2")
-    assert server.questions[12:] == ["word 0", "word 2"]
-    server.faults = [filtered] * 20
-    with pytest.raises(UserError, match="400, filtered"):
-        connect(server, concurrency=1).ask(say(*map(str, range(20))), 7)
-    assert len(server.questions) == 14 + 5
+    assert again == ["", *(f"You said: {word}" for word in WORDS[1:])]
+    assert server.questions[12:] == [word for number, word in enumerate(WORDS) if number not in (1, 10, 11)]
+    server.faults = [half_a_reply]
+    with pytest.raises(UserError, match="cannot be reached"):
+        ours.ask(say("lost"), 7)
+    for first in (filtered, lasting[4], lasting[5]):
+        server.seen.clear()
+        server.faults = [first] * 20
+        with pytest.raises(UserError, match=r"filtered|not this one|not the reply"):
+            connect(server, concurrency=1, retries=0).ask(say(*map(str, range(20))), 7)
+        assert len(server.questions) == 5
 
 
 def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_are_sent(server: OpenAIServer) -> None:
@@ -282,6 +292,12 @@ def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_a
     assert texts(ours.ask(say("a", "b"), 7)) == ["So.", "So."]
     bodies = [sorted(body.keys() - {"messages", "model"}) for body in server.of("chat/completions")]
     assert bodies[2:] == [["chat_template_kwargs", "max_completion_tokens"]] * 2
+    repeated = {"message": "Filtered: what is the temperature in Lund?", "request": {"temperature": 0}}
+    for said in (repeated, repeated | {"param": "prompt", "message": "'temperature'"}, repeated | {"message": None}):
+        server.faults = [lambda said=said: JSONResponse({"error": said}, 400)] * 2
+        with pytest.raises(UserError, match="400, "):
+            connect(server).ask(say("c"), 7)
+        assert server.of("chat/completions")[-1]["temperature"] == 0
 
 
 def slowly() -> Response:
@@ -292,12 +308,6 @@ def slowly() -> Response:
 
     return StreamingResponse(body(), media_type="application/json")
 
-    repeated = {"message": "Filtered: what is the temperature in Lund?", "request": {"temperature": 0}}
-    for said in (repeated, repeated | {"param": "prompt", "message": "'temperature'"}, repeated | {"message": None}):
-        server.faults = [lambda said=said: JSONResponse({"error": said}, 400)] * 2
-        with pytest.raises(UserError, match="400, "):
-            connect(server).ask(say("c"), 7)
-        assert server.of("chat/completions")[-1]["temperature"] == 0
 
 def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rqa.endpoint.client.TIMEOUT", 0.3)
@@ -319,12 +329,14 @@ def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(
 ) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
-        server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
+        server.faults = [lambda: RedirectResponse(other.url + "/chat/completions")]
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
-        assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
         with pytest.raises(UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed:") as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert (ours._key, connect(server)._key) == ("", "secret")
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
     shown = (str(caught.value), ours.base_url, str(EndpointArguments(endpoint_model=f"openai::{url}").to_json()))
     assert not any("pass-word" in text for text in shown)
@@ -342,9 +354,6 @@ def characters(body: dict) -> dict:
 
 
 def completion(tokens: list[str], offsets: list[int], values: list[float | None], **usage: int) -> dict:
-    monkeypatch.setenv("OPENAI_BASE_URL", url)
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    assert (ours._key, connect(server)._key) == ("", "secret")
     logprobs = {"tokens": tokens, "token_logprobs": values, "text_offset": offsets}
     return {"choices": [{"text": "".join(tokens), "logprobs": logprobs}], "usage": usage}
 
@@ -374,6 +383,8 @@ IMPOSSIBLE: dict[str, Callable[[dict, dict], Any]] = {
     "short": lambda _, logprobs: logprobs["token_logprobs"].pop(),
     "another text": lambda choice, _: choice.update(text=choice["text"][::-1]),
     "other tokens": lambda _, logprobs: logprobs["tokens"].reverse(),
+    **{f"token {place} is missing": lambda _, logprobs, place=place: [row.pop(place) for row in logprobs.values()]
+       for place in (1, 3, 6, 7)},
 }  # fmt: skip
 
 
@@ -402,8 +413,6 @@ COUNTED = {"completion_tokens": 1}
         # a token that the server puts in front shifts the text
         (["<s>", "Q: ", "Anna", "\n"], [0, 3, 6, 10], COUNTED, "Q: ", "Anna", [-2.0]),
         # parts of one character all count, and a generated token does not, counted or not
-    **{f"token {place} is missing": lambda _, logprobs, place=place: [row.pop(place) for row in logprobs.values()]
-       for place in (1, 3, 6, 7)},
         (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], COUNTED, "Q: ", "木", [-1.0, -2.0, -3.0]),
         (["Q: ", "木", "", "", "."], [0, 3, 4, 4, 4], {}, "Q: ", "木", [-1.0, -2.0, -3.0]),
         # an end token that is counted but not shown takes no token away

@@ -62,11 +62,11 @@ def test_the_judge_sees_what_decides_at_temperature_0_and_an_empty_reply_is_not_
     judged, earlier, others = rows(2), [{"speaker": "user", "message": "Hm."}], ["Because.", "Thus."]
     judged[0] |= {"chat_history": earlier, "other_answers": others}
     judge.say = lambda messages: json.dumps({"verdict": "correct"}) if "Thus." in messages[1]["content"] else ""
-    judge.faults = [lambda: Response("{", media_type="application/json")] * 2
+    judge.faults = [lambda: Response("{", media_type="application/json")] * 4
     with pytest.raises(UserError, match="asked 2 times"):
         judge_answers(judged, arguments(judge, endpoint_retries=1, endpoint_concurrency=1))
     assert judge_answers(judged, arguments(judge))["gen/gpt4eval_unparsed"] == 1
-    assert len(judge.questions) == 4
+    assert len(judge.questions) == 6
     body = judge.of("chat/completions")[0]
     assert (body["temperature"], body["messages"][0]) == (0, {"role": "system", "content": INSTRUCTION})
     given = json.loads(body["messages"][1]["content"])
