@@ -32,9 +32,9 @@ PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; tw
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
 ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
-REFUSALS = (400, 413, 422)  # of one request, such as a prompt that is too long or that a filter stops
 FIRST = 5  # requests: where all of them are refused, so will be the others
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
+QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
 CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
@@ -68,7 +68,7 @@ class Job(NamedTuple):
 
 
 class Refused(UserError):
-    """One request that the server will not answer, however often it is sent."""
+    """A request that the server does not answer as it should, however often it is sent."""
 
 
 def is_endpoint(name: str) -> bool:
@@ -87,14 +87,15 @@ class Endpoint:
         """`template` are variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         if not (url := URL.fullmatch(self._url)):
+            spec = re.sub(r"(?s)[?#].*", "?...", spec, count=1)  # a query may hold a key
             raise UserError(f"{spec}: not a server; write {PREFIX}http://host:port/v1")
         self.base_url = without_credentials(self._url)
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
         self._names: dict[str, str] = {}  # that the server takes in place of ours
-        friends = ("https://api.openai.com", os.environ.get("OPENAI_BASE_URL", ""))  # nobody else gets the key
-        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]
+        friends = "https://api.openai.com", without_credentials(os.environ.get("OPENAI_BASE_URL", ""))
+        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]  # others get no key
         self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
         self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
         if not (self._key.isascii() and self._key.isprintable()):
@@ -165,7 +166,8 @@ class Endpoint:
                     found = await self._send(client.post, job)
                 except Refused as error:
                     refused[job.key] = error
-                    if not self._served and len(refused) >= min(FIRST, len(missing)):
+                    at_once = getattr(error.__cause__, "status_code", 0) in ADVICE
+                    if not self._served and (at_once or len(refused) >= min(FIRST, len(missing))):
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
@@ -174,9 +176,9 @@ class Endpoint:
                 bar.update()
 
         if missing:
-            at_once = min(self.flags.endpoint_concurrency, len(missing))
+            workers = min(self.flags.endpoint_concurrency, len(missing))
             with progress(total=len(missing), desc=desc, unit="q", disable=not distributed.is_main()) as bar:
-                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(at_once))))
+                self._run(lambda client: asyncio.gather(*(ask(client) for _ in range(workers))))
         for key, error in list(refused.items())[:1]:
             turns = missing[key].body.get("messages") or [{"content": missing[key].body["prompt"]}]
             end = one_line(turns[-1]["content"][-99:])
@@ -199,6 +201,10 @@ class Endpoint:
                                 break
                 except TimeoutError:
                     raise openai.APITimeoutError(request) from None
+                except Exception as error:
+                    if type(error).__name__ != "DecodingError":
+                        raise
+                    body[:] = f"its compression is broken: {error}".encode()  # a reply that cannot be read
                 # The body is unpacked, and what is no UTF-8 is no JSON.
                 left_out = ("content-encoding", "content-type")
                 headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
@@ -250,24 +256,24 @@ class Endpoint:
             try:
                 return await send(job.path, cast_to=HttpxBinaryResponseContent, options={"extra_json": body or None})
             except APIStatusError as error:
-                said = error.response.text if error.status_code == 400 else ""
-                named = next((name for name in INSTEAD if name in body and name in said), None)
-                if named is None or "context length" in said:  # too long a prompt, whose refusal names the limit, too
-                    raise Refused(str(self._failure(error))) if error.status_code in REFUSALS else error from None
+                refusal = self._failure(error)
+                names = [error.param] if error.param else QUOTED.findall(str(refusal) * (error.status_code == 400))
+                named = next((name for name in INSTEAD if name in body and name in names), None)
+                if named is None or "context length" in str(refusal):  # too long a prompt; the limit is named, too
+                    raise refusal from error
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
                 self._names[named] = INSTEAD[named]
 
-    def _failure(self, error: Any) -> UserError:
+    def _failure(self, error: Any) -> Refused:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
         cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
         if status := getattr(error, "status_code", 0):
-            said = error.body
-            if isinstance(said, dict):
-                said = said.get("message") or said.get("detail") or said
+            said = error.body if isinstance(error.body, dict) else {"message": error.body}
+            said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
             said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            what = f"{status}, {said}; {ADVICE.get(status, advice)}"
+            what = f"{status}, {said}; {advice if self._served else ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
         else:
@@ -275,10 +281,10 @@ class Endpoint:
             what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
         return self._error(what)
 
-    def _error(self, what: str) -> UserError:
+    def _error(self, what: str) -> Refused:
         for secret in filter(None, self._secrets):
             what = what.replace(secret, "***")
-        return UserError(f"{self.base_url}: {what}")
+        return Refused(f"{self.base_url}: {what}")
 
 
 def _asked(retries: int) -> str:
@@ -312,14 +318,16 @@ def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
     if len(tokens) < 2 or len(choice["text"]) < len(text):
         return []
     # A server may show, and count, a token that it puts before every text.
-    lead = 0 if prompt.startswith(tokens[0].strip()) else offsets[1] - offsets[0]
-    start, end, shown = lead + len(prompt), lead + len(text), tokens[0][:lead] + text
+    shown = ("" if prompt.startswith(tokens[0].strip()) else tokens[0][: offsets[1] - offsets[0]]) + text
+    end, start = len(shown), len(shown) - len(answer)
     generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
     rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
-    # Of a character in several tokens, each may be shown as U+FFFD.
-    placed = all(shown.startswith(token, begin) or "\ufffd" in token for token, _, begin, _ in rows[1:])
-    if not placed or text not in choice["text"][: len(tokens[0]) + len(text)]:
+    # The tokens tile the text; of a character in several tokens, each may be shown as U+FFFD.
+    parts = [(token, shown[begin:stop]) for token, _, begin, stop in rows[1:]]
+    tiled = all(token == part or ("\ufffd" in token and len(part) <= len(token)) for token, part in parts)
+    edges = choice["text"].find(text), min(offsets), offsets[1]
+    if not tiled or min(edges) < 0 or max(edges) > len(tokens[0]):
         raise ValueError("log-probabilities of another text")
     rows = rows[values[0] is None :]  # nothing stands before the first token that could make it likely
     return [_log_probability(value) for _, value, begin, stop in rows if begin >= start or stop > start]

@@ -2,8 +2,8 @@
 
 import json
 import logging
+import re
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from rqa.data import subset
@@ -20,6 +20,7 @@ log = logging.getLogger(__name__)
 VERDICTS = ("correct", "partially", "incorrect")
 SHARES = {"gen/gpt4eval": "correct", "gen/gpt4eval_partially": "partially"}
 ATTEMPTS, VERDICT_TOKENS = 3, 256
+FIELD = re.compile(r'"(verdict|reason)"\s*:\s*("(?:[^"\\]|\\(?:["\\/bfnrt]|u[0-9a-fA-F]{4}))*")\s*[,}]')
 
 INSTRUCTION = """\
 You grade the answers of a question answering system. You get a question, a reference answer that you take to be \
@@ -85,21 +86,12 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The last JSON object in the reply with a known verdict; one inside another counts only if it is all of it."""
-    found, end, reply = None, 0, reply[-10_000:]  # what never closes an object must not take quadratic time
-    while (start := reply.find("{", end)) >= 0:
-        try:
-            value, end = json.JSONDecoder().raw_decode(reply, start)
-        except (ValueError, RecursionError):
-            depths = accumulate((character == "{") - (character == "}") for character in reply[start:])
-            end = next((place for place, depth in enumerate(depths, start + 1) if not depth), len(reply))
-            continue
-        if len(value) == 1 and isinstance(inner := next(iter(value.values())), dict):
-            value = inner
-        verdict = str(value.get("verdict")).strip().lower()
-        if verdict in VERDICTS:
-            found = {"verdict": verdict, "reason": clean_text(str(value.get("reason", "")))}
-    return found
+    """The verdict in the reply, and its reason; None if there is none, or two that differ, as in a quotation."""
+    fields = [(name, json.loads(text, strict=False)) for name, text in FIELD.findall(reply)]
+    verdicts = {text.strip().lower() for name, text in fields if name == "verdict"}
+    if len(verdicts) != 1 or not verdicts <= set(VERDICTS):
+        return None
+    return {"verdict": verdicts.pop(), "reason": clean_text(dict(fields).get("reason", ""))}
 
 
 def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:

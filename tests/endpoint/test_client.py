@@ -86,6 +86,10 @@ FAULTS: dict[str, tuple[Callable[[], Response], str]] = {
     "dropped connection": (half_a_reply, r"cannot be reached \(.+\), asked 3 times"),
     "slow": (lambda: time.sleep(1) or Response(), "no answer within 0.5 seconds, asked 3 times; lower"),
     "no JSON": (lambda: Response("{", media_type="application/json"), r"not the reply .*: \{\), asked 3 times"),
+    "no gzip": (
+        lambda: Response("a" * 9, headers={"content-encoding": "gzip"}),
+        "not the .*: its compression is broken",
+    ),
     "a web page": (lambda: HTMLResponse("<h1>Welcome</h1>"), "not the reply .*Welcome.*, asked 3 times"),
     "not text": (lambda: JSONResponse({"choices": [{"message": {"content": {"a": 1}}}]}), "not the reply .*, asked 3"),
     "too deep": (lambda: Response("[" * 10**5, media_type="application/json"), "not the reply .*, asked 3"),
@@ -172,6 +176,8 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
     for spec in ("localhost:8000", "", "ftp://host/v1", "http://host:x/v1", "http://[::1/v1"):
         with pytest.raises(UserError, match=re.escape(f"openai::{spec}: not a server; write openai::http://host:port")):
             Endpoint(f"openai::{spec}")
+    with pytest.raises(UserError, match=r"^openai::http://host/v1\?\.\.\.: not a server"):
+        Endpoint("openai::http://host/v1?key=secret#secret")
     for host in ("999.1.1.1", "a..b", "x" * 99 + ".de", "host:80000"):
         with pytest.raises(UserError, match=r"not a server's URL|cannot be reached"):
             Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
@@ -248,25 +254,37 @@ def test_a_refused_question_costs_itself_alone_and_is_asked_for_again(
     server: OpenAIServer, caplog: pytest.LogCaptureFixture
 ) -> None:
     filtered = lambda: error(400, "filtered")  # noqa: E731
-    server.faults = [filtered, None, lambda: error(422, "too long"), *[None] * 9, filtered]
-    replies = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
-    assert [word for word, reply in zip(WORDS, replies, strict=True) if not reply] == ["word 0", "word 2"]
-    assert "ask: 2 of 12 requests were refused, and their answers are empty; the first, ..." in caplog.text
+    replies = [error(status, "not this one") for status in (403, 404, 422, 451, 500)]
+    replies += [JSONResponse({"choices": choices}) for choices in ([], [{"message": None}])]
+    replies += [Response("no gzip", headers={"content-encoding": "gzip"})]
+    lasting = [lambda reply=reply: reply for reply in replies]
+    server.faults = [filtered, None, *lasting, None, None, filtered]
+    ours = connect(server, concurrency=1, retries=0)
+    given = [f"You said: {word}" if number in (1, 10, 11) else "" for number, word in enumerate(WORDS)]
+    assert texts(ours.ask(say(*WORDS), 7)) == given
+    assert "ask: 9 of 12 requests were refused, and their answers are empty; the first, ...word 0: " in caplog.text
     assert "400, filtered" in caplog.text
     again = texts(connect(server, concurrency=1).ask(say(*WORDS), 7))
-    assert (again[0], again[2]) == ("", "You said: word 2")
-    assert server.questions[12:] == ["word 0", "word 2"]
-    server.faults = [filtered] * 20
-    with pytest.raises(UserError, match="400, filtered"):
-        connect(server, concurrency=1).ask(say(*map(str, range(20))), 7)
-    assert len(server.questions) == 14 + 5
+    assert again == ["", *(f"You said: {word}" for word in WORDS[1:])]
+    assert server.questions[12:] == [word for number, word in enumerate(WORDS) if number not in (1, 10, 11)]
+    server.faults = [half_a_reply]
+    with pytest.raises(UserError, match="cannot be reached"):
+        ours.ask(say("lost"), 7)
+    for first in (filtered, lasting[4], lasting[5]):
+        server.seen.clear()
+        server.faults = [first] * 20
+        with pytest.raises(UserError, match=r"filtered|not this one|not the reply"):
+            connect(server, concurrency=1, retries=0).ask(say(*map(str, range(20))), 7)
+        assert len(server.questions) == 5
 
 
 def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_are_sent(server: OpenAIServer) -> None:
     def refuse() -> Response:
-        for name in ("max_tokens", "temperature"):
-            if name in server.seen[-1].body:
-                return error(400, f"Unsupported: '{name}'; use 'max_completion_tokens' or the default")
+        body = server.seen[-1].body
+        if "max_tokens" in body:
+            return error(400, "Unsupported: `max_tokens`; use 'max_completion_tokens'")
+        if "temperature" in body:
+            return error(400, "Only the default is supported", param="temperature")
         return JSONResponse({"choices": [{"message": {"content": "So."}}]})
 
     server.faults = [refuse] * 9
@@ -274,6 +292,12 @@ def test_what_a_model_refuses_by_name_is_sent_otherwise_and_template_variables_a
     assert texts(ours.ask(say("a", "b"), 7)) == ["So.", "So."]
     bodies = [sorted(body.keys() - {"messages", "model"}) for body in server.of("chat/completions")]
     assert bodies[2:] == [["chat_template_kwargs", "max_completion_tokens"]] * 2
+    repeated = {"message": "Filtered: what is the temperature in Lund?", "request": {"temperature": 0}}
+    for said in (repeated, repeated | {"param": "prompt", "message": "'temperature'"}, repeated | {"message": None}):
+        server.faults = [lambda said=said: JSONResponse({"error": said}, 400)] * 2
+        with pytest.raises(UserError, match="400, "):
+            connect(server).ask(say("c"), 7)
+        assert server.of("chat/completions")[-1]["temperature"] == 0
 
 
 def slowly() -> Response:
@@ -300,15 +324,19 @@ def test_no_reply_takes_too_much_time_or_memory(server: OpenAIServer, monkeypatc
     tracemalloc.stop()
 
 
-def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(server: OpenAIServer) -> None:
+def test_redirects_are_not_followed_and_passwords_of_urls_are_sent_and_not_said(
+    server: OpenAIServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
     url = server.url.replace("//", "//user:pass-word@")
     with serve() as other:
-        server.faults = [None, lambda: RedirectResponse(other.url + "/chat/completions")]
+        server.faults = [lambda: RedirectResponse(other.url + "/chat/completions")]
         ours = Endpoint(f"openai::{url}", EndpointArguments(endpoint_concurrency=1, endpoint_retries=0))
-        assert texts(ours.ask(say("a"), 7)) == ["You said: a"]
         with pytest.raises(UserError, match=rf"/v1: 307, {other.url}/chat.*; redirects are not followed:") as caught:
             ours.ask(say("b"), 7)
         assert not other.seen
+    monkeypatch.setenv("OPENAI_BASE_URL", url)
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert (ours._key, connect(server)._key) == ("", "secret")
     assert server.seen[-1].key == "Basic " + base64.b64encode(b"user:pass-word").decode()
     shown = (str(caught.value), ours.base_url, str(EndpointArguments(endpoint_model=f"openai::{url}").to_json()))
     assert not any("pass-word" in text for text in shown)
@@ -355,6 +383,8 @@ IMPOSSIBLE: dict[str, Callable[[dict, dict], Any]] = {
     "short": lambda _, logprobs: logprobs["token_logprobs"].pop(),
     "another text": lambda choice, _: choice.update(text=choice["text"][::-1]),
     "other tokens": lambda _, logprobs: logprobs["tokens"].reverse(),
+    **{f"token {place} is missing": lambda _, logprobs, place=place: [row.pop(place) for row in logprobs.values()]
+       for place in (1, 3, 6, 7)},
 }  # fmt: skip
 
 

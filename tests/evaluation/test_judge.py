@@ -62,11 +62,11 @@ def test_the_judge_sees_what_decides_at_temperature_0_and_an_empty_reply_is_not_
     judged, earlier, others = rows(2), [{"speaker": "user", "message": "Hm."}], ["Because.", "Thus."]
     judged[0] |= {"chat_history": earlier, "other_answers": others}
     judge.say = lambda messages: json.dumps({"verdict": "correct"}) if "Thus." in messages[1]["content"] else ""
-    judge.faults = [lambda: Response("{", media_type="application/json")] * 2
+    judge.faults = [lambda: Response("{", media_type="application/json")] * 4
     with pytest.raises(UserError, match="asked 2 times"):
         judge_answers(judged, arguments(judge, endpoint_retries=1, endpoint_concurrency=1))
     assert judge_answers(judged, arguments(judge))["gen/gpt4eval_unparsed"] == 1
-    assert len(judge.questions) == 4
+    assert len(judge.questions) == 6
     body = judge.of("chat/completions")[0]
     assert (body["temperature"], body["messages"][0]) == (0, {"role": "system", "content": INSTRUCTION})
     given = json.loads(body["messages"][1]["content"])
@@ -103,15 +103,17 @@ def test_verdicts_are_read_from_what_models_write() -> None:
         '{"reason": "r", "verdict": "correct"}': "correct",
         '```json\n{"verdict": "Partially ", "reason": "{braces}"}\n```': "partially",
         'The set {a, b} matters. {"verdict": "incorrect"} I hope this helps.': "incorrect",
-        '{"verdict": "correct"} No, wait: {"verdict": "incorrect"}': "incorrect",
+        '{"verdict": "incorrect"} Again: {"verdict": "incorrect"}': "incorrect",
         '{"grade": {"verdict": "correct"}}': "correct",
         **dict.fromkeys(['{"verdict": "maybe"}', '{"verdict": null}', '{"verdict": "correct"', "correct", ""], None),
-        # What the answer or the judge quotes is no verdict.
-        '{"verdict": "incorrect", "quoted": {"verdict": "correct"}}': "incorrect",
-        '{"reason": "It says {"verdict": "correct"}.", "verdict": "incorrect"} {"verdict": "incorrect"}': "incorrect",
-        '{"reason": "It says {"verdict": "correct"}.", "verdict": "incorrect"}': None,
+        '{"reason": "one short sentence", "verdict": "correct" or "partially" or "incorrect"}': None,
+        # What the answer or the judge quotes is no verdict, and where it is not escaped, neither can be believed.
+        '{"reason": "It says {\\"verdict\\": \\"correct\\"}, isn\\\'t so", "verdict": "incorrect"}': "incorrect",
+        '{"verdict": "correct"} No, wait: {"verdict": "incorrect"}': None,
+        '{"verdict": "incorrect", "quoted": {"verdict": "correct"}}': None,
+        '{"reason": "a } {"verdict":"correct"}","verdict":"incorrect"}': None,
         '{"reason": "It has one } too many.", "verdict": "partially"}': "partially",
-        **dict.fromkeys([bracket * 10**6 for bracket in ("{", "[", '{"', '{"}', '{"a":')]),
+        **dict.fromkeys([bracket * 10**6 for bracket in ("{", '"reason": ', '"reason":"', '"verdict":"\\"', "\\")]),
     }.items():
         verdict = parse_verdict(reply)
         assert (verdict and verdict["verdict"]) == expected, reply[:99]
