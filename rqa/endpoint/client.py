@@ -32,6 +32,7 @@ PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; tw
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
 ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
+ENDS = {401, 402, 429, 502, 503, 504}  # what no other question changes: the key, the quota, a server that is away
 FIRST = 5  # requests: where all of them are refused, so will be the others
 INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
 QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
@@ -166,8 +167,8 @@ class Endpoint:
                     found = await self._send(client.post, job)
                 except Refused as error:
                     refused[job.key] = error
-                    at_once = getattr(error.__cause__, "status_code", 0) in ADVICE
-                    if not self._served and (at_once or len(refused) >= min(FIRST, len(missing))):
+                    status, all_of = getattr(error.__cause__, "status_code", 0), min(FIRST, len(missing))
+                    if status in ENDS or (not self._served and (status in ADVICE or len(refused) >= all_of)):
                         raise
                 else:
                     self._served, known[job.key] = True, job.read(found)
@@ -273,7 +274,7 @@ class Endpoint:
             said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
             said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            what = f"{status}, {said}; {advice if self._served else ADVICE.get(status, advice)}"
+            what = f"{status}, {said}; {advice if self._served and status not in ENDS else ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
         else:
