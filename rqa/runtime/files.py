@@ -182,7 +182,7 @@ def damage(directory: str | Path) -> str | None:
     if not is_complete(directory):
         return "it is incomplete" if directory.is_dir() else "no such directory"
     try:
-        for name, expected in read_json(directory / COMPLETION_MARK).items():
+        for name, expected in (read_json(directory / COMPLETION_MARK) or {COMPLETION_MARK: ""}).items():  # {}: damage
             if not is_own_file(directory, name):
                 return f"{name} is no regular file in it"
             if _sha256(directory / name) != expected:

@@ -165,6 +165,8 @@ def test_only_regular_files_of_its_own_make_a_directory_whole(name: str, tmp_pat
     sums = json.loads((tmp_path / "whole" / "COMPLETE").read_text())
     (tmp_path / "whole" / "COMPLETE").write_text(json.dumps({name: sums["file"]}))
     assert damage(tmp_path / "whole") is not None
+    (tmp_path / "whole" / "COMPLETE").write_text("{}")
+    assert damage(tmp_path / "whole") == "COMPLETE is damaged"
 
 
 def test_a_directory_belongs_to_one_process_until_that_is_killed(tmp_path: Path) -> None:
