@@ -63,8 +63,13 @@ def test_a_link_leads_to_its_file_which_keeps_its_mode_and_a_pipe_stays_a_pipe(t
     assert Path("/dev/null").is_char_device()
     write_jsonl(tmp_path / "packed.jsonl.gz", [{"a": 1}])
     assert list(read_jsonl(tmp_path / "packed.jsonl.gz")) == [(1, {"a": 1})]
-    with pytest.raises(UserError, match="pipe: is no directory"), atomic_directory(pipe):
-        pass
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (pipe, tmp_path / "loop"):
+        with pytest.raises(UserError, match=f"{place.name}: is no directory"), atomic_directory(place):
+            pass
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*/loop'"):
+        write_json(tmp_path / "loop", {})
+    assert (tmp_path / "loop").is_symlink()
     (tmp_path / "far").mkdir(0o700)
     (tmp_path / "near").symlink_to("far")
     with atomic_directory(tmp_path / "near"):
