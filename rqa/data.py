@@ -50,6 +50,10 @@ class Document:
         gain = self.metadata.get("gold_gain")
         return gain if isinstance(gain, int | float) and gain > 0 else 1.0
 
+    def graded(self, gain: float) -> "Document":
+        """The same document with this gain."""
+        return self if gain == self.gain else replace(self, metadata=self.metadata | {"gold_gain": gain})
+
     def to_json(self) -> dict[str, Any]:
         row = {"page_content": self.page_content, "metadata": self.metadata}
         derived = self.fmt_content == format_content(self.page_content, self.metadata)
@@ -99,8 +103,11 @@ def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
     write_jsonl(path, (document.to_json() for document in documents))
 
 
-class _PickledDocument:
-    """Receives the attributes of a pickled document, whatever library's class it was."""
+class _PickledDocument(dict):
+    """The fields of a pickled document, whatever library's class it was."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state.get("__dict__", state))  # pydantic keeps them one level down
 
 
 class _DocumentUnpickler(pickle.Unpickler):
@@ -123,18 +130,10 @@ def _read_pickle(path: Path) -> list[Document]:
                 if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
+            # What JSON has no form for, such as bytes, becomes null, and a set a list.
             values = _DocumentUnpickler(file).load()
-            if not isinstance(values, list):
-                raise UserError(f"expected a list of documents, found {type(values).__name__}")
-            documents = []
-            for number, value in enumerate(values, start=1):
-                attributes = vars(value) if isinstance(value, _PickledDocument) else value
-                if isinstance(attributes, dict) and isinstance(attributes.get("__dict__"), dict):
-                    attributes = attributes["__dict__"]  # pydantic keeps its fields one level down
-                # What JSON has no form for, such as bytes, becomes null, and a set a list.
-                text = json.dumps(attributes, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
-                documents.append(parse_document(parse_json(text, object), f"item {number}"))
-            return documents
+            text = json.dumps(values, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
+            return [parse_document(row, f"item {number}") for number, row in enumerate(parse_json(text, list), start=1)]
         except UserError as error:
             raise UserError(f"{path}: {error}") from None
         except Exception as error:  # a damaged pickle raises nearly anything
@@ -229,7 +228,10 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     told += "there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
-    return [replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d) for d in e.gold_docs)) for e in examples]
+    return [
+        replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d).graded(d.gain) for d in e.gold_docs))
+        for e in examples
+    ]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
@@ -244,23 +246,22 @@ def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> lis
         raise UserError(f"{where}: field 'gold_answer' must be a string")
     if answers and len(questions) > 1:
         raise UserError(f"{where}: one 'gold_answer' cannot answer several 'questions'; write a line for each")
-    others = _list(row, "other_answers", where)
+    others, turns = _list(row, "other_answers", where), _list(row, "chat_history", where)
     if not all(isinstance(other, str) for other in others):
         raise UserError(f"{where}: field 'other_answers' must hold strings")
-    turns = _list(row, "chat_history", where)
     for turn in turns:
         if not isinstance(turn, dict) or not all(isinstance(turn.get(name), str) for name in ("speaker", "message")):
             raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
-    scores = [context.get("score") for context in _list(row, "ctxs", where) if isinstance(context, dict)]
-    scored = bool(scores) and all(isinstance(score, int | float) for score in scores)
-    documents = {
+    fields: dict[str, Any] = {
         name: tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
         for name in ("gold_docs", "hard_neg_docs", "ctxs")
     }
-    ctx_scores = tuple(map(float, scores)) if scored else None
-    history = tuple(Turn(turn["speaker"], turn["message"]) for turn in turns)
-    known = {"chat_history": history, "ctx_scores": ctx_scores, "other_answers": tuple(others), "where": where}
-    return [Example(question, gold_answer=answer, **documents, **known) for question in questions]
+    scores = [context.get("score") for context in row.get("ctxs") or ()]
+    if scores and all(isinstance(score, int | float) for score in scores):
+        fields["ctx_scores"] = tuple(map(float, scores))
+    fields["chat_history"] = tuple(Turn(turn["speaker"], turn["message"]) for turn in turns)
+    fields |= {"gold_answer": answer, "other_answers": tuple(others), "where": where}
+    return [Example(question, **fields) for question in questions]
 
 
 def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:

@@ -96,6 +96,13 @@ def texts_in(chunks: Chunks) -> list[list[int]]:
     return [texts[place] for place in chunks.places.tolist()]
 
 
+@torch.no_grad()
+def change_weights(module: nn.Module) -> None:
+    """As a training step might, only more."""
+    for parameter in filter(lambda parameter: parameter.requires_grad, module.parameters()):
+        parameter.add_(torch.randn_like(parameter) * 0.1)
+
+
 def gradients(objective: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss of a batch, and its gradient in each parameter that it reaches."""
     objective.zero_grad()

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rqa.data import Document, Example, Turn
 from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter
-from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting, retrieval_query
+from rqa.prompts import INSTRUCTION, DoesNotFit, PromptArguments, Prompter, fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.text import as_text
 
@@ -46,11 +46,13 @@ def arguments(chat_format: str, **given: object) -> PromptArguments:
 
 
 def passage_characters(text: str, passages: list[Document]) -> int:
-    """How much of the passages a prompt shows; every passage shown must be a beginning of the real one."""
+    """How much of the passages a prompt shows; of each passage the first words."""
     body = text.partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
     shown = re.split(r"(?:^|\n\n)\[(\d+)\] ", body)[1:]
     for number, part in zip(shown[::2], shown[1::2], strict=True):
-        assert passages[int(number) - 1].fmt_content.startswith(part)
+        whole = passages[int(number) - 1].fmt_content
+        assert whole.startswith(part)
+        assert len(part.split()) < 2 or not whole[len(part) :][:1].strip()
     return sum(map(len, shown[1::2]))
 
 
@@ -74,21 +76,6 @@ def test_the_template_format_is_the_tokenizers_own(tokenizer: Tokenizer, documen
     theirs = tokenizer.apply_chat_template(messages[:-1], add_generation_prompt=True, tokenize=False)
     assert tokenizer.decode(prompt.ids[: prompt.answer_start]) == theirs
     assert tokenizer.decode(prompt.ids) == tokenizer.apply_chat_template(messages, tokenize=False).rstrip("\n")
-
-
-@both_formats
-@pytest.mark.parametrize("case", [(0, 0, 2048), (1, 1, 120), (4, 4, 120), (4, 4, 160), (1, 4, 220), (4, 0, 160)])
-def test_training_ids_are_the_generation_prompts_followed_by_the_answers(
-    case: tuple[int, int, int], chat_format: str, tokenizer: Tokenizer, documents: list[Document]
-) -> None:
-    count, history, length = case
-    prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
-    asked = replace(ASKED, chat_history=HISTORY[len(HISTORY) - history :])
-    trained, generated = (prompter.encode(asked, documents[:count], given) for given in (ANSWER, None))
-    assert len(prompter.encode_answer(ANSWER)) <= 24
-    assert trained.ids == generated.ids + prompter.encode_answer(ANSWER)
-    assert trained.answer_start == generated.answer_start == len(generated.ids)
-    assert not trained.cut_more
 
 
 @both_formats
@@ -137,24 +124,27 @@ def test_a_reply_in_the_history_has_the_very_tokens_that_an_answer_is_trained_wi
 
 @both_formats
 @pytest.mark.parametrize("with_history", [False, True])
-def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_passages_are_cut(
+def test_at_every_length_a_training_sequence_is_the_generation_prompt_and_the_answer_and_only_passages_are_cut(
     with_history: bool, chat_format: str, tokenizer: Tokenizer, documents: list[Document]
 ) -> None:
     asked, passages = TALKED if with_history else ASKED, documents[:3]
     roomy = Prompter(tokenizer, arguments(chat_format))
     whole, alone = roomy.encode(asked, passages, ANSWER), roomy.encode(ASKED, [], ANSWER)
-    shown = []
+    shown, longest_word = [], 2 + max(len(tokenizer.encode(f" {w}")) for p in passages for w in p.fmt_content.split())
     for length in [*range(len(alone.ids), len(whole.ids) + 30, 3), len(whole.ids) + 30]:
         prompter = Prompter(tokenizer, arguments(chat_format, max_seq_length=length))
         sequence = prompter.encode(asked, passages, ANSWER)
         assert len(sequence.ids) <= length
-        assert sequence.ids[sequence.answer_start :] == prompter.encode_answer(ANSWER)
+        assert sequence.ids == prompter.encode(asked, passages).ids + prompter.encode_answer(ANSWER)
+        assert not sequence.cut_more
         text = tokenizer.decode(sequence.ids[: sequence.answer_start])
         assert f"\n\nQuestion: {TALKED.question}" in text
         assert text.startswith("USER: " if chat_format == "prefix" else "<|im_start|>user\n")
         turns = [turn.message in text for turn in asked.chat_history]
         assert turns == sorted(turns), "an older turn outlived a newer one"
         shown.append((sum(turns), passage_characters(text, passages)))
+        if 0 < shown[-1][1] < sum(len(passage.fmt_content) for passage in passages):  # all the room is used
+            assert sequence.answer_start > length - 24 - len(passages) * longest_word
     assert sequence.ids == whole.ids
     assert [turns for turns, _ in shown] == sorted(turns for turns, _ in shown)
     assert shown[0] == (0, 0)
@@ -164,20 +154,6 @@ def test_at_every_length_question_and_answer_stay_whole_or_are_refused_and_only_
     needed = len(alone.ids)
     with pytest.raises(DoesNotFit, match=rf"^train\.jsonl:7: .* {needed} tokens.*--max_seq_length {needed - 1}"):
         Prompter(tokenizer, arguments(chat_format, max_seq_length=needed - 1)).encode(asked, passages, ANSWER)
-
-
-@both_formats
-def test_passages_fill_the_room_that_there_is_and_are_cut_at_word_ends(
-    chat_format: str, tokenizer: Tokenizer, documents: list[Document]
-) -> None:
-    words = [document.fmt_content.split() for document in documents[:2]]
-    longest_word = max(len(tokenizer.encode(" " + word)) for word in itertools.chain(*words))
-    for length in range(100, 138):
-        prompt = Prompter(tokenizer, arguments(chat_format, max_seq_length=length)).encode(ASKED, documents[:2])
-        assert length - 24 - 2 * (longest_word + 2) <= len(prompt.ids) <= length - 24
-        body = tokenizer.decode(prompt.ids).partition("answer alone.\n\n")[2].partition("\n\nQuestion: ")[0]
-        for text, whole in zip(body.removeprefix("[1] ").split("\n\n[2] "), words, strict=True):
-            assert text.split() == whole[: len(text.split())]
 
 
 def test_cutting_the_history_never_leaves_an_answer_without_its_question(
@@ -209,21 +185,6 @@ def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_num
     assert len(said) == 3
     with pytest.raises(ZeroDivisionError):
         fitting(lambda number: 1 // number, [(0,)], "it is left out", said.append)
-
-
-@both_formats
-def test_placeholders_in_questions_and_passages_are_plain_text(chat_format: str, tokenizer: Tokenizer) -> None:
-    question = r"What does {passages} or {question} or {0} or {x!r} mean, and \1 and \g<0>?"
-    passage = Document(r"The template has {question} and {passages} and \2.")
-    prompt = Prompter(tokenizer, arguments(chat_format)).encode(Example(question), [passage])
-    text = tokenizer.decode(prompt.ids)
-    assert f"[1] {passage.page_content}\n\nQuestion: {question}" in text
-    assert text.count(question) == text.count(passage.page_content) == 1
-
-
-def test_the_retriever_is_asked_with_the_conversation() -> None:
-    assert retrieval_query(ASKED) == ASKED.question
-    assert retrieval_query(TALKED).split("\n") == [*(turn.message for turn in HISTORY), ASKED.question]
 
 
 def test_bos_stands_once_in_front_where_the_tokenizer_adds_it(tokenizer: Tokenizer, documents: list[Document]) -> None:
@@ -430,11 +391,14 @@ def test_the_answer_does_not_repeat_the_decoders_start(encoder_path: str, bart_p
         FiDPrompter(t5)
 
 
-def test_a_template_replaces_the_prompt_of_a_passage(fid: FiDPrompter, tmp_path: Path) -> None:
+def test_a_template_replaces_the_prompt_of_a_passage_and_placeholders_in_it_are_plain_text(
+    fid: FiDPrompter, tmp_path: Path
+) -> None:
     (tmp_path / "template.txt").write_text("{passage} Now: {question}\n")
     style = FiDPromptArguments(prompt_template=str(tmp_path / "template.txt"))
-    (ids,) = FiDPrompter(fid.tokenizer, style).encode(Example("Why?"), [Document("Salt in {question}.")]).passages
-    assert ids == fid.tokenizer("Salt in {question}. Now: Why?")["input_ids"]
+    hostile = r"Salt in {question} or {passage} or {0}, and \1 and \g<0>."
+    (ids,) = FiDPrompter(fid.tokenizer, style).encode(Example(hostile), [Document(hostile)]).passages
+    assert ids == fid.tokenizer(f"{hostile} Now: {hostile}")["input_ids"]
     (tmp_path / "template.txt").write_text("{passages} {question}")
     with pytest.raises(UserError, match=r"the placeholder {passage} is missing"):
         FiDPrompter(fid.tokenizer, style)

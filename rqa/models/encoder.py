@@ -7,7 +7,7 @@ import math
 import re
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -22,16 +22,8 @@ from tokenizers import normalizers
 from transformers import AutoModel, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import cached_file
 
-from rqa.models.loading import (
-    LoadingArguments,
-    choose_collate,
-    evaluating,
-    hidden_states,
-    learned_positions,
-    load_model,
-    load_tokenizer,
-    model_fingerprint,
-)
+from rqa.models import loading
+from rqa.models.loading import LoadingArguments, choose_collate, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
@@ -211,7 +203,7 @@ class Encoder(nn.Module):
         sides = [self, self.passage_encoder] if self.passage_encoder else [self]
         models = [model for side in sides for model in (side.backbone, side.projection) if model]
         settings = json.dumps(asdict(self.settings), sort_keys=True)
-        return fingerprint(settings, *(model_fingerprint(model, self.tokenizer) for model in models))
+        return fingerprint(settings, *(loading.model_fingerprint(model, self.tokenizer) for model in models))
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Save in the layout that `sentence_transformers.SentenceTransformer` loads."""
@@ -224,7 +216,7 @@ class Encoder(nn.Module):
             (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
         for folder, name in ((DENSE, "linear"), (LAYER_NORM, "norm")) if self.projection else ():
             weights = getattr(self.projection, name).state_dict(prefix=f"{name}.")
-            save_file({key: w.contiguous() for key, w in weights.items()}, directory / folder / "model.safetensors")
+            save_file(weights, directory / folder / "model.safetensors")
         if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
@@ -238,9 +230,10 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    positions = min(learned_positions(backbone), getattr(backbone.config, "max_position_embeddings", None) or math.inf)
+    stated = getattr(backbone.config, "max_position_embeddings", None) or math.inf
+    positions = min(loading.learned_positions(backbone), stated)
     limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
-    stored, names = _stored_settings(path, flags, limit), {item.name for item in fields(EncoderSettings)}
+    stored, names = _stored_settings(path, flags, limit), vars(EncoderSettings()).keys()
     given = {name: getattr(flags, name) for name in names - {"projection"} if getattr(flags, name) is not None}
     limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # the tokenizer's does not bind
     for name in LENGTHS:
@@ -317,7 +310,7 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     tokens unless a length is stated.
     """
     if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
-        defaults = {item.name: item.default for item in fields(EncoderSettings)} | {"two_encoders": False}
+        defaults = vars(EncoderSettings()) | {"two_encoders": False}
         return {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
     file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
     if not modules:
@@ -339,10 +332,10 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     if other and flags.passage_prefix is None:
         raise UserError(f"{file}: the prompts lack 'document'; choose --passage_prefix {other!r}")
     pooling = _read_json(path, pooling_file)
-    if not _stated(f"{path}/{pooling_file}", pooling, "include_prompt", True):
+    pools = partial(_stated, f"{path}/{pooling_file}", pooling)
+    if not pools("include_prompt", True):
         raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
-    old = [key for key in pooling if key.startswith("pooling_mode_")]
-    old = [key for key in old if _stated(f"{path}/{pooling_file}", pooling, key, False)]
+    old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
     modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key.removeprefix("pooling_mode_")) for key in old]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})

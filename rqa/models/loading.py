@@ -65,11 +65,6 @@ class LoadingArguments(Arguments):
         """What the model that is trained is loaded in; training lowers it itself, and keeps these weights."""
         return torch.float32
 
-    @property
-    def frozen_dtype(self) -> torch.dtype:
-        """What models that are not trained are loaded in."""
-        return self.precision if self.dtype == "auto" else getattr(torch, self.dtype)
-
 
 FLOAT32 = LoadingArguments(dtype="float32")
 
@@ -90,6 +85,7 @@ def load_model(
     `main_only` the main process alone reads weights; the others reserve memory, which `parallelize` fills.
     `path` is a directory or a hub name; `config` replaces values of the configuration.
     """
+    attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
@@ -100,8 +96,8 @@ def load_model(
         raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
     config |= {"device_map": "meta"} if reserve else {}
-    config |= {"dtype": dtype or flags.frozen_dtype, "trust_remote_code": flags.trust_remote_code}
-    attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
+    dtype = dtype or (flags.precision if flags.dtype == "auto" else getattr(torch, flags.dtype))
+    config |= {"dtype": dtype, "trust_remote_code": flags.trust_remote_code}
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
@@ -109,15 +105,14 @@ def load_model(
         try:
             model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
-            if not (flags.use_flash_attention or model.is_backend_compatible()):
-                model, found = load(attn_implementation="eager")
-        except (ValueError, KeyError) as error:
-            if not re.search(f"attention|{attention}", str(error), re.IGNORECASE):
-                raise
+            known = flags.use_flash_attention or model.is_backend_compatible()
+        except (ValueError, KeyError):  # of a model that lacks this attention; any other error comes again
+            known = False
+        if not known:
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
         if adapted:
-            found = model.load_adapter(path, dtype=config["dtype"], ignore_mismatched_sizes=True).to_dict()
+            found = model.load_adapter(path, dtype=dtype, ignore_mismatched_sizes=True).to_dict()
             check_checkpoint(model, found)
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
@@ -182,9 +177,8 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """The tokenizer of a checkpoint, whose model, if there is one, must have an embedding for each token."""
     with _reading(path):
         tokenizer, rows = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code), math.inf
-        with suppress(OSError, ValueError, AttributeError):  # of a tokenizer alone
-            config = AutoConfig.from_pretrained(base_of(path), trust_remote_code=trust_remote_code)
-            rows = config.get_text_config(decoder=True).vocab_size
+        with suppress(UserError, AttributeError):  # of a tokenizer alone
+            rows = load_config(path, trust_remote_code).get_text_config(decoder=True).vocab_size
         # Gemma 3's has a special token for images that its text models lack, and that no text becomes.
         named = {getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "cls", "sep")}
         added = tokenizer.added_tokens_decoder.items()
@@ -200,10 +194,8 @@ def _reading(path: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        reason, config = one_line(error), Path(path, "config.json")
-        if config.is_file() and not config.read_bytes().lstrip().startswith(b"{"):
-            reason = "config.json holds no JSON object"
-        elif not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
+        reason = one_line(error)
+        if not Path(path).exists() and (path.startswith((".", "/", "~")) or path.count("/") > 1):
             reason = "no such directory"
         elif not Path(path).exists() and ("offline" in reason.lower() or os.environ.get("HF_HUB_OFFLINE") == "1"):
             reason = f"no such directory, and no model hub can be reached ({reason})"
@@ -289,11 +281,9 @@ def learned_positions(model: nn.Module) -> float:
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
-    limit, asked = learned_positions(model), getattr(flags, name)
+    limit, asked, kind = learned_positions(model), getattr(flags, name), type(model).__name__
     if asked > limit:
-        log.warning(
-            "--%s %d: %s has positions for %d tokens, which are taken", name, asked, type(model).__name__, limit
-        )
+        log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, kind, limit)
         setattr(flags := copy(flags), name, limit)
     return flags
 

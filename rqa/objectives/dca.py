@@ -141,12 +141,8 @@ class GivenScores:
         return [scores[keys.index(pair.document.key)] for pair, (keys, scores) in zip(pairs, known, strict=True)]
 
 
-class ReaderScores:
-    """DCA's collate function: the contexts of each question, each distinct one once, and the reader's target.
-
-    This is the teacher's scores over `temperature`; with `boost` those of gold documents are raised before
-    (`losses.boost_gold`). `chunk_size` texts are encoded at once; 0: all.
-    """
+class ReaderScores(ScoredCandidates):
+    """DCA's collate function: the contexts of each question, with `boost` those that are gold raised (`boost_gold`)."""
 
     def __init__(
         self, examples: Sequence[Example], contexts: Sequence[Sequence[Document]], encoder: Encoder, teacher: Any,
@@ -157,18 +153,17 @@ class ReaderScores:
         self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
         self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
         rows_of = lambda indices: [self._rows[i] for i in indices]  # noqa: E731
-        self._scored = ScoredCandidates(examples, documents, encoder, rows_of, teacher, 1.0, chunk_size, together=True)
-        self.temperature, self.boost = temperature, boost
+        super().__init__(examples, documents, encoder, rows_of, teacher, temperature, chunk_size, together=True)
+        self.boost = boost
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
-        batch = self._scored(indices)
-        scores = batch.teacher
-        if self.boost:
-            gold = torch.zeros_like(scores, dtype=torch.bool)
-            for row, i in enumerate(indices):
-                gold[row, : len(self._rows[i])] = torch.tensor([number in self._gold[i] for number in self._rows[i]])
-            scores = boost_gold(scores, gold)
-        return replace(batch, teacher=scores / self.temperature)
+        batch = super().__call__(indices)
+        if not self.boost:
+            return batch
+        gold = torch.zeros_like(batch.teacher, dtype=torch.bool)
+        for row, i in enumerate(indices):
+            gold[row, : len(self._rows[i])] = torch.tensor([number in self._gold[i] for number in self._rows[i]])
+        return replace(batch, teacher=boost_gold(batch.teacher, gold))
 
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:

@@ -1,5 +1,6 @@
 """Pure tensor functions: what the algorithms minimise."""
 
+import torch
 from torch import Tensor
 from torch.nn import functional
 
@@ -29,10 +30,8 @@ def contrastive(similarity: Tensor, documents: Tensor, targets: Tensor, gold: Te
 def boost_gold(scores: Tensor, gold: Tensor) -> Tensor:
     """Gold documents' scores raised to their row's maximum plus population standard deviation. [B, K] x 2 -> [B, K]"""
     present = scores.isfinite()  # -inf stands where a question has fewer than K documents, and counts for neither
-    count = present.sum(-1, keepdim=True).clamp(min=1)
-    known = scores.masked_fill(~present, 0.0)
-    mean = known.sum(-1, keepdim=True) / count
-    deviation = (((known - mean) * present).square().sum(-1, keepdim=True) / count).sqrt()
+    known = scores.masked_fill(~present, torch.nan)
+    deviation = (known - known.nanmean(-1, keepdim=True)).square().nanmean(-1, keepdim=True).sqrt()
     highest = scores.max(-1, keepdim=True).values
     return (highest + deviation).where(gold & present, scores)
 

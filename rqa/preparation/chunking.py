@@ -19,7 +19,6 @@ from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.text import clean_text
 
 T = TypeVar("T")
 Span = tuple[int, int]  # begin and end, in characters
@@ -77,8 +76,10 @@ class Chunker:
                 yield source, self._passages(source, _spans(source.text, encoding))
 
     def _passages(self, source: Source, tokens: Sequence[Span]) -> list[Document]:
-        headings = _headings(source.text) if source.markdown else []
-        positions = [position for position, _ in headings]
+        # A comment in fenced code is no heading.
+        prose = _FENCE.sub(lambda fence: " " * len(fence[0]), source.text) if source.markdown else ""
+        headings = list(HEADING.finditer(prose))
+        positions = [heading.start() for heading in headings]
         documents = []
         for begin, end in _Cutter(source.text, tokens, positions, self).split(0, len(source.text)):
             content = source.text[begin:end].strip()
@@ -142,14 +143,6 @@ class _Cutter:
             window.append((begin, end, cost))
         if window:
             yield window[0][0], window[-1][1]
-
-
-def _headings(text: str) -> list[tuple[int, str]]:
-    """Position and words of each Markdown heading; not of comments in fenced code."""
-    if "#" not in text:
-        return []
-    prose = _FENCE.sub(lambda fence: " " * len(fence[0]), text)
-    return [(match.start(), match[1]) for match in HEADING.finditer(prose)]
 
 
 def _spans(text: str, encoding: Encoding) -> list[Span]:
@@ -248,10 +241,11 @@ class Collection:
 
     def summary(self) -> str:
         lines = [f"{self.documents} passages of {self.texts} texts, {self.characters / 1e6:.2f} million characters"]
-        left_out = {f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts": self.skipped}
-        if self.others:
-            left_out[f"{len(self.others)} files of other kinds"] = self.others
+        left_out = {
+            f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts": self.skipped,
+            f"{len(self.others)} files of other kinds": self.others,
+        }
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {clean_text(place)}" for place in places[:NAMED])]
+            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)

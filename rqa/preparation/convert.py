@@ -1,7 +1,6 @@
 """From another layout to ours and back, a row in memory at a time."""
 
 import json
-import logging
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -11,13 +10,11 @@ from typing import IO, Any
 
 from rqa.data import Document, Example, iterate_documents, iterate_examples
 from rqa.preparation.chunking import Seen
-from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS
+from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS, passage
 from rqa.preparation.reading import read_rows, read_table
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
-
-log = logging.getLogger(__name__)
 
 JUDGED = {  # folders: a corpus, and for each split the questions and which passages are relevant to them
     "beir": ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"),
@@ -129,26 +126,21 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         wanted = {name for relevant in judged.values() for gains in relevant.values() for name in gains}
         passages: dict[str, Document] = {}
         for name, title, text in _read_texts(folder / corpus, default=""):
-            content = (text.strip() if layout == "beir" else text) or title
-            document = Document(content, {"source": name, "title": title}) if content.strip() else None
+            document = passage(text.strip() if layout == "beir" else text, name, title)
             yield "", document or BLANK
             if document and name in wanted:
                 passages[name] = document
         for split, relevant in judged.items():
-            unasked, asked = dict(relevant), 0
+            absent = sum(name not in passages for gains in relevant.values() for name in gains)
+            yield from [("", f"judgements of {split} of absent or blank passages left out")] * absent
+            left_out = "", f"judged questions of {split} left out"
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
-                gains = unasked.pop(query, {}) if question.strip() else {}
-                found = [(passages[name], gain) for name, gain in gains.items() if name in passages]
-                gold = [d if gain == 1 else replace(d, metadata=d.metadata | {"gold_gain": gain}) for d, gain in found]
-                if gold:
-                    asked += 1
-                    yield split, Example(question, tuple(gold), where=str(files[split]))
-            absent = [name for gains in relevant.values() for name in gains if name not in passages]
-            for what, names in (("passage", absent), ("query", list(unasked))):
-                if names:
-                    said = "%s: %s '%s' is absent or blank; %d such judgements are left out"
-                    log.warning(said, _where(files[split], names[0]), what, names[0], len(names))
-            yield from [("", f"judged questions of {split} left out")] * (len(relevant) - asked)
+                gains = relevant.pop(query, {}) if question.strip() else {}
+                if gold := tuple(passages[name].graded(gain) for name, gain in gains.items() if name in passages):
+                    yield split, Example(question, gold, where=str(files[split]))
+                elif gains:
+                    yield left_out
+            yield from [left_out] * len(relevant)
 
 
 def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, str, str]]:
@@ -163,11 +155,6 @@ def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, s
         if len(fields) != 2:
             raise UserError(f"{where}: expected an identifier and a text with a tab between them")
         yield fields[0], "", fields[1]
-
-
-def _where(path: Path, identifier: str) -> str:
-    """The file and the first line that names a query or a passage."""
-    return next((where for where, fields in read_table(path) if identifier in " ".join(fields).split()), str(path))
 
 
 def _read_judgements(path: Path) -> dict[str, dict[str, float]]:

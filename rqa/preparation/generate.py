@@ -53,7 +53,6 @@ passage". If the passage does not answer the question, reply with the words NO A
 
 Question: {question}"""
 
-NO_ANSWER = "no answer"
 FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
 _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
 # Small models write 'The answer to the question: What ...?'.
@@ -112,8 +111,8 @@ def parse_questions(reply: str, number: int) -> list[str]:
 def parse_answer(reply: str, question: str) -> str:
     """The answer on one line; a ValueError where there is none, or it speaks of the passage, or is the question."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
-    bare, asked = (re.sub(r"[^\w\s]", "", text).strip().lower() for text in (answer, question))
-    if not bare or bare == asked or bare.startswith(NO_ANSWER):
+    said = words(answer)
+    if not said or said == words(question) or said[:2] == ["no", "answer"]:
         raise ValueError("holds no answer")
     if _UNSEEN.search(answer):
         raise ValueError("speaks of the passage")

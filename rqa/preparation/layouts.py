@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from functools import cache, cached_property
+from functools import cached_property
 from itertools import groupby
 from typing import Any
 
@@ -12,6 +12,12 @@ from rqa.preparation.reading import Row
 JSONL, ARRAY = ("", "\n", "\n"), ("[\n", ",\n", "\n]\n")
 BLANK = "blank passages left out"
 LISTS = ("gold_docs", "hard_neg_docs", "ctxs", "others")  # of passages, in the order in which they join the database
+
+
+def passage(text: str, source: str, title: str) -> Document | None:
+    """A passage; one whose text is blank is its title, and one that has neither is none."""
+    content = text if text.strip() else title
+    return Document(content, {"source": source, "title": title}) if content.strip() else None
 
 
 @dataclass(frozen=True)
@@ -65,16 +71,13 @@ class Layout:
         return [(self._read_passage(each), each) for each in row.rows(path)]
 
     def _read_passage(self, row: Row) -> Document | None:
-        """A passage whose text is blank is its title; one that has neither is none."""
         paths = self.paths
         title = row.text(paths["title"], default="") if "title" in paths else ""
         text = row.text(paths["contents"] if "contents" in paths else paths["text"])
         if "contents" in paths and "\n" in text:
             title, _, text = text.partition("\n")
             title = title[1:-1] if len(title) > 1 and title[0] == title[-1] == '"' else title
-        content = text if text.strip() else title
-        metadata = {"source": row.text(paths["source"], default=title), "title": title}
-        return Document(content, metadata) if content.strip() else None
+        return passage(text, row.text(paths["source"], default=title), title)
 
     def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
         no_answers = [self.no_answer] if self.no_answer else [] if self.answers else None
@@ -102,7 +105,7 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
     """An object with a value at each path; None has no place."""
     filled: dict[str, Any] = {}
     for path, what in fields.items():
-        *above, name = _names(path)
+        *above, name = (part.partition("|")[0] for part in path.split("."))
         place = filled
         for part in above:
             place = place.setdefault(part, {})
@@ -110,11 +113,6 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
         if value is not None:
             place[name] = value
     return filled
-
-
-@cache
-def _names(path: str) -> list[str]:
-    return [part.partition("|")[0] for part in path.split(".")]
 
 
 def all_answers(example: Example) -> list[str]:
@@ -128,12 +126,10 @@ class SQuAD(Layout):
     def read(self, row: Row) -> Iterator[Document | Example | str]:
         title = row.text("title", default="")
         for paragraph in [row] if "context" in row.values else row.rows("paragraphs"):
-            document = Document(paragraph.text("context"), {"source": title, "title": title})
-            if not document.page_content.strip():
-                yield BLANK
-                continue
-            yield document
-            for asked in [row] if paragraph is row else paragraph.rows("qas"):
+            document = passage(paragraph.text("context"), title, title)
+            yield document or BLANK
+            questions = [row] if paragraph is row else paragraph.rows("qas")
+            for asked in questions if document else []:
                 impossible = asked.values.get("is_impossible") is True
                 answers = [] if impossible else [answer.text("text") for answer in asked.rows("answers")]
                 first, *others = dict.fromkeys(answers or [""])

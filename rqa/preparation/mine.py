@@ -23,15 +23,14 @@ class DocumentFile(Sequence[Document]):
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._starts, self._lines = array("q"), array("q")
+        self._starts = array("q")
         for _ in iterate_documents(path):
             pass  # a malformed line is refused now
         self._file = self.path.open("rb")
         start = 0
-        for number, line in enumerate(self._file, start=1):
-            if line.strip(b"\xef\xbb\xbf \t\r\n"):
+        for line in self._file:
+            if line.decode("utf-8-sig", "replace").strip():
                 self._starts.append(start)
-                self._lines.append(number)
             start += len(line)
         if not self._starts:
             raise UserError(f"{path}: holds no documents")
@@ -43,8 +42,7 @@ class DocumentFile(Sequence[Document]):
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
         self._file.seek(self._starts[position])
-        row = parse_json(self._file.readline())
-        return parse_document(row, f"{self.path}:{self._lines[position]}")
+        return parse_document(parse_json(self._file.readline()), str(self.path))
 
 
 def mine(

@@ -33,8 +33,6 @@ class Row:
 
     def find(self, path: str) -> tuple[str, Any]:
         """The field's own name, and its value or None."""
-        if (value := self.values.get(path)) is not None:  # most paths are names
-            return path, value
         name, value = "", self.values
         for part in path.split("."):
             if not isinstance(value, dict):

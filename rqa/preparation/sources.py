@@ -1,6 +1,5 @@
 """What passages are cut from: text, Markdown, HTML and PDF files, and JSONL, as source, title and text."""
 
-import importlib.util
 import io
 import logging
 import os
@@ -55,10 +54,6 @@ def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     if not files:
         wrong = "holds no file that ends" if path.is_dir() else "cannot be read; write files that end"
         raise UserError(f"{path}: {wrong} in {', '.join(READERS)}")
-    for file in files:
-        package = PACKAGES.get(_ending(file))
-        if package and importlib.util.find_spec(package) is None:
-            raise UserError(f'{file}: reading it needs {package}; pip install "rqa[documents]"')
     return files, [file for file in found if not _ending(file)]
 
 
@@ -75,6 +70,8 @@ def read_sources(file: Path, name: str) -> Iterator[Source]:
             yield replace(source, title=clean_text(source.title), text=_NO_TEXT.sub("", clean_text(source.text)))
     except UserError:
         raise
+    except ModuleNotFoundError as error:
+        raise UserError(f'{file}: reading it needs {error.name}; pip install "rqa[documents]"') from None
     except Exception as error:  # a damaged PDF raises nearly anything
         kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"a readable {file.suffix[1:].upper()}"
         raise Unreadable(f"not {kind} ({one_line(error) or type(error).__name__})") from None
@@ -111,12 +108,11 @@ def _read_pdf(file: Path, name: str) -> Iterator[Source]:
 
 def _read_rows(file: Path, name: str) -> Iterator[Source]:
     for line, row in read_jsonl(file):
-        for key in ("source", "title", "text"):
-            if not isinstance(row.get(key, None if key == "text" else ""), str):
+        source, title, text = row.pop("source", ""), row.pop("title", ""), row.pop("text", None)
+        for key, value in (("source", source), ("title", title), ("text", text)):
+            if not isinstance(value, str):
                 raise UserError(f"{file}:{line}: field '{key}' must be a string")
-        rest = {key: value for key, value in row.items() if key not in ("source", "title", "text")}
-        where = f"{file}:{line}"
-        yield Source(row.get("source") or f"{name}:{line}", row.get("title", ""), row["text"], where, rest)
+        yield Source(source or f"{name}:{line}", title, text, f"{file}:{line}", row)
 
 
 READERS: dict[str, Callable[[Path, str], Iterator[Source]]] = {
@@ -125,4 +121,3 @@ READERS: dict[str, Callable[[Path, str], Iterator[Source]]] = {
     ".pdf": _read_pdf,
     **dict.fromkeys((".jsonl", ".jsonl.gz"), _read_rows),
 }
-PACKAGES = {".html": "trafilatura", ".htm": "trafilatura", ".pdf": "pypdf"}  # what the extra `documents` installs

@@ -1,7 +1,7 @@
 """What a data set is like: counts, lengths, gold passages that the database lacks, leaks between splits, duplicates."""
 
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -13,8 +13,6 @@ from tokenizers import Tokenizer
 from rqa.data import iterate_documents, iterate_examples, normalize
 from rqa.preparation.chunking import Seen
 from rqa.runtime.cli import progress
-
-BATCH = 1024  # texts tokenised at once
 
 
 @dataclass
@@ -78,26 +76,16 @@ class _Lengths:
         if self.tokenizer:
             self.tokenizer.no_truncation()
             self.tokenizer.no_padding()
-        self._waiting: dict[str, list[str]] = {}
-        self._lengths: dict[str, array[int]] = {}
+        self._lengths: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, kind: str, text: str) -> None:
-        waiting = self._waiting.setdefault(kind, [])
-        waiting.append(text)
-        if len(waiting) == BATCH:
-            self._count(kind)
-
-    def _count(self, kind: str) -> None:
-        texts = self._waiting.pop(kind)
-        tokens = self.tokenizer and self.tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        self._lengths.setdefault(kind, array("q")).extend(map(len, tokens or map(str.split, texts)))
+        tokens = self.tokenizer.encode(text, add_special_tokens=False) if self.tokenizer else text.split()
+        self._lengths[kind].append(len(tokens))
 
     def table(self) -> Iterator[str]:
         """One line a kind: mean, median, 95th percentile and maximum."""
         unit = "tokens" if self.tokenizer else "words"
         yield f"{unit:<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
-        for kind in list(self._waiting):
-            self._count(kind)
         for kind, lengths in self._lengths.items():
             values = [float(np.mean(lengths)), *np.percentile(lengths, [50, 95, 100]).tolist()]
             yield f"{kind:<22}" + "".join(f"{value:>{8 + (i == 3)}.0f}" for i, value in enumerate(values))

@@ -68,8 +68,8 @@ class Index:
         with atomic_directory(directory) as temporary:
             with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
                 faiss.write_index(self._faiss, faiss.PyCallbackIOWriter(file.write))
-            state = {"stamp": self.stamp, "index_factory": self.flags.index_factory, "documents": len(self)}
-            state |= {"dtype": self.dtype}
+            known = {"stamp": self.stamp, "dtype": self.dtype}
+            state = known | {"index_factory": self.flags.index_factory, "documents": len(self)}
             (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
 
     def load(self, directory: str | Path) -> bool:
@@ -80,7 +80,6 @@ class Index:
             state = read_json(Path(directory, "index.json"))
             index = faiss.read_index(str(Path(directory, "index.faiss")))
             fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
-            fits &= all(isinstance(state.get(name, ""), str) for name in ("stamp", "dtype"))
         except (UserError, RuntimeError, MemoryError):
             return False
         if fits:

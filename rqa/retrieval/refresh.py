@@ -6,7 +6,6 @@ import logging
 import re
 import threading
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -193,8 +192,7 @@ class BackgroundEncoding:
         started = time.perf_counter()
         numbers = distributed.share(range(len(self._retriever.documents)))
         try:
-            on_stream = torch.cuda.stream(self._stream) if self._stream else nullcontext()
-            with on_stream:
+            with torch.cuda.stream(self._stream):  # None: nothing changes
                 self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
         except BaseException as error:  # it belongs to the main thread, if that still waits
             self._error = error

@@ -1,6 +1,5 @@
 """Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
 
-import io
 import logging
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -47,16 +46,14 @@ class PassageRetriever(ABC):
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
-        directory = cache_root() / "passages" / fingerprint(self.identity(), str(k), *questions)
+        directory = cache_root() / "hits" / fingerprint(self.identity(), str(k), *questions)
         if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(questions), directory)
-            return Hits(np.load(directory / "ids.npy"), np.load(directory / "scores.npy"))
+            return Hits(**np.load(directory / "hits.npz"))
         hits = self.retrieve_shared(questions, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
-                for name, array in vars(hits).items():
-                    np.save(buffer := io.BytesIO(), array)  # into a file it would ignore that a disk is full
-                    (temporary / f"{name}.npy").write_bytes(buffer.getbuffer())
+                np.savez(temporary / "hits.npz", **vars(hits))  # `np.save` would ignore that a disk is full
         return hits
 
     def documents_of(self, hits: Hits) -> list[list[Document]]:

@@ -5,13 +5,13 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import Any
 
 import regex
 
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
-KINDS = {dict: "object", list: "array"}
 _ASCII = re.compile(r"[\s -~]*").fullmatch
 _BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}]|[\p{P}\p{S}]$").search
 _ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
@@ -100,7 +100,8 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     if not isinstance(value, kind):
-        raise ValueError(f"expected a JSON {KINDS.get(kind, kind.__name__)}, found {type(value).__name__}")
+        named = {dict: "object", list: "array"}[kind]
+        raise ValueError(f"expected a JSON {named}, found {type(value).__name__}")
     level = [value] if text.count("[") + text.count("{") > DEEPEST else []
     for _ in range(DEEPEST):
         if not level:
@@ -110,15 +111,11 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
     raise ValueError("nested too deeply")
 
 
-def _number(text: str) -> float:
-    if not math.isfinite(number := float(text)):
+def _finite(kind: type, text: str) -> Any:
+    if not math.isfinite(float(text)):
         raise ValueError(f"{text[:20]} is no finite number")
-    return number
+    return kind(text)
 
 
-def _whole(text: str) -> int:
-    _number(text)
-    return int(text)
-
-
-_STRICT = json.JSONDecoder(parse_constant=lambda name: None, parse_float=_number, parse_int=_whole)
+_NUMBERS = {"parse_float": partial(_finite, float), "parse_int": partial(_finite, int)}
+_STRICT = json.JSONDecoder(parse_constant=lambda name: None, **_NUMBERS)

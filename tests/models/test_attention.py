@@ -201,9 +201,9 @@ def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
     assert tokens[0] == tokens[1] == tokens[2]
 
 
-def reader_of(config: PreTrainedConfig) -> CausalLMReader:
-    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=8, max_seq_length=20))
-    return CausalLMReader(build(config, PACKED_ATTENTION, "ForCausalLM").eval(), prompter)
+def reader_of(model: PreTrainedModel, most: int = 8) -> CausalLMReader:
+    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=most, max_seq_length=20))
+    return CausalLMReader(model.eval(), prompter)
 
 
 WINDOWS = {"use_sliding_window": True, "sliding_window": 4, "max_window_layers": 1}
@@ -212,7 +212,7 @@ READERS = DECODERS | {"windows in some layers": transformers.Qwen2Config(**GROUP
 
 @pytest.mark.parametrize("name", READERS)
 def test_prompts_are_read_as_one_packed_row_and_answered_as_each_alone(name: str) -> None:
-    reader, read = reader_of(READERS[name]), []
+    reader, read = reader_of(build(READERS[name], PACKED_ATTENTION, "ForCausalLM")), []
     theirs = build(READERS[name], "sdpa", "ForCausalLM").eval()
     embed = reader.model.get_input_embeddings()
     embed.register_forward_pre_hook(lambda _, ids: read.append(tuple(ids[0].shape)))
@@ -227,7 +227,8 @@ def test_prompts_are_read_as_one_packed_row_and_answered_as_each_alone(name: str
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_keys_that_are_kept_are_those_of_each_sequence_also_under_autocast(name: str) -> None:
-    reader, sequences = reader_of(DECODERS[name]), [SEQUENCES[0], SEQUENCES[2][:6]]
+    reader = reader_of(build(DECODERS[name], PACKED_ATTENTION, "ForCausalLM"))
+    sequences = [SEQUENCES[0], SEQUENCES[2][:6]]
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 3e-2)):
         with torch.autocast("cpu", dtype, enabled=dtype != torch.float32), torch.no_grad():
             logits, states = read_prompts(reader.model, sequences, 20)
@@ -319,8 +320,7 @@ def test_every_family_of_decoders_is_packed_or_padded_and_generates_as_its_own_a
         logits = answer_logits(ours, answer_batch([TokenSequence(ids, 1) for ids in SEQUENCES], collate))
         expected = torch.cat([theirs(torch.tensor([ids])).logits[0, :-1] for ids in SEQUENCES])
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-    prompter = SimpleNamespace(stop_ids=[0], arguments=SimpleNamespace(max_new_tokens=4, max_seq_length=20))
-    for ids, answer in zip(SEQUENCES[2:4], CausalLMReader(ours, prompter).generate(SEQUENCES[2:4]), strict=True):
+    for ids, answer in zip(SEQUENCES[2:4], reader_of(ours, 4).generate(SEQUENCES[2:4]), strict=True):
         alone = theirs.generate(torch.tensor([ids]), max_new_tokens=4, do_sample=False, eos_token_id=0)
         assert [*answer, 0][:4] == alone[0, len(ids) :].tolist()[:4]
 

@@ -74,19 +74,6 @@ def test_the_similarity_is_computed_in_float32_under_autocast(encoder: Encoder, 
     assert float(loss.detach()) == pytest.approx(naive_loss(batch, *embeddings, 0.001), rel=1e-3)
 
 
-def test_permuting_questions_and_documents_in_chunks_changes_nothing(
-    encoder: Encoder, batch: ContrastiveBatch, texts: list[list[list[int]]]
-) -> None:
-    questions, columns = torch.randperm(5), torch.randperm(7)
-    pairs = zip(texts, (questions, columns), strict=True)
-    permuted = ContrastiveBatch(
-        *(in_chunks(encoder, [part[i] for i in order], 3) for part, order in pairs), indices=questions.tolist(),
-        documents=batch.documents[columns], targets=batch.targets[questions], gold=batch.gold[questions],
-    )  # fmt: skip
-    ours = gradients(Contrastive(encoder, TEMPERATURE), permuted)
-    torch.testing.assert_close(ours, gradients(Contrastive(encoder, TEMPERATURE), batch), atol=1e-5, rtol=1e-4)
-
-
 @settings(max_examples=200, deadline=None)
 @given(
     texts=st.lists(st.sampled_from("abcdefg"), max_size=12),

@@ -1,4 +1,4 @@
-"""EMDR2: the loss is the whole answer's marginal likelihood, and it moves the retriever to what helps."""
+"""EMDR2: its teacher gives whole answers' log-likelihoods; the loss over them is tested in test_losses.py."""
 
 from pathlib import Path
 
@@ -9,9 +9,8 @@ from transformers import PreTrainedTokenizerBase
 from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
-from rqa.objectives.emdr import MarginalLikelihood, WholeAnswers
-from rqa.objectives.encoding import in_chunks
-from rqa.objectives.rpg import ListBatch, ScoredCandidates
+from rqa.objectives.emdr import WholeAnswers
+from rqa.objectives.rpg import ScoredCandidates
 from rqa.objectives.teacher import AnswerScorer, Teacher
 from rqa.prompts import PromptArguments, Prompter
 
@@ -35,18 +34,3 @@ def test_the_language_models_mean_becomes_the_whole_answers_likelihood(
         expected = sum(float(log_probabilities[len(prompt) - 1 + i, token]) for i, token in enumerate(answer))
         assert float(batch.teacher[row, column]) == pytest.approx(expected, rel=1e-4)
     assert batch.teacher[1, 1:].isneginf().all()
-
-
-def test_the_loss_is_that_of_the_answers_probability_over_the_documents_by_hand(
-    encoder: Encoder, examples: list[Example], documents: list[Document]
-) -> None:
-    queries = encoder.tokenize_queries([examples[0].question])
-    passages = encoder.tokenize_passages([document.fmt_content for document in documents[:3]])
-    log_likelihood = torch.tensor([[-20.0, -5.0, -9.0]])
-    both = (in_chunks(encoder, part) for part in (queries, passages))
-    batch = ListBatch(*both, [0], torch.tensor([[0, 1, 2]]), log_likelihood)
-    loss, statistics = MarginalLikelihood(encoder, temperature=0.1)(batch)
-    scores = torch.from_numpy(encoder.embed(queries) @ encoder.embed(passages).T)[0].double() / 0.1
-    expected = -((scores.exp() / scores.exp().sum()) @ log_likelihood[0].double().exp()).log()
-    assert float(loss.detach()) == pytest.approx(float(expected), rel=1e-4)
-    assert statistics["agreement"] == (int(scores.argmax()) == 1)

@@ -8,7 +8,7 @@ import pytest
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from rqa.objectives.losses import answer_nll, boost_gold, contrastive, distillation, marginal_nll
+from rqa.objectives.losses import boost_gold, contrastive, distillation, marginal_nll
 
 DIRECTIONS = ["teacher_to_student", "student_to_teacher"]
 INF = float("inf")
@@ -111,13 +111,6 @@ def test_distillation_is_finite_in_bf16_with_extreme_logits(direction: str) -> N
 def test_an_answer_of_hundreds_of_tokens_underflows_nowhere() -> None:
     loss = marginal_nll(torch.tensor([[-900.0, -905.0]]), torch.zeros(1, 2))
     assert float(loss) == pytest.approx(900 + math.log(2) - math.log1p(math.exp(-5)), 1e-6)
-
-
-def test_answer_nll_is_minus_the_log_of_the_targets_probability() -> None:
-    logits, targets = 3 * torch.randn(4, 5), [0, 4, 2, 2]
-    pairs = zip(logits.tolist(), targets, strict=True)
-    expected = [-math.log(math.exp(row[t]) / sum(map(math.exp, row))) for row, t in pairs]
-    assert answer_nll(logits, torch.tensor(targets)).tolist() == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_boost_raises_gold_documents_to_the_maximum_plus_the_deviation_of_a_naive_loop() -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
-from fakes import gradients, texts_in
+from fakes import gradients
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
@@ -82,27 +82,6 @@ def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
 @pytest.fixture
 def teacher(tmp_path: Path) -> Teacher:
     return Teacher(score, "lengths", tmp_path / "scores.sqlite")
-
-
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_a_column_is_one_document_for_retriever_and_teacher(
-    temperature: float, encoder: Encoder, teacher: Teacher, documents: list[Document], examples: list[Example]
-) -> None:
-    chosen = [[3, 1, 2], [1], [], [2, 5]]
-    collate = ScoredCandidates(examples, documents, encoder, lambda _: chosen, teacher, temperature)
-    batch = collate([4, 0, 2, 9])
-    texts = encoder.tokenize_passages([document.fmt_content for document in documents])
-    shown, asked = texts_in(batch.passages), texts_in(batch.queries)
-    assert len(shown) == 4  # distinct ones
-    for row, (index, numbers) in enumerate(zip([4, 0, 2, 9], chosen, strict=True)):
-        assert asked[row] == encoder.tokenize_queries([examples[index].question])[0]
-        assert [shown[c] for c in batch.columns[row, : len(numbers)]] == [texts[n] for n in numbers]
-        expected = [value for n in numbers for _, value in score([Pair(examples[index], documents[n])])]
-        assert (batch.teacher[row, : len(numbers)] * temperature).tolist() == pytest.approx(expected)
-        assert batch.teacher[row, len(numbers) :].isneginf().all()
-    assert batch.weight == 4
-    assert batch.hit_rate == 0
-    assert collate([4, 0, 2, 9]).hit_rate == 0.5
 
 
 @pytest.mark.parametrize("direction", DIRECTIONS)

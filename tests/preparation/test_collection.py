@@ -1,9 +1,9 @@
 """Files to passages, as bin/chunk_documents does it."""
 
 import gzip
-import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
 from rqa.data import read_documents
 from rqa.preparation.chunking import Seen
-from rqa.preparation.sources import find_files, read_sources
+from rqa.preparation.sources import read_sources
 from rqa.runtime.errors import UserError
 
 Run = Callable[[str, dict[str, object]], int]
@@ -147,10 +147,9 @@ def test_embedded_images_control_characters_and_runs_of_white_space_are_no_text(
 
 
 def test_a_parser_that_is_not_installed_is_asked_for(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    find = importlib.util.find_spec
-    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "pypdf" else find(name))
+    monkeypatch.setitem(sys.modules, "pypdf", None)
     with pytest.raises(UserError, match=r'scan.pdf: reading it needs pypdf; pip install "rqa\[documents\]"'):
-        find_files(folder / "scan.pdf")
+        list(read_sources(folder / "scan.pdf", "scan.pdf"))
 
 
 def test_seen_texts_are_told_from_new_ones_with_the_boundaries_of_their_parts() -> None:

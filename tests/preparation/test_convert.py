@@ -123,16 +123,6 @@ def test_a_layout_survives_the_way_to_ours_and_back_and_ours_the_way_to_it(
         assert gold(after) == gold(before)
 
 
-def test_unanswerable_questions_are_left_out_unless_they_have_a_text(tmp_path: Path) -> None:
-    for layout in ("squad", "msmarco"):
-        path = write_sample(tmp_path / layout, layout)
-        kept = read_layout(layout, [path], tmp_path / "kept" / layout, "nobody says")
-        left = read_layout(layout, [path], tmp_path / "left" / layout)
-        answers = [e.gold_answer for e in iterate_examples(tmp_path / "kept" / layout / "train_w_qa.jsonl")]
-        assert (answers.count("nobody says"), left["unanswerable questions left out"]) == (1, 1)
-        assert left["questions of train"] == kept["questions of train"] - 1
-
-
 BLANK = {"title": "Brask", "text": " ", "passage_id": 1}
 MARCO = SAMPLES["msmarco"][0]
 COLUMNS = {name: [passage[name] for passage in MARCO["passages"]] for name in MARCO["passages"][0]}
@@ -150,6 +140,7 @@ QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
     ("msmarco", {**MARCO, "passages": COLUMNS}, ["Brask", "The town"], [WOOL], [SALT, WOOL, TITLELESS]),
     ("msmarco", {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
      ["a"], [WOOL], [WOOL]),
+    ("msmarco", {"query": "q", "answers": ["No Answer Present."], "passages": []}, ["none"], [], []),
     ("squad", {"title": "T", "context": WOOL, "question": "q", "answers": {"text": ["wool"], "answer_start": [16]}},
      ["wool"], [WOOL], [WOOL]),  # as `datasets` lays it out
     # Parquet gives null for what is not there, and Wikipedia dumps hold pages without text.
@@ -217,24 +208,19 @@ def test_beir_survives_the_way_to_ours_and_back(tmp_path: Path) -> None:
     assert lines == ["query-id\tcorpus-id\tscore", "test-0\td1\t1", "test-0\td3\t2", "test-1\td2\t1"]
 
 
-def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(tmp_path: Path) -> None:
     folder = write_beir_sample(tmp_path / "beir")
     with (folder / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "blank", "title": "", "text": " "}\n')
     judged = ["test-0\td1\t2.0", "test-0\tabsent\t1", "test-0\tblank\t1", "test-0\td2\t0.0", "test-1\tblank\t1",
               "test-9\td1\t1"]  # fmt: skip
     (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
-    with caplog.at_level("WARNING", logger="rqa"):
-        counts = read_layout("beir", [folder], tmp_path / "ours")
-    assert counts == {"passages": 3, "blank passages left out": 1, "questions of test": 1,
-                      "judged questions of test left out": 2}  # fmt: skip
+    assert read_layout("beir", [folder], tmp_path / "ours") == {
+        "passages": 3, "blank passages left out": 1, "questions of test": 1,
+        "judgements of test of absent or blank passages left out": 3, "judged questions of test left out": 2,
+    }  # fmt: skip
     (example,) = iterate_examples(tmp_path / "ours/test_w_q.jsonl")
     assert [(document.page_content, document.gain) for document in example.gold_docs] == [(WOOL, 2)]
-    passage, query = caplog.messages
-    assert passage.endswith("test.tsv:3: passage 'absent' is absent or blank; 3 such judgements are left out")
-    assert query.endswith("test.tsv:7: query 'test-9' is absent or blank; 1 such judgements are left out")
 
 
 def test_passages_of_one_source_get_names_of_their_own(tmp_path: Path) -> None:
@@ -286,7 +272,6 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
     [
         ("dpr", "a.json", '[{"question": "q"},\n\n{"answers": []}]', "a.json: item 2: field 'question' is missing"),
         ("dpr", "a.json", '[{"question": "q", "positive_ctxs": [3]}]', "item 1: field 'positive_ctxs' must be a list"),
-        ("dpr", "a.json", '[{"question": "q"}', "a.json: item 2: not valid JSON (Expecting value)"),
         ("dpr", "a.json", '[\n{"question": "Ã©"},\n{"question": }]', "item 2: not valid JSON (Expecting value)"),
         ("dpr", "a.json", '[{"question": "q"},' + "[" * 100_000, "a.json: item 2: not valid JSON ("),
         ("dpr", "a.json", "[3]", "a.json: item 1: not valid JSON (expected a JSON object, found int)"),
@@ -294,12 +279,9 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "x"}]}]',
          "a.json: item 1: ctxs[0]: field 'score' must be a number"),
         ("nq_open", "a.jsonl", '{"question": "q", "answer": [1]}', "a.jsonl:1: field 'answer' must be a list of str"),
-        ("nq_open", "a.jsonl", '{"question": "q"}\n\n{"question"', "a.jsonl:3: not valid JSON"),
-        ("nq_open", "a.jsonl", '{"question": "\xff"}', "a.jsonl: not UTF-8 text"),
         ("nq_open", "a.jsonl", "\n", "a.jsonl: holds no rows"),
         ("nq_open", "a.jsonl", '{"question": "q"}', "a.jsonl: holds no rows to write; 1 unanswerable questions left"),
         ("nq_open", "a.jsonl.gz", "no", "a.jsonl.gz: not a whole gzip file"),
-        ("nq_open", "b.jsonl", "", "a.jsonl: no such file"),
         ("tevatron", "a.jsonl", '{"docid": 1, "text": ""}', "holds no rows to write; 1 blank passages left out"),
         ("msmarco", "a.jsonl", '{"query": "q", "passages": {"a": [1], "b": 2}}', "a.jsonl:1: field 'passages' must be"),
         ("triviaqa", "a.json", '{"Data": [{"Question": "q"}]}', "a.json: item 1: field 'Answer' must be an object"),
@@ -314,7 +296,7 @@ def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
 ) -> None:
     folder = write_beir_sample(tmp_path / "beir") if layout == "beir" else tmp_path
     (folder / name).write_bytes(text.encode("latin-1"))
-    path = folder if layout == "beir" else folder / name.replace("b.jsonl", "a.jsonl")
+    path = folder if layout == "beir" else folder / name
     with pytest.raises(UserError) as error:
         read_layout(layout, [path], tmp_path / "out")
     assert message in str(error.value)

@@ -1,5 +1,6 @@
 """Questions and answers written by a language model: a server on loopback, and a tiny local one."""
 
+import gzip
 import json
 import re
 from collections.abc import Callable
@@ -90,7 +91,9 @@ def test_questions_and_answers_in_the_fields_of_localrqa_split_by_passage_and_as
     assert len(writer.questions) == 16
     for path in out.iterdir():
         assert (tmp_path / "again" / path.name).read_bytes() == path.read_bytes()
-    printed = generate("answers", input_path=sorted(out.glob("*_w_q.jsonl")))
+    (out / "test_w_q.jsonl.gz").write_bytes(gzip.compress((out / "test_w_q.jsonl").read_bytes()))
+    (out / "test_w_q.jsonl").unlink()
+    printed = generate("answers", input_path=sorted(out.glob("*_w_q.jsonl*")))
     assert "16 answers, 16 questions left out without an answer" in printed
     for split, found in asked.items():
         examples = read_examples(out / f"{split}_w_qa.jsonl", answers=True)
@@ -244,14 +247,10 @@ def test_a_local_model_replies_as_it_does_alone_and_is_asked_once_by_executables
     for turns in conversations:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         prompt = tokenizer.encode(text, add_special_tokens=False)
-        ids = torch.tensor([prompt])
-        for _ in range(6):
-            next_id = model(ids).logits[0, -1].argmax()
-            if next_id in (tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")):
-                break
-            ids = torch.cat([ids, next_id[None, None]], dim=1)
-        reply = tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True).strip()
-        expected.append((reply, ids.shape[1] == len(prompt) + 6))
+        ends = [tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("<|im_end|>")]
+        ids = model.generate(torch.tensor([prompt]), max_new_tokens=6, do_sample=False, eos_token_id=ends)[0].tolist()
+        reply = tokenizer.decode(ids[len(prompt) :], skip_special_tokens=True).strip()
+        expected.append((reply, len(ids) == len(prompt) + 6 and ids[-1] not in ends))
     flags = GeneratorArguments(model_name_or_path=lm_path, max_new_tokens=6)
     generator = LocalGenerator(model, tokenizer, flags)
     assert generator.generate(conversations) == expected

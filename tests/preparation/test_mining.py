@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rqa.data import Document, Example, read_documents, read_examples
+from rqa.data import Document, Example, read_documents, read_examples, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.mine import mine, rank_in_parts
@@ -52,8 +52,13 @@ def test_what_shares_no_word_is_found_in_no_part(documents: list[Document]) -> N
 
 @pytest.fixture
 def flags(data: Path, tmp_path: Path) -> dict[str, object]:
+    """The examples' gold passages have no sources, and so are known by their texts."""
     (tmp_path / "bare.jsonl").write_text('{"question": "Who?"}')
-    return {"train_file": data / "train_w_qa.jsonl", "document_path": data / "documents.jsonl",
+    examples = read_examples(data / "train_w_qa.jsonl")
+    unsourced = (tuple(Document(gold.page_content) for gold in example.gold_docs) for example in examples)
+    written = (replace(example, gold_docs=gold) for example, gold in zip(examples, unsourced, strict=True))
+    write_examples(tmp_path / "train.jsonl", written)
+    return {"train_file": tmp_path / "train.jsonl", "document_path": data / "documents.jsonl",
             "output_path": tmp_path / "mined.jsonl"}  # fmt: skip
 
 

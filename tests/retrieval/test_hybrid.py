@@ -18,7 +18,7 @@ from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.retrieval import hybrid
 from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, RetrieverArguments
-from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best
+from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 from rqa.runtime.errors import UserError
 
 Open = Callable[..., Any]
@@ -68,17 +68,6 @@ def test_words_are_those_of_unicode_and_documents_without_any_are_never_found(
 ) -> None:
     retriever = LexicalRetriever([Document(text, {"n": n}) for n, text in enumerate(texts)])
     assert retriever.retrieve(questions, 7).ids.tolist() == expected
-
-
-def test_the_best_are_those_of_a_stable_sort() -> None:
-    chance = random.Random(0)
-    for _ in range(50):
-        scores = [chance.choice([0.5, 1.0, 2.0, 3.0]) for _ in range(chance.randint(0, 12))]
-        ids, k = chance.sample(range(100), len(scores)), chance.randint(1, 14)
-        expected = sorted(zip(scores, ids, strict=True), key=lambda pair: (-pair[0], pair[1]))[:k]
-        expected += [(-np.inf, -1)] * (k - len(expected))
-        found_ids, found_scores = best(np.array(scores), np.array(ids, dtype=np.int64), k)
-        assert list(zip(found_scores.tolist(), found_ids.tolist(), strict=True)) == expected
 
 
 def hits(*rows: list[tuple[int, float]]) -> Hits:

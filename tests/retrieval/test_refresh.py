@@ -10,6 +10,7 @@ from unittest.mock import Mock
 import torch
 import numpy as np
 import pytest
+from fakes import change_weights
 
 from rqa.data import Document, Example
 from rqa.models import encoder as encoder_module
@@ -30,13 +31,6 @@ def retriever(encoder_path: str, documents: list[Document]) -> Retriever:
 
 def refresher_of(retriever: Retriever, schedule: str = "10", then: Any = None, **flags: bool) -> Refresher:
     return Refresher(retriever, RefreshArguments(refresh_step=schedule, **flags), then)
-
-
-def change_weights(encoder: torch.nn.Module) -> None:
-    """As a training step might, only more."""
-    with torch.no_grad():
-        for parameter in encoder.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
 
 
 def table(retriever: Retriever) -> np.ndarray:

@@ -2,7 +2,6 @@
 
 import logging
 import math
-import resource
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
+from fakes import change_weights, full_disk
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
@@ -19,11 +19,6 @@ from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
 QUESTIONS = ["What does Arlen trade in?", "When was Brask founded?", "amber", "Where is the market of Hask?"]
-
-
-@pytest.fixture
-def encoder(encoder_path: str) -> Encoder:
-    return load_encoder(encoder_path)
 
 
 @pytest.fixture
@@ -37,11 +32,6 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 def opened(encoder: Encoder, documents: list[Document], path: Path | None = None, **flags: str) -> Retriever:
     return Retriever(encoder, documents, IndexArguments(**flags)).open(path)
-
-
-def change_weights(encoder: Encoder) -> None:
-    with torch.no_grad():
-        encoder.backbone.embeddings.word_embeddings.weight.mul_(torch.rand(32) + 0.5)
 
 
 def expected_scores(encoder: Encoder, documents: list[Document]) -> np.ndarray:
@@ -169,7 +159,7 @@ def test_retrieving_once_reads_from_the_disk_the_second_time(
     assert encoded == [len(QUESTIONS)]
     (mark,) = (tmp_path / "cache").rglob("COMPLETE")
     mark.unlink()
-    (mark.parent / "ids.npy").write_bytes(b"")
+    (mark.parent / "hits.npz").write_bytes(b"")
     third = retrievers[0].retrieve_once(QUESTIONS, 3)
     assert encoded == [len(QUESTIONS)] * 2
     expected = retrievers[0].retrieve(QUESTIONS, 3)
@@ -208,12 +198,10 @@ def test_an_encoder_that_is_not_finite_indexes_nothing_and_is_not_asked(
     assert not (tmp_path / "index").exists()
 
 
-def test_what_does_not_fit_on_the_disk_is_not_kept(encoder: Encoder, documents: list[Document]) -> None:
-    retriever, limits = opened(encoder, documents), resource.getrlimit(resource.RLIMIT_FSIZE)
-    asked = [f"{question} {number}" for number in range(40) for question in QUESTIONS]
-    resource.setrlimit(resource.RLIMIT_FSIZE, (160 * 3 * 8 + 100, limits[1]))  # its header alone takes 128
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            retriever.retrieve_once(asked, 3)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+def test_what_does_not_fit_on_the_disk_is_not_kept(encoder: Encoder, documents: list[Document], tmp_path: Path) -> None:
+    retriever = opened(encoder, documents)
+    retriever.retrieve_once(QUESTIONS, 3)
+    (kept,) = (tmp_path / "cache").rglob("hits.npz")
+    with full_disk(kept.stat().st_size - 10), pytest.raises(OSError, match="File too large"):
+        retriever.retrieve_once(QUESTIONS[::-1], 3)
+    assert list((tmp_path / "cache").rglob("hits.npz")) == [kept]
