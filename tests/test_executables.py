@@ -189,14 +189,24 @@ def test_the_parser_refuses_in_one_line(line: str) -> None:
     ["mine_negatives --document_path d.jsonl --output_path link",
      "chunk_documents --document_path a d.jsonl --output_path d.jsonl",
      "convert_dataset --to_format dpr --train_file d.jsonl --output_dir .",
+     "convert_dataset --to_format beir --train_file /t.jsonl --document_path d.jsonl --output_dir new/..",
      "train_ctl --model_name_or_path . --output_dir ../m/",
-     "train_fid --model_name_or_path bert::. --output_dir ."],
+     "train_fid --model_name_or_path bert::. --output_dir .",
+     "chunk_documents --document_path d.jsonl --output_path new/../d.jsonl",
+     "mine_negatives --document_path new/../d.jsonl --output_path d.jsonl",
+     "generate_questions --prompt_template train_w_q.jsonl --output_dir new/..",
+     *(f"{name} --output_dir new/.. --{read}"
+       for name in ("evaluate_retriever", "evaluate_rqa", "train_ctl", "train_sft")
+       for read in ("document_path score.json", "eval_file test-predictions.jsonl", "test_file d.jsonl"))],
 )  # fmt: skip
 def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "m").mkdir()
     monkeypatch.chdir(tmp_path / "m")
     Path("d.jsonl").touch()
     Path("link").symlink_to("d.jsonl")
+    Path("report.html").symlink_to("d.jsonl")
+    for read in ("score.json", "test-predictions.jsonl", "train_w_q.jsonl"):
+        Path(read).touch()
     name, *flags = line.split()
     with pytest.raises(UserError, match=r"too, and would be overwritten|holds the input d"):
         parsed(name, flags)

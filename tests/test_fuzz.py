@@ -216,7 +216,8 @@ def test_command_lines_and_files_of_flags(
     """What is accepted is good enough to train with."""
     (name, values), path = command, tmp_path_factory.getbasetemp() / "flags.json"
     parts = {flag: value if isinstance(value, list) else [value] for flag, value in values.items()}
-    line = [str(part) for flag, given in parts.items() for part in (f"--{flag}", *given)]
+    told = (str(part) for flag, given in parts.items() for part in (f"--{flag}", *given))
+    line = [part.replace("\0", "").encode("utf-8", "replace").decode() for part in told]  # as a command line can be
     path.write_text(json.dumps(dict.fromkeys(required(name), "x") | values))
     if "--help" not in line and "-h" not in line:
         flags = result(lambda: parse(*flags_of(name), [str(path)]) if in_file else parsed(name, line))

@@ -12,7 +12,7 @@ from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime.files import atomic_file, fingerprint
-from rqa.runtime.flags import flag
+from rqa.runtime.flags import RESULTS, flag
 
 WARM_UP, TIMED_QUESTIONS = 3, 100  # asked one at a time
 
@@ -33,6 +33,7 @@ class EvaluationDataArguments(DocumentArguments):
 
     def check(self) -> None:
         self.check_bounds("max_examples", at_least=0)
+        self.refuse_input_as("output_dir", RESULTS)
 
 
 def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:

@@ -57,7 +57,7 @@ def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Pa
         yield {name: written for name, (written, _) in places.items()}
         renamed = [(written, target) for written, target in places.values() if target]
         for written, target in renamed:
-            if target.exists():
+            if os.path.lexists(target):  # a loop of links raises an error
                 shutil.copymode(target, written)
             _sync(written)
         if len(renamed) > 1:
@@ -84,7 +84,7 @@ def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
 def atomic_directory(path: str | Path) -> Iterator[Path]:
     """Yield an empty temporary directory; on success it is marked complete (with checksums), synced, and is `path`."""
     path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_dir():
+    if os.path.lexists(path) and not path.is_dir():
         raise UserError(f"{path}: is no directory; name one, or a path where nothing is")
     with beside(path) as temporary:
         yield temporary
@@ -105,8 +105,8 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
     """Make a directory, or a file, with an unforeseeable name beside `path`; it goes afterwards, unless renamed."""
     temporary = path.with_name(f".rqa-{uuid4().hex}")
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers(path.parent)
         make(temporary)
         with _locked(temporary):
@@ -182,7 +182,7 @@ def damage(directory: str | Path) -> str | None:
     if not is_complete(directory):
         return "it is incomplete" if directory.is_dir() else "no such directory"
     try:
-        for name, expected in read_json(directory / COMPLETION_MARK).items():
+        for name, expected in (read_json(directory / COMPLETION_MARK) or {COMPLETION_MARK: ""}).items():  # {}: damage
             if not is_own_file(directory, name):
                 return f"{name} is no regular file in it"
             if _sha256(directory / name) != expected:

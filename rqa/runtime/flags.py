@@ -9,6 +9,7 @@ import re
 import sys
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from functools import partial
+from glob import escape, glob
 from inspect import get_annotations
 from math import inf
 from pathlib import Path
@@ -24,6 +25,7 @@ log = logging.getLogger(__name__)
 
 Flags = TypeVar("Flags", bound="Arguments")
 
+RESULTS = ("score*.json", "*_args.json", "*-predictions.jsonl", "*.trec", "report.html", "log.jsonl")  # of a run
 TAKES = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
 REFUSED = {
     "deepspeed": "rqa shards with PyTorch's own FSDP2; use --fsdp full_shard",
@@ -70,14 +72,15 @@ class Arguments:
                 if value is not None and not (at_least <= value <= at_most and above < value < below):
                     raise UserError(f"--{name} {value}: must be {told}")
 
-    def refuse_input_as(self, output: str) -> None:
-        """Refuse an output that is one of the files or models to read."""
-        written = getattr(self, output)
-        for name, value in vars(self).items() if os.path.exists(written) else ():
-            paths = [str(path).removeprefix("bert::") for path in (value if isinstance(value, list) else [value])]
+    def refuse_input_as(self, output: str, names: tuple[str, ...] = ("",)) -> None:
+        """Refuse an output, or files in it by patterns of their names, that are files or models to read."""
+        place = escape(os.path.realpath(getattr(self, output)))
+        written = {os.path.realpath(path) for name in names for path in glob(str(Path(place, name)))}
+        for name, value in vars(self).items():
             read = name != output and name.endswith(("_file", "_path", "_model", "_template"))
-            if read and any(os.path.exists(path) and os.path.samefile(path, written) for path in paths):
-                raise UserError(f"--{output} {written}: is --{name}, too, and would be overwritten; name another")
+            for given in (value if isinstance(value, list) else [value]) if read else ():
+                if (path := os.path.realpath(str(given).removeprefix("bert::"))) in written:
+                    raise UserError(f"--{output}: {path} is --{name}, too, and would be overwritten; name another")
 
     def ignore(self, name: str, why: str) -> None:
         """Accept a flag that means nothing here, with one line: one set of flags serves all trainers."""
@@ -171,8 +174,8 @@ def _from_json(path: str) -> list[str]:
     line: list[str] = []
     for name, value in read_json(path).items():
         parts = value if isinstance(value, list) else [value]
-        if not all(part is None or isinstance(part, str | int | float) for part in parts):
-            raise UserError(f"{path}: '{name}' must be a string, a number, true, false, or a list of those")
+        if not all(part is None or (isinstance(part, str | int | float) and "\0" not in str(part)) for part in parts):
+            raise UserError(f"{path}: '{name}' must be text without null characters, a number, true, false, or a list")
         given = [str(part).lower() if isinstance(part, bool) else str(part) for part in parts if part is not None]
         line += [f"--{name}", *given] if given else []
     return line

@@ -9,7 +9,7 @@ import torch
 from rqa.models.loading import LoadingArguments, LoraArguments
 from rqa.runtime.distributed import compute_dtype
 from rqa.runtime.errors import UserError
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import RESULTS, Arguments, flag
 
 SCHEDULES = ["linear", "cosine", "constant", "constant_with_warmup"]
 STRATEGIES = ["no", "steps", "epoch"]
@@ -133,4 +133,4 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             raise UserError('--optim adamw_8bit: torchao is not installed; pip install "rqa[8bit]"')
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
-        self.refuse_input_as("output_dir")
+        self.refuse_input_as("output_dir", ("", *RESULTS))

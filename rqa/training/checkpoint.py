@@ -4,7 +4,6 @@ import logging
 import random
 import re
 import shutil
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -22,8 +21,9 @@ from rqa.training.optim import Optimization
 log = logging.getLogger(__name__)
 
 TENSORS_FILE, ARGUMENTS_FILE = "training_state.pt", "all_args.json"
-MANIFEST = ".rqa-model.json"  # the model's files at the top of the output directory; without it there are these:
-MODEL_FILES = ("adapter_*", "config.json", "generation_config.json", "model*.safetensors", "*.safetensors.index.json")
+MANIFEST = ".rqa-model.json"  # the model's files at the top of the output directory
+WEIGHTS = r"adapter_model\.(safetensors|bin)|(?P<old>pytorch_)?model(-\d+-of-\d+)?\.(?(old)bin|safetensors)"
+MODEL_FILE = re.compile(rf"(adapter_|generation_)?config\.json|({WEIGHTS})(\.index\.json)?")  # what libraries load
 NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MARK}
 
 
@@ -171,12 +171,12 @@ def promote(source: Path, output: Path, whole: bool = True) -> None:
     paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
     names = sorted(str(path) for path in paths if path.parts[0] not in NOT_MODEL_FILES)
     names.sort(key=lambda name: name not in ("config.json", "adapter_config.json"))  # nothing loads without it
-    listed: set[str] = set()
-    with suppress(UserError):
+    try:
         named = map(str, files.read_json(output / MANIFEST, list))
         listed = {name for name in named if files.is_own_file(output, name)}
-    found = (path for pattern in MODEL_FILES for path in output.glob(pattern) if not path.is_dir())
-    old = {path.name for path in found} | (listed if whole else set())
+    except UserError:  # it is not there
+        listed = {path.name for path in output.glob("*") if MODEL_FILE.fullmatch(path.name) and not path.is_dir()}
+    old = {name for name in listed if whole or MODEL_FILE.fullmatch(name)}
     with files.atomic_files(output, [*names, MANIFEST]) as places:
         for name in names:
             shutil.copyfile(source / name, places[name])

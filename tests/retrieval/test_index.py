@@ -1,5 +1,6 @@
 """The index against brute force; saved, loaded, damaged, refused."""
 
+import hashlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from fakes import full_disk
 
 from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import write_json
 
 
 def vectors(count: int, seed: int, width: int = 8) -> np.ndarray:
@@ -117,8 +119,9 @@ def test_what_is_saved_last_is_loaded(factory: str, tmp_path: Path) -> None:
 
 
 def lying(name: str, content: bytes) -> Callable[[Path], object]:
-    """A file that its checksum does not protect."""
-    return lambda path: (path / name).write_bytes(content) and (path / "COMPLETE").write_text("{}")
+    """A file whose checksum is right, and whose content is not."""
+    sums = {name: hashlib.sha256(content).hexdigest()}
+    return lambda path: (path / name).write_bytes(content) and write_json(path / "COMPLETE", sums)
 
 
 @pytest.mark.parametrize(

@@ -63,8 +63,13 @@ def test_a_link_leads_to_its_file_which_keeps_its_mode_and_a_pipe_stays_a_pipe(t
     assert Path("/dev/null").is_char_device()
     write_jsonl(tmp_path / "packed.jsonl.gz", [{"a": 1}])
     assert list(read_jsonl(tmp_path / "packed.jsonl.gz")) == [(1, {"a": 1})]
-    with pytest.raises(UserError, match="pipe: is no directory"), atomic_directory(pipe):
-        pass
+    (tmp_path / "loop").symlink_to("loop")
+    for place in (pipe, tmp_path / "loop"):
+        with pytest.raises(UserError, match=f"{place.name}: is no directory"), atomic_directory(place):
+            pass
+    with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*/loop'"):
+        write_json(tmp_path / "loop", {})
+    assert (tmp_path / "loop").is_symlink()
     (tmp_path / "far").mkdir(0o700)
     (tmp_path / "near").symlink_to("far")
     with atomic_directory(tmp_path / "near"):
@@ -104,6 +109,8 @@ def test_scores_never_stand_beside_the_predictions_of_another_evaluation_and_a_t
 
 
 PLAIN = ("config.json", "model.safetensors", "tokenizer.json", "1_Pooling/config.json")
+LOADED = ("model-00001-of-00002.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "adapter_model.bin")
+OWN = ("notes.json", "adapter_notes.txt", "model-card.safetensors", "model.bin")  # the user's
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "tokenizer.json")
 
 
@@ -122,8 +129,9 @@ def test_a_model_takes_the_place_of_another_one_wherever_it_is_killed(
     while killed == calls:
         output = tmp_path / f"out-{calls}"
         output.mkdir()
-        (output / "notes.json").touch()
         promote(first, output)
+        for name in OWN:
+            (output / name).touch()
         killed += dies(lambda output=output: promote(second, output), calls)
         calls += 1
         configured = [(output / name).read_text() for name in (old[0], new[0]) if (output / name).exists()]
@@ -133,19 +141,20 @@ def test_a_model_takes_the_place_of_another_one_wherever_it_is_killed(
         forget_the_clock(output)
         promote(second, output)
         left = {str(path.relative_to(output)) for path in output.rglob("*") if path.is_file()}
-        assert {name for name in left if not name.startswith(".rqa-")} == {*new, "notes.json"}
+        assert {name for name in left if not name.startswith(".rqa-")} == {*new, *OWN}
     assert calls > len(new)
 
 
-def test_the_weights_of_a_merged_adapter_leave_its_tokenizer(tmp_path: Path) -> None:
-    adapter, output = model(tmp_path / "adapter", ADAPTER), tmp_path / "out"
+def test_the_weights_of_a_merged_adapter_leave_its_tokenizer_and_files_of_the_user(tmp_path: Path) -> None:
+    adapter, output = model(tmp_path / "adapter", ADAPTER), model(tmp_path / "out", (*LOADED, *OWN))
     promote(adapter, output)
+    assert {path.name for path in output.glob("[!.]*")} == {*ADAPTER, *OWN}
     promote(model(tmp_path / "merged", PLAIN[:2]), output, whole=False)
-    assert {path.name for path in output.glob("[!.]*")} == {*PLAIN[:3]}
+    assert {path.name for path in output.glob("[!.]*")} == {*PLAIN[:3], *OWN}
     foreign = adapter / ADAPTER[0]
     (output / ".rqa-model.json").write_text(json.dumps([f"../adapter/{foreign.name}", str(foreign), "nul\0", 3]))
     promote(adapter, output)
-    assert {path.name for path in output.glob("[!.]*")} == {*ADAPTER}
+    assert {path.name for path in output.glob("[!.]*")} == {*ADAPTER, *PLAIN[:2], *OWN}, "listed before, or not at all"
     assert foreign.exists()
 
 
@@ -161,6 +170,8 @@ def test_only_regular_files_of_its_own_make_a_directory_whole(name: str, tmp_pat
     sums = json.loads((tmp_path / "whole" / "COMPLETE").read_text())
     (tmp_path / "whole" / "COMPLETE").write_text(json.dumps({name: sums["file"]}))
     assert damage(tmp_path / "whole") is not None
+    (tmp_path / "whole" / "COMPLETE").write_text("{}")
+    assert damage(tmp_path / "whole") == "COMPLETE is damaged"
 
 
 def test_a_directory_belongs_to_one_process_until_that_is_killed(tmp_path: Path) -> None:
