@@ -59,7 +59,7 @@ class Layout:
         if mark := paths.get("gold") or paths.get("selected"):
             lists["gold_docs"] = [pair for pair in contexts if pair[1].text(mark, default="") in ("1", "True")]
         answers = [text for name in ("answer", "answers") if name in paths for text in row.texts(paths[name])]
-        unique = [text for text in dict.fromkeys(answers) if text not in ("", self.no_answer)]
+        unique = [text for text in dict.fromkeys(answers) if text.strip() not in ("", self.no_answer)]
         first, *others = unique or ["" if self.answers else None]
         found = {name: tuple(document for document, _ in pairs) for name, pairs in lists.items() if name != "others"}
         answered = {"gold_answer": first, "other_answers": tuple(others), "ctx_scores": scores}
@@ -132,7 +132,7 @@ class SQuAD(Layout):
             for asked in questions if document else []:
                 impossible = asked.values.get("is_impossible") is True
                 answers = [] if impossible else [answer.text("text") for answer in asked.rows("answers")]
-                first, *others = dict.fromkeys(answers or [""])
+                first, *others = [answer for answer in dict.fromkeys(answers) if answer.strip()] or [""]
                 question = asked.text("question")
                 yield Example(question, (document,), first, other_answers=tuple(others), where=row.where)
 
