@@ -141,7 +141,7 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
                     yield split, Example(question, gold, where=str(files[split]))
                     asked += 1
             if not asked:
-                raise UserError(f"{files[split]}: no question here has a relevant passage; mend or remove the file")
+                raise UserError(f"{files[split]}: has no score above 0 of a passage with text; mend or remove it")
             yield from [("", f"judged questions of {split} left out")] * (total - asked)
 
 

@@ -12,8 +12,9 @@ from typing import Any
 import regex
 
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
-_ASCII = re.compile(r"[\s -~]*").fullmatch
-_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}]|[\p{P}\p{S}]$").search
+_ASCII = re.compile(r"[\t\n\r -~]*").fullmatch
+_SIGNS = "".join(chr(code) * 2 for code in range(33, 127))
+_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}].|.[\p{P}\p{S}]$").search
 _ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
 _ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
@@ -60,26 +61,28 @@ def without_thoughts(reply: str) -> str:
 def as_text(tokenizer: Any) -> Callable[[str], str]:
     """What keeps text from outside text: where it would become a control token of this tokenizer, a space breaks it.
 
-    Control tokens are the special ones, and added ones between signs, such as `<think>`; added words stay whole.
+    Control tokens are the special ones, and added ones between signs, such as `<think>`; added words stay whole. One
+    of a single character becomes the space.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are found in lower case, or after NFKC
     control, names = set(), set()
     for token, added in tokenizer.added_tokens_decoder.items():
         name = added.content.strip()
-        if len(name) > 1 and (added.special or _BETWEEN_SIGNS(name)):
+        if name and (added.special or _BETWEEN_SIGNS(name)):
             control.add(token)
-            names |= {named for form in forms if len(named := form(name)) > 1}
+            names |= {form(name) for form in forms} - {""}
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
+    keeps_ascii = forms[-1](_SIGNS).lower().endswith(_SIGNS.lower())
 
     def mended(text: str) -> str:
-        if _ASCII(text) and not begins(text):
-            return text  # normalizing costs a fifth of tokenizing, and changes no sign of these
+        if keeps_ascii and _ASCII(text) and not begins(text):
+            return text  # normalizing costs a fifth of tokenizing
         for form in forms:
             seen = broken = form(text)
             if begins(seen) and not control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
                 for name in sorted(names, key=len):
-                    broken = broken.replace(name, f"{name[:-1]} {name[-1:]}")
+                    broken = broken.replace(name, f"{name[:-1]} {name[1:][-1:]}")
                 text = text if broken == seen else broken
         return text
 

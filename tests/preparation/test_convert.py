@@ -301,8 +301,8 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}', "item 1: paragraphs[0]: field 'context' is missing"),
         ("beir", "qrels/test.tsv", "a\tb\tc\ntest-0\td1\tx", "test.tsv:2: score 'x' is not a number"),
         ("beir", "qrels/test.tsv", "test-0", "test.tsv:1: expected query, passage and score, found 1 columns"),
-        ("beir", "qrels/test.tsv", "test-0\td1\t0", "test.tsv: no question here has a relevant passage"),
-        ("beir", "queries.jsonl", '{"_id": "test-0", "text": null}', "no question here has a relevant passage"),
+        ("beir", "qrels/test.tsv", "test-0\td1\t0", "test.tsv: has no score above 0 of a passage"),
+        ("beir", "queries.jsonl", '{"_id": "test-0", "text": null}', "has no score above 0 of a passage with text"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
