@@ -82,13 +82,11 @@ class Chunker:
         positions = [heading.start() for heading in headings]
         documents = []
         for begin, end in _Cutter(source.text, tokens, positions, self).split(0, len(source.text)):
-            content = source.text[begin:end].strip()
-            if not content:
-                continue
-            metadata = {"source": source.source, "title": source.title, **source.metadata}
-            if above := bisect_right(positions, begin + source.text[begin:end].index(content)):
-                metadata["subtitle"] = headings[above - 1][1]
-            documents.append(Document(content, metadata))
+            if content := source.text[begin:end].strip():
+                metadata = {"source": source.source, "title": source.title, **source.metadata}
+                if above := bisect_right(positions, begin + source.text[begin:end].index(content)):
+                    metadata["subtitle"] = headings[above - 1][1]
+                documents.append(Document(content, metadata))
         return documents
 
 
@@ -181,10 +179,9 @@ class Seen:
     """A set of texts, kept as hashes in a temporary database that spills to the disk and vanishes with the process."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)  # "": a temporary file, unlinked by SQLite
+        self._database = sqlite3.connect("")  # "": a temporary file, unlinked by SQLite
         self._database.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("BEGIN")
 
     def add(self, *parts: str) -> bool:
         """Remember a text, in parts whose boundaries count; False if it was there already."""
@@ -246,6 +243,6 @@ class Collection:
             f"{len(self.others)} files of other kinds": self.others,
         }
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
+            lines += [f"{what} left out"] * (what[0] > "0" or places != []) + [f"  {place}" for place in places[:NAMED]]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)
