@@ -11,7 +11,7 @@ from typing import Any
 
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import LONGEST, read_jsonl, reading
-from rqa.runtime.text import parse_json
+from rqa.runtime.text import finite, parse_json
 
 START = 1 << 20  # characters read at once; the first ones tell an array from lines
 _BETWEEN = re.compile(r"\[\s*|\}\s*(?:,\s*|(?=\]))|")  # empty where a comma is missing
@@ -55,7 +55,7 @@ class Row:
 
     def number(self, path: str) -> float:
         try:
-            return float(self.text(path))
+            return finite(float, self.text(path))
         except ValueError:
             raise self.wrong(path, "a number") from None
 

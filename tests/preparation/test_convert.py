@@ -291,6 +291,7 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("dpr", "a.json", '[{"question": "\xff"}]', "a.json: not UTF-8 text"),
         ("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "x"}]}]',
          "a.json: item 1: ctxs[0]: field 'score' must be a number"),
+        ("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "1e400"}]}]', "'score' must be a number"),
         ("nq_open", "a.jsonl", '{"question": "q", "answer": [1]}', "a.jsonl:1: field 'answer' must be a list of str"),
         ("nq_open", "a.jsonl", "\n", "a.jsonl: holds no rows"),
         ("nq_open", "a.jsonl", '{"question": "q"}', "a.jsonl: holds no rows to write; 1 unanswerable questions left"),
