@@ -50,7 +50,10 @@ class Layout:
             return
         lists = {}
         for name in (name for name in LISTS if name in paths):
-            pairs = self._read_passages(row, paths[name])
+            if self.passage:
+                pairs = [(self._read_passage(each), each) for each in row.rows(paths[name])]
+            else:
+                pairs = [(Document(text) if text.strip() else None, row) for text in row.texts(paths[name])]
             yield from (document or BLANK for document, _ in pairs)
             lists[name] = [(document, each) for document, each in pairs if document]
         contexts, scores = lists.get("ctxs", []), None
@@ -64,11 +67,6 @@ class Layout:
         found = {name: tuple(document for document, _ in pairs) for name, pairs in lists.items() if name != "others"}
         answered = {"gold_answer": first, "other_answers": tuple(others), "ctx_scores": scores}
         yield Example(row.text(paths["question"]), where=row.where, **answered, **found)
-
-    def _read_passages(self, row: Row, path: str) -> list[tuple[Document | None, Row]]:
-        if not self.passage:
-            return [(Document(text) if text.strip() else None, row) for text in row.texts(path)]
-        return [(self._read_passage(each), each) for each in row.rows(path)]
 
     def _read_passage(self, row: Row) -> Document | None:
         paths = self.paths
