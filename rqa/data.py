@@ -190,9 +190,8 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
     """What `read_examples` reads, one line in memory at a time."""
     for line, row in read_jsonl(path):
         for example in parse_example(row, f"{path}:{line}", answers):
-            texts = {"question": example.question, "gold_answer": example.gold_answer}
-            blank = next((name for name, text in texts.items() if text is not None and not text.strip()), None)
-            if blank:  # as generated data has it
+            texts = {"question": example.question, "gold_answer": example.gold_answer}  # blank in generated data, too
+            if blank := next((name for name, text in texts.items() if text is not None and not text.strip()), None):
                 log.warning("%s: field '%s' is blank; the example is left out", example.where, blank)
             else:
                 yield example

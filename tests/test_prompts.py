@@ -10,7 +10,7 @@ from random import Random
 import pytest
 from tokenizers import Tokenizer as Core
 from tokenizers import models, normalizers, pre_tokenizers, processors
-from transformers import AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, ByT5Tokenizer, PreTrainedTokenizerFast
 from transformers import PreTrainedTokenizerBase as Tokenizer
 
 from rqa.data import Document, Example, Turn
@@ -270,11 +270,19 @@ def unigram() -> Tokenizer:
     return PreTrainedTokenizerFast(tokenizer_object=core, eos_token="</s>", pad_token="<pad>", unk_token="<unk>")
 
 
-@pytest.mark.parametrize("kind", ["tokenizer", "wordpiece", "unigram", "bytes"])
+def dropping() -> Tokenizer:
+    """A normalizer that drops ASCII, and a control token of one character."""
+    core = Core(models.BPE({chr(code): code for code in range(256)}, []))
+    core.normalizer = normalizers.Sequence([normalizers.Replace("``", ""), normalizers.Replace("~", "")])
+    end = AddedToken("<eot>", normalized=True, special=True)
+    return PreTrainedTokenizerFast(tokenizer_object=core, pad_token="¶", unk_token="<unk>", eos_token=end)
+
+
+@pytest.mark.parametrize("kind", ["tokenizer", "wordpiece", "unigram", "bytes", "dropping"])
 def test_no_text_becomes_a_control_token_and_text_without_any_stays_as_it_is(
     kind: str, request: pytest.FixtureRequest, documents: list[Document]
 ) -> None:
-    own = {"unigram": unigram, "bytes": ByT5Tokenizer}
+    own = {"unigram": unigram, "bytes": ByT5Tokenizer, "dropping": dropping}
     tokenizer = own[kind]() if kind in own else clone(request.getfixturevalue(kind), unk_token="[UNK]")
     tokenizer.add_tokens(["<think>", "Arlen"])  # neither is special, and one is a word
     control = {*tokenizer.added_tokens_decoder} - {tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("Arlen")}

@@ -17,11 +17,10 @@ from itertools import groupby
 from pathlib import Path
 from random import Random
 
-from pydocs.docstrings import PROSE, sentences
+from pydocs.docstrings import PROSE, pack, sentences
 from pydocs.pages import FEWEST_WORDS, Page, collect_pages
 from pydocs.questions import draft_questions
 from rqa.data import Document, Example, format_content, write_documents, write_examples
-from rqa.preparation.chunking import pack
 from rqa.runtime.errors import UserError
 
 _MODULES = """

@@ -3,9 +3,12 @@
 import inspect
 import re
 import textwrap
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import dropwhile
+from typing import TypeVar
+
+T = TypeVar("T")
 
 PROSE = ""
 SECTIONS = {
@@ -87,6 +90,20 @@ def parse(docstring: str, names: Collection[str] = ()) -> list[Block]:
         for block in (_entries if section in ENTRY_SECTIONS else _paragraphs)(section, body, google)
         if block.text
     ]
+
+
+def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Group items in their order, as many as fit the limit; an item that is larger stands alone."""
+    group: list[T] = []
+    filled = 0
+    for item in items:
+        if group and filled + size(item) > limit:
+            yield group
+            group, filled = [], 0
+        group.append(item)
+        filled += size(item)
+    if group:
+        yield group
 
 
 def sentences(text: str) -> list[str]:

@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from random import Random
 from typing import NamedTuple
 
-from pydocs.docstrings import PROSE, sentences
+from pydocs.docstrings import PROSE, pack, sentences
 from pydocs.pages import Page
-from rqa.preparation.chunking import pack
 
 LONGEST_ANSWER = 40  # words
 ENTRIES_PER_DOCSTRING = 3

@@ -4,11 +4,10 @@ import re
 import sqlite3
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
+from itertools import accumulate, groupby, pairwise, tee
 from pathlib import Path
-from typing import TypeVar
 
 import regex
 from tokenizers import Encoding, Tokenizer
@@ -20,11 +19,10 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import Arguments, flag
 
-T = TypeVar("T")
 Span = tuple[int, int]  # begin and end, in characters
 
 LEVELS = ["heading", "paragraph", "line", "sentence", "word"]
-BATCH_CHARACTERS = 1_000_000  # of the texts that are tokenised in one call
+BATCH_CHARACTERS = 1_000_000  # of the texts that are tokenised in one call, about
 LONGEST_UNKNOWN = 8  # characters that one token for an unknown word may stand for
 NAMED = 20  # skipped texts, and files of other kinds, that the summary names
 
@@ -70,7 +68,10 @@ class Chunker:
 
     def passages(self, sources: Iterable[Source]) -> Iterator[tuple[Source, list[Document]]]:
         """Yield each text with its passages, in order; a blank text has none."""
-        for batch in pack(sources, lambda source: len(source.text), BATCH_CHARACTERS):
+        texts, measured = tee(sources)
+        ends = accumulate(len(source.text) for source in measured)
+        for _, group in groupby(zip(texts, ends, strict=True), key=lambda pair: pair[1] // BATCH_CHARACTERS):
+            batch = [source for source, _ in group]
             encodings = self.tokenizer.encode_batch([source.text for source in batch], add_special_tokens=False)
             for source, encoding in zip(batch, encodings, strict=True):
                 yield source, self._passages(source, _spans(source.text, encoding))
@@ -82,13 +83,11 @@ class Chunker:
         positions = [heading.start() for heading in headings]
         documents = []
         for begin, end in _Cutter(source.text, tokens, positions, self).split(0, len(source.text)):
-            content = source.text[begin:end].strip()
-            if not content:
-                continue
-            metadata = {"source": source.source, "title": source.title, **source.metadata}
-            if above := bisect_right(positions, begin + source.text[begin:end].index(content)):
-                metadata["subtitle"] = headings[above - 1][1]
-            documents.append(Document(content, metadata))
+            if content := source.text[begin:end].strip():
+                metadata = {"source": source.source, "title": source.title, **source.metadata}
+                if above := bisect_right(positions, begin + source.text[begin:end].index(content)):
+                    metadata["subtitle"] = headings[above - 1][1]
+                documents.append(Document(content, metadata))
         return documents
 
 
@@ -163,28 +162,13 @@ def _spans(text: str, encoding: Encoding) -> list[Span]:
     return spans
 
 
-def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Group items in their order, as many as fit the limit; an item that is larger stands alone."""
-    group: list[T] = []
-    filled = 0
-    for item in items:
-        if group and filled + size(item) > limit:
-            yield group
-            group, filled = [], 0
-        group.append(item)
-        filled += size(item)
-    if group:
-        yield group
-
-
 class Seen:
     """A set of texts, kept as hashes in a temporary database that spills to the disk and vanishes with the process."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("", isolation_level=None)  # "": a temporary file, unlinked by SQLite
+        self._database = sqlite3.connect("")  # "": a temporary file, unlinked by SQLite
         self._database.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("PRAGMA journal_mode = OFF")
-        self._database.execute("BEGIN")
 
     def add(self, *parts: str) -> bool:
         """Remember a text, in parts whose boundaries count; False if it was there already."""
@@ -246,6 +230,6 @@ class Collection:
             f"{len(self.others)} files of other kinds": self.others,
         }
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
+            lines += [f"{what} left out"] * (what[0] > "0" or places != []) + [f"  {place}" for place in places[:NAMED]]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)

@@ -1,6 +1,7 @@
 """From another layout to ours and back, a row in memory at a time."""
 
 import json
+import re
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -125,31 +126,32 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         judged = {split: _read_judgements(path) for split, path in files.items()}
         wanted = {name for relevant in judged.values() for gains in relevant.values() for name in gains}
         passages: dict[str, Document] = {}
-        for name, title, text in _read_texts(folder / corpus, default=""):
+        for name, title, text in _read_texts(folder / corpus):
             document = passage(text.strip() if layout == "beir" else text, name, title)
             yield "", document or BLANK
             if document and name in wanted:
                 passages[name] = document
         for split, relevant in judged.items():
             absent = sum(name not in passages for gains in relevant.values() for name in gains)
-            yield from [("", f"judgements of {split} of absent or blank passages left out")] * absent
-            left_out = "", f"judged questions of {split} left out"
+            yield from [("", f"judgements of {split} without a finite score or a passage with text left out")] * absent
+            asked, total = 0, len(relevant)
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
                 gains = relevant.pop(query, {}) if question.strip() else {}
                 if gold := tuple(passages[name].graded(gain) for name, gain in gains.items() if name in passages):
                     yield split, Example(question, gold, where=str(files[split]))
-                elif gains:
-                    yield left_out
-            yield from [left_out] * len(relevant)
+                    asked += 1
+            if not asked:
+                raise UserError(f"{files[split]}: has no score above 0 of a passage with text; mend or remove it")
+            yield from [("", f"judged questions of {split} left out")] * (total - asked)
 
 
-def _read_texts(path: Path, default: str | None = None) -> Iterator[tuple[str, str, str]]:
+def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
     """Yield (identifier, title, text) of JSONL or tab-separated values, gzipped or not."""
     packed = path.with_name(path.name + ".gz")
     path = packed if packed.exists() and not path.exists() else path
     if ".jsonl" in path.suffixes:
         for row in read_rows(path):
-            yield row.text("_id"), row.text("title", default=""), row.text("text", default=default)
+            yield row.text("_id"), row.text("title", default=""), row.text("text", default="")
         return
     for where, fields in read_table(path):
         if len(fields) != 2:
@@ -166,8 +168,9 @@ def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
             raise UserError(f"{where}: expected query, passage and score, found {len(fields)} columns")
         query, passage, score = fields[0], fields[-2], fields[-1].strip()
         try:
-            if float(score) > 0:
-                relevant[query][passage] = float(score)
+            gain = float(re.sub(r"^$|.*\d_.*", "nan", score))
+            if not gain <= 0:  # what is no finite number is kept under a name that no passage has
+                relevant[query][passage if gain < float("inf") else f"{passage}\t"] = gain
         except ValueError:
             if not where.endswith(":1"):  # the header
                 raise UserError(f"{where}: score '{score}' is not a number") from None

@@ -50,7 +50,10 @@ class Layout:
             return
         lists = {}
         for name in (name for name in LISTS if name in paths):
-            pairs = self._read_passages(row, paths[name])
+            if self.passage:
+                pairs = [(self._read_passage(each), each) for each in row.rows(paths[name])]
+            else:
+                pairs = [(Document(text) if text.strip() else None, row) for text in row.texts(paths[name])]
             yield from (document or BLANK for document, _ in pairs)
             lists[name] = [(document, each) for document, each in pairs if document]
         contexts, scores = lists.get("ctxs", []), None
@@ -59,16 +62,11 @@ class Layout:
         if mark := paths.get("gold") or paths.get("selected"):
             lists["gold_docs"] = [pair for pair in contexts if pair[1].text(mark, default="") in ("1", "True")]
         answers = [text for name in ("answer", "answers") if name in paths for text in row.texts(paths[name])]
-        unique = [text for text in dict.fromkeys(answers) if text not in ("", self.no_answer)]
+        unique = [text for text in dict.fromkeys(answers) if text.strip() not in ("", self.no_answer)]
         first, *others = unique or ["" if self.answers else None]
         found = {name: tuple(document for document, _ in pairs) for name, pairs in lists.items() if name != "others"}
         answered = {"gold_answer": first, "other_answers": tuple(others), "ctx_scores": scores}
         yield Example(row.text(paths["question"]), where=row.where, **answered, **found)
-
-    def _read_passages(self, row: Row, path: str) -> list[tuple[Document | None, Row]]:
-        if not self.passage:
-            return [(Document(text) if text.strip() else None, row) for text in row.texts(path)]
-        return [(self._read_passage(each), each) for each in row.rows(path)]
 
     def _read_passage(self, row: Row) -> Document | None:
         paths = self.paths
@@ -132,7 +130,7 @@ class SQuAD(Layout):
             for asked in questions if document else []:
                 impossible = asked.values.get("is_impossible") is True
                 answers = [] if impossible else [answer.text("text") for answer in asked.rows("answers")]
-                first, *others = dict.fromkeys(answers or [""])
+                first, *others = [answer for answer in dict.fromkeys(answers) if answer.strip()] or [""]
                 question = asked.text("question")
                 yield Example(question, (document,), first, other_answers=tuple(others), where=row.where)
 

@@ -11,10 +11,10 @@ from typing import Any
 
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import LONGEST, read_jsonl, reading
-from rqa.runtime.text import parse_json
+from rqa.runtime.text import finite, parse_json
 
 START = 1 << 20  # characters read at once; the first ones tell an array from lines
-_BETWEEN = re.compile(r"\s*,?\s*")
+_BETWEEN = re.compile(r"\[\s*|\}\s*(?:,\s*|(?=\]))|")  # empty where a comma is missing
 _DECODER = json.JSONDecoder()
 
 
@@ -55,7 +55,7 @@ class Row:
 
     def number(self, path: str) -> float:
         try:
-            return float(self.text(path))
+            return finite(float, self.text(path))
         except ValueError:
             raise self.wrong(path, "a number") from None
 
@@ -87,7 +87,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[Row]:
         if begin is None:
             yield from (Row(row, f"{path}:{line}") for line, row in read_jsonl(path))
             return
-        at, number = begin.end(), 1
+        at, number = begin.end() - 1, 1
         while True:
             start = next(_BETWEEN.finditer(text, at)).end()
             try:
@@ -102,7 +102,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[Row]:
                 reason = getattr(error, "msg", None) or str(error)
                 raise UserError(f"{path}: item {number}: not valid JSON ({reason})") from None
             yield Row(row, f"{path}: item {number}")
-            at, number = end, number + 1
+            at, number = end - 1, number + 1
 
 
 def read_table(path: Path) -> Iterator[tuple[str, list[str]]]:

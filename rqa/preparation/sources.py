@@ -16,7 +16,7 @@ from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import read_jsonl
 from rqa.runtime.text import clean_text
 
-HEADING = re.compile(r"^#{1,6}[ \t]+(\S.{0,249}?)(?:[ \t]{1,250}#{0,250})?[ \t\r]*$", re.MULTILINE)
+HEADING = re.compile(r"^#{1,6}[ \t]++(\S(?:.{0,248}?[^ \t\r\n])??)(?:[ \t]++#*+)?+[ \t\r]*+$", re.MULTILINE)
 _TITLE = re.compile(rf"\A\s*(?=#[ \t]){HEADING.pattern}", re.MULTILINE)
 LONGEST_TITLE = 250  # characters, as of a heading; every passage repeats it
 _NO_TEXT = re.compile(  # control characters, white space beyond a hundredth, embedded images

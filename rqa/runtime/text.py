@@ -6,14 +6,14 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import partial
-from itertools import chain
 from typing import Any
 
 import regex
 
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
-_ASCII = re.compile(r"[\s -~]*").fullmatch
-_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}]|[\p{P}\p{S}]$").search
+_ASCII = re.compile(r"[\t\n\r -~]*").fullmatch
+_SIGNS = "".join(chr(code) * 2 for code in range(33, 127))
+_BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}].|.[\p{P}\p{S}]$").search
 _ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
 _ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
@@ -58,28 +58,26 @@ def without_thoughts(reply: str) -> str:
 
 
 def as_text(tokenizer: Any) -> Callable[[str], str]:
-    """What keeps text from outside text: where it would become a control token of this tokenizer, a space breaks it.
+    """What keeps text from outside text: a space breaks control tokens of this tokenizer, or replaces a character.
 
     Control tokens are the special ones, and added ones between signs, such as `<think>`; added words stay whole.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
     forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are found in lower case, or after NFKC
-    control, names = set(), set()
-    for token, added in tokenizer.added_tokens_decoder.items():
-        name = added.content.strip()
-        if len(name) > 1 and (added.special or _BETWEEN_SIGNS(name)):
-            control.add(token)
-            names |= {named for form in forms if len(named := form(name)) > 1}
+    added = ((token, each.content.strip(), each.special) for token, each in tokenizer.added_tokens_decoder.items())
+    control = {token: name for token, name, special in added if name and (special or _BETWEEN_SIGNS(name))}
+    names = {form(name) for name in control.values() for form in forms} - {""}
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
+    keeps_ascii = forms[-1](_SIGNS).lower().endswith(_SIGNS.lower())
 
     def mended(text: str) -> str:
-        if _ASCII(text) and not begins(text):
-            return text  # normalizing costs a fifth of tokenizing, and changes no sign of these
+        if keeps_ascii and _ASCII(text) and not begins(text):
+            return text  # normalizing costs a fifth of tokenizing
         for form in forms:
             seen = broken = form(text)
-            if begins(seen) and not control.isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
+            if begins(seen) and not control.keys().isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
                 for name in sorted(names, key=len):
-                    broken = broken.replace(name, f"{name[:-1]} {name[-1:]}")
+                    broken = broken.replace(name, f"{name[:-1]} {name[1:][-1:]}")
                 text = text if broken == seen else broken
         return text
 
@@ -95,6 +93,8 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
     text = clean_text(text) if isinstance(text, str) else text.decode("utf-8-sig")
     try:
         value = _STRICT.decode(text)
+        if text.count("[") + text.count("{") > DEEPEST and _depth(value) > DEEPEST:
+            raise RecursionError
         if "\\ud" in text or "\\uD" in text:
             value = json.loads(clean_text(json.dumps(value, ensure_ascii=False)))
     except RecursionError:
@@ -102,20 +102,18 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
     if not isinstance(value, kind):
         named = {dict: "object", list: "array"}[kind]
         raise ValueError(f"expected a JSON {named}, found {type(value).__name__}")
-    level = [value] if text.count("[") + text.count("{") > DEEPEST else []
-    for _ in range(DEEPEST):
-        if not level:
-            return value
-        inner = (v.values() if isinstance(v, dict) else v for v in level if isinstance(v, dict | list))
-        level = list(chain.from_iterable(inner))
-    raise ValueError("nested too deeply")
+    return value
 
 
-def _finite(kind: type, text: str) -> Any:
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value
+    return 1 + max(map(_depth, inner), default=0) if isinstance(value, dict | list) else 0
+
+
+def finite(kind: type, text: str) -> Any:
     if not math.isfinite(float(text)):
         raise ValueError(f"{text[:20]} is no finite number")
     return kind(text)
 
 
-_NUMBERS = {"parse_float": partial(_finite, float), "parse_int": partial(_finite, int)}
-_STRICT = json.JSONDecoder(parse_constant=lambda name: None, **_NUMBERS)
+_STRICT = json.JSONDecoder(parse_float=partial(finite, float), parse_int=partial(finite, int), parse_constant={}.get)

@@ -96,7 +96,14 @@ def test_what_the_tokenizer_does_not_spell_counts_by_the_character_and_no_charac
 
 
 def test_hostile_lines_take_no_quadratic_time() -> None:
-    for text in ("# " + "#" * 100_000 + "x", "# a" + " #" * 50_000 + " x", "🇩" * 100_000, "a" + "\u0301" * 100_000):
+    spaces = "# a" + (" " * 100_000 + "#" * 100_000) * 5 + "x"
+    for text in (
+        spaces,
+        "# " + "#" * 100_000 + "x",
+        "# a" + " #" * 50_000 + " x",
+        "🇩" * 100_000,
+        "a" + "\u0301" * 100_000,
+    ):
         start = time.monotonic()
         documents = documents_of(text, chunk_size=60, chunk_overlap=0)
         assert time.monotonic() - start < 20

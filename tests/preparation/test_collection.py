@@ -93,6 +93,8 @@ def test_a_folder_of_all_kinds_becomes_one_database_the_same_each_time(
                  f"1 files of other kinds left out\n  {folder}/image.png"):  # fmt: skip
         assert line in printed
     assert "hidden.txt" not in printed
+    assert run_executable("chunk_documents", flags | {"document_path": folder / "notes.txt"}) == 0
+    assert "left out" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

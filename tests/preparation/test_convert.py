@@ -128,7 +128,7 @@ MARCO = SAMPLES["msmarco"][0]
 COLUMNS = {name: [passage[name] for passage in MARCO["passages"]] for name in MARCO["passages"][0]}
 QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
     # layout, row; answers, gold passages and all passages of it
-    ("nq_open", {"question": "q", "answer": ["one", "two", "one"]}, ["one", "two"], [], []),
+    ("nq_open", {"question": "q", "answer": [" ", "one", "two", "one"]}, ["one", "two"], [], []),
     ("triviaqa", {"Question": "q", "Answer": {"Value": "one", "Aliases": ["two"]}}, ["one", "two"], [], []),
     ("triviaqa", {"question": "q", "answer": {"value": "one", "aliases": ["one"]}}, ["one"], [], []),
     ("fid", {"question": "q", "target": "one", "answers": ["two", "one"]}, ["one", "two"], [], []),
@@ -141,7 +141,8 @@ QUIRKS: list[tuple[str, dict[str, Any], list[str], list[str], list[str]]] = [
     ("msmarco", {"query": "q", "answers": ["a"], "passages": {"passage_text": [" ", WOOL], "is_selected": [0, 1]}},
      ["a"], [WOOL], [WOOL]),
     ("msmarco", {"query": "q", "answers": ["No Answer Present."], "passages": []}, ["none"], [], []),
-    ("squad", {"title": "T", "context": WOOL, "question": "q", "answers": {"text": ["wool"], "answer_start": [16]}},
+    ("squad", {"title": "T", "context": WOOL, "question": "q",
+               "answers": {"text": ["  ", "wool"], "answer_start": [1, 16]}},
      ["wool"], [WOOL], [WOOL]),  # as `datasets` lays it out
     # Parquet gives null for what is not there, and Wikipedia dumps hold pages without text.
     ("dpr", {"question": "q", "answers": None, "positive_ctxs": [BLANK], "hard_negative_ctxs": None},
@@ -212,12 +213,23 @@ def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(tm
     folder = write_beir_sample(tmp_path / "beir")
     with (folder / "corpus.jsonl").open("a") as file:
         file.write('{"_id": "blank", "title": "", "text": " "}\n')
-    judged = ["test-0\td1\t2.0", "test-0\tabsent\t1", "test-0\tblank\t1", "test-0\td2\t0.0", "test-1\tblank\t1",
-              "test-9\td1\t1"]  # fmt: skip
+    with (folder / "queries.jsonl").open("a") as file:
+        file.write('{"_id": "null", "text": null}\n')
+    judged = [
+        "test-0\td1\t2.0",
+        "test-0\tabsent\t1",
+        "test-0\tblank\t1",
+        "test-0\td2\t0.0",
+        "test-1\tblank\t1",
+        "test-9\td1\t1",
+        "null\td1\t1",
+    ]
+    judged += [f"test-0\td3\t{score}" for score in ("inf", "1e400", "nan", "9" * 500, "21_000", "")]  # fmt: skip
     (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
     assert read_layout("beir", [folder], tmp_path / "ours") == {
         "passages": 3, "blank passages left out": 1, "questions of test": 1,
-        "judgements of test of absent or blank passages left out": 3, "judged questions of test left out": 2,
+        "judgements of test without a finite score or a passage with text left out": 4,
+        "judged questions of test left out": 3,
     }  # fmt: skip
     (example,) = iterate_examples(tmp_path / "ours/test_w_q.jsonl")
     assert [(document.page_content, document.gain) for document in example.gold_docs] == [(WOOL, 2)]
@@ -274,10 +286,12 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("dpr", "a.json", '[{"question": "q", "positive_ctxs": [3]}]', "item 1: field 'positive_ctxs' must be a list"),
         ("dpr", "a.json", '[\n{"question": "Ã©"},\n{"question": }]', "item 2: not valid JSON (Expecting value)"),
         ("dpr", "a.json", '[{"question": "q"},' + "[" * 100_000, "a.json: item 2: not valid JSON ("),
+        ("dpr", "a.json", '[{"question": "q"}\n {"question": "q"}]', "item 2: not valid JSON (Expecting value)"),
         ("dpr", "a.json", "[3]", "a.json: item 1: not valid JSON (expected a JSON object, found int)"),
         ("dpr", "a.json", '[{"question": "\xff"}]', "a.json: not UTF-8 text"),
         ("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "x"}]}]',
          "a.json: item 1: ctxs[0]: field 'score' must be a number"),
+        ("fid", "a.json", '[{"question": "q", "ctxs": [{"text": "t", "score": "1e400"}]}]', "'score' must be a number"),
         ("nq_open", "a.jsonl", '{"question": "q", "answer": [1]}', "a.jsonl:1: field 'answer' must be a list of str"),
         ("nq_open", "a.jsonl", "\n", "a.jsonl: holds no rows"),
         ("nq_open", "a.jsonl", '{"question": "q"}', "a.jsonl: holds no rows to write; 1 unanswerable questions left"),
@@ -288,7 +302,8 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}', "item 1: paragraphs[0]: field 'context' is missing"),
         ("beir", "qrels/test.tsv", "a\tb\tc\ntest-0\td1\tx", "test.tsv:2: score 'x' is not a number"),
         ("beir", "qrels/test.tsv", "test-0", "test.tsv:1: expected query, passage and score, found 1 columns"),
-        ("beir", "queries.jsonl", '{"_id": "test-0"}', "queries.jsonl:1: field 'text' is missing"),
+        ("beir", "qrels/test.tsv", "test-0\td1\t0", "test.tsv: has no score above 0 of a passage"),
+        ("beir", "queries.jsonl", '{"_id": "test-0", "text": null}', "has no score above 0 of a passage with text"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
