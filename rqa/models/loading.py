@@ -271,12 +271,13 @@ def freeze_pooler(model: PreTrainedModel) -> None:
 
 
 def learned_positions(model: nn.Module) -> float:
-    """The most tokens that a model with learned positions reads; infinite where it computes them."""
+    """The most tokens that a model with a table of positions, learned or not, reads; infinite where it has none."""
     tables = [part for name, part in model.named_modules()
               if isinstance(part, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2])]  # fmt: skip
     # RoBERTa's positions begin behind its padding's, BART's and OPT's at an offset.
     before = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
-    return min((table.num_embeddings - rows for table, rows in zip(tables, before, strict=True)), default=math.inf)
+    fixed = [len(table) for name, table in model.named_buffers() if re.search(r"embed_positions$|pos_encoding$", name)]
+    return min([table.num_embeddings - n for table, n in zip(tables, before, strict=True)] + fixed, default=math.inf)
 
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
