@@ -18,7 +18,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
+from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states
 from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
@@ -197,7 +197,7 @@ class CausalLMReader(LocalReader):
         model, kept, config = self.model, [], self.model.config.get_text_config(decoder=True)
         kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
         keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if keeps_logits and attention_of(model) == PACKED_ATTENTION and packing_is_exact(model):
+        if keeps_logits and attention_of(model) == PACKED_ATTENTION and batching_is_exact(model):
             hidden_states(model, pack([[0]]).to(model.device), kept=kept)
         if len(kept) != config.num_hidden_layers or kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
             return None
