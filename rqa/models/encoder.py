@@ -192,9 +192,8 @@ class Encoder(nn.Module):
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
                 if bad := [index for index in indices if not np.isfinite(embeddings[index]).all()]:
-                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)[:60]
-                    reason = f"the embedding of {text!r} is not finite; its weights are damaged, or needs --bf16 false"
-                    raise UserError(f"model {self.backbone.name_or_path}: {reason}")
+                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)
+                    raise loading.not_finite(self.backbone, "embedding", text)
                 bar.update(len(indices))
         return embeddings
 
