@@ -314,9 +314,10 @@ def test_thoughts_are_no_part_of_an_answer(special: bool, tokenizer: Tokenizer) 
     channels = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
     thinker.add_tokens(["<think>", "</think>", "[THINK]", "[/THINK]", *channels], special_tokens=special)
     replies = {"<think>\nSalt? No.</think>\n\nCopper.<|im_end|>": "Copper.", "Salt?</think> Copper.": "Copper.",
-               "<think>a</think>x<think>b</think>Copper.": "Copper.", "<think>a</think><think>b": "", "Text <think> a": "",
+               "<think>a</think>x<think>b</think>Copper.": "Copper.", "<think>a</think><think>b": "",
+               "Text <think> a": "",
                "[THINK]Salt?[/THINK]Copper.": "Copper.", "<THINK>a</THINK> Copper.": "Copper.", "<thinking>Copper.": "",
-               "<|channel|>analysis<|message|>Salt?<|end|><|start|>assistant<|channel|>final<|message|>Copper.": "Copper.",
+               "<|channel|>analysis<|message|>Salt?<|end|><|start|>assistant<|channel|>final<|message|>Tin.": "Tin.",
                "<|channel|>analysis<|message|>It is copper.<|end|><|start|>assistant": "",
                "<think>Copper.<|im_end|>": "", "Copper.<|im_end|><|endoftext|>": "Copper."}  # fmt: skip
     for reply, answer in replies.items():
