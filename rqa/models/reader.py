@@ -139,8 +139,7 @@ class LocalReader(ABC):
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
                     if NOT_FINITE in ids:
-                        text = asking[index].question if asking else f"prompt {index + 1}"
-                        raise not_finite(self.model, "answer", text)
+                        raise not_finite(self.model, "answer", asking[index].question if asking else "a prompt")
                     text, cut = self.prompter.decode(ids), len(ids) >= self.most  # without the token that ends it
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))

@@ -333,7 +333,9 @@ OWN = {"embedding_size": 16, "input_embedding_size": 16, "output_embedding_size"
 
 
 @pytest.mark.parametrize("name", ENCODERS.split())
-def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(name: str, tmp_path: Path) -> None:
+def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
+    name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     options = GROUPED | NARROW | OWN
     config = getattr(transformers, f"{name}Config")(**options)
@@ -342,6 +344,7 @@ def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(name:
     theirs.save_pretrained(tmp_path)
     ours = load_model(AutoModel, str(tmp_path))
     batch = choose_collate(ours, 0)(SEQUENCES)
+    assert "change with the padding" not in caplog.text
     with torch.no_grad():
         found = batch.real(hidden_states(ours, batch))
         alone = [theirs(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))) for ids in SEQUENCES]

@@ -191,10 +191,8 @@ def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_a
     modules = json.loads((tmp_path / "modules.json").read_text())
     dense = json.loads(json.dumps(modules).replace(".Pooling", ".Dense"))
     elsewhere = [[modules[0], modules[1] | {"path": path}] for path in (None, "../1_Pooling")]
-    wrong = [
-        json.dumps(each) for each in (modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}], *elsewhere)
-    ]
-    for name, bad in itertools.product(names, ("{", "3", "\0", *wrong)):
+    wrong = [modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}], *elsewhere]
+    for name, bad in itertools.product(names, ("{", "3", "\0", *map(json.dumps, wrong))):
         good = (tmp_path / name).read_text() if (tmp_path / name).exists() else "{}"
         (tmp_path / name).write_text(bad)
         with pytest.raises(UserError, match=name):
@@ -202,7 +200,7 @@ def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_a
         (tmp_path / name).write_text(good)
     load_encoder(path)
     (tmp_path / "1_Pooling/config.json").unlink()
-    with pytest.raises(UserError, match="1_Pooling/config.json: is missing"):
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json: is missing"):
         load_encoder(path)
 
 
