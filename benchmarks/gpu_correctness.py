@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from rqa.data import Document, Example, write_documents, write_examples
 from rqa.models.attention import PACKED_ATTENTION, packed_attention
-from rqa.models.loading import hidden_states, packing_is_exact
+from rqa.models.loading import batching_is_exact, hidden_states
 from rqa.packing import pack
 from rqa.training.arguments import LoopArguments
 
@@ -83,7 +83,7 @@ def packing(section: Section, dtype: Any) -> Line:
     def difference(config: Any) -> float:
         kind = hf.AutoModel if "Bert" in type(config).__name__ else hf.AutoModelForCausalLM
         model = kind.from_config(config, attn_implementation=PACKED_ATTENTION, dtype=dtype).to(section.device).eval()
-        if not packing_is_exact(model):
+        if not batching_is_exact(model):
             raise ValueError("the probe says that this model cannot be packed")
         texts = [[3 + number] * length for number, length in enumerate((9, 1, 30))]
         with torch.no_grad():

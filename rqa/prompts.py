@@ -177,7 +177,7 @@ class Prompter:
         self._end_of_reply, self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = sorted({self.end_of_turn[-1], tokenizer.eos_token_id} - {None})  # where generation ends
         special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._unsaid = {token for token, name in special.items() if name not in ("<think>", "</think>")}
+        self._unsaid = {token for token, name in special.items() if without_thoughts(name)}  # but for marks of thoughts
         self._thinks = self._prompt(Example("?")).text.rstrip().endswith("<think>")  # a prompt begins the thoughts
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:

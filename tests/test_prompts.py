@@ -319,8 +319,14 @@ def test_fields_of_an_example_hold_no_control_tokens_and_the_users_own_strings_m
 @pytest.mark.parametrize("special", [True, False])
 def test_thoughts_are_no_part_of_an_answer(special: bool, tokenizer: Tokenizer) -> None:
     thinker = clone(tokenizer)
-    thinker.add_tokens(["<think>", "</think>"], special_tokens=special)
+    channels = ["<|channel|>", "<|message|>", "<|start|>", "<|end|>"]
+    thinker.add_tokens(["<think>", "</think>", "[THINK]", "[/THINK]", *channels], special_tokens=special)
     replies = {"<think>\nSalt? No.</think>\n\nCopper.<|im_end|>": "Copper.", "Salt?</think> Copper.": "Copper.",
+               "<think>a</think>x<think>b</think>Copper.": "Copper.", "<think>a</think><think>b": "",
+               "Text <think> a": "",
+               "[THINK]Salt?[/THINK]Copper.": "Copper.", "<THINK>a</THINK> Copper.": "Copper.", "<thinking>Copper.": "",
+               "<|channel|>analysis<|message|>Salt?<|end|><|start|>assistant<|channel|>final<|message|>Tin.": "Tin.",
+               "<|channel|>analysis<|message|>It is copper.<|end|><|start|>assistant": "",
                "<think>Copper.<|im_end|>": "", "Copper.<|im_end|><|endoftext|>": "Copper."}  # fmt: skip
     for reply, answer in replies.items():
         assert Prompter(thinker).decode(thinker.encode(reply)) == answer

@@ -192,9 +192,8 @@ class Encoder(nn.Module):
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
                 if bad := [index for index in indices if not np.isfinite(embeddings[index]).all()]:
-                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)[:60]
-                    reason = f"the embedding of {text!r} is not finite; its weights are damaged, or needs --bf16 false"
-                    raise UserError(f"model {self.backbone.name_or_path}: {reason}")
+                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)
+                    raise loading.not_finite(self.backbone, "embedding", text)
                 bar.update(len(indices))
         return embeddings
 
@@ -230,7 +229,7 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stated = getattr(backbone.config, "max_position_embeddings", None) or math.inf
+    stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
     positions = min(loading.learned_positions(backbone), stated)
     limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
     stored, names = _stored_settings(path, flags, limit), vars(EncoderSettings()).keys()
@@ -317,21 +316,22 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
         return dict.fromkeys(LENGTHS, min(limit, 512))
     types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
     names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
-    if names not in (MODULES, MODULES[:2]) or folders[0]:
-        wanted = f"{', '.join(MODULES)} in this order, the first with path ''"
+    if names not in (MODULES, MODULES[:2]) or folders[0] or not re.fullmatch(r"\w[\w.-]*", folders[1]):
+        wanted = f"{', '.join(MODULES)} in this order, the first with path '', the second in a folder beside it"
         raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
-    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    general = partial(_stated, file, stated := _read_json(path, GENERAL_FILE))
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
     if similarity not in ("cosine", "dot") and flags.normalize is None:
         raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
-    if general("truncate_dim", 0):
+    if stated.get("truncate_dim") is not None:
         raise UserError(f"{file}: truncate_dim is not supported; remove it to compare whole embeddings")
     prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
     other = "" if "document" in prompts else prompt["passage"] or prompt["corpus"]
     if other and flags.passage_prefix is None:
         raise UserError(f"{file}: the prompts lack 'document'; choose --passage_prefix {other!r}")
-    pooling = _read_json(path, pooling_file)
+    if not (pooling := _read_json(path, pooling_file)):
+        raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
     pools = partial(_stated, f"{path}/{pooling_file}", pooling)
     if not pools("include_prompt", True):
         raise UserError(f"{path}/{pooling_file}: include_prompt false is not supported; set it to true")
@@ -339,7 +339,9 @@ def _stored_settings(path: str, flags: EncoderArguments, limit: int) -> dict[str
     modes = pooling.get("pooling_mode") or [POOLING_NAMES.get(key, key.removeprefix("pooling_mode_")) for key in old]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
-    reading = partial(_stated, f"{path}/sentence_bert_config.json", found)
+    reading = partial(_stated, file := f"{path}/sentence_bert_config.json", found)
+    if (task := reading("transformer_task", "feature-extraction")) != "feature-extraction":
+        raise UserError(f"{file}: transformer_task {task} is not supported; only feature-extraction")
     length = reading("max_seq_length", limit)
     return {
         "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",

@@ -205,32 +205,36 @@ def _reading(path: str) -> Iterator[None]:
 def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
     """How batches are built: packed if that is exact in `precision` (default: what the model is in), else padded."""
     # Every process calls this; the main process decides, as its model surely has weights.
-    if distributed.from_main(distributed.is_main() and packing_is_exact(model, precision)):
+    if distributed.from_main(distributed.is_main() and batching_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    rows = len(model.get_input_embeddings().weight)  # some tokenizers' padding has none of these
-    return partial(pad, pad_id=(pad_id or 0) % rows)
+    # Some tokenizers' padding has no embedding.
+    padded = partial(pad, pad_id=(pad_id or 0) % len(model.get_input_embeddings().weight))
+    if distributed.is_main() and not batching_is_exact(model, precision, padded):
+        cure = "set --max_batch_tokens 1 (in training --chunk_size 1), or take another model"
+        log.warning("model %s: its results change with the padding of a batch; %s", model.name_or_path, cure)
+    return padded
 
 
 @torch.no_grad()
-def packing_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None) -> bool:
-    """Whether a packed row gives what one sequence at a time gives; runs a few tokens both ways."""
+def batching_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None, collate: Collate = pack) -> bool:
+    """Whether a batch, packed or padded, gives what one sequence at a time gives; runs a few tokens both ways."""
     # Relative position biases, positions that do not start at 0 and state-space layers make a difference.
     half = len(model.get_input_embeddings().weight) // 2  # of the vocabulary; special tokens are in the other
     sequences = [[half + (3 * i + shift) % half for i in range(length)] for shift, length in ((0, 7), (1, 4), (2, 6))]
     dtype = precision or (torch.bfloat16 if "flash" in attention_of(model) else model.dtype)
     with evaluating(model), distributed.autocast(dtype), holding(lowered(model) if dtype is torch.bfloat16 else {}):
         try:
-            packed = hidden_states(model, pack(sequences).to(model.device))
+            found = (batch := collate(sequences).to(model.device)).real(hidden_states(model, batch))
         except (TypeError, ValueError, NotImplementedError, RuntimeError, IndexError) as error:
             if isinstance(error, TypeError) and "cu_seq_lens" not in str(error):  # a fault of ours, not a refusal
                 raise
-            log.info("a packed row fails: %s", one_line(error))
+            log.info("a batch fails: %s", one_line(error))
             return False
         expected = torch.cat([hidden_states(model, pad([sequence]).to(model.device)) for sequence in sequences])
     # Of the whole, not of single numbers: bfloat16 moves SmolLM2's largest ones by more than all others' spread.
     tolerance = torch.finfo(dtype).eps ** 0.5 * expected.float().norm()
-    return packed.shape == expected.shape and bool((packed - expected).float().norm() <= tolerance)
+    return found.shape == expected.shape and bool((found - expected).float().norm() <= tolerance)
 
 
 def lowered(module: nn.Module) -> dict[nn.Parameter, Tensor]:
@@ -264,6 +268,13 @@ def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> 
     return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
 
 
+def not_finite(model: nn.Module, what: str, text: str) -> UserError:
+    """The refusal of a model whose answer, score or embedding is NaN or infinite."""
+    names = [part.name_or_path for part in model.modules() if isinstance(part, PreTrainedModel)]
+    reason = f"the {what} of {text[:60]!r} is not finite; its weights or adapter are damaged, or it needs --bf16 false"
+    return UserError(f"model {next(filter(None, names), '')}: {reason}")
+
+
 def freeze_pooler(model: PreTrainedModel) -> None:
     """Freeze the layer behind BERT's last one: nothing here depends on it, and DDP would wait for its gradient."""
     if pooler := getattr(model, "pooler", None):
@@ -271,12 +282,13 @@ def freeze_pooler(model: PreTrainedModel) -> None:
 
 
 def learned_positions(model: nn.Module) -> float:
-    """The most tokens that a model with learned positions reads; infinite where it computes them."""
+    """The most tokens that a model with a table of positions, learned or not, reads; infinite where it has none."""
     tables = [part for name, part in model.named_modules()
               if isinstance(part, nn.Embedding) and re.search("pos|wpe", name.rpartition(".")[2])]  # fmt: skip
     # RoBERTa's positions begin behind its padding's, BART's and OPT's at an offset.
     before = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
-    return min((table.num_embeddings - rows for table, rows in zip(tables, before, strict=True)), default=math.inf)
+    fixed = [len(table) for name, table in model.named_buffers() if re.search(r"embed_positions$|pos_encoding$", name)]
+    return min([table.num_embeddings - n for table, n in zip(tables, before, strict=True)] + fixed, default=math.inf)
 
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:

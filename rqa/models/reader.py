@@ -13,12 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import attention_of, evaluating, hidden_states, packing_is_exact
+from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
 from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
@@ -28,6 +28,7 @@ from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
+NOT_FINITE = -2  # stands for the tokens of an answer some of whose logits were NaN or infinite
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
 
 
@@ -67,8 +68,15 @@ class GenerationArguments(Arguments):
 def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
     """`model.generate` by this configuration alone: what it leaves open does not come from the checkpoint's own."""
     theirs, model.generation_config = model.generation_config, GenerationConfig()
+    spoiled: list[Tensor] = []  # of each step, which beams are. [B * beams]
+
+    def watch(_: Tensor, scores: Tensor) -> Tensor:
+        spoiled.append(~scores.amax(-1).isfinite())
+        return scores.masked_fill(spoiled[-1][:, None], 0)  # or CUDA would fail to sample
+
     try:
-        return model.generate(**inputs, generation_config=config)
+        found = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([watch]))
+        return found.masked_fill(torch.stack(spoiled).any(0).view(len(found), -1).any(1, keepdim=True), NOT_FINITE)
     finally:
         model.generation_config = theirs
 
@@ -110,14 +118,14 @@ class LocalReader(ABC):
     ) -> list[Answer]:
         """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
         fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
-        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress)
+        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress, examples)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Begin an answer, so that no latency contains what only a first batch costs."""
         if fitted := fitting(self.encode, [(example, passages)], "it is left unanswered"):
             self.generate([fitted[0]], 4)  # tokens
 
-    def answer_prompts(self, prompts: Sequence[Any], progress: bool) -> list[Answer]:
+    def answer_prompts(self, prompts: Sequence[Any], progress: bool, asking: Sequence[Example] = ()) -> list[Answer]:
         """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
         answers = [Answer("", 0)] * len(prompts)
         asked = [index for index, prompt in enumerate(prompts) if prompt]
@@ -130,6 +138,8 @@ class LocalReader(ABC):
                 generated = self.generate([prompts[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
+                    if NOT_FINITE in ids:
+                        raise not_finite(self.model, "answer", asking[index].question if asking else "a prompt")
                     text, cut = self.prompter.decode(ids), len(ids) >= self.most  # without the token that ends it
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
@@ -197,7 +207,7 @@ class CausalLMReader(LocalReader):
         model, kept, config = self.model, [], self.model.config.get_text_config(decoder=True)
         kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
         keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
-        if keeps_logits and attention_of(model) == PACKED_ATTENTION and packing_is_exact(model):
+        if keeps_logits and attention_of(model) == PACKED_ATTENTION and batching_is_exact(model):
             hidden_states(model, pack([[0]]).to(model.device), kept=kept)
         if len(kept) != config.num_hidden_layers or kinds not in (set(), {"full_attention"}, {"sliding_attention"}):
             return None
@@ -225,19 +235,20 @@ class CausalLMReader(LocalReader):
         length = -(-(longest + most) // 16) * 16  # CUDA's attention copies masks of other widths in each layer
         logits, states = read_prompts(self.model, prompts, length)
         tokens = torch.full((len(prompts), length), -1, device=logits.device)  # each in the column of its keys
-        tokens[:, longest] = self.flags.next_tokens(logits)
+        tokens[:, longest], spoiled = self.flags.next_tokens(logits), ~logits.amax(-1).isfinite()  # [B]
         columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
         padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
         hidden = torch.full_like(tokens, -torch.inf, dtype=states[0][0].dtype)  # [B, L]
         options = {"cached": (states, place), "use_cache": False, "logits_to_keep": 1}
 
         def step() -> None:
-            """Write the token behind `place`; nothing else changes, so that a step may be made again."""
+            """Write the token behind `place`, and which rows are spoiled; a step may be made again."""
             seen = (columns >= padding) & (columns <= place) & (columns > place - reach)  # [B, L]
             inputs = {"input_ids": tokens.index_select(1, place), "position_ids": place - padding}
             mask = hidden.masked_fill(seen, 0)[:, None, None]  # [B, 1, 1, L]
             logits = self.model(**inputs, **options, attention_mask=mask).logits[:, -1]
             tokens.index_copy_(1, place + 1, self.flags.next_tokens(logits)[:, None])
+            spoiled.logical_or_(~logits.amax(-1).isfinite())
 
         advance, look_every = step, LOOK_EVERY if self.captures else 1
         # Everything but cuDNN, whose kernels are built anew for each batch size and length.
@@ -254,4 +265,4 @@ class CausalLMReader(LocalReader):
                     advance = in_graph(step)
                     self.captures = advance is not step
                 advance()
-        return tokens[:, longest : longest + most].tolist()
+        return tokens[:, longest : longest + most].masked_fill(spoiled[:, None], NOT_FINITE).tolist()

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.causal_lm import answer_logits
-from rqa.models.loading import choose_collate, evaluating, within_positions
+from rqa.models.loading import choose_collate, evaluating, not_finite, within_positions
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
 from rqa.prompts import Prompter, TokenSequence, fitting
@@ -61,8 +61,10 @@ class Teacher:
             missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in self._kept}
             names = list(missing)
             scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
+            if bad := [missing[name] for name, value in scores.items() if not math.isfinite(value)]:
+                raise not_finite(getattr(self.scorer, "model", torch.nn.Module()), "score", bad[0].example.question)
             self._kept |= scores
-            self._store.put({name: value for name, value in scores.items() if not math.isnan(value)})
+            self._store.put(scores)
         return [self._kept[key] for key in keys]
 
     @property

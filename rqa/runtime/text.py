@@ -23,6 +23,9 @@ _CHARACTER = rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]][\p{{M}}ー]*"
 _PAIR = regex.compile(_CHARACTER * 2, regex.V1)
 _WORD = regex.compile(rf"[\w--{_UNSPACED}]+|{_CHARACTER}|\p{{So}}\p{{M}}*", regex.V1)  # its \w holds marks, too
 _ASCII_WORD = re.compile(r"\w+")  # the same there, in a fifth of the time
+# Marks of thoughts: those of most models, Magistral's, and gpt-oss's channels, of which the final one is the answer.
+_THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|\[think\]|<\|channel\|>", re.IGNORECASE)
+_THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/think\]|<\|channel\|>final(?:<\|message\|>)?", re.IGNORECASE)
 _APART = regex.compile(rf"{_CHARACTER}|[\p{{P}}--\p{{ASCII}}]", regex.V1)
 
 
@@ -52,9 +55,9 @@ def spaced(text: str) -> str:
 
 
 def without_thoughts(reply: str) -> str:
-    """What a reply says behind its `<think>...</think>`, which a prompt may have begun; "" where that never ends."""
-    thoughts, end, said = reply.partition("</think>")
-    return said.strip() if end else "" if thoughts.lstrip().startswith("<think>") else reply.strip()
+    """What a reply says behind the last end of thoughts, which a prompt may have begun; "" where others begin there."""
+    said = _THOUGHTS_END.split(reply)[-1].strip()
+    return "" if _THOUGHTS_BEGIN.search(said) else said
 
 
 def as_text(tokenizer: Any) -> Callable[[str], str]:

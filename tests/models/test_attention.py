@@ -333,7 +333,9 @@ OWN = {"embedding_size": 16, "input_embedding_size": 16, "output_embedding_size"
 
 
 @pytest.mark.parametrize("name", ENCODERS.split())
-def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(name: str, tmp_path: Path) -> None:
+def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
+    name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
     torch.manual_seed(0)
     options = GROUPED | NARROW | OWN
     config = getattr(transformers, f"{name}Config")(**options)
@@ -342,10 +344,24 @@ def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(name:
     theirs.save_pretrained(tmp_path)
     ours = load_model(AutoModel, str(tmp_path))
     batch = choose_collate(ours, 0)(SEQUENCES)
+    assert "change with the padding" not in caplog.text
     with torch.no_grad():
         found = batch.real(hidden_states(ours, batch))
         alone = [theirs(torch.tensor([ids]), attention_mask=torch.ones(1, len(ids))) for ids in SEQUENCES]
     torch.testing.assert_close(found, torch.cat([each.last_hidden_state[0] for each in alone]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["FNet", "ConvBert", "Bert", "DebertaV2"])
+def test_a_model_whose_results_change_with_padding_is_named_once(
+    name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**NARROW | OWN)).save_pretrained(
+        tmp_path
+    )
+    choose_collate(load_model(AutoModel, str(tmp_path)), 0)
+    told = f"model {tmp_path}: its results change with the padding of a batch; set --max_batch_tokens 1"
+    assert caplog.text.count(told) == (name in ("FNet", "ConvBert"))
 
 
 def test_a_model_whose_layers_do_not_fit_together_is_one_line(tmp_path: Path) -> None:

@@ -1,14 +1,17 @@
 """Batched generation against one prompt at a time."""
 
 import logging
+import math
 import random
 import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 import pytest
+from torch import Tensor
 from torch.nn.functional import dropout
 from transformers import AutoModelForCausalLM, GenerationConfig, TemperatureLogitsWarper, TopPLogitsWarper
 
@@ -18,6 +21,7 @@ from rqa.models.causal_lm import load_causal_lm
 from rqa.models.loading import load_tokenizer
 from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.prompts import PromptArguments, Prompter
+from rqa.runtime.errors import UserError
 
 NEW_TOKENS = 8
 _GREEDY: dict[tuple[int, ...], list[int]] = {}
@@ -153,6 +157,31 @@ def test_decoding_is_greedy_whatever_the_checkpoint_prefers(case: Case) -> None:
     assert reader.generate(case.prompts) == case.expected
     vars(reader)["_reach"] = None  # as of a model that cannot be packed
     assert reader.generate(case.prompts) == case.expected
+
+
+@pytest.mark.parametrize("way", [{}, {"do_sample": True}, {"num_beams": 3}, {"fallback": True}], ids=str)
+def test_an_answer_from_numbers_that_are_not_finite_is_refused_by_model_and_question(
+    way: dict[str, Any], case: Case
+) -> None:
+    reader, steps = case.reader, [0]
+    if way.pop("fallback", False):
+        vars(reader)["_reach"] = None
+    reader.flags = GenerationArguments(**way)
+
+    def spoil(module: torch.nn.Module, _: Any, logits: Tensor) -> Tensor:
+        steps[0] += 1
+        logits[..., 0] = -math.inf  # as of padding in the vocabulary
+        if steps[0] == late:
+            logits[..., -1:, :, 3] = value  # of the last question of a greedy step's batch
+        return logits
+
+    reader.model.lm_head.register_forward_hook(spoil)
+    late, value = 0, 0.0
+    assert len(reader.answer(case.examples, case.passages, progress=False)) == 6
+    for late, value in ((1, math.nan), (5, math.nan), (2, math.inf)):  # noqa: B007
+        steps[0] = 0
+        with pytest.raises(UserError, match=f"model {reader.model.name_or_path}: the answer of .* is not finite"):
+            reader.answer(case.examples, case.passages, progress=False)
 
 
 def test_an_answer_is_cut_that_has_all_tokens_it_may_have_and_no_end(case: Case) -> None:

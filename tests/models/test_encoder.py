@@ -152,7 +152,7 @@ def test_a_checkpoint_of_sentence_transformers_scores_passages_as_its_own_simila
 REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is refused, and flags that replace it
     *(("general", {"similarity_fn_name": name}, f"similarity_fn_name {name}", {"normalize": True})
       for name in ("euclidean", "manhattan")),
-    ("general", {"truncate_dim": 16}, "truncate_dim is not", {}),
+    *(("general", {"truncate_dim": size}, "truncate_dim is not", {}) for size in (16, 0)),
     ("general", {"prompts": {"passage": "p: "}}, "choose --passage_prefix 'p: '", {"passage_prefix": "p: "}),
     ("general", {"prompts": {"query": 3}}, "query must be a string, found 3", {}),
     ("general", {"prompts": ["q: "]}, "prompts must be an object", {}),
@@ -163,6 +163,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is re
     *(("pooling", {"pooling_mode": mode}, f"pooling {mode} is not", {"pooling_type": "cls"})
       for mode in ("max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")),
     ("reading", {"max_seq_length": "64"}, "max_seq_length must be a whole number", {}),
+    ("reading", {"transformer_task": "fill-mask"}, "transformer_task fill-mask is not", {}),
     ("reading", {"max_seq_length": -1}, "at least 3.*found -1", {}),
     ("own", {"pooling_type": "max"}, "pooling max is not", {"pooling_type": "cls"}),
     *(("own", {name: value}, f"{name} must be", {})
@@ -189,14 +190,18 @@ def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_a
     path, names = lay_out(tmp_path, encoder_path), ("modules.json", *FILES.values())
     modules = json.loads((tmp_path / "modules.json").read_text())
     dense = json.loads(json.dumps(modules).replace(".Pooling", ".Dense"))
-    wrong = [json.dumps(each) for each in (modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}])]
-    for name, bad in itertools.product(names, ("{", "3", "\0", *wrong)):
+    elsewhere = [[modules[0], modules[1] | {"path": path}] for path in (None, "../1_Pooling")]
+    wrong = [modules[::-1], modules[:1], modules * 2, dense, [3], [{"type": 3}], *elsewhere]
+    for name, bad in itertools.product(names, ("{", "3", "\0", *map(json.dumps, wrong))):
         good = (tmp_path / name).read_text() if (tmp_path / name).exists() else "{}"
         (tmp_path / name).write_text(bad)
         with pytest.raises(UserError, match=name):
             load_encoder(path)
         (tmp_path / name).write_text(good)
     load_encoder(path)
+    (tmp_path / "1_Pooling/config.json").unlink()
+    with pytest.raises(UserError, match=r"1_Pooling/config\.json: is missing"):
+        load_encoder(path)
 
 
 def test_no_passage_and_no_question_becomes_a_control_token_and_clean_text_keeps_its_tokens(

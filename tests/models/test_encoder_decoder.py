@@ -146,6 +146,18 @@ def test_generation_is_that_of_the_plain_model_over_all_passages(case: Case) -> 
             assert ours == (theirs[: theirs.index(end)] if end in theirs else theirs)
 
 
+def test_an_answer_that_is_not_finite_is_refused_by_model_and_question(
+    case: Case, examples: list[Example], documents: list[Document]
+) -> None:
+    case.model.get_output_embeddings().weight.data[3] = torch.nan
+    for flags in ({}, {"num_beams": 2}, {"do_sample": True}):
+        refused = (
+            f"model .*{case.path.removeprefix('bert::')}: the answer of {re.escape(repr(examples[0].question[:60]))}"
+        )
+        with pytest.raises(UserError, match=refused):
+            case.reader(**flags).answer(examples[:1], [documents[:2]], progress=False)
+
+
 def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(case: Case) -> None:
     greedy = case.reader().generate(case.sequences)
     assert case.reader(do_sample=True, top_p=1e-6).generate(case.sequences) == greedy

@@ -1,6 +1,7 @@
 """Teachers: the language model's scores are those of a plain forward pass, and none is computed twice."""
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -14,6 +15,7 @@ from rqa.data import Document, Example, Turn
 from rqa.models.causal_lm import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter
+from rqa.runtime.errors import UserError
 
 LIMIT = 256
 
@@ -176,8 +178,12 @@ def test_an_exception_loses_at_most_one_part_and_what_is_read_together_is_one_pa
     assert sizes == [20, 10]
 
 
-def test_a_score_that_is_not_a_number_is_not_kept(tmp_path: Path) -> None:
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_score_that_is_not_finite_is_refused_by_model_and_question_and_not_kept(
+    value: float, lm: PreTrainedModel, prompter: Prompter, tmp_path: Path
+) -> None:
     (pair,) = pairs_of(1)
-    (score,) = Teacher(lambda pairs: [(0, math.nan)], "lm", tmp_path / "scores.sqlite")([pair])
-    assert math.isnan(score)
+    lm.model.norm.weight.data.fill_(value)
+    with pytest.raises(UserError, match=rf"model {re.escape(lm.name_or_path)}: the score of 'Why\?' is not finite"):
+        Teacher(AnswerScorer(lm, prompter, 400), "lm", tmp_path / "scores.sqlite")([pair])
     assert Teacher(Lengths(), "lm", tmp_path / "scores.sqlite")([pair]) == [-1.0]
