@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import string
 import unicodedata
 from collections.abc import Callable
 from functools import partial
@@ -69,7 +70,7 @@ def as_text(tokenizer: Any) -> Callable[[str], str]:
     forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are found in lower case, or after NFKC
     added = ((token, each.content.strip(), each.special) for token, each in tokenizer.added_tokens_decoder.items())
     control = {token: name for token, name, special in added if name and (special or _BETWEEN_SIGNS(name))}
-    names = {form(name) for name in control.values() for form in forms} - {""}
+    names = {form(name) for name in control.values() for form in forms} - {"", *string.punctuation}  # "!" may pad
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
     keeps_ascii = forms[-1](_SIGNS).lower().endswith(_SIGNS.lower())
 
