@@ -55,7 +55,7 @@ from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.packing import pad
-from rqa.prompts import TokenSequence
+from rqa.prompts import PromptArguments, TokenSequence
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.runtime.cli import tune_allocator
 from rqa.training.arguments import LoopArguments
@@ -131,8 +131,8 @@ def sft_ours(section: Section, shape: str, size: int, warm_up: int = 3, **flags:
             raise Skip("needs CUDA and torchao")
     rows, answer = sequences(section)
     model = llama(section, shape, PACKED_ATTENTION, torch.bfloat16 if "optim" in flags else torch.float32)
-    prompter, precision = SimpleNamespace(stop_ids=[2], tokenizer=None), LoadingArguments(bf16=True).precision
-    objective = AnswerLikelihood(model, prompter, precision)
+    prompter = SimpleNamespace(stop_ids=[2], tokenizer=None, arguments=PromptArguments())
+    objective = AnswerLikelihood(model, prompter, LoadingArguments(bf16=True).precision)
     watch, seen = Watch(section, warm_up), []
 
     def collate(indices: Sequence[int]) -> Any:
@@ -273,7 +273,7 @@ def generate(section: Section) -> None:
 
     def ours() -> Line:
         model = llama(section, "1B", PACKED_ATTENTION, torch.bfloat16).eval()
-        reader = CausalLMReader(model, SimpleNamespace(stop_ids=[2], arguments=SimpleNamespace(max_new_tokens=new)))
+        reader = CausalLMReader(model, SimpleNamespace(stop_ids=[2], arguments=PromptArguments(max_new_tokens=new)))
         made = sum(map(len, reader.generate(prompts, new)))
         return {**figures(lambda most: reader.generate(prompts, most), 3), "made": made}
 
