@@ -13,7 +13,7 @@ from rqa.data import Document
 from rqa.models.encoder import Encoder
 from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
+from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint, remove_leftovers
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +75,7 @@ class Retriever(PassageRetriever):
             return self
         stamp = self.stamp()
         refuse_foreign_directory(Path(path))
+        remove_leftovers(Path(path).parent)
         if self.index.load(path) and self.index.stamp == stamp:
             log.info("index %s: %d documents, encoded in %s", path, len(self.index), self.index.dtype)
             return self
