@@ -11,10 +11,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-for name in (
-    "torchao",
-    "torch.utils._pytree",
-):  # transformers imports torchao where it is, and both complain
+for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, and both complain
     logging.getLogger(name).setLevel(logging.ERROR)
 
 SURFACE = {

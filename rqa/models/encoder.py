@@ -102,6 +102,7 @@ class Encoder(nn.Module):
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self._as_text = as_text(tokenizer)
         self._counted: dict[str, int] = {}  # queries and passages among which those that are cut were counted
 
     @property
@@ -147,8 +148,7 @@ class Encoder(nn.Module):
     def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
         if not texts:
             return []
-        clean = as_text(self.tokenizer)
-        found = self.tokenizer([prefix + clean(text) for text in texts], truncation=True, max_length=most)
+        found = self.tokenizer([prefix + self._as_text(text) for text in texts], truncation=True, max_length=most)
         rows, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
         cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
         if cut and len(texts) > self._counted.get(kind, 0):
@@ -191,8 +191,10 @@ class Encoder(nn.Module):
                 if computed:
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
-                if bad := [index for index in indices if not np.isfinite(embeddings[index]).all()]:
-                    text = self.tokenizer.decode(sequences[bad[0]], skip_special_tokens=True)
+                if not (finite := found.isfinite().all(1)[: len(indices)]).all():
+                    text = self.tokenizer.decode(
+                        sequences[indices[int(finite.int().argmin())]], skip_special_tokens=True
+                    )
                     raise loading.not_finite(self.backbone, "embedding", text)
                 bar.update(len(indices))
         return embeddings

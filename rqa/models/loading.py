@@ -295,7 +295,7 @@ def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, or a copy with fewer tokens of this name: as many as the model has positions for."""
     limit, asked, kind = learned_positions(model), getattr(flags, name), type(model).__name__
     if asked > limit:
-        log.warning("--%s %d: %s has positions for %d tokens, which are taken", name, asked, kind, limit)
+        log.warning("--%s %d: %s has positions for %d tokens, and reads no more", name, asked, kind, limit)
         setattr(flags := copy(flags), name, limit)
     return flags
 

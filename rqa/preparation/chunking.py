@@ -225,11 +225,12 @@ class Collection:
 
     def summary(self) -> str:
         lines = [f"{self.documents} passages of {self.texts} texts, {self.characters / 1e6:.2f} million characters"]
-        left_out = {
-            f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts": self.skipped,
-            f"{len(self.others)} files of other kinds": self.others,
-        }
+        left_out = {}
+        if self.duplicates or self.skipped:
+            left_out[f"{self.duplicates} duplicates and {len(self.skipped)} empty or unreadable texts"] = self.skipped
+        if self.others:
+            left_out[f"{len(self.others)} files of other kinds"] = self.others
         for what, places in left_out.items():
-            lines += [f"{what} left out"] * (what[0] > "0" or places != []) + [f"  {place}" for place in places[:NAMED]]
+            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
             lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
         return "\n".join(lines)

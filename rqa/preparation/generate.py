@@ -4,7 +4,8 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from random import Random
@@ -207,6 +208,18 @@ def generate(
     if unfinished:
         log.warning("%d of %d replies were empty or cut; raise --max_new_tokens", unfinished, len(made))
     return made
+
+
+def asked_once(made: Sequence[list[Example]]) -> list[list[Example]]:
+    """The questions that were written about one passage alone; others name nothing that tells passages apart."""
+    frequency = Counter(normalize(draft.question) for drafts in made for draft in drafts)
+    return [[draft for draft in drafts if frequency[normalize(draft.question)] == 1] for drafts in made]
+
+
+def dealt(made: Iterable[list[Example]], asked: Mapping[Any, Sequence[Any]]) -> dict[Any, list[Example]]:
+    """What was made of each conversation, by the name of the split or file that it was about."""
+    each = iter(made)
+    return {name: [example for _ in found for example in next(each)] for name, found in asked.items()}
 
 
 def conversation(template: str, **fields: str) -> Conversation:

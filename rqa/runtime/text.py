@@ -115,6 +115,7 @@ def _depth(value: Any) -> int:
 
 
 def finite(kind: type, text: str) -> Any:
+    """The number of this kind in a text; a ValueError for NaN, infinities and what no float holds."""
     if not math.isfinite(float(text)):
         raise ValueError(f"{text[:20]} is no finite number")
     return kind(text)

@@ -274,7 +274,7 @@ def test_prompts_and_answers_keep_to_learned_positions(
     prompter = Prompter(tokenizer, PromptArguments(max_new_tokens=40))
     prompter.stop_ids = [0]
     reader = CausalLMReader(model, prompter)
-    assert "--max_seq_length 2048: GPT2LMHeadModel has positions for 96 tokens, which are taken" in caplog.text
+    assert "--max_seq_length 2048: GPT2LMHeadModel has positions for 96 tokens, and reads no more" in caplog.text
     pairs = [Pair(example, documents[0]) for example in examples[:3]]
     assert all(score < 0 for _, score in AnswerScorer(model, prompter, 512)(pairs))
     for answer in (reader.generate([[7] * length])[0] for length in (50, 90, 96)):
