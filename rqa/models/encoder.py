@@ -192,9 +192,8 @@ class Encoder(nn.Module):
                     computed.synchronize()
                 embeddings[indices] = found.numpy()
                 if not (finite := found.isfinite().all(1)[: len(indices)]).all():
-                    text = self.tokenizer.decode(
-                        sequences[indices[int(finite.int().argmin())]], skip_special_tokens=True
-                    )
+                    bad = sequences[indices[int(finite.int().argmin())]]
+                    text = self.tokenizer.decode(bad, skip_special_tokens=True)
                     raise loading.not_finite(self.backbone, "embedding", text)
                 bar.update(len(indices))
         return embeddings
