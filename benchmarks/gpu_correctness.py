@@ -18,7 +18,8 @@ import transformers as hf
 from gpu_sections import ROOT, Line, Section, described, launch, run_executable, text, write_small_models
 from safetensors.torch import load_file
 
-from rqa.data import Document, Example, write_documents, write_examples
+from rqa.data import Document, Example, write_examples
+from rqa.documents import write_documents
 from rqa.models.attention import PACKED_ATTENTION, packed_attention
 from rqa.models.loading import batching_is_exact, hidden_states
 from rqa.packing import pack

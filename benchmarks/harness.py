@@ -113,7 +113,8 @@ def read_corpus(
     """
     from pydocs.corpus import QUICKSTART, build_corpus
 
-    from rqa.data import read_documents, read_examples
+    from rqa.data import read_examples
+    from rqa.documents import read_documents
 
     if bool(document_path) != bool(train_file or eval_file):
         raise SystemExit("error: --document_path and the file of its questions are given together")

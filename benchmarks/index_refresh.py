@@ -28,7 +28,8 @@ from typing import Any
 import numpy as np
 from harness import new_parser, peak_gib, print_result, print_table, read_corpus, run_alone
 
-from rqa.data import Document, Example, write_documents, write_examples
+from rqa.data import Document, Example, write_examples
+from rqa.documents import write_documents
 from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import retrieval_rows
 from rqa.models.encoder import load_encoder

@@ -26,7 +26,8 @@ import torch
 import numpy as np
 from harness import new_parser, print_result, print_table, read_corpus
 
-from rqa.data import Document, Example, write_documents, write_examples
+from rqa.data import Document, Example, write_examples
+from rqa.documents import write_documents
 from rqa.evaluation.results import mean_intervals
 from rqa.evaluation.retrieval import retrieval_rows
 from rqa.prompts import retrieval_query

@@ -16,7 +16,7 @@ for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao 
 
 SURFACE = {
     "Document": "rqa.data",
-    "read_documents": "rqa.data",
+    "read_documents": "rqa.documents",
     "read_examples": "rqa.data",
     "load_encoder": "rqa.models.encoder",
     "Retriever": "rqa.retrieval.retriever",

@@ -1,19 +1,16 @@
 """LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
 
-import json
 import logging
-import pickle
-import pickletools
 import random
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rqa.runtime.errors import UserError, one_line
-from rqa.runtime.files import read_jsonl, reading, write_jsonl
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import read_jsonl, write_jsonl
 from rqa.runtime.flags import Arguments, flag
-from rqa.runtime.text import parse_json, plain
+from rqa.runtime.text import plain
 
 log = logging.getLogger(__name__)
 
@@ -78,66 +75,6 @@ def parse_document(value: Any, where: str) -> Document:
     if not isinstance(formatted, str):
         raise UserError(f"{where}: field 'fmt_content' must be a string")
     return Document(content, metadata, formatted)
-
-
-def read_documents(path: str | Path) -> list[Document]:
-    """Read a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents are kept once."""
-    unique: dict[tuple[str, str], Document] = {}
-    for document in iterate_documents(path):
-        unique.setdefault(document.key, document)
-    if not unique:
-        raise UserError(f"{path}: holds no documents")
-    return list(unique.values())
-
-
-def iterate_documents(path: str | Path) -> Iterator[Document]:
-    """Yield each document of a database, repeated ones too; of a `.jsonl`, one is in memory at a time."""
-    if Path(path).suffix in (".pkl", ".pickle"):
-        yield from _read_pickle(Path(path))
-    else:
-        yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
-
-
-def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
-    """Write a document database as JSONL, atomically."""
-    write_jsonl(path, (document.to_json() for document in documents))
-
-
-class _PickledDocument(dict):
-    """The fields of a pickled document, whatever library's class it was."""
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.update(state.get("__dict__", state))  # pydantic keeps them one level down
-
-
-class _DocumentUnpickler(pickle.Unpickler):
-    """Builds documents, dicts, lists, sets, strings and numbers; refuses every other class by name."""
-
-    def find_class(self, module: str, name: str) -> type:
-        if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
-            return _PickledDocument
-        if module in ("builtins", "__builtin__") and name == "set":  # as protocols 2 and 3 write them
-            return set
-        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
-
-
-def _read_pickle(path: Path) -> list[Document]:
-    with reading(path) as file:
-        try:
-            size = path.stat().st_size
-            # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
-            for opcode, number, _ in pickletools.genops(file):
-                if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
-                    raise UserError(f"not a readable pickle (it numbers an object {number})")
-            file.seek(0)
-            # What JSON has no form for, such as bytes, becomes null, and a set a list.
-            values = _DocumentUnpickler(file).load()
-            text = json.dumps(values, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
-            return [parse_document(row, f"item {number}") for number, row in enumerate(parse_json(text, list), start=1)]
-        except UserError as error:
-            raise UserError(f"{path}: {error}") from None
-        except Exception as error:  # a damaged pickle raises nearly anything
-            raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -207,30 +144,6 @@ def subset(items: list[T], size: int, seed: int = 0) -> list[T]:
 def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
     """Write one example a line, atomically."""
     write_jsonl(path, (example.to_json() for example in examples))
-
-
-def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
-    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
-
-    Others stay, and no retriever finds them; one warning counts both.
-    """
-    missing = {gold.key: normalize(gold.page_content) for example in examples for gold in example.gold_docs}
-    for document in documents:
-        missing.pop(document.key, None)
-    if not missing:
-        return examples
-    texts = set(missing.values())
-    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
-    lost = [key for key, text in missing.items() if text not in same]
-    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
-    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
-    told += "there with the same text, which counts as found; %d are not, and can never be found"
-    file = examples[0].where.rpartition(":")[0]
-    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
-    return [
-        replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d).graded(d.gain) for d in e.gold_docs))
-        for e in examples
-    ]
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:

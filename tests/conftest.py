@@ -21,7 +21,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from trainers import Flags, Run, Train
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from rqa.data import Document, Example, write_documents, write_examples
+from rqa.data import Document, Example, write_examples
+from rqa.documents import write_documents
 from rqa.models.encoder import Encoder, load_encoder
 
 CITIES = ("Arlen", "Brask", "Corvo", "Dunmore", "Elbeth", "Farrow", "Gildern", "Hask", "Istra", "Jorvik", "Kessel",

@@ -21,13 +21,10 @@ from rqa.data import (
     Document,
     Example,
     Turn,
-    read_documents,
     read_examples,
-    with_known_gold,
-    write_documents,
     write_examples,
 )  # fmt: skip
-from rqa.preparation.mine import DocumentFile
+from rqa.documents import DocumentFile, read_documents, with_known_gold, write_documents
 from rqa.runtime.errors import UserError
 
 PASSAGE = {"page_content": "Arlen trades in copper.", "metadata": {"source": "guide/0"}}

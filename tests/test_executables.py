@@ -13,7 +13,7 @@ import pytest
 from trainers import BIN, EXECUTABLES, Flags, Run, Train, calls, flags_of, history, parsed, scores, written
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rqa.data import read_documents
+from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
 from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever

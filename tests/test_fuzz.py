@@ -20,7 +20,8 @@ from hypothesis import strategies as st
 from trainers import EXECUTABLES, flags_of, parsed, required
 from transformers import set_seed
 
-from rqa.data import Document, Example, read_documents, read_examples, write_documents, write_examples
+from rqa.data import Document, Example, read_examples, write_examples
+from rqa.documents import read_documents, write_documents
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoraArguments, load_tokenizer, train_adapters

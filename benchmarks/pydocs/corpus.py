@@ -20,7 +20,8 @@ from random import Random
 from pydocs.docstrings import PROSE, pack, sentences
 from pydocs.pages import FEWEST_WORDS, Page, collect_pages
 from pydocs.questions import draft_questions
-from rqa.data import Document, Example, format_content, write_documents, write_examples
+from rqa.data import Document, Example, format_content, write_examples
+from rqa.documents import write_documents
 from rqa.runtime.errors import UserError
 
 _MODULES = """

@@ -9,7 +9,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from rqa.data import Document, Example, iterate_documents, iterate_examples
+from rqa.data import Document, Example, iterate_examples
+from rqa.documents import iterate_documents
 from rqa.preparation.chunking import Seen
 from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS, passage
 from rqa.preparation.reading import read_rows, read_table

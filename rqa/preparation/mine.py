@@ -1,48 +1,16 @@
 """Hard negatives mined beforehand, for a whole file of questions."""
 
-from array import array
 from collections.abc import Callable, Sequence
 from itertools import zip_longest
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 
-from rqa.data import Document, iterate_documents, parse_document
+from rqa.data import Document
 from rqa.objectives.ctl import NegativeChooser
 from rqa.retrieval.retriever import Hits, PassageRetriever, best, stack
 from rqa.runtime.cli import progress
-from rqa.runtime.errors import UserError
-from rqa.runtime.text import parse_json
 
 QUERIES_AT_ONCE = 256
-
-
-class DocumentFile(Sequence[Document]):
-    """The documents of a `.jsonl`, read when they are asked for: a database larger than memory."""
-
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
-        self._starts = array("q")
-        for _ in iterate_documents(path):
-            pass  # a malformed line is refused now
-        self._file = self.path.open("rb")
-        start = 0
-        for line in self._file:
-            if line.decode("utf-8-sig", "replace").strip():
-                self._starts.append(start)
-            start += len(line)
-        if not self._starts:
-            raise UserError(f"{path}: holds no documents")
-
-    def __len__(self) -> int:
-        return len(self._starts)
-
-    def __getitem__(self, position: Any) -> Any:
-        if isinstance(position, slice):
-            return [self[each] for each in range(*position.indices(len(self)))]
-        self._file.seek(self._starts[position])
-        return parse_document(parse_json(self._file.readline()), str(self.path))
 
 
 def mine(

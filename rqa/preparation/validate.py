@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 from tokenizers import Tokenizer
 
-from rqa.data import iterate_documents, iterate_examples, normalize
+from rqa.data import iterate_examples, normalize
+from rqa.documents import iterate_documents
 from rqa.preparation.chunking import Seen
 from rqa.runtime.cli import progress
 

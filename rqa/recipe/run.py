@@ -9,7 +9,8 @@ from typing import Any
 from torch import nn
 from transformers import PreTrainedModel, set_seed
 
-from rqa.data import DocumentArguments, read_documents, read_examples, subset, with_known_gold
+from rqa.data import DocumentArguments, read_examples, subset
+from rqa.documents import read_documents, with_known_gold
 from rqa.evaluation.report import DETAILS, PREDICTIONS, REPORT, SCORES, write_report
 from rqa.evaluation.results import Rows, Scores, write_results
 from rqa.evaluation.retrieval import EvaluationArguments

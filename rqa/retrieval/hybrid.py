@@ -10,7 +10,8 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s tries JAX when imported, 
 import bm25s
 import numpy as np
 
-from rqa.data import Document, Example, read_examples, with_known_gold
+from rqa.data import Document, Example, read_examples
+from rqa.documents import with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments

@@ -222,9 +222,15 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too."""
-    mended = False
-    with reading(path) as file:
+    return ((number, row) for number, _, _, row in jsonl_rows(path, path))
+
+
+def jsonl_rows(content: str | Path, path: str | Path) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
+    """Yield `(line number, its first byte, its bytes, object)` for each line that is not blank; errors name `path`."""
+    mended, end = False, 0
+    with reading(content) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
+            end += len(line)
             try:
                 if not line.decode("utf-8-sig", "replace").strip():
                     continue
@@ -237,7 +243,7 @@ def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
             if not mended and (mended := b"\\ud" in line.lower() and "\ufffd" in json.dumps(row, ensure_ascii=False)):
                 log.warning("%s:%d: holds half a character; U+FFFD takes its place here and further on", path, number)
-            yield number, row
+            yield number, end - len(line), len(line), row
 
 
 def _parse(data: bytes, kind: type) -> Any:

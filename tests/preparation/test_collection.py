@@ -11,7 +11,7 @@ import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
 
-from rqa.data import read_documents
+from rqa.documents import read_documents
 from rqa.preparation.chunking import Seen
 from rqa.preparation.sources import read_sources
 from rqa.runtime.errors import UserError

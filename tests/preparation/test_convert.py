@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rqa.data import Example, iterate_documents, iterate_examples
+from rqa.data import Example, iterate_examples
+from rqa.documents import iterate_documents
 from rqa.preparation.convert import read_layout, write_layout
 from rqa.preparation.layouts import LAYOUTS
 from rqa.preparation.reading import read_rows

@@ -12,7 +12,8 @@ import pytest
 from openai_server import OpenAIServer
 from transformers import PreTrainedTokenizerBase
 
-from rqa.data import Document, Example, normalize, read_documents, read_examples, write_documents, write_examples
+from rqa.data import Document, Example, normalize, read_examples, write_examples
+from rqa.documents import read_documents, write_documents
 from rqa.models.causal_lm import load_causal_lm
 from rqa.preparation.generate import (
     GeneratorArguments,

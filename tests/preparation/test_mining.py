@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rqa.data import Document, Example, read_documents, read_examples, write_examples
+from rqa.data import Document, Example, read_examples, write_examples
+from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.mine import mine, rank_in_parts

@@ -10,7 +10,8 @@ import pytest
 from pydocs.corpus import SPLITS, Corpus, build_corpus, count_tokens, write_corpus
 from pydocs.questions import LONGEST_ANSWER
 
-from rqa.data import Example, read_documents, read_examples
+from rqa.data import Example, read_examples
+from rqa.documents import read_documents
 from rqa.runtime.errors import UserError
 
 SUMMARY = "Compute the median of the given observations, whatever their order is."

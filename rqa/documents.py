@@ -1,0 +1,226 @@
+"""The document database: a file that may be larger than memory, with a table of what is where."""
+
+import json
+import logging
+import os
+import pickle
+import pickletools
+import shutil
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rqa.data import Document, Example, normalize, parse_document
+from rqa.runtime import distributed
+from rqa.runtime.cli import progress
+from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.files import atomic_file, cache_root, fingerprint, jsonl_rows, read_jsonl, reading, write_jsonl
+from rqa.runtime.text import parse_json
+
+log = logging.getLogger(__name__)
+
+Prints = np.ndarray  # fingerprints of 16 bytes. [N]
+PRINT = np.dtype("S16")
+ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("key", PRINT), ("passage", PRINT)])
+HEADER = 256  # bytes in front of a table's rows: which file, in which state, they are of
+TABLE = "rqa documents 1"
+BIG = 2**26  # bytes that take some seconds to read
+
+
+class DocumentFile(Sequence[Document]):
+    """The documents of a database, each read when it is asked for; of equal ones the first.
+
+    What is not plain JSONL is unpacked to the cache. Where the documents lie, and their fingerprints, stand in a table
+    beside the file (in the cache, where nothing can be written there), which is made anew when the file has changed.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        with reading(path):  # what cannot be read is told by the name that was given
+            state = os.stat(path)
+        place = cache_root() / "documents" / fingerprint(os.path.realpath(path))
+        plain = self.path.suffix not in (".gz", ".pkl", ".pickle")
+        table = self.path.with_name(f"{self.path.name}.table")
+        if not plain or not os.access(table.parent, os.W_OK) or (table.exists() and not _header(table)):
+            table = place.with_suffix(".table")
+        content = self.path if plain else place.with_suffix(".jsonl")
+        header = {"rqa": TABLE, "bytes": state.st_size, "changed": state.st_mtime_ns}
+        if distributed.is_main() and (not content.exists() or _header(table) != header):
+            if not plain:
+                _unpack(self.path, content)
+            rows = _scan(content, self.path)
+            with atomic_file(table) as temporary, temporary.open("wb") as file:
+                file.write(json.dumps(header).encode().ljust(HEADER) + rows.tobytes())
+        distributed.barrier()
+        rows = np.memmap(table, ROW, "r", HEADER)
+        self._starts, self._sizes, self.keys, self.passages = (rows[name] for name in ROW.names or ())
+        self._descriptor = os.open(content, os.O_RDONLY)
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def __getitem__(self, position: Any) -> Any:
+        if isinstance(position, slice):
+            return [self[each] for each in range(*position.indices(len(self)))]
+        row = os.pread(self._descriptor, int(self._sizes[position]), int(self._starts[position]))
+        try:
+            document = parse_document(parse_json(row), str(self.path))
+        except (ValueError, UserError):
+            document = None
+        if document is None or _passage(document) != self.passages[position].ljust(16, b"\0"):
+            raise UserError(f"{self.path}: has changed since it was opened; start again")
+        return document
+
+
+def read_documents(path: str | Path) -> DocumentFile:
+    """Open a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents count once."""
+    return DocumentFile(path)
+
+
+def iterate_documents(path: str | Path) -> Iterator[Document]:
+    """Yield each document of a database, repeated ones too; of a `.jsonl`, one is in memory at a time."""
+    if Path(path).suffix in (".pkl", ".pickle"):
+        yield from _read_pickle(Path(path))
+    else:
+        yield from (parse_document(row, f"{path}:{line}") for line, row in read_jsonl(path))
+
+
+def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
+    """Write a document database as JSONL, atomically."""
+    write_jsonl(path, (document.to_json() for document in documents))
+
+
+class Places:
+    """Where fingerprints stand among others, without an object for each."""
+
+    def __init__(self, prints: Prints) -> None:
+        self._order = np.argsort(prints, kind="stable")
+        self._sorted = np.asarray(prints)[self._order]
+
+    def __call__(self, wanted: Prints) -> np.ndarray:
+        """The first place of each, -1 where there is none. S16 [n] -> int64 [n]"""
+        if not len(self._order):
+            return np.full(len(wanted), -1)
+        at = np.searchsorted(self._sorted, wanted).clip(max=len(self._order) - 1)
+        return np.where(self._sorted[at] == wanted, self._order[at], -1)
+
+
+def keys_of(documents: Sequence[Document]) -> Prints:
+    """What is equal for what counts as the same document; a file's stand in its table. -> S16 [N]"""
+    known = getattr(documents, "keys", None)
+    return np.array([_print(*document.key) for document in documents], PRINT) if known is None else known
+
+
+def passages_of(documents: Sequence[Document]) -> Prints:
+    """What is equal for the same document with the same formatted text. -> S16 [N]"""
+    known = getattr(documents, "passages", None)
+    return np.array(list(map(_passage, documents)), PRINT) if known is None else known
+
+
+def _passage(document: Document) -> bytes:
+    return _print(*document.key, document.fmt_content)
+
+
+def _print(*parts: str) -> bytes:
+    return bytes.fromhex(fingerprint(*parts)[:32])
+
+
+def _header(table: Path) -> dict[str, Any]:
+    """Of which file, and of which state of it, this table is; empty if it is none of ours."""
+    try:
+        with table.open("rb") as file:
+            header = json.loads(file.read(HEADER))
+        return header if isinstance(header, dict) and header.get("rqa") == TABLE else {}
+    except (OSError, ValueError):
+        return {}
+
+
+def _scan(content: Path, name: Path) -> np.ndarray:
+    """A row for each distinct document; a malformed line is refused by the name of the file that was given."""
+    places, prints = array("q"), bytearray()
+    rows = jsonl_rows(content, name)
+    for number, start, size, row in progress(
+        rows, desc=name.name, unit="document", disable=content.stat().st_size < BIG
+    ):
+        document = parse_document(row, f"{name}:{number}")
+        places.extend((start, size))
+        prints += _print(*document.key) + _passage(document)
+    if not places:
+        raise UserError(f"{name}: holds no documents")
+    table = np.empty(len(places) // 2, ROW)
+    table["start"], table["size"] = np.frombuffer(places, np.int64).reshape(-1, 2).T
+    table["key"], table["passage"] = np.frombuffer(prints, PRINT).reshape(-1, 2).T
+    return table[np.sort(np.unique(table["key"], return_index=True)[1])]
+
+
+def _unpack(path: Path, content: Path) -> None:
+    if path.suffix == ".gz":
+        with reading(path) as packed, atomic_file(content) as temporary, temporary.open("wb") as file:
+            shutil.copyfileobj(packed, file)
+    else:
+        write_documents(content, _read_pickle(path))
+
+
+def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
+    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
+
+    Others stay, and no retriever finds them; one warning counts both.
+    """
+    golds = [gold for example in examples for gold in example.gold_docs]
+    there = Places(keys_of(documents))(keys_of(golds)) >= 0
+    missing = {gold.key: normalize(gold.page_content) for gold, known in zip(golds, there, strict=True) if not known}
+    if not missing:
+        return examples
+    texts = set(missing.values())
+    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
+    lost = [key for key, text in missing.items() if text not in same]
+    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
+    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
+    told += "there with the same text, which counts as found; %d are not, and can never be found"
+    file = examples[0].where.rpartition(":")[0]
+    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
+    return [
+        replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d).graded(d.gain) for d in e.gold_docs))
+        for e in examples
+    ]
+
+
+class _PickledDocument(dict):
+    """The fields of a pickled document, whatever library's class it was."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.update(state.get("__dict__", state))  # pydantic keeps them one level down
+
+
+class _DocumentUnpickler(pickle.Unpickler):
+    """Builds documents, dicts, lists, sets, strings and numbers; refuses every other class by name."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
+            return _PickledDocument
+        if module in ("builtins", "__builtin__") and name == "set":  # as protocols 2 and 3 write them
+            return set
+        raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
+
+
+def _read_pickle(path: Path) -> list[Document]:
+    with reading(path) as file:
+        try:
+            size = path.stat().st_size
+            # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
+            for opcode, number, _ in pickletools.genops(file):
+                if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
+                    raise UserError(f"not a readable pickle (it numbers an object {number})")
+            file.seek(0)
+            # What JSON has no form for, such as bytes, becomes null, and a set a list.
+            values = _DocumentUnpickler(file).load()
+            text = json.dumps(values, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
+            return [parse_document(row, f"item {number}") for number, row in enumerate(parse_json(text, list), start=1)]
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from None
+        except Exception as error:  # a damaged pickle raises nearly anything
+            raise UserError(f"{path}: not a readable pickle ({type(error).__name__}: {one_line(error)})") from None
