@@ -7,7 +7,7 @@ from array import array
 from collections import defaultdict
 from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
-from itertools import count, pairwise
+from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -34,14 +34,8 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whateve
 
 DEPTH = 100  # candidates that each retriever brings
 WEIGHTS = np.linspace(0, 1, 21)
-AT_ONCE = 2**21  # words, or postings, that are in memory while BM25's index is built
-FILES = {
-    "data": "f4",
-    "indices": "i4",
-    "indptr": "i8",
-    "words": PRINT,
-    "columns": "i8",
-}  # a sparse matrix, and its columns
+AT_ONCE = 2**21  # words of documents that are in memory while BM25's index is built
+FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
 
 
 @dataclass(kw_only=True)
@@ -142,44 +136,38 @@ class LexicalRetriever(PassageRetriever):
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
     """Write what bm25s searches, and where each word is; bm25s itself builds from the whole corpus in memory.
 
-    Postings (word, document, how often) are sorted some documents at a time, then merged some words at a time: in
-    memory are a number for each document and a string for each different word.
+    In memory are a number for each document and a string for each different word; the rest is sorted in a file.
     """
     vocabulary: defaultdict[str, int] = defaultdict(count().__next__)  # words by first occurrence
-    tokens, lengths, ends = array("i"), array("i"), [0]
-    holding = np.zeros(0, np.int64)  # documents with each word. [V]
+    tokens, lengths, first, starts = array("q"), array("q"), 0, array("q", [0])
     with TemporaryFile(dir=directory) as scratch:
-        first = 0
         for number, document in enumerate(progress(documents, desc="BM25", unit="document"), start=1):
             # bm25s refuses a vocabulary without words: a document that has none gets one that nobody asks for.
             found = words(document.fmt_content, pairs=True) or [""]
             tokens.extend(map(vocabulary.__getitem__, found))
             lengths.append(len(found))
             if len(tokens) >= AT_ONCE or number == len(documents):
-                owners = np.repeat(np.arange(first, number), lengths[first:])
-                pairs, often = np.unique(np.array(tokens, np.int64) << 32 | owners, return_counts=True)
-                run = np.stack([pairs >> 32, pairs & 0xFFFFFFFF, often]).astype(np.int32)  # [3, postings]
-                scratch.write(run.tobytes())
-                ends.append(ends[-1] + run.size)
-                holding = np.pad(holding, (0, len(vocabulary) - len(holding)))
-                holding += np.bincount(run[0], minlength=len(vocabulary))
-                tokens, first = array("i"), number
+                scratch.write(np.array(tokens) << 32 | np.repeat(np.arange(first, number), lengths[first:]))
+                tokens, first = array("q"), number
         scratch.flush()
-        idf = np.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5)).astype(np.float32)
+        pairs = np.memmap(scratch, "i8")  # word and document of each token
+        pairs.sort()
         norms = k1 * ((1 - b) + b * np.array(lengths) / np.mean(lengths))  # [N]
-        starts = np.concatenate([[0], np.cumsum(holding)])  # of each word's postings. [V + 1]
-        parts = np.unique(np.searchsorted(starts, np.arange(0, starts[-1], AT_ONCE)))  # words that begin a part
         with (directory / "data").open("wb") as data, (directory / "indices").open("wb") as indices:
-            for word, after in pairwise([*parts, len(vocabulary)]):
-                numbers = np.memmap(scratch, np.int32, "r")  # anew for each part: what was read leaves memory
-                runs = (numbers[start:end].reshape(3, -1) for start, end in pairwise(ends))
-                part = np.concatenate([run[:, slice(*np.searchsorted(run[0], (word, after)))] for run in runs], axis=1)
-                of, owners, often = part[:, np.argsort(part[0], kind="stable")]
-                data.write((idf[of] * (often / (norms[owners] + often))).astype(np.float32).tobytes())
-                indices.write(owners.tobytes())
+            end = 0
+            while end < len(pairs):  # some words at a time
+                start, last = end, pairs[end : end + AT_ONCE][-1] >> 32
+                end = np.searchsorted(pairs, (last + 1) << 32)
+                postings, often = np.unique(pairs[start:end], return_counts=True)
+                of, owners = (postings >> 32) - (postings[0] >> 32), postings & 0xFFFFFFFF
+                holding = np.bincount(of)  # documents with each word
+                idf = np.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5)).astype("f4")
+                data.write((idf[of] * (often / (norms[owners] + often))).astype("f4"))
+                indices.write(owners.astype("i4"))
+                starts.extend(starts[-1] + np.cumsum(holding))
     prints = _prints(vocabulary)
     order = np.argsort(prints)
-    for name, values in (("indptr", starts), ("words", prints[order]), ("columns", order)):
+    for name, values in (("indptr", np.array(starts)), ("words", prints[order]), ("columns", order)):
         (directory / name).write_bytes(values.tobytes())
 
 
