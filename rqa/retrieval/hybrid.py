@@ -34,7 +34,7 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whateve
 
 DEPTH = 100  # candidates that each retriever brings
 WEIGHTS = np.linspace(0, 1, 21)
-AT_ONCE = 2**21  # words of documents that are in memory while BM25's index is built
+AT_ONCE = 2**21  # words of documents whose scores are computed together
 FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
 
 
@@ -139,18 +139,15 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
     In memory are a number for each document and a string for each different word; the rest is sorted in a file.
     """
     vocabulary: defaultdict[str, int] = defaultdict(count().__next__)  # words by first occurrence
-    tokens, lengths, first, starts = array("q"), array("q"), 0, array("q", [0])
+    lengths, starts = array("q"), array("q", [0])
     with TemporaryFile(dir=directory) as scratch:
-        for number, document in enumerate(progress(documents, desc="BM25", unit="document"), start=1):
-            # bm25s refuses a vocabulary without words: a document that has none gets one that nobody asks for.
+        for number, document in enumerate(progress(documents, desc="BM25 index", unit="document")):
+            # No document is without words, and no file empty: nobody asks for "".
             found = words(document.fmt_content, pairs=True) or [""]
-            tokens.extend(map(vocabulary.__getitem__, found))
             lengths.append(len(found))
-            if len(tokens) >= AT_ONCE or number == len(documents):
-                scratch.write(np.array(tokens) << 32 | np.repeat(np.arange(first, number), lengths[first:]))
-                tokens, first = array("q"), number
+            scratch.write(array("q", [vocabulary[word] << 32 | number for word in found]))
         scratch.flush()
-        pairs = np.memmap(scratch, "i8")  # word and document of each token
+        pairs = np.memmap(scratch, "i8")
         pairs.sort()
         norms = k1 * ((1 - b) + b * np.array(lengths) / np.mean(lengths))  # [N]
         with (directory / "data").open("wb") as data, (directory / "indices").open("wb") as indices:
