@@ -105,7 +105,7 @@ class LexicalRetriever(PassageRetriever):
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
         self.documents = documents
-        # Another name when `words` finds others: what was built with the former ones would be opened.
+        # Give this another name when `words` changes: an index of the former words would be opened.
         method = "bm25 of words and pairs", str(k1), str(b)
         self._identity = fingerprint(*method, passages_of(documents).tobytes())
         directory = cache_root() / "bm25" / self._identity
@@ -134,15 +134,15 @@ class LexicalRetriever(PassageRetriever):
 
 
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
-    """Write what bm25s searches, and where each word is; bm25s itself builds from the whole corpus in memory.
+    """Write what bm25s searches, and where each word is. bm25s itself builds from the whole corpus in memory.
 
-    In memory are a number for each document and a string for each different word; the rest is sorted in a file.
+    Memory holds a number for each document and a string for each different word; the rest is sorted in a file.
     """
     vocabulary: defaultdict[str, int] = defaultdict(count().__next__)  # words by first occurrence
     lengths, starts = array("q"), array("q", [0])
     with TemporaryFile(dir=directory) as scratch:
         for number, document in enumerate(progress(documents, desc="BM25 index", unit="document")):
-            # No document is without words, and no file empty: nobody asks for "".
+            # A document without words holds "", for which nobody asks: an empty file cannot be mapped.
             found = words(document.fmt_content, pairs=True) or [""]
             lengths.append(len(found))
             scratch.write(array("q", [vocabulary[word] << 32 | number for word in found]))
@@ -154,7 +154,7 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
             end = 0
             while end < len(pairs):  # some words at a time
                 start, last = end, pairs[end : end + AT_ONCE][-1] >> 32
-                end = np.searchsorted(pairs, (last + 1) << 32)
+                end = np.searchsorted(pairs, (last + 1) << 32)  # all of the last word's
                 postings, often = np.unique(pairs[start:end], return_counts=True)
                 of, owners = (postings >> 32) - (postings[0] >> 32), postings & 0xFFFFFFFF
                 holding = np.bincount(of)  # documents with each word
