@@ -1,16 +1,24 @@
-"""What all objectives that train an encoder share: embeddings with gradient, in chunks, and how it is saved."""
+"""What all objectives that train an encoder share: tokens when they are needed, embeddings with gradient, in chunks."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from rqa.data import Document
+from rqa.documents import Places, keys_of
 from rqa.models.encoder import Encoder
 from rqa.packing import Batch, TokenBatch
 from rqa.runtime.flags import Arguments, flag
+
+TEXTS_KEPT = 2**17  # whose token ids are remembered, some 600 bytes each
 
 
 @dataclass(kw_only=True)
@@ -21,6 +29,48 @@ class ChunkArguments(Arguments):
 
     def check(self) -> None:
         self.check_bounds("chunk_size", at_least=0)
+
+
+class Tokens:
+    """Token ids of numbered texts, made when they are asked for; some are remembered, all forgotten when they are many.
+
+    `tokenize`: texts -> ids, as of `Encoder.tokenize_passages`; `text`: the text of a number.
+    """
+
+    def __init__(self, tokenize: Callable[[list[str]], list[list[int]]], text: Callable[[int], str]) -> None:
+        self.tokenize, self.text = tokenize, text
+        self._known: dict[int, array[int]] = {}
+
+    def __call__(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        """[N] -> [N]"""
+        if len(self._known) > TEXTS_KEPT:
+            self._known.clear()
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        for number, ids in zip(missing, self.tokenize(list(map(self.text, missing))), strict=True):
+            self._known[number] = array("i", ids)
+        return [self._known[number] for number in numbers]
+
+
+class Numbered(Sequence[Document]):
+    """The documents of a database, and behind them those of `rows` that it lacks."""
+
+    def __init__(self, documents: Sequence[Document], rows: Sequence[Sequence[Document]]) -> None:
+        flat = list(chain.from_iterable(rows))
+        keys = keys_of(flat)
+        places = Places(keys_of(documents))(keys)
+        lacking = np.flatnonzero(places < 0)
+        _, first, same = np.unique(keys[lacking], return_index=True, return_inverse=True)
+        places[lacking] = len(documents) + same
+        numbers = iter(places.tolist())
+        self.rows = [list(islice(numbers, len(row))) for row in rows]  # the numbers of their documents
+        self.documents, self.others = documents, [flat[place] for place in lacking[first]]
+
+    def __len__(self) -> int:
+        return len(self.documents) + len(self.others)
+
+    def __getitem__(self, number: Any) -> Any:
+        behind = number - len(self.documents)
+        return self.others[behind] if behind >= 0 else self.documents[number]
 
 
 @dataclass(frozen=True)
