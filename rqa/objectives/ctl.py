@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Numbered, Tokens, in_chunks
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import contrastive
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
@@ -122,9 +122,9 @@ class Contrasts:
         for example in examples:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
-        known = Numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
-        self._gold = [row[: len(example.gold_docs)] for row, example in zip(known.rows, examples, strict=True)]
-        hard = [row[len(example.gold_docs) :] for row, example in zip(known.rows, examples, strict=True)]
+        known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
+        self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
+        hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
         self.encoder, self.hard, self.flags, self.seed = encoder, mined or hard, flags, seed
         self.ahead = not mined  # they change between steps
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
@@ -219,14 +219,12 @@ class MinedNegatives:
 
     def __call__(self) -> None:
         """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
-        numbers = distributed.share(range(len(self._queries)))
         found = []
-        # To retrieve is a collective call: the process with the smaller share makes it as often.
-        for start in range(0, math.ceil(len(self._queries) / distributed.world_size()), QUERIES_AT_ONCE):
-            part = numbers[start : start + QUERIES_AT_ONCE]
+        for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # equally often on all, as `retrieve` needs
+            part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
             hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            found += map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())
-        self._found = distributed.gather(found)
+            found += distributed.gather(list(map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())))
+        self._found = found
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
     def save(self, directory: Path) -> None:

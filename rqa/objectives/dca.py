@@ -17,7 +17,7 @@ from rqa.models import encoder_decoder
 from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import EncoderDecoderArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
-from rqa.objectives.encoding import Numbered
+from rqa.objectives.encoding import numbered
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
@@ -65,19 +65,19 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 
 def find_contexts(
     flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
-) -> Numbered:
-    """The passages of each example, by number: its `ctxs`, else what is retrieved from the database.
+) -> tuple[Sequence[Document], list[list[int]]]:
+    """All passages, and the numbers of each example's: of its `ctxs`, else of what is retrieved from the database.
 
     `model` is the encoder before training, whatever checkpoint training goes on from: a resumed run finds the same.
     """
-    known = Numbered(documents, [example.ctxs[: flags.n_context] for example in examples])
-    bare = [number for number, row in enumerate(known.rows) if not row]
+    known, contexts = numbered(documents, [example.ctxs[: flags.n_context] for example in examples])
+    bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
         retriever = open_retriever(flags, model, documents)
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
         for number, found in zip(bare, hits.ids.tolist(), strict=True):
-            known.rows[number] = [place for place in found if place >= 0]
-    return known
+            contexts[number] = [place for place in found if place >= 0]
+    return known, contexts
 
 
 def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher | GivenScores":
@@ -143,17 +143,14 @@ class GivenScores:
 
 
 class ReaderScores(ScoredCandidates):
-    """DCA's collate function: the contexts of each question, with `boost` those that are gold raised (`boost_gold`).
-
-    Their numbers are in `contexts.rows`; repeated ones count once.
-    """
+    """DCA's collate function: the contexts of each question, with `boost` those that are gold raised (`boost_gold`)."""
 
     def __init__(
-        self, examples: Sequence[Example], contexts: Numbered, encoder: Encoder, teacher: Any, temperature: float,
-        boost: bool, chunk_size: int = 0,
+        self, examples: Sequence[Example], documents: Sequence[Document], contexts: Sequence[Sequence[int]],
+        encoder: Encoder, teacher: Any, temperature: float, boost: bool, chunk_size: int = 0,
     ) -> None:  # fmt: skip
-        rows_of = lambda indices: [list(dict.fromkeys(contexts.rows[i])) for i in indices]  # noqa: E731
-        super().__init__(examples, contexts, encoder, rows_of, teacher, temperature, chunk_size, together=True)
+        rows_of = lambda indices: [list(dict.fromkeys(contexts[i])) for i in indices]  # noqa: E731
+        super().__init__(examples, documents, encoder, rows_of, teacher, temperature, chunk_size, together=True)
         self.boost = boost
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:

@@ -11,6 +11,7 @@ import torch
 import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import ConcatDataset
 
 from rqa.data import Document
 from rqa.documents import Places, keys_of
@@ -32,17 +33,13 @@ class ChunkArguments(Arguments):
 
 
 class Tokens:
-    """Token ids of numbered texts, made when they are asked for; some are remembered, all forgotten when they are many.
-
-    `tokenize`: texts -> ids, as of `Encoder.tokenize_passages`; `text`: the text of a number.
-    """
+    """Token ids of numbered texts, made when they are asked for, and remembered until they are too many."""
 
     def __init__(self, tokenize: Callable[[list[str]], list[list[int]]], text: Callable[[int], str]) -> None:
         self.tokenize, self.text = tokenize, text
         self._known: dict[int, array[int]] = {}
 
     def __call__(self, numbers: Sequence[int]) -> list[Sequence[int]]:
-        """[N] -> [N]"""
         if len(self._known) > TEXTS_KEPT:
             self._known.clear()
         missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
@@ -51,26 +48,17 @@ class Tokens:
         return [self._known[number] for number in numbers]
 
 
-class Numbered(Sequence[Document]):
-    """The documents of a database, and behind them those of `rows` that it lacks."""
-
-    def __init__(self, documents: Sequence[Document], rows: Sequence[Sequence[Document]]) -> None:
-        flat = list(chain.from_iterable(rows))
-        keys = keys_of(flat)
-        places = Places(keys_of(documents))(keys)
-        lacking = np.flatnonzero(places < 0)
-        _, first, same = np.unique(keys[lacking], return_index=True, return_inverse=True)
-        places[lacking] = len(documents) + same
-        numbers = iter(places.tolist())
-        self.rows = [list(islice(numbers, len(row))) for row in rows]  # the numbers of their documents
-        self.documents, self.others = documents, [flat[place] for place in lacking[first]]
-
-    def __len__(self) -> int:
-        return len(self.documents) + len(self.others)
-
-    def __getitem__(self, number: Any) -> Any:
-        behind = number - len(self.documents)
-        return self.others[behind] if behind >= 0 else self.documents[number]
+def numbered(documents: Sequence[Document], rows: Sequence[Sequence[Document]]) -> tuple[Any, list[list[int]]]:
+    """The documents, behind them those of `rows` that they lack; and the place of each document of `rows` there."""
+    brought = list(chain.from_iterable(rows))
+    keys = keys_of(brought)
+    places = Places(keys_of(documents))(keys)
+    lacking = np.flatnonzero(places < 0)
+    _, first, same = np.unique(keys[lacking], return_index=True, return_inverse=True)
+    places[lacking] = len(documents) + same
+    numbers = iter(places.tolist())
+    both: Any = [documents, [brought[place] for place in lacking[first]]]
+    return ConcatDataset(both), [list(islice(numbers, len(row))) for row in rows]
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ from rqa.data import Document, Example
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
 from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Numbered, Tokens, in_chunks
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, retrieval_query
@@ -134,8 +134,8 @@ class RetrievedCandidates:
 
     def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples, self.retriever, self.flags = examples, retriever, flags
-        known = Numbered(retriever.documents, [example.gold_docs for example in examples])
-        self._gold = [[number for number in row if number < len(known.documents)] for row in known.rows]
+        _, gold = numbered(retriever.documents, [example.gold_docs for example in examples])
+        self._gold = [[number for number in row if number < len(retriever.documents)] for row in gold]
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database, K at most for each example. [B] lists"""
@@ -177,17 +177,15 @@ class ScoredCandidates:
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}
         documents = {number: self.documents[number] for number in distinct}
-        shape = (len(indices), max(1, *map(len, chosen)))
-        columns = torch.zeros(shape, dtype=torch.long)  # [B, K]
-        scores = torch.full(shape, float("-inf"))  # [B, K]
+        present = torch.arange(max(1, *map(len, chosen))) < torch.tensor(list(map(len, chosen)))[:, None]  # [B, K]
+        columns = torch.zeros(present.shape, dtype=torch.long)
+        scores = torch.full(present.shape, float("-inf"))
         pairs = []
         for i, numbers in zip(indices, chosen, strict=True):
             shown = tuple(documents[number] for number in numbers)
             pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
-        found = iter(self.teacher(pairs))
-        for row, numbers in enumerate(chosen):
-            columns[row, : len(numbers)] = torch.tensor([position[number] for number in numbers])
-            scores[row, : len(numbers)] = torch.tensor([next(found) for _ in numbers])
+        columns[present] = torch.tensor([position[number] for row in chosen for number in row], dtype=torch.long)
+        scores[present] = torch.tensor(self.teacher(pairs), dtype=torch.float)
         return ListBatch(
             queries=in_chunks(self.encoder, self._queries(indices), self.chunk_size),
             passages=in_chunks(self.encoder.passage_side, self._passages(distinct), self.chunk_size),

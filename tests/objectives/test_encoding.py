@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from rqa.data import Document
 from rqa.models.encoder import Encoder
 from rqa.objectives import encoding
-from rqa.objectives.encoding import Numbered, Tokens, embed_chunks, in_chunks
+from rqa.objectives.encoding import Tokens, embed_chunks, in_chunks, numbered
 
 
 def test_tokens_are_made_once_while_they_are_remembered_and_of_no_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,11 +28,11 @@ def test_tokens_are_made_once_while_they_are_remembered_and_of_no_other_text(mon
 @given(st.lists(st.sampled_from("abcdef"), unique=True), st.lists(st.lists(st.sampled_from("abcdef"))))
 def test_what_the_database_lacks_is_numbered_behind_it(database: list[str], rows: list[list[str]]) -> None:
     documents = [Document("text", {"source": name}) for name in database]
-    numbered = Numbered(documents, [[Document("text", {"source": name, "title": "?"}) for name in row] for row in rows])
-    assert [[numbered[n].key[0] for n in row] for row in numbered.rows] == rows
-    assert [numbered[n] for n in range(len(database))] == documents
-    assert len(numbered) == len({*database, *chain(*rows)})
-    assert len({document.key for document in numbered}) == len(numbered)
+    brought = [[Document("text", {"source": name, "title": "?"}) for name in row] for row in rows]
+    known, numbers = numbered(documents, brought)
+    assert [[known[number].key[0] for number in row] for row in numbers] == rows
+    assert [known[number] for number in range(len(database))] == documents
+    assert len(known) == len({*database, *chain(*rows)})
 
 
 @pytest.fixture
