@@ -48,7 +48,6 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
     build = {"embedding_model_name_or_path": output, "document_path": files["full_dataset_file_path"],
              "index_path": tmp_path / "index", "dtype": "float32"}  # fmt: skip
     assert run_executable("build_index", build) == 0
-    assert written(tmp_path / "index", "index.json")["documents"] == len(documents)
     index = faiss.read_index(str(tmp_path / "index/index.faiss"))
     np.testing.assert_allclose(index.reconstruct_n(0, len(documents)), found, atol=1e-5)
     assert "test_retr/recall@4" in scores(output)
