@@ -51,11 +51,10 @@ class DocumentFile(Sequence[Document]):
         plain = self.path.suffix not in (".gz", ".pkl", ".pickle")
         content = self.path if plain else cached.with_suffix(".jsonl")
         tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]
-        known = (table for table in tables if content.exists() and _header(table) == about | _rows_in(table))
-        self._table = next(known, None)
-        if self._table is None:
-            beside, ours = os.access(real.parent, os.W_OK), not tables[0].exists() or _header(tables[0])
-            self._table = tables[0 if beside and ours else -1]
+        known = [table for table in tables if content.exists() and _header(table) == about | _rows_in(table)]
+        beside = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
+        self._table = known[0] if known else tables[0 if beside else -1]
+        if not known:
             if not plain:
                 _unpack(self.path, content)
             _scan(content, self.path, self._table, about)
