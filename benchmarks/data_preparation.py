@@ -131,7 +131,7 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
     asked = [example.question for example in examples]
     hits = rank(LexicalRetriever(documents), asked, chooser.depth)
     ranked = time.perf_counter()
-    found = mine(chooser, [hits], documents, 8)
+    found = mine(chooser, [hits], 8)
     return {
         "passages": passages,
         "queries": queries,

@@ -58,7 +58,7 @@ class DocumentFile(Sequence[Document]):
             if not plain:
                 _unpack(self.path, content)
             _scan(content, self.path, self._table, about)
-        rows = np.memmap(self._table, ROW, "r", HEADER)
+        rows = np.asarray(np.memmap(self._table, ROW, "r", HEADER))  # an element of a memmap takes thrice as long
         self._starts, self._sizes, self.keys, self.passages, self.normalized = (rows[name] for name in ROW.names or ())
         self._descriptor = os.open(content, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)

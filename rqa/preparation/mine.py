@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 from itertools import zip_longest
+from typing import Any
 
 import numpy as np
 
-from rqa.data import Document
 from rqa.objectives.ctl import NegativeChooser
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
@@ -14,20 +14,18 @@ from rqa.runtime.cli import progress
 QUERIES_AT_ONCE = 256
 
 
-def mine(
-    chooser: NegativeChooser, rankings: Sequence[Hits], documents: Sequence[Document], count: int
-) -> list[list[Document]]:
+def mine(chooser: NegativeChooser, rankings: Sequence[Hits], count: int) -> list[list[int]]:
     """The hard negatives of each question, `count` at most, taken in turn from each retriever's ranking, none twice.
 
-    Rankings are those of all questions, `chooser.depth` deep or more. [Q, k] each
+    They are positions in the database. Rankings are those of all questions, `chooser.depth` deep or more. [Q, k] each
     """
     found = []
     for number in progress(range(len(rankings[0].ids)), desc="choose negatives", unit="q"):
         lists = [chooser(number, hits.ids[number].tolist(), hits.scores[number].tolist()) for hits in rankings]
-        chosen: dict[str, int] = {}
+        chosen: dict[Any, int] = {}
         for i in (i for row in zip_longest(*lists) for i in row if i is not None):
             chosen.setdefault(chooser.text_of(i), i)
-        found.append([documents[i] for i in list(chosen.values())[:count]])
+        found.append(list(chosen.values())[:count])
     return found
 
 

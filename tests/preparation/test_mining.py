@@ -23,7 +23,7 @@ def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Docume
     one = Hits(np.array([[0, 1, 2, 3]]), np.array([[4.0, 3, 2, 1]]))
     two = Hits(np.array([[4, 1, 0, -1]]), np.array([[9.0, 8, 7, -np.inf]]))
     chooser = NegativeChooser([Example("?", (documents[9],))], documents, NegativeArguments())
-    assert mine(chooser, [one, two], documents, 4) == [[documents[i] for i in (0, 4, 1, 2)]]
+    assert mine(chooser, [one, two], 4) == [[0, 4, 1, 2]]
 
 
 @pytest.fixture
