@@ -69,15 +69,15 @@ class DocumentFile(Sequence[Document]):
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
-        row = os.pread(self._descriptor, int(self._sizes[position]), int(self._starts[position]))
+        size, start = int(self._sizes[position]), int(self._starts[position])
         try:
-            document = parse_document(parse_json(row), str(self.path))
-        except (ValueError, UserError):
+            document = parse_document(parse_json(os.pread(self._descriptor, size, start)), str(self.path))
+        except (ValueError, OSError, OverflowError, MemoryError, UserError):  # as damage of the table has it
             document = None
         if document is None or _passage(document) != self.passages[position].ljust(16, b"\0"):
             with suppress(OSError):  # whatever is wrong with the table, the next one is right
                 self._table.unlink()
-            raise UserError(f"{self.path}: has changed since it was opened; start again")
+            raise UserError(f"{self.path}: has changed since it was opened, or its table is damaged; start again")
         return document
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
