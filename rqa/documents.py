@@ -51,7 +51,7 @@ class DocumentFile(Sequence[Document]):
         plain = self.path.suffix not in (".gz", ".pkl", ".pickle")
         content = self.path if plain else cached.with_suffix(".jsonl")
         tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]
-        known = [table for table in tables if content.exists() and _header(table) == about | _rows_in(table)]
+        known = [table for table in tables if content.exists() and _header(table) == about]
         beside = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
         self._table = known[0] if known else tables[0 if beside else -1]
         if not known:
@@ -153,13 +153,10 @@ def _header(table: Path) -> dict[str, Any]:
     try:
         with reading(table) as file:
             header = json.loads(file.read(HEADER))
-        return header if isinstance(header, dict) and header.get("rqa") == TABLE else {}
-    except (UserError, ValueError):
+        whole = table.stat().st_size == HEADER + header.pop("documents", 0) * ROW.itemsize
+        return {} if header.get("rqa") != TABLE else header if whole else {"rqa": TABLE}
+    except (UserError, ValueError, TypeError, AttributeError):  # absent, or what somebody else wrote
         return {}
-
-
-def _rows_in(table: Path) -> dict[str, float]:
-    return {"documents": (table.stat().st_size - HEADER) / ROW.itemsize if table.exists() else 0}
 
 
 def _scan(content: Path, name: Path, table: Path, about: dict[str, Any]) -> None:

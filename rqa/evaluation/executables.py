@@ -41,17 +41,14 @@ class EvaluationDataArguments(DocumentArguments):
 def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:
     """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else.
 
-    Every process calls it: they search their parts of an index together, and each asks its share of the questions.
+    Every process calls it: they search an index together, and each asks its share of the questions.
     """
-
-    def ask(queries: Sequence[str]) -> None:
-        retriever.retrieve(distributed.share(queries), k)
-
     queries = list(map(retrieval_query, examples))
-    for query in queries[:WARM_UP]:
-        ask([query])
-    single = [seconds(partial(ask, [query])) for query in queries[:TIMED_QUESTIONS]]
-    together = seconds(partial(ask, queries))
+    alone = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
+    for query in alone[:WARM_UP]:
+        retriever.retrieve(query, k)
+    single = [seconds(partial(retriever.retrieve, query, k)) for query in alone]
+    together = seconds(partial(retriever.retrieve, distributed.share(queries), k))
     speed = latencies(single) | {"questions_per_second": len(queries) / together}
     return {f"retr/{name}": value for name, value in speed.items()}
 
