@@ -44,7 +44,8 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     flags |= {"retriever": retriever, "num_negatives": 3}
-    flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path}
+    index = Path(str(flags["output_path"])).with_name("index")
+    flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path, "index_path": index}
     assert run_executable("mine_negatives", flags) == 0
     before, after = read_examples(data / "train_w_qa.jsonl"), read_examples(str(flags["output_path"]), answers=True)
     assert [replace(example, hard_neg_docs=()) for example in after] == before
@@ -58,6 +59,7 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
         assert retriever != "bm25" or list(example.hard_neg_docs) == expected[:3]
         assert len(example.hard_neg_docs) == 3
         assert set(example.hard_neg_docs) <= set(expected[:8])
+    assert index.exists() == (retriever != "bm25")
     assert "48 negatives of 16 questions over 24 passages; 0 questions have fewer than 3" in capsys.readouterr().out
 
 
