@@ -90,8 +90,6 @@ def load_model(
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
     adapted = Path(path, config.get("subfolder", ""), ADAPTER_CONFIG).exists()
-    if adapted:
-        _require_peft(f"model {path}: is a LoRA adapter")
     if problem := distributed.from_main(damage(path) if distributed.is_main() and is_complete(path) else None):
         raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
@@ -154,8 +152,7 @@ def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: 
 def _refusal(model: PreTrainedModel) -> str | None:
     """Why a padded batch cannot be computed: attention caps scores, or its layers do not fit together."""
     try:
-        batch = pad([[1] * 8, [1] * 5]).to(model.device)
-        model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+        hidden_states(model, pad([[1] * 8, [1] * 5]).to(model.device))
     except Exception as error:
         return one_line(error)
     return None
@@ -358,7 +355,8 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
         return
     if not model.name_or_path:
         raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
-    _require_peft("--use_lora true")
+    if not find_spec("peft"):
+        raise UserError('--use_lora true: peft is not installed; pip install "rqa[lora]"')
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
     if present:
@@ -389,8 +387,3 @@ def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedMode
 
     base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
-
-
-def _require_peft(reason: str) -> None:
-    if not find_spec("peft"):
-        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"')

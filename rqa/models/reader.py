@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
 
 from rqa.data import Document, Example
 from rqa.models import loading
@@ -59,10 +59,8 @@ class GenerationArguments(Arguments):
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
         if not self.do_sample:
             return logits.argmax(-1)
-        probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(descending=True)  # [B, V]
-        likelier = probabilities.cumsum(-1) - probabilities
-        odds = probabilities.masked_fill(likelier >= self.top_p, 0) / torch.empty_like(likelier).exponential_()
-        return tokens.gather(-1, odds.argmax(-1, keepdim=True))[:, 0]
+        odds = TopPLogitsWarper(self.top_p)(None, logits.float() / self.temperature).softmax(-1)  # [B, V]
+        return (odds / torch.empty_like(odds).exponential_()).argmax(-1)
 
 
 def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
