@@ -1,17 +1,13 @@
 """What a server stands in for: a reader, and the language model that scores answers."""
 
-import logging
 from collections.abc import Iterable, Sequence
-from functools import cache
 from typing import Any
 
 from rqa.endpoint.client import Endpoint, estimated_tokens
 from rqa.models.loading import load_tokenizer
-from rqa.objectives.teacher import Pair
-from rqa.prompts import Prompter, fitting
+from rqa.objectives.teacher import NOT_TOLD_APART, Pair
+from rqa.prompts import Prompter, fitting, warn_once
 from rqa.runtime.files import fingerprint
-
-log = logging.getLogger(__name__)
 
 
 class EstimatedTokens:
@@ -36,11 +32,10 @@ class EndpointScorer:
 
     def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
         self.endpoint, self.prompter = endpoint, prompter
-        self._warn_once = cache(log.warning)  # a question comes with each of its documents
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows = ((pair.example, [pair.document], pair.example.gold_answer) for pair in pairs)
-        texts = fitting(self.prompter.text, rows, "its documents are not told apart", self._warn_once)
+        texts = fitting(self.prompter.text, rows, NOT_TOLD_APART, warn_once)
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         known = dict(zip(texts, scores, strict=True))
         scored = {number: score for number, score in known.items() if score is not None}
