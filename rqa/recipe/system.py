@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.endpoint.scorer import EstimatedTokens
+from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
 from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
 from rqa.models.loading import choose_collate, load_config, load_tokenizer
