@@ -27,7 +27,7 @@ from rqa.models.reader import GenerationArguments, LocalReader, generate
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 from rqa.runtime.text import as_text
 
@@ -41,7 +41,7 @@ LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its l
 
 
 @dataclass(kw_only=True)
-class PassagePromptArguments(Arguments):
+class EncoderDecoderArguments(LoadingArguments):
     """How an encoder-decoder is asked, passage by passage."""
 
     prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
@@ -52,7 +52,7 @@ class PassagePromptArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class FiDPromptArguments(PassagePromptArguments):
+class FiDPromptArguments(EncoderDecoderArguments):
     """How long an encoder-decoder's answers are."""
 
     max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
@@ -73,7 +73,7 @@ class FiDPrompter:
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
     def __init__(
-        self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
+        self, tokenizer: Any, arguments: EncoderDecoderArguments | None = None, start_token: int | None = None
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
         self.as_text = as_text(tokenizer)
@@ -151,11 +151,6 @@ def fid_batch(
     parts = tuple(collate([passages[i] for i in part]) for part in chosen)
     in_order = torch.cat([places[i] for part in chosen for i in part])
     return FiDBatch(parts, in_order, owners, labels, positions, max(map(len, lengths)), tuple(indices))
-
-
-@dataclass(kw_only=True)
-class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
-    """How an encoder-decoder is loaded and asked."""
 
 
 def load_encoder_decoder(

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.models import encoder_decoder
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDPrompter, FiDSequence
+from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
@@ -21,7 +21,7 @@ from rqa.objectives.swr import SwRArguments
 
 
 @dataclass(kw_only=True)
-class FiDArguments(SwRArguments, FiDPromptArguments, EncoderDecoderArguments, GenerationArguments):
+class FiDArguments(SwRArguments, FiDPromptArguments, GenerationArguments):
     """FiD's own flags."""
 
 

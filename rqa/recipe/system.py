@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
 from rqa.models.causal_lm import load_causal_lm
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
+from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
 from rqa.models.loading import choose_collate, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
@@ -16,7 +16,7 @@ from rqa.runtime.errors import UserError
 
 
 @dataclass(kw_only=True)
-class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArguments, EndpointArguments):
+class ReaderArguments(FiDPromptArguments, DecoderArguments, EndpointArguments):
     """How a reader of any kind is asked."""
 
 
