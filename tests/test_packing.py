@@ -9,8 +9,9 @@ import torch
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rqa.models.causal_lm import answer_logits, load_causal_lm
 from rqa.models.encoder_decoder import FiDSequence, fid_batch
+from rqa.models.loading import load_causal_lm
+from rqa.models.reader import answer_logits
 from rqa.packing import Collate, answer_batch, pack, pad, token_budget_batches
 from rqa.prompts import TokenSequence
 

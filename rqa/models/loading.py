@@ -124,6 +124,13 @@ def load_model(
     return model
 
 
+def load_causal_lm(
+    path: str, flags: LoadingArguments = FLOAT32, dtype: torch.dtype | None = None, main_only: bool = False
+) -> PreTrainedModel:
+    """A decoder from a directory or hub name; the arguments are those of `load_model`."""
+    return load_model(transformers.AutoModelForCausalLM, path, flags, dtype, main_only)
+
+
 def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
     """The class to load a checkpoint with: as an encoder, T5 is its encoder alone."""
     encodes = auto_class is transformers.AutoModel and type(config) in transformers.MODEL_FOR_TEXT_ENCODING_MAPPING

@@ -1,4 +1,4 @@
-"""How a local reader generates: settings, prompts of similar length together, and what an answer took."""
+"""Answers of models in this process: how they are generated, what each took, and the logits of given ones."""
 
 import inspect
 import logging
@@ -19,7 +19,7 @@ from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
-from rqa.packing import pack, pad, token_budget_batches
+from rqa.packing import AnswerBatch, pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
 from rqa.runtime.errors import UserError, one_line
@@ -142,6 +142,16 @@ class LocalReader(ABC):
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
+
+
+def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """Next-token logits of a decoder at the answers' positions; the output layer runs on no other token. -> [N, V]"""
+    inputs = batch.tokens.inputs
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
+    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
+    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
+    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]
 
 
 def read_prompts(

@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import answer_logits, load_causal_lm
-from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer, within_positions
-from rqa.models.reader import CausalLMReader, GenerationArguments
+from rqa.models.loading import LoadingArguments, choose_collate, load_causal_lm, load_tokenizer, within_positions
+from rqa.models.reader import CausalLMReader, GenerationArguments, answer_logits
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting

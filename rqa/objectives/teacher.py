@@ -9,8 +9,8 @@ import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import answer_logits
 from rqa.models.loading import choose_collate, evaluating, not_finite, within_positions
+from rqa.models.reader import answer_logits
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
 from rqa.prompts import Prompter, TokenSequence, fitting, warn_once

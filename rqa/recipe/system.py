@@ -5,9 +5,8 @@ from dataclasses import dataclass, replace
 
 from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
-from rqa.models.loading import choose_collate, load_config, load_tokenizer
+from rqa.models.loading import choose_collate, load_causal_lm, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting

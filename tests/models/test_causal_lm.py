@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TemperatureLogi
 
 from rqa.data import Document, Example
 from rqa.models import reader as reading
-from rqa.models.causal_lm import load_causal_lm
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError

@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rqa.models import attention
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import (
     LoraArguments,
@@ -31,6 +30,7 @@ from rqa.models.loading import (
     choose_collate,
     evaluating,
     learned_positions,
+    load_causal_lm,
     load_config,
     load_model,
     load_tokenizer,

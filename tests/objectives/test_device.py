@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, masking_utils
 
 from rqa.data import Document, Example
 from rqa.models import attention
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
