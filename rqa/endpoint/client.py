@@ -344,11 +344,6 @@ def _log_probability(value: Any) -> float:
     return value
 
 
-def estimated_tokens(text: str) -> int:
-    """About how many tokens a text has, where the tokenizer stays with its server."""
-    return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
-
-
 def check_price(flag: str, price: Sequence[float]) -> None:
     if len(price) not in (0, 2) or min(price, default=0) < 0:
         raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
@@ -356,7 +351,7 @@ def check_price(flag: str, price: Sequence[float]) -> None:
 
 def cost(asked: str, conversations: Sequence[list[dict[str, str]]], reply_tokens: int, price: Sequence[float]) -> str:
     """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
-    given = sum(estimated_tokens(turn["content"]) for turns in conversations for turn in turns)
+    given = sum(len(EstimatedTokens().encode(turn["content"])) for turns in conversations for turn in turns)
     written = reply_tokens * len(conversations)
     dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
     return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"
@@ -372,7 +367,7 @@ class EstimatedTokens:
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         """As many ids as the text probably has tokens; they mean nothing."""
-        return [0] * estimated_tokens(text)
+        return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
 
 
 class EndpointScorer:

@@ -89,7 +89,6 @@ def load_model(
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
-    adapted = Path(path, config.get("subfolder", ""), ADAPTER_CONFIG).exists()
     if problem := distributed.from_main(damage(path) if distributed.is_main() and is_complete(path) else None):
         raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
@@ -99,7 +98,7 @@ def load_model(
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
-        load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
+        load = partial(kind.from_pretrained, base := base_of(path), **config)
         try:
             model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
@@ -109,7 +108,7 @@ def load_model(
         if not known:
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
-        if adapted:
+        if base != path:
             found = model.load_adapter(path, dtype=dtype, ignore_mismatched_sizes=True).to_dict()
             check_checkpoint(model, found)
         if reserve:
