@@ -178,14 +178,6 @@ def test_the_kernel_gets_only_heads_that_it_knows_on_cards_that_have_it(monkeypa
     assert not taken(64, capability=7)
 
 
-def test_autocast_decides_the_dtype() -> None:
-    inputs = random_inputs([3, 4], 2)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        mixed = attend([*inputs[:2], inputs[2].bfloat16()], [3, 4], causal=True)
-    assert mixed.dtype == torch.bfloat16
-    torch.testing.assert_close(mixed.float(), attend(inputs, [3, 4], causal=True), atol=5e-2, rtol=5e-2)
-
-
 @pytest.mark.parametrize("padded", [True, False])
 @pytest.mark.parametrize("name", DECODERS)
 def test_generation_is_that_of_sdpa(name: str, padded: bool) -> None:
@@ -350,17 +342,16 @@ def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
     torch.testing.assert_close(found, torch.cat([each.last_hidden_state[0] for each in alone]), atol=1e-4, rtol=1e-4)
 
 
-@pytest.mark.parametrize("name", ["FNet", "ConvBert", "Bert", "DebertaV2"])
+@pytest.mark.parametrize("name", ["FNet", "ConvBert"])
 def test_a_model_whose_results_change_with_padding_is_named_once(
     name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     torch.manual_seed(0)
-    getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**NARROW | OWN)).save_pretrained(
-        tmp_path
-    )
+    config = getattr(transformers, f"{name}Config")(**SIZES | OWN)
+    getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
     choose_collate(load_model(AutoModel, str(tmp_path)), 0)
     told = f"model {tmp_path}: its results change with the padding of a batch; set --max_batch_tokens 1"
-    assert caplog.text.count(told) == (name in ("FNet", "ConvBert"))
+    assert caplog.text.count(told) == 1
 
 
 def test_a_model_whose_layers_do_not_fit_together_is_one_line(tmp_path: Path) -> None:
