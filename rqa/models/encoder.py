@@ -101,7 +101,7 @@ class Encoder(nn.Module):
         self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
-        self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self.collate = choose_collate(backbone, precision)
         self._as_text = as_text(tokenizer)
         self._counted: dict[str, int] = {}  # queries and passages among which those that are cut were counted
 

@@ -255,7 +255,7 @@ class FiDReader(LocalReader):
         fid, end = self.model, self.prompter.end_token
         config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
-            batch = fid_batch(prompts, self.collate, max_tokens=self.max_batch_tokens).to(fid.model.device)
+            batch = fid_batch(prompts, self.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 

@@ -33,7 +33,6 @@ from rqa.runtime.parallelize import assembled
 log = logging.getLogger(__name__)
 disable_progress_bar()
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Names of tensors that decide nothing here: poolers, BERT's next-sentence head, and buffers that were saved once.
 NOT_READ = r"(^|\.)pooler\.|seq_relationship|position_ids$|inv_freq$|\b(attn|attention)\.(masked_)?bias$"
 # Names in a configuration, of a model or of adapters, that decide no output.
@@ -166,7 +165,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
 
 def base_of(path: str) -> str:
     """The model that the LoRA adapter at `path` belongs to, or else `path`."""
-    adapter = Path(path, ADAPTER_CONFIG)
+    adapter = Path(path, "adapter_config.json")
     return read_json(adapter)["base_model_name_or_path"] if adapter.exists() else path
 
 
@@ -205,18 +204,16 @@ def _reading(path: str) -> Iterator[None]:
         raise UserError(f"model {path}: cannot be loaded: {reason}") from None
 
 
-def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
+def choose_collate(model: PreTrainedModel, precision: torch.dtype | None = None) -> Collate:
     """How batches are built: packed if that is exact in `precision` (default: what the model is in), else padded."""
     # Every process calls this; the main process decides, as its model surely has weights.
     if distributed.from_main(distributed.is_main() and batching_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    # Some tokenizers' padding has no embedding.
-    padded = partial(pad, pad_id=(pad_id or 0) % len(model.get_input_embeddings().weight))
-    if distributed.is_main() and not batching_is_exact(model, precision, padded):
+    if distributed.is_main() and not batching_is_exact(model, precision, pad):
         cure = "set --max_batch_tokens 1 (in training --chunk_size 1), or take another model"
         log.warning("model %s: its results change with the padding of a batch; %s", model.name_or_path, cure)
-    return padded
+    return pad
 
 
 @torch.no_grad()
@@ -279,7 +276,7 @@ def not_finite(model: nn.Module, what: str, text: str) -> UserError:
 
 
 def freeze_pooler(model: PreTrainedModel) -> None:
-    """Freeze the layer behind BERT's last one: nothing here depends on it, and DDP would wait for its gradient."""
+    """Freeze the layer behind BERT's last one: nothing here depends on it, and the optimizer would decay it."""
     if pooler := getattr(model, "pooler", None):
         pooler.requires_grad_(False)
 

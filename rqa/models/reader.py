@@ -97,7 +97,6 @@ class LocalReader(ABC):
         self.model, self.prompter, self.flags = model, prompter, flags
         self.most = most  # tokens of an answer
         self.filler = filler  # the prompt for a sharded model when another process has more questions
-        self.max_batch_tokens = flags.generation_batch_tokens  # what the prompts of one batch may cost together
 
     def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
@@ -128,7 +127,7 @@ class LocalReader(ABC):
         answers = [Answer("", 0)] * len(prompts)
         asked = [index for index, prompt in enumerate(prompts) if prompt]
         costs = [self.cost(prompts[index]) for index in asked]
-        batches = token_budget_batches(costs, self.max_batch_tokens, padded=True)
+        batches = token_budget_batches(costs, self.flags.generation_batch_tokens, padded=True)
         with cli.progress(total=len(asked), desc="generate", unit="q", disable=not progress) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
                 batch = [asked[place] for place in chosen]
@@ -231,7 +230,7 @@ class CausalLMReader(LocalReader):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
                 answers = self._decode(prompts, most, stop, self._reach)
             else:
-                turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
+                turned = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
                 answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
                 answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]

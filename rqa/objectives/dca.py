@@ -97,7 +97,7 @@ class CrossAttentionScorer:
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
-        self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
+        self._collate = choose_collate(model.get_encoder())
         encoder_decoder.observe(model)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:

@@ -31,7 +31,7 @@ class FiDLikelihood(nn.Module):
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.fid, self.prompter = FiD(model), prompter
-        self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id, precision)
+        self.collate = choose_collate(model.get_encoder(), precision)
 
     @classmethod
     def load(cls, path: str, flags: FiDArguments) -> Self:

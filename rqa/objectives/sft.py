@@ -44,7 +44,7 @@ class AnswerLikelihood(nn.Module):
         super().__init__()
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.model, self.prompter = model, prompter
-        self._collate = choose_collate(model, prompter.stop_ids[0], precision)
+        self._collate = choose_collate(model, precision)
 
     @classmethod
     def load(cls, path: str, flags: DecoderArguments) -> Self:

@@ -99,7 +99,7 @@ class AnswerScorer:
         self.model = model.requires_grad_(False)
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
-        self._collate = choose_collate(model, prompter.stop_ids[0])
+        self._collate = choose_collate(model)
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:

@@ -48,8 +48,7 @@ def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader
         return EndpointReader(Endpoint(path, flags, flags.template_options), flags)
     if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
-        collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
-        return FiDReader(FiD(model), prompter, flags, collate)
+        return FiDReader(FiD(model), prompter, flags, choose_collate(model.get_encoder()))
     prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
     return CausalLMReader(load_causal_lm(path, flags), prompter, flags)
 

@@ -306,7 +306,7 @@ def test_every_family_of_decoders_is_packed_or_padded_and_generates_as_its_own_a
         weight.data.normal_(0, 0.3) if weight.dim() > 1 else None
     theirs.save_pretrained(tmp_path)
     ours = load_causal_lm(str(tmp_path))
-    collate = choose_collate(ours, 0)
+    collate = choose_collate(ours)
     with torch.no_grad():
         logits = answer_logits(ours, answer_batch([TokenSequence(ids, 1) for ids in SEQUENCES], collate))
         expected = torch.cat([theirs(torch.tensor([ids])).logits[0, :-1] for ids in SEQUENCES])
@@ -334,7 +334,7 @@ def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
     theirs = getattr(transformers, name + kind)._from_config(config, attn_implementation="eager").eval()
     theirs.save_pretrained(tmp_path)
     ours = load_model(AutoModel, str(tmp_path))
-    batch = choose_collate(ours, 0)(SEQUENCES)
+    batch = choose_collate(ours)(SEQUENCES)
     assert "change with the padding" not in caplog.text
     with torch.no_grad():
         found = batch.real(hidden_states(ours, batch))
@@ -349,7 +349,7 @@ def test_a_model_whose_results_change_with_padding_is_named_once(
     torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES | OWN)
     getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
-    choose_collate(load_model(AutoModel, str(tmp_path)), 0)
+    choose_collate(load_model(AutoModel, str(tmp_path)))
     told = f"model {tmp_path}: its results change with the padding of a batch; set --max_batch_tokens 1"
     assert caplog.text.count(told) == 1
 

@@ -1,7 +1,5 @@
 """Python reads no value from the device within a step: it would wait for the GPU."""
 
-from functools import partial
-
 import torch
 import pytest
 from torch import nn
@@ -52,7 +50,7 @@ def step(
         fid = FiDLikelihood(*load_encoder_decoder(path, flags))
         return fid, fid.batch([fid.prompter.encode(*each) for each in asked])
     encoder = load_encoder(encoder_path, EncoderArguments(pooling_type="cls" if "cls" in words else "mean"))
-    encoder.collate = partial(pad, pad_id=0) if "padded" in words else encoder.collate
+    encoder.collate = pad if "padded" in words else encoder.collate
     size = 2 if "chunks" in words else 0
     if name == "ctl":
         hard = [documents[number : number + 3] for number in range(4)]
