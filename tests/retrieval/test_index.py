@@ -1,15 +1,20 @@
 """The index against brute force; saved, loaded, damaged, refused."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
 from fakes import full_disk
 
-from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
+from rqa.data import Document
+from rqa.retrieval import faiss_index
+from rqa.retrieval.faiss_index import FaissIndex, inner_products, nearest, refuse_foreign_directory
+from rqa.retrieval.index import IndexArguments, ranked
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
 
@@ -27,13 +32,15 @@ def brute_force(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np
     return np.take_along_axis(products, ids, axis=1), ids
 
 
-def empty(factory: str = "Flat", parameters: str = "") -> Index:
-    return Index(IndexArguments(index_factory=factory, index_search_parameters=parameters))
+def empty(factory: str = "Flat", parameters: str = "", count: int = 500) -> FaissIndex:
+    documents = [Document(f"passage {number}") for number in range(count)]
+    return FaissIndex(documents, IndexArguments(index_factory=factory, index_search_parameters=parameters))
 
 
-def built(embeddings: np.ndarray, factory: str = "Flat", parameters: str = "", stamp: str = "stamp") -> Index:
-    index = empty(factory, parameters)
-    index.replace(embeddings, stamp)
+def built(embeddings: np.ndarray, factory: str = "Flat", parameters: str = "", stamp: str = "stamp") -> FaissIndex:
+    index = empty(factory, parameters, len(embeddings))
+    index.replace(embeddings)
+    index.stamp = stamp
     return index
 
 
@@ -72,15 +79,15 @@ def test_more_documents_than_there_are_cannot_be_found_and_no_queries_find_nothi
 
 def test_replacing_leaves_nothing_of_the_index_before_and_a_failed_replacement_leaves_all_of_it() -> None:
     embeddings = vectors(100, 0)
-    index = built(embeddings, "IVF8,Flat", "nprobe=8", stamp="old")
+    index = built(embeddings, "IVF8,Flat", "nprobe=8")
     with pytest.raises(UserError, match="--index_factory"):
-        index.replace(vectors(3, 2), "new")
+        index.replace(vectors(3, 2), "bfloat16")
     fresh = vectors(20, 8, width=5)
-    for size, stamp, held in ((100, "old", embeddings), (20, "new", fresh)):
+    for size, dtype, held in ((100, "float32", embeddings), (20, "bfloat16", fresh)):
         queries = vectors(4, 1, held.shape[1])
-        assert (len(index), index.stamp) == (size, stamp)
+        assert (len(index), index.dtype) == (size, dtype)
         np.testing.assert_array_equal(index.search(queries, 2)[1], brute_force(queries, held, 2)[1])
-        index.replace(fresh, "new")
+        index.replace(fresh, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +136,8 @@ def lying(name: str, content: bytes) -> Callable[[Path], object]:
     [shutil.rmtree, lambda path: (path / "COMPLETE").unlink(), lambda path: (path / "index.json").unlink(),
      lambda path: (path / "index.faiss").write_bytes((path / "index.faiss").read_bytes()[:800]),
      lying("index.json", b'{"stamp": '), lying("index.json", b"[]"), lying("index.json", b"\xff\xfe"),
-     lying("index.json", b'{"index_factory": "Flat", "documents": 51}'), lying("index.faiss", b"FAISS"),
-     lying("index.faiss", bytes(range(256)) * 8)],
+     lying("index.json", b'{"stamp": 1}'), lying("passages.npy", bytes(900)), lying("passages.npy", b""),
+     lying("index.faiss", b"FAISS"), lying("index.faiss", bytes(range(256)) * 8)],
 )  # fmt: skip
 def test_a_half_written_damaged_or_lying_index_is_not_used(harm: Callable[[Path], object], tmp_path: Path) -> None:
     built(vectors(50, 0)).save(tmp_path / "index")
@@ -169,3 +176,41 @@ def test_a_disk_that_is_full_leaves_no_index(short: int, tmp_path: Path) -> None
     with full_disk(room), pytest.raises(OSError, match="File too large"):
         index.save(tmp_path / "index")
     assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
+
+
+def test_products_some_rows_at_a_time_find_what_brute_force_finds_and_equals_by_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU does for a flat index; and the scores of what was found do not depend on who asks beside."""
+    monkeypatch.setattr(faiss_index, "ROWS_AT_ONCE", 16)
+    embeddings, queries = vectors(100, 2), vectors(7, 3)
+    embeddings[[40, 90]] = embeddings[10]
+    expected_scores, expected = brute_force(queries, embeddings, 12)
+    _, rows = nearest(queries, torch.from_numpy(embeddings).__getitem__, 100, 20)
+    scores = inner_products(queries, torch.from_numpy(embeddings), rows)
+    scores, rows = ranked(scores, rows, 12)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, expected_scores.astype(np.float32))
+    index = built(embeddings)
+    together, apart = index.search(queries, 12), [index.search(query[None], 12) for query in queries]
+    for ours, one_by_one in zip(together, zip(*apart, strict=True), strict=True):
+        np.testing.assert_array_equal(ours, np.concatenate(one_by_one))
+    np.testing.assert_array_equal(together[1], expected)
+
+
+def test_auto_is_flat_while_that_is_fast_and_then_searches_as_few_cells_as_find_nearly_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert built(vectors(300, 0), "auto").factory == "Flat"
+    monkeypatch.setattr(faiss_index, "FLAT_TO", 299)
+    index, queries = built(vectors(300, 0), "auto"), vectors(200, 1)
+    assert index.factory == "IVF69,Flat"
+    told = re.fullmatch(r"IVF69,Flat over 300 documents, 0 MiB, nprobe=(\d+): of .* (\d+\.\d)% are found", index.about)
+    assert told
+    assert float(told[2]) >= 95
+    found, expected = index.search(queries, 10)[1], brute_force(queries, vectors(300, 0), 10)[1]
+    recall = np.mean([np.isin(row, best).mean() for row, best in zip(found, expected, strict=True)])
+    assert recall > 0.85
+    for memory, kind in ((2**40, "Flat"), (2**21, "SQ8"), (2**19, "PQ96")):
+        monkeypatch.setattr(faiss_index.os, "sysconf", lambda name, size=memory: size if name == "SC_PHYS_PAGES" else 1)
+        assert faiss_index._factory("auto", 1000, 768) == f"IVF126,{kind}"
