@@ -221,9 +221,9 @@ class FiD(WholePass):
 
     whole_passes = ("generate",)
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, precision: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.collate = model, loading.choose_collate(model.get_encoder(), precision)
 
     def forward(self, batch: FiDBatch) -> tuple[Tensor, Tensor]:
         """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
@@ -242,10 +242,9 @@ class FiD(WholePass):
 class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
-    def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
+    def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments) -> None:
         filler = FiDSequence([[prompter.end_token]], [])
         super().__init__(fid, prompter, flags, filler, prompter.arguments.max_decoder_seq_length)
-        self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
@@ -255,7 +254,7 @@ class FiDReader(LocalReader):
         fid, end = self.model, self.prompter.end_token
         config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
-            batch = fid_batch(prompts, self.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
+            batch = fid_batch(prompts, fid.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from rqa.data import Document, Example
 from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
 from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
-from rqa.models.loading import choose_collate, load_causal_lm, load_config, load_tokenizer
+from rqa.models.loading import load_causal_lm, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting
@@ -48,7 +48,7 @@ def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader
         return EndpointReader(Endpoint(path, flags, flags.template_options), flags)
     if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
-        return FiDReader(FiD(model), prompter, flags, choose_collate(model.get_encoder()))
+        return FiDReader(FiD(model), prompter, flags)
     prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
     return CausalLMReader(load_causal_lm(path, flags), prompter, flags)
 

@@ -54,7 +54,7 @@ class Case:
 
     def reader(self, **flags: object) -> FiDReader:
         ours = self.objective
-        return FiDReader(ours.fid, ours.prompter, GenerationArguments(**flags), ours.collate)
+        return FiDReader(ours.fid, ours.prompter, GenerationArguments(**flags))
 
     def scores(self, sequences: list[FiDSequence], kind: str = "plain") -> Tensor:
         return passage_scores(self.model, self.objective.batch(sequences), kind)
@@ -114,7 +114,7 @@ def test_neither_the_order_of_passages_nor_other_questions_nor_padding_change_th
     assert batch.indices == (7, 5, 6, 9)
     assert batch.weight == sum(len(sequence.answer) for sequence in case.sequences)
     assert batch.num_tokens == batch.weight + sum(len(ids) for s in case.sequences for ids in s.passages)
-    assert (case.objective.collate is pack) == (case.kind == "bert")
+    assert (case.objective.fid.collate is pack) == (case.kind == "bert")
     for part in batch.parts:  # a passage is padded by a quarter at most
         width = part.inputs["input_ids"].numel() // len(part.lengths)
         assert int(part.lengths.min()) >= 0.8 * width or case.kind == "bert"
