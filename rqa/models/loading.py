@@ -386,7 +386,7 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
 
 def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The plain model that an adapter directory and its base amount to, in CPU memory."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
+    base = kind.from_pretrained(base_of(str(directory)), dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
