@@ -66,9 +66,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each part, and the answers."""
     from transformers import AutoModelForCausalLM
 
-    from rqa.models.causal_lm import load_causal_lm
     from rqa.models.encoder import EncoderArguments, load_encoder
-    from rqa.models.loading import load_tokenizer
+    from rqa.models.loading import load_causal_lm, load_tokenizer
     from rqa.models.reader import CausalLMReader
     from rqa.runtime.distributed import device
 

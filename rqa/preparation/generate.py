@@ -18,8 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rqa.data import Document, Example, normalize
 from rqa.documents import normalized_of
 from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
-from rqa.models.causal_lm import load_causal_lm
-from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
