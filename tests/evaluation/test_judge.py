@@ -164,9 +164,3 @@ def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_as
     assert json.loads(written.read_text())["judge_model"] == "gpt-4o"
     assert "secret" not in written.read_text() + repr(flags)
     assert not judge.seen
-
-
-def test_settings_without_sense_are_named() -> None:
-    for name, wrong in (("judge_max_examples", -1), ("judge_price", [1.0]), ("judge_price", [1.0, -1.0])):
-        with pytest.raises(UserError, match=f"--{name}"):
-            JudgeArguments(**{name: wrong})
