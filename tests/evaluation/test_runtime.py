@@ -1,11 +1,10 @@
-"""Times and machines."""
+"""How long retrieval and answers take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import numpy as np
 import pytest
 
@@ -15,7 +14,7 @@ from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.comparison import compare
 from rqa.evaluation.executables import measure_speed
 from rqa.evaluation.retrieval import EvaluationArguments
-from rqa.evaluation.runtime import machine, machine_line, seconds
+from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDReader
 from rqa.models.reader import Answer, CausalLMReader
 from rqa.recipe.system import ReaderArguments, load_reader
@@ -154,10 +153,3 @@ def test_readers_warm_up_with_a_few_tokens(
         reader.answer(examples[:1], [documents[:1]])
         reader.warm_up(Example("why " * 3000), documents[:1])  # fits nowhere
     assert asked == [4, 7] * 2
-
-
-def test_the_machine_is_named_in_one_line() -> None:
-    found, line = machine(), machine_line(machine())
-    assert (found["torch"], found["threads"]) == (torch.__version__, torch.get_num_threads())
-    assert "\n" not in line
-    assert found["cpu"] in line or found["gpu"] in line
