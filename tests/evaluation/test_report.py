@@ -5,19 +5,18 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from dataclasses import dataclass
 from html.parser import HTMLParser
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import pytest
+from trainers import parsed
 
 from rqa.data import Document, Example, Turn
 from rqa.evaluation.report import line_chart, write_report
 from rqa.evaluation.results import write_results
 from rqa.evaluation.retrieval import retrieval_rows
-from rqa.runtime.flags import Arguments, flag
 
 
 class Page(HTMLParser):
@@ -46,15 +45,6 @@ class Page(HTMLParser):
 
     def with_class(self, name: str) -> int:
         return sum(name in (attributes.get("class") or "").split() for _, attributes in self.elements)
-
-
-@dataclass(kw_only=True)
-class Flags(Arguments):
-    """A trainer's."""
-
-    model_name_or_path: str = flag("a/model")
-    learning_rate: float = flag(1e-4)
-    endpoint_api_key: str = flag("sk-1")
 
 
 @pytest.fixture
@@ -87,7 +77,8 @@ def test_a_page_shows_scores_with_intervals_curves_arguments_machine_and_questio
     run: Path, rows: list[dict[str, Any]]
 ) -> None:
     scores = {"test_loss": 1.25, "test_retr/recall@4": 0.5, "test_gen/tokens_per_second": 654321.0}
-    write_results(run, scores, rows, Flags())
+    flags = parsed("train_sft", ["--model_name_or_path=a/model", "--judge_api_key=sk-1"])
+    write_results(run, scores, rows, flags)
     page = Page(run)
     details = json.loads((run / "score_details.json").read_text())["scores"]
     rates = {name: details[f"test_{name}"] for name in ("retr/recall@4", "gen/f1")}
