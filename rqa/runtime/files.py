@@ -29,12 +29,7 @@ COMPLETION_MARK = "COMPLETE"
 DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
 OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
 SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
-<<<<<<< HEAD
 BIG, ENDS = 2**28, 2**20  # bytes of a file that is checked as a whole, and of each end of a larger one
-LONGEST = 2**28  # bytes of a JSON file, or of a line
-=======
-BIG = 2**28  # bytes of a file that is checked as a whole
->>>>>>> p11-s-rest
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
