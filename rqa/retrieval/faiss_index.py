@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import faiss
@@ -48,8 +48,7 @@ INDEX_FILES = {"index.faiss", "index.json", "passages.npy", COMPLETION_MARK}
 STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index.json
 FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 MARGIN = 8  # candidates beyond k, for what is equally good
-ROWS_AT_ONCE, QUERIES_AT_ONCE = 2**16, 64
-PRODUCTS_AT_ONCE = 2**28
+QUERIES_AT_ONCE, PRODUCTS_AT_ONCE = 64, 2**28
 SAMPLED = 64, 2**16  # embeddings that an index learns from: for each of its cells, and at least
 RECALL, ASKED = 0.95, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
 
@@ -79,10 +78,7 @@ class FaissIndex(Index):
         """
         rank, size = distributed.rank(), distributed.world_size()
         count = int(distributed.total([len(vectors)])[0])
-        numbers = np.arange(rank, count, size)
-        starts = range(0, max(len(vectors), 1), ROWS_AT_ONCE)
-        chunks = [(numbers[start : start + ROWS_AT_ONCE], vectors[start : start + ROWS_AT_ONCE]) for start in starts]
-        index, numbers = self._made(lambda: chunks, count, size > 1)
+        index, numbers = self._made([Chunk(np.arange(rank, count, size), lambda: vectors)], count, size > 1)
         self._use(index, numbers, size > 1 and _divides(index))
         self.encoder = self.stamp = self.version = ""
         self.dtype = dtype
@@ -123,13 +119,8 @@ class FaissIndex(Index):
             passages = np.load(directory / "passages.npy", mmap_mode="r")
             index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
             stated = {name: state.get(name, "") for name in STATE}
-            fits = self.flags.index_factory in ("auto", stated["factory"]) and (passages.dtype, passages.ndim) == (
-                PRINT,
-                1,
-            )
-            fits &= np.count_nonzero(passages) == index.ntotal > 0 and all(
-                isinstance(text, str) for text in stated.values()
-            )
+            fits = self.flags.index_factory in ("auto", stated["factory"]) and set(map(type, stated.values())) == {str}
+            fits &= passages.dtype == PRINT and np.count_nonzero(passages) == index.ntotal > 0
         except (UserError, RuntimeError, MemoryError, OSError, ValueError):
             return False
         if fits:
@@ -147,7 +138,7 @@ class FaissIndex(Index):
         """Bring to the main process what `save` writes; every process calls it."""
         index, numbers, flat = self._faiss, self._numbers, self._flat
         if flat is not None and flat.is_cuda:
-            index, numbers = self._made(lambda: [(self._numbers, flat.cpu().numpy())], len(flat), False)
+            index, numbers = self._made([Chunk(numbers, lambda: flat.cpu().numpy())], len(flat), False)
         self._collected = index, numbers
         if not self._divided:
             return
@@ -211,7 +202,7 @@ class FaissIndex(Index):
             write_json(known, state)
         distributed.barrier()
         self.encoder = encoder
-        done = [own[numbers] for numbers, _ in self._chunks()]
+        done = [own[chunk.numbers] for chunk in self._chunks()]
         return np.concatenate([*done, self.held() if update else self._gone])
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
@@ -219,11 +210,10 @@ class FaissIndex(Index):
             with atomic_file(self._building / f"{numbers[0]}.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, numbers=numbers, vectors=vectors)
 
-    def _chunks(self) -> Iterator[tuple[np.ndarray, Any]]:
-        """What was added. -> positions [n], float32 [n, D]"""
-        for path in sorted(self._building.glob("*.npz"), key=lambda path: int(path.stem)):
-            with np.load(path) as chunk:
-                yield chunk["numbers"], chunk["vectors"]
+    def _chunks(self) -> list["Chunk"]:
+        """What was added, and is read again whenever it is asked for."""
+        paths = sorted(self._building.glob("*.npz"), key=lambda path: int(path.stem))
+        return [Chunk(np.load(path)["numbers"], lambda path=path: np.load(path)["vectors"]) for path in paths]
 
     def remove(self, passages: Prints) -> None:
         if len(passages) and not _divides(self._faiss):
@@ -237,8 +227,8 @@ class FaissIndex(Index):
             if self._update:
                 index, passages = self._updated(own)
             else:
-                count = sum(len(numbers) for numbers, _ in self._chunks())
-                index, numbers = self._made(self._chunks, count, False)
+                chunks = self._chunks()
+                index, numbers = self._made(chunks, sum(len(chunk.numbers) for chunk in chunks), False)
                 passages = own[numbers]
             faiss.omp_set_num_threads(threads)
             if lacking := len(np.setdiff1d(own, passages)):  # a network file system may show files late
@@ -259,50 +249,51 @@ class FaissIndex(Index):
         if len(gone):
             index.remove_ids(gone)
             held = np.where(np.isin(np.arange(len(held)), gone), b"", held) if cells else np.delete(held, gone)
-        for numbers, vectors in self._chunks():
-            ids = np.arange(len(held), len(held) + len(numbers))  # of what is in cells; elsewhere FAISS counts
-            index.add_with_ids(vectors, ids) if cells else index.add(vectors)
-            held = np.concatenate([held, own[numbers]])
+        for chunk in self._chunks():
+            ids = np.arange(len(held), len(held) + len(chunk.numbers))  # of what is in cells; elsewhere FAISS counts
+            index.add_with_ids(chunk.vectors(), ids) if cells else index.add(chunk.vectors())
+            held = np.concatenate([held, own[chunk.numbers]])
         return index, held
 
-    def _made(self, chunks: "Chunks", count: int, together: bool) -> tuple[faiss.Index, np.ndarray]:
+    def _made(self, chunks: Sequence["Chunk"], count: int, together: bool) -> tuple[faiss.Index, np.ndarray]:
         """An index over these embeddings, and the positions of its rows.
 
         Together, it is one of the same kind and training on each process, if it can be divided.
         """
-        width = next(iter(chunks()))[1].shape[1]
+        width = chunks[0].vectors().shape[1]
         self.factory = _factory(self.flags.index_factory, count, width)
         try:
             index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
             cells = faiss.try_extract_index_ivf(index)
             if not index.is_trained:
                 every = max(1, count // max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
-                sample = np.concatenate([vectors[::every] for _, vectors in chunks()])
+                sample = np.concatenate([chunk.vectors()[::every] for chunk in chunks])
                 sample = distributed.gather_array(sample) if together else sample
                 if not together or distributed.is_main():
                     index.train(sample)
                 if together:
                     index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
             if together and not _divides(index):
-                numbers, vectors = map(np.concatenate, zip(*chunks(), strict=True))
-                whole = distributed.gather_array(numbers), distributed.gather_array(vectors)
-                chunks = lambda: [whole]  # noqa: E731
-            numbers = np.concatenate([numbers for numbers, _ in chunks()])
+                whole = distributed.gather_array(chunks[0].vectors())
+                chunks = [Chunk(distributed.gather_array(chunks[0].numbers), lambda: whole)]
+            numbers = np.concatenate([chunk.numbers for chunk in chunks])
             if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
                 numbers = np.sort(numbers)
                 index.codes.resize(len(numbers) * index.code_size)
                 index.ntotal = len(numbers)
-            for these, vectors in chunks():
+            for chunk in chunks:
                 if isinstance(index, faiss.IndexFlat):
-                    _embeddings(index)[np.searchsorted(numbers, these)] = torch.from_numpy(vectors)
+                    _embeddings(index)[np.searchsorted(numbers, chunk.numbers)] = torch.from_numpy(chunk.vectors())
                 else:
-                    index.add(vectors)
+                    index.add(chunk.vectors())
         except RuntimeError as error:
             refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
             raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
         self.about = f"{self.factory} over {count:,} documents"
+        if _divides(index):
+            self.about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
         if self.flags.index_factory == "auto" and cells:
-            self.about += ", " + _tune(index, chunks, together)
+            self.about += _tune(index, chunks, together)
         return index, numbers
 
     def _use(self, index: faiss.Index, numbers: np.ndarray, divided: bool) -> None:
@@ -322,7 +313,11 @@ class FaissIndex(Index):
         self._count = int(distributed.total([len(numbers)])[0]) if divided else len(numbers)
 
 
-Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # positions [n] and embeddings [n, D], again and again
+class Chunk(NamedTuple):
+    """Some documents."""
+
+    numbers: np.ndarray  # their positions. [n]
+    vectors: Callable[[], np.ndarray]  # their embeddings, in memory or read from the disk. float32 [n, D]
 
 
 def _factory(factory: str, count: int, width: int) -> str:
@@ -342,13 +337,14 @@ def _factory(factory: str, count: int, width: int) -> str:
     return f"IVF{round(4 * count**0.5)},{kind}"
 
 
-def _tune(index: faiss.Index, chunks: Chunks, together: bool) -> str:
+def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
     """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
     probes, recall, before = 1, 0.0, -1.0
     cells: Any = faiss.try_extract_index_ivf(index)
     if index.ntotal:
-        asked = np.concatenate([vectors[:: max(1, index.ntotal // ASKED)] for _, vectors in chunks()])
-        _, exact = nearest(asked, (torch.from_numpy(vectors) for _, vectors in chunks()), 10)
+        asked = np.concatenate([chunk.vectors()[:: max(1, index.ntotal // ASKED)] for chunk in chunks])
+        blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
+        _, exact = nearest(asked, blocks, 10)
         while True:
             cells.nprobe = probes
             found = index.search(asked, 10)[1]
@@ -357,8 +353,7 @@ def _tune(index: faiss.Index, chunks: Chunks, together: bool) -> str:
                 break
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    size = index.ntotal * (cells.code_size + 8) / 2**20
-    return f"{size:,.0f} MiB, nprobe={cells.nprobe}: of the 10 nearest of {ASKED} passages {recall:.1%} are found"
+    return f", nprobe={cells.nprobe}: of the 10 nearest of {ASKED} passages {recall:.1%} are found"
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -130,7 +130,8 @@ class _ProgressLines(tqdm):
         self.last_line = now
         done = f"{self.n:,} of {self.total:,}" if self.total else f"{self.n:,}"
         rate = (self.n - self.initial) / (now - self.started)
-        log.info("%s: %s, %s/s", self.desc, done, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}")
+        left = f", {self.format_interval((self.total - self.n) / rate)} left" if self.total and rate else ""
+        log.info("%s: %s, %s/s%s", self.desc, done, f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", left)
 
 
 @contextmanager

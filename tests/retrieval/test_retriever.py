@@ -217,9 +217,7 @@ def test_an_update_encodes_what_is_new_or_changed_and_finds_what_a_whole_new_ind
 ) -> None:
     flags = {"index_factory": factory, "index_search_parameters": "nprobe=4" if factory.startswith("IVF") else ""}
     opened(encoder, documents, tmp_path / "index", **flags)
-    changed = [
-        replace(document, page_content=document.page_content + "!", formatted="") for document in documents[:2]
-    ]
+    changed = [replace(document, page_content=document.page_content + "!", formatted="") for document in documents[:2]]
     database = [changed[1], *documents[:7:-1], changed[0]]  # two changed, six gone, all in another order
     encoded.clear()
     retriever = opened(encoder, database, tmp_path / "index", **flags, update=True)
