@@ -12,13 +12,13 @@ from grpc import RpcError
 
 from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
-from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.index import ENGINE, Index, IndexArguments, ranked
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 
 CONNECT, ANSWER, WORK = 10, 60, 3600  # seconds for a connection, for a reply (pymilvus asks again), and for long work
-NUMBERS = 2**21  # in a batch of vectors: 8 MiB, where servers take 64
+ROWS = 2000  # that are sent at once: 32 MB with 4,096 dimensions, where servers take 64
 MOST = 2**14  # hits of one question, and rows of a page, that Milvus gives
 KINDS = {"auto": "AUTOINDEX", "Flat": "FLAT", "HNSW": "HNSW", "IVF": "IVF_FLAT"}
 ADVICE = {
@@ -32,21 +32,19 @@ ADVICE = {
 
 
 class MilvusIndex(Index):
-    """A collection of passages by their fingerprints behind an alias. Those that this database lacks are not found."""
-
-    shared = True  # others may use it: what is stale is replaced only when asked
+    """A collection of passages by their fingerprints, behind an alias. What the database lacks of them is not found."""
 
     def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str) -> None:
         super().__init__(documents, flags, path)
-        place, _, self.name = path.removeprefix("milvus::").rpartition("/")
+        place, _, self.name = path.removeprefix(ENGINE).rpartition("/")
         if place.endswith(".db") and distributed.world_size() > 1:
-            raise UserError(f"--index_path {self.path}: milvus-lite serves one process; start a Milvus server and write its URL")
+            raise UserError(f"--index_path {path}: milvus-lite serves one process; name a server by its URL")
         for name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite"):  # they log tracebacks of what is told here
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         token = "" if "@" in place else os.environ.get("MILVUS_TOKEN", "")
         self._client = self._ask(pymilvus.MilvusClient, place, token=token, timeout=CONNECT)
         self._collection = self._building = ""  # what is searched, and what `swap` puts in its place
-        self._prints, self._gone = passages_of(documents), np.empty(0, PRINT)
+        self._prints = passages_of(documents)
         self._places = Places(self._prints)
         self._fields = [name for name in flags.filter_fields if name != "source"]
 
@@ -54,7 +52,7 @@ class MilvusIndex(Index):
         if not self._ask(self._client.has_collection, self.name):
             return False
         state = self._ask(self._client.describe_collection, self.name)["properties"]
-        if state.get("rqa.index") != self.name:
+        if state.get("rqa.name") != self.name:
             raise UserError(f"--index_path {self.path}: holds a collection that rqa did not make; choose another name")
         self._collection, stored, wanted = state["rqa.collection"], state["rqa.fields"].split(), self.flags.filter
         self._ask(self._client.load_collection, self._collection, timeout=WORK)
@@ -62,42 +60,44 @@ class MilvusIndex(Index):
             raise UserError(f"--filter {wanted}: matches no passage; filter by {' or '.join(['source', *stored])}")
         if set(self._fields) <= set(stored):  # with further fields it is as stale as with another encoder
             self.encoder, self.stamp, self.dtype = (state[f"rqa.{name}"] for name in ("encoder", "stamp", "dtype"))
-            self._fields = stored
+            self._fields, self.version, self.about = stored, self._collection + self.stamp, self._collection
         return True
 
     def held(self) -> Prints:
-        named, prints = {"batch_size": MOST, "output_fields": ["rqa_id"]}, [np.empty(0, PRINT)]
-        pages = self._ask(self._client.query_iterator, self._building or self._collection, **named)
+        name, prints = self._building or self._collection, [np.empty(0, PRINT)]
+        pages = self._ask(self._client.query_iterator, name, batch_size=MOST, output_fields=["rqa_id"])
         while page := self._ask(lambda timeout: pages.next()):
             prints.append(np.array([bytes.fromhex(row["rqa_id"]) for row in page], PRINT))
         return np.concatenate(prints)
 
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
-        """An update goes into what is searched, a rebuild beside it."""
-        made_from = fingerprint(self._collection, encoder, str(dimension), self.flags.index_factory, *self._fields)
-        self._building, self.encoder = self._collection if update else f"{self.name}_{made_from[:8]}", encoder
+        factory, fields, self._gone = self.flags.index_factory, " ".join(self._fields), np.empty(0, PRINT)
+        beside = fingerprint(self._collection, encoder, str(dimension), factory, fields)[:8]
+        self._building = self._collection if update else f"{self.name}_{beside}"
         if distributed.is_main() and not self._ask(self._client.has_collection, self._building):
-            if not (kind := re.fullmatch(r"(auto|Flat|HNSW(?=\d)|IVF(?=\d))(\d*)(,Flat)?", self.flags.index_factory)):
-                forms = "auto, Flat, HNSW32 or IVF4096,Flat"
-                raise UserError(f"--index_factory {self.flags.index_factory}: not a kind of index in Milvus; use {forms}")
+            if not (kind := re.fullmatch(r"(auto|Flat|HNSW(?=\d)|IVF(?=\d))(\d*)(,Flat)?", factory)):
+                raise UserError(f"--index_factory {factory}: Milvus has auto, Flat, HNSW32, IVF4096,Flat; use one")
             parameters = {"HNSW": {"M": kind[2], "efConstruction": 200}, "IVF": {"nlist": kind[2]}}.get(kind[1], {})
             schema, index = self._client.create_schema(enable_dynamic_field=True), self._client.prepare_index_params()
             schema.add_field("rqa_id", pymilvus.DataType.VARCHAR, is_primary=True, max_length=32)
             schema.add_field("rqa_vector", pymilvus.DataType.FLOAT_VECTOR, dim=dimension)
-            schema.add_field("source", pymilvus.DataType.VARCHAR, max_length=65535)  # those of --filter_fields are dynamic
+            schema.add_field("source", pymilvus.DataType.VARCHAR, max_length=65535)  # others are dynamic
             index.add_index("rqa_vector", index_type=KINDS[kind[1]], metric_type="IP", params=parameters)
-            state = {"rqa.index": self.name, "rqa.collection": self._building, "rqa.fields": " ".join(self._fields)}
-            state |= {"rqa.encoder": self.encoder, "rqa.stamp": "", "rqa.dtype": ""}
+            state = {
+                "rqa.name": self.name,
+                "rqa.collection": self._building,
+                "rqa.encoder": encoder,
+                "rqa.fields": fields,
+            }
             named = {"schema": schema, "index_params": index, "properties": state, "consistency_level": "Strong"}
             self._ask(self._client.create_collection, self._building, **named)
         distributed.barrier()
         return self.held()
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
-        step = max(1, NUMBERS // vectors.shape[1])
-        for start in range(0, len(numbers), step):
+        for start in range(0, len(numbers), ROWS):
             rows = []
-            for number, vector in zip(numbers[start : start + step].tolist(), vectors[start:], strict=False):
+            for number, vector in zip(numbers[start : start + ROWS].tolist(), vectors[start:], strict=False):
                 name, document = self._prints[number].ljust(16, b"\0").hex(), self.documents[number]
                 row = {field: document.metadata[field] for field in self._fields if field in document.metadata}
                 rows.append(row | {"rqa_id": name, "rqa_vector": vector, "source": document.key[0]})
@@ -115,14 +115,14 @@ class MilvusIndex(Index):
             if self._building != former:
                 self._ask(client.alter_alias if former else client.create_alias, self._building, self.name)
                 for name in self._ask(client.list_collections):  # the former one, and what interrupted builds left
-                    ours = self._ask(client.describe_collection, name)["properties"].get("rqa.index") == self.name
+                    ours = self._ask(client.describe_collection, name)["properties"].get("rqa.name") == self.name
                     if ours and name != self._building:
                         self._ask(client.drop_collection, name)
             for start in range(0, len(self._gone), MOST):
                 names = [each.ljust(16, b"\0").hex() for each in self._gone[start : start + MOST]]
                 self._ask(client.delete, self._building, names)
         distributed.barrier()
-        self._collection, self.stamp, self.dtype, self._gone = self._building, stamp, dtype, self._gone[:0]
+        self.load()
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         scores, numbers = np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
@@ -135,11 +135,15 @@ class MilvusIndex(Index):
                 how |= {"data": list(queries[rows]), "limit": limit, "filter": self.flags.filter or ""}
                 for row, hits in zip(rows, self._ask(self._client.search, self._collection, **how), strict=True):
                     at = self._places(np.array([bytes.fromhex(name) for name in hits.ids], PRINT))
-                    order = [i for i in np.lexsort((at, -np.array(hits.distances))) if at[i] >= 0][:k]
-                    numbers[row, : len(order)], scores[row, : len(order)] = at[order], np.array(hits.distances)[order]
-                    lacking += [row] * (len(order) < k and len(hits) == limit < MOST)
+                    scores[row, : len(at)], numbers[row, : len(at)] = ranked(np.array([hits.distances]), at[None], k)
+                    lacking += [row] if numbers[row, -1] < 0 and len(hits) == limit < MOST else []
             asked, limit = np.array(lacking, int), min(4 * limit, MOST)
         return scores, numbers
+
+    def replace_stale(self) -> None:
+        if self._collection and not self.flags.rebuild:
+            cures = "--update true if the encoder is the same, or --rebuild true if nobody else needs it as it is"
+            raise UserError(f"--index_path {self.path}: was made from other documents, weights or fields; add {cures}")
 
     def _ask(self, request: Callable[..., Any], *given: Any, timeout: float = ANSWER, **named: Any) -> Any:
         """What the client answers; one line for what Milvus refuses."""

@@ -17,6 +17,7 @@ from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import ENGINE, Index, IndexArguments
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 from rqa.runtime.parallelize import ahead
 
@@ -169,8 +170,10 @@ class Retriever(PassageRetriever):
 def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) -> Index:
     """The index of a directory, or of an engine."""
     if path.startswith(ENGINE):
-        from rqa.retrieval.milvus import MilvusIndex
-
+        try:
+            from rqa.retrieval.milvus import MilvusIndex
+        except ImportError as error:
+            raise UserError(f'--index_path {path}: needs {error.name}; pip install "rqa[milvus]"') from None
         return MilvusIndex(documents, flags, path)
     return FaissIndex(documents, flags, path)
 
