@@ -52,9 +52,9 @@ class MilvusIndex(Index):
         if not self._ask(self._client.has_collection, self.name):
             return False
         state = self._ask(self._client.describe_collection, self.name)["properties"]
-        if state.get("rqa.name") != self.name:
+        if state.get("rqa.alias") != self.name:
             raise UserError(f"--index_path {self.path}: holds a collection that rqa did not make; choose another name")
-        self._collection, stored, wanted = state["rqa.collection"], state["rqa.fields"].split(), self.flags.filter
+        self._collection, stored, wanted = state["rqa.name"], state["rqa.fields"].split(), self.flags.filter
         self._ask(self._client.load_collection, self._collection, timeout=WORK)
         if wanted and not self._ask(self._client.query, self._collection, wanted, limit=1, output_fields=["rqa_id"]):
             raise UserError(f"--filter {wanted}: matches no passage; filter by {' or '.join(['source', *stored])}")
@@ -83,12 +83,7 @@ class MilvusIndex(Index):
             schema.add_field("rqa_vector", pymilvus.DataType.FLOAT_VECTOR, dim=dimension)
             schema.add_field("source", pymilvus.DataType.VARCHAR, max_length=65535)  # others are dynamic
             index.add_index("rqa_vector", index_type=KINDS[kind[1]], metric_type="IP", params=parameters)
-            state = {
-                "rqa.name": self.name,
-                "rqa.collection": self._building,
-                "rqa.encoder": encoder,
-                "rqa.fields": fields,
-            }
+            state = {"rqa.alias": self.name, "rqa.name": self._building, "rqa.encoder": encoder, "rqa.fields": fields}
             named = {"schema": schema, "index_params": index, "properties": state, "consistency_level": "Strong"}
             self._ask(self._client.create_collection, self._building, **named)
         distributed.barrier()
@@ -115,7 +110,7 @@ class MilvusIndex(Index):
             if self._building != former:
                 self._ask(client.alter_alias if former else client.create_alias, self._building, self.name)
                 for name in self._ask(client.list_collections):  # the former one, and what interrupted builds left
-                    ours = self._ask(client.describe_collection, name)["properties"].get("rqa.name") == self.name
+                    ours = self._ask(client.describe_collection, name)["properties"].get("rqa.alias") == self.name
                     if ours and name != self._building:
                         self._ask(client.drop_collection, name)
             for start in range(0, len(self._gone), MOST):
