@@ -141,10 +141,10 @@ class MilvusIndex(Index):
             raise UserError(f"--index_path {self.path}: was made from other documents, weights or fields; add {cures}")
 
     def _ask(self, request: Callable[..., Any], *given: Any, timeout: float = ANSWER, **named: Any) -> Any:
-        """What the client answers; one line for what Milvus refuses."""
         try:
             return request(*given, timeout=timeout, **named)
         except (pymilvus.MilvusException, RpcError) as error:
-            said = one_line(getattr(error, "message", "") or error)
+            root: Any = error.__cause__ if isinstance(error.__cause__, RpcError) else error
+            said = one_line(f"{root.code().name}: {root.details()}" if isinstance(root, RpcError) else root.message)
             cures = [cure for words, cure in ADVICE.items() if re.search(words, said, re.IGNORECASE)]
             raise UserError(f"--index_path {self.path}: {(cures or ['Milvus refuses it'])[0]} ({said})") from None
