@@ -39,7 +39,7 @@ class MilvusIndex(Index):
         place, _, self.name = path.removeprefix(ENGINE).rpartition("/")
         if place.endswith(".db") and distributed.world_size() > 1:
             raise UserError(f"--index_path {path}: milvus-lite serves one process; name a server by its URL")
-        for name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite"):  # they log tracebacks of what is told here
+        for name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite", "grpc"):  # they log tracebacks
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         token = "" if "@" in place else os.environ.get("MILVUS_TOKEN", "")
         self._client = self._ask(pymilvus.MilvusClient, place, token=token, timeout=CONNECT)
