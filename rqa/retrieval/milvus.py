@@ -18,6 +18,7 @@ from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 
 CONNECT, ANSWER, WORK = 10, 60, 3600  # seconds for a connection, for a reply (pymilvus asks again), and for long work
+SELDOM = {"grpc.keepalive_time_ms": 600_000}  # milvus-lite hangs up on who sends it pings every few seconds
 ROWS = 2000  # that are sent at once: 32 MB with 4,096 dimensions, where servers take 64
 MOST = 2**14  # hits of one question, and rows of a page, that Milvus gives
 KINDS = {"auto": "AUTOINDEX", "Flat": "FLAT", "HNSW": "HNSW", "IVF": "IVF_FLAT"}
@@ -26,7 +27,6 @@ ADVICE = {
     "fail connecting|unavailable": "no Milvus server answers there; start it, or name another",
     "deadline_exceeded": "it does not answer in time; a build that is started again goes on where it was",
     "open local milvus failed": "cannot be opened; its folder must exist, and milvus-lite serves one process at a time",
-    "dimension|dim\\b|sizeof": "its vectors have another dimension than the encoder's; rebuild it with --rebuild true",
     "collection.*not (found|exist)": "its collection was replaced or dropped while it was in use; start again",
 }
 
@@ -42,7 +42,7 @@ class MilvusIndex(Index):
         for name in ("pymilvus", "pymilvus.milvus_client", "milvus_lite", "grpc"):  # they log tracebacks
             logging.getLogger(name).setLevel(logging.CRITICAL + 1)
         token = "" if "@" in place else os.environ.get("MILVUS_TOKEN", "")
-        self._client = self._ask(pymilvus.MilvusClient, place, token=token, timeout=CONNECT)
+        self._client = self._ask(pymilvus.MilvusClient, place, token=token, timeout=CONNECT, grpc_options=SELDOM)
         self._collection = self._building = ""  # what is searched, and what `swap` puts in its place
         self._prints = passages_of(documents)
         self._places = Places(self._prints)
