@@ -22,7 +22,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import contrastive
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
@@ -111,37 +111,37 @@ class Contrastive(EncoderObjective):
 class Contrasts:
     """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
 
-    Negatives are sampled from `hard[number of the example]`; a batch of the same examples is the same batch. Examples
-    may bring documents that the database lacks.
+    Negatives are sampled from those mined, else from the examples' `hard_neg_docs`; a batch of the same examples is the
+    same batch. Examples may bring documents that the database lacks.
     """
 
     def __init__(
         self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
-        hard: "MinedNegatives | Sequence[Sequence[Document]]", flags: CTLArguments, seed: int,
+        mined: "MinedNegatives | None", flags: CTLArguments, seed: int,
     ) -> None:  # fmt: skip
-        unique = {document.key: document for document in documents}
         for example in examples:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
-            unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
-        self.examples, self.hard, self.flags, self.seed = examples, hard, flags, seed
-        self.encoder, self.ahead = encoder, not isinstance(hard, MinedNegatives)  # mined ones change between steps
-        self._numbers = {key: number for number, key in enumerate(unique)}
-        self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
-        self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])
+        known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
+        self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
+        hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
+        self.encoder, self.hard, self.flags, self.seed = encoder, mined or hard, flags, seed
+        self.ahead = not mined  # they change between steps
+        self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
+        self._passages = Tokens(encoder.tokenize_passages, lambda number: known[number].fmt_content)
 
     def __call__(self, indices: Sequence[int]) -> ContrastiveBatch:
         chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
-        gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
+        gold = [self._gold[i] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
         pools, count = [self.hard[i] for i in indices], self.flags.num_hard_negatives
         if not count:
             pools, count = [list(chain(*pools))], math.ceil(self.flags.hard_neg_ratio * len(indices))
-        negatives = [document for pool in pools for document in chance.sample(pool, min(count, len(pool)))]
-        documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
+        negatives = [number for pool in pools for number in chance.sample(pool, min(count, len(pool)))]
+        documents = list(dict.fromkeys([*targets, *negatives]))
         return ContrastiveBatch(
-            queries=in_chunks(self.encoder, [self._queries[i] for i in indices], size),
-            passages=in_chunks(self.encoder.passage_side, [self._passages[number] for number in documents], size),
+            queries=in_chunks(self.encoder, self._queries(indices), size),
+            passages=in_chunks(self.encoder.passage_side, self._passages(documents), size),
             documents=torch.tensor(documents),
             targets=torch.tensor(targets),
             gold=pad_sequence([torch.tensor(row) for row in gold], batch_first=True, padding_value=-1),
@@ -213,18 +213,18 @@ class MinedNegatives:
         self._queries = [retrieval_query(example) for example in examples]
         self._found: list[list[int]] = []
 
-    def __getitem__(self, example: int) -> list[Document]:
-        return [self.retriever.documents[number] for number in self._found[example]]
+    def __getitem__(self, example: int) -> list[int]:
+        """Positions in the database."""
+        return self._found[example]
 
     def __call__(self) -> None:
         """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
-        numbers = distributed.share(range(len(self._queries)))
         found = []
-        for start in range(0, len(numbers), QUERIES_AT_ONCE):
-            part = numbers[start : start + QUERIES_AT_ONCE]
+        for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # equally often on all, as `retrieve` needs
+            part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
             hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            found += map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())
-        self._found = distributed.gather(found)
+            found += distributed.gather(list(map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())))
+        self._found = found
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
     def save(self, directory: Path) -> None:

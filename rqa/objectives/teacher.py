@@ -37,7 +37,7 @@ Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]  # (position, sc
 
 
 class Teacher:
-    """A scorer whose scores are kept in memory and in a database that runs share.
+    """A scorer whose scores are kept in a database that runs share.
 
     What is asked for is scored in parts, each part one transaction. So an interruption loses at most one part, and a
     resumed run packs the others as they would have been: its scores are the same to the last bit.
@@ -48,24 +48,23 @@ class Teacher:
     def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
         self.scorer, self._identity = scorer, identity
         self._store = Store(path or cache_root() / "teacher.sqlite")
-        self._kept: dict[str, float] = {}
         self.asked = self.known = 0
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """The score of each pair; only those never seen before are computed."""
         keys = list(map(self._key, pairs))
-        self._kept |= self._store.get({key for key in keys if key not in self._kept})
+        kept = self._store.get(set(keys))
         self.asked += len(pairs)
-        self.known += sum(key in self._kept for key in keys)
+        self.known += sum(key in kept for key in keys)
         for part in _parts(pairs):
-            missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in self._kept}
+            missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in kept}
             names = list(missing)
             scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
             if bad := [missing[name] for name, value in scores.items() if not math.isfinite(value)]:
                 raise not_finite(getattr(self.scorer, "model", torch.nn.Module()), "score", bad[0].example.question)
-            self._kept |= scores
+            kept |= scores
             self._store.put(scores)
-        return [self._kept[key] for key in keys]
+        return [kept[key] for key in keys]
 
     @property
     def hit_rate(self) -> float:

@@ -4,6 +4,8 @@ import copy
 import itertools
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -215,17 +217,31 @@ def test_no_passage_and_no_question_becomes_a_control_token_and_clean_text_keeps
         assert [token for token in row if token in {*known.all_special_ids} - {known.unk_token_id}] == control
 
 
-def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
-    encoder: Encoder, caplog: pytest.LogCaptureFixture
+def test_texts_that_are_cut_are_told_with_counts_and_again_when_ten_times_as_many_were_seen(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rqa.models.encoder.TEXTS_AT_ONCE", 2)
     encoder.settings = replace(encoder.settings, max_passage_length=6)
     encoder.tokenize_passages(["a b c d"])  # [CLS] and [SEP] beside them
     encoder.tokenize_queries(["a b c d e"])
     assert not caplog.messages
-    for _ in range(2):
+    for _ in range(20):
         encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
-    (message,) = caplog.messages
-    assert message.startswith("2 of 3 texts are longer than --max_passage_length 6")
+    first, second = caplog.messages
+    assert first.startswith("2 of the first 4 texts are longer than --max_passage_length 6")
+    assert second.startswith("26 of the first 40 texts")
+
+
+def test_threads_take_turns_with_a_tokenizer_whose_truncation_is_a_state(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread makes batches while another one evaluates."""
+    encoder.settings = replace(encoder.settings, max_query_length=5)
+    cut = encoder.tokenizer.set_truncation_and_padding
+    monkeypatch.setattr(encoder.tokenizer, "set_truncation_and_padding", lambda **how: (cut(**how), time.sleep(0.01)))
+    with ThreadPoolExecutor(2) as threads:
+        asks = [encoder.tokenize_queries, encoder.tokenize_passages] * 8
+        assert [len(row) for (row,) in threads.map(lambda ask: ask(["a b c d e f g"]), asks)] == [5, 9] * 8
 
 
 def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:

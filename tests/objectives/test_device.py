@@ -1,5 +1,6 @@
 """Python reads no value from the device within a step: it would wait for the GPU."""
 
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -55,9 +56,9 @@ def step(
     encoder.collate = partial(pad, pad_id=0) if "padded" in words else encoder.collate
     size = 2 if "chunks" in words else 0
     if name == "ctl":
-        hard = [documents[number : number + 3] for number in range(4)]
+        rows = [replace(example, hard_neg_docs=documents[n : n + 3]) for n, example in enumerate(examples[:4])]
         flags = CTLArguments(num_hard_negatives=2, chunk_size=size)
-        collate = Contrasts(examples[:4], documents, encoder, hard, flags, seed=1)
+        collate = Contrasts(rows, documents, encoder, None, flags, seed=1)
         return Contrastive(encoder, 0.1), collate(range(4))
     chosen = [[0, 1, 2], [3], [], [5, 0]]
     batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Teacher(), chunk_size=size)(range(4))
