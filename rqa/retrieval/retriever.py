@@ -90,7 +90,7 @@ class Retriever(PassageRetriever):
             with self.index.alone():
                 if not self._fits(stamp):  # nor did another process build it meanwhile
                     self._build(stamp)
-        log.info("index %s: %s, encoded in %s", path, self.index.about, self.index.dtype)
+        log.info("index %s: %s, encoded in %s", self.index.path, self.index.about, self.index.dtype)
         return self
 
     def _fits(self, stamp: str) -> bool:
