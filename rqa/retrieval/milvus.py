@@ -14,7 +14,7 @@ from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
 from rqa.retrieval.index import ENGINE, Index, IndexArguments, ranked
 from rqa.runtime import distributed
-from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.errors import UserError, one_line, without_credentials
 from rqa.runtime.files import fingerprint
 
 CONNECT, ANSWER, WORK = 10, 60, 3600  # seconds for a connection, for a reply (pymilvus asks again), and for long work
@@ -35,7 +35,7 @@ class MilvusIndex(Index):
     """A collection of passages by their fingerprints, behind an alias. What the database lacks of them is not found."""
 
     def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str) -> None:
-        super().__init__(documents, flags, path)
+        super().__init__(documents, flags, without_credentials(path))
         place, _, self.name = path.removeprefix(ENGINE).rpartition("/")
         if place.endswith(".db") and distributed.world_size() > 1:
             raise UserError(f"--index_path {path}: milvus-lite serves one process; name a server by its URL")
@@ -65,6 +65,7 @@ class MilvusIndex(Index):
 
     def held(self) -> Prints:
         name, prints = self._building or self._collection, [np.empty(0, PRINT)]
+        self._ask(self._client.load_collection, name, timeout=WORK)
         pages = self._ask(self._client.query_iterator, name, batch_size=MOST, output_fields=["rqa_id"])
         while page := self._ask(lambda timeout: pages.next()):
             prints.append(np.array([bytes.fromhex(row["rqa_id"]) for row in page], PRINT))
@@ -137,8 +138,9 @@ class MilvusIndex(Index):
 
     def replace_stale(self) -> None:
         if self._collection and not self.flags.rebuild:
-            cures = "--update true if the encoder is the same, or --rebuild true if nobody else needs it as it is"
-            raise UserError(f"--index_path {self.path}: was made from other documents, weights or fields; add {cures}")
+            raise UserError(
+                f"--index_path {self.path}: is stale (other documents or weights); --update or --rebuild it"
+            )
 
     def _ask(self, request: Callable[..., Any], *given: Any, timeout: float = ANSWER, **named: Any) -> Any:
         try:

@@ -138,7 +138,7 @@ def test_a_retriever_over_milvus_finds_what_faiss_does_and_replaces_what_is_stal
     both = [HybridRetriever(each, lexical).retrieve(questions, 5).ids for each in (dense, flat)]
     np.testing.assert_array_equal(*both)
     changed = [*documents[1:], Document("Nothing else.", {"source": "new"})]
-    for flags, told in ({}, "add --update true"), ({"rebuild": True}, ""), ({"update": True}, ""):
+    for flags, told in ({}, "--update or --rebuild it"), ({"rebuild": True}, ""), ({"update": True}, ""):
         changed = changed[1:]
         retriever = Retriever(encoder, changed, IndexArguments(index_path=path, **flags))
         if told:
