@@ -138,9 +138,7 @@ class MilvusIndex(Index):
 
     def replace_stale(self) -> None:
         if self._collection and not self.flags.rebuild:
-            raise UserError(
-                f"--index_path {self.path}: is stale (other documents or weights); --update or --rebuild it"
-            )
+            raise UserError(f"--index_path {self.path}: is stale (other documents, weights); --update or --rebuild it")
 
     def _ask(self, request: Callable[..., Any], *given: Any, timeout: float = ANSWER, **named: Any) -> Any:
         try:
