@@ -103,7 +103,7 @@ class Encoder(nn.Module):
         self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
-        self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self.collate = choose_collate(backbone, precision)
         self._as_text = as_text(tokenizer)
         self._counts: dict[str, list[int]] = {}  # queries and passages: seen, cut, and seen when that was told
 

@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
+from rqa.documents import normalized_of
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import contrastive
@@ -35,7 +35,6 @@ from rqa.runtime.flags import Arguments, flag
 log = logging.getLogger(__name__)
 
 QUERIES_AT_ONCE = 4096  # bounds the memory of their rankings
-TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 
 
 @dataclass(kw_only=True)
@@ -163,11 +162,11 @@ class NegativeChooser:
     def __init__(self, examples: Sequence[Example], documents: Sequence[Document], flags: NegativeArguments) -> None:
         self.flags = flags
         self.counts: Counter[str] = Counter()  # what was found and left out, over all rankings
-        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _normalized(documents[number].page_content))
+        self.text_of = normalized_of(documents).__getitem__
         questions = [_normalized(retrieval_query(example)) for example in examples]
-        gold: dict[str, set[str]] = {question: set() for question in questions}
+        gold: dict[str, set[bytes]] = {question: set() for question in questions}
         for question, example in zip(questions, examples, strict=True):
-            gold[question].update(_normalized(document.page_content) for document in example.gold_docs)
+            gold[question].update(normalized_of(example.gold_docs).tolist())
         self._gold = [gold[question] for question in questions]
 
     @property
@@ -181,7 +180,7 @@ class NegativeChooser:
         The ranking is of positions in the database and their scores, best first; -1 stands for none. [k], [k]
         """
         gold_score = -np.inf
-        ranked: dict[str, tuple[int, float]] = {}
+        ranked: dict[bytes, tuple[int, float]] = {}
         for number, score in zip(ids, scores, strict=True):
             if number < 0:
                 continue

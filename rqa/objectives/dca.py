@@ -3,10 +3,8 @@
 The objective is `rpg.Distillation`; this file holds the reader that is asked, and the passages that it is asked about.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -21,14 +19,12 @@ from rqa.objectives.encoding import numbered
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
-from rqa.prompts import fitting, retrieval_query
+from rqa.prompts import fitting, retrieval_query, warn_once
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -102,15 +98,14 @@ class CrossAttentionScorer:
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
-        self._warn_once = cache(log.warning)
-        self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
+        self._collate = choose_collate(model.get_encoder())
         encoder_decoder.observe(model)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows: dict[tuple[Example, tuple[Document, ...]], list[int]] = {}
         for position, pair in enumerate(pairs):
             rows.setdefault((pair.example, pair.beside), []).append(position)
-        fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once)
+        fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, warn_once)
         unread = FiDSequence([[self.prompter.end_token]], [])
         encoded = [(fit.get(number, unread), positions) for number, positions in enumerate(rows.values())]
         encoded.sort(key=lambda row: -sum(map(len, row[0].passages)))  # similar lengths together

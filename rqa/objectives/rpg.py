@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
-from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair

@@ -1,9 +1,7 @@
 """Frozen teachers are asked once: a score is a function of question, answer and document, and is kept."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import answer_logits
 from rqa.models.loading import choose_collate, evaluating, not_finite, within_positions
+from rqa.models.reader import answer_logits
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
-from rqa.prompts import Prompter, TokenSequence, fitting
+from rqa.prompts import Prompter, TokenSequence, fitting, warn_once
 from rqa.runtime.cli import progress
 from rqa.runtime.files import Store, cache_root, fingerprint
-
-log = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 256
 NOT_TOLD_APART = "its documents are not told apart"
@@ -102,13 +98,12 @@ class AnswerScorer:
         self.model = model.requires_grad_(False)
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
-        self._warn_once = cache(log.warning)  # a question comes with each of its documents
-        self._collate = choose_collate(model, prompter.stop_ids[0])
+        self._collate = choose_collate(model)
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows = [(pair.example, [pair.document], pair.example.gold_answer) for pair in pairs]
-        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once), self.prompter.end_of_turn
+        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, warn_once), self.prompter.end_of_turn
         unread = TokenSequence(end * 2 + end, 1)  # stands for what does not fit
         sequences = [encoded.get(number, unread) for number in range(len(pairs))]
         # Without the end of the turn: the answer's own tokens count.

@@ -120,7 +120,7 @@ class FaissIndex(Index):
             return False
         try:
             state = read_json(directory / "index.json")
-            passages = np.load(directory / "passages.npy", mmap_mode="r", allow_pickle=False)
+            passages = np.load(directory / "passages.npy", mmap_mode="r")
             index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
             stated = {name: state.get(name, "") for name in STATE}
             fits = self.flags.index_factory in ("auto", stated["factory"]) and (passages.dtype, passages.ndim) == (

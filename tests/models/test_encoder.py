@@ -7,7 +7,6 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -292,7 +291,7 @@ def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_ti
         vector = hidden.mean(0) if "mean" in words else hidden[0]
         expected.append((vector / vector.norm() if "unit" in words else vector).numpy())
     assert (encoder.collate is pack) == packed
-    for collate in (encoder.collate, partial(pad, pad_id=sizes["pad_token_id"])):
+    for collate in (encoder.collate, pad):
         encoder.collate = collate  # packed together they are more tokens than the model has positions
         found = embed_passages(encoder, passages)
         np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
@@ -304,7 +303,7 @@ def test_neither_the_order_nor_the_size_of_batches_matters_and_none_is_larger_th
     padded: bool, encoder: Encoder, passages: list[str]
 ) -> None:
     expected, sizes = embed_passages(encoder, passages), []
-    encoder.collate = partial(pad, pad_id=0) if padded else pack
+    encoder.collate = pad if padded else pack
     encoder.register_forward_pre_hook(lambda _, args: sizes.append(args[0].inputs["input_ids"].numel()))
     for budget in (1, 64, 150, 16384):
         order = random.Random(budget).sample(range(len(passages)), len(passages))

@@ -123,7 +123,7 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
     retriever = Retriever(encoder.train(), documents)
     retriever.refresh()
     ((first, second),) = retriever.documents_of(retriever.retrieve([examples[4].question], 2))
-    two = replace(examples[4], gold_docs=(replace(first, fmt_content="Of another format."), second))
+    two = replace(examples[4], gold_docs=(replace(first, formatted="Of another format."), second))
     asked = [*examples[:4], two, replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
     flags = NegativeArguments(negatives_from_rank=2, negatives_to_rank=9, negatives_max_share=share)
     pools, again = (MinedNegatives(asked, retriever, flags) for _ in range(2))

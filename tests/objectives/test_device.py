@@ -1,7 +1,6 @@
 """Python reads no value from the device within a step: it would wait for the GPU."""
 
 from dataclasses import replace
-from functools import partial
 
 import torch
 import pytest
@@ -11,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, masking_utils
 
 from rqa.data import Document, Example
 from rqa.models import attention
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
@@ -53,7 +52,7 @@ def step(
         fid = FiDLikelihood(*load_encoder_decoder(path, flags))
         return fid, fid.batch([fid.prompter.encode(*each) for each in asked])
     encoder = load_encoder(encoder_path, EncoderArguments(pooling_type="cls" if "cls" in words else "mean"))
-    encoder.collate = partial(pad, pad_id=0) if "padded" in words else encoder.collate
+    encoder.collate = pad if "padded" in words else encoder.collate
     size = 2 if "chunks" in words else 0
     if name == "ctl":
         rows = [replace(example, hard_neg_docs=documents[n : n + 3]) for n, example in enumerate(examples[:4])]
