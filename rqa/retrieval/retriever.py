@@ -109,13 +109,8 @@ class Retriever(PassageRetriever):
             index.remove(held[Places(passages)(held) < 0])
         missing = Places(passages)(passages) == np.arange(len(passages))  # of equal ones the first
         missing = np.flatnonzero(missing & (Places(held)(passages) < 0))
-        if len(missing) < len(passages):
-            log.info(
-                "index %s: %d of %d documents are encoded already",
-                index.path,
-                len(passages) - len(missing),
-                len(passages),
-            )
+        if known := len(passages) - len(missing):
+            log.info("index %s: %d of %d documents are encoded already", index.path, known, len(passages))
         for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
             index.add(numbers, vectors)
         distributed.barrier()
