@@ -26,6 +26,9 @@ EXTRAS = {
     "quickstart": [
         "gguf>=0.17",  # the quickstart's language model comes as GGUF
     ],
+    "milvus": [
+        "pymilvus>=2.6",  # an index on a Milvus server; with milvus-lite in a directory, too
+    ],
     "documents": [
         "trafilatura>=2",  # the text of a web page without its menus, headings kept
         "lxml_html_clean>=0.4",  # trafilatura needs it by an extra of lxml that an older pip does not find
@@ -46,6 +49,8 @@ EXTRAS = {
         "trafilatura>=2",  # what the extra `documents` brings
         "lxml_html_clean>=0.4",
         "pypdf>=5",
+        "pymilvus>=2.6",  # what the extra `milvus` brings
+        "milvus-lite>=3.2",  # the server behind it
         "pytrec_eval-terrier>=0.5.6",  # the oracle for the metrics of rankings
     ],
     "bench": [

@@ -28,6 +28,10 @@ from rqa.training.loop import Batches
 class RetrieverTraining(TrainingArguments, EncoderArguments, IndexArguments):
     """What runs that train an encoder read from the command line."""
 
+    def check(self) -> None:
+        if self.filter:
+            raise UserError("--filter: training searches all passages; evaluate with it afterwards")
+
 
 class RetrieverRun(Run):
     """A run that trains an encoder, by whatever objective; `retriever` holds the very encoder that is trained."""

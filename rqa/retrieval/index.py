@@ -1,6 +1,7 @@
 """What every index over passage embeddings does, whatever engine keeps it, and the flags of all of them."""
 
 import logging
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from rqa.runtime.flags import Arguments, flag
 log = logging.getLogger(__name__)
 
 ENGINE = "milvus::"
+ENGINE_PATH = re.compile(r"milvus::(https?://[^/]+(/\w+)?|.*\.db)/[A-Za-z_]\w*", re.ASCII)
 
 
 @dataclass(kw_only=True)
@@ -35,11 +37,15 @@ class IndexArguments(Arguments):
     )
     rebuild: bool = flag(False, "Whether a stale collection of an engine, which others may use, is rebuilt.", rare=True)
     filter: str | None = flag(None, "Condition that passages meet, such as 'source == \"a\"'; engines only.", rare=True)
+    filter_fields: list[str] = flag([], "Fields of passages' metadata that a filter can name beside source.", rare=True)
 
     def check(self) -> None:
-        stray = [name for name in ("rebuild", "filter") if getattr(self, name)]
-        if stray and not (self.index_path or "").startswith(ENGINE):
+        path, stray = self.index_path or "", [n for n in ("rebuild", "filter", "filter_fields") if getattr(self, n)]
+        if stray and not path.startswith(ENGINE):
             raise UserError(f"--{stray[0]}: is for an engine; give --index_path {ENGINE}..., or leave the flag out")
+        if path.startswith(ENGINE) and not ENGINE_PATH.fullmatch(path):
+            forms = "http://host:19530/name or milvus::folder/file.db/name; a name has letters, digits and _"
+            raise UserError(f"--index_path {path}: not an index in Milvus; write {ENGINE}{forms}")
 
 
 class Index(ABC):

@@ -122,7 +122,7 @@ class Refresher:
         """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
         state = read_json(directory / "refresh.json")
         if elsewhere := state.get("index_path"):
-            self.retriever.open(elsewhere)
+            self.retriever.open(self.retriever.flags.index_path or elsewhere)  # with credentials
         elif state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return

@@ -18,6 +18,7 @@ from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import ENGINE, Index, IndexArguments
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
+from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 from rqa.runtime.parallelize import ahead
 
@@ -90,7 +91,7 @@ class Retriever(PassageRetriever):
             with self.index.alone():
                 if not self._fits(stamp):  # nor did another process build it meanwhile
                     self._build(stamp)
-        log.info("index %s: %s, encoded in %s", path, self.index.about, self.index.dtype)
+        log.info("index %s: %s, encoded in %s", self.index.path, self.index.about, self.index.dtype)
         return self
 
     def _fits(self, stamp: str) -> bool:
@@ -108,8 +109,8 @@ class Retriever(PassageRetriever):
             index.remove(held[Places(passages)(held) < 0])
         missing = Places(passages)(passages) == np.arange(len(passages))  # of equal ones the first
         missing = np.flatnonzero(missing & (Places(held)(passages) < 0))
-        if len(missing) < len(passages):
-            log.info("index %s: %d of %d documents are encoded already", index.path, len(held), len(passages))
+        if known := len(passages) - len(missing):
+            log.info("index %s: %d of %d documents are encoded already", index.path, known, len(passages))
         for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
             index.add(numbers, vectors)
         distributed.barrier()
@@ -173,8 +174,10 @@ class Retriever(PassageRetriever):
 def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) -> Index:
     """The index of a directory, or of an engine."""
     if path.startswith(ENGINE):
-        from rqa.retrieval.milvus import MilvusIndex
-
+        try:
+            from rqa.retrieval.milvus import MilvusIndex
+        except ImportError as error:
+            raise UserError(f'--index_path {path}: needs {error.name}; pip install "rqa[milvus]"') from None
         return MilvusIndex(documents, flags, path)
     return FaissIndex(documents, flags, path)
 
