@@ -68,7 +68,8 @@ def test_progress_is_a_bar_on_a_terminal_and_elsewhere_a_line_every_half_minute(
                 bar.refresh()
 
     work(130, 1.25, total=13_000)
-    assert caplog.messages[:2] == ["encode documents: 2,400 of 13,000, 80/s", "encode documents: 4,800 of 13,000, 80/s"]
+    told = ["2,400 of 13,000, 80/s, 02:12 left", "4,800 of 13,000, 80/s, 01:42 left"]
+    assert caplog.messages[:2] == [f"encode documents: {each}" for each in told]
     assert len(caplog.messages) == 5
     caplog.clear()
     work(3, 40)
