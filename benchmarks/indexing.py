@@ -21,12 +21,9 @@ import itertools
 import json
 import os
 import re
-import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -35,7 +32,7 @@ from typing import Any
 import torch
 import faiss
 import numpy as np
-from harness import Row, new_parser, print_result, print_table, read_corpus
+from harness import Row, measure_command, new_parser, print_result, print_table, read_corpus
 from transformers import AutoTokenizer, BertConfig, BertModel
 
 from rqa.data import Document
@@ -49,8 +46,7 @@ from rqa.runtime import distributed
 from rqa.runtime.cli import tune_allocator
 
 BUILD_INDEX = Path(__file__).parents[1] / "bin" / "build_index"
-WORDS, BLOCK, DIMENSION = 90, 10_000, 384
-QUESTIONS, K = 64, 10
+WORDS, BLOCK, DIMENSION, QUESTIONS, K = 90, 10_000, 384, 64, 10
 CHANGED = 100  # every so many passages one is another after an update
 ASKED = range(10**9, 10**9 + QUESTIONS)  # what stands in the questions: of the passages' clusters, but of no passage
 FACTORIES = ["Flat", "auto", "IVF4000,PQ48", "bm25", "milvus"]
@@ -84,6 +80,7 @@ def main() -> None:
     kept = Path(arguments.rows or os.devnull)
     rows = [json.loads(line) for line in kept.read_text().splitlines()] if kept.exists() else []
     with TemporaryDirectory() as arguments.directory:
+        os.environ |= {"HF_HUB_OFFLINE": "1", "RQA_CACHE": f"{arguments.directory}/cache"}
         for part in PARTS if arguments.only is None else arguments.only:
             for row in PARTS[part](arguments):
                 rows.append({"part": part, **row})
@@ -99,40 +96,10 @@ def main() -> None:
     print_result(__file__, arguments, rows)
 
 
-def launch(arguments: argparse.Namespace, *line: Any, processes: int = 1) -> Row:
-    """Run a command to its end: its seconds, its processes' GiB at most, and what its last line says in JSON."""
-    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, line)]
-    print(*command[1:], "...", file=sys.stderr, flush=True)
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "RQA_CACHE": f"{arguments.directory}/cache"}
-    started, peaks, own = time.perf_counter(), {}, 0.0
-    with subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, start_new_session=True) as running:
-        while running.poll() is None:
-            now = dict(memory_of_session(running.pid))
-            peaks |= {process: peak for process, (peak, _) in now.items()}
-            own = max(own, sum(held for _, held in now.values()))
-            time.sleep(0.05)
-        took, told = time.perf_counter() - started, running.stdout.read().splitlines() if running.stdout else []
-    if running.returncode:
-        sys.exit(f"error: status {running.returncode}")
-    answer = json.loads(told[-1]) if told and told[-1].startswith(b"{") else {}
-    return {"seconds": took, "peak": sum(peaks.values()), "own": own, **answer}
-
-
-def memory_of_session(session: int) -> Iterator[tuple[str, tuple[float, float]]]:
-    """(process, (GiB at most so far, GiB now without pages of files)) of what a command started."""
-    for place in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError, KeyError):  # it has ended
-            if os.getsid(int(place.name)) == session:
-                lines = dict(line.split(":", 1) for line in (place / "status").read_text().splitlines())
-                kib = {name: int(lines[name].split()[0]) for name in ("VmHWM", "RssAnon", "RssShmem")}
-                yield place.name, (kib["VmHWM"] / 2**20, (kib["RssAnon"] + kib["RssShmem"]) / 2**20)
-
-
 def child(arguments: argparse.Namespace, name: str, processes: int = 1, **setting: Any) -> Row:
     """Run one of CHILDREN in a process of its own."""
     given = ["--embedding_model", arguments.embedding_model, "--directory", arguments.directory, "--system", name]
-    return setting | launch(arguments, __file__, *given, "--setting", json.dumps(setting), processes=processes)
+    return measure_command([__file__, *given, "--setting", json.dumps(setting)], processes)
 
 
 def corpus(arguments: argparse.Namespace, size: int, changed: bool = False) -> Path:
@@ -170,7 +137,7 @@ def build_index(arguments: argparse.Namespace, encoder: Any, size: int, *more: A
     """What bin/build_index takes, and the index."""
     index = Path(arguments.directory, f"{Path(encoder).name} {size}")
     flags = ["--embedding_model", encoder, "--document_path", corpus(arguments, size), "--index_path", index]
-    return launch(arguments, BUILD_INDEX, *flags, "--index_factory", "Flat", *more), index
+    return measure_command([BUILD_INDEX, *flags, "--index_factory", "Flat", *more]), index
 
 
 def build(arguments: argparse.Namespace) -> Iterator[Row]:
@@ -192,7 +159,7 @@ def build(arguments: argparse.Namespace) -> Iterator[Row]:
 
 def speed(arguments: argparse.Namespace) -> Iterator[Row]:
     for path, size in ((one_layer(arguments), arguments.encoded), (arguments.embedding_model, arguments.encoded // 5)):
-        row = child(arguments, "encode", path=str(path), documents=str(corpus(arguments, size)))
+        row = child(arguments, "encode", encoder=str(path), documents=str(corpus(arguments, size)))
         row["both"] = 1 / (1 / row["tokenizer_rate"] + 1 / row["encoder_rate"])
         yield row | {"encoder": Path(path).name, "of_both": row["whole_rate"] / row["both"]}
 
@@ -200,7 +167,7 @@ def speed(arguments: argparse.Namespace) -> Iterator[Row]:
 def encode(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     """Tokens a second of the tokenizer, the encoder, and both with everything that lies between."""
     tune_allocator()
-    encoder, documents = load_encoder(setting.path, EncoderArguments()), read_documents(setting.documents)
+    encoder, documents = load_encoder(setting.encoder, EncoderArguments()), read_documents(setting.documents)
     texts = [document.fmt_content for document in documents]
     tokens = encoder.tokenize_passages(texts)
     encoder.embed(tokens[:256])  # warm-up
@@ -219,11 +186,14 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     dtype = json.loads((index / "index.json").read_text())["dtype"]
     yield (ours := ours | {"system": "rqa", "dtype": dtype, "rate": size / ours["seconds"]})
     given = {"documents": str(corpus(arguments, size)), "dtype": dtype}
-    tried = [child(arguments, "sentence-transformers", **given, size=1000, batch=batch) for batch in (32, 64, 128)]
-    batch = min(tried, key=lambda row: row["encoding"])["batch"]
-    theirs = child(arguments, "sentence-transformers", **given, size=size, batch=batch)
-    theirs |= {"system": "sentence-transformers + faiss", "rate": size / theirs["seconds"]}
-    yield theirs | {"rqa_is": ours["rate"] / theirs["rate"]}
+    tried = {
+        child(arguments, "sentence-transformers", **given, size=1000, batch=batch)["encoding"]: batch
+        for batch in (32, 64, 128)
+    }
+    theirs = child(arguments, "sentence-transformers", **given, size=size, batch=tried[min(tried)])
+    theirs |= {"system": "sentence-transformers", "dtype": dtype, "batch": tried[min(tried)]}
+    rate = size / theirs["seconds"]
+    yield theirs | {"rate": rate, "rqa_is": ours["rate"] / rate}
 
 
 def sentence_transformers(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
@@ -271,9 +241,9 @@ def search(arguments: argparse.Namespace) -> Iterator[Row]:
     answers: dict[int, np.ndarray] = {}  # size -> the passages that are really nearest. [Q, K]
     for factory, processes in [*((name, 1) for name in arguments.factories), ("Flat", 2)]:
         size = arguments.in_milvus if factory == "milvus" else arguments.searched
-        path = Path(arguments.directory, f"{factory}-{processes}")
-        setting = {"factory": factory, "size": size, "documents": str(corpus(arguments, size)),
-                   "index": f"milvus::{path}.db/passages" if factory == "milvus" else str(path)}  # fmt: skip
+        path = f"{arguments.directory}/{factory}-{processes}"
+        setting = {"factory": factory, "documents": str(corpus(arguments, size)),
+                   "index": f"milvus::{path}.db/passages" if factory == "milvus" else path}  # fmt: skip
         built, row = (child(arguments, "ask", processes, **setting) for _ in range(2))
         ids = np.array(row.pop("ids"))  # [Q, K]
         if factory != "bm25":
@@ -281,7 +251,8 @@ def search(arguments: argparse.Namespace) -> Iterator[Row]:
                 answers[size] = nearest(size)
             row["recall"] = float((ids[:, :, None] == answers[size][:, None]).sum() / ids.size)
             row["equal"] = "yes" if np.array_equal(ids, answers[size]) else "no"
-        yield {**row, "processes": processes, "built": built["opened"], "built_peak": built["peak"]}
+        row |= {"factory": factory, "size": size, "processes": processes}
+        yield row | {"built": built["opened"], "built_peak": built["peak"]}
 
 
 def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
@@ -291,7 +262,8 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     documents = read_documents(setting.documents)
     texts = [" ".join(documents[number].page_content.split()[:10]) for number in range(QUESTIONS)]
     questions = [f"{number}: {text}" for number, text in zip(ASKED, texts, strict=True)]
-    flags = IndexArguments(index_factory="auto" if setting.factory == "milvus" else setting.factory)
+    factory = "auto" if setting.factory == "milvus" else setting.factory
+    flags = IndexArguments(index_factory=factory, index_search_parameters="nprobe=64" if "IVF" in factory else "")
     started = time.perf_counter()
     if setting.factory == "bm25":
         retriever: Any = LexicalRetriever(documents)
@@ -301,7 +273,7 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     took = [1000 * seconds(lambda: found.append(retriever.retrieve_shared(questions, K))) for _ in range(6)]
     if not distributed.is_main():
         sys.exit()
-    return {"opened": opened, "first_ms": took[0], "then_ms": statistics.median(took[1:]), "ids": found[0].ids.tolist()}
+    return {"opened": opened, "first_ms": took[0], "then_ms": sorted(took)[2], "ids": found[0].ids.tolist()}
 
 
 def nearest(size: int) -> np.ndarray:
