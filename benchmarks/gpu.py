@@ -56,7 +56,8 @@ from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.packing import pad
 from rqa.prompts import PromptArguments, TokenSequence
-from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.faiss_index import FaissIndex
+from rqa.retrieval.index import IndexArguments
 from rqa.runtime.cli import tune_allocator
 from rqa.training.arguments import LoopArguments
 from rqa.training.loop import Batches, train
@@ -294,7 +295,7 @@ def search(section: Section) -> None:
     torch.manual_seed(0)
     rows, asked = (torch.nn.functional.normalize(torch.randn(size, width, device=section.device), dim=-1)
                    for size in (number, 512))  # fmt: skip
-    index = Index(IndexArguments())
+    index = FaissIndex([], IndexArguments())
     index.replace(rows.cpu().numpy())
 
     def compare(questions: int) -> Line:

@@ -50,7 +50,8 @@ from rqa.objectives.sft import AnswerLikelihood
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.system import ReaderArguments
-from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.faiss_index import FaissIndex
+from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.distributed import device
 from rqa.training.arguments import LoopArguments
@@ -318,7 +319,7 @@ def refresh(bench: Bench) -> Work:
 
 
 def search(bench: Bench, size: int = 200_000, questions: int = 64) -> Work:
-    width, index = bench.encoder().dimension, Index(IndexArguments())
+    width, index = bench.encoder().dimension, FaissIndex([], IndexArguments())
     vectors = torch.nn.functional.normalize(torch.randn(size, width), dim=-1).numpy()
     index.replace(vectors)
 

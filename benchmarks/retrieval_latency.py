@@ -7,7 +7,7 @@
 
 First the whole way from a question's text to ten passages, on a real corpus, each system in a process of its own:
 rqa, sentence-transformers with `util.semantic_search`, and sentence-transformers with raw faiss. Then the search alone,
-on synthetic vectors of 384 dimensions: `rqa.retrieval.index.Index` beside raw faiss on the same index as it comes
+on synthetic vectors of 384 dimensions: `FaissIndex` beside raw faiss on the same index as it comes
 (without the threshold for matrix products that rqa sets), and recall@10 beside the exact neighbours. Needs
 `pip install -e ".[bench]"`.
 """
@@ -29,7 +29,7 @@ import numpy as np
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.evaluation.runtime import latencies, seconds
-from rqa.retrieval.index import FAISS_BLAS_THRESHOLD
+from rqa.retrieval.faiss_index import FAISS_BLAS_THRESHOLD
 
 K = 10
 DIMENSION = 384
@@ -240,10 +240,13 @@ def time_index(
     vectors: np.ndarray, questions: np.ndarray, exact: np.ndarray, factory: str, budget: float
 ) -> dict[str, Any]:
     """One index by rqa, and faiss's own search of the very same index, in turns."""
-    from rqa.retrieval.index import Index, IndexArguments
+    from rqa.data import Document
+    from rqa.retrieval.faiss_index import FaissIndex
+    from rqa.retrieval.index import IndexArguments
 
     parameters = next((value for name, value in PARAMETERS.items() if factory.startswith(name)), "")
-    ours = Index(IndexArguments(index_factory=factory, index_search_parameters=parameters))
+    documents = [Document(str(number)) for number in range(len(vectors))]
+    ours = FaissIndex(documents, IndexArguments(index_factory=factory, index_search_parameters=parameters))
     build_seconds = seconds(lambda: ours.replace(vectors))
     with TemporaryDirectory() as directory:
         ours.save(Path(directory) / "index")

@@ -26,7 +26,8 @@ from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoraArguments, load_tokenizer, train_adapters
 from rqa.recipe.system import ReaderArguments, load_reader
-from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.faiss_index import FaissIndex
+from rqa.retrieval.index import IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import _sha256, damage
 from rqa.runtime.flags import parse
@@ -124,11 +125,14 @@ def test_examples(data: bytes, answers: bool, tmp_path_factory: pytest.TempPathF
         assert len(read_examples(path, answers)) == len(examples)
 
 
+FOUR = [Document(str(number)) for number in range(4)]
+
+
 @pytest.fixture(scope="module")
 def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("fuzz") / "index"
-    built = Index(IndexArguments())
-    built.replace(np.eye(4, dtype=np.float32), "stamp")
+    built = FaissIndex(FOUR, IndexArguments())
+    built.replace(np.eye(4, dtype=np.float32))
     built.save(path)
     return path
 
@@ -137,7 +141,7 @@ def index(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_damaged_index_is_not_loaded(draw: st.DataObject, index: Path) -> None:
     copy = copied(index, "copy")
     damaged(draw, copy)
-    loaded = Index(IndexArguments())
+    loaded = FaissIndex(FOUR, IndexArguments())
     found = result(lambda: loaded.load(copy))
     assert not found or loaded.search(np.eye(4, dtype=np.float32), 1)[1].tolist() == [[0], [1], [2], [3]]
 

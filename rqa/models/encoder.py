@@ -6,7 +6,7 @@ import logging
 import math
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import pairwise
@@ -25,7 +25,6 @@ from transformers.utils import cached_file
 from rqa.models import loading
 from rqa.models.loading import LoadingArguments, choose_collate, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
-from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint, read_json
 from rqa.runtime.flags import flag
@@ -170,13 +169,14 @@ class Encoder(nn.Module):
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
     @torch.no_grad()
-    def embed(self, sequences: Sequence[Sequence[int]], desc: str | None = None) -> np.ndarray:
-        """Embeddings of token ids without gradient, longest first; a bar if it is described. [N] -> float32 [N, D]"""
+    def embed(
+        self, sequences: Sequence[Sequence[int]], advance: Callable[[int], object] = lambda count: None
+    ) -> np.ndarray:
+        """Embeddings of token ids without gradient, longest first; `advance` hears how many are done. -> [N, D]"""
         embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
         device, lengths = self.backbone.device, list(map(len, sequences))
         most = self.max_batch_tokens or MAX_BATCH_TOKENS[device.type]
         batches = token_budget_batches(lengths, most, padded=self.collate is not pack)
-        bar = progress(total=len(sequences), desc=desc, unit="text", disable=desc is None)
 
         def begun() -> Iterator[Any]:
             for indices in in_step(self, batches, filler=[]):
@@ -186,7 +186,7 @@ class Encoder(nn.Module):
                 yield indices, found, computed
             yield None
 
-        with evaluating(self), bar:
+        with evaluating(self):
             for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
                 if computed:
                     computed.synchronize()
@@ -195,7 +195,7 @@ class Encoder(nn.Module):
                     bad = sequences[indices[int(finite.int().argmin())]]
                     text = self.tokenizer.decode(bad, skip_special_tokens=True)
                     raise loading.not_finite(self.backbone, "embedding", text)
-                bar.update(len(indices))
+                advance(len(indices))
         return embeddings
 
     def fingerprint(self) -> str:

@@ -1,23 +1,21 @@
-"""The FAISS index over passage embeddings: built, searched, replaced in memory, saved and loaded."""
+"""What every index over passage embeddings does, whatever engine keeps it, and the flags of all of them."""
 
-import json
+import logging
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-import torch  # noqa: F401  before FAISS, or each has an OpenMP of its own, and their threads fight for the cores
-import faiss
 import numpy as np
 
+from rqa.data import Document
+from rqa.documents import Prints
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import COMPLETION_MARK, atomic_directory, damage, read_json
 from rqa.runtime.flags import Arguments, flag
 
-# FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
-# is faster from some 1,200 on, up to eight times. To older versions the threshold is a number of queries, 20: it stays.
-FAISS_BLAS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
-faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
+log = logging.getLogger(__name__)
 
-INDEX_FILES = {"index.faiss", "index.json", COMPLETION_MARK}
+ENGINE = "milvus::"
 
 
 @dataclass(kw_only=True)
@@ -25,85 +23,78 @@ class IndexArguments(Arguments):
     """Where the index is, and how it is built and searched."""
 
     index_path: str | None = flag(
-        None, "Index: loaded from there, or built there if absent or stale. Default: in memory.",
-        also="full_dataset_index_path",
+        None, "Index: loaded from there, or built there if absent or stale. A directory, or milvus::URL/collection, or "
+        "milvus::file.db/collection. Default: in memory.", also="full_dataset_index_path",
     )  # fmt: skip
-    index_factory: str = flag("Flat", "FAISS factory string, such as Flat, HNSW32 or IVF4096,Flat.")
+    index_factory: str = flag(
+        "auto", "FAISS factory string, such as Flat, HNSW32 or IVF4096,Flat. auto: Flat to 200,000 passages, then IVF."
+    )
     index_search_parameters: str = flag("", "FAISS search parameters, such as nprobe=32 or efSearch=128.", rare=True)
+    update: bool = flag(False, "Whether a stale index gets what is new and loses what is gone, and keeps the rest.")
+    rebuild: bool = flag(False, "Whether a stale collection of an engine, which others may use, is rebuilt.", rare=True)
+    filter: str | None = flag(None, "Condition that passages meet, such as 'source == \"a\"'; engines only.", rare=True)
+
+    def check(self) -> None:
+        stray = [name for name in ("rebuild", "filter") if getattr(self, name)]
+        if stray and not (self.index_path or "").startswith(ENGINE):
+            raise UserError(f"--{stray[0]}: is for an engine; give --index_path {ENGINE}..., or leave the flag out")
 
 
-class Index:
-    """Inner-product search over N embeddings."""
+class Index(ABC):
+    """Passages by the inner product of their embeddings with a question's, named by positions in the database."""
 
-    def __init__(self, flags: IndexArguments) -> None:
-        self.flags = flags
-        self.stamp = ""  # the fingerprint of documents, encoder and settings that the embeddings were made from
-        self.dtype = "float32"  # what they were computed in; the index serves encoders of any precision
-        self._faiss: faiss.Index | None = None
+    encoder = ""  # the fingerprint of the encoder whose embeddings are held; empty while there are none
+    stamp = ""  # the fingerprint of encoder and set of passages
+    version = ""  # another one after each change of what is found
+    dtype = "float32"  # what embeddings were computed in; the index serves encoders of any precision
+    about = ""  # its kind and size, for a message
 
-    def __len__(self) -> int:
-        return self._faiss.ntotal if self._faiss else 0
+    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
+        self.documents, self.flags, self.path = documents, flags, path
 
-    def replace(self, embeddings: np.ndarray, stamp: str = "") -> None:
-        """Index these embeddings instead of the present ones. [N, D]"""
-        factory = self.flags.index_factory
-        try:
-            index = faiss.index_factory(embeddings.shape[1], factory, faiss.METRIC_INNER_PRODUCT)
-            index.train(embeddings)
-            index.add(embeddings)
-        except RuntimeError as error:
-            refused = f"FAISS refuses it for {len(embeddings)} documents ({_reason(error)})"
-            raise UserError(f"--index_factory {factory}: {refused}; try Flat") from None
-        self._use(index, stamp)
+    @abstractmethod
+    def load(self) -> bool:
+        """Open what lies at the path; False, and nothing changed, if there is nothing that can be used."""
 
+    @abstractmethod
+    def held(self) -> Prints:
+        """Fingerprints of the passages that are held. [M]"""
+
+    @abstractmethod
+    def build(self, encoder: str, dimension: int, update: bool) -> Prints:
+        """Begin what `swap` puts in place of what is searched, with `update` from what is held now.
+
+        -> the passages that need not be added: those of an interrupted build, too. [M]
+        """
+
+    @abstractmethod
+    def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
+        """Add documents by position, each process its own. [n], float32 [n, D]"""
+
+    @abstractmethod
+    def remove(self, passages: Prints) -> None:
+        """Leave out passages that the database no longer holds; called before any is added. [n]"""
+
+    @abstractmethod
+    def swap(self, stamp: str, dtype: str) -> None:
+        """Search what was built from now on; every process calls it when all have added theirs."""
+
+    @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best documents, best first. [Q, D] -> scores [Q, k], ids [Q, k]; id -1 where none was found."""
-        assert self._faiss is not None, "the index is empty"
-        return self._faiss.search(queries, min(k, len(self)))
+        """The k best documents, best first. [Q, D] -> scores [Q, k], positions [Q, k]; position -1: none was found."""
 
-    def save(self, directory: str | Path) -> None:
-        """Write index and stamp as one directory, atomically."""
-        assert self._faiss is not None, "the index is empty"
-        refuse_foreign_directory(Path(directory))
-        with atomic_directory(directory) as temporary:
-            with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
-                faiss.write_index(self._faiss, faiss.PyCallbackIOWriter(file.write))
-            known = {"stamp": self.stamp, "dtype": self.dtype}
-            state = known | {"index_factory": self.flags.index_factory, "documents": len(self)}
-            (temporary / "index.json").write_text(json.dumps(state, indent=2) + "\n", encoding="utf-8")
+    @abstractmethod
+    def replace_stale(self) -> None:
+        """Say that what lies at the path is stale; where others may use it, refuse, unless the flags allow it."""
 
-    def load(self, directory: str | Path) -> bool:
-        """Read what `save` wrote; False, and nothing changed, if it is absent, damaged or of another kind."""
-        if damage(directory):
-            return False
-        try:
-            state = read_json(Path(directory, "index.json"))
-            index = faiss.read_index(str(Path(directory, "index.faiss")))
-            fits = (state.get("index_factory"), state.get("documents")) == (self.flags.index_factory, index.ntotal)
-        except (UserError, RuntimeError, MemoryError):
-            return False
-        if fits:
-            self._use(index, state.get("stamp", ""))
-            self.dtype = state.get("dtype", "float32")
-        return fits
-
-    def _use(self, index: faiss.Index, stamp: str) -> None:
-        if parameters := self.flags.index_search_parameters:
-            try:
-                faiss.ParameterSpace().set_index_parameters(index, parameters)
-            except RuntimeError as error:
-                message = f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})"
-                raise UserError(f"{message}; write name=value pairs of this kind of index") from None
-        self._faiss, self.stamp = index, stamp
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Inside, no other run builds the same index."""
+        yield
 
 
-def refuse_foreign_directory(directory: Path) -> None:
-    """Saving replaces a whole directory: it must be an index, empty or absent."""
-    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
-    if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
-        raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")
-
-
-def _reason(error: RuntimeError) -> str:
-    """FAISS puts the source location in front of the reason."""
-    return str(error).rpartition(": ")[2].strip() or type(error).__name__
+def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k greatest scores of each row, of equal ones the lower number first; -1 is last. [Q, n] x 2 -> [Q, k] x 2"""
+    scores = np.where(numbers >= 0, scores, -np.inf).astype(np.float32)
+    order = np.lexsort((numbers, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)

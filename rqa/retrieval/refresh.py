@@ -13,7 +13,9 @@ from typing import Any
 import torch
 import numpy as np
 
+from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
+from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -100,10 +102,18 @@ class Refresher:
         """The name of the present index among those of the run; None before there is one."""
         return f"index-{self.made_at}" if len(self.retriever.index) else None
 
+    def collect(self) -> None:
+        """Bring to the main process what `save` writes; every process calls it."""
+        if isinstance(index := self.retriever.index, FaissIndex):
+            index.collect()
+
     def save(self, directory: Path) -> None:
         """Write the index and what follows it, so that a resumed run finds the very same documents."""
-        self.retriever.index.save(directory / "index")
         state = {"made_at": self.made_at, "documents": self._documents()}
+        if isinstance(index := self.retriever.index, FaissIndex):
+            index.save(directory / "index")
+        else:  # an engine keeps it
+            state |= {"index_path": index.path}
         (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
         if self.then:
             self.then.save(directory)
@@ -111,7 +121,9 @@ class Refresher:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
         state = read_json(directory / "refresh.json")
-        if state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
+        if elsewhere := state.get("index_path"):
+            self.retriever.open(elsewhere)
+        elif state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return
         self.made_at = self._begun_at = state["made_at"]
@@ -125,7 +137,7 @@ class Refresher:
             self._work = None
 
     def _documents(self) -> str:
-        return fingerprint(*(document.fmt_content for document in self.retriever.documents))
+        return fingerprint(passages_of(self.retriever.documents).tobytes())
 
     def _refresh(self, step: int) -> None:
         started = time.perf_counter()
@@ -139,7 +151,7 @@ class Refresher:
         """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
         if self._work and self._work.finished():
             work, self._work = self._work, None
-            self.retriever.index.replace(distributed.gather_array(work.embeddings))
+            self.retriever.replace(work.embeddings)
             log.info("step %d  index of step %d swapped in after %.1f s", step, self._begun_at, work.seconds)
             self.refreshes += 1
             self._follow(self._begun_at)
@@ -190,10 +202,9 @@ class BackgroundEncoding:
 
     def _run(self) -> None:
         started = time.perf_counter()
-        numbers = distributed.share(range(len(self._retriever.documents)))
         try:
             with torch.cuda.stream(self._stream):  # None: nothing changes
-                self.embeddings = self._retriever.encode(numbers, self._encoder, desc=None)
+                self.embeddings = self._retriever.encode(self._encoder, desc=None)
         except BaseException as error:  # it belongs to the main thread, if that still waits
             self._error = error
         self.seconds = time.perf_counter() - started

@@ -1,21 +1,28 @@
 """Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
 
 import logging
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 
 from rqa.data import Document
+from rqa.documents import Places, passages_of
 from rqa.models.encoder import Encoder
-from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
+from rqa.retrieval.faiss_index import FaissIndex
+from rqa.retrieval.index import ENGINE, Index, IndexArguments
 from rqa.runtime import distributed
-from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint, remove_leftovers
+from rqa.runtime.cli import progress
+from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
+from rqa.runtime.parallelize import ahead
 
 log = logging.getLogger(__name__)
+
+TEXTS_AT_ONCE = 10_000
 
 
 @dataclass(frozen=True)
@@ -62,54 +69,110 @@ class PassageRetriever(ABC):
 
 
 class Retriever(PassageRetriever):
-    """A FAISS index of documents and their encoder, the very object that a trainer trains; `refresh` follows it."""
+    """An index of documents and their encoder, the very object that a trainer trains; `refresh` follows it.
+
+    Under several processes `retrieve` and `refresh` are for all at once, each with questions of its own: in memory each
+    process holds its share of the documents.
+    """
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
-        self.encoder, self.documents = encoder, documents
-        self.index = Index(flags or IndexArguments())
+        self.encoder, self.documents, self.flags = encoder, documents, flags or IndexArguments()
+        self.index: Index = FaissIndex(documents, self.flags)
 
     def open(self, path: str | Path | None = None) -> Self:
         """Load the index at `path`, or build it there if it is absent or stale; without a path, build it in memory."""
         if path is None:
             self.refresh()
             return self
-        stamp = self.stamp()
-        refuse_foreign_directory(Path(path))
-        remove_leftovers(Path(path).parent)
-        if self.index.load(path) and self.index.stamp == stamp:
-            log.info("index %s: %d documents, encoded in %s", path, len(self.index), self.index.dtype)
-            return self
-        if Path(path).is_dir() and any(Path(path).iterdir()):
-            log.warning("index %s was made from other documents, weights or settings: rebuilding it", path)
-        distributed.barrier()
-        self.refresh(stamp)
-        if distributed.is_main():
-            self.index.save(path)
-            log.info("index %s: built over %d documents", path, len(self.index))
+        self.index, stamp = index_at(str(path), self.documents, self.flags), self.stamp()
+        if not self._fits(stamp):
+            with self.index.alone():
+                if not self._fits(stamp):  # nor did another process build it meanwhile
+                    self._build(stamp)
+        log.info("index %s: %s, encoded in %s", path, self.index.about, self.index.dtype)
         return self
 
-    def refresh(self, stamp: str = "") -> None:
-        """Encode every document with the current weights, each process its share, and replace the index in memory."""
-        share = self.encode(distributed.share(range(len(self.documents))), self.encoder.passage_side)
-        self.index.replace(distributed.gather_array(share), stamp)
-        self.index.dtype = str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
+    def _fits(self, stamp: str) -> bool:
+        """Whether every process can use what lies at the index's path."""
+        return int(distributed.total([self.index.load() and self.index.stamp == stamp])[0]) == distributed.world_size()
 
-    def encode(self, numbers: Sequence[int], encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
-        """Embeddings of some documents, in this process alone. [n] positions in the database -> float32 [n, D]"""
-        texts = [self.documents[number].fmt_content for number in numbers]
-        return encoder.embed(encoder.tokenize_passages(texts), desc=desc)
+    def _build(self, stamp: str) -> None:
+        """Encode what the index lacks: an interrupted build goes on, and an update keeps what has not changed."""
+        index, passages, encoder = self.index, passages_of(self.documents), self.encoder.fingerprint()
+        update = self.flags.update and index.encoder == encoder
+        if not update:
+            index.replace_stale()
+        held = index.build(encoder, self.encoder.dimension, update)
+        if update:
+            index.remove(held[Places(passages)(held) < 0])
+        missing = Places(passages)(passages) == np.arange(len(passages))  # of equal ones the first
+        missing = np.flatnonzero(missing & (Places(held)(passages) < 0))
+        if len(missing) < len(passages):
+            log.info("index %s: %d of %d documents are encoded already", index.path, len(held), len(passages))
+        for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
+            index.add(numbers, vectors)
+        distributed.barrier()
+        index.swap(stamp, self._dtype)
+
+    def refresh(self) -> None:
+        """Encode every document with the current weights, each process its share, and replace the index in memory."""
+        self.replace(self.encode(self.encoder.passage_side))
+
+    def replace(self, vectors: np.ndarray) -> None:
+        """Search these embeddings, in memory, from now on. [n, D] of this process's share of the documents"""
+        if not isinstance(self.index, FaissIndex):
+            self.index = FaissIndex(self.documents, self.flags)
+        self.index.replace(vectors, self._dtype)
+
+    def encode(self, encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
+        """Embeddings of this process's share of the documents. -> float32 [n, D]"""
+        share = len(range(distributed.rank(), len(self.documents), distributed.world_size()))
+        vectors, start = np.empty((share, encoder.dimension), np.float32), 0
+        for numbers, found in self._encoded(np.arange(len(self.documents)), encoder, desc):
+            vectors[start : start + len(numbers)] = found
+            start += len(numbers)
+        return vectors
+
+    def _encoded(
+        self, numbers: np.ndarray, encoder: Encoder, desc: str | None
+    ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Positions of documents and their embeddings, some at a time; of those that `share` deals to this process."""
+        rank, size = distributed.rank(), distributed.world_size()
+        mine, longest = numbers[rank::size], math.ceil(len(numbers) / size)
+
+        def tokens(start: int) -> tuple[np.ndarray, list[Any]]:
+            part = mine[start : start + TEXTS_AT_ONCE]
+            return part, encoder.tokenize_passages([self.documents[number].fmt_content for number in part.tolist()])
+
+        with progress(total=len(mine), desc=desc, unit="document", disable=desc is None) as bar:
+            for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # as often on every process
+                yield part, encoder.embed(sequences, bar.update)
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(questions)), k)
         return Hits(ids, scores)
 
     def identity(self) -> str:
-        return fingerprint(self.index.stamp or self.stamp(), self.index.flags.index_search_parameters)
+        made, flags = self.index.version or self.stamp(), self.flags
+        settings = (flags.index_factory, flags.index_search_parameters, flags.filter or "")
+        return fingerprint(made, *settings, passages_of(self.documents).tobytes())
 
     def stamp(self) -> str:
-        """A fingerprint of all that decides the index, but for the precision: any will do."""
-        texts = (document.fmt_content for document in self.documents)
-        return fingerprint(self.encoder.fingerprint(), self.index.flags.index_factory, *texts)
+        """A fingerprint of all that decides what is held, in whatever order and, since any will do, precision."""
+        return fingerprint(self.encoder.fingerprint(), np.unique(passages_of(self.documents)).tobytes())
+
+    @property
+    def _dtype(self) -> str:
+        return str(self.encoder.passage_side.backbone.dtype).removeprefix("torch.")
+
+
+def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) -> Index:
+    """The index of a directory, or of an engine."""
+    if path.startswith(ENGINE):
+        from rqa.retrieval.milvus import MilvusIndex
+
+        return MilvusIndex(documents, flags, path)
+    return FaissIndex(documents, flags, path)
 
 
 def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:

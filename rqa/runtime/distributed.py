@@ -156,10 +156,15 @@ def gather_array(part: np.ndarray) -> np.ndarray:
 
 def from_main(value: T) -> T:
     """The main process's value, on every process."""
+    return from_process(0, value)
+
+
+def from_process(number: int, value: T) -> T:
+    """One process's value, on every process."""
     if world_size() == 1:
         return value
     box = [value]
-    dist.broadcast_object_list(box, src=0)
+    dist.broadcast_object_list(box, src=number)
     return box[0]
 
 

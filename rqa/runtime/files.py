@@ -29,6 +29,7 @@ COMPLETION_MARK = "COMPLETE"
 DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
 OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
 SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
+BIG = 2**28  # bytes of a file that is checked as a whole
 LONGEST = 2**28  # bytes of a JSON file, or of a line
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
@@ -132,6 +133,30 @@ def _locked(path: Path) -> Iterator[bool]:
         os.close(descriptor)
 
 
+@contextmanager
+def alone(directory: Path) -> Iterator[None]:
+    """Make a directory and hold it, after any other process that does; it may be removed inside."""
+    descriptor = -1
+    while descriptor < 0:
+        directory.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(directory, os.O_RDONLY)
+        with suppress(OSError):  # some network file systems have no locks
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                log.info("%s: waiting for the process that writes there", directory)
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if not directory.exists() or directory.stat().st_ino != os.fstat(descriptor).st_ino:  # it was removed meanwhile
+            os.close(descriptor)
+            descriptor = -1
+    try:
+        yield
+    finally:
+        with suppress(OSError):
+            directory.rmdir()  # nothing is left in it
+        os.close(descriptor)
+
+
 @cache
 def claim(directory: Path) -> None:
     """Keep a directory for this process until it ends; refuse if another one keeps it."""
@@ -194,8 +219,13 @@ def damage(directory: str | Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
+    """Of the whole file; of one that would take seconds to read, of its length and its ends."""
     with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        if (size := path.stat().st_size) <= BIG:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+        start = file.read(BIG // 2)
+        file.seek(-BIG // 2, os.SEEK_END)
+        return fingerprint(str(size), start, file.read())
 
 
 def write_json(path: str | Path, value: Any) -> None:

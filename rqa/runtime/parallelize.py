@@ -1,8 +1,10 @@
-"""How a module runs: gradient checkpointing, then compile, then FSDP2. Always in that order."""
+"""How a module runs: gradient checkpointing, then compile, then FSDP2, in that order; and what runs beside it."""
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +18,7 @@ from rqa.runtime import distributed
 
 log = logging.getLogger(__name__)
 
+S = TypeVar("S")
 T = TypeVar("T")
 
 
@@ -110,6 +113,14 @@ def in_step(module: nn.Module, batches: Sequence[T], filler: T) -> Iterator[T]:
     longest = max(distributed.total_by_rank(len(batches))) if is_sharded(module) else len(batches)
     yield from batches
     yield from (filler for _ in range(int(longest) - len(batches)))
+
+
+def ahead(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
+    """What `map` yields, each made by a thread while the one before it is used."""
+    with ThreadPoolExecutor(1) as thread:
+        made: Iterator[Any] = chain((thread.submit(make, item) for item in items), [None])
+        for now, _ in pairwise(made):  # the next one is begun before this one is waited for
+            yield now.result()
 
 
 @contextmanager

@@ -37,6 +37,9 @@ class LiveState(Protocol):
 
     version: str | None  # "index-" and a number, another one after each refresh, the same everywhere; None: nothing yet
 
+    def collect(self) -> None:
+        """Bring to the main process what `save` writes. Every process calls this."""
+
     def save(self, directory: Path) -> None:
         """Write this version into a new, empty directory. Only the main process calls this."""
 
@@ -102,11 +105,14 @@ def save_checkpoint(
     tensors = {"optimization": optimization.state_dict(), "random": generators}
     known, state.live_state = state.live_state, live.version if live else None
     index = output / state.live_state if state.live_state else None
+    new = distributed.from_main(bool(index) and not (index.name == known and files.is_complete(index)))
+    if live and new:
+        live.collect()
     path, failure = output / f"checkpoint-{state.step}", None
     with whole_weights(objective), optimization.whole_precision():
         if distributed.is_main():
             try:
-                if live and index and not (index.name == known and files.is_complete(index)):
+                if live and index and new:
                     with files.atomic_directory(index) as directory:
                         live.save(directory)
                 with files.atomic_directory(path) as directory:

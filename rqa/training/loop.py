@@ -8,9 +8,7 @@ micro-batches and processes gives the same gradient.
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
-from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +19,7 @@ from rqa.runtime import distributed
 from rqa.runtime.cli import deferred_signals
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import beside, damage
-from rqa.runtime.parallelize import parallelize, whole_weights
+from rqa.runtime.parallelize import ahead, parallelize, whole_weights
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import LiveState, delete_old_checkpoints, load_checkpoint, promote, save_checkpoint
 from rqa.training.journal import Journal, RunState, continues, metric_name, remember_if_best, resume_state
@@ -67,13 +65,7 @@ class Batches:
     def since(self, step: int) -> Iterator[list[Any]]:
         """The micro-batches of this step and of all after it, made when they are asked for, or a step ahead."""
         steps = range(step, len(self))
-        if not self.ahead:
-            yield from map(self.__getitem__, steps)
-            return
-        with ThreadPoolExecutor(1) as thread:
-            made: Iterator[Any] = chain((thread.submit(self.__getitem__, step) for step in steps), [None])
-            for now, _ in pairwise(made):  # the next one is begun before this one is waited for
-                yield now.result()
+        return ahead(self.__getitem__, steps) if self.ahead else map(self.__getitem__, steps)
 
     def due(self, strategy: str, every: int, step: int) -> bool:
         """Whether a strategy (no, steps, epoch) acts after this step."""

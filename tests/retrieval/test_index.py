@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 from fakes import full_disk
 
-from rqa.retrieval.index import Index, IndexArguments, refuse_foreign_directory
+from rqa.data import Document
+from rqa.retrieval.faiss_index import FaissIndex, refuse_foreign_directory
+from rqa.retrieval.index import IndexArguments
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
 
@@ -27,13 +29,15 @@ def brute_force(queries: np.ndarray, embeddings: np.ndarray, k: int) -> tuple[np
     return np.take_along_axis(products, ids, axis=1), ids
 
 
-def empty(factory: str = "Flat", parameters: str = "") -> Index:
-    return Index(IndexArguments(index_factory=factory, index_search_parameters=parameters))
+def empty(factory: str = "Flat", parameters: str = "", count: int = 500) -> FaissIndex:
+    documents = [Document(f"passage {number}") for number in range(count)]
+    return FaissIndex(documents, IndexArguments(index_factory=factory, index_search_parameters=parameters))
 
 
-def built(embeddings: np.ndarray, factory: str = "Flat", parameters: str = "", stamp: str = "stamp") -> Index:
-    index = empty(factory, parameters)
-    index.replace(embeddings, stamp)
+def built(embeddings: np.ndarray, factory: str = "Flat", parameters: str = "", stamp: str = "stamp") -> FaissIndex:
+    index = empty(factory, parameters, len(embeddings))
+    index.replace(embeddings)
+    index.stamp = stamp
     return index
 
 
@@ -72,15 +76,15 @@ def test_more_documents_than_there_are_cannot_be_found_and_no_queries_find_nothi
 
 def test_replacing_leaves_nothing_of_the_index_before_and_a_failed_replacement_leaves_all_of_it() -> None:
     embeddings = vectors(100, 0)
-    index = built(embeddings, "IVF8,Flat", "nprobe=8", stamp="old")
+    index = built(embeddings, "IVF8,Flat", "nprobe=8")
     with pytest.raises(UserError, match="--index_factory"):
-        index.replace(vectors(3, 2), "new")
+        index.replace(vectors(3, 2), "bfloat16")
     fresh = vectors(20, 8, width=5)
-    for size, stamp, held in ((100, "old", embeddings), (20, "new", fresh)):
+    for size, dtype, held in ((100, "float32", embeddings), (20, "bfloat16", fresh)):
         queries = vectors(4, 1, held.shape[1])
-        assert (len(index), index.stamp) == (size, stamp)
+        assert (len(index), index.dtype) == (size, dtype)
         np.testing.assert_array_equal(index.search(queries, 2)[1], brute_force(queries, held, 2)[1])
-        index.replace(fresh, "new")
+        index.replace(fresh, "bfloat16")
 
 
 @pytest.mark.parametrize(
@@ -129,8 +133,8 @@ def lying(name: str, content: bytes) -> Callable[[Path], object]:
     [shutil.rmtree, lambda path: (path / "COMPLETE").unlink(), lambda path: (path / "index.json").unlink(),
      lambda path: (path / "index.faiss").write_bytes((path / "index.faiss").read_bytes()[:800]),
      lying("index.json", b'{"stamp": '), lying("index.json", b"[]"), lying("index.json", b"\xff\xfe"),
-     lying("index.json", b'{"index_factory": "Flat", "documents": 51}'), lying("index.faiss", b"FAISS"),
-     lying("index.faiss", bytes(range(256)) * 8)],
+     lying("index.json", b'{"stamp": 1}'), lying("passages.npy", bytes(900)), lying("passages.npy", b""),
+     lying("index.faiss", b"FAISS"), lying("index.faiss", bytes(range(256)) * 8)],
 )  # fmt: skip
 def test_a_half_written_damaged_or_lying_index_is_not_used(harm: Callable[[Path], object], tmp_path: Path) -> None:
     built(vectors(50, 0)).save(tmp_path / "index")

@@ -56,9 +56,9 @@ def new(staleness: float = 0.0) -> dict[str, float]:
 def test_a_refresh_and_what_follows_it_come_at_the_first_step_and_when_the_schedule_says(
     schedule: str, due: set[int], retriever: Retriever, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    steps, seen, replace = [], [], retriever.index.replace
-    monkeypatch.setattr(retriever, "encode", lambda numbers, encoder: np.full((len(numbers), 4), step, np.float32))
-    monkeypatch.setattr(retriever.index, "replace", lambda *values: steps.append(step) or replace(*values))
+    steps, seen, replace, count = [], [], retriever.replace, len(retriever.documents)
+    monkeypatch.setattr(retriever, "encode", lambda encoder: np.full((count, 4), step, np.float32))
+    monkeypatch.setattr(retriever, "replace", lambda vectors: steps.append(step) or replace(vectors))
     refresher = refresher_of(retriever, schedule, then=lambda: seen.append(int(table(retriever)[0, 0])))
     for step in range(51):
         last = max([0, *(each for each in due if each <= step)])

@@ -25,7 +25,7 @@ QUESTIONS = ["What does Arlen trade in?", "When was Brask founded?", "amber", "W
 def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many texts each call of `Encoder.embed` was given."""
     calls, embed = [], Encoder.embed
-    counting = lambda self, texts, **options: calls.append(len(texts)) or embed(self, texts, **options)  # noqa: E731
+    counting = lambda self, texts, *given: calls.append(len(texts)) or embed(self, texts, *given)  # noqa: E731
     monkeypatch.setattr(Encoder, "embed", counting)
     return calls
 
@@ -50,7 +50,7 @@ def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_enco
         encoded.clear()
         retriever.refresh()
         hits = retriever.retrieve(QUESTIONS, 5)
-        assert encoded == [len(documents), len(QUESTIONS)]  # all at once
+        assert encoded == [len(documents), len(QUESTIONS)]
         products = expected_scores(encoder, documents)
         best = -np.sort(-products, axis=1)[:, :5]
         np.testing.assert_allclose(hits.scores, best, atol=1e-5)
@@ -136,24 +136,25 @@ def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerp
 
     stamps, identities = zip(
         made(), made([*documents[:3], other, *documents[4:]]), made(documents[:-1]), made(documents[::-1]),
-        made(changed=True), made(passage_prefix="passage: "), made(query_prefix="query: "),
-        made(flags={"index_factory": "HNSW8"}), strict=True,
+        made(changed=True), made(passage_prefix="passage: "), made(query_prefix="query: "), strict=True,
     )  # fmt: skip
-    assert len(set(stamps)) == len(set(identities)) == 8
+    assert len(set(identities)) == 7
+    assert len(set(stamps)) == 6  # an index serves its passages in any order
+    assert stamps[3] == stamps[0]
     assert made() == made(dtype="bfloat16") == (stamps[0], identities[0])  # an index serves any precision
-    stamp, identity = made(flags={"index_search_parameters": "efSearch=1"})
-    assert stamp == stamps[0]
-    assert identity not in identities
+    for flags in ({"index_search_parameters": "efSearch=1"}, {"index_factory": "HNSW8"}):
+        stamp, identity = made(flags=flags)
+        assert stamp == stamps[0]
+        assert identity not in identities
 
 
-@pytest.mark.parametrize("stamped", [True, False])
 def test_retrieving_once_reads_from_the_disk_the_second_time(
-    stamped: bool, encoder: Encoder, encoder_path: str, documents: list[Document], encoded: list[int], tmp_path: Path
+    encoder: Encoder, encoder_path: str, documents: list[Document], encoded: list[int], tmp_path: Path
 ) -> None:
     """And encodes again if what was written is damaged."""
     retrievers = [Retriever(each, documents) for each in (encoder, load_encoder(encoder_path))]
     for retriever in retrievers:
-        retriever.refresh(retriever.stamp() if stamped else "")
+        retriever.refresh()
     encoded.clear()
     first, second = (retriever.retrieve_once(QUESTIONS, 3) for retriever in retrievers)
     assert encoded == [len(QUESTIONS)]

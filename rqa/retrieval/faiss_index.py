@@ -1,0 +1,393 @@
+"""The index that FAISS keeps: flat, IVF, quantised or a graph; in memory, and in a directory if it has a path.
+
+What is built in memory is divided: each process keeps and searches the embeddings of its own documents, and the best of
+all are merged. What lies on disk is memory-mapped, and so shared, by all processes of a machine. On CUDA a flat index
+lies on the device, and each process holds its part of it.
+
+A flat index finds the same however its documents are divided and questions are batched: FAISS brings some candidates
+more than asked for, and their inner products are summed again in float64.
+"""
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+import faiss
+import numpy as np
+from torch import Tensor
+
+from rqa.data import Document
+from rqa.documents import PRINT, Places, Prints, passages_of
+from rqa.retrieval.index import Index, IndexArguments, ranked
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import COMPLETION_MARK, alone, atomic_directory, damage, fingerprint, read_json, write_json
+
+log = logging.getLogger(__name__)
+
+# FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
+# is faster from some 1,200 on, up to eight times. To older versions the threshold is a number of queries, 20: it stays.
+FAISS_BLAS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
+faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
+
+INDEX_FILES = {"index.faiss", "index.json", "passages.npy", COMPLETION_MARK}
+STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index.json
+FLAT_TO = 200_000  # passages: up to here `auto` compares with all
+MARGIN = 8  # candidates beyond k, for what is equally good
+ROWS_AT_ONCE, QUERIES_AT_ONCE = 2**16, 64
+PRODUCTS_AT_ONCE = 2**28
+SAMPLED = 64, 2**16  # embeddings that an index learns from: for each of its cells, and at least
+RECALL, ASKED = 0.95, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
+
+
+class FaissIndex(Index):
+    """See the module's description."""
+
+    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
+        super().__init__(documents, flags, path)
+        self.factory = flags.index_factory
+        self._count = 0  # documents of all processes
+        self._divided = False  # whether other processes hold other documents
+        self._faiss: Any = None
+        self._flat: Tensor | None = None  # a flat index's embeddings, on the device that compares them. [n, D]
+        self._numbers = np.empty(0, np.int64)  # by FAISS's id: the document's position, -1 if there is none
+        self._collected: tuple[faiss.Index, np.ndarray] | None = None
+        self._update = False
+        self._gone = np.empty(0, PRINT)
+
+    def __len__(self) -> int:
+        return self._count
+
+    def replace(self, vectors: np.ndarray, dtype: str = "float32") -> None:
+        """Index these embeddings, in memory, instead of the present ones: of the documents that `share` deals out.
+
+        float32 [n, D]
+        """
+        rank, size = distributed.rank(), distributed.world_size()
+        count = int(distributed.total([len(vectors)])[0])
+        index = self._made(vectors.__getitem__, len(vectors), count, size > 1)
+        divided = size > 1 and _divides(index)
+        self._use(index, np.arange(rank, count, size) if divided else np.arange(count), divided)
+        self.encoder = self.stamp = self.version = ""
+        self.dtype = dtype
+
+    def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """See `Index`; where documents are divided every process calls it, each with queries of its own."""
+        assert self._count, "the index is empty"
+        k = min(k, self._count)
+        if not self._divided:
+            return self._nearest(queries, k)
+        asked = _gathered(queries)
+        found = [_gathered(part).reshape(-1, len(asked), k) for part in self._nearest(asked, k)]  # [W, Q of all, k]
+        first = int(sum(distributed.total_by_rank(len(queries))[: distributed.rank()]))
+        scores, numbers = (np.concatenate(part[:, first : first + len(queries)], axis=1) for part in found)
+        return ranked(scores, numbers, k)
+
+    def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+        """The k best of the documents that this process holds. [Q, D] -> [Q, k] x 2"""
+        if not len(self._numbers):
+            return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
+        flat = self._flat
+        if flat is not None and flat.is_cuda:
+            _, rows = nearest(queries, flat.__getitem__, len(flat), k + MARGIN)
+        else:
+            scores, rows = self._faiss.search(queries, k + MARGIN)
+        if flat is not None:
+            scores = inner_products(queries, flat, rows)
+        return ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
+
+    def load(self, directory: str | Path | None = None) -> bool:
+        """See `Index`; an index of a kind that the flags do not ask for cannot be used, nor a damaged one."""
+        directory = Path(directory or self.path or "")
+        if damage(directory):
+            return False
+        try:
+            state = read_json(directory / "index.json")
+            passages = np.load(directory / "passages.npy", mmap_mode="r", allow_pickle=False)
+            index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
+            stated = {name: state.get(name, "") for name in STATE}
+            fits = self.flags.index_factory in ("auto", stated["factory"]) and (passages.dtype, passages.ndim) == (
+                PRINT,
+                1,
+            )
+            fits &= np.count_nonzero(passages) == index.ntotal > 0 and all(
+                isinstance(text, str) for text in stated.values()
+            )
+        except (UserError, RuntimeError, MemoryError, OSError, ValueError):
+            return False
+        if fits:
+            own = passages_of(self.documents)
+            same = np.array_equal(own, passages)
+            self._use(index, np.arange(len(own)) if same else Places(own)(passages), False)
+            vars(self).update(stated)
+            self._held = passages
+        return fits
+
+    def held(self) -> Prints:
+        return self._held[self._held != b""]
+
+    def collect(self) -> None:
+        """Bring to the main process what `save` writes; every process calls it."""
+        index, flat = self._faiss, self._flat
+        if flat is not None and flat.is_cuda:
+            index = self._made(flat.cpu().numpy().__getitem__, len(flat), self._count, False)
+        self._collected = index, self._numbers
+        if not self._divided:
+            return
+        mine, whole, numbers = faiss.serialize_index(index), None, []
+        for rank in range(distributed.world_size()):
+            part, places = distributed.from_process(rank, (mine, self._numbers))
+            if distributed.is_main():
+                part = faiss.deserialize_index(part)
+                if whole:  # FAISS numbers what an inverted list holds, and else counts
+                    whole.merge_from(part, whole.ntotal if faiss.try_extract_index_ivf(whole) else 0)
+                whole = whole or part
+                numbers.append(places)
+        if whole:
+            places = np.concatenate(numbers)
+            if isinstance(whole, faiss.IndexFlat):  # in the database's order, which decides among equals
+                _embeddings(whole)[:] = _embeddings(whole)[np.argsort(places)]
+                places = np.sort(places)
+            self._collected = whole, places
+
+    def save(self, directory: str | Path) -> None:
+        """Write what `collect` brought as one directory, atomically."""
+        if not self._collected:
+            self.collect()
+        assert self._collected, "only the main process saves"
+        (index, numbers), self._collected = self._collected, None
+        self._write(Path(directory), index, passages_of(self.documents)[numbers])
+
+    def _write(self, directory: Path, index: faiss.Index, passages: Prints) -> None:
+        refuse_foreign_directory(directory)
+        state = {name: getattr(self, name) for name in STATE}
+        with atomic_directory(directory) as temporary:
+            with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
+                faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
+            with open(temporary / "passages.npy", "wb") as file:
+                np.save(file, passages)
+            write_json(temporary / "index.json", state)
+
+    def replace_stale(self) -> None:
+        if self.path and any(Path(self.path).glob("*")):
+            log.warning("index %s was made from other documents, weights or settings: rebuilding it", self.path)
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        refuse_foreign_directory(Path(self.path))
+        with alone(self._building) if distributed.is_main() else nullcontext():
+            yield
+
+    @property
+    def _building(self) -> Path:
+        """Where embeddings lie until the index is built, so that a killed run loses none."""
+        path = Path(os.path.realpath(self.path))
+        return path.with_name(f"{path.name}.building")
+
+    def build(self, encoder: str, dimension: int, update: bool) -> Prints:
+        own = passages_of(self.documents)
+        self._update, self._gone, state = update, self._gone[:0], {"of": fingerprint(encoder, own.tobytes())}
+        known = self._building / "state.json"
+        if distributed.is_main() and not (known.exists() and read_json(known) == state):
+            known.unlink(missing_ok=True)
+            np.lib.format.open_memmap(self._building / "vectors.npy", "w+", np.float32, (len(own), dimension))
+            np.lib.format.open_memmap(self._building / "done.npy", "w+", bool, (len(own),))
+            write_json(known, state)
+        distributed.barrier()
+        self.encoder = encoder
+        done = own[np.load(self._building / "done.npy")]
+        return np.concatenate([done, self.held()]) if update else done
+
+    def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
+        for name, values in (("vectors", vectors), ("done", True)):  # mapped no longer than needed: it counts as memory
+            table = np.lib.format.open_memmap(self._building / f"{name}.npy", "r+")
+            table[numbers] = values
+            table.flush()
+
+    def remove(self, passages: Prints) -> None:
+        if len(passages) and not _divides(self._faiss):
+            raise UserError(f"--update true: {self.factory} cannot leave out passages; build the index without it")
+        self._gone = passages
+
+    def swap(self, stamp: str, dtype: str) -> None:
+        if distributed.is_main():
+            own, done = passages_of(self.documents), np.flatnonzero(np.load(self._building / "done.npy"))
+            rows = lambda part: np.load(self._building / "vectors.npy", mmap_mode="r")[done[part]]  # noqa: E731
+            threads = faiss.omp_get_max_threads()
+            faiss.omp_set_num_threads(max(threads, distributed.world_size()))  # the others wait
+            if self._update:
+                index, passages = self._updated(rows, own[done])
+            else:
+                index, passages = self._made(rows, len(done), len(done), False), own[done]
+            faiss.omp_set_num_threads(threads)
+            self.version = fingerprint(self.version, stamp) if self._update else stamp
+            self.stamp, self.dtype = stamp, dtype
+            self._write(Path(self.path or ""), index, passages)
+            shutil.rmtree(self._building)
+        distributed.barrier()
+        if not self.load():
+            raise UserError(f"index path {self.path}: what was built there cannot be read; look at its disk")
+
+    def _updated(self, rows: "Rows", new: Prints) -> tuple[faiss.Index, Prints]:
+        """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
+        index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
+        gone = np.flatnonzero(Places(self._gone)(self._held) >= 0)
+        index.remove_ids(gone)
+        held = np.array(self._held)
+        if faiss.try_extract_index_ivf(index):  # its ids stay
+            held[gone] = b""
+            index.add_with_ids(rows(slice(None)), np.arange(len(held), len(held) + len(new)))
+        else:
+            held = np.delete(held, gone)
+            index.add(rows(slice(None)))
+        return index, np.concatenate([held, new])
+
+    def _made(self, rows: "Rows", held: int, count: int, together: bool) -> faiss.Index:
+        """An index over rows of this process; together, one of its kind and training on each process."""
+        width = rows(slice(0, 1)).shape[1]
+        self.factory = _factory(self.flags.index_factory, count, width)
+        try:
+            index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
+            cells = faiss.try_extract_index_ivf(index)
+            if not index.is_trained:
+                sample = rows(
+                    slice(0, held, max(1, count // max(SAMPLED[0] * (cells.nlist if cells else 0), SAMPLED[1])))
+                )
+                sample = distributed.gather_array(sample) if together else sample
+                if not together or distributed.is_main():
+                    index.train(sample)
+                if together:
+                    index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
+            if together and not _divides(index):
+                whole = distributed.gather_array(rows(slice(None)))
+                rows, held = whole.__getitem__, len(whole)
+            if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
+                index.codes.resize(held * index.code_size)
+                index.ntotal = held
+            for start in range(0, held, ROWS_AT_ONCE):
+                part = rows(slice(start, start + ROWS_AT_ONCE))
+                if isinstance(index, faiss.IndexFlat):
+                    _embeddings(index)[start : start + len(part)] = torch.from_numpy(part)
+                else:
+                    index.add(part)
+        except RuntimeError as error:
+            refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
+            raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
+        self.about = f"{self.factory} over {count:,} documents"
+        if self.flags.index_factory == "auto" and cells:
+            self.about += ", " + _tune(index, rows, held, together)
+        return index
+
+    def _use(self, index: faiss.Index, numbers: np.ndarray, divided: bool) -> None:
+        if parameters := self.flags.index_search_parameters:
+            try:
+                faiss.ParameterSpace().set_index_parameters(index, parameters)
+            except RuntimeError as error:
+                message = f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})"
+                raise UserError(f"{message}; write name=value pairs of this kind of index") from None
+        self._faiss, self._flat = index, _embeddings(index) if isinstance(index, faiss.IndexFlat) else None
+        if self._flat is not None and distributed.device().type == "cuda":
+            if not divided:  # each process takes its part onto its device
+                rank, size = distributed.rank(), distributed.world_size()
+                self._flat, numbers, divided = self._flat[rank::size], numbers[rank::size], size > 1
+            self._flat, self._faiss = self._flat.to(distributed.device()), None
+        self._numbers, self._divided = numbers, divided
+        self._count = int(distributed.total([len(numbers)])[0]) if divided else len(numbers)
+
+
+Rows = Callable[[slice], np.ndarray]  # some of the embeddings. -> float32 [n, D]
+
+
+def _factory(factory: str, count: int, width: int) -> str:
+    """The factory string that `auto` stands for: exact while that is fast, then cells; half of the memory for them."""
+    if factory != "auto":
+        return factory
+    if distributed.device().type == "cuda":
+        memory = torch.cuda.get_device_properties(distributed.device()).total_memory * distributed.world_size()
+        if 4 * width * count < memory / 4:
+            return "Flat"
+    if count <= FLAT_TO:
+        return "Flat"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parts = next(number for number in range(max(width // 8, 1), 0, -1) if width % number == 0)
+    sizes = {"Flat": 4 * width, "SQ8": width, f"PQ{parts}": parts}
+    kind = next((kind for kind, size in sizes.items() if count * (size + 8) < memory / 2), f"PQ{parts}")
+    return f"IVF{round(4 * count**0.5)},{kind}"
+
+
+def _tune(index: faiss.Index, rows: Rows, held: int, together: bool) -> str:
+    """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
+    probes, recall, before = 1, 0.0, -1.0
+    cells: Any = faiss.try_extract_index_ivf(index)
+    if held:
+        asked = rows(slice(0, held, max(1, held // ASKED)))
+        _, exact = nearest(asked, lambda part: torch.from_numpy(rows(part)), held, 10)
+        while True:
+            cells.nprobe = probes
+            found = index.search(asked, 10)[1]
+            recall = float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
+            if recall >= RECALL or recall < before + 0.005 or probes >= cells.nlist:
+                break
+            before, probes = recall, 2 * probes
+    cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
+    size = held * (cells.code_size + 8) / 2**20
+    return f"{size:,.0f} MiB, nprobe={cells.nprobe}: of the 10 nearest of {ASKED} passages {recall:.1%} are found"
+
+
+def nearest(queries: np.ndarray, rows: Callable[[slice], Tensor], count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k greatest inner products with `count` rows, some rows at a time, on their device. [Q, D] -> [Q, k] x 2"""
+    best: Any = None
+    found: Any = None
+    size = min(max(1, PRODUCTS_AT_ONCE // max(len(queries), 1)), 2 * ROWS_AT_ONCE)
+    for start in range(0, count, size):
+        part = rows(slice(start, start + size))
+        asked = torch.from_numpy(queries).to(part.device)
+        products, places = (asked @ part.T).topk(min(k, len(part)), dim=1)
+        if best is not None:
+            products, places = torch.cat([best, products], 1), torch.cat([found, places + start], 1)
+            products, chosen = products.topk(min(k, products.shape[1]), dim=1)
+            places = places.gather(1, chosen)
+        best, found = products, places
+    return best.cpu().numpy(), found.cpu().numpy()
+
+
+def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Of each query with its own rows, summed in float64. [Q, D], [N, D], [Q, k] -> float32 [Q, k]"""
+    scores = np.empty(rows.shape, np.float32)
+    for part in (slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(rows), QUERIES_AT_ONCE)):
+        chosen = vectors[torch.from_numpy(rows[part].clip(0)).to(vectors.device)].double()
+        asked = torch.from_numpy(queries[part]).to(vectors.device).double()
+        scores[part] = (chosen * asked[:, None]).sum(-1).float().cpu()
+    return scores
+
+
+def _gathered(rows: np.ndarray) -> np.ndarray:
+    """The rows of all processes, in order of rank."""
+    return distributed.gather_rows(torch.from_numpy(rows).to(distributed.device())).cpu().numpy()
+
+
+def _divides(index: faiss.Index) -> bool:
+    """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
+    return bool(faiss.try_extract_index_ivf(index)) or isinstance(index, faiss.IndexFlatCodes)
+
+
+def _embeddings(index: faiss.IndexFlat) -> Tensor:
+    """What a flat index holds, without a copy. -> float32 [n, D]"""
+    return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d))
+
+
+def refuse_foreign_directory(directory: Path) -> None:
+    """Saving replaces a whole directory: it must be an index, empty or absent."""
+    names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
+    if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
+        raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")
+
+
+def _reason(error: RuntimeError) -> str:
+    """FAISS puts the source location in front of the reason."""
+    return str(error).rpartition(": ")[2].strip() or type(error).__name__
