@@ -237,7 +237,8 @@ class FaissIndex(Index):
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
         gone = np.flatnonzero(Places(self._gone)(self._held) >= 0)
-        index.remove_ids(gone)
+        if len(gone):
+            index.remove_ids(gone)
         held = np.array(self._held)
         if faiss.try_extract_index_ivf(index):  # its ids stay
             held[gone] = b""

@@ -1,17 +1,20 @@
 """The index against brute force; saved, loaded, damaged, refused."""
 
 import hashlib
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
+import torch
 import numpy as np
 import pytest
 from fakes import full_disk
 
 from rqa.data import Document
-from rqa.retrieval.faiss_index import FaissIndex, refuse_foreign_directory
-from rqa.retrieval.index import IndexArguments
+from rqa.retrieval import faiss_index
+from rqa.retrieval.faiss_index import FaissIndex, inner_products, nearest, refuse_foreign_directory
+from rqa.retrieval.index import IndexArguments, ranked
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
 
@@ -173,3 +176,41 @@ def test_a_disk_that_is_full_leaves_no_index(short: int, tmp_path: Path) -> None
     with full_disk(room), pytest.raises(OSError, match="File too large"):
         index.save(tmp_path / "index")
     assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
+
+
+def test_products_some_rows_at_a_time_find_what_brute_force_finds_and_equals_by_their_place(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What a GPU does for a flat index; and the scores of what was found do not depend on who asks beside."""
+    monkeypatch.setattr(faiss_index, "ROWS_AT_ONCE", 16)
+    embeddings, queries = vectors(100, 2), vectors(7, 3)
+    embeddings[[40, 90]] = embeddings[10]
+    expected_scores, expected = brute_force(queries, embeddings, 12)
+    _, rows = nearest(queries, torch.from_numpy(embeddings).__getitem__, 100, 20)
+    scores = inner_products(queries, torch.from_numpy(embeddings), rows)
+    scores, rows = ranked(scores, rows, 12)
+    np.testing.assert_array_equal(rows, expected)
+    np.testing.assert_array_equal(scores, expected_scores.astype(np.float32))
+    index = built(embeddings)
+    together, apart = index.search(queries, 12), [index.search(query[None], 12) for query in queries]
+    for ours, one_by_one in zip(together, zip(*apart, strict=True), strict=True):
+        np.testing.assert_array_equal(ours, np.concatenate(one_by_one))
+    np.testing.assert_array_equal(together[1], expected)
+
+
+def test_auto_is_flat_while_that_is_fast_and_then_searches_as_few_cells_as_find_nearly_all(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert built(vectors(300, 0), "auto").factory == "Flat"
+    monkeypatch.setattr(faiss_index, "FLAT_TO", 299)
+    index, queries = built(vectors(300, 0), "auto"), vectors(200, 1)
+    assert index.factory == "IVF69,Flat"
+    told = re.fullmatch(r"IVF69,Flat over 300 documents, 0 MiB, nprobe=(\d+): of .* (\d+\.\d)% are found", index.about)
+    assert told
+    assert float(told[2]) >= 95
+    found, expected = index.search(queries, 10)[1], brute_force(queries, vectors(300, 0), 10)[1]
+    recall = np.mean([np.isin(row, best).mean() for row, best in zip(found, expected, strict=True)])
+    assert recall > 0.85
+    for memory, kind in ((2**40, "Flat"), (2**21, "SQ8"), (2**19, "PQ96")):
+        monkeypatch.setattr(faiss_index.os, "sysconf", lambda name, size=memory: size if name == "SC_PHYS_PAGES" else 1)
+        assert faiss_index._factory("auto", 1000, 768) == f"IVF126,{kind}"

@@ -4,6 +4,7 @@ import logging
 import math
 from dataclasses import replace
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from fakes import change_weights, full_disk
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.retrieval import retriever as retriever_module
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import alone
 
 QUESTIONS = ["What does Arlen trade in?", "When was Brask founded?", "amber", "Where is the market of Hask?"]
 
@@ -30,7 +33,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return calls
 
 
-def opened(encoder: Encoder, documents: list[Document], path: Path | None = None, **flags: str) -> Retriever:
+def opened(encoder: Encoder, documents: list[Document], path: Path | None = None, **flags: Any) -> Retriever:
     return Retriever(encoder, documents, IndexArguments(**flags)).open(path)
 
 
@@ -206,3 +209,85 @@ def test_what_does_not_fit_on_the_disk_is_not_kept(encoder: Encoder, documents: 
     with full_disk(kept.stat().st_size - 10), pytest.raises(OSError, match="File too large"):
         retriever.retrieve_once(QUESTIONS[::-1], 3)
     assert list((tmp_path / "cache").rglob("hits.npz")) == [kept]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "SQ8"])
+def test_an_update_encodes_what_is_new_or_changed_and_finds_what_a_whole_new_index_finds(
+    factory: str, encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
+) -> None:
+    flags = {"index_factory": factory, "index_search_parameters": "nprobe=4" if factory.startswith("IVF") else ""}
+    opened(encoder, documents, tmp_path / "index", **flags)
+    changed = [
+        replace(document, page_content=document.page_content + "!", fmt_content="") for document in documents[:2]
+    ]
+    database = [changed[1], *documents[:7:-1], changed[0]]  # two changed, six gone, all in another order
+    encoded.clear()
+    retriever = opened(encoder, database, tmp_path / "index", **flags, update=True)
+    assert encoded == [2]
+    anew = opened(encoder, database, tmp_path / "other", **flags)
+    found, expected = (each.retrieve(QUESTIONS, 5) for each in (retriever, anew))
+    if factory == "Flat":
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    everything = retriever.retrieve(QUESTIONS, 50).ids
+    assert [sorted(row[row >= 0]) for row in everything] == [list(range(len(database)))] * len(QUESTIONS)
+    encoded.clear()
+    again = opened(encoder, database[::-1], tmp_path / "index", **flags)  # the order is not the index's
+    np.testing.assert_array_equal(len(database) - 1 - again.retrieve(QUESTIONS, 1).ids, found.ids[:, :1])
+    assert encoded == [len(QUESTIONS)]
+    assert retriever.identity() not in (again.identity(), anew.identity())
+
+
+def test_an_update_of_a_graph_that_would_lose_passages_is_refused_and_changes_nothing(
+    encoder: Encoder, documents: list[Document], tmp_path: Path
+) -> None:
+    opened(encoder, documents, tmp_path / "index", index_factory="HNSW8")
+    with pytest.raises(UserError, match="--update true: HNSW8 cannot leave out passages; build the index without it"):
+        opened(encoder, documents[1:], tmp_path / "index", index_factory="HNSW8", update=True)
+    assert opened(encoder, documents, tmp_path / "index").index.factory == "HNSW8"
+    more = [*documents, Document("A last one.")]
+    opened(encoder, more, tmp_path / "index", index_factory="HNSW8", update=True)
+    hits = opened(encoder, more, tmp_path / "index", index_search_parameters="efSearch=100").retrieve(QUESTIONS, 25)
+    assert (np.sort(hits.ids, axis=1) == np.arange(len(more))).all()
+
+
+@pytest.mark.parametrize("update", [False, True])
+def test_an_interrupted_build_goes_on_where_it_was(
+    update: bool, encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(retriever_module, "TEXTS_AT_ONCE", 5)
+    path = tmp_path / "index"
+    if update:
+        opened(encoder, documents[:4], path)
+    embed = Encoder.embed
+    monkeypatch.setattr(Encoder, "embed", lambda *given: _killed() if len(encoded) == 2 else embed(*given))
+    encoded.clear()
+    with pytest.raises(KeyboardInterrupt):
+        opened(encoder, documents, path, update=update)
+    assert len(opened(encoder, documents[:4], path).documents) == 4 if update else not path.exists()
+    monkeypatch.setattr(Encoder, "embed", embed)
+    encoded.clear()
+    retriever = opened(encoder, documents, path, update=update)
+    assert sum(encoded) == len(documents) - 10 - 4 * update
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("index")] == ["index"]
+    expected = opened(encoder, documents).retrieve(QUESTIONS, 6)
+    np.testing.assert_array_equal(retriever.retrieve(QUESTIONS, 6).ids, expected.ids)
+
+
+def _killed() -> None:
+    raise KeyboardInterrupt
+
+
+def test_of_two_that_build_one_index_the_second_waits_and_uses_it(
+    encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
+) -> None:
+    first, second = (Retriever(encoder, documents) for _ in range(2))
+    waiting = Thread(target=second.open, args=[tmp_path / "index"])
+    with alone(tmp_path / "index.building"):
+        waiting.start()
+        waiting.join(0.2)
+        assert waiting.is_alive()
+    waiting.join(60)
+    first.open(tmp_path / "index")
+    assert encoded == [len(documents)]
