@@ -149,7 +149,7 @@ class Trial:
         self.identical += self.same(output, steps)
         print(f"{self.name}: {dict(self.kills)}, {self.identical} of {self.runs} identical", file=sys.stderr)
         for path in (output, output.with_suffix(".cache")):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self, output: Path) -> None:
         """What the run finds there."""
