@@ -9,8 +9,8 @@
   the code's own cost shows: built, started again with nothing to do, and updated after 1 % of the passages changed.
 - `speed`: tokens a second of the tokenizer alone, the encoder alone, one after the other, and both as rqa runs them.
 - `peers`: bin/build_index with the encoder E beside sentence-transformers and faiss, at their best settings here.
-- `search`: 64 questions at once, in each kind of index, over made-up vectors of 384 dimensions in clusters; in a flat
-  index by two processes, too, which must find the same passages.
+- `search`: 64 questions at once, in each kind of index, over made-up vectors of 384 dimensions in clusters; `memory` is
+  a flat index of which two processes hold a part each, and that nothing is saved of.
 
 Words are those of docstrings, as often as they come there. `peak` is the most memory that a command's processes held,
 added up; `own` leaves out the pages of mapped files, which the system takes back when it needs them.
@@ -49,7 +49,7 @@ BUILD_INDEX = Path(__file__).parents[1] / "bin" / "build_index"
 WORDS, BLOCK, DIMENSION, QUESTIONS, K = 90, 10_000, 384, 64, 10
 CHANGED = 100  # every so many passages one is another after an update
 ASKED = range(10**9, 10**9 + QUESTIONS)  # what stands in the questions: of the passages' clusters, but of no passage
-FACTORIES = ["Flat", "auto", "IVF4000,PQ48", "bm25", "milvus"]
+FACTORIES = ["Flat", "memory", "auto", "IVF4000,PQ48", "bm25", "milvus"]
 TABLES = {  # part -> title, name and format of each column
     "build": "one layer: passages|size|,  built s|seconds|.1f  a second|rate|,.0f  peak GiB|peak|.2f  own|own|.2f  "
     "KiB more a passage|more|.2f  index GB|gb|.3f  again s|again|.1f  1 % new s|update_seconds|.1f  "
@@ -58,7 +58,7 @@ TABLES = {  # part -> title, name and format of each column
     "both|both|,.0f  rqa|whole_rate|,.0f  of both|of_both|.0%",
     "peers": "from file to index|system|  in|dtype|  batch|batch|  s|seconds|.1f  passages/s|rate|.1f  "
     "peak GiB|peak|.2f  rqa is|rqa_is|.2f",
-    "search": "64 questions|factory|  passages|size|,  processes|processes|  built s|built|.1f  "
+    "search": "64 questions|factory|  passages|size|,  processes|processes|  read s|scanned|.1f  built s|built|.1f  "
     "peak GiB|built_peak|.2f  open s|opened|.3f  peak GiB|peak|.2f  own|own|.2f  first ms|first_ms|.0f  "
     "then ms|then_ms|.0f  recall@10|recall|.3f  all as exact|equal|",
 }
@@ -239,11 +239,12 @@ class Synthetic:
 
 def search(arguments: argparse.Namespace) -> Iterator[Row]:
     answers: dict[int, np.ndarray] = {}  # size -> the passages that are really nearest. [Q, K]
-    for factory, processes in [*((name, 1) for name in arguments.factories), ("Flat", 2)]:
+    for factory in arguments.factories:
         size = arguments.in_milvus if factory == "milvus" else arguments.searched
-        path = f"{arguments.directory}/{factory}-{processes}"
-        setting = {"factory": factory, "documents": str(corpus(arguments, size)),
-                   "index": f"milvus::{path}.db/passages" if factory == "milvus" else path}  # fmt: skip
+        path = f"{arguments.directory}/{factory}"
+        index = {"memory": None, "milvus": f"milvus::{path}.db/passages"}.get(factory, path)
+        setting = {"factory": factory, "documents": str(corpus(arguments, size)), "index": index}
+        processes = 2 if factory == "memory" else 1
         built, row = (child(arguments, "ask", processes, **setting) for _ in range(2))
         ids = np.array(row.pop("ids"))  # [Q, K]
         if factory != "bm25":
@@ -252,17 +253,19 @@ def search(arguments: argparse.Namespace) -> Iterator[Row]:
             row["recall"] = float((ids[:, :, None] == answers[size][:, None]).sum() / ids.size)
             row["equal"] = "yes" if np.array_equal(ids, answers[size]) else "no"
         row |= {"factory": factory, "size": size, "processes": processes}
-        yield row | {"built": built["opened"], "built_peak": built["peak"]}
+        yield row | {"scanned": built["read"], "built": built["opened"], "built_peak": built["peak"]}
 
 
 def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     """Open an index, which builds it the first time, and ask it all questions at once, again and again."""
     tune_allocator()
     distributed.start()
+    started = time.perf_counter()
     documents = read_documents(setting.documents)
+    read = time.perf_counter() - started
     texts = [" ".join(documents[number].page_content.split()[:10]) for number in range(QUESTIONS)]
     questions = [f"{number}: {text}" for number, text in zip(ASKED, texts, strict=True)]
-    factory = "auto" if setting.factory == "milvus" else setting.factory
+    factory = {"milvus": "auto", "memory": "Flat"}.get(setting.factory, setting.factory)
     flags = IndexArguments(index_factory=factory, index_search_parameters="nprobe=64" if "IVF" in factory else "")
     started = time.perf_counter()
     if setting.factory == "bm25":
@@ -273,7 +276,8 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     took = [1000 * seconds(lambda: found.append(retriever.retrieve_shared(questions, K))) for _ in range(6)]
     if not distributed.is_main():
         sys.exit()
-    return {"opened": opened, "first_ms": took[0], "then_ms": sorted(took)[2], "ids": found[0].ids.tolist()}
+    told = {"read": read, "opened": opened, "first_ms": took[0], "then_ms": sorted(took)[2]}
+    return told | {"ids": found[0].ids.tolist()}
 
 
 def nearest(size: int) -> np.ndarray:
