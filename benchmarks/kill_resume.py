@@ -83,6 +83,7 @@ class Trial:
     """One trainer: its uninterrupted run, and what became of the interrupted ones."""
 
     may_lose = SAVE_STEPS
+    delay = 0.05  # seconds after a phase began, at most
 
     def __init__(self, name: str, directory: Path, arguments: argparse.Namespace) -> None:
         self.name = self.executable = name
@@ -139,7 +140,7 @@ class Trial:
             phase = chance.choice(PHASES[self.name])
             seen = phase if phase != "any" else chance.choice(sorted(self.whole["occurrences"]))
             times = chance.randint(1, max(1, self.whole["occurrences"].get(seen, 1) // 2))
-            plan = {"phase": seen, "times": times, "delay": chance.random() * (0.05 if phase != "any" else 1.0)}
+            plan = {"phase": seen, "times": times, "delay": chance.random() * (self.delay if phase != "any" else 1.0)}
             noted = self.run(output, plan if left else {"phase": None})
             steps.append(noted["step"])
             if not noted["killed"]:
@@ -168,6 +169,7 @@ class IndexTrial(Trial):
     """bin/build_index over documents; `updated` begins with an index of what they were before."""
 
     may_lose = TEXTS_AT_ONCE
+    delay = 0.01
 
     def __init__(self, name: str, directory: Path, arguments: argparse.Namespace) -> None:
         super().__init__(name, directory, arguments)
@@ -319,6 +321,7 @@ def watch_indexing(watcher: Child, in_milvus: bool) -> None:
     def count(self: Encoder, sequences: Any, *more: Any) -> Any:
         found = embed(self, sequences, *more)
         watcher.step += len(sequences)
+        watcher.stack[0] = "between"
         return found
 
     Encoder.embed = count
