@@ -26,7 +26,7 @@ from transformers import AutoTokenizer
 from rqa.data import Document, Example
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.chunking import ChunkArguments, Chunker
-from rqa.preparation.mine import mine, rank_in_parts
+from rqa.preparation.mine import mine, rank
 from rqa.preparation.sources import Source, read_sources
 from rqa.retrieval.hybrid import LexicalRetriever
 
@@ -129,9 +129,9 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
     started = time.perf_counter()
     chooser = NegativeChooser(examples, documents, NegativeArguments())
     asked = [example.question for example in examples]
-    hits = rank_in_parts(LexicalRetriever, documents, asked, chooser.depth, passages)
+    hits = rank(LexicalRetriever(documents), asked, chooser.depth)
     ranked = time.perf_counter()
-    found = mine(chooser, [hits], documents, 8)
+    found = mine(chooser, [hits], 8)
     return {
         "passages": passages,
         "queries": queries,

@@ -16,11 +16,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import numpy as np
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
 from rqa.evaluation.answers import evaluate_answers
-from rqa.evaluation.metrics import corpus_bleu, score_answer
+from rqa.evaluation.metrics import bleu, bleu_statistics, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages
 from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
@@ -66,9 +67,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Seconds of each part, and the answers."""
     from transformers import AutoModelForCausalLM
 
-    from rqa.models.causal_lm import load_causal_lm
     from rqa.models.encoder import EncoderArguments, load_encoder
-    from rqa.models.loading import load_tokenizer
+    from rqa.models.loading import load_causal_lm, load_tokenizer
     from rqa.models.reader import CausalLMReader
     from rqa.runtime.distributed import device
 
@@ -155,9 +155,10 @@ def run_transformers(
             answers.extend(text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def score() -> None:
-        for example, answer in zip(examples, answers, strict=True):
-            score_answer(answer, example.gold_answer)
-        corpus_bleu(answers, [example.gold_answer for example in examples])
+        pairs = [(answer, example.gold_answer) for example, answer in zip(examples, answers, strict=True)]
+        for pair in pairs:
+            score_answer(*pair)
+        bleu(np.sum([bleu_statistics(*pair) for pair in pairs], axis=0))
 
     took["retrieve"], took["generate"], took["score"] = seconds(retrieve), seconds(generate), seconds(score)
 

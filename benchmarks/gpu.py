@@ -188,7 +188,7 @@ def ctl_ours(section: Section, path: str, size: int, chunk: int = 0, **options: 
     documents = [Document(passage) for _, passage in pairs(size)]
     examples = [Example(question, (own,)) for (question, _), own in zip(pairs(size), documents, strict=True)]
     flags, objective = CTLArguments(chunk_size=chunk), Contrastive(encoder, 0.05)
-    collate = Contrasts(examples, documents, encoder, [[]] * len(examples), flags, seed=0)
+    collate = Contrasts(examples, documents, encoder, None, flags, seed=0)
     both = zip(encoder.tokenize_queries([e.question for e in examples]),
                encoder.tokenize_passages([d.fmt_content for d in documents]), strict=True)  # fmt: skip
     lengths, watch, seen = [[len(ids) for ids in pair] for pair in both], Watch(section), []

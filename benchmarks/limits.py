@@ -30,10 +30,9 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.models.reader import CausalLMReader
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer

@@ -154,7 +154,7 @@ def open_rqa(arguments: argparse.Namespace, documents: list[str]) -> tuple[Encod
 
     flags = EncoderArguments(bf16=arguments.precision == "bf16")
     encoder = load_encoder(arguments.embedding_model, flags)
-    retriever = Retriever(encoder, [Document(text, fmt_content=text) for text in documents])
+    retriever = Retriever(encoder, [Document(text, formatted=text) for text in documents])
     duration = seconds(retriever.refresh)
 
     def encode(questions: Sequence[str]) -> np.ndarray:

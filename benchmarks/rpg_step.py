@@ -20,9 +20,8 @@ import torch
 from harness import Clock, new_parser, print_result, print_table, read_corpus, run_benchmark, times, train_rqa
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
-from rqa.models.loading import LoadingArguments, load_tokenizer
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer
 from rqa.objectives.rpg import (
     Distillation,
     RetrievedCandidates,

@@ -90,8 +90,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     """The product's own loop and objective."""
-    from rqa.models.causal_lm import load_causal_lm
-    from rqa.models.loading import load_tokenizer
+    from rqa.models.loading import load_causal_lm, load_tokenizer
     from rqa.objectives.sft import AnswerLikelihood
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
 

@@ -15,6 +15,7 @@ from rqa.runtime.text import plain
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
+PASSAGES = ("gold_docs", "hard_neg_docs", "ctxs")  # an example's fields of documents
 
 
 @dataclass(kw_only=True)
@@ -24,17 +25,22 @@ class DocumentArguments(Arguments):
     document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.", also="full_dataset_file_path")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Document:
     """A passage of the database."""
 
     page_content: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # at least `source`, usually `title`
-    fmt_content: str = ""  # what models read and the index holds; by default source, title and content
+    formatted: str = ""  # a text of its own for models; "" where it is source, title and content, as usual
 
     def __post_init__(self) -> None:
-        if not self.fmt_content:
-            object.__setattr__(self, "fmt_content", format_content(self.page_content, self.metadata))
+        if self.formatted == format_content(self.page_content, self.metadata):
+            object.__setattr__(self, "formatted", "")  # which would double the memory of examples
+
+    @property
+    def fmt_content(self) -> str:
+        """What models read and the index holds: by default source, title and content."""
+        return self.formatted or format_content(self.page_content, self.metadata)
 
     @property
     def key(self) -> tuple[str, str]:
@@ -53,8 +59,7 @@ class Document:
 
     def to_json(self) -> dict[str, Any]:
         row = {"page_content": self.page_content, "metadata": self.metadata}
-        derived = self.fmt_content == format_content(self.page_content, self.metadata)
-        return row if derived else row | {"fmt_content": self.fmt_content}
+        return row | {"fmt_content": self.formatted} if self.formatted else row
 
 
 def format_content(page_content: str, metadata: dict[str, Any]) -> str:
@@ -77,7 +82,7 @@ def parse_document(value: Any, where: str) -> Document:
     return Document(content, metadata, formatted)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Turn:
     """One message of the conversation before the question."""
 
@@ -85,7 +90,7 @@ class Turn:
     message: str
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Example:
     """One question."""
 
@@ -117,7 +122,11 @@ class Example:
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
     """Read a `.jsonl`; a row with several `questions` becomes one example each. `answers`: each row must have one."""
-    examples = list(iterate_examples(path, answers))
+    examples, known = [], {}  # many questions share a passage: it is kept once
+    for example in iterate_examples(path, answers):
+        lists = {name: getattr(example, name) for name in PASSAGES}
+        shared = {name: tuple(known.setdefault(each, each) for each in found) for name, found in lists.items()}
+        examples.append(replace(example, **shared))
     if not examples:
         raise UserError(f"{path}: holds no examples")
     return examples
@@ -166,7 +175,7 @@ def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> lis
             raise UserError(f"{where}: field 'chat_history' must hold objects with 'speaker' and 'message'")
     fields: dict[str, Any] = {
         name: tuple(parse_document(value, f"{where}: field '{name}'") for value in _list(row, name, where))
-        for name in ("gold_docs", "hard_neg_docs", "ctxs")
+        for name in PASSAGES
     }
     scores = [context.get("score") for context in row.get("ctxs") or ()]
     if scores and all(isinstance(score, int | float) for score in scores):

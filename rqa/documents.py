@@ -6,8 +6,10 @@ import os
 import pickle
 import pickletools
 import shutil
-from array import array
+import struct
+import weakref
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -25,8 +27,8 @@ log = logging.getLogger(__name__)
 
 Prints = np.ndarray  # fingerprints of 16 bytes. [N]
 PRINT = np.dtype("S16")
-ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("key", PRINT), ("passage", PRINT)])
-HEADER = 256  # bytes in front of a table's rows: which file, in which state, they are of
+ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("key", PRINT), ("passage", PRINT), ("normalized", PRINT)])
+HEADER = 256  # bytes before a table's rows: which file they describe, and in which state
 TABLE = "rqa documents 1"
 BIG = 2**26  # bytes that take some seconds to read
 
@@ -34,31 +36,32 @@ BIG = 2**26  # bytes that take some seconds to read
 class DocumentFile(Sequence[Document]):
     """The documents of a database, each read when it is asked for; of equal ones the first.
 
-    What is not plain JSONL is unpacked to the cache. Where the documents lie, and their fingerprints, stand in a table
+    What is not plain JSONL is unpacked to the cache. Where the documents lie, and their fingerprints, are in a table
     beside the file (in the cache, where nothing can be written there), which is made anew when the file has changed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with reading(path):  # what cannot be read is told by the name that was given
+        with reading(path):  # errors name the path that was given
             state = os.stat(path)
-        place = cache_root() / "documents" / fingerprint(os.path.realpath(path))
+        # A copied or touched file may have the former size and time of writing, but no former time of change.
+        about = {"rqa": TABLE, "bytes": state.st_size, "changed": state.st_ctime_ns, "inode": state.st_ino}
+        real = Path(os.path.realpath(path))
+        cached = cache_root() / "documents" / fingerprint(str(real))
         plain = self.path.suffix not in (".gz", ".pkl", ".pickle")
-        table = self.path.with_name(f"{self.path.name}.table")
-        if not plain or not os.access(table.parent, os.W_OK) or (table.exists() and not _header(table)):
-            table = place.with_suffix(".table")
-        content = self.path if plain else place.with_suffix(".jsonl")
-        header = {"rqa": TABLE, "bytes": state.st_size, "changed": state.st_mtime_ns}
-        if distributed.is_main() and (not content.exists() or _header(table) != header):
+        content = self.path if plain else cached.with_suffix(".jsonl")
+        tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]
+        known = [table for table in tables if content.exists() and _header(table) == about]
+        beside = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
+        self._table = known[0] if known else tables[0 if beside else -1]
+        if not known:
             if not plain:
                 _unpack(self.path, content)
-            rows = _scan(content, self.path)
-            with atomic_file(table) as temporary, temporary.open("wb") as file:
-                file.write(json.dumps(header).encode().ljust(HEADER) + rows.tobytes())
-        distributed.barrier()
-        rows = np.memmap(table, ROW, "r", HEADER)
-        self._starts, self._sizes, self.keys, self.passages = (rows[name] for name in ROW.names or ())
+            _scan(content, self.path, self._table, about)
+        rows = np.asarray(np.memmap(self._table, ROW, "r", HEADER))  # an element of a memmap takes thrice as long
+        self._starts, self._sizes, self.keys, self.passages, self.normalized = (rows[name] for name in ROW.names or ())
         self._descriptor = os.open(content, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
 
     def __len__(self) -> int:
         return len(self._starts)
@@ -66,19 +69,29 @@ class DocumentFile(Sequence[Document]):
     def __getitem__(self, position: Any) -> Any:
         if isinstance(position, slice):
             return [self[each] for each in range(*position.indices(len(self)))]
-        row = os.pread(self._descriptor, int(self._sizes[position]), int(self._starts[position]))
+        size, start = int(self._sizes[position]), int(self._starts[position])
         try:
-            document = parse_document(parse_json(row), str(self.path))
-        except (ValueError, UserError):
+            document = parse_document(parse_json(os.pread(self._descriptor, size, start)), str(self.path))
+        except (ValueError, OSError, OverflowError, MemoryError, UserError):  # as damage of the table has it
             document = None
         if document is None or _passage(document) != self.passages[position].ljust(16, b"\0"):
-            raise UserError(f"{self.path}: has changed since it was opened; start again")
+            with suppress(OSError):  # whatever is wrong with the table, the next one is right
+                self._table.unlink()
+            raise UserError(f"{self.path}: has changed since it was opened, or its table is damaged; start again")
         return document
+
+    def __reduce__(self) -> tuple[type, tuple[Path]]:
+        return DocumentFile, (self.path,)  # a copy, in whatever process, opens the file itself
 
 
 def read_documents(path: str | Path) -> DocumentFile:
-    """Open a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents count once."""
-    return DocumentFile(path)
+    """Open a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents count once.
+
+    Every process calls it: one makes the table of what is where, and the others wait for that.
+    """
+    documents = DocumentFile(path) if distributed.is_main() else None
+    distributed.barrier()
+    return documents or DocumentFile(path)
 
 
 def iterate_documents(path: str | Path) -> Iterator[Document]:
@@ -121,6 +134,12 @@ def passages_of(documents: Sequence[Document]) -> Prints:
     return np.array(list(map(_passage, documents)), PRINT) if known is None else known
 
 
+def normalized_of(documents: Sequence[Document]) -> Prints:
+    """What is equal for the same normalised content, whatever its source. -> S16 [N]"""
+    known = getattr(documents, "normalized", None)
+    return np.array([_print(normalize(each.page_content)) for each in documents], PRINT) if known is None else known
+
+
 def _passage(document: Document) -> bytes:
     return _print(*document.key, document.fmt_content)
 
@@ -132,29 +151,33 @@ def _print(*parts: str) -> bytes:
 def _header(table: Path) -> dict[str, Any]:
     """Of which file, and of which state of it, this table is; empty if it is none of ours."""
     try:
-        with table.open("rb") as file:
+        with reading(table) as file:
             header = json.loads(file.read(HEADER))
-        return header if isinstance(header, dict) and header.get("rqa") == TABLE else {}
-    except (OSError, ValueError):
+        whole = table.stat().st_size == HEADER + header.pop("documents", 0) * ROW.itemsize
+        return {} if header.get("rqa") != TABLE else header if whole else {"rqa": TABLE}
+    except (UserError, ValueError, TypeError, AttributeError):  # absent, or what somebody else wrote
         return {}
 
 
-def _scan(content: Path, name: Path) -> np.ndarray:
-    """A row for each distinct document; a malformed line is refused by the name of the file that was given."""
-    places, prints = array("q"), bytearray()
-    rows = jsonl_rows(content, name)
-    for number, start, size, row in progress(
-        rows, desc=name.name, unit="document", disable=content.stat().st_size < BIG
-    ):
-        document = parse_document(row, f"{name}:{number}")
-        places.extend((start, size))
-        prints += _print(*document.key) + _passage(document)
-    if not places:
-        raise UserError(f"{name}: holds no documents")
-    table = np.empty(len(places) // 2, ROW)
-    table["start"], table["size"] = np.frombuffer(places, np.int64).reshape(-1, 2).T
-    table["key"], table["passage"] = np.frombuffer(prints, PRINT).reshape(-1, 2).T
-    return table[np.sort(np.unique(table["key"], return_index=True)[1])]
+def _scan(content: Path, name: Path, table: Path, about: dict[str, Any]) -> None:
+    """Write a row for each distinct document; a malformed line is refused by the name of the file that was given."""
+    lines = progress(jsonl_rows(content, name), desc=name.name, unit="document", disable=content.stat().st_size < BIG)
+    with atomic_file(table) as temporary, temporary.open("w+b") as file:
+        file.seek(HEADER)
+        for number, start, size, value in lines:
+            document = parse_document(value, f"{name}:{number}")
+            prints = _print(*document.key) + _passage(document) + _print(normalize(document.page_content))
+            file.write(struct.pack("<qq", start, size) + prints)
+        file.flush()
+        if file.tell() == HEADER:
+            raise UserError(f"{name}: holds no documents")
+        rows = np.memmap(file, ROW, "r+", HEADER)
+        first = np.sort(np.unique(rows["key"], return_index=True)[1])
+        if len(first) < len(rows):
+            rows[: len(first)] = rows[first]
+        file.truncate(HEADER + len(first) * ROW.itemsize)
+        file.seek(0)
+        file.write(json.dumps(about | {"documents": len(first)}).encode().ljust(HEADER))
 
 
 def _unpack(path: Path, content: Path) -> None:
@@ -172,20 +195,20 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     """
     golds = [gold for example in examples for gold in example.gold_docs]
     there = Places(keys_of(documents))(keys_of(golds)) >= 0
-    missing = {gold.key: normalize(gold.page_content) for gold, known in zip(golds, there, strict=True) if not known}
+    missing = {gold.key: gold for gold, known in zip(golds, there, strict=True) if not known}
     if not missing:
         return examples
-    texts = set(missing.values())
-    same = {text: document for document in documents if (text := normalize(document.page_content)) in texts}
-    lost = [key for key, text in missing.items() if text not in same]
+    places = Places(normalized_of(documents))(normalized_of(list(missing.values()))).tolist()
+    same = {key: documents[place] for key, place in zip(missing, places, strict=True) if place >= 0}
+    lost = [key for key in missing if key not in same]
     named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
     told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
     told += "there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
     return [
-        replace(e, gold_docs=tuple(same.get(missing.get(d.key, ""), d).graded(d.gain) for d in e.gold_docs))
-        for e in examples
+        replace(example, gold_docs=tuple(same.get(gold.key, gold).graded(gold.gain) for gold in example.gold_docs))
+        for example in examples
     ]
 
 

@@ -66,12 +66,12 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     return TokenBatch(inputs, borders[:-1], lengths, rows, owners)
 
 
-def pad(sequences: Sequence[Sequence[int]], pad_id: int = 0) -> TokenBatch:
-    """Pad sequences on the right. [B] lists -> input_ids [B, L]"""
+def pad(sequences: Sequence[Sequence[int]]) -> TokenBatch:
+    """Pad sequences on the right, with token 0, which the mask hides. [B] lists -> input_ids [B, L]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[:, None]  # [B, L]
-    input_ids = torch.full(mask.shape, pad_id)
+    input_ids = torch.zeros(mask.shape, dtype=torch.long)
     input_ids[mask] = _joined(sequences)
     starts, rows = torch.arange(len(sequences)) * longest, mask.flatten().nonzero()[:, 0]
     return TokenBatch({"input_ids": input_ids, "attention_mask": mask.long()}, starts, lengths, rows, rows // longest)

@@ -20,6 +20,7 @@ from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.text import as_text, parse_json, without_thoughts
 
 log = logging.getLogger(__name__)
+warn_once = cache(log.warning)  # of a question that comes again and again, with each of its documents
 
 Encoded = TypeVar("Encoded")
 Prompt = TypeVar("Prompt", bound=Sized)
@@ -41,10 +42,7 @@ class DoesNotFit(UserError):
 def fitting(
     encode: Callable[..., Encoded], rows: Iterable[Any], consequence: str, say: Callable[[str], Any] = log.warning
 ) -> dict[int, Encoded]:
-    """`encode(*row)` of each row that fits, by the row's number; why another does not fit is said once.
-
-    A caller that keeps `functools.cache(log.warning)`, and passes it as `say`, says it once in all its calls.
-    """
+    """`encode(*row)` of each row that fits, by the row's number; why another does not fit is said once."""
     encoded = {}
     say_once = cache(say)
     for number, row in enumerate(rows):

@@ -4,17 +4,21 @@ import copy
 import itertools
 import json
 import logging
+import os
 import pickle
 import re
+import shutil
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from subprocess import Popen
 from types import ModuleType
 from typing import Any
 
+import numpy as np
 import pytest
 
 from rqa.data import (
@@ -24,8 +28,17 @@ from rqa.data import (
     read_examples,
     write_examples,
 )  # fmt: skip
-from rqa.documents import DocumentFile, read_documents, with_known_gold, write_documents
+from rqa.documents import (
+    Places,
+    keys_of,
+    normalized_of,
+    passages_of,
+    read_documents,
+    with_known_gold,
+    write_documents,
+)
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import atomic_file
 
 PASSAGE = {"page_content": "Arlen trades in copper.", "metadata": {"source": "guide/0"}}
 ARLEN = Document("Arlen trades in copper.", {"source": "guide/0"})
@@ -90,7 +103,7 @@ def test_localrqa_pickles_are_read(module: str, pydantic: str, tmp_path: Path, m
         first = instance(made, page_content="one", metadata={"source": "a"}, fmt_content="as it was")
         values = [first, instance(made, page_content="zwei ü 三", metadata=odd), FIELDS]
         path.write_bytes(pickle.dumps(values, protocol=protocol))
-        assert read_documents(path) == expected
+        assert list(read_documents(path)) == expected
 
 
 def test_a_pickle_that_refers_to_anything_else_is_refused_by_name_and_runs_nothing(
@@ -161,8 +174,7 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path) -> None
         "'question'": [{}, {"question": None}, {"question": ["Why?"]}],
         "'questions'": [{"questions": questions} for questions in ("Why?", [], ["Why?", 3])],
     }
-    kinds = ((read_documents, FIELDS, of_documents), (DocumentFile, FIELDS, of_documents),
-             (read_examples, {"question": "Good?"}, of_examples))  # fmt: skip
+    kinds = ((read_documents, FIELDS, of_documents), (read_examples, {"question": "Good?"}, of_examples))
     for read, good, bad in kinds:
         for reason, row in ((reason, row) for reason, rows in bad.items() for row in rows):
             content = lines(good, b"", row, good)
@@ -171,21 +183,18 @@ def test_a_malformed_row_is_named_by_file_line_and_field(tmp_path: Path) -> None
                 assert re.search(f"^3: .*{reason}", said), row
 
 
-def test_byte_order_marks_blank_lines_and_windows_line_ends_are_accepted_also_in_a_database_on_disk(
-    tmp_path: Path,
-) -> None:
+def test_byte_order_marks_blank_lines_and_windows_line_ends_are_accepted(tmp_path: Path) -> None:
     path, expected = tmp_path / "documents.jsonl", [Document(text) for text in ("one", "zwei ü", "三", "four")]
     rows = [json.dumps({"page_content": document.page_content}, ensure_ascii=False) for document in expected]
     for start, newline, end in itertools.product(["", "\ufeff"], ["\n", "\r\n", "\n\n \t\n"], ["", "\n"]):
         path.write_bytes((start + newline.join(rows) + end).encode())
-        lazily = DocumentFile(path)
-        assert read_documents(path) == list(lazily) == expected
-        assert (lazily[-1], lazily[1:3]) == (expected[-1], expected[1:3])
+        read = read_documents(path)
+        assert (list(read), read[-1], read[1:3]) == (expected, expected[-1], expected[1:3])
 
 
 def test_a_file_that_is_missing_or_holds_nothing_is_an_error(tmp_path: Path) -> None:
     for read, blank, what in (
-        (read_documents, "\ufeff", "documents"), (DocumentFile, "\n", "documents"),
+        (read_documents, "\ufeff", "documents"),
         (read_examples, '{"question": " "}', "examples"),
     ):  # fmt: skip
         for content in ("", "\n\n", blank):
@@ -213,6 +222,81 @@ def test_repeated_documents_are_kept_once_where_they_first_stand(tmp_path: Path)
     content = [{"page_content": text, "metadata": {"source": source, "n": n}} for n, (source, text) in enumerate(rows)]
     (tmp_path / "documents.jsonl").write_bytes(lines(*content))
     assert [document.metadata["n"] for document in read_documents(tmp_path / "documents.jsonl")] == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("name", ["documents.jsonl", "documents.jsonl.gz", "documents.pkl"])
+def test_an_open_database_stays_what_it_was_and_a_changed_file_is_read_anew(
+    name: str, documents: list[Document], tmp_path: Path
+) -> None:
+    path = tmp_path / name
+
+    def put(written: list[Document]) -> None:
+        with atomic_file(path) as temporary:
+            write_documents(tmp_path / f"written{path.suffix}", written)
+            rows = [document.to_json() for document in written]
+            made = pickle.dumps(rows) if name.endswith("pkl") else (tmp_path / f"written{path.suffix}").read_bytes()
+            temporary.write_bytes(made)
+
+    put(documents)
+    opened = read_documents(path)
+    state = path.stat()
+    put([*documents[1:], documents[0]])  # as many bytes
+    os.utime(path, ns=(state.st_atime_ns, state.st_mtime_ns))
+    assert list(opened) == documents
+    for copied in (read_documents(path), pickle.loads(pickle.dumps(opened)), copy.deepcopy(opened)):
+        assert list(copied) == [*documents[1:], documents[0]]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(opened.__getitem__, [*range(24)] * 9)) == documents * 9
+    put(documents[:3])
+    assert len(read_documents(path)) == 3
+
+
+def test_a_table_that_lies_is_found_out_and_made_anew_and_a_file_of_that_name_is_left_alone(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, table, cache = tmp_path / "documents.jsonl", tmp_path / "documents.jsonl.table", tmp_path / "cache"
+    write_documents(path, documents)
+    read_documents(path)
+    whole = table.read_bytes()
+    table.write_bytes(whole[:-100])
+    assert (list(read_documents(path)), table.read_bytes()) == (documents, whole)
+    for bad in (b"\0" * 8, b"\xff" * 8):  # a document's first byte, and its size
+        for place in (256 + 64, 256 + 72):
+            table.write_bytes(whole[:place] + bad + whole[place + 8 :])
+            with pytest.raises(UserError, match=r"documents\.jsonl: has changed .* start again"):
+                list(read_documents(path))
+            assert list(read_documents(path)) == documents
+    path.write_bytes(path.read_bytes().replace(b"harbour", b"market "))  # while it is open, in place
+    assert "market " in read_documents(path)[0].page_content
+    with open(path) as file:
+        assert len(read_documents(f"/dev/fd/{file.fileno()}")) == 24  # the very table
+    assert not cache.exists()
+    table.write_bytes(b"somebody's")
+    for _ in range(2):
+        assert len(read_documents(path)) == 24
+    assert table.read_bytes() == b"somebody's"
+    shutil.rmtree(cache)
+    table.unlink()
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    assert len(read_documents(path)) == 24
+    assert [entry.suffix for entry in (cache / "documents").iterdir()] == [".table"]
+    assert not table.exists()
+
+
+def test_fingerprints_are_those_of_the_documents_and_places_are_the_first(
+    documents: list[Document], tmp_path: Path
+) -> None:
+    others = [replace(ARLEN, formatted="Mine."), replace(ARLEN, metadata={"source": "b"}), replace(BRASK, formatted="")]
+    found = [ARLEN, *others, Document("arlen  trades in COPPER.", {"source": "guide/0"})]
+    equal = {kind: np.unique(kind(found), return_inverse=True)[1] for kind in (keys_of, passages_of, normalized_of)}
+    same = {kind: [[*row].index(number) for number in row] for kind, row in equal.items()}
+    assert same == {keys_of: [0, 0, 2, 3, 4], passages_of: [0, 1, 2, 3, 4], normalized_of: [0, 0, 0, 3, 0]}
+    write_documents(tmp_path / "documents.jsonl", documents)
+    read = read_documents(tmp_path / "documents.jsonl")
+    for kind in equal:
+        assert (kind(read) == kind(documents)).all()
+    assert Places(np.array([b"b", b"a", b"b"]))(np.array([b"a", b"b", b"c"])).tolist() == [1, 0, -1]
+    assert Places(keys_of([]))(keys_of([ARLEN])).tolist() == [-1]
 
 
 def test_a_row_holds_question_answers_history_and_passages_and_all_but_the_question_may_be_absent(
@@ -308,7 +392,7 @@ def test_documents_and_examples_are_read_back_as_they_were_written(
     first, again = tmp_path / "deeper" / "first.jsonl", tmp_path / "again.jsonl"
     for write, read, written in ((write_documents, read_documents, difficult), (write_examples, read_examples, asked)):
         write(first, written)
-        assert read(first) == written
+        assert list(read(first)) == written
         assert first.read_bytes().count(b"\n") == len(written)
         assert first.read_bytes().count(b"fmt_content") == (1 if write is write_documents else 0)  # else it is derived
         write(again, read(first))

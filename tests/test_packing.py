@@ -3,21 +3,19 @@
 import itertools
 import random
 from collections.abc import Sequence
-from functools import partial
 
 import torch
 import pytest
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from rqa.models.causal_lm import answer_logits, load_causal_lm
 from rqa.models.encoder_decoder import FiDSequence, fid_batch
+from rqa.models.loading import load_causal_lm
+from rqa.models.reader import answer_logits
 from rqa.packing import Collate, answer_batch, pack, pad, token_budget_batches
 from rqa.prompts import TokenSequence
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]
-PAD_ID = 99
-pad_99 = partial(pad, pad_id=PAD_ID)
-packed_and_padded = pytest.mark.parametrize("collate", [pack, pad_99])
+packed_and_padded = pytest.mark.parametrize("collate", [pack, pad])
 
 
 def random_sequences(count: int, vocabulary: int, seed: int) -> list[TokenSequence]:
@@ -34,14 +32,14 @@ def naive_rows(model: PreTrainedModel, sequences: Sequence[TokenSequence]) -> to
 
 
 def test_packing_lays_sequences_end_to_end_and_padding_is_on_the_right_and_masked() -> None:
-    packed, padded = pack(SEQUENCES).inputs, pad(SEQUENCES, PAD_ID).inputs
+    packed, padded = pack(SEQUENCES).inputs, pad(SEQUENCES).inputs
     assert packed["input_ids"].tolist() == [[5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]]
     assert packed["position_ids"].tolist() == [[0, 1, 2, 0, 0, 1, 2, 3, 4, 0, 1]]
     assert packed["cu_seq_lens_q"].tolist() == packed["cu_seq_lens_k"].tolist() == [0, 3, 4, 9, 11]
     assert packed["cu_seq_lens_q"].dtype == torch.int32  # flash-attn takes no other
     assert packed["max_length_q"] == packed["max_length_k"] == 5
     assert "attention_mask" not in packed
-    assert padded["input_ids"].tolist() == [s + [PAD_ID] * (5 - len(s)) for s in SEQUENCES]
+    assert padded["input_ids"].tolist() == [s + [0] * (5 - len(s)) for s in SEQUENCES]
     assert padded["attention_mask"].tolist() == [[1] * len(s) + [0] * (5 - len(s)) for s in SEQUENCES]
 
 
@@ -82,7 +80,7 @@ def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Col
     assert (batch.weight, batch.num_tokens, batch.indices) == (3, 16, (4, 5, 6))
 
 
-@pytest.mark.parametrize("collate", [pack, pad, pad_99])
+@packed_and_padded
 def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_in_any_order(
     collate: Collate, lm_path: str
 ) -> None:

@@ -10,13 +10,19 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import faiss
+import numpy as np
 import pytest
 from torch import Tensor
+from divided_index import FACTORIES, search_all
 from openai_server import serve
 from safetensors.torch import load_file
 from trainers import TORCHRUN, history, scores
 
 from rqa.data import Example, write_examples
+from rqa.documents import read_documents, write_documents
+from rqa.models.encoder import load_encoder
+from rqa.retrieval.retriever import Retriever
 
 HERE = Path(__file__).parent
 TRAINERS = {
@@ -89,6 +95,11 @@ def two(paths: dict[str, str]) -> Path:
     background = flags("rpg", 2, paths, output_dir=f"{root}/background", max_steps=30, eval_strategy="no",
                        logging_steps=1, refresh_async="true", refresh_step=1)  # fmt: skip
     jobs += [("train_swr", again), ("train_rpg", background)]
+    jobs += [("../tests/divided_index.py", {"output": f"{root}/divided"})]
+    write_documents(root.parent / "fewer.jsonl", list(read_documents(paths["DOCUMENTS"]))[::2])
+    for database in (root.parent / "fewer.jsonl", paths["DOCUMENTS"]):
+        index = {"document_path": database, "index_path": f"{root}/index", "update": "true", "dtype": "float32"}
+        jobs += [("build_index", {"embedding_model": paths["ENCODER"]} | index)]
     served = {"embedding_model_name_or_path": "bm25", "document_path": paths["DOCUMENTS"], "gen_gpt4eval": "true"}
     served |= {"eval_data_path": f"{paths['ROOT']}/test.jsonl", "judge_model": "tiny", "output_dir": f"{root}/served"}
     command = [*TORCHRUN, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
@@ -96,11 +107,34 @@ def two(paths: dict[str, str]) -> Path:
     with serve() as server:
         server.say = lambda messages: '{"verdict": "correct"}' if messages[0]["role"] == "system" else "So."
         served |= {"qa_model_name_or_path": f"openai::{server.url}", "judge_base_url": server.url}
-        (root.parent / "jobs.json").write_text(json.dumps([*jobs, ("evaluate_rqa", served)]))
+        (root.parent / "jobs.json").write_text(json.dumps([*jobs, ("evaluate_rqa", served)], default=str))
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-6000:]
     (root / "served/asked.json").write_text(json.dumps(server.of("chat/completions")))
     return root
+
+
+def test_two_processes_divide_an_index_and_find_what_one_finds(
+    two: Path, paths: dict[str, str], tmp_path: Path
+) -> None:
+    """Ids and scores, equals too; and what they save is the whole."""
+    search_all(tmp_path)
+    ours, theirs = (np.load(each / "found.npz") for each in (tmp_path, two / "divided"))
+    for name in ours.files:
+        np.testing.assert_array_equal(ours[name], theirs[name], err_msg=name)
+    for factory in FACTORIES:
+        kept = [faiss.read_index(str(each / factory / "index.faiss")) for each in (tmp_path, two / "divided")]
+        assert kept[0].ntotal == kept[1].ntotal == 2000
+    kept = [np.load(each / "Flat/passages.npy") for each in (tmp_path, two / "divided")]
+    np.testing.assert_array_equal(*kept)
+    retriever = Retriever(load_encoder(paths["ENCODER"]), read_documents(paths["DOCUMENTS"]))
+    stamp, found = retriever.stamp(), []
+    for path in (None, two / "index"):  # which two processes built of half the documents, and then updated
+        found.append(retriever.open(path).retrieve(["copper", "amber", "Who founded it?"], 10))
+    assert retriever.index.stamp == stamp
+    assert retriever.index.version != stamp
+    np.testing.assert_array_equal(found[0].ids, found[1].ids)
+    np.testing.assert_allclose(found[0].scores, found[1].scores, atol=1e-6)
 
 
 def weights(path: Path) -> dict[str, Tensor]:

@@ -12,9 +12,8 @@ from sentence_transformers import SentenceTransformer
 from trainers import Flags, Run, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, read_examples, write_examples
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.objectives.ctl import Contrastive
 from rqa.objectives.rpg import Distillation
 from rqa.objectives.teacher import AnswerScorer, Pair

@@ -1,4 +1,4 @@
-"""Questions to any OpenAI-compatible server: many at once, each reply kept when it comes."""
+"""Questions to any OpenAI-compatible server, many at once, each reply kept when it comes; and the scorer behind one."""
 
 import asyncio
 import json
@@ -6,13 +6,16 @@ import logging
 import os
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import aclosing, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, NamedTuple
 
+from rqa.models.loading import load_tokenizer
 from rqa.models.reader import Answer
+from rqa.objectives.teacher import NOT_TOLD_APART, Pair
+from rqa.prompts import Prompter, fitting, warn_once
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError, one_line, without_credentials
@@ -341,11 +344,6 @@ def _log_probability(value: Any) -> float:
     return value
 
 
-def estimated_tokens(text: str) -> int:
-    """About how many tokens a text has, where the tokenizer stays with its server."""
-    return -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
-
-
 def check_price(flag: str, price: Sequence[float]) -> None:
     if len(price) not in (0, 2) or min(price, default=0) < 0:
         raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
@@ -353,7 +351,50 @@ def check_price(flag: str, price: Sequence[float]) -> None:
 
 def cost(asked: str, conversations: Sequence[list[dict[str, str]]], reply_tokens: int, price: Sequence[float]) -> str:
     """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
-    given = sum(estimated_tokens(turn["content"]) for turns in conversations for turn in turns)
+    given = sum(len(EstimatedTokens().encode(turn["content"])) for turns in conversations for turn in turns)
     written = reply_tokens * len(conversations)
     dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
     return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"
+
+
+class EstimatedTokens:
+    """Counts in place of a `Prompter`'s tokenizer: a token every three bytes of UTF-8."""
+
+    chat_template = bos_token_id = None
+    eos_token_id, eos_token = 0, ""
+    all_special_ids: tuple[int, ...] = ()
+    added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """As many ids as the text probably has tokens; they mean nothing."""
+        return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)
+
+
+class EndpointScorer:
+    """What `AnswerScorer` computes, from a server that returns the log-probabilities of a prompt.
+
+    The server tokenizes prompt and answer in one piece: where its tokenizer merges across their border, scores differ
+    slightly from those of a local model.
+    """
+
+    def __init__(self, endpoint: Endpoint, prompter: Prompter) -> None:
+        self.endpoint, self.prompter = endpoint, prompter
+
+    def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
+        rows = ((pair.example, [pair.document], pair.example.gold_answer) for pair in pairs)
+        texts = fitting(self.prompter.text, rows, NOT_TOLD_APART, warn_once)
+        scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
+        known = dict(zip(texts, scores, strict=True))
+        scored = {number: score for number, score in known.items() if score is not None}
+        for number in known.keys() - scored.keys():  # refused: as its others
+            near = [score for i, score in scored.items() if pairs[i].example is pairs[number].example]
+            known[number] = sum(near) / max(len(near), 1)
+        return [(position, known.get(position) or 0.0) for position in range(len(pairs))]
+
+
+def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
+    """The scorer at `--lm_model_path openai::URL` (`TeacherArguments`), and what tells its model from others."""
+    endpoint, name = Endpoint(flags.lm_model_path, flags), flags.lm_tokenizer
+    tokenizer = load_tokenizer(name, flags.trust_remote_code) if name else EstimatedTokens()
+    scorer = EndpointScorer(endpoint, Prompter(tokenizer, flags.lm_prompt(tokenizer)))
+    return scorer, fingerprint(endpoint.base_url, endpoint.model)

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rqa.data import parse_document, parse_example
+from rqa.data import parse_example
 from rqa.evaluation.metrics import answer_statistics, bleu, bleu_samples
 from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
 from rqa.evaluation.results import difference_intervals, interval
@@ -65,9 +65,9 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
     sides: tuple[dict[Any, list[Row]], ...] = (defaultdict(list), defaultdict(list))
     for side, rows in zip(sides, (first, second), strict=True):
         for row in rows:
-            turns = tuple((turn["speaker"], turn["message"]) for turn in row.get("chat_history") or ())
-            gold = frozenset(parse_document(value, "field 'gold_docs'").key for value in row.get("gold_docs") or ())
-            side[row["question"], turns, gold, row.get("gold_answer")].append(row)
+            asked = parse_example(row, "a prediction")[0]
+            gold = frozenset(document.key for document in asked.gold_docs)
+            side[asked.question, asked.chat_history, gold, asked.gold_answer].append(row)
     for name, ours, theirs in (("A", *sides), ("B", *sides[::-1])):
         if extra := [rows[0]["question"] for key, rows in ours.items() if len(rows) > len(theirs.get(key, ()))]:
             said = f"{len(extra)} only in {name}, such as {extra[0][:80]!r}; evaluate both on the same file"

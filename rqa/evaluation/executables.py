@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ from rqa.evaluation.results import Scores
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Hits, PassageRetriever
+from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, fingerprint
 from rqa.runtime.flags import RESULTS, flag
 
@@ -37,12 +39,16 @@ class EvaluationDataArguments(DocumentArguments):
 
 
 def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:
-    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else."""
+    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else.
+
+    Every process calls it: they search an index together, and each asks its share of the questions.
+    """
     queries = list(map(retrieval_query, examples))
-    for query in queries[:WARM_UP]:
-        retriever.retrieve([query], k)
-    single = [seconds(lambda query=query: retriever.retrieve([query], k)) for query in queries[:TIMED_QUESTIONS]]
-    together = seconds(lambda: retriever.retrieve(queries, k))
+    alone = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
+    for query in alone[:WARM_UP]:
+        retriever.retrieve(query, k)
+    single = [seconds(partial(retriever.retrieve, query, k)) for query in alone]
+    together = seconds(partial(retriever.retrieve, distributed.share(queries), k))
     speed = latencies(single) | {"questions_per_second": len(queries) / together}
     return {f"retr/{name}": value for name, value in speed.items()}
 

@@ -69,11 +69,6 @@ def bleu(statistics: Sequence[int]) -> float:
     return sacrebleu.BLEU.compute_bleu(counts, totals, length, wanted, smooth_method="exp").score / 100
 
 
-def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
-    """sacreBLEU over all answers together, divided by 100."""
-    return bleu(np.sum([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)], axis=0))
-
-
 def answer_statistics(rows: Rows) -> list[list[int]]:
     """What BLEU needs of each generated answer. [n, 10]"""
     both = [row for row in rows if "generated_answer" in row and "gold_answer" in row]

@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -34,6 +35,8 @@ from rqa.runtime.text import as_text
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
+TEXTS_AT_ONCE = 1000  # whose encodings are held: 15 KiB a text and more, beside its ids
+TOKENIZING = threading.Lock()  # a tokenizer's truncation is its state: threads take turns
 SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
 POOLING, DENSE, LAYER_NORM, NORMALIZE = "1_Pooling", "2_Dense", "3_LayerNorm", "2_Normalize"
@@ -100,9 +103,9 @@ class Encoder(nn.Module):
         self.tokenizer, self.settings = tokenizer, settings
         self.passage_encoder = passage_encoder and passage_encoder.requires_grad_(False).eval()
         self.max_batch_tokens = max_batch_tokens
-        self.collate = choose_collate(backbone, tokenizer.pad_token_id, precision)
+        self.collate = choose_collate(backbone, precision)
         self._as_text = as_text(tokenizer)
-        self._counted: dict[str, int] = {}  # queries and passages among which those that are cut were counted
+        self._counts: dict[str, list[int]] = {}  # queries and passages: seen, cut, and seen when that was told
 
     @property
     def passage_side(self) -> "Encoder":
@@ -145,15 +148,20 @@ class Encoder(nn.Module):
         return self._tokenize("passage", texts, self.settings.passage_prefix, self.settings.max_passage_length)
 
     def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
-        if not texts:
-            return []
-        found = self.tokenizer([prefix + self._as_text(text) for text in texts], truncation=True, max_length=most)
-        rows, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
-        cut = sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(rows))
-        if cut and len(texts) > self._counted.get(kind, 0):
-            self._counted[kind] = len(texts)
-            counted = f"{cut} of {len(texts)} texts"
-            log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", counted, kind, most)
+        rows: list[list[int]] = []
+        counts = self._counts.setdefault(kind, [0, 0, 0])
+        for start in range(0, len(texts), TEXTS_AT_ONCE):
+            with TOKENIZING:
+                asked = [prefix + self._as_text(text) for text in texts[start : start + TEXTS_AT_ONCE]]
+                found = self.tokenizer(asked, truncation=True, max_length=most)
+            ids, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
+            counts[0] += len(ids)
+            counts[1] += sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(ids))
+            rows += ids
+        if counts[1] and counts[0] >= 10 * counts[2]:
+            counts[2] = counts[0]
+            told = f"{counts[1]} of the first {counts[0]} texts"
+            log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", told, kind, most)
         return rows
 
     def forward(self, batch: TokenBatch) -> Tensor:

@@ -27,7 +27,7 @@ from rqa.models.reader import GenerationArguments, LocalReader, generate
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
-from rqa.runtime.flags import Arguments, flag
+from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 from rqa.runtime.text import as_text
 
@@ -41,7 +41,7 @@ LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its l
 
 
 @dataclass(kw_only=True)
-class PassagePromptArguments(Arguments):
+class EncoderDecoderArguments(LoadingArguments):
     """How an encoder-decoder is asked, passage by passage."""
 
     prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
@@ -52,7 +52,7 @@ class PassagePromptArguments(Arguments):
 
 
 @dataclass(kw_only=True)
-class FiDPromptArguments(PassagePromptArguments):
+class FiDPromptArguments(EncoderDecoderArguments):
     """How long an encoder-decoder's answers are."""
 
     max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
@@ -73,7 +73,7 @@ class FiDPrompter:
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
     def __init__(
-        self, tokenizer: Any, arguments: PassagePromptArguments | None = None, start_token: int | None = None
+        self, tokenizer: Any, arguments: EncoderDecoderArguments | None = None, start_token: int | None = None
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
         self.as_text = as_text(tokenizer)
@@ -153,11 +153,6 @@ def fid_batch(
     return FiDBatch(parts, in_order, owners, labels, positions, max(map(len, lengths)), tuple(indices))
 
 
-@dataclass(kw_only=True)
-class EncoderDecoderArguments(LoadingArguments, PassagePromptArguments):
-    """How an encoder-decoder is loaded and asked."""
-
-
 def load_encoder_decoder(
     path: str, flags: EncoderDecoderArguments, dtype: torch.dtype | None = None, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
@@ -226,9 +221,9 @@ class FiD(WholePass):
 
     whole_passes = ("generate",)
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, precision: torch.dtype | None = None) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.collate = model, loading.choose_collate(model.get_encoder(), precision)
 
     def forward(self, batch: FiDBatch) -> tuple[Tensor, Tensor]:
         """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
@@ -247,10 +242,9 @@ class FiD(WholePass):
 class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
-    def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments, collate: Collate) -> None:
+    def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments) -> None:
         filler = FiDSequence([[prompter.end_token]], [])
         super().__init__(fid, prompter, flags, filler, prompter.arguments.max_decoder_seq_length)
-        self.collate = collate
 
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
@@ -260,7 +254,7 @@ class FiDReader(LocalReader):
         fid, end = self.model, self.prompter.end_token
         config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
-            batch = fid_batch(prompts, self.collate, max_tokens=self.max_batch_tokens).to(fid.model.device)
+            batch = fid_batch(prompts, fid.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
             answers = fid.generate(batch, config).tolist()
         return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
 

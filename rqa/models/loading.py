@@ -33,7 +33,6 @@ from rqa.runtime.parallelize import assembled
 log = logging.getLogger(__name__)
 disable_progress_bar()
 
-ADAPTER_CONFIG = "adapter_config.json"
 # Names of tensors that decide nothing here: poolers, BERT's next-sentence head, and buffers that were saved once.
 NOT_READ = r"(^|\.)pooler\.|seq_relationship|position_ids$|inv_freq$|\b(attn|attention)\.(masked_)?bias$"
 # Names in a configuration, of a model or of adapters, that decide no output.
@@ -89,9 +88,6 @@ def load_model(
     if flags.use_flash_attention and not is_flash_attn_2_available():
         cure = 'pip install "rqa[flash]" on a CUDA machine, or leave the flag out'
         raise UserError(f"--use_flash_attention true: flash-attn is not installed or finds no CUDA device; {cure}")
-    adapted = Path(path, config.get("subfolder", ""), ADAPTER_CONFIG).exists()
-    if adapted:
-        _require_peft(f"model {path}: is a LoRA adapter")
     if problem := distributed.from_main(damage(path) if distributed.is_main() and is_complete(path) else None):
         raise UserError(f"model {path}: {problem}; copy it again, or take another checkpoint")
     reserve = main_only and not distributed.is_main()
@@ -101,7 +97,7 @@ def load_model(
     config |= {"output_loading_info": True, "ignore_mismatched_sizes": True}
     kind = model_class(auto_class, load_config(path, flags.trust_remote_code))
     with nullcontext() if main_only else distributed.in_turn(), _reading(path):
-        load = partial(kind.from_pretrained, base_of(path) if adapted else path, **config)
+        load = partial(kind.from_pretrained, base := base_of(path), **config)
         try:
             model, found = load(attn_implementation=attention)
             # A model that computes attention itself adds the mask to its scores, and ours is true and false.
@@ -111,7 +107,7 @@ def load_model(
         if not known:
             model, found = load(attn_implementation="eager")
         check_checkpoint(model, found, new_layers)
-        if adapted:
+        if base != path:
             found = model.load_adapter(path, dtype=dtype, ignore_mismatched_sizes=True).to_dict()
             check_checkpoint(model, found)
         if reserve:
@@ -124,6 +120,13 @@ def load_model(
         if reason := distributed.from_main(probed and _refusal(model)):
             raise UserError(f"model {path}: cannot be run: {reason}")
     return model
+
+
+def load_causal_lm(
+    path: str, flags: LoadingArguments = FLOAT32, dtype: torch.dtype | None = None, main_only: bool = False
+) -> PreTrainedModel:
+    """A decoder from a directory or hub name; the arguments are those of `load_model`."""
+    return load_model(transformers.AutoModelForCausalLM, path, flags, dtype, main_only)
 
 
 def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:
@@ -154,8 +157,7 @@ def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: 
 def _refusal(model: PreTrainedModel) -> str | None:
     """Why a padded batch cannot be computed: attention caps scores, or its layers do not fit together."""
     try:
-        batch = pad([[1] * 8, [1] * 5]).to(model.device)
-        model(**batch.inputs, **({"use_cache": False} if model.can_generate() else {}))
+        hidden_states(model, pad([[1] * 8, [1] * 5]).to(model.device))
     except Exception as error:
         return one_line(error)
     return None
@@ -163,7 +165,7 @@ def _refusal(model: PreTrainedModel) -> str | None:
 
 def base_of(path: str) -> str:
     """The model that the LoRA adapter at `path` belongs to, or else `path`."""
-    adapter = Path(path, ADAPTER_CONFIG)
+    adapter = Path(path, "adapter_config.json")
     return read_json(adapter)["base_model_name_or_path"] if adapter.exists() else path
 
 
@@ -202,18 +204,16 @@ def _reading(path: str) -> Iterator[None]:
         raise UserError(f"model {path}: cannot be loaded: {reason}") from None
 
 
-def choose_collate(model: PreTrainedModel, pad_id: int | None, precision: torch.dtype | None = None) -> Collate:
+def choose_collate(model: PreTrainedModel, precision: torch.dtype | None = None) -> Collate:
     """How batches are built: packed if that is exact in `precision` (default: what the model is in), else padded."""
     # Every process calls this; the main process decides, as its model surely has weights.
     if distributed.from_main(distributed.is_main() and batching_is_exact(model, precision)):
         return pack
     log.info("%s cannot be packed; batches are padded, sequences of similar length together", type(model).__name__)
-    # Some tokenizers' padding has no embedding.
-    padded = partial(pad, pad_id=(pad_id or 0) % len(model.get_input_embeddings().weight))
-    if distributed.is_main() and not batching_is_exact(model, precision, padded):
+    if distributed.is_main() and not batching_is_exact(model, precision, pad):
         cure = "set --max_batch_tokens 1 (in training --chunk_size 1), or take another model"
         log.warning("model %s: its results change with the padding of a batch; %s", model.name_or_path, cure)
-    return padded
+    return pad
 
 
 @torch.no_grad()
@@ -276,7 +276,7 @@ def not_finite(model: nn.Module, what: str, text: str) -> UserError:
 
 
 def freeze_pooler(model: PreTrainedModel) -> None:
-    """Freeze the layer behind BERT's last one: nothing here depends on it, and DDP would wait for its gradient."""
+    """Freeze the layer behind BERT's last one: nothing here depends on it, and the optimizer would decay it."""
     if pooler := getattr(model, "pooler", None):
         pooler.requires_grad_(False)
 
@@ -358,7 +358,8 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
         return
     if not model.name_or_path:
         raise UserError("--use_lora true: bert:: makes new layers, which must be trained whole; leave the flag out")
-    _require_peft("--use_lora true")
+    if not find_spec("peft"):
+        raise UserError('--use_lora true: peft is not installed; pip install "rqa[lora]"')
     from peft import LoraConfig, load_peft_weights, set_peft_model_state_dict
 
     if present:
@@ -385,12 +386,7 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
 
 def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:
     """The plain model that an adapter directory and its base amount to, in CPU memory."""
-    from peft import PeftConfig, PeftModel
+    from peft import PeftModel
 
-    base = kind.from_pretrained(PeftConfig.from_pretrained(str(directory)).base_model_name_or_path, dtype=torch.float32)
+    base = kind.from_pretrained(base_of(str(directory)), dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()
-
-
-def _require_peft(reason: str) -> None:
-    if not find_spec("peft"):
-        raise UserError(f'{reason}: peft is not installed; pip install "rqa[lora]"')

@@ -1,4 +1,4 @@
-"""How a local reader generates: settings, prompts of similar length together, and what an answer took."""
+"""Answers of models in this process: how they are generated, what each took, and the logits of given ones."""
 
 import inspect
 import logging
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
 
 from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
-from rqa.packing import pack, pad, token_budget_batches
+from rqa.packing import AnswerBatch, pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli
 from rqa.runtime.errors import UserError, one_line
@@ -59,10 +59,8 @@ class GenerationArguments(Arguments):
         """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
         if not self.do_sample:
             return logits.argmax(-1)
-        probabilities, tokens = (logits.float() / self.temperature).softmax(-1).sort(descending=True)  # [B, V]
-        likelier = probabilities.cumsum(-1) - probabilities
-        odds = probabilities.masked_fill(likelier >= self.top_p, 0) / torch.empty_like(likelier).exponential_()
-        return tokens.gather(-1, odds.argmax(-1, keepdim=True))[:, 0]
+        odds = TopPLogitsWarper(self.top_p)(None, logits.float() / self.temperature).softmax(-1)  # [B, V]
+        return (odds / torch.empty_like(odds).exponential_()).argmax(-1)
 
 
 def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
@@ -99,7 +97,6 @@ class LocalReader(ABC):
         self.model, self.prompter, self.flags = model, prompter, flags
         self.most = most  # tokens of an answer
         self.filler = filler  # the prompt for a sharded model when another process has more questions
-        self.max_batch_tokens = flags.generation_batch_tokens  # what the prompts of one batch may cost together
 
     def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
@@ -130,7 +127,7 @@ class LocalReader(ABC):
         answers = [Answer("", 0)] * len(prompts)
         asked = [index for index, prompt in enumerate(prompts) if prompt]
         costs = [self.cost(prompts[index]) for index in asked]
-        batches = token_budget_batches(costs, self.max_batch_tokens, padded=True)
+        batches = token_budget_batches(costs, self.flags.generation_batch_tokens, padded=True)
         with cli.progress(total=len(asked), desc="generate", unit="q", disable=not progress) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
                 batch = [asked[place] for place in chosen]
@@ -144,6 +141,16 @@ class LocalReader(ABC):
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
+
+
+def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """Next-token logits of a decoder at the answers' positions; the output layer runs on no other token. -> [N, V]"""
+    inputs = batch.tokens.inputs
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
+    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
+    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
+    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]
 
 
 def read_prompts(
@@ -223,7 +230,7 @@ class CausalLMReader(LocalReader):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
                 answers = self._decode(prompts, most, stop, self._reach)
             else:
-                turned = pad([prompt[::-1] for prompt in prompts], stop[0]).to(self.model.device).inputs
+                turned = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
                 answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
                 answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]

@@ -11,7 +11,6 @@ import random
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from functools import lru_cache
 from itertools import chain
 from pathlib import Path
 
@@ -21,8 +20,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from rqa.data import Document, Example, normalize
+from rqa.documents import normalized_of
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import contrastive
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
@@ -35,7 +35,6 @@ from rqa.runtime.flags import Arguments, flag
 log = logging.getLogger(__name__)
 
 QUERIES_AT_ONCE = 4096  # bounds the memory of their rankings
-TEXTS_KEPT = 2**18  # passages whose text's fingerprint is remembered
 
 
 @dataclass(kw_only=True)
@@ -111,37 +110,37 @@ class Contrastive(EncoderObjective):
 class Contrasts:
     """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
 
-    Negatives are sampled from `hard[number of the example]`; a batch of the same examples is the same batch. Examples
-    may bring documents that the database lacks.
+    Negatives are sampled from those mined, else from the examples' `hard_neg_docs`; a batch of the same examples is the
+    same batch. Examples may bring documents that the database lacks.
     """
 
     def __init__(
         self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
-        hard: "MinedNegatives | Sequence[Sequence[Document]]", flags: CTLArguments, seed: int,
+        mined: "MinedNegatives | None", flags: CTLArguments, seed: int,
     ) -> None:  # fmt: skip
-        unique = {document.key: document for document in documents}
         for example in examples:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
-            unique |= {d.key: d for d in (*example.gold_docs, *example.hard_neg_docs) if d.key not in unique}
-        self.examples, self.hard, self.flags, self.seed = examples, hard, flags, seed
-        self.encoder, self.ahead = encoder, not isinstance(hard, MinedNegatives)  # mined ones change between steps
-        self._numbers = {key: number for number, key in enumerate(unique)}
-        self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
-        self._passages = encoder.tokenize_passages([document.fmt_content for document in unique.values()])
+        known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
+        self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
+        hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
+        self.encoder, self.hard, self.flags, self.seed = encoder, mined or hard, flags, seed
+        self.ahead = not mined  # they change between steps
+        self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
+        self._passages = Tokens(encoder.tokenize_passages, lambda number: known[number].fmt_content)
 
     def __call__(self, indices: Sequence[int]) -> ContrastiveBatch:
         chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
-        gold = [[self._numbers[document.key] for document in self.examples[i].gold_docs] for i in indices]
+        gold = [self._gold[i] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
         pools, count = [self.hard[i] for i in indices], self.flags.num_hard_negatives
         if not count:
             pools, count = [list(chain(*pools))], math.ceil(self.flags.hard_neg_ratio * len(indices))
-        negatives = [document for pool in pools for document in chance.sample(pool, min(count, len(pool)))]
-        documents = list(dict.fromkeys([*targets, *(self._numbers[document.key] for document in negatives)]))
+        negatives = [number for pool in pools for number in chance.sample(pool, min(count, len(pool)))]
+        documents = list(dict.fromkeys([*targets, *negatives]))
         return ContrastiveBatch(
-            queries=in_chunks(self.encoder, [self._queries[i] for i in indices], size),
-            passages=in_chunks(self.encoder.passage_side, [self._passages[number] for number in documents], size),
+            queries=in_chunks(self.encoder, self._queries(indices), size),
+            passages=in_chunks(self.encoder.passage_side, self._passages(documents), size),
             documents=torch.tensor(documents),
             targets=torch.tensor(targets),
             gold=pad_sequence([torch.tensor(row) for row in gold], batch_first=True, padding_value=-1),
@@ -163,11 +162,11 @@ class NegativeChooser:
     def __init__(self, examples: Sequence[Example], documents: Sequence[Document], flags: NegativeArguments) -> None:
         self.flags = flags
         self.counts: Counter[str] = Counter()  # what was found and left out, over all rankings
-        self.text_of = lru_cache(TEXTS_KEPT)(lambda number: _normalized(documents[number].page_content))
+        self.text_of = normalized_of(documents).__getitem__
         questions = [_normalized(retrieval_query(example)) for example in examples]
-        gold: dict[str, set[str]] = {question: set() for question in questions}
+        gold: dict[str, set[bytes]] = {question: set() for question in questions}
         for question, example in zip(questions, examples, strict=True):
-            gold[question].update(_normalized(document.page_content) for document in example.gold_docs)
+            gold[question].update(normalized_of(example.gold_docs).tolist())
         self._gold = [gold[question] for question in questions]
 
     @property
@@ -181,7 +180,7 @@ class NegativeChooser:
         The ranking is of positions in the database and their scores, best first; -1 stands for none. [k], [k]
         """
         gold_score = -np.inf
-        ranked: dict[str, tuple[int, float]] = {}
+        ranked: dict[bytes, tuple[int, float]] = {}
         for number, score in zip(ids, scores, strict=True):
             if number < 0:
                 continue
@@ -213,18 +212,18 @@ class MinedNegatives:
         self._queries = [retrieval_query(example) for example in examples]
         self._found: list[list[int]] = []
 
-    def __getitem__(self, example: int) -> list[Document]:
-        return [self.retriever.documents[number] for number in self._found[example]]
+    def __getitem__(self, example: int) -> list[int]:
+        """Positions in the database."""
+        return self._found[example]
 
     def __call__(self) -> None:
         """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
-        numbers = distributed.share(range(len(self._queries)))
         found = []
-        for start in range(0, len(numbers), QUERIES_AT_ONCE):
-            part = numbers[start : start + QUERIES_AT_ONCE]
+        for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # equally often on all, as `retrieve` needs
+            part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
             hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            found += map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())
-        self._found = distributed.gather(found)
+            found += distributed.gather(list(map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())))
+        self._found = found
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
     def save(self, directory: Path) -> None:

@@ -3,10 +3,8 @@
 The objective is `rpg.Distillation`; this file holds the reader that is asked, and the passages that it is asked about.
 """
 
-import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
 from typing import Any
 
 import torch
@@ -17,17 +15,16 @@ from rqa.models import encoder_decoder
 from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import EncoderDecoderArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
+from rqa.objectives.encoding import numbered
 from rqa.objectives.losses import boost_gold
 from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
-from rqa.prompts import fitting, retrieval_query
+from rqa.prompts import fitting, retrieval_query, warn_once
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -64,19 +61,19 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 
 def find_contexts(
     flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
-) -> list[list[Document]]:
-    """The passages of each example: its `ctxs`, else what is retrieved from the database.
+) -> tuple[Sequence[Document], list[list[int]]]:
+    """All passages, and the numbers of each example's: of its `ctxs`, else of what is retrieved from the database.
 
     `model` is the encoder before training, whatever checkpoint training goes on from: a resumed run finds the same.
     """
-    contexts = [list(example.ctxs[: flags.n_context]) for example in examples]
+    known, contexts = numbered(documents, [example.ctxs[: flags.n_context] for example in examples])
     bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
         retriever = open_retriever(flags, model, documents)
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
-        for number, found in zip(bare, retriever.documents_of(hits), strict=True):
-            contexts[number] = found
-    return contexts
+        for number, found in zip(bare, hits.ids.tolist(), strict=True):
+            contexts[number] = [place for place in found if place >= 0]
+    return known, contexts
 
 
 def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher | GivenScores":
@@ -101,15 +98,14 @@ class CrossAttentionScorer:
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
         self.model = model.requires_grad_(False)
         self.prompter, self.batch_size, self.kind = prompter, batch_size, kind
-        self._warn_once = cache(log.warning)
-        self._collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
+        self._collate = choose_collate(model.get_encoder())
         encoder_decoder.observe(model)
 
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows: dict[tuple[Example, tuple[Document, ...]], list[int]] = {}
         for position, pair in enumerate(pairs):
             rows.setdefault((pair.example, pair.beside), []).append(position)
-        fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once)
+        fit = fitting(self.prompter.encode, rows, NOT_TOLD_APART, warn_once)
         unread = FiDSequence([[self.prompter.end_token]], [])
         encoded = [(fit.get(number, unread), positions) for number, positions in enumerate(rows.values())]
         encoded.sort(key=lambda row: -sum(map(len, row[0].passages)))  # similar lengths together
@@ -145,14 +141,10 @@ class ReaderScores(ScoredCandidates):
     """DCA's collate function: the contexts of each question, with `boost` those that are gold raised (`boost_gold`)."""
 
     def __init__(
-        self, examples: Sequence[Example], contexts: Sequence[Sequence[Document]], encoder: Encoder, teacher: Any,
-        temperature: float, boost: bool, chunk_size: int = 0,
+        self, examples: Sequence[Example], documents: Sequence[Document], contexts: Sequence[Sequence[int]],
+        encoder: Encoder, teacher: Any, temperature: float, boost: bool, chunk_size: int = 0,
     ) -> None:  # fmt: skip
-        documents = _distinct(document for row in contexts for document in row)
-        numbers = {document.key: number for number, document in enumerate(documents)}
-        self._rows = [[numbers[document.key] for document in _distinct(row)] for row in contexts]
-        self._gold = [{numbers.get(document.key) for document in example.gold_docs} for example in examples]
-        rows_of = lambda indices: [self._rows[i] for i in indices]  # noqa: E731
+        rows_of = lambda indices: [list(dict.fromkeys(contexts[i])) for i in indices]  # noqa: E731
         super().__init__(examples, documents, encoder, rows_of, teacher, temperature, chunk_size, together=True)
         self.boost = boost
 
@@ -161,10 +153,7 @@ class ReaderScores(ScoredCandidates):
         if not self.boost:
             return batch
         gold = torch.zeros_like(batch.teacher, dtype=torch.bool)
-        for row, i in enumerate(indices):
-            gold[row, : len(self._rows[i])] = torch.tensor([number in self._gold[i] for number in self._rows[i]])
+        for row, (i, numbers) in enumerate(zip(indices, self.choose(indices), strict=True)):
+            keys = {document.key for document in self.examples[i].gold_docs}
+            gold[row, : len(numbers)] = torch.tensor([self.documents[number].key in keys for number in numbers])
         return replace(batch, teacher=boost_gold(batch.teacher, gold))
-
-
-def _distinct(documents: Iterable[Document]) -> list[Document]:
-    return list({document.key: document for document in documents}.values())

@@ -34,10 +34,10 @@ class WholeAnswers:
     """
 
     def __init__(self, examples: Sequence[Example], collate: Callable[..., ListBatch], prompter: Prompter) -> None:
-        self.collate, end = collate, len(prompter.end_of_turn)
-        lengths = [len(prompter.encode_answer(example.gold_answer or "")) - end for example in examples]
-        self._lengths = torch.tensor(lengths).clamp(min=1)
+        self.examples, self.collate, self.prompter = examples, collate, prompter
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
         batch = self.collate(indices)
-        return replace(batch, teacher=batch.teacher * self._lengths[list(indices), None])
+        answers = [self.prompter.encode_answer(self.examples[i].gold_answer or "") for i in indices]
+        lengths = torch.tensor(list(map(len, answers))) - len(self.prompter.end_of_turn)
+        return replace(batch, teacher=batch.teacher * lengths.clamp(min=1)[:, None])

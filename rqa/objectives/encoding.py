@@ -1,16 +1,25 @@
-"""What all objectives that train an encoder share: embeddings with gradient, in chunks, and how it is saved."""
+"""What all objectives that train an encoder share: tokens when they are needed, embeddings with gradient, in chunks."""
 
-from collections.abc import Sequence
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain, islice
 from pathlib import Path
+from typing import Any
 
 import torch
+import numpy as np
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+from torch.utils.data import ConcatDataset
 
+from rqa.data import Document
+from rqa.documents import Places, keys_of
 from rqa.models.encoder import Encoder
 from rqa.packing import Batch, TokenBatch
 from rqa.runtime.flags import Arguments, flag
+
+TEXTS_KEPT = 2**17  # whose token ids are remembered, some 600 bytes each
 
 
 @dataclass(kw_only=True)
@@ -21,6 +30,35 @@ class ChunkArguments(Arguments):
 
     def check(self) -> None:
         self.check_bounds("chunk_size", at_least=0)
+
+
+class Tokens:
+    """Token ids of numbered texts, made when they are asked for, and remembered until they are too many."""
+
+    def __init__(self, tokenize: Callable[[list[str]], list[list[int]]], text: Callable[[int], str]) -> None:
+        self.tokenize, self.text = tokenize, text
+        self._known: dict[int, array[int]] = {}
+
+    def __call__(self, numbers: Sequence[int]) -> list[Sequence[int]]:
+        if len(self._known) > TEXTS_KEPT:
+            self._known.clear()
+        missing = [number for number in dict.fromkeys(numbers) if number not in self._known]
+        for number, ids in zip(missing, self.tokenize(list(map(self.text, missing))), strict=True):
+            self._known[number] = array("i", ids)
+        return [self._known[number] for number in numbers]
+
+
+def numbered(documents: Sequence[Document], rows: Sequence[Sequence[Document]]) -> tuple[Any, list[list[int]]]:
+    """The documents, behind them those of `rows` that they lack; and the place of each document of `rows` there."""
+    brought = list(chain.from_iterable(rows))
+    keys = keys_of(brought)
+    places = Places(keys_of(documents))(keys)
+    lacking = np.flatnonzero(places < 0)
+    _, first, same = np.unique(keys[lacking], return_index=True, return_inverse=True)
+    places[lacking] = len(documents) + same
+    numbers = iter(places.tolist())
+    both: Any = [documents, [brought[place] for place in lacking[first]]]
+    return ConcatDataset(both), [list(islice(numbers, len(row))) for row in rows]
 
 
 @dataclass(frozen=True)

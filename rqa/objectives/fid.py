@@ -13,15 +13,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.models import encoder_decoder
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDPrompter, FiDSequence
-from rqa.models.loading import choose_collate
+from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.reader import GenerationArguments
 from rqa.objectives.losses import answer_nll
 from rqa.objectives.swr import SwRArguments
 
 
 @dataclass(kw_only=True)
-class FiDArguments(SwRArguments, FiDPromptArguments, EncoderDecoderArguments, GenerationArguments):
+class FiDArguments(SwRArguments, FiDPromptArguments, GenerationArguments):
     """FiD's own flags."""
 
 
@@ -30,8 +29,7 @@ class FiDLikelihood(nn.Module):
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
-        self.fid, self.prompter = FiD(model), prompter
-        self.collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id, precision)
+        self.fid, self.prompter = FiD(model, precision), prompter
 
     @classmethod
     def load(cls, path: str, flags: FiDArguments) -> Self:
@@ -44,10 +42,10 @@ class FiDLikelihood(nn.Module):
         return self.fid.model
 
     def reader(self, flags: GenerationArguments) -> encoder_decoder.FiDReader:
-        return encoder_decoder.FiDReader(self.fid, self.prompter, flags, self.collate)
+        return encoder_decoder.FiDReader(self.fid, self.prompter, flags)
 
     def batch(self, sequences: Sequence[FiDSequence], indices: Sequence[int] = ()) -> encoder_decoder.FiDBatch:
-        return encoder_decoder.fid_batch(sequences, self.collate, indices)
+        return encoder_decoder.fid_batch(sequences, self.fid.collate, indices)
 
     def forward(self, batch: encoder_decoder.FiDBatch) -> tuple[Tensor, dict[str, float]]:
         """The loss summed over answer tokens, whose number is the batch's `weight`. -> []"""

@@ -15,10 +15,9 @@ import torch
 from torch import Tensor
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
-from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, in_chunks
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, retrieval_query
@@ -134,18 +133,19 @@ class RetrievedCandidates:
 
     def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples, self.retriever, self.flags = examples, retriever, flags
-        self._numbers = {document.key: number for number, document in enumerate(retriever.documents)}
+        _, gold = numbered(retriever.documents, [example.gold_docs for example in examples])
+        self._gold = [[number for number in row if number < len(retriever.documents)] for row in gold]
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database, K at most for each example. [B] lists"""
         examples = [self.examples[i] for i in indices]
         hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
-        return list(map(self._with_gold, examples, rows)) if self.flags.include_gold else rows
+        return list(map(self._with_gold, indices, rows)) if self.flags.include_gold else rows
 
-    def _with_gold(self, example: Example, found: list[int]) -> list[int]:
+    def _with_gold(self, example: int, found: list[int]) -> list[int]:
         K = self.flags.num_docs
-        gold = {self._numbers[document.key]: None for document in example.gold_docs if document.key in self._numbers}
+        gold = dict.fromkeys(self._gold[example])
         missing = [number for number in gold if number not in found]
         others = [number for number in found if number not in gold]
         dropped = set(others[max(K - len(gold), 0) :])
@@ -166,8 +166,8 @@ class ScoredCandidates:
         self.examples, self.documents, self.choose = examples, documents, choose
         self.encoder, self.chunk_size = encoder, chunk_size
         self.teacher, self.temperature, self.together = teacher, temperature, together
-        self._queries = encoder.tokenize_queries([retrieval_query(example) for example in examples])
-        self._passages = encoder.tokenize_passages([document.fmt_content for document in documents])
+        self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
+        self._passages = Tokens(encoder.tokenize_passages, lambda number: documents[number].fmt_content)
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
         """One micro-batch: column k is one and the same document for retriever and teacher."""
@@ -175,20 +175,19 @@ class ScoredCandidates:
         # An index may find nothing for anyone; the encoder still needs a passage to encode.
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}
-        shape = (len(indices), max(1, *map(len, chosen)))
-        columns = torch.zeros(shape, dtype=torch.long)  # [B, K]
-        scores = torch.full(shape, float("-inf"))  # [B, K]
+        documents = {number: self.documents[number] for number in distinct}
+        present = torch.arange(max(1, *map(len, chosen))) < torch.tensor(list(map(len, chosen)))[:, None]  # [B, K]
+        columns = torch.zeros(present.shape, dtype=torch.long)
+        scores = torch.full(present.shape, float("-inf"))
         pairs = []
         for i, numbers in zip(indices, chosen, strict=True):
-            documents = tuple(self.documents[number] for number in numbers)
-            pairs += [Pair(self.examples[i], each, documents if self.together else ()) for each in documents]
-        found = iter(self.teacher(pairs))
-        for row, numbers in enumerate(chosen):
-            columns[row, : len(numbers)] = torch.tensor([position[number] for number in numbers])
-            scores[row, : len(numbers)] = torch.tensor([next(found) for _ in numbers])
+            shown = tuple(documents[number] for number in numbers)
+            pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
+        columns[present] = torch.tensor([position[number] for row in chosen for number in row], dtype=torch.long)
+        scores[present] = torch.tensor(self.teacher(pairs), dtype=torch.float)
         return ListBatch(
-            queries=in_chunks(self.encoder, [self._queries[i] for i in indices], self.chunk_size),
-            passages=in_chunks(self.encoder.passage_side, [self._passages[n] for n in distinct], self.chunk_size),
+            queries=in_chunks(self.encoder, self._queries(indices), self.chunk_size),
+            passages=in_chunks(self.encoder.passage_side, self._passages(distinct), self.chunk_size),
             columns=columns,
             teacher=scores / self.temperature,
             indices=indices,

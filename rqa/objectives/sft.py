@@ -11,9 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import answer_logits, load_causal_lm
-from rqa.models.loading import LoadingArguments, choose_collate, load_tokenizer, within_positions
-from rqa.models.reader import CausalLMReader, GenerationArguments
+from rqa.models.loading import LoadingArguments, choose_collate, load_causal_lm, load_tokenizer, within_positions
+from rqa.models.reader import CausalLMReader, GenerationArguments, answer_logits
 from rqa.objectives.losses import answer_nll
 from rqa.packing import AnswerBatch, answer_batch
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting
@@ -45,7 +44,7 @@ class AnswerLikelihood(nn.Module):
         super().__init__()
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.model, self.prompter = model, prompter
-        self._collate = choose_collate(model, prompter.stop_ids[0], precision)
+        self._collate = choose_collate(model, precision)
 
     @classmethod
     def load(cls, path: str, flags: DecoderArguments) -> Self:

@@ -1,9 +1,7 @@
 """Frozen teachers are asked once: a score is a function of question, answer and document, and is kept."""
 
-import logging
 import math
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,15 +9,13 @@ import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import answer_logits
 from rqa.models.loading import choose_collate, evaluating, not_finite, within_positions
+from rqa.models.reader import answer_logits
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
-from rqa.prompts import Prompter, TokenSequence, fitting
+from rqa.prompts import Prompter, TokenSequence, fitting, warn_once
 from rqa.runtime.cli import progress
 from rqa.runtime.files import Store, cache_root, fingerprint
-
-log = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 256
 NOT_TOLD_APART = "its documents are not told apart"
@@ -37,7 +33,7 @@ Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]  # (position, sc
 
 
 class Teacher:
-    """A scorer whose scores are kept in memory and in a database that runs share.
+    """A scorer whose scores are kept in a database that runs share.
 
     What is asked for is scored in parts, each part one transaction. So an interruption loses at most one part, and a
     resumed run packs the others as they would have been: its scores are the same to the last bit.
@@ -48,24 +44,23 @@ class Teacher:
     def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
         self.scorer, self._identity = scorer, identity
         self._store = Store(path or cache_root() / "teacher.sqlite")
-        self._kept: dict[str, float] = {}
         self.asked = self.known = 0
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         """The score of each pair; only those never seen before are computed."""
         keys = list(map(self._key, pairs))
-        self._kept |= self._store.get({key for key in keys if key not in self._kept})
+        kept = self._store.get(set(keys))
         self.asked += len(pairs)
-        self.known += sum(key in self._kept for key in keys)
+        self.known += sum(key in kept for key in keys)
         for part in _parts(pairs):
-            missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in self._kept}
+            missing = {key: pair for key, pair in zip(keys[part], pairs[part], strict=True) if key not in kept}
             names = list(missing)
             scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
             if bad := [missing[name] for name, value in scores.items() if not math.isfinite(value)]:
                 raise not_finite(getattr(self.scorer, "model", torch.nn.Module()), "score", bad[0].example.question)
-            self._kept |= scores
+            kept |= scores
             self._store.put(scores)
-        return [self._kept[key] for key in keys]
+        return [kept[key] for key in keys]
 
     @property
     def hit_rate(self) -> float:
@@ -103,13 +98,12 @@ class AnswerScorer:
         self.model = model.requires_grad_(False)
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
         self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
-        self._warn_once = cache(log.warning)  # a question comes with each of its documents
-        self._collate = choose_collate(model, prompter.stop_ids[0])
+        self._collate = choose_collate(model)
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows = [(pair.example, [pair.document], pair.example.gold_answer) for pair in pairs]
-        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, self._warn_once), self.prompter.end_of_turn
+        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, warn_once), self.prompter.end_of_turn
         unread = TokenSequence(end * 2 + end, 1)  # stands for what does not fit
         sequences = [encoded.get(number, unread) for number in range(len(pairs))]
         # Without the end of the turn: the answer's own tokens count.

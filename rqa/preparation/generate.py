@@ -7,16 +7,18 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
-from random import Random
 from typing import Any
 
+import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
+from rqa.documents import normalized_of
 from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
-from rqa.models.causal_lm import load_causal_lm
-from rqa.models.loading import LoadingArguments, load_tokenizer, model_fingerprint
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
@@ -228,25 +230,28 @@ def conversation(template: str, **fields: str) -> Conversation:
 
 def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> dict[str, list[Document]]:
     """Passages of each split, in the database's order; no text, or no source, is in two of them."""
-    distinct: dict[str, int] = {}
-    for number, document in enumerate(documents):
-        if len(words(document.page_content)) >= flags.min_passage_words:
-            distinct.setdefault(normalize(document.page_content), number)
-    groups: dict[Any, list[int]] = {}
-    for number in distinct.values():
-        group = number if flags.split_by == "passage" else repr(documents[number].metadata.get("source", number))
-        groups.setdefault(group, []).append(number)
-    shuffled = list(groups.values())
-    Random(flags.seed).shuffle(shuffled)
+    distinct = np.sort(np.unique(normalized_of(documents), return_index=True)[1])  # positions of the T texts. [T]
+    groups = np.arange(len(distinct))
+    if flags.split_by == "source":
+        sources = (repr(documents[number].metadata.get("source", number)) for number in distinct.tolist())
+        prints = np.fromiter((fingerprint(source)[:16].encode() for source in sources), "S16")
+        groups = np.unique(prints, return_inverse=True)[1]
+    shuffled = np.random.default_rng(flags.seed).permutation(len(distinct))[groups]
+    # Only passages that may be chosen are read: a database can be much larger than its sample.
+    drawn = ((shuffled[at], int(distinct[at])) for at in np.argsort(shuffled, kind="stable"))
+    long_enough = (at for at in drawn if len(words(documents[at[1]].page_content)) >= flags.min_passage_words)
+    each_group = ([number for _, number in found] for _, found in groupby(long_enough, itemgetter(0)))
     chosen: dict[str, list[Document]] = {}
+    read = 0
     for split, size in flags.sizes.items():
         numbers: list[int] = []
         while len(numbers) < size:
-            if not shuffled:
-                has = f"{len(distinct)} distinct passages of --min_passage_words {flags.min_passage_words} or more"
+            if not (more := next(each_group, [])):
+                has = f"{read} distinct passages of --min_passage_words {flags.min_passage_words} or more"
                 few = f"too few for {sum(flags.sizes.values())} in all; lower --num_..._passages"
                 raise UserError(f"--num_{split}_passages {size}: the database has {has}, {few}")
-            numbers += shuffled.pop()
+            read += len(more)
+            numbers += more
         chosen[split] = [documents[number] for number in sorted(numbers[:size])]
     return chosen
 
@@ -259,7 +264,7 @@ def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int)
     """
     if not examples:
         return []
-    found = retriever.documents_of(retriever.retrieve(list(map(retrieval_query, examples)), k))
+    found = retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), k))
     texts = [{normalize(document.page_content) for document in documents} for documents in found]
     pairs = zip(examples, texts, strict=True)
     return [example for example, near in pairs if normalize(example.gold_docs[0].page_content) in near]

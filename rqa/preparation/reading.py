@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import LONGEST, read_jsonl, reading
-from rqa.runtime.text import finite, parse_json
+from rqa.runtime.files import read_jsonl, reading
+from rqa.runtime.text import LONGEST, finite, parse_json
 
 START = 1 << 20  # characters read at once; the first ones tell an array from lines
 _BETWEEN = re.compile(r"\[\s*|\}\s*(?:,\s*|(?=\]))|")  # empty where a comma is missing

@@ -4,11 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rqa.data import Document, Example
-from rqa.endpoint.client import Endpoint, EndpointArguments, is_endpoint
-from rqa.endpoint.scorer import EstimatedTokens
-from rqa.models.causal_lm import load_causal_lm
-from rqa.models.encoder_decoder import EncoderDecoderArguments, FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
-from rqa.models.loading import choose_collate, load_config, load_tokenizer
+from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
+from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
+from rqa.models.loading import load_causal_lm, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting
@@ -17,7 +15,7 @@ from rqa.runtime.errors import UserError
 
 
 @dataclass(kw_only=True)
-class ReaderArguments(EncoderDecoderArguments, FiDPromptArguments, DecoderArguments, EndpointArguments):
+class ReaderArguments(FiDPromptArguments, DecoderArguments, EndpointArguments):
     """How a reader of any kind is asked."""
 
 
@@ -50,8 +48,7 @@ def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader
         return EndpointReader(Endpoint(path, flags, flags.template_options), flags)
     if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
-        collate = choose_collate(model.get_encoder(), prompter.tokenizer.pad_token_id)
-        return FiDReader(FiD(model), prompter, flags, collate)
+        return FiDReader(FiD(model), prompter, flags)
     prompter = Prompter(load_tokenizer(path, flags.trust_remote_code), flags)
     return CausalLMReader(load_causal_lm(path, flags), prompter, flags)
 

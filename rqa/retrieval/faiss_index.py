@@ -11,7 +11,7 @@ more than asked for, and their inner products are summed again in float64.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,16 @@ from rqa.documents import PRINT, Places, Prints, passages_of
 from rqa.retrieval.index import Index, IndexArguments, ranked
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import COMPLETION_MARK, alone, atomic_directory, damage, fingerprint, read_json, write_json
+from rqa.runtime.files import (
+    COMPLETION_MARK,
+    alone,
+    atomic_directory,
+    atomic_file,
+    damage,
+    fingerprint,
+    read_json,
+    write_json,
+)
 
 log = logging.getLogger(__name__)
 
@@ -70,9 +79,11 @@ class FaissIndex(Index):
         """
         rank, size = distributed.rank(), distributed.world_size()
         count = int(distributed.total([len(vectors)])[0])
-        index = self._made(vectors.__getitem__, len(vectors), count, size > 1)
-        divided = size > 1 and _divides(index)
-        self._use(index, np.arange(rank, count, size) if divided else np.arange(count), divided)
+        numbers = np.arange(rank, count, size)
+        starts = range(0, max(len(vectors), 1), ROWS_AT_ONCE)
+        chunks = [(numbers[start : start + ROWS_AT_ONCE], vectors[start : start + ROWS_AT_ONCE]) for start in starts]
+        index, numbers = self._made(lambda: chunks, count, size > 1)
+        self._use(index, numbers, size > 1 and _divides(index))
         self.encoder = self.stamp = self.version = ""
         self.dtype = dtype
 
@@ -94,7 +105,8 @@ class FaissIndex(Index):
             return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         flat = self._flat
         if flat is not None and flat.is_cuda:
-            _, rows = nearest(queries, flat.__getitem__, len(flat), k + MARGIN)
+            at_once = max(1, PRODUCTS_AT_ONCE // max(len(queries), 1))
+            _, rows = nearest(queries, flat.split(at_once), k + MARGIN)
         else:
             scores, rows = self._faiss.search(queries, k + MARGIN)
         if flat is not None:
@@ -108,7 +120,7 @@ class FaissIndex(Index):
             return False
         try:
             state = read_json(directory / "index.json")
-            passages = np.load(directory / "passages.npy", mmap_mode="r", allow_pickle=False)
+            passages = np.load(directory / "passages.npy", mmap_mode="r")
             index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
             stated = {name: state.get(name, "") for name in STATE}
             fits = self.flags.index_factory in ("auto", stated["factory"]) and (passages.dtype, passages.ndim) == (
@@ -133,27 +145,27 @@ class FaissIndex(Index):
 
     def collect(self) -> None:
         """Bring to the main process what `save` writes; every process calls it."""
-        index, flat = self._faiss, self._flat
+        index, numbers, flat = self._faiss, self._numbers, self._flat
         if flat is not None and flat.is_cuda:
-            index = self._made(flat.cpu().numpy().__getitem__, len(flat), self._count, False)
-        self._collected = index, self._numbers
+            index, numbers = self._made(lambda: [(self._numbers, flat.cpu().numpy())], len(flat), False)
+        self._collected = index, numbers
         if not self._divided:
             return
-        mine, whole, numbers = faiss.serialize_index(index), None, []
+        whole, places = None, []
         for rank in range(distributed.world_size()):
-            part, places = distributed.from_process(rank, (mine, self._numbers))
+            data, part_numbers = distributed.from_process(rank, (faiss.serialize_index(index), numbers))
             if distributed.is_main():
-                part = faiss.deserialize_index(part)
+                part = faiss.deserialize_index(data)
                 if whole:  # FAISS numbers what an inverted list holds, and else counts
                     whole.merge_from(part, whole.ntotal if faiss.try_extract_index_ivf(whole) else 0)
                 whole = whole or part
-                numbers.append(places)
+                places.append(part_numbers)
         if whole:
-            places = np.concatenate(numbers)
+            numbers = np.concatenate(places)
             if isinstance(whole, faiss.IndexFlat):  # in the database's order, which decides among equals
-                _embeddings(whole)[:] = _embeddings(whole)[np.argsort(places)]
-                places = np.sort(places)
-            self._collected = whole, places
+                _embeddings(whole)[:] = _embeddings(whole)[np.argsort(numbers)]
+                numbers = np.sort(numbers)
+            self._collected = whole, numbers
 
     def save(self, directory: str | Path) -> None:
         """Write what `collect` brought as one directory, atomically."""
@@ -194,20 +206,24 @@ class FaissIndex(Index):
         self._update, self._gone, state = update, self._gone[:0], {"of": fingerprint(encoder, own.tobytes())}
         known = self._building / "state.json"
         if distributed.is_main() and not (known.exists() and read_json(known) == state):
-            known.unlink(missing_ok=True)
-            np.lib.format.open_memmap(self._building / "vectors.npy", "w+", np.float32, (len(own), dimension))
-            np.lib.format.open_memmap(self._building / "done.npy", "w+", bool, (len(own),))
+            for path in self._building.iterdir():
+                path.unlink()
             write_json(known, state)
         distributed.barrier()
         self.encoder = encoder
-        done = own[np.load(self._building / "done.npy")]
-        return np.concatenate([done, self.held()]) if update else done
+        done = [own[numbers] for numbers, _ in self._chunks()]
+        return np.concatenate([*done, self.held() if update else self._gone])
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
-        for name, values in (("vectors", vectors), ("done", True)):  # mapped no longer than needed: it counts as memory
-            table = np.lib.format.open_memmap(self._building / f"{name}.npy", "r+")
-            table[numbers] = values
-            table.flush()
+        if len(numbers):
+            with atomic_file(self._building / f"{numbers[0]}.npz") as temporary, temporary.open("wb") as file:
+                np.savez(file, numbers=numbers, vectors=vectors)
+
+    def _chunks(self) -> Iterator[tuple[np.ndarray, Any]]:
+        """What was added. -> positions [n], float32 [n, D]"""
+        for path in sorted(self._building.glob("*.npz"), key=lambda path: int(path.stem)):
+            with np.load(path) as chunk:
+                yield chunk["numbers"], chunk["vectors"]
 
     def remove(self, passages: Prints) -> None:
         if len(passages) and not _divides(self._faiss):
@@ -216,15 +232,17 @@ class FaissIndex(Index):
 
     def swap(self, stamp: str, dtype: str) -> None:
         if distributed.is_main():
-            own, done = passages_of(self.documents), np.flatnonzero(np.load(self._building / "done.npy"))
-            rows = lambda part: np.load(self._building / "vectors.npy", mmap_mode="r")[done[part]]  # noqa: E731
-            threads = faiss.omp_get_max_threads()
+            own, threads = passages_of(self.documents), faiss.omp_get_max_threads()
             faiss.omp_set_num_threads(max(threads, distributed.world_size()))  # the others wait
             if self._update:
-                index, passages = self._updated(rows, own[done])
+                index, passages = self._updated(own)
             else:
-                index, passages = self._made(rows, len(done), len(done), False), own[done]
+                count = sum(len(numbers) for numbers, _ in self._chunks())
+                index, numbers = self._made(self._chunks, count, False)
+                passages = own[numbers]
             faiss.omp_set_num_threads(threads)
+            if lacking := len(np.setdiff1d(own, passages)):  # a network file system may show files late
+                raise UserError(f"index path {self.path}: {lacking} embeddings cannot be seen yet; start again")
             self.version = fingerprint(self.version, stamp) if self._update else stamp
             self.stamp, self.dtype = stamp, dtype
             self._write(Path(self.path or ""), index, passages)
@@ -233,56 +251,59 @@ class FaissIndex(Index):
         if not self.load():
             raise UserError(f"index path {self.path}: what was built there cannot be read; look at its disk")
 
-    def _updated(self, rows: "Rows", new: Prints) -> tuple[faiss.Index, Prints]:
+    def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
-        gone = np.flatnonzero(Places(self._gone)(self._held) >= 0)
+        held, gone = np.array(self._held), np.flatnonzero(Places(self._gone)(self._held) >= 0)
+        cells = faiss.try_extract_index_ivf(index)
         if len(gone):
             index.remove_ids(gone)
-        held = np.array(self._held)
-        if faiss.try_extract_index_ivf(index):  # its ids stay
-            held[gone] = b""
-            index.add_with_ids(rows(slice(None)), np.arange(len(held), len(held) + len(new)))
-        else:
-            held = np.delete(held, gone)
-            index.add(rows(slice(None)))
-        return index, np.concatenate([held, new])
+            held = np.where(np.isin(np.arange(len(held)), gone), b"", held) if cells else np.delete(held, gone)
+        for numbers, vectors in self._chunks():
+            ids = np.arange(len(held), len(held) + len(numbers))  # of what is in cells; elsewhere FAISS counts
+            index.add_with_ids(vectors, ids) if cells else index.add(vectors)
+            held = np.concatenate([held, own[numbers]])
+        return index, held
 
-    def _made(self, rows: "Rows", held: int, count: int, together: bool) -> faiss.Index:
-        """An index over rows of this process; together, one of its kind and training on each process."""
-        width = rows(slice(0, 1)).shape[1]
+    def _made(self, chunks: "Chunks", count: int, together: bool) -> tuple[faiss.Index, np.ndarray]:
+        """An index over these embeddings, and the positions of its rows.
+
+        Together, it is one of the same kind and training on each process, if it can be divided.
+        """
+        width = next(iter(chunks()))[1].shape[1]
         self.factory = _factory(self.flags.index_factory, count, width)
         try:
             index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
             cells = faiss.try_extract_index_ivf(index)
             if not index.is_trained:
-                sample = rows(
-                    slice(0, held, max(1, count // max(SAMPLED[0] * (cells.nlist if cells else 0), SAMPLED[1])))
-                )
+                every = max(1, count // max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
+                sample = np.concatenate([vectors[::every] for _, vectors in chunks()])
                 sample = distributed.gather_array(sample) if together else sample
                 if not together or distributed.is_main():
                     index.train(sample)
                 if together:
                     index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
             if together and not _divides(index):
-                whole = distributed.gather_array(rows(slice(None)))
-                rows, held = whole.__getitem__, len(whole)
+                numbers, vectors = map(np.concatenate, zip(*chunks(), strict=True))
+                whole = distributed.gather_array(numbers), distributed.gather_array(vectors)
+                chunks = lambda: [whole]  # noqa: E731
+            numbers = np.concatenate([numbers for numbers, _ in chunks()])
             if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
-                index.codes.resize(held * index.code_size)
-                index.ntotal = held
-            for start in range(0, held, ROWS_AT_ONCE):
-                part = rows(slice(start, start + ROWS_AT_ONCE))
+                numbers = np.sort(numbers)
+                index.codes.resize(len(numbers) * index.code_size)
+                index.ntotal = len(numbers)
+            for these, vectors in chunks():
                 if isinstance(index, faiss.IndexFlat):
-                    _embeddings(index)[start : start + len(part)] = torch.from_numpy(part)
+                    _embeddings(index)[np.searchsorted(numbers, these)] = torch.from_numpy(vectors)
                 else:
-                    index.add(part)
+                    index.add(vectors)
         except RuntimeError as error:
             refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
             raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
         self.about = f"{self.factory} over {count:,} documents"
         if self.flags.index_factory == "auto" and cells:
-            self.about += ", " + _tune(index, rows, held, together)
-        return index
+            self.about += ", " + _tune(index, chunks, together)
+        return index, numbers
 
     def _use(self, index: faiss.Index, numbers: np.ndarray, divided: bool) -> None:
         if parameters := self.flags.index_search_parameters:
@@ -301,7 +322,7 @@ class FaissIndex(Index):
         self._count = int(distributed.total([len(numbers)])[0]) if divided else len(numbers)
 
 
-Rows = Callable[[slice], np.ndarray]  # some of the embeddings. -> float32 [n, D]
+Chunks = Callable[[], Iterable[tuple[np.ndarray, np.ndarray]]]  # positions [n] and embeddings [n, D], again and again
 
 
 def _factory(factory: str, count: int, width: int) -> str:
@@ -321,13 +342,13 @@ def _factory(factory: str, count: int, width: int) -> str:
     return f"IVF{round(4 * count**0.5)},{kind}"
 
 
-def _tune(index: faiss.Index, rows: Rows, held: int, together: bool) -> str:
+def _tune(index: faiss.Index, chunks: Chunks, together: bool) -> str:
     """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
     probes, recall, before = 1, 0.0, -1.0
     cells: Any = faiss.try_extract_index_ivf(index)
-    if held:
-        asked = rows(slice(0, held, max(1, held // ASKED)))
-        _, exact = nearest(asked, lambda part: torch.from_numpy(rows(part)), held, 10)
+    if index.ntotal:
+        asked = np.concatenate([vectors[:: max(1, index.ntotal // ASKED)] for _, vectors in chunks()])
+        _, exact = nearest(asked, (torch.from_numpy(vectors) for _, vectors in chunks()), 10)
         while True:
             cells.nprobe = probes
             found = index.search(asked, 10)[1]
@@ -336,23 +357,22 @@ def _tune(index: faiss.Index, rows: Rows, held: int, together: bool) -> str:
                 break
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    size = held * (cells.code_size + 8) / 2**20
+    size = index.ntotal * (cells.code_size + 8) / 2**20
     return f"{size:,.0f} MiB, nprobe={cells.nprobe}: of the 10 nearest of {ASKED} passages {recall:.1%} are found"
 
 
-def nearest(queries: np.ndarray, rows: Callable[[slice], Tensor], count: int, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest inner products with `count` rows, some rows at a time, on their device. [Q, D] -> [Q, k] x 2"""
+def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k greatest inner products with the rows of all blocks, on their device. [Q, D], [n, D] each -> [Q, k] x 2"""
     best: Any = None
     found: Any = None
-    size = min(max(1, PRODUCTS_AT_ONCE // max(len(queries), 1)), 2 * ROWS_AT_ONCE)
-    for start in range(0, count, size):
-        part = rows(slice(start, start + size))
-        asked = torch.from_numpy(queries).to(part.device)
-        products, places = (asked @ part.T).topk(min(k, len(part)), dim=1)
+    start = 0
+    for block in blocks:
+        products, places = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)), dim=1)
+        places += start
+        start += len(block)
         if best is not None:
-            products, places = torch.cat([best, products], 1), torch.cat([found, places + start], 1)
-            products, chosen = products.topk(min(k, products.shape[1]), dim=1)
-            places = places.gather(1, chosen)
+            products, chosen = torch.cat([best, products], 1).topk(min(k, best.shape[1] + products.shape[1]), dim=1)
+            places = torch.cat([found, places], 1).gather(1, chosen)
         best, found = products, places
     return best.cpu().numpy(), found.cpu().numpy()
 

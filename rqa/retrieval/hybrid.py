@@ -1,9 +1,15 @@
 """BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
+import hashlib
 import logging
 import os
-from collections.abc import Sequence, Set
+from array import array
+from collections import defaultdict
+from collections.abc import Iterable, Sequence, Set
 from dataclasses import dataclass
+from itertools import count
+from pathlib import Path
+from tempfile import TemporaryFile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s tries JAX when imported, which takes 75 % of a GPU's memory
 
@@ -11,13 +17,15 @@ import bm25s
 import numpy as np
 
 from rqa.data import Document, Example, read_examples
-from rqa.documents import with_known_gold
+from rqa.documents import PRINT, Places, Prints, keys_of, passages_of, with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best, stack
+from rqa.runtime import distributed
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
+from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.text import words
 
@@ -26,6 +34,8 @@ logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whateve
 
 DEPTH = 100  # candidates that each retriever brings
 WEIGHTS = np.linspace(0, 1, 21)
+AT_ONCE = 2**21  # words of documents whose scores are computed together
+FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
 
 
 @dataclass(kw_only=True)
@@ -76,8 +86,8 @@ def open_retriever(
     weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None:
-        numbers = {document.key: number for number, document in enumerate(documents)}
-        gold = [{numbers.get(document.key, -2) for document in example.gold_docs} for example in chosen_by]
+        places = Places(keys_of(documents))
+        gold = [{*places(keys_of(example.gold_docs)).tolist()} - {-1} for example in chosen_by]
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
         log.info("--fusion_weight %.2f: the best of %d questions", hybrid.weight, len(chosen_by))
@@ -94,23 +104,74 @@ class LexicalRetriever(PassageRetriever):
     """
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
-        self.documents, self._parameters = documents, (k1, b)
-        self._bm25 = bm25s.BM25(k1=k1, b=b, method="lucene")
-        # bm25s cannot index a vocabulary without words: a document that has none gets one that nobody asks for.
-        texts = [words(document.fmt_content, pairs=True) or [""] for document in documents]
-        self._bm25.index(texts, show_progress=False)
+        self.documents = documents
+        # Give this another name when `words` changes: an index of the former words would be opened.
+        method = "bm25 of words and pairs", str(k1), str(b)
+        self._identity = fingerprint(*method, passages_of(documents).tobytes())
+        directory = cache_root() / "bm25" / self._identity
+        if distributed.is_main() and damage(directory):
+            with atomic_directory(directory) as temporary:
+                _build(temporary, documents, k1, b)
+            log.info("BM25 index of %d documents: built in %s", len(documents), directory)
+        distributed.barrier()
+        data, indices, indptr, self._words, self._columns = (np.memmap(directory / n, t, "r") for n, t in FILES.items())
+        self._bm25 = bm25s.BM25(k1=k1, b=b)
+        self._bm25.scores = {"data": data, "indices": indices, "indptr": indptr, "num_docs": len(documents)}
+        self._bm25.nonoccurrence_array = None  # Lucene's BM25 gives nothing for words that a document lacks
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
-            scores = self._bm25.get_scores_from_ids(self._bm25.get_tokens_ids(words(question, pairs=True)))  # [N]
+            wanted = _prints(words(question, pairs=True))
+            places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
+            scores = self._bm25.get_scores_from_ids(self._columns[places[self._words[places] == wanted]])  # [N]
             found = np.flatnonzero(scores > 0)
             rows.append(best(scores[found], found, k))
         return stack(rows, k)
 
     def identity(self) -> str:
-        texts = (document.fmt_content for document in self.documents)
-        return fingerprint("bm25 of words and pairs", *map(str, self._parameters), *texts)
+        return self._identity
+
+
+def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
+    """Write what bm25s searches, and where each word is. bm25s itself builds from the whole corpus in memory.
+
+    Memory holds a number for each document and a string for each different word; the rest is sorted in a file.
+    """
+    vocabulary: defaultdict[str, int] = defaultdict(count().__next__)  # words by first occurrence
+    lengths, starts = array("q"), array("q", [0])
+    with TemporaryFile(dir=directory) as scratch:
+        for number, document in enumerate(progress(documents, desc="BM25 index", unit="document")):
+            # A document without words holds "", for which nobody asks: an empty file cannot be mapped.
+            found = words(document.fmt_content, pairs=True) or [""]
+            lengths.append(len(found))
+            scratch.write(array("q", [vocabulary[word] << 32 | number for word in found]))
+        scratch.flush()
+        pairs = np.memmap(scratch, "i8")
+        pairs.sort()
+        norms = k1 * ((1 - b) + b * np.array(lengths) / np.mean(lengths))  # [N]
+        with (directory / "data").open("wb") as data, (directory / "indices").open("wb") as indices:
+            end = 0
+            while end < len(pairs):  # some words at a time
+                start, last = end, pairs[end : end + AT_ONCE][-1] >> 32
+                end = np.searchsorted(pairs, (last + 1) << 32)  # all of the last word's
+                postings, often = np.unique(pairs[start:end], return_counts=True)
+                of, owners = (postings >> 32) - (postings[0] >> 32), postings & 0xFFFFFFFF
+                holding = np.bincount(of)  # documents with each word
+                idf = np.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5)).astype("f4")
+                data.write((idf[of] * (often / (norms[owners] + often))).astype("f4"))
+                indices.write(owners.astype("i4"))
+                starts.extend(starts[-1] + np.cumsum(holding))
+    prints = _prints(vocabulary)
+    order = np.argsort(prints)
+    for name, values in (("indptr", np.array(starts)), ("words", prints[order]), ("columns", order)):
+        (directory / name).write_bytes(values.tobytes())
+
+
+def _prints(names: Iterable[str]) -> Prints:
+    """Fingerprints, by which words are found without holding them. [n]"""
+    digests = (hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest() for name in names)
+    return np.fromiter(digests, PRINT)
 
 
 @dataclass(eq=False)

@@ -30,7 +30,9 @@ class IndexArguments(Arguments):
         "auto", "FAISS factory string, such as Flat, HNSW32 or IVF4096,Flat. auto: Flat to 200,000 passages, then IVF."
     )
     index_search_parameters: str = flag("", "FAISS search parameters, such as nprobe=32 or efSearch=128.", rare=True)
-    update: bool = flag(False, "Whether a stale index gets what is new and loses what is gone, and keeps the rest.")
+    update: bool = flag(
+        False, "Whether a stale index gets what is new, loses what is gone, and keeps the rest.", rare=True
+    )
     rebuild: bool = flag(False, "Whether a stale collection of an engine, which others may use, is rebuilt.", rare=True)
     filter: str | None = flag(None, "Condition that passages meet, such as 'source == \"a\"'; engines only.", rare=True)
 

@@ -3,10 +3,11 @@
 import logging
 import math
 from abc import ABC, abstractmethod
+from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
 
@@ -140,9 +141,12 @@ class Retriever(PassageRetriever):
         rank, size = distributed.rank(), distributed.world_size()
         mine, longest = numbers[rank::size], math.ceil(len(numbers) / size)
 
-        def tokens(start: int) -> tuple[np.ndarray, list[Any]]:
-            part = mine[start : start + TEXTS_AT_ONCE]
-            return part, encoder.tokenize_passages([self.documents[number].fmt_content for number in part.tolist()])
+        def tokens(start: int) -> tuple[np.ndarray, list[Sequence[int]]]:
+            part, found = mine[start : start + TEXTS_AT_ONCE], []
+            for first in range(0, len(part), 1000):  # of whose tokens Python's objects are held
+                texts = [self.documents[number].fmt_content for number in part[first : first + 1000].tolist()]
+                found += [array("i", ids) for ids in encoder.tokenize_passages(texts)]
+            return part, found
 
         with progress(total=len(mine), desc=desc, unit="document", disable=desc is None) as bar:
             for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # as often on every process

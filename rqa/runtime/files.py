@@ -21,7 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 from rqa.runtime.errors import UserError
-from rqa.runtime.text import parse_json
+from rqa.runtime.text import LONGEST, parse_json
 
 log = logging.getLogger(__name__)
 
@@ -29,8 +29,7 @@ COMPLETION_MARK = "COMPLETE"
 DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
 OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
 SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
-BIG = 2**28  # bytes of a file that is checked as a whole
-LONGEST = 2**28  # bytes of a JSON file, or of a line
+BIG, ENDS = 2**28, 2**20  # bytes of a file that is checked as a whole, and of each end of a larger one
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
@@ -223,8 +222,8 @@ def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         if (size := path.stat().st_size) <= BIG:
             return hashlib.file_digest(file, "sha256").hexdigest()
-        start = file.read(BIG // 2)
-        file.seek(-BIG // 2, os.SEEK_END)
+        start = file.read(ENDS)
+        file.seek(-ENDS, os.SEEK_END)
         return fingerprint(str(size), start, file.read())
 
 
@@ -245,7 +244,7 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
     """The value in a JSON file, which must be of this kind."""
     try:
         with reading(path) as file:
-            return _parse(file.read(LONGEST + 1), kind)
+            return parse_json(file.read(LONGEST + 1), kind)
     except ValueError as error:
         raise UserError(f"{path}: not valid JSON ({error})") from None
 
@@ -264,7 +263,7 @@ def jsonl_rows(content: str | Path, path: str | Path) -> Iterator[tuple[int, int
             try:
                 if not line.decode("utf-8-sig", "replace").strip():
                     continue
-                row = _parse(line, dict)
+                row = parse_json(line)
             except UnicodeDecodeError as error:
                 cure = "convert the file to UTF-8"
                 raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); {cure}") from None
@@ -274,12 +273,6 @@ def jsonl_rows(content: str | Path, path: str | Path) -> Iterator[tuple[int, int
             if not mended and (mended := b"\\ud" in line.lower() and "\ufffd" in json.dumps(row, ensure_ascii=False)):
                 log.warning("%s:%d: holds half a character; U+FFFD takes its place here and further on", path, number)
             yield number, end - len(line), len(line), row
-
-
-def _parse(data: bytes, kind: type) -> Any:
-    if len(data) > LONGEST:
-        raise ValueError(f"longer than {LONGEST >> 20} MiB")
-    return parse_json(data, kind)
 
 
 @contextmanager
@@ -325,9 +318,9 @@ class Store:
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
         """The values of those keys that are kept."""
-        query = "SELECT key, value FROM kept WHERE key = ?"
+        query = "SELECT key, value FROM kept WHERE key IN (SELECT value FROM json_each(?))"
         with self._one_line_for_errors():
-            found = chain.from_iterable(self._database.execute(query, [key]) for key in keys)
+            found = self._database.execute(query, [json.dumps(list(keys))])  # a statement each would lock the file each
             return {key: json.loads(value) for key, value in found}
 
     def put(self, values: Mapping[str, Any]) -> None:

@@ -121,7 +121,9 @@ class _Parser(HfArgumentParser):
     def __init__(self, kind: type[Arguments], description: str, full: bool) -> None:
         self.full = full
         epilog, formatter = "" if full else "`-h full` shows all flags.", partial(_Help, max_help_position=32)
-        super().__init__(kind, description=description, epilog=epilog, formatter_class=formatter, allow_abbrev=False)
+        about = {"description": description, "epilog": epilog, "usage": argparse.SUPPRESS}
+        super().__init__(kind, **about, formatter_class=formatter, allow_abbrev=False)
+        self._actions[0].help = argparse.SUPPRESS  # -h
 
     def _add_dataclass_arguments(self, dtype: Any) -> None:
         hints, titles = get_type_hints(dtype), {}
@@ -136,16 +138,6 @@ class _Parser(HfArgumentParser):
             self._parse_dataclass_field(groups[titles[member.name]], member)
             if self._actions[-1].nargs == 0:  # --no_x, beside an x that is true by default
                 self._actions[-1].help = argparse.SUPPRESS
-
-    def format_help(self) -> str:
-        formatter = self._get_formatter()
-        formatter.add_text(self.description)
-        for group in self._action_groups[2:]:
-            formatter.start_section(group.title)
-            formatter.add_arguments(group._group_actions)
-            formatter.end_section()
-        formatter.add_text(self.epilog)
-        return formatter.format_help()
 
     def error(self, message: str) -> NoReturn:
         told = re.sub(r"^argument (--\w+)\S*: ", r"\1: ", message)  # one of the flag's names is enough

@@ -43,18 +43,16 @@ def parallelize(module: nn.Module, checkpointing: bool, compile: bool, shard: bo
         if checkpointing and trained and model.supports_gradient_checkpointing:
             newer = getattr(model, "activation_checkpointing_enable", None)  # than transformers 5.17
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    several = distributed.world_size() > 1
     for layer in _layers(module) if compile else []:  # one graph serves them all, and lies inside their sharding
         if any(parameter.requires_grad for parameter in layer.parameters()):
             layer.compile(dynamic=True)
-    if several and shard:
-        _shard(module, dtype)
-    elif several:
+    if distributed.world_size() > 1:
         for tensor in [*module.parameters(), *module.buffers()]:
             dist.broadcast(tensor.detach(), src=0)
+        if shard:
+            _shard(module, dtype)
 
 
-@torch.no_grad()
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
     half = dtype in (torch.bfloat16, torch.float16)
@@ -62,16 +60,10 @@ def _shard(module: nn.Module, dtype: torch.dtype) -> None:
     mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
     log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
     for part in [*_layers(module), *_roots(module)]:
-        whole = {name: p.detach() for name, p in part.named_parameters() if not isinstance(p, DTensor)}
         # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
-        for name, value in whole.items():  # the main process sends them: no other ever needs a whole model
-            parameter = part.get_parameter(name)
-            parameter.to_local().copy_(divided_like(parameter, value, source=0).to_local())
         for name in part.whole_passes if isinstance(part, WholePass) else ():
             register_fsdp_forward_method(part, name)
-    for buffer in module.buffers():
-        dist.broadcast(buffer, src=0)
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:

@@ -11,6 +11,7 @@ from typing import Any
 
 import regex
 
+LONGEST = 2**28  # bytes of a JSON file, or of a line
 DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
 _ASCII = re.compile(r"[\t\n\r -~]*").fullmatch
 _SIGNS = "".join(chr(code) * 2 for code in range(33, 127))
@@ -94,6 +95,8 @@ def parse_json(text: str | bytes, kind: type = dict) -> Any:
     Its numbers are finite (NaN, which JSON has not, counts as null), its text is clean, and it is not nested too deeply
     to be walked through.
     """
+    if len(text) > LONGEST:
+        raise ValueError(f"longer than {LONGEST >> 20} MiB")
     text = clean_text(text) if isinstance(text, str) else text.decode("utf-8-sig")
     try:
         value = _STRICT.decode(text)

@@ -9,23 +9,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import get_scheduler
 
 from rqa.models.loading import holding, lowered
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import assembled, divided_like, sum_gradients, whole_on_main
 from rqa.training.arguments import LoopArguments
-
-
-def rate_factor(kind: str, step: int, warmup: int, steps: int) -> float:
-    """The share of the peak learning rate after `step` of `steps` steps, as `transformers.get_scheduler` has it."""
-    if step < warmup and kind != "constant":
-        return step / warmup
-    if kind.startswith("constant"):
-        return 1.0
-    if kind == "cosine":
-        return max(0.0, 0.5 * (1.0 + math.cos(math.pi * ((step - warmup) / max(1, steps - warmup)))))
-    return max(0.0, (steps - step) / max(1, steps - warmup))
 
 
 class Optimization:
@@ -37,8 +27,10 @@ class Optimization:
     """
 
     def __init__(self, module: nn.Module, flags: LoopArguments, steps: int) -> None:
-        self.flags, self.steps = flags, steps
-        self.warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
+        self.flags = flags
+        warmup = flags.warmup_steps or round(flags.warmup_ratio * steps)
+        schedule = get_scheduler(flags.lr_scheduler_type, torch.optim.SGD([torch.zeros(1)]), warmup, steps)
+        (self.rate_factor,) = schedule.lr_lambdas  # steps done -> share of the peak learning rate
         self.masters: dict[nn.Parameter, nn.Parameter] = {}  # float32 weights by the parameter of the module
         self.unrounded: dict[nn.Parameter, Tensor] = {}  # the same of what is frozen
         half = lowered(module) if flags.bf16 and flags.precision is torch.bfloat16 else {}
@@ -75,8 +67,7 @@ class Optimization:
 
     def learning_rates(self, step: int) -> list[float]:
         """Of each parameter group, after so many steps."""
-        factor = rate_factor(self.flags.lr_scheduler_type, step - self.skipped, self.warmup, self.steps)
-        return [peak * factor for peak in self.peaks]
+        return [peak * self.rate_factor(step - self.skipped) for peak in self.peaks]
 
     def clip(self) -> Tensor:
         """Sum the gradient over processes and clip it. -> its norm before that, on the device"""

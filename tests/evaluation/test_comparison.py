@@ -82,21 +82,18 @@ def test_a_question_asked_twice_is_paired_twice_and_others_are_refused_by_name()
             pair(first, second)
 
 
-def test_differences_are_those_of_the_means_with_scipys_interval() -> None:
-    a, b = np.random.default_rng(0).random((2, 50))
-    (found,) = compare([(row("q", f1=x), row("q", f1=y)) for x, y in zip(a, b, strict=True)])
-    assert (found.first, found.second, found.questions, found.changed) == pytest.approx((a.mean(), b.mean(), 50, 50))
-    theirs = stats.bootstrap((b - a,), np.mean, n_resamples=10_000, method="percentile", rng=1).confidence_interval
-    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.01)
-
-
-def test_bleu_is_compared_over_the_whole_corpus() -> None:
-    texts = ["An apple pie today.", "An answer."]
-    first, second = ([row(str(i), f1=0.0) | {"generated_answer": text} for i in range(20)] for text in texts)
-    found = {difference.name: difference for difference in compare(pair(first, second))}["gen/bleu"]
+def test_differences_are_those_of_the_means_and_of_bleu_over_the_whole_corpus() -> None:
+    scores, texts = np.random.default_rng(0).random((2, 20)), ("An apple pie today.", "An answer.")
+    first, second = (
+        [row(str(i), f1=score) | {"generated_answer": text} for i, score in enumerate(side)]
+        for side, text in zip(scores, texts, strict=True)
+    )
+    found = {difference.name: difference for difference in compare(pair(first, second))}
+    f1, total = found["f1"], found["gen/bleu"]
+    assert [f1.first, f1.second, f1.questions, f1.changed] == pytest.approx([*scores.mean(axis=1), 20, 20])
+    assert f1.low < f1.second - f1.first < f1.high
     theirs = sacrebleu.BLEU().corpus_score(texts[:1] * 20, [["An answer."] * 20]).score
-    assert [found.first, found.second] == pytest.approx([theirs / 100, 1])
-    assert found.telling
+    assert [total.first, total.second, total.telling] == pytest.approx([theirs / 100, 1, True])
 
 
 def test_questions_that_changed_side_are_listed() -> None:

@@ -121,27 +121,21 @@ def test_verdicts_are_read_from_what_models_write() -> None:
     assert verdict == {"verdict": "correct", "reason": "half \ufffd"}
 
 
-def test_so_many_examples_at_most_and_always_the_same(judge: OpenAIServer) -> None:
-    judged, again = rows(), rows()
-    flags = arguments(judge, judge_max_examples=3)
+def test_so_many_examples_at_most_and_always_the_same_are_judged_once_the_cost_is_told(
+    judge: OpenAIServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.INFO, "rqa")
+    judged, again, told, say = rows(), rows(), [], judge.say
+    judge.say = lambda messages: told.append(caplog.text) or say(messages)
+    flags = arguments(judge, judge_max_examples=3, judge_price=[1000.0, 2000.0])
     rate = judge_answers(judged, flags)["gen/gpt4eval"]
     chosen = [number for number, row in enumerate(judged) if "gpt4eval" in row]
     assert len(chosen) == 3 == len(judge.questions)
     assert rate == pytest.approx([GIVEN[f"answer {number}"] for number in chosen].count("correct") / 3)
+    cost = re.compile(r"judge gpt-4o: 3 answers, some \d+ tokens in, at most 768 out, at most \$\d\.\d\d;")
+    assert all(map(cost.search, told))
     judge_answers(again, flags)
     assert again == judged
-
-
-def test_the_cost_is_estimated_before_the_judge_is_asked(judge: OpenAIServer, caplog: pytest.LogCaptureFixture) -> None:
-    said_before = []
-    say = judge.say
-    judge.say = lambda messages: said_before.append(caplog.text) or say(messages)
-    with caplog.at_level(logging.INFO, "rqa"):
-        judge_answers(rows(2), arguments(judge, judge_price=[1000.0, 2000.0]))
-        judge_answers(rows(2), arguments(judge))
-    cost = re.compile(r"judge gpt-4o: 2 answers, some \d+ tokens in, at most 512 out, at most \$1\.\d\d;")
-    assert [bool(cost.search(text)) for text in said_before] == [True, True]
-    assert "at most 512 out;" in caplog.text  # without a price
 
 
 def test_a_judge_that_cannot_be_asked_costs_no_results(judge: OpenAIServer, tmp_path: Path) -> None:
@@ -164,9 +158,3 @@ def test_without_the_flag_nobody_is_asked_and_the_flags_are_written_only_when_as
     assert json.loads(written.read_text())["judge_model"] == "gpt-4o"
     assert "secret" not in written.read_text() + repr(flags)
     assert not judge.seen
-
-
-def test_settings_without_sense_are_named() -> None:
-    for name, wrong in (("judge_max_examples", -1), ("judge_price", [1.0]), ("judge_price", [1.0, -1.0])):
-        with pytest.raises(UserError, match=f"--{name}"):
-            JudgeArguments(**{name: wrong})

@@ -1,6 +1,5 @@
 """Metrics against values worked out by hand, plain loops and the libraries themselves; and files for trec_eval."""
 
-import itertools
 import random
 import re
 import string
@@ -16,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import answer_statistics, bleu, corpus_bleu, faithfulness, right_answers, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -29,6 +28,12 @@ PAIRS = [
     ("copper copper copper copper", "copper"),
     ("Cities trading coppers", "City trade copper"),
 ]
+
+
+def corpus_bleu(answers: list[str], references: list[str]) -> float:
+    pairs = zip(answers, references, strict=True)
+    rows = [{"generated_answer": answer, "gold_answer": reference} for answer, reference in pairs]
+    return bleu(np.sum(answer_statistics(rows), axis=0))
 
 
 def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> None:
@@ -50,12 +55,6 @@ def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> Non
     ]:
         for ours in (score_answer(answer, reference), score_answer(reference, answer)):
             assert (ours["f1"], ours["exact_match"]) == (pytest.approx(f1, abs=1e-12), exact)
-
-
-def test_rouge_worked_out_by_hand() -> None:
-    scores = score_answer("one two four", "one two three four five")
-    assert scores["rouge1"] == scores["rougeL"] == pytest.approx(2 * 1 * 0.6 / 1.6)
-    assert scores["rouge2"] == pytest.approx(2 * (1 / 2) * (1 / 4) / (3 / 4))
 
 
 def test_english_scores_are_those_of_the_squad_script_rouge_score_and_sacrebleu() -> None:
@@ -131,14 +130,6 @@ def test_faithfulness_worked_out_by_hand() -> None:
         ("copper", [], 0.0, 0.0),
     ]:
         assert (faithfulness(answer, passages), faithfulness(answer, passages, 2)) == pytest.approx((words, pairs))
-
-
-def test_every_score_of_an_answer_is_between_0_and_1() -> None:
-    texts = [*("word " * n for n in range(1, 12)), "the cat sat on the mat", "one two three four five six seven"]
-    perfect = [(text, text) for text in texts]
-    for answer, reference in [*PAIRS, *perfect, *itertools.product(["", "a", "b c"], repeat=2)]:
-        assert all(0 <= score <= 1 for score in score_answer(answer, reference).values())
-        assert 0 <= corpus_bleu([answer], [reference]) <= 1
 
 
 TWO = 0.6309297535714575  # the gain of the second rank: 1 / log2(2 + 1)

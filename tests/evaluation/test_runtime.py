@@ -1,11 +1,10 @@
-"""Times and machines."""
+"""How long retrieval and answers take."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
-import torch
 import numpy as np
 import pytest
 
@@ -13,15 +12,14 @@ from rqa.data import Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.comparison import compare
-from rqa.evaluation.executables import EvaluationDataArguments, measure_speed
+from rqa.evaluation.executables import measure_speed
 from rqa.evaluation.retrieval import EvaluationArguments
-from rqa.evaluation.runtime import machine, machine_line, seconds
+from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDReader
 from rqa.models.reader import Answer, CausalLMReader
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.retriever import Hits
-from rqa.runtime.errors import UserError
 
 Answered = Callable[..., tuple[dict[str, float], list[dict[str, Any]]]]
 
@@ -155,19 +153,3 @@ def test_readers_warm_up_with_a_few_tokens(
         reader.answer(examples[:1], [documents[:1]])
         reader.warm_up(Example("why " * 3000), documents[:1])  # fits nowhere
     assert asked == [4, 7] * 2
-
-
-def test_the_machine_is_named_in_one_line() -> None:
-    found, line = machine(), machine_line(machine())
-    assert (found["torch"], found["threads"]) == (torch.__version__, torch.get_num_threads())
-    assert "\n" not in line
-    assert found["cpu"] in line or found["gpu"] in line
-
-
-def test_flags_that_make_no_sense_are_refused() -> None:
-    with pytest.raises(UserError, match="--recall_at 0"):
-        EvaluationArguments(recall_at=[4, 0])
-    with pytest.raises(UserError, match="--embedding_max_num"):
-        EvaluationArguments(embedding_max_num_to_retrieve=-1)
-    with pytest.raises(UserError, match="--max_examples -7"):
-        EvaluationDataArguments(embedding_model="", document_path="", eval_data_path="", output_dir="", max_examples=-7)

@@ -4,8 +4,9 @@ import copy
 import itertools
 import json
 import random
+import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -215,17 +216,31 @@ def test_no_passage_and_no_question_becomes_a_control_token_and_clean_text_keeps
         assert [token for token in row if token in {*known.all_special_ids} - {known.unk_token_id}] == control
 
 
-def test_texts_that_are_cut_are_counted_once_and_those_that_just_fit_are_not(
-    encoder: Encoder, caplog: pytest.LogCaptureFixture
+def test_texts_that_are_cut_are_told_with_counts_and_again_when_ten_times_as_many_were_seen(
+    encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("rqa.models.encoder.TEXTS_AT_ONCE", 2)
     encoder.settings = replace(encoder.settings, max_passage_length=6)
     encoder.tokenize_passages(["a b c d"])  # [CLS] and [SEP] beside them
     encoder.tokenize_queries(["a b c d e"])
     assert not caplog.messages
-    for _ in range(2):
+    for _ in range(20):
         encoder.tokenize_passages(["a b c d e", "a b c d", "a " * 99])
-    (message,) = caplog.messages
-    assert message.startswith("2 of 3 texts are longer than --max_passage_length 6")
+    first, second = caplog.messages
+    assert first.startswith("2 of the first 4 texts are longer than --max_passage_length 6")
+    assert second.startswith("26 of the first 40 texts")
+
+
+def test_threads_take_turns_with_a_tokenizer_whose_truncation_is_a_state(
+    encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A thread makes batches while another one evaluates."""
+    encoder.settings = replace(encoder.settings, max_query_length=5)
+    cut = encoder.tokenizer.set_truncation_and_padding
+    monkeypatch.setattr(encoder.tokenizer, "set_truncation_and_padding", lambda **how: (cut(**how), time.sleep(0.01)))
+    with ThreadPoolExecutor(2) as threads:
+        asks = [encoder.tokenize_queries, encoder.tokenize_passages] * 8
+        assert [len(row) for (row,) in threads.map(lambda ask: ask(["a b c d e f g"]), asks)] == [5, 9] * 8
 
 
 def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_path: Path) -> None:
@@ -276,7 +291,7 @@ def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_ti
         vector = hidden.mean(0) if "mean" in words else hidden[0]
         expected.append((vector / vector.norm() if "unit" in words else vector).numpy())
     assert (encoder.collate is pack) == packed
-    for collate in (encoder.collate, partial(pad, pad_id=sizes["pad_token_id"])):
+    for collate in (encoder.collate, pad):
         encoder.collate = collate  # packed together they are more tokens than the model has positions
         found = embed_passages(encoder, passages)
         np.testing.assert_allclose(found, np.stack(expected), atol=1e-5)
@@ -288,7 +303,7 @@ def test_neither_the_order_nor_the_size_of_batches_matters_and_none_is_larger_th
     padded: bool, encoder: Encoder, passages: list[str]
 ) -> None:
     expected, sizes = embed_passages(encoder, passages), []
-    encoder.collate = partial(pad, pad_id=0) if padded else pack
+    encoder.collate = pad if padded else pack
     encoder.register_forward_pre_hook(lambda _, args: sizes.append(args[0].inputs["input_ids"].numel()))
     for budget in (1, 64, 150, 16384):
         order = random.Random(budget).sample(range(len(passages)), len(passages))

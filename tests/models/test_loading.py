@@ -23,7 +23,6 @@ from safetensors.torch import load_file, save_file
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from rqa.models import attention
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import (
     LoraArguments,
@@ -31,6 +30,7 @@ from rqa.models.loading import (
     choose_collate,
     evaluating,
     learned_positions,
+    load_causal_lm,
     load_config,
     load_model,
     load_tokenizer,
@@ -49,7 +49,7 @@ from rqa.runtime.files import atomic_directory
 def test_a_decoder_like_llama_is_packed_and_choosing_leaves_mode_and_random_state_alone(lm_path: str) -> None:
     for training in (True, False):
         model, state = load_causal_lm(lm_path).train(training), torch.get_rng_state()
-        assert choose_collate(model, 0) is pack
+        assert choose_collate(model) is pack
         assert all(module.training == training for module in model.modules())
         assert torch.equal(torch.get_rng_state(), state)
 
@@ -64,10 +64,10 @@ def test_a_decoder_that_takes_no_borders_is_padded_and_a_fault_in_attention_is_n
             return usual(input_ids, attention_mask, position_ids, use_cache=use_cache)
 
         narrow.setattr(model.model, "forward", forward)
-        assert choose_collate(model, 0) is not pack
+        assert choose_collate(model) is not pack
     monkeypatch.setattr(attention, "_one_by_one", lambda query: query)
     with pytest.raises(TypeError, match="positional argument"):
-        choose_collate(model, 0)
+        choose_collate(model)
 
 
 @pytest.mark.parametrize(

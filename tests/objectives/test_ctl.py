@@ -17,7 +17,7 @@ from rqa.objectives import ctl
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch, MinedNegatives, NegativeArguments, NegativeChooser
 from rqa.objectives.encoding import embed_chunks, in_chunks
 from rqa.prompts import retrieval_query
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import Hits, Retriever
 
 TEMPERATURE = 0.1
 
@@ -123,7 +123,7 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
     retriever = Retriever(encoder.train(), documents)
     retriever.refresh()
     ((first, second),) = retriever.documents_of(retriever.retrieve([examples[4].question], 2))
-    two = replace(examples[4], gold_docs=(replace(first, fmt_content="Of another format."), second))
+    two = replace(examples[4], gold_docs=(replace(first, formatted="Of another format."), second))
     asked = [*examples[:4], two, replace(examples[5], chat_history=(Turn("user", "Tell me about amber."),))]
     flags = NegativeArguments(negatives_from_rank=2, negatives_to_rank=9, negatives_max_share=share)
     pools, again = (MinedNegatives(asked, retriever, flags) for _ in range(2))
@@ -137,9 +137,18 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
         best = max([score for passage, score in ranking if passage.key in gold], default=-np.inf)
         others = [(passage, score) for passage, score in ranking if passage.key not in gold][1:9]
         expected = [passage for passage, score in others if share is None or score <= best - (1 - share) * abs(best)]
-        assert pools[number] == again[number] == expected
+        assert pools[number] == again[number]
+        assert [documents[position] for position in pools[number]] == expected
     counts = {len(pools[number]) for number in range(6)}
     assert counts == {8} if share is None else {0, 8} < counts
     assert encoder.training
+    asks, nothing = [], Hits(np.empty((0, 0), int), np.empty((0, 0)))
+    monkeypatch.setattr(retriever, "retrieve", lambda questions, k: asks.append(len(questions)) or nothing)
+    monkeypatch.setattr("rqa.runtime.distributed.world_size", lambda: 2)
+    monkeypatch.setattr("rqa.runtime.distributed.gather", list)
+    for rank in range(2):  # to retrieve is a collective call: both make as many
+        monkeypatch.setattr("rqa.runtime.distributed.rank", lambda rank=rank: rank)
+        MinedNegatives([*asked, *asked[:3]], retriever, flags)()
+    assert asks == [2, 2, 1, 2, 2, 0]
     with pytest.raises(ValueError, match="mined negatives are of another training file"):
         MinedNegatives(asked[1:], retriever, flags).load(tmp_path)

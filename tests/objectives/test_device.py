@@ -1,6 +1,6 @@
 """Python reads no value from the device within a step: it would wait for the GPU."""
 
-from functools import partial
+from dataclasses import replace
 
 import torch
 import pytest
@@ -10,9 +10,9 @@ from transformers import PreTrainedTokenizerBase, masking_utils
 
 from rqa.data import Document, Example
 from rqa.models import attention
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
@@ -52,12 +52,12 @@ def step(
         fid = FiDLikelihood(*load_encoder_decoder(path, flags))
         return fid, fid.batch([fid.prompter.encode(*each) for each in asked])
     encoder = load_encoder(encoder_path, EncoderArguments(pooling_type="cls" if "cls" in words else "mean"))
-    encoder.collate = partial(pad, pad_id=0) if "padded" in words else encoder.collate
+    encoder.collate = pad if "padded" in words else encoder.collate
     size = 2 if "chunks" in words else 0
     if name == "ctl":
-        hard = [documents[number : number + 3] for number in range(4)]
+        rows = [replace(example, hard_neg_docs=documents[n : n + 3]) for n, example in enumerate(examples[:4])]
         flags = CTLArguments(num_hard_negatives=2, chunk_size=size)
-        collate = Contrasts(examples[:4], documents, encoder, hard, flags, seed=1)
+        collate = Contrasts(rows, documents, encoder, None, flags, seed=1)
         return Contrastive(encoder, 0.1), collate(range(4))
     chosen = [[0, 1, 2], [3], [], [5, 0]]
     batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Teacher(), chunk_size=size)(range(4))

@@ -7,8 +7,8 @@ import pytest
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import load_causal_lm
 from rqa.models.encoder import Encoder
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.emdr import WholeAnswers
 from rqa.objectives.rpg import ScoredCandidates
 from rqa.objectives.teacher import AnswerScorer, Teacher

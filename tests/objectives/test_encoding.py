@@ -1,13 +1,38 @@
-"""Embeddings with gradient: in chunks as all at once, under dropout too."""
+"""Tokens and numbers of documents, found when asked for; embeddings with gradient, in chunks as all at once."""
+
+from itertools import chain
 
 import torch
 import numpy as np
 import pytest
 from torch import Tensor
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import embed_chunks, in_chunks
+from rqa.objectives import encoding
+from rqa.objectives.encoding import Tokens, embed_chunks, in_chunks, numbered
+
+
+def test_tokens_are_made_once_while_they_are_remembered_and_of_no_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "TEXTS_KEPT", 4)
+    asked: list[list[str]] = []
+    tokens = Tokens(lambda texts: asked.append(texts) or [[ord(text), 2**31 - 1] for text in texts], chr)
+    for numbers in ([70, 80, 70], [80, 90, 91], [92], [], [70, 92]):  # before the last of these, five are remembered
+        assert [*map(list, tokens(numbers))] == [[number, 2**31 - 1] for number in numbers]
+    assert asked == [["F", "P"], ["Z", "["], ["\\"], [], ["F", "\\"]]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.sampled_from("abcdef"), unique=True), st.lists(st.lists(st.sampled_from("abcdef"))))
+def test_what_the_database_lacks_is_numbered_behind_it(database: list[str], rows: list[list[str]]) -> None:
+    documents = [Document("text", {"source": name}) for name in database]
+    brought = [[Document("text", {"source": name, "title": "?"}) for name in row] for row in rows]
+    known, numbers = numbered(documents, brought)
+    assert [[known[number].key[0] for number in row] for row in numbers] == rows
+    assert [known[number] for number in range(len(database))] == documents
+    assert len(known) == len({*database, *chain(*rows)})
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from fakes import gradients
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
-from rqa.endpoint.scorer import EstimatedTokens
+from rqa.endpoint.client import EstimatedTokens
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives import rpg
 from rqa.objectives.encoding import in_chunks

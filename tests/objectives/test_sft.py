@@ -8,7 +8,7 @@ import pytest
 from transformers import LlamaForCausalLM, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
-from rqa.models.causal_lm import load_causal_lm
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.sft import AnswerLikelihood, encode_examples
 from rqa.prompts import PromptArguments, Prompter, TokenSequence
 

@@ -12,7 +12,7 @@ from torch.nn.functional import dropout
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
-from rqa.models.causal_lm import load_causal_lm
+from rqa.models.loading import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair, Teacher
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError

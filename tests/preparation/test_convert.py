@@ -216,16 +216,9 @@ def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(tm
         file.write('{"_id": "blank", "title": "", "text": " "}\n')
     with (folder / "queries.jsonl").open("a") as file:
         file.write('{"_id": "null", "text": null}\n')
-    judged = [
-        "test-0\td1\t2.0",
-        "test-0\tabsent\t1",
-        "test-0\tblank\t1",
-        "test-0\td2\t0.0",
-        "test-1\tblank\t1",
-        "test-9\td1\t1",
-        "null\td1\t1",
-    ]
-    judged += [f"test-0\td3\t{score}" for score in ("inf", "1e400", "nan", "9" * 500, "21_000", "")]  # fmt: skip
+    judged = ["test-0\td1\t2.0", "test-0\tabsent\t1", "test-0\tblank\t1", "test-0\td2\t0.0", "test-1\tblank\t1",
+              "test-9\td1\t1", "null\td1\t1"]  # fmt: skip
+    judged += [f"test-0\td3\t{score}" for score in ("inf", "1e400", "nan", "9" * 500, "21_000", "")]
     (folder / "qrels/test.tsv").write_text("\n".join(["query-id\tcorpus-id\tscore", *judged]))
     assert read_layout("beir", [folder], tmp_path / "ours") == {
         "passages": 3, "blank passages left out": 1, "questions of test": 1,

@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize, read_examples, write_examples
 from rqa.documents import read_documents, write_documents
-from rqa.models.causal_lm import load_causal_lm
+from rqa.models.loading import load_causal_lm
 from rqa.preparation.generate import (
     GeneratorArguments,
     LocalGenerator,

@@ -1,6 +1,6 @@
-"""Hard negatives for a whole file of questions: a database in parts, and bin/mine_negatives as a user runs it."""
+"""Hard negatives for a whole file of questions: the choice, and bin/mine_negatives as a user runs it."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -12,7 +12,7 @@ from rqa.data import Document, Example, read_examples, write_examples
 from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
-from rqa.preparation.mine import mine, rank_in_parts
+from rqa.preparation.mine import mine
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 
@@ -23,32 +23,7 @@ def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Docume
     one = Hits(np.array([[0, 1, 2, 3]]), np.array([[4.0, 3, 2, 1]]))
     two = Hits(np.array([[4, 1, 0, -1]]), np.array([[9.0, 8, 7, -np.inf]]))
     chooser = NegativeChooser([Example("?", (documents[9],))], documents, NegativeArguments())
-    assert mine(chooser, [one, two], documents, 4) == [[documents[i] for i in (0, 4, 1, 2)]]
-
-
-def test_a_database_in_parts_is_ranked_as_one(
-    documents: list[Document], examples: list[Example], encoder_path: str
-) -> None:
-    encoder = load_encoder(encoder_path)
-    queries = [example.question for example in examples]
-
-    def open_part(part: Sequence[Document]) -> Retriever:
-        return Retriever(encoder, part).open()
-
-    whole = open_part(documents).retrieve(queries, 6)
-    gaps = np.diff(whole.scores, axis=1) < -1e-6  # documents that score alike may stand in either order
-    settled = np.pad(gaps, ((0, 0), (1, 0)), constant_values=True) & np.pad(gaps, ((0, 0), (0, 1)))
-    for part_size in (1, 5, 24, 100):
-        parts = rank_in_parts(open_part, documents, queries, 6, part_size)
-        assert np.allclose(parts.scores, whole.scores, atol=1e-6)
-        assert (parts.ids == whole.ids)[settled].all()
-
-
-def test_what_shares_no_word_is_found_in_no_part(documents: list[Document]) -> None:
-    hits = rank_in_parts(LexicalRetriever, documents, ["copper", "zzz"], 30, 7)
-    assert hits.ids.shape == (2, 30)
-    assert (hits.ids[0] >= 0).sum() == sum("copper" in d.fmt_content for d in documents)
-    assert (hits.ids[1] == -1).all()
+    assert mine(chooser, [one, two], 4) == [[0, 4, 1, 2]]
 
 
 @pytest.fixture
@@ -68,8 +43,9 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
     retriever: str, flags: dict[str, object], encoder_path: str, run_executable: Run, data: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
-    flags |= {"retriever": retriever, "num_negatives": 3, "passages_at_once": 10 if retriever == "dense" else 1000}
-    flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path}
+    flags |= {"retriever": retriever, "num_negatives": 3}
+    index = Path(str(flags["output_path"])).with_name("index")
+    flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path, "index_path": index}
     assert run_executable("mine_negatives", flags) == 0
     before, after = read_examples(data / "train_w_qa.jsonl"), read_examples(str(flags["output_path"]), answers=True)
     assert [replace(example, hard_neg_docs=()) for example in after] == before
@@ -83,6 +59,7 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
         assert retriever != "bm25" or list(example.hard_neg_docs) == expected[:3]
         assert len(example.hard_neg_docs) == 3
         assert set(example.hard_neg_docs) <= set(expected[:8])
+    assert index.exists() == (retriever != "bm25")
     assert "48 negatives of 16 questions over 24 passages; 0 questions have fewer than 3" in capsys.readouterr().out
 
 
@@ -95,7 +72,6 @@ def test_bad_input_is_one_line(
         "--retriever dense": "--embedding_model: goes with",
         "--num_negatives 0": "--num_negatives 0: must be at least 1",
         "--negatives_from_rank 9 --negatives_to_rank 8": "--negatives_to_rank 8",
-        "--passages_at_once 0": "--passages_at_once 0",
         "--train_file bare.jsonl": "bare.jsonl:1: field 'gold_docs' is empty",
     }.items():
         refused(message, "mine_negatives", *line, *change.split())

@@ -37,10 +37,11 @@ def expected_scores(question: str, texts: list[str], k1: float = 1.2, b: float =
     return scores
 
 
-@pytest.mark.parametrize("parameters", [{}, {"k1": 0.9, "b": 0.4}])
+@pytest.mark.parametrize(("at_once", "parameters"), [(10**6, {}), (1, {}), (50, {"k1": 0.9, "b": 0.4})])
 def test_documents_are_ranked_by_bm25_and_those_without_a_common_word_are_not_found(
-    parameters: dict[str, float], documents: list[Document]
+    at_once: int, parameters: dict[str, float], documents: list[Document], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(hybrid, "AT_ONCE", at_once)
     hits = LexicalRetriever(documents, **parameters).retrieve(QUESTIONS, 99)
     assert hits.ids.shape == hits.scores.shape == (len(QUESTIONS), 24)
     for row, question in enumerate(QUESTIONS):
@@ -68,6 +69,21 @@ def test_words_are_those_of_unicode_and_documents_without_any_are_never_found(
 ) -> None:
     retriever = LexicalRetriever([Document(text, {"n": n}) for n, text in enumerate(texts)])
     assert retriever.retrieve(questions, 7).ids.tolist() == expected
+
+
+def test_the_index_is_built_once_and_again_when_it_is_damaged(
+    documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built, build = [], hybrid._build
+    monkeypatch.setattr(hybrid, "_build", lambda path, *rest: (built.append(path), build(path, *rest)))
+    found = [LexicalRetriever(documents).retrieve(QUESTIONS, 5) for _ in range(2)]
+    assert len(built) == 1
+    for number, name in enumerate(hybrid.FILES, start=2):
+        (path,) = tmp_path.glob(f"cache/bm25/*/{name}")
+        path.write_bytes(path.read_bytes()[:-1])
+        found.append(LexicalRetriever(documents).retrieve(QUESTIONS, 5))
+        assert len(built) == number
+    assert len({each.ids.tobytes() + each.scores.tobytes() for each in found}) == 1
 
 
 def hits(*rows: list[tuple[int, float]]) -> Hits:

@@ -178,15 +178,12 @@ def test_a_disk_that_is_full_leaves_no_index(short: int, tmp_path: Path) -> None
     assert [entry.name for entry in tmp_path.iterdir()] == ["whole"]
 
 
-def test_products_some_rows_at_a_time_find_what_brute_force_finds_and_equals_by_their_place(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_products_some_rows_at_a_time_find_what_brute_force_finds_and_equals_by_their_place() -> None:
     """What a GPU does for a flat index; and the scores of what was found do not depend on who asks beside."""
-    monkeypatch.setattr(faiss_index, "ROWS_AT_ONCE", 16)
     embeddings, queries = vectors(100, 2), vectors(7, 3)
     embeddings[[40, 90]] = embeddings[10]
     expected_scores, expected = brute_force(queries, embeddings, 12)
-    _, rows = nearest(queries, torch.from_numpy(embeddings).__getitem__, 100, 20)
+    _, rows = nearest(queries, torch.from_numpy(embeddings).split(16), 20)
     scores = inner_products(queries, torch.from_numpy(embeddings), rows)
     scores, rows = ranked(scores, rows, 12)
     np.testing.assert_array_equal(rows, expected)

@@ -49,6 +49,9 @@ class Drift:
         self.calls.append(float(self.bias))
         return {}
 
+    def collect(self) -> None:
+        pass
+
     def save(self, directory: Path) -> None:
         self.saved.append(str(self.version))
         save_file({"bias": self.bias}, directory / "bias.safetensors")

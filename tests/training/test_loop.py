@@ -17,16 +17,16 @@ import pytest
 from torch import Tensor, nn
 from fakes import Batch, Regression, make_batches, run, same_weights, weight_in
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel, get_scheduler
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.training import journal
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoints
-from rqa.training.journal import Journal, RunState, read_state
+from rqa.training.journal import Journal, RunState, read_state, start_tracker
 from rqa.training.loop import Batches, train
-from rqa.training.optim import Optimization, rate_factor
+from rqa.training.optim import Optimization
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 4), (8, 1)])
@@ -54,35 +54,40 @@ def test_every_epoch_sees_each_example_once_in_an_order_of_seed_and_step_alone(f
     assert wide[:8] not in (wide[8:16], other[:8])
 
 
-@pytest.mark.parametrize("how", ["crash", signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("how", ["crash", "crash in bf16", signal.SIGTERM, signal.SIGINT])
 def test_a_run_that_was_stopped_and_resumed_ends_with_the_very_weights_of_an_uninterrupted_one(
-    how: str | signal.Signals, flags: LoopArguments, tmp_path: Path
+    how: str | signal.Signals, flags: LoopArguments, has_bf16: Callable[[bool], None], tmp_path: Path
 ) -> None:
-    flags = replace(flags, save_steps=3, logging_steps=4, new_layers="bias", new_layers_learning_rate=0.2)
-    whole = run(replace(flags, output_dir=str(tmp_path / "whole")))
+    has_bf16(True)
+    kind, bf16 = (InModel, True) if how == "crash in bf16" else (Regression, False)
+    new_layers = {"new_layers": "bias", "new_layers_learning_rate": 0.2}
+    flags = replace(flags, save_steps=3, logging_steps=4, learning_rate=0.01, bf16=bf16, **new_layers)
+    whole = run(replace(flags, output_dir=str(tmp_path / "whole")), kind(dropout=0.2))
 
     def stop(step: int) -> dict[str, float]:
-        if step == 4 and how == "crash":
+        if step == 4 and isinstance(how, str):
             raise RuntimeError
-        if step == 2 and how != "crash":
+        if step == 2 and not isinstance(how, str):
             os.kill(os.getpid(), how)
         return {}
 
-    if how == "crash":
+    if isinstance(how, str):
         with pytest.raises(RuntimeError):
-            run(flags, before_step=stop)
+            run(flags, kind(dropout=0.2), before_step=stop)
     else:
         stopped = run(flags, before_step=stop).state
         assert (stopped.interrupted, stopped.step) == (True, 3)
         assert not (Path(flags.output_dir) / "w.safetensors").exists()
     assert [path.name for path in checkpoints(Path(flags.output_dir))] == ["checkpoint-3"]
-    second = run(replace(flags, resume_from_checkpoint="true"))
+    second = run(replace(flags, resume_from_checkpoint="true"), kind(dropout=0.2))
     assert second.seen == whole.seen[12:]
-    assert same_weights(second, whole)
+    ends = [load_file(Path(output) / "w.safetensors") for output in (flags.output_dir, tmp_path / "whole")]
+    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
     ours, theirs = ({e["step"]: e["loss"] for e in each.state.log_history} for each in (second, whole))
-    every = run(replace(flags, output_dir=str(tmp_path / "every"), logging_steps=1)).state.log_history
-    assert theirs[4] == pytest.approx(sum(entry["loss"] for entry in every[1:4]) / 3)
-    assert ours == theirs | {4: every[3]["loss"]}  # the first line after resuming is of its own steps
+    every = run(replace(flags, output_dir=str(tmp_path / "every"), logging_steps=1), kind(dropout=0.2))
+    losses = [entry["loss"] for entry in every.state.log_history]
+    assert theirs[4] == pytest.approx(sum(losses[1:4]) / 3)
+    assert ours == theirs | {4: losses[3]}  # the first line after resuming is of its own steps
 
 
 def test_the_best_model_is_on_top_and_survives_save_total_limit(flags: LoopArguments) -> None:
@@ -136,20 +141,16 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_examples_and_leaves_the_w
     assert objective.linear.weight.isfinite().all()
 
 
-@pytest.mark.parametrize("warmup", [0, 4])
-@pytest.mark.parametrize("kind", ["linear", "cosine", "constant", "constant_with_warmup"])
-def test_learning_rates_are_those_of_transformers_schedules_bit_for_bit(kind: str, warmup: int) -> None:
-    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.07)
-    schedule = get_scheduler(kind, optimizer, warmup, 11)
-    for step in range(14):  # an interrupted run may be resumed with fewer steps than it has done
-        assert 0.07 * rate_factor(kind, step, warmup, 11) == schedule.get_last_lr()[0]
-        optimizer.step()
-        schedule.step()
-
-
-def test_the_rate_of_the_next_step_is_logged_and_the_warm_up_is_a_share_of_the_steps(flags: LoopArguments) -> None:
-    history = run(replace(flags, warmup_ratio=0.5, logging_steps=1)).state.log_history
-    assert [entry["learning_rate"] for entry in history] == [0.05 * rate_factor("linear", n, 3, 6) for n in range(1, 7)]
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [("linear", [1 / 3, 2 / 3, 1, 2 / 3, 1 / 3, 0]), ("cosine", [1 / 3, 2 / 3, 1, 3 / 4, 1 / 4, 0]),
+     ("constant_with_warmup", [1 / 3, 2 / 3, 1, 1, 1, 1]), ("constant", [1] * 6)],
+)  # fmt: skip
+def test_the_rate_of_the_next_step_is_logged_and_the_warm_up_is_a_share_of_the_steps(
+    kind: str, shares: list[float], flags: LoopArguments
+) -> None:
+    history = run(replace(flags, lr_scheduler_type=kind, warmup_ratio=0.5, logging_steps=1)).state.log_history
+    assert [entry["learning_rate"] for entry in history] == pytest.approx([0.05 * share for share in shares])
 
 
 def test_an_overflow_of_fp16_moves_neither_weights_nor_the_schedule_and_is_logged_as_null(flags: LoopArguments) -> None:
@@ -163,7 +164,7 @@ def test_an_overflow_of_fp16_moves_neither_weights_nor_the_schedule_and_is_logge
         ours.step(skipped, norm)
         assert math.isfinite(norm) == math.isfinite(largest)
         assert torch.equal(module.weight, before) == math.isinf(largest)
-        assert ours.learning_rates(3)[0] == 0.05 * rate_factor("linear", 2, 0, 6)
+        assert ours.learning_rates(3)[0] == pytest.approx(0.05 * 4 / 6)
     resumed.load_state_dict(ours.state_dict())
     assert resumed.learning_rates(3) == ours.learning_rates(3)
     directory = Path(flags.output_dir)
@@ -321,19 +322,6 @@ def test_bf16_lowers_models_where_the_hardware_has_it_and_updates_float32_weight
         assert torch.equal(ours.linear.get_parameter(name), weight.bfloat16())
 
 
-def test_a_resumed_bf16_run_ends_with_the_very_weights_of_an_uninterrupted_one(
-    flags: LoopArguments, has_bf16: Callable[[bool], None], tmp_path: Path
-) -> None:
-    has_bf16(True)
-    plan = replace(flags, bf16=True, save_steps=3, learning_rate=1e-4)
-    whole = run(replace(plan, output_dir=str(tmp_path / "whole")), InModel(dropout=0.2))
-    shutil.copytree(tmp_path / "whole" / "checkpoint-3", Path(plan.output_dir) / "checkpoint-3")
-    again = run(replace(plan, resume_from_checkpoint="true"), InModel(dropout=0.2))
-    assert again.seen == whole.seen[12:]
-    ends = [load_file(Path(each) / "w.safetensors") for each in (plan.output_dir, tmp_path / "whole")]
-    assert all(torch.equal(weight, ends[1][name]) for name, weight in ends[0].items())
-
-
 class Wide(Regression):
     """Two layers without biases; the first is large enough for moments of 8 bits."""
 
@@ -372,3 +360,21 @@ def test_8_bits_without_torchao_name_what_to_install(flags: LoopArguments, monke
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UserError, match=r'torchao is not installed; pip install "rqa\[8bit\]"'):
         replace(flags, optim="adamw_8bit", bf16=True)
+
+
+def test_trackers_get_project_group_settings_and_metrics(flags: LoopArguments, monkeypatch: pytest.MonkeyPatch) -> None:
+    def track(kind: str, metrics: dict[str, float], step: int) -> None:
+        start_tracker(replace(flags, report_to=kind, run_project="project", run_group="group"))(metrics, step)
+
+    calls: list[object] = []
+    tracker = SimpleNamespace(init=lambda **given: calls.append(given), log=lambda *it, step: calls.append((*it, step)))
+    monkeypatch.setitem(sys.modules, "trackio", tracker)
+    track("trackio", {"loss": 0.5}, 7)
+    assert calls[0].pop("config")["seed"] == 42
+    assert calls == [{"project": "project", "group": "group", "name": "run"}, ({"loss": 0.5}, 7)]
+    calls.clear()
+    writer = SimpleNamespace(add_scalar=lambda *scalar: calls.append(scalar))
+    module = SimpleNamespace(SummaryWriter=lambda directory: calls.append(directory) or writer)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    track("tensorboard", {"loss": 0.5, "norm": 2.0}, 3)
+    assert calls == [flags.output_dir, ("loss", 0.5, 3), ("norm", 2.0, 3)]

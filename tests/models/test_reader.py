@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, GenerationConfig, TemperatureLogi
 
 from rqa.data import Document, Example
 from rqa.models import reader as reading
-from rqa.models.causal_lm import load_causal_lm
-from rqa.models.loading import load_tokenizer
+from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.prompts import PromptArguments, Prompter
 from rqa.runtime.errors import UserError
@@ -201,8 +200,7 @@ def test_answers_come_back_in_the_order_asked_from_batches_as_large_as_allowed(
     generate = reader.generate
     monkeypatch.setattr(reader, "generate", lambda prompts: asked.append(prompts) or generate(prompts))
     for budget, sizes in ((1, {1}), (300, {1, 2, 3}), (16384, {6})):
-        flags = GenerationArguments(generation_batch_tokens=budget)
-        reader.max_batch_tokens = CausalLMReader(reader.model, reader.prompter, flags).max_batch_tokens
+        reader.flags = GenerationArguments(generation_batch_tokens=budget)
         asked.clear()
         answers = reader.answer([case.examples[i] for i in order], [case.passages[i] for i in order], progress=False)
         assert [answer.text for answer in answers] == [texts[i] for i in order]
