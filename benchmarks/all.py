@@ -41,6 +41,7 @@ BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what foll
     ),
     "retrieval_latency": "--embedding_model {E} --eval_data_path --document_path --precision {P}",
     "data_preparation": "--model_name_or_path {E} --passages 100000",
+    "indexing": "--embedding_model {E}",
     "index_refresh": "--model_name_or_path {E} --train_file --eval_file --document_path",
     "retriever_learning": (
         "--model_name_or_path {E} --train_file --eval_file --document_path --output_dir {O} --lm_model_path {M}"

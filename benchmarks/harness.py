@@ -9,12 +9,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from importlib.metadata import Distribution, requires, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
+import psutil
 from packaging.requirements import Requirement
 
 from rqa.evaluation.runtime import machine, seconds
@@ -128,6 +130,41 @@ def read_corpus(
 def peak_gib() -> float:
     """The most memory that this process has held so far."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def measure_command(line: Sequence[Any], processes: int = 1) -> Row:
+    """Run a Python command to its end, by torchrun if it is several processes.
+
+    Returns:
+        Its `seconds`; the GiB that its processes held at most, added up, `peak`, and without the pages of mapped files,
+        `own`; and what its last line says, if that is JSON.
+    """
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, line)]
+    print(*command[1:], "...", file=sys.stderr, flush=True)
+    started, peaks, own = time.perf_counter(), {}, 0.0
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as running:
+        while running.poll() is None:
+            now = memory(running.pid)
+            peaks |= {process: peak for process, (peak, _) in now.items()}
+            own = max(own, sum(held for _, held in now.values()))
+            time.sleep(0.05)
+        took, told = time.perf_counter() - started, running.stdout.read() if running.stdout else ""
+    if running.returncode:
+        sys.exit(f"error: status {running.returncode}")
+    answer = json.loads(told.splitlines()[-1]) if "{" in told else {}
+    return {"seconds": took, "peak": sum(peaks.values()), "own": own, **answer}
+
+
+def memory(parent: int) -> dict[int, tuple[float, float]]:
+    """Of a process and those it started: (GiB at most so far, GiB now without pages of files)."""
+    found = {}
+    with suppress(psutil.Error, OSError, KeyError):  # one of them has ended
+        for process in [psutil.Process(parent), *psutil.Process(parent).children(recursive=True)]:
+            lines = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            gib = {name: int(lines[name].split()[0]) / 2**20 for name in ("VmHWM", "RssAnon", "RssShmem")}
+            found[process.pid] = gib["VmHWM"], gib["RssAnon"] + gib["RssShmem"]
+    return found
 
 
 class Clock:

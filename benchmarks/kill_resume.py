@@ -1,16 +1,22 @@
 #!/usr/bin/env python
-"""Does any moment exist at which `kill -9` loses or changes a run?
+"""Does any moment exist at which `kill -9` loses or changes a run, or an index?
 
     python benchmarks/kill_resume.py 50 --model_name_or_path L --embedding_model E --data_dir DATA    # tiny models
+    python benchmarks/kill_resume.py 20 --embedding_model E --data_dir DATA --only index "index, updated"
 
 `DATA` holds documents.jsonl, train_w_qa.jsonl and eval_w_qa.jsonl. SwR and RPG are trained once without interruption,
 then again and again: each process is killed at a random moment of a chosen phase, and resumed until the run is through.
 Its final weights must be those of the uninterrupted run, bit for bit, and no kill may cost more steps than lie between
 two checkpoints.
+
+The same for bin/build_index, with FAISS and milvus-lite, from nothing and with `--update true` after documents have
+changed, come and gone: what it ends with must find what an uninterrupted build finds, with the same scores; no kill may
+cost more passages than are encoded at once; and after a kill of an update there must still be an index to search.
 """
 
 import argparse
 import hashlib
+import importlib
 import json
 import os
 import random
@@ -25,13 +31,27 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from harness import print_table
+
+from rqa.data import Document
+from rqa.documents import read_documents, write_documents
+from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.retrieval import retriever as indexing
+from rqa.retrieval.faiss_index import FaissIndex
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.retriever import Retriever
 
 ROOT = Path(__file__).parents[1]
 PHASES = {
     "train_swr": ["training", "saving", "evaluating", "any"],
     "train_rpg": ["training", "saving", "evaluating", "refreshing", "filling the teacher cache", "any"],
+    "index": ["encoding", "adding", "swapping", "any"],
+    "index, updated": ["encoding", "adding", "swapping", "any"],
+    "milvus-lite": ["encoding", "adding", "swapping", "any"],
+    "milvus-lite, updated": ["encoding", "adding", "swapping", "any"],
 }
+TEXTS_AT_ONCE = 20  # passages that build_index encodes at once: 10,000, were it not for this
 SAVE_STEPS = 3
 FLAGS = {"max_steps": 12, "save_steps": SAVE_STEPS, "eval_steps": 4, "save_total_limit": 2, "logging_steps": 5,
          "per_device_train_batch_size": 2, "learning_rate": 1e-3}  # fmt: skip
@@ -41,14 +61,16 @@ OWN = {"train_swr": {"max_new_tokens": 8, "max_seq_length": 512}, "train_rpg": {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=3)
-    parser.add_argument("--model_name_or_path", required=True, help="The reader of SwR, the teacher of RPG.")
-    parser.add_argument("--embedding_model", required=True, help="The retriever of SwR, the encoder that RPG trains.")
+    parser.add_argument("--model_name_or_path", help="The reader of SwR, the teacher of RPG.")
+    parser.add_argument("--embedding_model", required=True, help="The retriever, and the encoder that RPG trains.")
     parser.add_argument("--data_dir", required=True)
+    parser.add_argument("--only", nargs="*", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     chance = random.Random(arguments.seed)
     with tempfile.TemporaryDirectory() as directory:
-        runs = [Trial(name, Path(directory), arguments) for name in PHASES]
+        kinds = {name: Trial if name in OWN else IndexTrial for name in arguments.only}
+        runs = [kind(name, Path(directory), arguments) for name, kind in kinds.items()]
         for run in runs:
             run.measure()
         while (left := arguments.kills - sum(sum(run.kills.values()) for run in runs)) > 0:
@@ -60,12 +82,15 @@ def main() -> None:
 class Trial:
     """One trainer: its uninterrupted run, and what became of the interrupted ones."""
 
+    may_lose = SAVE_STEPS
+    delay = 0.05  # seconds after a phase began, at most
+
     def __init__(self, name: str, directory: Path, arguments: argparse.Namespace) -> None:
-        self.name = name
+        self.name = self.executable = name
         self.directory = directory / name
         self.arguments = arguments
         self.kills: Counter[str] = Counter()
-        self.runs = self.identical = self.most_steps_lost = 0
+        self.runs = self.identical = self.most_lost = self.unreadable = 0
 
     def flags(self, output: Path) -> list[str]:
         given, data = self.arguments, Path(self.arguments.data_dir)
@@ -84,8 +109,8 @@ class Trial:
         }
         return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
-    def run(self, output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-        """One process to its end; what it noted, or None if it died before it noted anything.
+    def run(self, output: Path, plan: dict[str, Any]) -> dict[str, Any]:
+        """One process to its end; what it noted.
 
         Raises:
             SystemExit: it failed by itself.
@@ -93,43 +118,104 @@ class Trial:
         notes = output.with_suffix(".json")
         notes.unlink(missing_ok=True)
         environment = {**os.environ, "RQA_CACHE": str(output.with_suffix(".cache")), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, __file__, "--child", json.dumps({**plan, "notes": str(notes)}), self.name]
+        command = [sys.executable, __file__, "--child", json.dumps({**plan, "notes": str(notes)}), self.executable]
         done = subprocess.run([*command, *self.flags(output)], env=environment, stderr=subprocess.PIPE, text=True)
         if done.returncode not in (0, -signal.SIGKILL):
             sys.exit(f"{self.name} failed with status {done.returncode}:\n{done.stderr[-3000:]}")
-        noted = json.loads(notes.read_text()) if notes.exists() else None
-        assert noted is None or noted["killed"] == (done.returncode == -signal.SIGKILL)
+        noted = json.loads(notes.read_text())
+        assert noted["killed"] == (done.returncode == -signal.SIGKILL)
         return noted
 
     def measure(self) -> None:
-        """The uninterrupted run: the weights to reach, and how often each phase comes."""
-        noted = self.run(self.directory / "whole", {"phase": None})
-        self.expected = weights(self.directory / "whole")
-        self.occurrences: dict[str, int] = noted["occurrences"]
+        """The uninterrupted run: what to reach, and how often each phase comes."""
+        self.whole = self.run(self.directory / "whole", {"phase": None})
+        self.expected = self.result(self.directory / "whole")
 
     def attempt(self, chance: random.Random, kills: int) -> None:
-        """A run of its own that is killed up to so many times and must still reach the same weights."""
+        """A run of its own that is killed up to so many times and must still reach the same."""
         self.runs += 1
-        output = self.directory / f"run-{self.runs}"
-        for _ in range(kills):
+        output, steps = self.directory / f"run-{self.runs}", []
+        self.prepare(output)
+        for left in range(kills, -1, -1):
             phase = chance.choice(PHASES[self.name])
-            seen = phase if phase != "any" else chance.choice(sorted(self.occurrences))
-            times = chance.randint(1, max(1, self.occurrences.get(seen, 1) // 2))
-            plan = {"phase": seen, "times": times, "delay": chance.random() * (0.05 if phase != "any" else 1.0)}
-            noted = self.run(output, plan)
-            if not noted or not noted["killed"]:
-                break  # it was through before the moment came
+            seen = phase if phase != "any" else chance.choice(sorted(self.whole["occurrences"]))
+            times = chance.randint(1, max(1, self.whole["occurrences"].get(seen, 1) // 2))
+            plan = {"phase": seen, "times": times, "delay": chance.random() * (self.delay if phase != "any" else 1.0)}
+            noted = self.run(output, plan if left else {"phase": None})
+            steps.append(noted["step"])
+            if not noted["killed"]:
+                break  # perhaps it was through before the moment came
             self.kills[noted["phase"]] += 1
-            self.most_steps_lost = max(self.most_steps_lost, noted["step"] - newest_step(output))
-        self.run(output, {"phase": None})
-        self.identical += weights(output) == self.expected
+            self.after_kill(steps, output)
+        self.identical += self.same(output, steps)
         print(f"{self.name}: {dict(self.kills)}, {self.identical} of {self.runs} identical", file=sys.stderr)
         for path in (output, output.with_suffix(".cache")):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)
+
+    def prepare(self, output: Path) -> None:
+        """What the run finds there."""
+
+    def after_kill(self, steps: list[int], output: Path) -> None:
+        self.most_lost = max(self.most_lost, steps[-1] - newest_step(output))
+
+    def result(self, output: Path) -> Any:
+        return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+
+    def same(self, output: Path, steps: list[int]) -> bool:
+        return self.result(output) == self.expected
 
 
-def weights(output: Path) -> str:
-    return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
+class IndexTrial(Trial):
+    """bin/build_index over documents; `updated` begins with an index of what they were before."""
+
+    may_lose = TEXTS_AT_ONCE
+    delay = 0.01
+
+    def __init__(self, name: str, directory: Path, arguments: argparse.Namespace) -> None:
+        super().__init__(name, directory, arguments)
+        self.executable, self.updated = "build_index", name.endswith("updated")
+        former = list(read_documents(Path(arguments.data_dir, "documents.jsonl")))
+        changed = [Document(f"It has changed: {document.page_content}", document.metadata) for document in former[::4]]
+        self.directory.mkdir()
+        write_documents(self.directory / "former.jsonl", former)
+        write_documents(self.directory / "present.jsonl", former[1::2] + changed)
+
+    def flags(self, output: Path) -> list[str]:
+        output.mkdir(exist_ok=True)
+        values = {
+            "embedding_model": self.arguments.embedding_model,
+            "document_path": self.directory / f"{'former' if output.name == 'former' else 'present'}.jsonl",
+            "index_path": f"milvus::{output}/passages.db/passages" if "milvus" in self.name else output / "index",
+            "dtype": "float32",  # in which batches of other texts change a score by less than 1e-5
+            "update": str(self.updated and "run-" in output.name).lower(),
+        }
+        return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+
+    def measure(self) -> None:
+        super().measure()
+        if self.updated:
+            self.run(self.directory / "former", {"phase": None})
+            self.prepare(self.directory / "run-0")
+            self.whole = self.run(self.directory / "run-0", {"phase": None})
+
+    def prepare(self, output: Path) -> None:
+        if self.updated:
+            shutil.copytree(self.directory / "former", output)
+
+    def after_kill(self, steps: list[int], output: Path) -> None:
+        self.unreadable += self.updated and not self.result(output)["found"]
+
+    def result(self, output: Path) -> dict[str, Any]:
+        """What the index there finds, asked by another process."""
+        command = [sys.executable, __file__, "--ask", *self.flags(output)]
+        return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
+
+    def same(self, output: Path, steps: list[int]) -> bool:
+        again = sum(steps) - self.whole["step"]
+        self.most_lost = max(self.most_lost, again / max(1, len(steps) - 1))
+        ours, theirs = self.result(output), self.expected
+        equal = [np.allclose(ours[name], theirs[name], atol=1e-5) for name in ("ids", "scores")]
+        return ours["fresh"] and theirs["fresh"] and all(equal)
 
 
 def newest_step(output: Path) -> int:
@@ -140,20 +226,21 @@ def newest_step(output: Path) -> int:
 
 def report(runs: list[Trial]) -> None:
     phases = sorted({phase for run in runs for phase in run.kills})
-    header = ["trainer", "kills", *phases, "runs", "identical", "most steps lost"]
+    header = ["killed", "kills", *phases, "runs", "identical", "unreadable", "most lost"]
     print_table(header, [[run.name, sum(run.kills.values()), *(run.kills[phase] for phase in phases), run.runs,
-                          run.identical, run.most_steps_lost] for run in runs])  # fmt: skip
+                          run.identical, run.unreadable, f"{run.most_lost:g}"] for run in runs])  # fmt: skip
     result = {
         "benchmark": "kill_resume",
         "kills": sum(sum(run.kills.values()) for run in runs),
         "by_phase": dict(sum((run.kills for run in runs), Counter())),
         "runs": sum(run.runs for run in runs),
         "runs_lost": sum(run.runs - run.identical for run in runs),
-        "most_steps_lost": max(run.most_steps_lost for run in runs),
-        "steps_between_checkpoints": SAVE_STEPS,
+        "unreadable": sum(run.unreadable for run in runs),
+        "most_lost": {run.name: run.most_lost for run in runs},
+        "may_lose": {run.name: run.may_lose for run in runs},
     }
     print(json.dumps(result))
-    if result["runs_lost"] or result["most_steps_lost"] > SAVE_STEPS:
+    if result["runs_lost"] or result["unreadable"] or any(run.most_lost > run.may_lose for run in runs):
         sys.exit(1)
 
 
@@ -208,6 +295,8 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
     watcher.watch(Teacher, "__call__", "filling the teacher cache")
     watcher.watch(ReaderEvaluation, "__call__", "evaluating")
     watcher.watch(retriever, "find_passages", "evaluating")
+    if executable == "build_index":
+        watch_indexing(watcher, "milvus::" in " ".join(line))
     position = Batches.position
 
     def count(self: Batches, step: int) -> int:
@@ -223,8 +312,41 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
         watcher.note(killed=False)
 
 
+def watch_indexing(watcher: Child, in_milvus: bool) -> None:
+    """Its phases; a step is a passage that is encoded."""
+    indexing.TEXTS_AT_ONCE = TEXTS_AT_ONCE
+    kind = importlib.import_module("rqa.retrieval.milvus").MilvusIndex if in_milvus else FaissIndex
+    embed = Encoder.embed
+
+    def count(self: Encoder, sequences: Any, *more: Any) -> Any:
+        found = embed(self, sequences, *more)
+        watcher.step += len(sequences)
+        watcher.stack[0] = "between"
+        return found
+
+    Encoder.embed = count
+    for owner, name, phase in ((Encoder, "embed", "encoding"), (kind, "add", "adding"), (kind, "swap", "swapping")):
+        watcher.watch(owner, name, phase)
+
+
+def ask(line: list[str]) -> None:
+    """Search the index that these flags of build_index name, as it is, with the first 50 documents."""
+    named = dict(zip(line[::2], line[1::2], strict=True))
+    documents = read_documents(named["--document_path"])
+    encoder = load_encoder(named["--embedding_model"], EncoderArguments(dtype="float32"))
+    retriever = Retriever(encoder, documents, IndexArguments(index_path=named["--index_path"]))
+    retriever.index = indexing.index_at(named["--index_path"], documents, retriever.flags)
+    result: dict[str, Any] = {"found": retriever.index.load()}
+    if result["found"]:
+        hits = retriever.retrieve([document.page_content for document in documents[:50]], 10)
+        result |= {"ids": hits.ids.tolist(), "scores": hits.scores.tolist()}
+    print(json.dumps(result | {"fresh": retriever.index.stamp == retriever.stamp()}))
+
+
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--child"]:
         child(json.loads(sys.argv[2]), sys.argv[3], sys.argv[4:])
+    elif sys.argv[1:2] == ["--ask"]:
+        ask(sys.argv[2:])
     else:
         main()

@@ -2,12 +2,13 @@
 
 import multiprocessing
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
 import pytest
 from gpu_sections import Section, launch, llama, training_flops
-from harness import matmul_rate
+from harness import matmul_rate, measure_command
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
@@ -84,3 +85,19 @@ def test_the_rate_of_products_is_that_of_the_device_that_is_used(monkeypatch: py
     monkeypatch.setattr("harness.device", lambda: torch.device("meta"))
     assert matmul_rate(torch.bfloat16) == pytest.approx(2 * 1536**3 / 1e9)
     assert seconds(work[0]) < 1  # on that device, which computes nothing
+
+
+def test_the_memory_of_a_command_is_that_of_all_its_processes_together(tmp_path: Path) -> None:
+    script = tmp_path / "script.py"  # two processes that hold 300 MiB at once, and say so
+    script.write_text(
+        "import subprocess, sys, time\n"
+        "held = b'x' * (300 << 20)\n"
+        "if len(sys.argv) == 1:\n"
+        "    subprocess.run([sys.executable, __file__, 'second'], check=True)\n"
+        "    print('{\"answer\": 42}')\n"
+        "time.sleep(0.5)\n"
+    )
+    row = measure_command([script])
+    assert row["answer"] == 42
+    assert row["seconds"] > 1
+    assert 600 / 1024 < row["own"] < row["peak"] < 700 / 1024
