@@ -150,9 +150,9 @@ DOCUMENT = Document("a", {"source": "s"})
 def test_whatever_decides_a_score_makes_another_one_and_nothing_else_does(tmp_path: Path) -> None:
     asked = [{}, {"question": "How?"}, {"gold_answer": "No."}, {"question": "Why?So.", "gold_answer": ""},
              {"chat_history": ()}, {"chat_history": (Turn("assistant", "Hm"),)}]  # fmt: skip
-    others = [{"page_content": "b"}, {"metadata": {"source": "t"}}, {"fmt_content": "a"}]
+    others = [{"page_content": "b"}, {"metadata": {"source": "t"}}, {"formatted": "a"}]
     decides = [(replace(EXAMPLE, **other), DOCUMENT, "lm") for other in asked]
-    decides += [(EXAMPLE, Document(**vars(DOCUMENT) | {"fmt_content": ""} | other), "lm") for other in others]
+    decides += [(EXAMPLE, replace(DOCUMENT, **{"formatted": ""} | other), "lm") for other in others]
     decides.append((EXAMPLE, DOCUMENT, "another lm"))
     scorer = Lengths()
     for number, (example, document, identity) in enumerate(decides, start=1):
