@@ -17,7 +17,7 @@ from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import ENGINE, Index, IndexArguments
 from rqa.runtime import distributed
-from rqa.runtime.cli import progress
+from rqa.runtime.cli import progress, trim_heap
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
 from rqa.runtime.parallelize import ahead
@@ -152,6 +152,7 @@ class Retriever(PassageRetriever):
         with progress(total=len(mine), desc=desc, unit="document", disable=desc is None) as bar:
             for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # as often on every process
                 yield part, encoder.embed(sequences, bar.update)
+                trim_heap()
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         scores, ids = self.index.search(self.encoder.embed(self.encoder.tokenize_queries(questions)), k)
