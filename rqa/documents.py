@@ -1,4 +1,4 @@
-"""The document database: a file that may be larger than memory, with a table of what is where."""
+"""The document database: a file that may be larger than memory, with a table of where each document is."""
 
 import json
 import logging
@@ -8,9 +8,10 @@ import pickletools
 import shutil
 import struct
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,12 @@ log = logging.getLogger(__name__)
 
 Prints = np.ndarray  # fingerprints of 16 bytes. [N]
 PRINT = np.dtype("S16")
-ROW = np.dtype([("start", "<i8"), ("size", "<i8"), ("key", PRINT), ("passage", PRINT), ("normalized", PRINT)])
+PARTS: dict[str, Callable[[Document], Sequence[str]]] = {
+    "keys": lambda document: document.key,  # the same document
+    "passages": lambda document: (*document.key, document.fmt_content),  # formatted alike, too
+    "normalized": lambda document: (normalize(document.page_content),),  # the same words, whatever the source
+}
+ROW = np.dtype([("start", "<i8"), ("size", "<i8"), *((kind, PRINT) for kind in PARTS)])
 HEADER = 256  # bytes before a table's rows: which file they describe, and in which state
 TABLE = "rqa documents 1"
 BIG = 2**26  # bytes that take some seconds to read
@@ -74,7 +80,7 @@ class DocumentFile(Sequence[Document]):
             document = parse_document(parse_json(os.pread(self._descriptor, size, start)), str(self.path))
         except (ValueError, OSError, OverflowError, MemoryError, UserError):  # as damage of the table has it
             document = None
-        if document is None or _passage(document) != self.passages[position].ljust(16, b"\0"):
+        if document is None or prints([PARTS["passages"](document)])[0] != self.passages[position]:
             with suppress(OSError):  # whatever is wrong with the table, the next one is right
                 self._table.unlink()
             raise UserError(f"{self.path}: has changed since it was opened, or its table is damaged; start again")
@@ -122,26 +128,18 @@ class Places:
         return np.where(self._sorted[at] == wanted, self._order[at], -1)
 
 
-def keys_of(documents: Sequence[Document]) -> Prints:
-    """What is equal for what counts as the same document; a file's stand in its table. -> S16 [N]"""
-    known = getattr(documents, "keys", None)
-    return np.array([_print(*document.key) for document in documents], PRINT) if known is None else known
+def prints(texts: Iterable[Sequence[str]]) -> Prints:
+    """A fingerprint of each sequence of texts. [N]"""
+    return np.fromiter((_print(*each) for each in texts), PRINT)
 
 
-def passages_of(documents: Sequence[Document]) -> Prints:
-    """What is equal for the same document with the same formatted text. -> S16 [N]"""
-    known = getattr(documents, "passages", None)
-    return np.array(list(map(_passage, documents)), PRINT) if known is None else known
+def _prints_of(kind: str, documents: Sequence[Document]) -> Prints:
+    """Fingerprints of a part of each document; a file has them in its table. [N]"""
+    known = getattr(documents, kind, None)
+    return prints(map(PARTS[kind], documents)) if known is None else known
 
 
-def normalized_of(documents: Sequence[Document]) -> Prints:
-    """What is equal for the same normalised content, whatever its source. -> S16 [N]"""
-    known = getattr(documents, "normalized", None)
-    return np.array([_print(normalize(each.page_content)) for each in documents], PRINT) if known is None else known
-
-
-def _passage(document: Document) -> bytes:
-    return _print(*document.key, document.fmt_content)
+keys_of, passages_of, normalized_of = (partial(_prints_of, kind) for kind in PARTS)
 
 
 def _print(*parts: str) -> bytes:
@@ -166,13 +164,12 @@ def _scan(content: Path, name: Path, table: Path, about: dict[str, Any]) -> None
         file.seek(HEADER)
         for number, start, size, value in lines:
             document = parse_document(value, f"{name}:{number}")
-            prints = _print(*document.key) + _passage(document) + _print(normalize(document.page_content))
-            file.write(struct.pack("<qq", start, size) + prints)
+            file.write(struct.pack("<qq", start, size) + prints(part(document) for part in PARTS.values()).tobytes())
         file.flush()
         if file.tell() == HEADER:
             raise UserError(f"{name}: holds no documents")
         rows = np.memmap(file, ROW, "r+", HEADER)
-        first = np.sort(np.unique(rows["key"], return_index=True)[1])
+        first = np.sort(np.unique(rows["keys"], return_index=True)[1])
         if len(first) < len(rows):
             rows[: len(first)] = rows[first]
         file.truncate(HEADER + len(first) * ROW.itemsize)

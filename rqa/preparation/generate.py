@@ -16,7 +16,7 @@ import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
-from rqa.documents import normalized_of
+from rqa.documents import normalized_of, prints
 from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
 from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
 from rqa.models.reader import CausalLMReader
@@ -234,8 +234,7 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
     groups = np.arange(len(distinct))
     if flags.split_by == "source":
         sources = (repr(documents[number].metadata.get("source", number)) for number in distinct.tolist())
-        prints = np.fromiter((fingerprint(source)[:16].encode() for source in sources), "S16")
-        groups = np.unique(prints, return_inverse=True)[1]
+        groups = np.unique(prints((source,) for source in sources), return_inverse=True)[1]
     shuffled = np.random.default_rng(flags.seed).permutation(len(distinct))[groups]
     # Only passages that may be chosen are read: a database can be much larger than its sample.
     drawn = ((shuffled[at], int(distinct[at])) for at in np.argsort(shuffled, kind="stable"))

@@ -11,8 +11,7 @@ more than asked for, and their inner products are summed again in float64.
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,7 +27,6 @@ from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import (
     COMPLETION_MARK,
-    alone,
     atomic_directory,
     atomic_file,
     damage,
@@ -54,7 +52,7 @@ RECALL, ASKED = 0.95, 200  # what `auto` wants of an approximate index, asked fo
 
 
 class FaissIndex(Index):
-    """See the module's description."""
+    """An index in this process's memory, in all processes' together, or in a directory."""
 
     def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
         super().__init__(documents, flags, path)
@@ -65,8 +63,6 @@ class FaissIndex(Index):
         self._flat: Tensor | None = None  # a flat index's embeddings, on the device that compares them. [n, D]
         self._numbers = np.empty(0, np.int64)  # by FAISS's id: the document's position, -1 if there is none
         self._collected: tuple[faiss.Index, np.ndarray] | None = None
-        self._update = False
-        self._gone = np.empty(0, PRINT)
 
     def __len__(self) -> int:
         return self._count
@@ -79,7 +75,7 @@ class FaissIndex(Index):
         rank, size = distributed.rank(), distributed.world_size()
         count = int(distributed.total([len(vectors)])[0])
         index, numbers = self._made([Chunk(np.arange(rank, count, size), lambda: vectors)], count, size > 1)
-        self._use(index, numbers, size > 1 and _divides(index))
+        self._use(index, numbers, count, size > 1 and _divides(index))
         self.encoder = self.stamp = self.version = ""
         self.dtype = dtype
 
@@ -102,16 +98,16 @@ class FaissIndex(Index):
         flat = self._flat
         if flat is not None and flat.is_cuda:
             at_once = max(1, PRODUCTS_AT_ONCE // max(len(queries), 1))
-            _, rows = nearest(queries, flat.split(at_once), k + MARGIN)
+            rows = nearest(queries, flat.split(at_once), k + MARGIN)
         else:
             scores, rows = self._faiss.search(queries, k + MARGIN)
         if flat is not None:
             scores = inner_products(queries, flat, rows)
         return ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
 
-    def load(self, directory: str | Path | None = None) -> bool:
+    def load(self, directory: Path | None = None) -> bool:
         """See `Index`; an index of a kind that the flags do not ask for cannot be used, nor a damaged one."""
-        directory = Path(directory or self.path or "")
+        directory = directory or Path(self.path or "")
         if damage(directory):
             return False
         try:
@@ -126,19 +122,17 @@ class FaissIndex(Index):
         if fits:
             own = passages_of(self.documents)
             same = np.array_equal(own, passages)
-            self._use(index, np.arange(len(own)) if same else Places(own)(passages), False)
+            self._use(index, np.arange(len(own)) if same else Places(own)(passages), index.ntotal, False)
             vars(self).update(stated)
             self._held = passages
         return fits
-
-    def held(self) -> Prints:
-        return self._held[self._held != b""]
 
     def collect(self) -> None:
         """Bring to the main process what `save` writes; every process calls it."""
         index, numbers, flat = self._faiss, self._numbers, self._flat
         if flat is not None and flat.is_cuda:
-            index, numbers = self._made([Chunk(numbers, lambda: flat.cpu().numpy())], len(flat), False)
+            index = faiss.IndexFlatIP(flat.shape[1])
+            index.add(flat.cpu().numpy())
         self._collected = index, numbers
         if not self._divided:
             return
@@ -164,7 +158,7 @@ class FaissIndex(Index):
             self.collect()
         assert self._collected, "only the main process saves"
         (index, numbers), self._collected = self._collected, None
-        self._write(Path(directory), index, passages_of(self.documents)[numbers])
+        self._write(Path(directory), index, np.where(numbers >= 0, passages_of(self.documents)[numbers], b""))
 
     def _write(self, directory: Path, index: faiss.Index, passages: Prints) -> None:
         refuse_foreign_directory(directory)
@@ -176,16 +170,6 @@ class FaissIndex(Index):
                 np.save(file, passages)
             write_json(temporary / "index.json", state)
 
-    def replace_stale(self) -> None:
-        if self.path and any(Path(self.path).glob("*")):
-            log.warning("index %s was made from other documents, weights or settings: rebuilding it", self.path)
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        refuse_foreign_directory(Path(self.path))
-        with alone(self._building) if distributed.is_main() else nullcontext():
-            yield
-
     @property
     def _building(self) -> Path:
         """Where embeddings lie until the index is built, so that a killed run loses none."""
@@ -193,17 +177,20 @@ class FaissIndex(Index):
         return path.with_name(f"{path.name}.building")
 
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
-        own = passages_of(self.documents)
-        self._update, self._gone, state = update, self._gone[:0], {"of": fingerprint(encoder, own.tobytes())}
-        known = self._building / "state.json"
-        if distributed.is_main() and not (known.exists() and read_json(known) == state):
-            for path in self._building.iterdir():
-                path.unlink()
-            write_json(known, state)
+        refuse_foreign_directory(Path(self.path or ""))
+        own, held = passages_of(self.documents), self._held[self._held != b""] if update else np.empty(0, PRINT)
+        known, state = self._building / "state.json", {"of": fingerprint(encoder, self.stamp * update, own.tobytes())}
+        if distributed.is_main():
+            if not update and any(Path(self.path or "").glob("*")):
+                log.warning("index %s was made from other documents, weights or settings: rebuilding it", self.path)
+            if not (known.exists() and read_json(known) == state):
+                self._building.mkdir(parents=True, exist_ok=True)
+                for path in self._building.iterdir():
+                    path.unlink()
+                write_json(known, state)
         distributed.barrier()
-        self.encoder = encoder
-        done = [own[chunk.numbers] for chunk in self._chunks()]
-        return np.concatenate([*done, self.held() if update else self._gone])
+        self.encoder, self._update = encoder, update
+        return np.concatenate([held, *(own[chunk.numbers] for chunk in self._chunks())])
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
         if len(numbers):
@@ -216,8 +203,8 @@ class FaissIndex(Index):
         return [Chunk(np.load(path)["numbers"], lambda path=path: np.load(path)["vectors"]) for path in paths]
 
     def remove(self, passages: Prints) -> None:
-        if len(passages) and not _divides(self._faiss):
-            raise UserError(f"--update true: {self.factory} cannot leave out passages; build the index without it")
+        if len(passages) and self._flat is None and not _divides(self._faiss):
+            raise UserError(f"--update true: {self.factory} cannot remove passages; rebuild the index without it")
         self._gone = passages
 
     def swap(self, stamp: str, dtype: str) -> None:
@@ -232,27 +219,27 @@ class FaissIndex(Index):
                 passages = own[numbers]
             faiss.omp_set_num_threads(threads)
             if lacking := len(np.setdiff1d(own, passages)):  # a network file system may show files late
-                raise UserError(f"index path {self.path}: {lacking} embeddings cannot be seen yet; start again")
+                raise UserError(f"index path {self.path}: {lacking} embeddings are missing; start again")
             self.version = fingerprint(self.version, stamp) if self._update else stamp
             self.stamp, self.dtype = stamp, dtype
             self._write(Path(self.path or ""), index, passages)
             shutil.rmtree(self._building)
         distributed.barrier()
         if not self.load():
-            raise UserError(f"index path {self.path}: what was built there cannot be read; look at its disk")
+            raise UserError(f"index path {self.path}: the index just written cannot be read; check the disk")
 
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
-        held, gone = np.array(self._held), np.flatnonzero(Places(self._gone)(self._held) >= 0)
-        cells = faiss.try_extract_index_ivf(index)
-        if len(gone):
-            index.remove_ids(gone)
-            held = np.where(np.isin(np.arange(len(held)), gone), b"", held) if cells else np.delete(held, gone)
+        gone, cells = np.isin(self._held, self._gone), faiss.try_extract_index_ivf(index)
+        if gone.any():
+            index.remove_ids(np.flatnonzero(gone))
+        held = np.where(gone, b"", self._held) if cells else self._held[~gone]
         for chunk in self._chunks():
             ids = np.arange(len(held), len(held) + len(chunk.numbers))  # of what is in cells; elsewhere FAISS counts
             index.add_with_ids(chunk.vectors(), ids) if cells else index.add(chunk.vectors())
             held = np.concatenate([held, own[chunk.numbers]])
+        self._describe(index)
         return index, held
 
     def _made(self, chunks: Sequence["Chunk"], count: int, together: bool) -> tuple[faiss.Index, np.ndarray]:
@@ -289,14 +276,18 @@ class FaissIndex(Index):
         except RuntimeError as error:
             refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
             raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
-        self.about = f"{self.factory} over {count:,} documents"
-        if _divides(index):
-            self.about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
+        self._describe(index, count)
         if self.flags.index_factory == "auto" and cells:
             self.about += _tune(index, chunks, together)
         return index, numbers
 
-    def _use(self, index: faiss.Index, numbers: np.ndarray, divided: bool) -> None:
+    def _describe(self, index: faiss.Index, count: int | None = None) -> None:
+        count, cells = count or index.ntotal, faiss.try_extract_index_ivf(index)
+        self.about = f"{self.factory} over {count:,} documents"
+        if _divides(index):
+            self.about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
+
+    def _use(self, index: faiss.Index, numbers: np.ndarray, count: int, divided: bool) -> None:
         if parameters := self.flags.index_search_parameters:
             try:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
@@ -309,12 +300,11 @@ class FaissIndex(Index):
                 rank, size = distributed.rank(), distributed.world_size()
                 self._flat, numbers, divided = self._flat[rank::size], numbers[rank::size], size > 1
             self._flat, self._faiss = self._flat.to(distributed.device()), None
-        self._numbers, self._divided = numbers, divided
-        self._count = int(distributed.total([len(numbers)])[0]) if divided else len(numbers)
+        self._numbers, self._count, self._divided = numbers, count, divided
 
 
 class Chunk(NamedTuple):
-    """Some documents."""
+    """Documents that were encoded together."""
 
     numbers: np.ndarray  # their positions. [n]
     vectors: Callable[[], np.ndarray]  # their embeddings, in memory or read from the disk. float32 [n, D]
@@ -344,7 +334,7 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
     if index.ntotal:
         asked = np.concatenate([chunk.vectors()[:: max(1, index.ntotal // ASKED)] for chunk in chunks])
         blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
-        _, exact = nearest(asked, blocks, 10)
+        exact = nearest(asked, blocks, 10)
         while True:
             cells.nprobe = probes
             found = index.search(asked, 10)[1]
@@ -353,23 +343,20 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
                 break
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    return f", nprobe={cells.nprobe}: of the 10 nearest of {ASKED} passages {recall:.1%} are found"
+    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
 
 
-def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest inner products with the rows of all blocks, on their device. [Q, D], [n, D] each -> [Q, k] x 2"""
-    best: Any = None
-    found: Any = None
-    start = 0
+def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:
+    """The rows with the k greatest inner products among all blocks, on their device. [Q, D], [n, D] each -> [Q, k]"""
+    products, rows, start = [], [], 0
     for block in blocks:
-        products, places = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)), dim=1)
-        places += start
+        with torch.autocast(block.device.type, enabled=False):
+            best = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)))
+        products.append(best.values)
+        rows.append(best.indices + start)
         start += len(block)
-        if best is not None:
-            products, chosen = torch.cat([best, products], 1).topk(min(k, best.shape[1] + products.shape[1]), dim=1)
-            places = torch.cat([found, places], 1).gather(1, chosen)
-        best, found = products, places
-    return best.cpu().numpy(), found.cpu().numpy()
+    chosen = torch.cat(products, 1).topk(min(k, start)).indices
+    return torch.cat(rows, 1).gather(1, chosen).cpu().numpy()
 
 
 def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np.ndarray:
@@ -389,7 +376,8 @@ def _gathered(rows: np.ndarray) -> np.ndarray:
 
 def _divides(index: faiss.Index) -> bool:
     """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
-    return bool(faiss.try_extract_index_ivf(index)) or isinstance(index, faiss.IndexFlatCodes)
+    kinds = faiss.IndexFlatCodes, faiss.IndexIVF, faiss.IndexPreTransform
+    return isinstance(index, kinds) and not isinstance(index, faiss.IndexRefine)
 
 
 def _embeddings(index: faiss.IndexFlat) -> Tensor:

@@ -1,11 +1,10 @@
 """BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
-import hashlib
 import logging
 import os
 from array import array
 from collections import defaultdict
-from collections.abc import Iterable, Sequence, Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -17,7 +16,7 @@ import bm25s
 import numpy as np
 
 from rqa.data import Document, Example, read_examples
-from rqa.documents import PRINT, Places, Prints, keys_of, passages_of, with_known_gold
+from rqa.documents import PRINT, Places, keys_of, passages_of, prints, with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
@@ -70,6 +69,8 @@ def open_retriever(
     """
     if embedding_model == "bm25" and flags.retriever == "hybrid":
         raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
+    if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
+        raise UserError("--filter: BM25 finds passages that do not meet it; use --retriever dense and an encoder")
     if "bm25" in (flags.retriever, embedding_model):
         return LexicalRetriever(documents)
     if embedding_model is None:
@@ -106,7 +107,7 @@ class LexicalRetriever(PassageRetriever):
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
         self.documents = documents
         # Give this another name when `words` changes: an index of the former words would be opened.
-        method = "bm25 of words and pairs", str(k1), str(b)
+        method = "bm25 of words and pairs 2", str(k1), str(b)
         self._identity = fingerprint(*method, passages_of(documents).tobytes())
         directory = cache_root() / "bm25" / self._identity
         if distributed.is_main() and damage(directory):
@@ -122,7 +123,7 @@ class LexicalRetriever(PassageRetriever):
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
-            wanted = _prints(words(question, pairs=True))
+            wanted = prints((word,) for word in words(question, pairs=True))
             places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
             scores = self._bm25.get_scores_from_ids(self._columns[places[self._words[places] == wanted]])  # [N]
             found = np.flatnonzero(scores > 0)
@@ -162,16 +163,10 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
                 data.write((idf[of] * (often / (norms[owners] + often))).astype("f4"))
                 indices.write(owners.astype("i4"))
                 starts.extend(starts[-1] + np.cumsum(holding))
-    prints = _prints(vocabulary)
-    order = np.argsort(prints)
-    for name, values in (("indptr", np.array(starts)), ("words", prints[order]), ("columns", order)):
+    names = prints((word,) for word in vocabulary)
+    order = np.argsort(names)
+    for name, values in (("indptr", np.array(starts)), ("words", names[order]), ("columns", order)):
         (directory / name).write_bytes(values.tobytes())
-
-
-def _prints(names: Iterable[str]) -> Prints:
-    """Fingerprints, by which words are found without holding them. [n]"""
-    digests = (hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=16).digest() for name in names)
-    return np.fromiter(digests, PRINT)
 
 
 @dataclass(eq=False)

@@ -3,9 +3,9 @@
 import logging
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -33,16 +33,18 @@ class IndexArguments(Arguments):
     )
     index_search_parameters: str = flag("", "FAISS search parameters, such as nprobe=32 or efSearch=128.", rare=True)
     update: bool = flag(
-        False, "Whether a stale index gets what is new, loses what is gone, and keeps the rest.", rare=True
+        False, "Whether to update a stale index: encode new passages, remove deleted ones, keep the rest.", rare=True
     )
-    rebuild: bool = flag(False, "Whether a stale collection of an engine, which others may use, is rebuilt.", rare=True)
-    filter: str | None = flag(None, "Condition that passages meet, such as 'source == \"a\"'; engines only.", rare=True)
-    filter_fields: list[str] = flag([], "Fields of passages' metadata that a filter can name beside source.", rare=True)
+    rebuild: bool = flag(False, "Whether to rebuild a stale collection, which others may be using.", rare=True)
+    filter: str | None = flag(None, "Milvus filter that passages meet, such as 'source == \"a\"'.", rare=True)
+    filter_fields: list[str] = flag([], "Metadata fields that Milvus keeps for --filter, beside source.", rare=True)
 
     def check(self) -> None:
         path, stray = self.index_path or "", [n for n in ("rebuild", "filter", "filter_fields") if getattr(self, n)]
         if stray and not path.startswith(ENGINE):
-            raise UserError(f"--{stray[0]}: is for an engine; give --index_path {ENGINE}..., or leave the flag out")
+            raise UserError(
+                f"--{stray[0]}: needs an index in Milvus; give --index_path {ENGINE}URL/name, or leave the flag out"
+            )
         if path.startswith(ENGINE) and not ENGINE_PATH.fullmatch(path):
             forms = "http://host:19530/name or milvus::folder/file.db/name; a name has letters, digits and _"
             raise UserError(f"--index_path {path}: not an index in Milvus; write {ENGINE}{forms}")
@@ -60,18 +62,18 @@ class Index(ABC):
     def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
         self.documents, self.flags, self.path = documents, flags, path
 
+    def __len__(self) -> int:
+        return len(self.documents) if self.encoder else 0
+
     @abstractmethod
-    def load(self) -> bool:
+    def load(self, directory: Path | None = None) -> bool:
         """Open what lies at the path; False, and nothing changed, if there is nothing that can be used."""
 
     @abstractmethod
-    def held(self) -> Prints:
-        """Fingerprints of the passages that are held. [M]"""
-
-    @abstractmethod
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
-        """Begin what `swap` puts in place of what is searched, with `update` from what is held now.
+        """Begin what `swap` puts in place of what is searched; with `update`, from what is held now.
 
+        Without it, what lies at the path is stale: this says so, or is refused where others may use it.
         -> the passages that need not be added: those of an interrupted build, too. [M]
         """
 
@@ -91,18 +93,11 @@ class Index(ABC):
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents, best first. [Q, D] -> scores [Q, k], positions [Q, k]; position -1: none was found."""
 
-    @abstractmethod
-    def replace_stale(self) -> None:
-        """Say that what lies at the path is stale; where others may use it, refuse, unless the flags allow it."""
-
-    @contextmanager
-    def alone(self) -> Iterator[None]:
-        """Inside, no other run builds the same index."""
-        yield
-
 
 def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     """The k greatest scores of each row, of equal ones the lower number first; -1 is last. [Q, n] x 2 -> [Q, k] x 2"""
-    scores = np.where(numbers >= 0, scores, -np.inf).astype(np.float32)
+    room = (0, 0), (0, max(k - numbers.shape[1], 0))
+    scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
+    scores = np.where(numbers >= 0, scores, -np.inf)
     order = np.lexsort((numbers, -scores), axis=-1)[:, :k]
-    return np.take_along_axis(scores, order, 1), np.take_along_axis(numbers, order, 1)
+    return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(numbers, order, 1)

@@ -4,6 +4,7 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -48,7 +49,7 @@ class MilvusIndex(Index):
         self._places = Places(self._prints)
         self._fields = [name for name in flags.filter_fields if name != "source"]
 
-    def load(self) -> bool:
+    def load(self, directory: Path | None = None) -> bool:
         if not self._ask(self._client.has_collection, self.name):
             return False
         state = self._ask(self._client.describe_collection, self.name)["properties"]
@@ -63,7 +64,7 @@ class MilvusIndex(Index):
             self._fields, self.version, self.about = stored, self._collection + self.stamp, self._collection
         return True
 
-    def held(self) -> Prints:
+    def _held(self) -> Prints:
         name, prints = self._building or self._collection, [np.empty(0, PRINT)]
         self._ask(self._client.load_collection, name, timeout=WORK)
         pages = self._ask(self._client.query_iterator, name, batch_size=MOST, output_fields=["rqa_id"])
@@ -72,6 +73,9 @@ class MilvusIndex(Index):
         return np.concatenate(prints)
 
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
+        if self._collection and not update and not self.flags.rebuild:
+            cures = "add --update true if the encoder is the same, or --rebuild true if nobody else needs it as it is"
+            raise UserError(f"--index_path {self.path}: was made from other documents, weights or fields; {cures}")
         factory, fields, self._gone = self.flags.index_factory, " ".join(self._fields), np.empty(0, PRINT)
         beside = fingerprint(self._collection, encoder, str(dimension), factory, fields)[:8]
         self._building = self._collection if update else f"{self.name}_{beside}"
@@ -88,7 +92,7 @@ class MilvusIndex(Index):
             named = {"schema": schema, "index_params": index, "properties": state, "consistency_level": "Strong"}
             self._ask(self._client.create_collection, self._building, **named)
         distributed.barrier()
-        return self.held()
+        return self._held()
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
         for start in range(0, len(numbers), ROWS):
@@ -131,14 +135,10 @@ class MilvusIndex(Index):
                 how |= {"data": list(queries[rows]), "limit": limit, "filter": self.flags.filter or ""}
                 for row, hits in zip(rows, self._ask(self._client.search, self._collection, **how), strict=True):
                     at = self._places(np.array([bytes.fromhex(name) for name in hits.ids], PRINT))
-                    scores[row, : len(at)], numbers[row, : len(at)] = ranked(np.array([hits.distances]), at[None], k)
+                    scores[row], numbers[row] = ranked(np.array([hits.distances]), at[None], k)
                     lacking += [row] if numbers[row, -1] < 0 and len(hits) == limit < MOST else []
             asked, limit = np.array(lacking, int), min(4 * limit, MOST)
         return scores, numbers
-
-    def replace_stale(self) -> None:
-        if self._collection and not self.flags.rebuild:
-            raise UserError(f"--index_path {self.path}: is stale (other documents, weights); --update or --rebuild it")
 
     def _ask(self, request: Callable[..., Any], *given: Any, timeout: float = ANSWER, **named: Any) -> Any:
         try:

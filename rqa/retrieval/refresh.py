@@ -16,7 +16,7 @@ import numpy as np
 from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import Retriever, index_at
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint, read_json
@@ -113,7 +113,7 @@ class Refresher:
         if isinstance(index := self.retriever.index, FaissIndex):
             index.save(directory / "index")
         else:  # an engine keeps it
-            state |= {"index_path": index.path}
+            state |= {"index_path": index.path, "version": index.version}
         (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
         if self.then:
             self.then.save(directory)
@@ -121,11 +121,14 @@ class Refresher:
     def load(self, directory: Path) -> None:
         """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
         state = read_json(directory / "refresh.json")
-        if elsewhere := state.get("index_path"):
-            self.retriever.open(self.retriever.flags.index_path or elsewhere)  # with credentials
-        elif state["documents"] != self._documents() or not self.retriever.index.load(directory / "index"):
+        index, where = self.retriever.index, directory / "index"
+        if path := state.get("index_path"):
+            index, where = index_at(self.retriever.flags.index_path or path, index.documents, index.flags), None
+        same = state["documents"] == self._documents() and index.load(where)
+        if not same or (where is None and index.version != state["version"]):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return
+        self.retriever.index = index
         self.made_at = self._begun_at = state["made_at"]
         if self.then:
             self.then.load(directory)

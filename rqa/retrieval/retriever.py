@@ -5,6 +5,7 @@ import math
 from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -12,14 +13,14 @@ from typing import Self
 import numpy as np
 
 from rqa.data import Document
-from rqa.documents import Places, passages_of
+from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import ENGINE, Index, IndexArguments
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress, trim_heap
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import atomic_directory, cache_root, damage, fingerprint
+from rqa.runtime.files import alone, atomic_directory, cache_root, damage, fingerprint
 from rqa.runtime.parallelize import ahead
 
 log = logging.getLogger(__name__)
@@ -88,8 +89,9 @@ class Retriever(PassageRetriever):
             return self
         self.index, stamp = index_at(str(path), self.documents, self.flags), self.stamp()
         if not self._fits(stamp):
-            with self.index.alone():
-                if not self._fits(stamp):  # nor did another process build it meanwhile
+            with alone(self.index.path or "") if distributed.is_main() else nullcontext():
+                distributed.barrier()  # another run may have built it until now
+                if not self._fits(stamp):
                     self._build(stamp)
         log.info("index %s: %s, encoded in %s", self.index.path, self.index.about, self.index.dtype)
         return self
@@ -102,15 +104,14 @@ class Retriever(PassageRetriever):
         """Encode what the index lacks: an interrupted build goes on, and an update keeps what has not changed."""
         index, passages, encoder = self.index, passages_of(self.documents), self.encoder.fingerprint()
         update = self.flags.update and index.encoder == encoder
-        if not update:
-            index.replace_stale()
-        held = index.build(encoder, self.encoder.dimension, update)
-        if update:
-            index.remove(held[Places(passages)(held) < 0])
-        missing = Places(passages)(passages) == np.arange(len(passages))  # of equal ones the first
-        missing = np.flatnonzero(missing & (Places(held)(passages) < 0))
-        if known := len(passages) - len(missing):
-            log.info("index %s: %d of %d documents are encoded already", index.path, known, len(passages))
+        held = distributed.from_main(
+            index.build(encoder, self.encoder.dimension, update)
+        )  # a faster one may add already
+        index.remove(np.setdiff1d(held, passages))
+        first = np.sort(np.unique(passages, return_index=True)[1])  # of equal ones
+        missing = first[~np.isin(passages[first], held)]
+        if len(missing) < len(first):
+            log.info("index %s: %d of %d documents need no encoding", index.path, len(first) - len(missing), len(first))
         for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
             index.add(numbers, vectors)
         distributed.barrier()
@@ -143,11 +144,9 @@ class Retriever(PassageRetriever):
         mine, longest = numbers[rank::size], math.ceil(len(numbers) / size)
 
         def tokens(start: int) -> tuple[np.ndarray, list[Sequence[int]]]:
-            part, found = mine[start : start + TEXTS_AT_ONCE], []
-            for first in range(0, len(part), 1000):  # of whose tokens Python's objects are held
-                texts = [self.documents[number].fmt_content for number in part[first : first + 1000].tolist()]
-                found += [array("i", ids) for ids in encoder.tokenize_passages(texts)]
-            return part, found
+            part = mine[start : start + TEXTS_AT_ONCE]
+            texts = [self.documents[number].fmt_content for number in part.tolist()]
+            return part, [array("i", ids) for ids in encoder.tokenize_passages(texts)]
 
         with progress(total=len(mine), desc=desc, unit="document", disable=desc is None) as bar:
             for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # as often on every process
@@ -160,7 +159,7 @@ class Retriever(PassageRetriever):
 
     def identity(self) -> str:
         made, flags = self.index.version or self.stamp(), self.flags
-        settings = (flags.index_factory, flags.index_search_parameters, flags.filter or "")
+        settings = (flags.index_factory, self.index.about, flags.index_search_parameters, flags.filter or "")
         return fingerprint(made, *settings, passages_of(self.documents).tobytes())
 
     def stamp(self) -> str:

@@ -29,7 +29,7 @@ COMPLETION_MARK = "COMPLETE"
 DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
 OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
 SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
-BIG, ENDS = 2**28, 2**20  # bytes of a file that is checked as a whole, and of each end of a larger one
+BIG, ENDS = 2**28, 2**20  # bytes of an index that is checked as a whole, and of each end of a larger one
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
@@ -133,27 +133,18 @@ def _locked(path: Path) -> Iterator[bool]:
 
 
 @contextmanager
-def alone(directory: Path) -> Iterator[None]:
-    """Make a directory and hold it, after any other process that does; it may be removed inside."""
-    descriptor = -1
-    while descriptor < 0:
-        directory.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(directory, os.O_RDONLY)
+def alone(path: str | Path) -> Iterator[None]:
+    """Wait for any other process that is inside with this path. The lock is a file in the cache, and stays there."""
+    lock = cache_root() / "locks" / fingerprint(os.path.realpath(path))
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with lock.open("w") as file:
         with suppress(OSError):  # some network file systems have no locks
             try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                log.info("%s: waiting for the process that writes there", directory)
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        if not directory.exists() or directory.stat().st_ino != os.fstat(descriptor).st_ino:  # it was removed meanwhile
-            os.close(descriptor)
-            descriptor = -1
-    try:
+                log.info("%s: waiting for the process that builds there", path)
+                fcntl.flock(file, fcntl.LOCK_EX)
         yield
-    finally:
-        with suppress(OSError):
-            directory.rmdir()  # nothing is left in it
-        os.close(descriptor)
 
 
 @cache
@@ -218,9 +209,10 @@ def damage(directory: str | Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    """Of the whole file; of one that would take seconds to read, of its length and its ends."""
+    """Of a file; of an index that would take seconds to read, of its size, its first and its last MiB."""
     with path.open("rb") as file:
-        if (size := path.stat().st_size) <= BIG:
+        size = path.stat().st_size
+        if size <= BIG or path.suffix not in (".faiss", ".npy", ""):
             return hashlib.file_digest(file, "sha256").hexdigest()
         start = file.read(ENDS)
         file.seek(-ENDS, os.SEEK_END)

@@ -122,7 +122,7 @@ def test_wherever_a_swap_is_interrupted_the_index_is_one_or_the_other_and_can_be
         check(opened(path, PASSAGES[10:]), sign=sign)
     index = build(path, PASSAGES[10:], "new", update, sign)
     check(index, sign=sign)
-    assert (len(index.held()), index.stamp) == (50, "new")
+    assert (len(index._held()), index.stamp) == (50, "new")
 
 
 def test_a_retriever_over_milvus_finds_what_faiss_does_and_replaces_what_is_stale_only_when_asked(

@@ -240,7 +240,7 @@ def test_an_update_of_a_graph_that_would_lose_passages_is_refused_and_changes_no
     encoder: Encoder, documents: list[Document], tmp_path: Path
 ) -> None:
     opened(encoder, documents, tmp_path / "index", index_factory="HNSW8")
-    with pytest.raises(UserError, match="--update true: HNSW8 cannot leave out passages; build the index without it"):
+    with pytest.raises(UserError, match="--update true: HNSW8 cannot remove passages; rebuild the index without it"):
         opened(encoder, documents[1:], tmp_path / "index", index_factory="HNSW8", update=True)
     assert opened(encoder, documents, tmp_path / "index").index.factory == "HNSW8"
     more = [*documents, Document("A last one.")]
@@ -282,7 +282,7 @@ def test_of_two_that_build_one_index_the_second_waits_and_uses_it(
 ) -> None:
     first, second = (Retriever(encoder, documents) for _ in range(2))
     waiting = Thread(target=second.open, args=[tmp_path / "index"])
-    with alone(tmp_path / "index.building"):
+    with alone(tmp_path / "index"):
         waiting.start()
         waiting.join(0.2)
         assert waiting.is_alive()
