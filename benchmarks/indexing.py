@@ -27,7 +27,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import faiss
@@ -169,10 +169,10 @@ def encode(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     tune_allocator()
     encoder, documents = load_encoder(setting.encoder, EncoderArguments()), read_documents(setting.documents)
     texts = [document.fmt_content for document in documents]
-    tokens = encoder.tokenize_passages(texts)
+    tokens, core = encoder.tokenize_passages(texts), cast(Any, encoder.tokenizer.backend_tokenizer)
     encoder.embed(tokens[:256])  # warm-up
     work = {
-        "tokenizer": lambda: encoder.tokenizer.backend_tokenizer.encode_batch(texts),
+        "tokenizer": lambda: core.encode_batch(texts),
         "encoder": lambda: encoder.embed(tokens),
         "whole": Retriever(encoder, documents, IndexArguments(index_factory="Flat")).open,
     }
@@ -265,7 +265,7 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     read = time.perf_counter() - started
     texts = [" ".join(documents[number].page_content.split()[:10]) for number in range(QUESTIONS)]
     questions = [f"{number}: {text}" for number, text in zip(ASKED, texts, strict=True)]
-    factory = {"milvus": "auto", "memory": "Flat"}.get(setting.factory, setting.factory)
+    factory: str = {"milvus": "auto", "memory": "Flat"}.get(setting.factory) or setting.factory
     flags = IndexArguments(index_factory=factory, index_search_parameters="nprobe=64" if "IVF" in factory else "")
     started = time.perf_counter()
     if setting.factory == "bm25":
