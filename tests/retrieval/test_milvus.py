@@ -50,7 +50,7 @@ def build(
     path: str, documents: list[Document], stamp: str, update: bool = False, sign: int = 1, **flags: object
 ) -> MilvusIndex:
     """As `Retriever` does."""
-    index, own = opened(path, documents, **flags), passages_of(documents)
+    index, own = opened(path, documents, **{"rebuild": not update} | flags), passages_of(documents)
     held = index.build(f"encoder{sign}", 8, update)
     index.remove(held[~np.isin(held, own)])
     missing = np.flatnonzero(~np.isin(own, held))
@@ -136,7 +136,7 @@ def test_a_retriever_over_milvus_finds_what_faiss_does_and_replaces_what_is_stal
     np.testing.assert_array_equal(*both)
     for flags in ({"rebuild": True}, {"update": True}):
         documents = [*documents[1:], Document(f"Nothing to {flags}.", {"source": "new"})]
-        with pytest.raises(UserError, match="--update or --rebuild it"):
+        with pytest.raises(UserError, match="add --update true if the encoder is the same, or --rebuild true"):
             Retriever(encoder, documents, IndexArguments(index_path=path)).open(path)
         found = (
             Retriever(encoder, documents, IndexArguments(index_path=path, **flags)).open(path).retrieve(questions, 5)
