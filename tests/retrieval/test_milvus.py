@@ -92,10 +92,10 @@ def test_an_interrupted_build_goes_on_and_nobody_sees_it_before_the_swap(
     monkeypatch.setattr(milvus, "ROWS", 7)
     monkeypatch.setattr(milvus, "MOST", 16)
     for sign, before in ((1, False), (-1, True)):
-        half = opened(path)
+        half = opened(path, rebuild=True)
         assert not len(half.build(f"encoder{sign}", 8, False))
         half.add(np.arange(20), sign * VECTORS[:20])
-        again = opened(path)
+        again = opened(path, rebuild=True)
         assert (again.stamp == "stamp1") == before
         assert set(again.build(f"encoder{sign}", 8, False).tolist()) == set(passages_of(PASSAGES)[:20].tolist())
         if before:
