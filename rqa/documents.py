@@ -53,7 +53,7 @@ class DocumentFile(Sequence[Document]):
         # A copied or touched file may have the former size and time of writing, but no former time of change.
         about = {"rqa": TABLE, "bytes": state.st_size, "changed": state.st_ctime_ns, "inode": state.st_ino}
         real = Path(os.path.realpath(path))
-        cached = cache_root() / "documents" / fingerprint(str(real))
+        cached = cache_root() / "documents" / fingerprint(str(real), self.path.suffix)
         plain = self.path.suffix not in (".gz", ".pkl", ".pickle")
         content = self.path if plain else cached.with_suffix(".jsonl")
         tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]

@@ -10,8 +10,10 @@ more than asked for, and their inner products are summed again in float64.
 
 import logging
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,17 +25,9 @@ from torch import Tensor
 from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
 from rqa.retrieval.index import Index, IndexArguments, ranked
-from rqa.runtime import distributed
+from rqa.runtime import distributed, files
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import (
-    COMPLETION_MARK,
-    atomic_directory,
-    atomic_file,
-    damage,
-    fingerprint,
-    read_json,
-    write_json,
-)
+from rqa.runtime.files import atomic_directory, atomic_file, damage, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -42,7 +36,8 @@ log = logging.getLogger(__name__)
 FAISS_BLAS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
 faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
 
-INDEX_FILES = {"index.faiss", "index.json", "passages.npy", COMPLETION_MARK}
+OURS = re.compile(r"\d+\.npz|state\.json|\.rqa-.*")  # what waits for an index
+INDEX_FILES = {"index.faiss", "index.json", "passages.npy", files.COMPLETION_MARK}
 STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index.json
 FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 MARGIN = 8  # candidates beyond k, for what is equally good
@@ -86,7 +81,8 @@ class FaissIndex(Index):
         if not self._divided:
             return self._nearest(queries, k)
         asked = _gathered(queries)
-        found = [_gathered(part).reshape(-1, len(asked), k) for part in self._nearest(asked, k)]  # [W, Q of all, k]
+        every = distributed.world_size(), len(asked), k
+        found = [_gathered(part).reshape(every) for part in self._nearest(asked, k)]
         first = int(sum(distributed.total_by_rank(len(queries))[: distributed.rank()]))
         scores, numbers = (np.concatenate(part[:, first : first + len(queries)], axis=1) for part in found)
         return ranked(scores, numbers, k)
@@ -103,11 +99,22 @@ class FaissIndex(Index):
             scores, rows = self._faiss.search(queries, k + MARGIN)
         if flat is not None:
             scores = inner_products(queries, flat, rows)
-        return ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
+        found, numbers = ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
+        if flat is None or len(flat) <= k + MARGIN:
+            return found, numbers
+        least = found[:, -1] - 1e-5 * np.abs(found[:, -1]).clip(1)  # what may be as good, for all that float32 tells
+        for row in np.flatnonzero(scores.min(axis=1) >= least):  # and there may be more of it
+            equal = (flat @ torch.from_numpy(queries[row]).to(flat.device) >= float(least[row])).nonzero()[:, 0]
+            equal = equal.cpu().numpy()[None]
+            scores_of_all = inner_products(queries[row : row + 1], flat, equal)
+            found[row], numbers[row] = ranked(scores_of_all, self._numbers[equal], k)
+        return found, numbers
 
     def load(self, directory: Path | None = None) -> bool:
         """See `Index`; an index of a kind that the flags do not ask for cannot be used, nor a damaged one."""
-        directory = directory or Path(self.path or "")
+        if not directory:
+            directory = Path(os.path.realpath(self.path or ""))
+            files.remove_leftovers(directory.parent)
         if damage(directory):
             return False
         try:
@@ -146,11 +153,7 @@ class FaissIndex(Index):
                 whole = whole or part
                 places.append(part_numbers)
         if whole:
-            numbers = np.concatenate(places)
-            if isinstance(whole, faiss.IndexFlat):  # in the database's order, which decides among equals
-                _embeddings(whole)[:] = _embeddings(whole)[np.argsort(numbers)]
-                numbers = np.sort(numbers)
-            self._collected = whole, numbers
+            self._collected = whole, np.concatenate(places)
 
     def save(self, directory: str | Path) -> None:
         """Write what `collect` brought as one directory, atomically."""
@@ -182,12 +185,18 @@ class FaissIndex(Index):
         known, state = self._building / "state.json", {"of": fingerprint(encoder, self.stamp * update, own.tobytes())}
         if distributed.is_main():
             if not update and any(Path(self.path or "").glob("*")):
-                log.warning("index %s was made from other documents, weights or settings: rebuilding it", self.path)
-            if not (known.exists() and read_json(known) == state):
-                self._building.mkdir(parents=True, exist_ok=True)
-                for path in self._building.iterdir():
+                why = "was made from other documents, weights or settings, or is damaged"
+                log.warning("index %s %s: rebuilding it", self.path, why)
+            self._building.mkdir(parents=True, exist_ok=True)
+            if foreign := [each.name for each in self._building.iterdir() if not OURS.fullmatch(each.name)]:
+                raise UserError(f"index path {self.path}: {self._building} holds {foreign[0]}; move it elsewhere")
+            kept = False
+            with suppress(UserError):
+                kept = read_json(known) == state
+            for path in self._building.glob("*.npz"):
+                if not kept or _is_damaged(path):
                     path.unlink()
-                write_json(known, state)
+            write_json(known, state)
         distributed.barrier()
         self.encoder, self._update = encoder, update
         return np.concatenate([held, *(own[chunk.numbers] for chunk in self._chunks())])
@@ -265,14 +274,10 @@ class FaissIndex(Index):
                 chunks = [Chunk(distributed.gather_array(chunks[0].numbers), lambda: whole)]
             numbers = np.concatenate([chunk.numbers for chunk in chunks])
             if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
-                numbers = np.sort(numbers)
                 index.codes.resize(len(numbers) * index.code_size)
-                index.ntotal = len(numbers)
+                index.codes.resize(0)
             for chunk in chunks:
-                if isinstance(index, faiss.IndexFlat):
-                    _embeddings(index)[np.searchsorted(numbers, chunk.numbers)] = torch.from_numpy(chunk.vectors())
-                else:
-                    index.add(chunk.vectors())
+                index.add(chunk.vectors())
         except RuntimeError as error:
             refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
             raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
@@ -383,6 +388,14 @@ def _divides(index: faiss.Index) -> bool:
 def _embeddings(index: faiss.IndexFlat) -> Tensor:
     """What a flat index holds, without a copy. -> float32 [n, D]"""
     return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d))
+
+
+def _is_damaged(chunk: Path) -> bool:
+    try:
+        with np.load(chunk) as arrays:
+            return len(arrays["numbers"]) != len(arrays["vectors"])
+    except Exception:  # zip files raise nearly anything
+        return True
 
 
 def refuse_foreign_directory(directory: Path) -> None:

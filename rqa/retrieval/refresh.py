@@ -76,6 +76,7 @@ class Refresher:
         self._begun_at = 0  # the step whose weights are being used in the background
         self._spans = parse_schedule(flags.refresh_step)
         self._work: BackgroundEncoding | None = None
+        self._ready = False  # whether what follows has followed
 
     def __call__(self, step: int) -> dict[str, float]:
         """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet; say how old it is."""
@@ -100,7 +101,7 @@ class Refresher:
     @property
     def version(self) -> str | None:
         """The name of the present index among those of the run; None before there is one."""
-        return f"index-{self.made_at}" if len(self.retriever.index) else None
+        return f"index-{self.made_at}" if self._ready else None
 
     def collect(self) -> None:
         """Bring to the main process what `save` writes; every process calls it."""
@@ -128,7 +129,7 @@ class Refresher:
         if not same or (where is None and index.version != state["version"]):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return
-        self.retriever.index = index
+        self.retriever.index, self._ready = index, True
         self.made_at = self._begun_at = state["made_at"]
         if self.then:
             self.then.load(directory)
@@ -165,6 +166,7 @@ class Refresher:
         self.made_at = step
         if self.then:
             self.then()
+        self._ready = True
 
 
 class BackgroundEncoding:

@@ -113,7 +113,8 @@ def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Pa
             yield temporary
         _sync(path.parent)
     except OSError as error:  # a full disk does not say which file it refused; the user needs to know
-        error.filename = str(path) if error.filename in (None, str(temporary)) else error.filename
+        if error.errno and error.filename in (None, str(temporary)):
+            error.filename = str(path)
         raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True) if temporary.is_dir() else temporary.unlink(missing_ok=True)

@@ -195,6 +195,17 @@ def test_products_some_rows_at_a_time_find_what_brute_force_finds_and_equals_by_
     np.testing.assert_array_equal(together[1], expected)
 
 
+def test_however_many_are_equal_those_that_come_first_are_found_in_whatever_order_they_lie(tmp_path: Path) -> None:
+    embeddings, queries = vectors(5, 2)[np.random.default_rng(0).integers(5, size=600)], vectors(70, 3)
+    index, moved = built(embeddings), empty(count=600)
+    index.save(tmp_path / "index")
+    moved.documents = moved.documents[::-1]
+    assert moved.load(tmp_path / "index")
+    for each, held in ((index, embeddings), (moved, embeddings[::-1])):
+        for asked in (queries[:1], queries):
+            np.testing.assert_array_equal(each.search(asked, 10)[1], brute_force(asked, held, 10)[1])
+
+
 def test_auto_is_flat_while_that_is_fast_and_then_searches_as_few_cells_as_find_nearly_all(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -257,6 +257,14 @@ def test_a_saved_index_finds_the_very_same_and_goes_on_as_if_nothing_had_happene
         assert [again.then[i] for i in range(24)] == [refresher.then[i] for i in range(24)]
 
 
+def test_before_negatives_are_mined_there_is_nothing_to_save(retriever: Retriever, examples: list[Example]) -> None:
+    """Also where the index was opened: a checkpoint of step 0 would keep it without them."""
+    refresher = refresher_of(retriever.open(), then=MinedNegatives(examples, retriever, NegativeArguments()))
+    assert refresher.version is None
+    refresher(0)
+    assert refresher.version == "index-0"
+
+
 @pytest.mark.parametrize(("fewer", "factory"), [(1, "Flat"), (0, "HNSW16")])
 def test_a_saved_index_of_other_documents_or_another_kind_is_made_anew(
     fewer: int, factory: str, retriever: Retriever, tmp_path: Path, caplog: pytest.LogCaptureFixture

@@ -15,6 +15,7 @@ from fakes import change_weights, full_disk
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.retrieval import retriever as retriever_module
+from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever
 from rqa.runtime import distributed
@@ -114,7 +115,7 @@ def test_an_index_is_loaded_without_encoding_rebuilt_if_it_is_stale_or_damaged_a
                 retriever = opened(model, list(documents), path)
             assert encoded == [len(documents)] * stale
             assert [record.levelno for record in caplog.records] == [logging.WARNING] * stale + [logging.INFO]
-            assert ("was made from other documents, weights or settings: rebuilding it" in caplog.text) == stale
+            assert ("was made from other documents, weights or settings, or is damaged: rebuilding it" in caplog.text) == stale
         best = retriever.retrieve(QUESTIONS, 1).scores[:, 0]
         np.testing.assert_allclose(best, expected_scores(model, documents).max(axis=1), atol=1e-5)
     (path / "thesis.tex").write_text("mine")
@@ -269,6 +270,30 @@ def test_an_interrupted_build_goes_on_where_it_was(
     retriever = opened(encoder, documents, path, update=update)
     assert sum(encoded) == len(documents) - 10 - 4 * update
     assert [entry.name for entry in tmp_path.iterdir() if entry.name.startswith("index")] == ["index"]
+    expected = opened(encoder, documents).retrieve(QUESTIONS, 6)
+    np.testing.assert_array_equal(retriever.retrieve(QUESTIONS, 6).ids, expected.ids)
+
+
+def test_a_build_killed_before_an_update_adds_nothing_twice_and_damaged_or_foreign_files_are_dropped_or_refused(
+    encoder: Encoder, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retriever_module, "TEXTS_AT_ONCE", 5)
+    path, building = tmp_path / "index", tmp_path / "index.building"
+    opened(encoder, documents[:20], path)
+    for update, harm in ((False, b""), (True, b""), (True, b"PK")):
+        swap = FaissIndex.swap
+        monkeypatch.setattr(FaissIndex, "swap", lambda *_: _killed())
+        with pytest.raises(KeyboardInterrupt):
+            opened(encoder, documents[: None if update else 22], path, update=update)
+        monkeypatch.setattr(FaissIndex, "swap", swap)
+        chunk = min(building.glob("*.npz"))
+        chunk.write_bytes(harm or chunk.read_bytes())
+    (building / "thesis.tex").write_text("mine")
+    with pytest.raises(UserError, match=r"index\.building holds thesis\.tex; move it elsewhere"):
+        opened(encoder, documents, path, update=True)
+    (building / "thesis.tex").unlink()
+    retriever = opened(encoder, documents, path, update=True)
+    assert retriever.index._faiss.ntotal == len(documents)
     expected = opened(encoder, documents).retrieve(QUESTIONS, 6)
     np.testing.assert_array_equal(retriever.retrieve(QUESTIONS, 6).ids, expected.ids)
 
