@@ -240,7 +240,7 @@ class FaissIndex(Index):
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
-        gone, cells = np.isin(self._held, self._gone), faiss.try_extract_index_ivf(index)
+        gone, cells = np.isin(self._held, self._gone), _divides(index) and faiss.try_extract_index_ivf(index)
         if gone.any():
             index.remove_ids(np.flatnonzero(gone))
         held = np.where(gone, b"", self._held) if cells else self._held[~gone]
