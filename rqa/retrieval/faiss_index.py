@@ -267,6 +267,7 @@ class FaissIndex(Index):
                 sample = distributed.gather_array(sample) if together else sample
                 if not together or distributed.is_main():
                     index.train(sample)
+                del sample
                 if together:
                     index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
             if together and not _divides(index):
