@@ -9,6 +9,7 @@ more than asked for, and their inner products are summed again in float64.
 """
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -42,7 +43,7 @@ STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index
 FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 MARGIN = 8  # candidates beyond k, for what is equally good
 QUERIES_AT_ONCE, PRODUCTS_AT_ONCE = 64, 2**28
-SAMPLED = 64, 2**16  # embeddings that an index learns from: for each of its cells, and at least
+SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
 RECALL, ASKED = 0.95, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
 
 
@@ -262,8 +263,7 @@ class FaissIndex(Index):
             index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
             cells = faiss.try_extract_index_ivf(index)
             if not index.is_trained:
-                every = max(1, count // max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
-                sample = np.concatenate([chunk.vectors()[::every] for chunk in chunks])
+                sample = _some(chunks, count / max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
                 sample = distributed.gather_array(sample) if together else sample
                 if not together or distributed.is_main():
                     index.train(sample)
@@ -338,7 +338,7 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
     probes, recall, before = 1, 0.0, -1.0
     cells: Any = faiss.try_extract_index_ivf(index)
     if index.ntotal:
-        asked = np.concatenate([chunk.vectors()[:: max(1, index.ntotal // ASKED)] for chunk in chunks])
+        asked = _some(chunks, index.ntotal / ASKED)
         blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
         exact = nearest(asked, blocks, 10)
         while True:
@@ -350,6 +350,12 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
     return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
+
+
+def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:
+    """Embeddings of one document in so many. [n, D]"""
+    parts = (chunk.vectors()[:: max(1, math.ceil(every))] for chunk in chunks)
+    return np.concatenate([part.copy() for part in parts])  # a view would keep all of its chunk
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:
