@@ -44,7 +44,7 @@ FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 MARGIN = 8  # candidates beyond k, for what is equally good
 QUERIES_AT_ONCE, PRODUCTS_AT_ONCE = 64, 2**28
 SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
-RECALL, ASKED = 0.95, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
+RECALL, ASKED = 0.98, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
 
 
 class FaissIndex(Index):
