@@ -35,7 +35,7 @@ from rqa.runtime.text import as_text
 log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
-TEXTS_AT_ONCE = 1000  # whose encodings are held: 15 KiB a text and more, beside its ids
+ENCODINGS_AT_ONCE = 1000  # whose encodings are held: 15 KiB a text and more, beside its ids
 TOKENIZING = threading.Lock()  # a tokenizer's truncation is its state: threads take turns
 SETTINGS_FILE = "rqa_encoder.json"
 PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
@@ -150,9 +150,9 @@ class Encoder(nn.Module):
     def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
         rows: list[list[int]] = []
         counts = self._counts.setdefault(kind, [0, 0, 0])
-        for start in range(0, len(texts), TEXTS_AT_ONCE):
+        for start in range(0, len(texts), ENCODINGS_AT_ONCE):
             with TOKENIZING:
-                asked = [prefix + self._as_text(text) for text in texts[start : start + TEXTS_AT_ONCE]]
+                asked = [prefix + self._as_text(text) for text in texts[start : start + ENCODINGS_AT_ONCE]]
                 found = self.tokenizer(asked, truncation=True, max_length=most)
             ids, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
             counts[0] += len(ids)

@@ -9,14 +9,13 @@ more than asked for, and their inner products are summed again in float64.
 """
 
 import logging
-import math
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import faiss
@@ -25,10 +24,11 @@ from torch import Tensor
 
 from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
-from rqa.retrieval.index import Index, IndexArguments, ranked
+from rqa.retrieval.faiss_factory import Chunk, described, divides, embeddings, make, reason
+from rqa.retrieval.index import Index, IndexArguments
+from rqa.retrieval.ranking import inner_products, nearest, ranked
 from rqa.runtime import distributed, files
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import atomic_directory, atomic_file, damage, fingerprint, read_json, write_json
 
 log = logging.getLogger(__name__)
 
@@ -40,11 +40,8 @@ faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
 OURS = re.compile(r"\d+\.npz|state\.json|\.rqa-.*")  # what waits for an index
 INDEX_FILES = {"index.faiss", "index.json", "passages.npy", files.COMPLETION_MARK}
 STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index.json
-FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 MARGIN = 8  # candidates beyond k, for what is equally good
-QUERIES_AT_ONCE, PRODUCTS_AT_ONCE = 64, 2**28
-SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
-RECALL, ASKED = 0.98, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
+PRODUCTS_AT_ONCE = 2**28  # on a GPU
 
 
 class FaissIndex(Index):
@@ -70,8 +67,9 @@ class FaissIndex(Index):
         """
         rank, size = distributed.rank(), distributed.world_size()
         count = int(distributed.total([len(vectors)])[0])
-        index, numbers = self._made([Chunk(np.arange(rank, count, size), lambda: vectors)], count, size > 1)
-        self._use(index, numbers, count, size > 1 and _divides(index))
+        made = make(self.flags.index_factory, [Chunk(np.arange(rank, count, size), lambda: vectors)], count, size > 1)
+        self._use(made.index, made.numbers, count, size > 1 and divides(made.index))
+        self.factory, self.about = made.kind, made.about
         self.encoder = self.stamp = self.version = ""
         self.dtype = dtype
 
@@ -88,6 +86,7 @@ class FaissIndex(Index):
         scores, numbers = (np.concatenate(part[:, first : first + len(queries)], axis=1) for part in found)
         return ranked(scores, numbers, k)
 
+    @torch.autocast("cuda", enabled=False)  # on which --fp16 evaluates
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best of the documents that this process holds. [Q, D] -> [Q, k] x 2"""
         if not len(self._numbers):
@@ -116,10 +115,10 @@ class FaissIndex(Index):
         if not directory:
             directory = Path(os.path.realpath(self.path or ""))
             files.remove_leftovers(directory.parent)
-        if damage(directory):
+        if files.damage(directory):
             return False
         try:
-            state = read_json(directory / "index.json")
+            state = files.read_json(directory / "index.json")
             passages = np.load(directory / "passages.npy", mmap_mode="r")
             index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
             stated = {name: state.get(name, "") for name in STATE}
@@ -167,12 +166,12 @@ class FaissIndex(Index):
     def _write(self, directory: Path, index: faiss.Index, passages: Prints) -> None:
         refuse_foreign_directory(directory)
         state = {name: getattr(self, name) for name in STATE}
-        with atomic_directory(directory) as temporary:
+        with files.atomic_directory(directory) as temporary:
             with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
                 faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
             with open(temporary / "passages.npy", "wb") as file:
                 np.save(file, passages)
-            write_json(temporary / "index.json", state)
+            files.write_json(temporary / "index.json", state)
 
     @property
     def _building(self) -> Path:
@@ -183,7 +182,10 @@ class FaissIndex(Index):
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
         refuse_foreign_directory(Path(self.path or ""))
         own, held = passages_of(self.documents), self._held[self._held != b""] if update else np.empty(0, PRINT)
-        known, state = self._building / "state.json", {"of": fingerprint(encoder, self.stamp * update, own.tobytes())}
+        known, state = (
+            self._building / "state.json",
+            {"of": files.fingerprint(encoder, self.stamp * update, own.tobytes())},
+        )
         if distributed.is_main():
             if not update and any(Path(self.path or "").glob("*")):
                 why = "was made from other documents, weights or settings, or is damaged"
@@ -193,27 +195,27 @@ class FaissIndex(Index):
                 raise UserError(f"index path {self.path}: {self._building} holds {foreign[0]}; move it elsewhere")
             kept = False
             with suppress(UserError):
-                kept = read_json(known) == state
+                kept = files.read_json(known) == state
             for path in self._building.glob("*.npz"):
                 if not kept or _is_damaged(path):
                     path.unlink()
-            write_json(known, state)
+            files.write_json(known, state)
         distributed.barrier()
         self.encoder, self._update = encoder, update
         return np.concatenate([held, *(own[chunk.numbers] for chunk in self._chunks())])
 
     def add(self, numbers: np.ndarray, vectors: np.ndarray) -> None:
         if len(numbers):
-            with atomic_file(self._building / f"{numbers[0]}.npz") as temporary, temporary.open("wb") as file:
+            with files.atomic_file(self._building / f"{numbers[0]}.npz") as temporary, temporary.open("wb") as file:
                 np.savez(file, numbers=numbers, vectors=vectors)
 
-    def _chunks(self) -> list["Chunk"]:
+    def _chunks(self) -> list[Chunk]:
         """What was added, and is read again whenever it is asked for."""
         paths = sorted(self._building.glob("*.npz"), key=lambda path: int(path.stem))
         return [Chunk(np.load(path)["numbers"], lambda path=path: np.load(path)["vectors"]) for path in paths]
 
     def remove(self, passages: Prints) -> None:
-        if len(passages) and self._flat is None and not _divides(self._faiss):
+        if len(passages) and self._flat is None and not divides(self._faiss):
             raise UserError(f"--update true: {self.factory} cannot remove passages; rebuild the index without it")
         self._gone = passages
 
@@ -225,12 +227,13 @@ class FaissIndex(Index):
                 index, passages = self._updated(own)
             else:
                 chunks = self._chunks()
-                index, numbers = self._made(chunks, sum(len(chunk.numbers) for chunk in chunks), False)
+                count = sum(len(chunk.numbers) for chunk in chunks)
+                index, numbers, self.factory, self.about = make(self.flags.index_factory, chunks, count, False)
                 passages = own[numbers]
             faiss.omp_set_num_threads(threads)
             if lacking := len(np.setdiff1d(own, passages)):  # a network file system may show files late
                 raise UserError(f"index path {self.path}: {lacking} embeddings are missing; start again")
-            self.version = fingerprint(self.version, stamp) if self._update else stamp
+            self.version = files.fingerprint(self.version, stamp) if self._update else stamp
             self.stamp, self.dtype = stamp, dtype
             self._write(Path(self.path or ""), index, passages)
             shutil.rmtree(self._building)
@@ -241,7 +244,7 @@ class FaissIndex(Index):
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
-        gone, cells = np.isin(self._held, self._gone), _divides(index) and faiss.try_extract_index_ivf(index)
+        gone, cells = np.isin(self._held, self._gone), divides(index) and faiss.try_extract_index_ivf(index)
         if gone.any():
             index.remove_ids(np.flatnonzero(gone))
         held = np.where(gone, b"", self._held) if cells else self._held[~gone]
@@ -249,58 +252,17 @@ class FaissIndex(Index):
             ids = np.arange(len(held), len(held) + len(chunk.numbers))  # of what is in cells; elsewhere FAISS counts
             index.add_with_ids(chunk.vectors(), ids) if cells else index.add(chunk.vectors())
             held = np.concatenate([held, own[chunk.numbers]])
-        self._describe(index)
+        self.about = described(self.factory, index, index.ntotal)
         return index, held
-
-    def _made(self, chunks: Sequence["Chunk"], count: int, together: bool) -> tuple[faiss.Index, np.ndarray]:
-        """An index over these embeddings, and the positions of its rows.
-
-        Together, it is one of the same kind and training on each process, if it can be divided.
-        """
-        width = chunks[0].vectors().shape[1]
-        self.factory = _factory(self.flags.index_factory, count, width)
-        try:
-            index = faiss.index_factory(width, self.factory, faiss.METRIC_INNER_PRODUCT)
-            cells = faiss.try_extract_index_ivf(index)
-            if not index.is_trained:
-                sample = _some(chunks, count / max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
-                sample = distributed.gather_array(sample) if together else sample
-                if not together or distributed.is_main():
-                    index.train(sample)
-                del sample
-                if together:
-                    index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
-            if together and not _divides(index):
-                whole = distributed.gather_array(chunks[0].vectors())
-                chunks = [Chunk(distributed.gather_array(chunks[0].numbers), lambda: whole)]
-            numbers = np.concatenate([chunk.numbers for chunk in chunks])
-            if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
-                index.codes.resize(len(numbers) * index.code_size)
-                index.codes.resize(0)
-            for chunk in chunks:
-                index.add(chunk.vectors())
-        except RuntimeError as error:
-            refused = f"FAISS refuses it for {count} documents ({_reason(error)})"
-            raise UserError(f"--index_factory {self.factory}: {refused}; try Flat") from None
-        self._describe(index, count)
-        if self.flags.index_factory == "auto" and cells:
-            self.about += _tune(index, chunks, together)
-        return index, numbers
-
-    def _describe(self, index: faiss.Index, count: int | None = None) -> None:
-        count, cells = count or index.ntotal, faiss.try_extract_index_ivf(index)
-        self.about = f"{self.factory} over {count:,} documents"
-        if _divides(index):
-            self.about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
 
     def _use(self, index: faiss.Index, numbers: np.ndarray, count: int, divided: bool) -> None:
         if parameters := self.flags.index_search_parameters:
             try:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
             except RuntimeError as error:
-                message = f"--index_search_parameters {parameters}: FAISS refuses it ({_reason(error)})"
+                message = f"--index_search_parameters {parameters}: FAISS refuses it ({reason(error)})"
                 raise UserError(f"{message}; write name=value pairs of this kind of index") from None
-        self._faiss, self._flat = index, _embeddings(index) if isinstance(index, faiss.IndexFlat) else None
+        self._faiss, self._flat = index, embeddings(index) if isinstance(index, faiss.IndexFlat) else None
         if self._flat is not None and distributed.device().type == "cuda":
             if not divided:  # each process takes its part onto its device
                 rank, size = distributed.rank(), distributed.world_size()
@@ -309,92 +271,9 @@ class FaissIndex(Index):
         self._numbers, self._count, self._divided = numbers, count, divided
 
 
-class Chunk(NamedTuple):
-    """Documents that were encoded together."""
-
-    numbers: np.ndarray  # their positions. [n]
-    vectors: Callable[[], np.ndarray]  # their embeddings, in memory or read from the disk. float32 [n, D]
-
-
-def _factory(factory: str, count: int, width: int) -> str:
-    """The factory string that `auto` stands for: exact while that is fast, then cells; half of the memory for them."""
-    if factory != "auto":
-        return factory
-    if distributed.device().type == "cuda":
-        memory = torch.cuda.get_device_properties(distributed.device()).total_memory * distributed.world_size()
-        if 4 * width * count < memory / 4:
-            return "Flat"
-    if count <= FLAT_TO:
-        return "Flat"
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    parts = next(number for number in range(max(width // 8, 1), 0, -1) if width % number == 0)
-    sizes = {"Flat": 4 * width, "SQ8": width, f"PQ{parts}": parts}
-    kind = next((kind for kind, size in sizes.items() if count * (size + 8) < memory / 2), f"PQ{parts}")
-    return f"IVF{round(4 * count**0.5)},{kind}"
-
-
-def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
-    """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
-    probes, recall, before = 1, 0.0, -1.0
-    cells: Any = faiss.try_extract_index_ivf(index)
-    if index.ntotal:
-        asked = _some(chunks, index.ntotal / ASKED)
-        blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
-        exact = nearest(asked, blocks, 10)
-        while True:
-            cells.nprobe = probes
-            found = index.search(asked, 10)[1]
-            recall = float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
-            if recall >= RECALL or recall < before + 0.005 or probes >= cells.nlist:
-                break
-            before, probes = recall, 2 * probes
-    cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
-
-
-def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:
-    """Embeddings of one document in so many. [n, D]"""
-    parts = (chunk.vectors()[:: max(1, math.ceil(every))] for chunk in chunks)
-    return np.concatenate([part.copy() for part in parts])  # a view would keep all of its chunk
-
-
-def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:
-    """The rows with the k greatest inner products among all blocks, on their device. [Q, D], [n, D] each -> [Q, k]"""
-    products, rows, start = [], [], 0
-    for block in blocks:
-        with torch.autocast(block.device.type, enabled=False):
-            best = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)))
-        products.append(best.values)
-        rows.append(best.indices + start)
-        start += len(block)
-    chosen = torch.cat(products, 1).topk(min(k, start)).indices
-    return torch.cat(rows, 1).gather(1, chosen).cpu().numpy()
-
-
-def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Of each query with its own rows, summed in float64. [Q, D], [N, D], [Q, k] -> float32 [Q, k]"""
-    scores = np.empty(rows.shape, np.float32)
-    for part in (slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(rows), QUERIES_AT_ONCE)):
-        chosen = vectors[torch.from_numpy(rows[part].clip(0)).to(vectors.device)].double()
-        asked = torch.from_numpy(queries[part]).to(vectors.device).double()
-        scores[part] = (chosen * asked[:, None]).sum(-1).float().cpu()
-    return scores
-
-
 def _gathered(rows: np.ndarray) -> np.ndarray:
     """The rows of all processes, in order of rank."""
     return distributed.gather_rows(torch.from_numpy(rows).to(distributed.device())).cpu().numpy()
-
-
-def _divides(index: faiss.Index) -> bool:
-    """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
-    kinds = faiss.IndexFlatCodes, faiss.IndexIVF, faiss.IndexPreTransform
-    return isinstance(index, kinds) and not isinstance(index, faiss.IndexRefine)
-
-
-def _embeddings(index: faiss.IndexFlat) -> Tensor:
-    """What a flat index holds, without a copy. -> float32 [n, D]"""
-    return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d))
 
 
 def _is_damaged(chunk: Path) -> bool:
@@ -410,8 +289,3 @@ def refuse_foreign_directory(directory: Path) -> None:
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
     if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
         raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")
-
-
-def _reason(error: RuntimeError) -> str:
-    """FAISS puts the source location in front of the reason."""
-    return str(error).rpartition(": ")[2].strip() or type(error).__name__

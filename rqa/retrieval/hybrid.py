@@ -20,7 +20,8 @@ from rqa.documents import PRINT, Places, keys_of, passages_of, prints, with_know
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, best, stack
+from rqa.retrieval.ranking import best
+from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError

@@ -69,7 +69,7 @@ class Index(ABC):
 
     @abstractmethod
     def load(self, directory: Path | None = None) -> bool:
-        """Open what lies at the path; False, and nothing changed, if there is nothing that can be used."""
+        """Open what lies at the path, or in a checkpoint; False, and nothing changed, if nothing there can be used."""
 
     @abstractmethod
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
@@ -94,12 +94,3 @@ class Index(ABC):
     @abstractmethod
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """The k best documents, best first. [Q, D] -> scores [Q, k], positions [Q, k]; position -1: none was found."""
-
-
-def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest scores of each row, of equal ones the lower number first; -1 is last. [Q, n] x 2 -> [Q, k] x 2"""
-    room = (0, 0), (0, max(k - numbers.shape[1], 0))
-    scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
-    scores = np.where(numbers >= 0, scores, -np.inf)
-    order = np.lexsort((numbers, -scores), axis=-1)[:, :k]
-    return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(numbers, order, 1)

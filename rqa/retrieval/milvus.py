@@ -13,7 +13,8 @@ from grpc import RpcError
 
 from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
-from rqa.retrieval.index import ENGINE, Index, IndexArguments, ranked
+from rqa.retrieval.index import ENGINE, Index, IndexArguments
+from rqa.retrieval.ranking import ranked
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line, without_credentials
 from rqa.runtime.files import fingerprint

@@ -182,17 +182,6 @@ def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) ->
     return FaissIndex(documents, flags, path)
 
 
-def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of one question's k greatest scores, and those; of equal ones the lower id first. [N], [N] -> [k], [k]"""
-    if len(scores) > k:  # sort only what can be among the k best
-        kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
-        scores, ids = scores[kept], ids[kept]
-    order = np.lexsort((ids, -scores))[:k]
-    room = (0, k - len(order))  # for what was not found: id -1 and score -inf
-    found = np.pad(ids[order].astype(np.int64), room, constant_values=-1)
-    return found, np.pad(scores[order].astype(np.float32), room, constant_values=-np.inf)
-
-
 def stack(rows: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Hits:
     """The hits of Q questions from those of each, as `best` gives them."""
     ids, scores = zip(*rows, strict=True) if rows else ([], [])

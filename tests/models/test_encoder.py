@@ -219,7 +219,7 @@ def test_no_passage_and_no_question_becomes_a_control_token_and_clean_text_keeps
 def test_texts_that_are_cut_are_told_with_counts_and_again_when_ten_times_as_many_were_seen(
     encoder: Encoder, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rqa.models.encoder.TEXTS_AT_ONCE", 2)
+    monkeypatch.setattr("rqa.models.encoder.ENCODINGS_AT_ONCE", 2)
     encoder.settings = replace(encoder.settings, max_passage_length=6)
     encoder.tokenize_passages(["a b c d"])  # [CLS] and [SEP] beside them
     encoder.tokenize_queries(["a b c d e"])

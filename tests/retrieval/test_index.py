@@ -12,9 +12,10 @@ import pytest
 from fakes import full_disk
 
 from rqa.data import Document
-from rqa.retrieval import faiss_index
-from rqa.retrieval.faiss_index import FaissIndex, inner_products, nearest, refuse_foreign_directory
-from rqa.retrieval.index import IndexArguments, ranked
+from rqa.retrieval import faiss_factory
+from rqa.retrieval.faiss_index import FaissIndex, refuse_foreign_directory
+from rqa.retrieval.index import IndexArguments
+from rqa.retrieval.ranking import inner_products, nearest, ranked
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
 
@@ -210,7 +211,7 @@ def test_auto_is_flat_while_that_is_fast_and_then_searches_as_few_cells_as_find_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert built(vectors(300, 0), "auto").factory == "Flat"
-    monkeypatch.setattr(faiss_index, "FLAT_TO", 299)
+    monkeypatch.setattr(faiss_factory, "FLAT_TO", 299)
     index, queries = built(vectors(300, 0), "auto"), vectors(200, 1)
     assert index.factory == "IVF69,Flat"
     told = re.fullmatch(
@@ -222,5 +223,7 @@ def test_auto_is_flat_while_that_is_fast_and_then_searches_as_few_cells_as_find_
     recall = np.mean([np.isin(row, best).mean() for row, best in zip(found, expected, strict=True)])
     assert recall > 0.85
     for memory, kind in ((2**40, "Flat"), (2**21, "SQ8"), (2**19, "PQ96")):
-        monkeypatch.setattr(faiss_index.os, "sysconf", lambda name, size=memory: size if name == "SC_PHYS_PAGES" else 1)
-        assert faiss_index._factory("auto", 1000, 768) == f"IVF126,{kind}"
+        monkeypatch.setattr(
+            faiss_factory.os, "sysconf", lambda name, size=memory: size if name == "SC_PHYS_PAGES" else 1
+        )
+        assert faiss_factory._kind("auto", 1000, 768) == f"IVF126,{kind}"

@@ -1,0 +1,138 @@
+"""Which kind of FAISS index suits so many documents, and how one is trained, filled and tuned."""
+
+import math
+import os
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import faiss
+import numpy as np
+from torch import Tensor
+
+from rqa.retrieval.ranking import nearest
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
+
+FLAT_TO = 200_000  # passages: up to here `auto` compares with all
+SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
+RECALL, ASKED = 0.98, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
+
+
+class Chunk(NamedTuple):
+    """Documents that were encoded together."""
+
+    numbers: np.ndarray  # their positions. [n]
+    vectors: Callable[[], np.ndarray]  # their embeddings, in memory or read from the disk. float32 [n, D]
+
+
+class Made(NamedTuple):
+    """An index that was made."""
+
+    index: faiss.Index
+    numbers: np.ndarray  # the positions of its rows' documents. [n]
+    kind: str  # its factory string
+    about: str  # kind, size and, of `auto`, recall
+
+
+def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> Made:
+    """An index over these embeddings, which are of `count` documents in all.
+
+    Together, it is one of the same kind and training on each process, if it can be divided.
+    """
+    width = chunks[0].vectors().shape[1]
+    kind = _kind(factory, count, width)
+    try:
+        index = faiss.index_factory(width, kind, faiss.METRIC_INNER_PRODUCT)
+        cells = faiss.try_extract_index_ivf(index)
+        if not index.is_trained:
+            sample = _some(chunks, count / max(SAMPLED[0] * cells.nlist if cells else 0, SAMPLED[1]))
+            sample = distributed.gather_array(sample) if together else sample
+            if not together or distributed.is_main():
+                index.train(sample)
+            del sample
+            if together:
+                index = faiss.deserialize_index(distributed.from_main(faiss.serialize_index(index)))
+        if together and not divides(index):
+            whole = distributed.gather_array(chunks[0].vectors())
+            chunks = [Chunk(distributed.gather_array(chunks[0].numbers), lambda: whole)]
+        numbers = np.concatenate([chunk.numbers for chunk in chunks])
+        if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
+            index.codes.resize(len(numbers) * index.code_size)
+            index.codes.resize(0)
+        for chunk in chunks:
+            index.add(chunk.vectors())
+    except RuntimeError as error:
+        refused = f"FAISS refuses it for {count} documents ({reason(error)})"
+        raise UserError(f"--index_factory {kind}: {refused}; try Flat") from None
+    about = described(kind, index, count)
+    if factory == "auto" and cells:
+        about += _tune(index, chunks, together)
+    return Made(index, numbers, kind, about)
+
+
+def described(kind: str, index: faiss.Index, count: int) -> str:
+    """The kind and the size of an index, for a message."""
+    cells = faiss.try_extract_index_ivf(index)
+    about = f"{kind} over {count:,} documents"
+    if divides(index):
+        about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
+    return about
+
+
+def _kind(factory: str, count: int, width: int) -> str:
+    """The factory string that `auto` stands for: exact while that is fast, then cells; half of the memory for them."""
+    if factory != "auto":
+        return factory
+    if distributed.device().type == "cuda":
+        memory = torch.cuda.get_device_properties(distributed.device()).total_memory * distributed.world_size()
+        if 4 * width * count < memory / 4:
+            return "Flat"
+    if count <= FLAT_TO:
+        return "Flat"
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    parts = next(number for number in range(max(width // 8, 1), 0, -1) if width % number == 0)
+    sizes = {"Flat": 4 * width, "SQ8": width, f"PQ{parts}": parts}
+    kind = next((kind for kind, size in sizes.items() if count * (size + 8) < memory / 2), f"PQ{parts}")
+    return f"IVF{round(4 * count**0.5)},{kind}"
+
+
+def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
+    """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
+    probes, recall, before = 1, 0.0, -1.0
+    cells: Any = faiss.try_extract_index_ivf(index)
+    if index.ntotal:
+        asked = _some(chunks, index.ntotal / ASKED)
+        blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
+        exact = nearest(asked, blocks, 10)
+        while True:
+            cells.nprobe = probes
+            found = index.search(asked, 10)[1]
+            recall = float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
+            if recall >= RECALL or recall < before + 0.005 or probes >= cells.nlist:
+                break
+            before, probes = recall, 2 * probes
+    cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
+    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
+
+
+def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:
+    """Embeddings of one document in so many. [n, D]"""
+    parts = (chunk.vectors()[:: max(1, math.ceil(every))] for chunk in chunks)
+    return np.concatenate([part.copy() for part in parts])  # a view would keep all of its chunk
+
+
+def divides(index: faiss.Index) -> bool:
+    """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
+    kinds = faiss.IndexFlatCodes, faiss.IndexIVF, faiss.IndexPreTransform
+    return isinstance(index, kinds) and not isinstance(index, faiss.IndexRefine)
+
+
+def embeddings(index: faiss.IndexFlat) -> Tensor:
+    """What a flat index holds, without a copy. -> float32 [n, D]"""
+    return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d))
+
+
+def reason(error: RuntimeError) -> str:
+    """FAISS puts the source location in front of the reason."""
+    return str(error).rpartition(": ")[2].strip() or type(error).__name__

@@ -1,0 +1,49 @@
+"""The greatest inner products, and of equal ones those that come first in the database."""
+
+from collections.abc import Iterable
+
+import torch
+import numpy as np
+from torch import Tensor
+
+QUERIES_AT_ONCE = 64
+
+
+def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The k greatest scores of each row, of equal ones the lower number first; -1 is last. [Q, n] x 2 -> [Q, k] x 2"""
+    room = (0, 0), (0, max(k - numbers.shape[1], 0))
+    scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
+    scores = np.where(numbers >= 0, scores, -np.inf)
+    order = np.lexsort((numbers, -scores), axis=-1)[:, :k]
+    return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(numbers, order, 1)
+
+
+def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """The ids of one question's k greatest scores, and those; of equal ones the lower id first. [N], [N] -> [k], [k]"""
+    if len(scores) > k:  # sort only what can be among the k best
+        kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
+        scores, ids = scores[kept], ids[kept]
+    scores, ids = ranked(scores[None], ids[None], k)
+    return ids[0], scores[0]
+
+
+def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:
+    """The rows with the k greatest inner products among all blocks, on their device. [Q, D], [n, D] each -> [Q, k]"""
+    products, rows, start = [], [], 0
+    for block in blocks:
+        found = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)))
+        products.append(found.values)
+        rows.append(found.indices + start)
+        start += len(block)
+    chosen = torch.cat(products, 1).topk(min(k, start)).indices
+    return torch.cat(rows, 1).gather(1, chosen).cpu().numpy()
+
+
+def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np.ndarray:
+    """Of each query with its own rows, summed in float64. [Q, D], [N, D], [Q, k] -> float32 [Q, k]"""
+    scores = np.empty(rows.shape, np.float32)
+    for part in (slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(rows), QUERIES_AT_ONCE)):
+        chosen = vectors[torch.from_numpy(rows[part].clip(0)).to(vectors.device)].double()
+        asked = torch.from_numpy(queries[part]).to(vectors.device).double()
+        scores[part] = (chosen * asked[:, None]).sum(-1).float().cpu()
+    return scores
