@@ -4,7 +4,6 @@ import logging
 import os
 import re
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -50,7 +49,7 @@ class MilvusIndex(Index):
         self._places = Places(self._prints)
         self._fields = [name for name in flags.filter_fields if name != "source"]
 
-    def load(self, directory: Path | None = None) -> bool:
+    def load(self, directory: Any = None) -> bool:
         if not self._ask(self._client.has_collection, self.name):
             return False
         state = self._ask(self._client.describe_collection, self.name)["properties"]
