@@ -8,6 +8,7 @@ import torch
 from rqa.data import Example
 from rqa.objectives.losses import marginal_nll
 from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective
+from rqa.objectives.teacher import is_reranker
 from rqa.prompts import Prompter
 from rqa.runtime.errors import UserError
 
@@ -17,6 +18,8 @@ class EMDRArguments(LikelihoodArguments):
     """EMDR2's own flags."""
 
     def check(self) -> None:
+        if is_reranker(self.lm_model_path):
+            raise UserError("--lm_model_path: EMDR2 needs a likelihood, which no reranker has; train_rpg takes one")
         if self.lm_model_path.startswith("openai::") and not self.lm_tokenizer:
             raise UserError("--lm_tokenizer: EMDR2 counts answer tokens; name the tokenizer of the server's model")
 

@@ -16,15 +16,13 @@ from torch import Tensor
 
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
-from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import distillation
-from rqa.objectives.teacher import AnswerScorer, Pair
-from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, retrieval_query
+from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, Pair
+from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
-from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 
 
@@ -45,51 +43,24 @@ class ListArguments(ChunkArguments):
 
 
 @dataclass(kw_only=True)
-class LikelihoodArguments(LoadingArguments, RefreshArguments, ListArguments, ChatTemplateArguments):
-    """The frozen language model that judges documents, here or behind a server, and which documents it judges."""
+class LikelihoodArguments(LanguageModelArguments, RefreshArguments, ListArguments):
+    """Which documents the language model judges."""
 
-    lm_model_path: str = flag(help="Language model: a directory, a hub name, or openai::http://host:port/v1.")
     num_docs: int = flag(20, "Documents retrieved for each question.")
     include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
-    text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
-    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.", rare=True)
-    lm_chat_format: str | None = flag(
-        None, "Prompt: USER/ASSISTANT or the chat template. Default: the template if any.", ["prefix", "template"]
-    )
-    lm_tokenizer: str | None = flag(None, "Tokenizer of a server's model. Default: a token every 3 bytes.", rare=True)
 
     def check(self) -> None:
-        self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
         self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
-
-    def lm_prompt(self, tokenizer: Any) -> PromptArguments:
-        """How the language model is asked; it answers nothing, so that hardly any room is kept."""
-        chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
-        options = {"chat_format": chat_format, "chat_template_kwargs": self.chat_template_kwargs}
-        return PromptArguments(**options, max_seq_length=self.text_maxlength, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
-class RPGArguments(LikelihoodArguments):
+class RPGArguments(LikelihoodArguments, DistilledArguments):
     """RPG's own flags."""
 
-    lm_temperature: float = flag(0.1, "Temperature of the language model's softmax over documents.")
     kl_direction: str = flag(
         "lm_to_retriever", "KL(LM || retriever), as released, or the reverse, as the paper prints.",
         choices=["lm_to_retriever", "retriever_to_lm"], rare=True,
     )  # fmt: skip
-
-    def check(self) -> None:
-        self.check_bounds("lm_temperature", above=0)
-
-
-def local_scorer(flags: LikelihoodArguments) -> tuple[AnswerScorer, str]:
-    """A language model on this machine, and the fingerprint of it."""
-    tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
-    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
-    model = load_causal_lm(flags.lm_model_path, flags)
-    identity = fingerprint(model_fingerprint(model, tokenizer), str(model.dtype))
-    return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), identity
 
 
 @dataclass(frozen=True)

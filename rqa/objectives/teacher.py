@@ -2,23 +2,92 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
-from rqa.models.loading import choose_collate, evaluating, not_finite, within_positions
+from rqa.models.loading import (
+    LoadingArguments,
+    choose_collate,
+    evaluating,
+    load_causal_lm,
+    load_tokenizer,
+    model_fingerprint,
+    not_finite,
+    within_positions,
+)
 from rqa.models.reader import answer_logits
+from rqa.models.reranker import load_reranker
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
-from rqa.prompts import Prompter, TokenSequence, fitting, warn_once
+from rqa.prompts import (
+    ChatTemplateArguments,
+    PromptArguments,
+    Prompter,
+    TokenSequence,
+    fitting,
+    retrieval_query,
+    warn_once,
+)
 from rqa.runtime.cli import progress
 from rqa.runtime.files import Store, cache_root, fingerprint
+from rqa.runtime.flags import flag
 
 PAIRS_AT_ONCE = 256
 NOT_TOLD_APART = "its documents are not told apart"
+RERANKER = "reranker::"
+
+
+def is_reranker(name: str) -> bool:
+    """Whether a teacher's name means a cross-encoder: `reranker::M`."""
+    return name.startswith(RERANKER)
+
+
+@dataclass(kw_only=True)
+class LanguageModelArguments(LoadingArguments, ChatTemplateArguments):
+    """The frozen language model that judges documents, here or behind a server."""
+
+    lm_model_path: str = flag(
+        help="Language model: a directory, a hub name, or openai::http://host:port/v1; of RPG also reranker::M.",
+        also="teacher",
+    )
+    text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
+    lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.", rare=True)
+    lm_chat_format: str | None = flag(
+        None, "Prompt: USER/ASSISTANT or the chat template. Default: the template if any.", ["prefix", "template"]
+    )
+    lm_tokenizer: str | None = flag(None, "Tokenizer of a server's model. Default: a token every 3 bytes.", rare=True)
+
+    def check(self) -> None:
+        self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
+
+    def lm_prompt(self, tokenizer: Any) -> PromptArguments:
+        """How the language model is asked; it answers nothing, so that hardly any room is kept."""
+        chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
+        options = {"chat_format": chat_format, "chat_template_kwargs": self.chat_template_kwargs}
+        return PromptArguments(**options, max_seq_length=self.text_maxlength, max_new_tokens=1)
+
+
+@dataclass(kw_only=True)
+class DistilledArguments(LanguageModelArguments):
+    """How sharp the teacher's distribution over documents is."""
+
+    lm_temperature: float | None = flag(
+        None, "Temperature of the teacher's softmax over documents. Default: 0.1, of a reranker 1.",
+        also="teacher_temperature",
+    )  # fmt: skip
+
+    def check(self) -> None:
+        self.check_bounds("lm_temperature", above=0)
+
+    @property
+    def teacher_temperature(self) -> float:
+        """Log-likelihoods are means over tokens, and lie close together; a reranker's scores are logits already."""
+        return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path) else 0.1)
 
 
 class Pair(NamedTuple):
@@ -118,3 +187,23 @@ class AnswerScorer:
                 sums = nll.new_zeros(len(chosen)).index_add(0, batch.owners, nll)  # [B]
                 means = -sums / batch.owners.bincount(minlength=len(chosen)).clamp(min=1)
                 yield from zip(indices, means.tolist(), strict=True)
+
+
+def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
+    """A language model on this machine, and the fingerprint of it."""
+    tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
+    prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
+    model = load_causal_lm(flags.lm_model_path, flags)
+    identity = fingerprint(model_fingerprint(model, tokenizer), str(model.dtype))
+    return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), identity
+
+
+def reranker_scorer(flags: Any) -> tuple[Score, str]:
+    """A cross-encoder, which needs no answers, and the fingerprint of it; flags are those of `load_reranker`, too."""
+    reranker = load_reranker(flags.lm_model_path.removeprefix(RERANKER), flags).requires_grad_(False)
+
+    def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
+        texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
+        return enumerate(reranker.score(texts).tolist())
+
+    return score, fingerprint(reranker.fingerprint(), str(reranker.model.dtype))

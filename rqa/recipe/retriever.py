@@ -12,8 +12,8 @@ from rqa.endpoint.client import EndpointArguments, is_endpoint, remote_scorer
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler, train_adapters
-from rqa.objectives.rpg import LikelihoodArguments, local_scorer
-from rqa.objectives.teacher import Teacher
+from rqa.models.reranker import RerankerArguments
+from rqa.objectives.teacher import LanguageModelArguments, Teacher, is_reranker, local_scorer, reranker_scorer
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
@@ -85,8 +85,8 @@ class RetrieverRun(Run):
 
 
 @dataclass(kw_only=True)
-class TeacherArguments(LikelihoodArguments, EndpointArguments):
-    """The language model that judges documents, and how it is asked where it stands behind a server."""
+class TeacherArguments(LanguageModelArguments, RerankerArguments, EndpointArguments):
+    """Who judges documents, and how a language model is asked that stands behind a server."""
 
     def check(self) -> None:
         if self.lm_tokenizer and not is_endpoint(self.lm_model_path):
@@ -94,7 +94,9 @@ class TeacherArguments(LikelihoodArguments, EndpointArguments):
 
 
 def open_teacher(flags: TeacherArguments) -> Teacher:
-    """The mean log-likelihood of the answer's tokens given one document, by a local model or by a server's."""
+    """A reranker's score, or the mean log-likelihood of the answer's tokens by a local model or a server's."""
+    if is_reranker(flags.lm_model_path):
+        return Teacher(*reranker_scorer(flags))
     scorer, model = remote_scorer(flags) if is_endpoint(flags.lm_model_path) else local_scorer(flags)
     prompter = scorer.prompter
     return Teacher(scorer, fingerprint(model, str(asdict(prompter.arguments)), prompter.instruction))

@@ -21,6 +21,7 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
+from rqa.retrieval.reranking import RerankingArguments, reranked
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -39,7 +40,7 @@ FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns
 
 
 @dataclass(kw_only=True)
-class RetrieverArguments(EncoderArguments, IndexArguments):
+class RetrieverArguments(EncoderArguments, IndexArguments, RerankingArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
@@ -59,15 +60,19 @@ class RetrieverArguments(EncoderArguments, IndexArguments):
 
 
 def open_retriever(
-    flags: RetrieverArguments,
-    embedding_model: str | None,
-    documents: Sequence[Document],
+    flags: RetrieverArguments, embedding_model: str | None, documents: Sequence[Document],
     examples: Sequence[Example] = (),
-) -> PassageRetriever:
-    """The retriever that the flags name, with its index loaded or built.
+) -> PassageRetriever:  # fmt: skip
+    """The retriever that the flags name, with its index loaded or built, and behind it the reranker, if any.
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
+    return reranked(_first_stage(flags, embedding_model, documents, examples), flags)
+
+
+def _first_stage(
+    flags: RetrieverArguments, embedding_model: str | None, documents: Sequence[Document], examples: Sequence[Example]
+) -> PassageRetriever:
     if embedding_model == "bm25" and flags.retriever == "hybrid":
         raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
