@@ -171,13 +171,13 @@ def train_sentence_transformers(arguments: argparse.Namespace, seed: int, train:
 def is_trained(directory: Path, asked: list[str], output: Path) -> bool:
     """Whether a model of these settings and questions is there; one of others is refused, for hours went into it."""
     mark = directory / "trained.json"
-    if mark.exists() and read_json(mark) != [*asked, data_of(output)]:
+    if mark.exists() and read_json(mark) != {"asked": asked, "data": data_of(output)}:
         raise SystemExit(f"error: {directory}: trained with other flags or questions; delete it, or its output_dir")
     return mark.exists()
 
 
 def finished(directory: Path, asked: list[str], output: Path) -> None:
-    write_json(directory / "trained.json", [*asked, data_of(output)])
+    write_json(directory / "trained.json", {"asked": asked, "data": data_of(output)})
 
 
 def data_of(output: Path) -> str:
