@@ -152,7 +152,8 @@ def open_sentence_transformers(arguments: argparse.Namespace) -> Ask:
         f"{arguments.directory}/reranker", max_length=arguments.max_length, model_kwargs={"dtype": dtype_of(arguments)}
     )
     size = int(arguments.setting) if arguments.setting.isdigit() else 32  # 32 is its default
-    return lambda pairs: model.predict(list(pairs), batch_size=size, show_progress_bar=False)
+    logits = {"activation_fn": torch.nn.Identity(), "show_progress_bar": False}
+    return lambda pairs: model.predict(list(pairs), batch_size=size, **logits)
 
 
 # ---------------------------------------------------------------- training
