@@ -315,7 +315,7 @@ def report(arguments: argparse.Namespace, weight: float, values: dict[str, np.nd
         ends = mean_intervals(values[name][0]) if same else intervals(values[name])
         row = {"system": name, "n": values[name].shape[1], "scores": by_metric(means[name])}
         row |= {"intervals": by_metric(ends), "by_seed": [by_metric(each) for each in values[name].mean(axis=1)]}
-        gaps = {other: values[name] - values[other] for other in references if other != name}
+        gaps = {other: values[name] - values[other] for other in references if other != name and name in whole}
         row["beside"] = {
             other: {"difference": by_metric(gap.mean(axis=(0, 1))), "intervals": by_metric(intervals(gap))}
             for other, gap in gaps.items()
