@@ -124,6 +124,7 @@ def trainer_flags(files: dict[str, Path], lm_path: str, encoder_path: str, t5_pa
         "train_dca": retriever | {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
         "train_rpg": retriever | judge,
         "train_emdr": retriever | judge,
+        "train_rerank": retriever | {"num_hard_negatives": 4},
     }
     return lambda name, **own: {flag: value for flag, value in (flags[name] | own).items() if value is not None}
 
