@@ -146,6 +146,6 @@ class RerankerRun(Run):
             return mean_scores(rows), rows
 
         if told:
-            alone = scores(self.first)[0].items()
-            log.info("first stage alone  %s", "  ".join(f"{told}_{name} {value:.4g}" for name, value in alone))
+            alone = {name: value for name, value in scores(self.first)[0].items() if "document_recall" not in name}
+            log.info("first stage alone  %s", "  ".join(f"{told}_{name} {value:.4g}" for name, value in alone.items()))
         return scores(self.judged)
