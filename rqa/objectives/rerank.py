@@ -6,6 +6,7 @@ with a teacher the whole list is scored, and the teacher's distribution learned.
 
 import logging
 import random
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -39,6 +40,10 @@ class RerankArguments(NegativeArguments, DistilledArguments):
         also="teacher",
     )  # fmt: skip
     num_hard_negatives: int = flag(8, "Hard negatives of a question in one step, at most.")
+    num_other_gold: int = flag(
+        2, "Other questions' gold passages among a question's negatives, or a passage would be right for any question; "
+        "not with --teacher.", rare=True,
+    )  # fmt: skip
     negatives_from: str = flag(
         "bm25", "First stage, whose ranking holds the negatives; file: the examples' hard_neg_docs instead.",
         choices=["bm25", "dense", "both", "file"],
@@ -49,9 +54,11 @@ class RerankArguments(NegativeArguments, DistilledArguments):
 
     def check(self) -> None:
         self.check_bounds("num_hard_negatives", at_least=1)
+        self.check_bounds("num_other_gold", at_least=0)
         parse_schedule(self.refresh_step)
         lacks = {"refresh_step": not self.mine_negatives and "--mine_negatives true",
-                 "lm_temperature": not self.lm_model_path and "--teacher"}  # fmt: skip
+                 "lm_temperature": not self.lm_model_path and "--teacher",
+                 "num_other_gold": self.lm_model_path and "--teacher left out"}  # fmt: skip
         if self.negatives_from == "file":
             ranked = [item.name for item in fields(NegativeArguments)]
             lacks |= dict.fromkeys([*ranked, "mine_negatives"], "a ranking: --negatives_from bm25, dense or both")
@@ -128,6 +135,11 @@ class Lists:
         left_out = sum(map(len, rows)) - sum(map(len, [*self._gold, *hard]))
         if left_out and not mined:
             log.warning("%d passages of hard_neg_docs are left out: they are gold, or stand there twice", left_out)
+        golds: dict[str, list[int]] = defaultdict(list)  # of each question, in whatever line it is
+        for example, gold in zip(examples, self._gold, strict=True):
+            golds[retrieval_query(example)] += gold
+        self._own = [golds[retrieval_query(example)] for example in examples]
+        self._golds = [] if teacher else sorted(set().union(*golds.values()))
         self.examples, self.documents, self.reranker = examples, known, reranker
         self.hard, self.flags, self.seed = mined or hard, flags, seed
         self.teacher, self.together = teacher, together
@@ -144,16 +156,22 @@ class Lists:
             log.warning("%d of %d questions have no two passages to rank, and teach nothing", lacking, len(numbers))
 
     def __call__(self, indices: Sequence[int]) -> RerankBatch:
-        chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.num_hard_negatives + 1
+        chance, hard, other = (
+            random.Random(f"{self.seed}-{indices}"),
+            self.flags.num_hard_negatives,
+            self.flags.num_other_gold,
+        )
         pairs, lengths = [], []
         for i in indices:
             gold, pool = chance.sample(self._gold[i], min(1, len(self._gold[i]))), self.hard[i]
-            room = size - len(gold)
-            chosen = pool[:room] if self.together else chance.sample(pool, min(room, len(pool)))
+            chosen = pool[:hard] if self.together else chance.sample(pool, min(hard, len(pool)))
+            barred = {*self._own[i], *chosen}
+            drawn = chance.sample(self._golds, min(len(barred) + other, len(self._golds)))
+            chosen += [number for number in drawn if number not in barred][:other]
             shown = tuple(self.documents[number] for number in gold + chosen)
             pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
             lengths.append(len(shown))
-        present = torch.arange(size) < torch.tensor(lengths)[:, None]  # [B, K]
+        present = torch.arange(1 + hard + other) < torch.tensor(lengths)[:, None]  # [B, K]
         columns = (present.flatten().cumsum(0) - 1).view_as(present).clamp(min=0)
         teacher = torch.full(present.shape, float("-inf"))
         if self.teacher:
