@@ -21,7 +21,7 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
-from rqa.retrieval.reranking import RerankingArguments, reranked
+from rqa.retrieval.reranking import RerankingArguments, reranking
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -67,7 +67,8 @@ def open_retriever(
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
-    return reranked(_first_stage(flags, embedding_model, documents, examples), flags)
+    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
+    return behind(_first_stage(flags, embedding_model, documents, examples))
 
 
 def _first_stage(
