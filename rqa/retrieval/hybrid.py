@@ -44,7 +44,7 @@ class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
+    fusion: str = flag("rrf", "How hybrid fuses both: by ranks, or a weighted sum.", ["rrf", "weighted"], rare=True)
     fusion_weight: float | None = flag(
         None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
     )

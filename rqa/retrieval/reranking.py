@@ -22,7 +22,7 @@ class RerankingArguments(RerankerArguments):
 
     reranker: str | None = flag(None, "Cross-encoder that ranks anew what is found: a directory or a hub name.")
     rerank_depth: int = flag(
-        50, "Passages of each question that the reranker reads; where more are asked for, it reads as many."
+        50, "Passages of each question that the reranker reads; where more are asked for, it reads as many.", rare=True
     )
 
     def check(self) -> None:
