@@ -242,6 +242,15 @@ def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) 
     return saved("encoder", 2, transformers.BertModel, config, wordpiece)
 
 
+@pytest.fixture(scope="session")
+def reranker_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
+    """A two-layer BERT with a head of one score, saved; its scores lie far apart."""
+    config = transformers.BertConfig(
+        vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64, num_labels=1, initializer_range=0.3
+    )
+    return saved("reranker", 5, transformers.BertForSequenceClassification, config, wordpiece)
+
+
 @pytest.fixture
 def encoder(encoder_path: str) -> Encoder:
     """It, loaded: without dropout until it is trained."""

@@ -11,6 +11,7 @@ from rqa.data import Document, DocumentArguments, Example
 from rqa.evaluation.results import Scores
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
+from rqa.retrieval.reranking import RerankingRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, fingerprint
@@ -39,17 +40,25 @@ class EvaluationDataArguments(DocumentArguments):
 
 
 def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:
-    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else.
+    """Milliseconds of single questions, and questions a second of all at once: encoding, search, reranking, no more.
 
+    The latency of a reranker and of what it reads stand beside that of both together, which is their sum.
     Every process calls it: they search an index together, and each asks its share of the questions.
     """
     queries = list(map(retrieval_query, examples))
     alone = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
     for query in alone[:WARM_UP]:
         retriever.retrieve(query, k)
-    single = [seconds(partial(retriever.retrieve, query, k)) for query in alone]
+    if isinstance(retriever, RerankingRetriever):
+        hits: list[Hits] = []
+        first = [seconds(lambda query=query: hits.append(retriever.candidates(query, k))) for query in alone]
+        again = [seconds(partial(retriever.rerank, *asked, k)) for asked in zip(alone, hits, strict=True)]
+        single = {"": np.add(first, again), "first_stage_": first, "reranking_": again}
+    else:
+        single = {"": [seconds(partial(retriever.retrieve, query, k)) for query in alone]}
     together = seconds(partial(retriever.retrieve, distributed.share(queries), k))
-    speed = latencies(single) | {"questions_per_second": len(queries) / together}
+    speed = {stage + name: value for stage, took in single.items() for name, value in latencies(took).items()}
+    speed["questions_per_second"] = len(queries) / together
     return {f"retr/{name}": value for name, value in speed.items()}
 
 

@@ -21,7 +21,7 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
-from rqa.retrieval.reranking import RerankingArguments, reranked
+from rqa.retrieval.reranking import RerankingArguments, reranking
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -40,11 +40,11 @@ FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns
 
 
 @dataclass(kw_only=True)
-class RetrieverArguments(EncoderArguments, IndexArguments, RerankingArguments):
+class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
+    fusion: str = flag("rrf", "How hybrid fuses both: by ranks, or a weighted sum.", ["rrf", "weighted"], rare=True)
     fusion_weight: float | None = flag(
         None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
     )
@@ -67,7 +67,8 @@ def open_retriever(
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
-    return reranked(_first_stage(flags, embedding_model, documents, examples), flags)
+    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
+    return behind(_first_stage(flags, embedding_model, documents, examples))
 
 
 def _first_stage(
