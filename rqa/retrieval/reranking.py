@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from rqa.models.reranker import Reranker, RerankerArguments, load_reranker
+from rqa.retrieval.fusion import weighted_sum
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -24,19 +25,26 @@ class RerankingArguments(RerankerArguments):
     rerank_depth: int = flag(
         50, "Passages of each question that the reranker reads; where more are asked for, it reads as many.", rare=True
     )
+    rerank_weight: float = flag(
+        1.0, "The reranker's share of a sum with the first stage's scores, both from 0 to 1; 1: it alone decides.",
+        rare=True,
+    )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("rerank_depth", at_least=1)
+        self.check_bounds("rerank_weight", at_least=0, at_most=1)
 
 
 class RerankingRetriever(PassageRetriever):
     """The best of another retriever's first passages, by a reranker's scores; equal ones keep their order.
 
+    With a `weight` below 1 they are ranked by `weighted_sum`, the first stage's own scores having the rest of it.
     Under several processes `retrieve` is for all at once, whatever the first stage is.
     """
 
-    def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int) -> None:
-        self.first, self.reranker, self.depth, self.documents = first, reranker, depth, first.documents
+    def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int, weight: float = 1.0) -> None:
+        self.first, self.reranker, self.depth, self.weight = first, reranker, depth, weight
+        self.documents = first.documents
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         return self.rerank(questions, self.candidates(questions, k), k)
@@ -58,19 +66,22 @@ class RerankingRetriever(PassageRetriever):
             known = list(dict.fromkeys(pairs))  # equal passages of a question are equally good, to the last bit
             found = dict(zip(known, self.reranker.score(known), strict=True))
             scores[start + rows, columns] = [found[pair] for pair in pairs]
+        if self.weight < 1:
+            return weighted_sum(Hits(hits.ids, scores), hits, self.weight, min(k, hits.ids.shape[1]))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(hits.ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
     def identity(self) -> str:
-        settings = self.reranker.fingerprint(), str(self.reranker.model.dtype), str(self.depth)
+        settings = map(str, (self.reranker.fingerprint(), self.reranker.model.dtype, self.depth, self.weight))
         return fingerprint("reranked", self.first.identity(), *settings)
 
 
 def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], PassageRetriever]:
     """What puts the reranker that the flags name, if any, behind a retriever; it is loaded now, or refused."""
     if flags.reranker is None:
-        if flags.rerank_depth != RerankingArguments.rerank_depth:
-            raise UserError(f"--rerank_depth {flags.rerank_depth}: nothing is ranked anew; add --reranker")
+        for name in ("rerank_depth", "rerank_weight"):
+            if getattr(flags, name) != getattr(RerankingArguments, name):
+                raise UserError(f"--{name} {getattr(flags, name)}: nothing is ranked anew; add --reranker")
         return lambda first: first
     reranker = load_reranker(flags.reranker, flags)
-    return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth)
+    return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, flags.rerank_weight)

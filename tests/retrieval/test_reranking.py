@@ -55,6 +55,16 @@ def test_the_depth_best_are_ordered_by_score_and_equals_as_they_were(
     assert max(map(len, read)) <= max(at_once, wide)
 
 
+def test_a_weight_adds_the_first_stage_s_scores_to_the_reranker_s_both_from_0_to_1() -> None:
+    found = Hits(np.array([[4, 2, 0, -1]]), np.array([[30.0, 20.0, 10.0, -np.inf]], dtype=np.float32))
+    first: Any = SimpleNamespace(retrieve=lambda questions, k: found, documents=[Document(str(n)) for n in range(5)])
+    worth = {"4": -2.0, "2": 2.0, "0": 0.0}
+    ranker: Any = SimpleNamespace(score=lambda pairs: np.array([worth[text] for _, text in pairs], dtype=np.float32))
+    hits = RerankingRetriever(first, ranker, 9, 0.25).retrieve(["?"], 3)
+    assert hits.ids.tolist() == [[4, 2, 0]]
+    assert hits.scores.tolist() == [[0.75, 0.625, 0.125]]  # 0.25 * (0, 1, 0.5) + 0.75 * (1, 0.5, 0)
+
+
 @pytest.fixture
 def opened(encoder_path: str, reranker_path: str, documents: list[Document], tmp_path: Path) -> Iterator[Open]:
     def opened_with(kind: str, **flags: Any) -> Any:
