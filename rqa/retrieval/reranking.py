@@ -47,11 +47,7 @@ class RerankingRetriever(PassageRetriever):
         self.documents = first.documents
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
-        return self.rerank(questions, self.candidates(questions, k), k)
-
-    def candidates(self, questions: Sequence[str], k: int) -> Hits:
-        """What the first stage finds, which is read. [Q] -> [Q, depth]"""
-        return self.first.retrieve(questions, max(k, self.depth))
+        return self.rerank(questions, self.first.retrieve(questions, max(k, self.depth)), k)
 
     def rerank(self, questions: Sequence[str], hits: Hits, k: int) -> Hits:
         """The k best of what was found for each question. [Q, depth] -> [Q, k]"""
