@@ -40,7 +40,7 @@ FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns
 
 
 @dataclass(kw_only=True)
-class RetrieverArguments(EncoderArguments, IndexArguments, RerankingArguments):
+class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
