@@ -116,10 +116,11 @@ class EncoderObjective(nn.Module):
     def __init__(self, encoder: Encoder, temperature: float, dims: Sequence[int] = ()) -> None:
         super().__init__()
         self.encoder, self.temperature, self.dims = encoder, temperature, sorted(dims, reverse=True)
-        if dims and self.dims[0] > encoder.dimension:
-            raise UserError(f"--matryoshka_dims {self.dims[0]}: an embedding has {encoder.dimension} dimensions; lower it")
-        if dims and self.dims[0] < encoder.dimension:
-            log.warning("--matryoshka_dims: without %d, whole embeddings are not trained; add it", encoder.dimension)
+        largest, whole = max(dims, default=encoder.dimension), encoder.dimension
+        if largest > whole:
+            raise UserError(f"--matryoshka_dims {largest}: the embeddings have {whole} dimensions; leave it out")
+        if largest < whole:
+            log.warning("--matryoshka_dims: without %d, whole embeddings are not trained; add it", whole)
 
     def embed(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of questions and passages, with gradient unless these are frozen. -> [B, D], [P, D]"""
