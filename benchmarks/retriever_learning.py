@@ -8,9 +8,10 @@
 
 All systems train on the same questions and search the whole database. Each dense retriever is measured alone and fused
 with BM25 by a weighted sum, whose weight is the best for the untrained encoder on the training questions; each of
-these again with a reranker behind it, one of each seed, trained on the same questions from the same checkpoint. The
-reranker also teaches a retriever (`distilled`). The peer is sentence-transformers with MultipleNegativesRankingLoss on
-the same pairs for as many epochs. `--dims` cuts embeddings, of CTL without and with `--matryoshka_dims`.
+these again with a reranker behind it, one of each seed, trained on the same questions from the same checkpoint (`x 0.5`:
+half of a sum with the retriever's scores). The reranker also teaches a retriever (`distilled`). The peer is
+sentence-transformers with MultipleNegativesRankingLoss on the same pairs for as many epochs. `--dims` cuts embeddings,
+of CTL without and with `--matryoshka_dims`.
 
 Scores are means over seeds. 95 % intervals come from resampled questions and seeds, those of differences by pairs. A
 run that was killed goes on: what `--output_dir` holds is neither trained nor measured again. `--ctl`, `--rpg` and so
@@ -37,7 +38,8 @@ from rqa.evaluation.retrieval import retrieval_rows
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.reranker import load_reranker
 from rqa.prompts import retrieval_query
-from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever, choose_weight
+from rqa.retrieval.fusion import choose_weight
+from rqa.retrieval.hybrid import HybridRetriever, LexicalRetriever
 from rqa.retrieval.reranking import RerankingArguments, RerankingRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 from rqa.runtime.files import atomic_file, fingerprint, read_json, write_json
@@ -69,6 +71,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", choices=SYSTEMS, default=list(SYSTEMS), help="beside BM25")
     parser.add_argument("--rerank_depth", type=int, default=30, help="passages that the reranker reads; 0: no reranker")
+    parser.add_argument("--rerank_weights", type=float, nargs="*", default=[1.0, 0.5], help="its shares of a sum")
     parser.add_argument("--dims", type=int, nargs="*", default=[384, 192, 96, 48], help="widths of embeddings")
     parser.add_argument("--epochs", type=float, default=3, help="of CTL, of the reranker and of the peer")
     parser.add_argument("--learning_rate", default="2e-5", help="of CTL and of the peer")
@@ -203,9 +206,9 @@ def measure_seed(
 
     def measured(name: str, retriever: PassageRetriever) -> Iterator[tuple[str, np.ndarray]]:
         yield name, measure(kept, name, retriever, held_out)
-        if depth and name in ranked_anew:
-            name, retriever = f"{name} + reranker", RerankingRetriever(retriever, reranker, depth)
-            yield name, measure(kept, name, retriever, held_out)
+        for share in arguments.rerank_weights if depth and name in ranked_anew else []:
+            title = f"{name} + reranker" + f" x {share:g}" * (share < 1)
+            yield title, measure(kept, title, RerankingRetriever(retriever, reranker, depth, share), held_out)
 
     ranked_anew = {f"{name}{fused}" for name in ("BM25", *SYSTEMS[:-1]) for fused in ("", " + BM25")}
     yield from measured("BM25", lexical)
