@@ -11,6 +11,8 @@
 - `peers`: bin/build_index with the encoder E beside sentence-transformers and faiss, at their best settings here.
 - `search`: 64 questions at once, in each kind of index, over made-up vectors of 384 dimensions in clusters; `memory` is
   a flat index of which two processes hold a part each, and that nothing is saved of.
+- `int8`: the encoder E's vectors of real passages and questions, kept with fewer bits, re-scored or not; recall is of
+  the ten passages that a flat index of float32 finds.
 
 Words are those of docstrings, as often as they come there. `peak` is the most memory that a command's processes held,
 added up; `own` leaves out the pages of mapped files, which the system takes back when it needs them.
@@ -39,6 +41,7 @@ from rqa.data import Document
 from rqa.documents import read_documents, write_documents
 from rqa.evaluation.runtime import seconds
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
+from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
@@ -49,7 +52,8 @@ BUILD_INDEX = Path(__file__).parents[1] / "bin" / "build_index"
 WORDS, BLOCK, DIMENSION, QUESTIONS, K = 90, 10_000, 384, 64, 10
 CHANGED = 100  # every so many passages one is another after an update
 ASKED = range(10**9, 10**9 + QUESTIONS)  # what stands in the questions: of the passages' clusters, but of no passage
-FACTORIES = ["Flat", "memory", "auto", "IVF4000,PQ48", "bm25", "milvus"]
+FACTORIES = ["Flat", "memory", "auto", "SQ8,RFlat", "IVF4000,PQ48", "bm25", "milvus"]
+FEWER_BITS = ["Flat", "SQ8", "SQ8,RFlat", "SQ4,RFlat", "PQ48", "PQ48,Refine(SQ8)", "PQ48,RFlat"]
 TABLES = {  # part -> title, name and format of each column
     "build": "one layer: passages|size|,  built s|seconds|.1f  a second|rate|,.0f  peak GiB|peak|.2f  own|own|.2f  "
     "KiB more a passage|more|.2f  index GB|gb|.3f  again s|again|.1f  1 % new s|update_seconds|.1f  "
@@ -61,6 +65,8 @@ TABLES = {  # part -> title, name and format of each column
     "search": "64 questions|factory|  passages|size|,  processes|processes|  read s|scanned|.1f  built s|built|.1f  "
     "peak GiB|built_peak|.2f  open s|opened|.3f  peak GiB|peak|.2f  own|own|.2f  first ms|first_ms|.0f  "
     "then ms|then_ms|.0f  recall@10|recall|.3f  all as exact|equal|",
+    "int8": "real vectors|factory|  passages|size|,  questions|questions|  bytes a passage|bytes|,.0f  ms|ms|.1f  "
+    "recall@10|recall|.4f  first as exact|first|.4f",
 }
 
 
@@ -72,6 +78,8 @@ def main() -> None:
     parser.add_argument("--searched", type=int, default=1_000_000, help="passages to search")
     parser.add_argument("--in_milvus", type=int, default=100_000, help="passages to search in milvus-lite")
     parser.add_argument("--factories", nargs="*", default=FACTORIES, help="where to search")
+    parser.add_argument("--document_path", help="passages of `int8`, with --eval_file (default: pydocs)")
+    parser.add_argument("--eval_file", help="their questions")
     parser.add_argument("--rows", help="file (JSONL) to which rows are added, and whose earlier rows are shown, too")
     arguments = parser.parse_args()
     if arguments.system:
@@ -280,6 +288,25 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     return told | {"ids": found[0].ids.tolist()}
 
 
+def int8(arguments: argparse.Namespace) -> Iterator[Row]:
+    documents, _, examples = read_corpus(arguments.document_path, None, arguments.eval_file)
+    encoder, exact = load_encoder(arguments.embedding_model, EncoderArguments()), None
+    vectors = encoder.embed(encoder.tokenize_passages([document.fmt_content for document in documents]))
+    queries = encoder.embed(encoder.tokenize_queries([example.question for example in examples]))
+    for factory in FEWER_BITS:
+        built, index = (FaissIndex(documents, IndexArguments(index_factory=factory)) for _ in range(2))
+        built.replace(vectors)
+        built.save(path := Path(arguments.directory, "int8"))
+        index.load(path)
+        ids = index.search(queries, K)[1]  # [Q, K]
+        exact = ids if exact is None else exact
+        row = {"factory": factory, "size": len(documents), "questions": len(examples)}
+        row["bytes"] = (path / "index.faiss").stat().st_size / len(documents)
+        row["ms"] = 1000 * min(seconds(lambda index=index: index.search(queries, K)) for _ in range(5))
+        row["recall"] = float((ids[:, :, None] == exact[:, None]).sum() / ids.size)
+        yield row | {"first": float((ids[:, 0] == exact[:, 0]).mean())}
+
+
 def nearest(size: int) -> np.ndarray:
     """The passages nearest to each question. -> [Q, K]"""
     encoder = Synthetic()
@@ -287,7 +314,7 @@ def nearest(size: int) -> np.ndarray:
     return faiss.knn(encoder.embed(ASKED), vectors, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
-PARTS = {"build": build, "speed": speed, "peers": peers, "search": search}
+PARTS = {"build": build, "speed": speed, "peers": peers, "search": search, "int8": int8}
 CHILDREN = {"encode": encode, "sentence-transformers": sentence_transformers, "ask": ask}
 
 
