@@ -62,16 +62,13 @@ class RerankBatch(Batch):
     """B questions with K passages at most, all their pairs laid end to end."""
 
     pairs: TokenBatch  # [N]
-    columns: Tensor  # which pair each question's k-th passage is in, -1 where it has none. [B, K]
-    teacher: (
-        Tensor  # the teacher's logits, -inf where there is no passage; of gold alone 0, and -inf for others. [B, K]
-    )
+    columns: Tensor  # which pair each question's k-th passage is in, -1 where it has fewer. [B, K]
+    teacher: Tensor  # the teacher's logits, -inf where there is no passage; of gold 0, and -inf beside it. [B, K]
     indices: Sequence[int]  # the examples' numbers in their file
-    hit_rate: float  # share of the teacher's scores, so far in this run, that did not have to be computed
+    news: dict[str, float]  # share of the teacher's scores, so far in this run, that did not have to be computed
 
     @property
     def weight(self) -> int:
-        """Questions, whatever their lists are."""
         return len(self.teacher)
 
     @property
@@ -91,18 +88,17 @@ class ListwiseReranking(nn.Module):
         scores = self.reranker(batch.pairs)  # [N]
         student = scores[batch.columns].masked_fill(batch.columns < 0, float("-inf"))  # [B, K]
         first = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-        return distillation(batch.teacher, student).sum(), {"accuracy": first, "teacher_hit_rate": batch.hit_rate}
+        return distillation(batch.teacher, student).sum(), {"accuracy": first, **batch.news}
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.reranker.save_pretrained(directory)
 
 
 class Lists:
-    """The collate function: one of a question's gold passages first, if there is one, then sampled negatives.
+    """The collate function: one of a question's gold passages, if there is any, then sampled negatives.
 
-    A batch of the same examples is the same batch, for as long as negatives are. Without a teacher, whose scores are
-    divided by its temperature, gold is certain. `together`: a score depends on all of the list, which is then the best
-    of the ranking at every step.
+    A batch of the same examples is the same batch, for as long as negatives are. `together`: the teacher's score of a
+    passage depends on all of the list, so that this is the best of the ranking at every step, and is read once.
     """
 
     def __init__(
@@ -115,27 +111,24 @@ class Lists:
             if not example.gold_docs and not teacher:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; give a gold passage, or --teacher")
             texts = normalized_of([*example.gold_docs, *example.hard_neg_docs]).tolist()
-            self._gold.append(row[: len(example.gold_docs)])
             distinct = dict(zip(reversed(texts), reversed(row), strict=True))  # of equal texts the first
+            self._gold.append(row[: len(example.gold_docs)])
             hard.append([number for number in reversed(distinct.values()) if number not in self._gold[-1]])
             same[retrieval_query(example)].update(self._gold[-1])
-        left_out = sum(map(len, rows)) - sum(map(len, [*self._gold, *hard]))
-        if left_out and not mined:
+        if not mined and (left_out := sum(map(len, rows)) - sum(map(len, [*self._gold, *hard]))):
             log.warning("%d passages of hard_neg_docs are left out: they are gold, or stand there twice", left_out)
         self._own = [same[retrieval_query(example)] for example in examples]  # in whatever line it is gold
         self._golds = [] if teacher else sorted(set().union(*self._own))
-        self.examples, self.documents, self.reranker = examples, known, reranker
-        self.hard, self.flags, self.seed = mined or hard, flags, seed
-        self.teacher, self.together = teacher, together
+        self.examples, self.documents, self.reranker, self.teacher = examples, known, reranker, teacher
+        self.hard, self.flags, self.seed, self.together = mined or hard, flags, seed, together
         self.ahead = not (teacher or flags.mine_negatives)  # these take turns with steps
 
     def __call__(self, indices: Sequence[int]) -> RerankBatch:
-        rows = self.chosen(indices)
-        pairs = []
+        pairs, rows = [], [[self.documents[number] for number in row] for row in self.chosen(indices)]
         for i, row in zip(indices, rows, strict=True):
-            shown = tuple(self.documents[number] for number in row)
-            pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
-        present = torch.arange(max(1, *map(len, rows))) < torch.tensor(list(map(len, rows)))[:, None]  # [B, K]
+            pairs += [Pair(self.examples[i], each, tuple(row) if self.together else ()) for each in row]
+        lengths = torch.tensor(list(map(len, rows)))
+        present = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]  # [B, K]
         columns, teacher = torch.full(present.shape, -1), torch.full(present.shape, float("-inf"))
         columns[present] = torch.arange(len(pairs))
         if self.teacher:
@@ -144,21 +137,19 @@ class Lists:
             teacher[:, 0] = 0.0
         texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
         tokens = self.reranker.tokenize(texts) if texts else [[0]]  # a model reads one sequence at least
-        known = self.teacher.hit_rate if self.teacher else 1.0
-        return RerankBatch(self.reranker.collate(tokens), columns, teacher, indices, known)
+        news = {"teacher_hit_rate": self.teacher.hit_rate} if self.teacher else {}
+        return RerankBatch(self.reranker.collate(tokens), columns, teacher, indices, news)
 
     def chosen(self, indices: Sequence[int]) -> list[list[int]]:
-        """The passages of each question."""
-        chance, rows, hard, other = (
-            random.Random(f"{self.seed}-{indices}"),
-            [],
-            self.flags.num_hard_negatives,
-            self.flags.num_other_gold,
-        )
+        """The passages of each question, by their numbers."""
+        chance, flags, rows = random.Random(f"{self.seed}-{indices}"), self.flags, []
         for i in indices:
-            row, pool = chance.sample(self._gold[i], min(1, len(self._gold[i]))), self.hard[i]
-            row += pool[:hard] if self.together else chance.sample(pool, min(hard, len(pool)))
+            row, count = (
+                chance.sample(self._gold[i], bool(self._gold[i])),
+                min(flags.num_hard_negatives, len(self.hard[i])),
+            )
+            row += self.hard[i][:count] if self.together else chance.sample(self.hard[i], count)
             barred = {*self._own[i], *row}
-            drawn = chance.sample(self._golds, min(len(barred) + other, len(self._golds)))
-            rows.append(row + [number for number in drawn if number not in barred][:other])
+            drawn = chance.sample(self._golds, min(len(barred) + flags.num_other_gold, len(self._golds)))
+            rows.append(row + [number for number in drawn if number not in barred][: flags.num_other_gold])
         return rows
