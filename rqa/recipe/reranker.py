@@ -40,7 +40,12 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        self.retriever = FIRST_STAGES.get(self.negatives_from, self.retriever)
+        first = FIRST_STAGES.get(self.negatives_from, self.retriever)
+        if self.retriever not in (first, RerankerTraining.retriever):
+            raise UserError(
+                f"--retriever {self.retriever}: --negatives_from names the first stage; leave one of them out"
+            )
+        self.retriever = first
         super().__post_init__()
 
     def check(self) -> None:
