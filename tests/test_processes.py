@@ -1,4 +1,4 @@
-"""Two processes do what one does: all trainers with DDP, seven with FSDP2, evaluation on. One torchrun runs them all."""
+"""Two processes do what one does: all trainers with DDP, seven with FSDP2, evaluation on. One torchrun runs all."""
 
 import json
 import os
