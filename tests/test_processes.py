@@ -46,7 +46,6 @@ TRAINERS = {
 }  # fmt: skip
 SHARDED = ("swr", "adapters", "ctl in chunks", "rpg", "dca", "fid", "rerank")  # FSDP2, too
 WAYS = {False: ("no",), True: ("no", "full_shard")}  # of --fsdp
-MODELS = {"fid": "FID", "rerank": "RERANKER"}
 DECODERS = ("sft", "swr", "adapters")
 
 
@@ -66,8 +65,7 @@ def paths(
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
         rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
         write_examples(root / f"{name}.jsonl", rows)
-    paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FID": fid, "RERANKER": root / "reranker",
-             "DOCUMENTS": data / "documents.jsonl"}  # fmt: skip
+    paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FID": fid, "DOCUMENTS": data / "documents.jsonl"}
     return {name: str(path) for name, path in paths.items()}
 
 
@@ -78,8 +76,9 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
     """
     root = paths["ROOT"]
     own = {flag: paths.get(str(value), value) for flag, value in TRAINERS[trainer][1].items()}
+    model = f"{root}/reranker" if trainer == "rerank" else paths["FID" if trainer == "fid" else "ENCODER"]
     return {
-        "model_name_or_path": paths[MODELS.get(trainer, "LM" if trainer in DECODERS else "ENCODER")],
+        "model_name_or_path": paths["LM"] if trainer in DECODERS else model,
         **{f"{name}_file": f"{root}/{name}.jsonl" for name in ("train", "eval", "test")},
         "full_dataset_file_path": paths["DOCUMENTS"], "max_steps": 3, "per_device_train_batch_size": 4 // processes,
         "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1.0, "learning_rate": 0.3,
