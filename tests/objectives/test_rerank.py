@@ -41,9 +41,10 @@ def reranker(encoder_path: str) -> Reranker:
 
 @pytest.fixture
 def asked(examples: list[Example], documents: list[Document]) -> list[Example]:
-    """Eight questions with three hard negatives; the second has none, the third one and no gold passage."""
+    """Eight questions with three hard negatives; the second has none, the third one, but no gold; the fourth nothing."""
     rows = [replace(e, hard_neg_docs=tuple(documents[n + 2 : n + 5])) for n, e in enumerate(examples[:8])]
     rows[1], rows[2] = replace(rows[1], hard_neg_docs=()), replace(rows[2], gold_docs=(), hard_neg_docs=(documents[9],))
+    rows[3] = replace(rows[3], gold_docs=(), hard_neg_docs=())
     return rows
 
 
@@ -76,43 +77,30 @@ def test_the_loss_is_that_of_one_pair_at_a_time_in_float64_and_any_split_has_its
             torch.testing.assert_close(sum(part[name] for _, part in parts), gradient, atol=1e-5, rtol=1e-3)
 
 
+def keys(found: Lists, example: int, seed: int = 1) -> list[tuple[str, ...]]:
+    """Which passages a question gets in one step."""
+    found.seed = seed
+    return [found.documents[number].key for number in found.chosen([example])[0]]
+
+
 def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
     reranker: Reranker, examples: list[Example], documents: list[Document], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Nor is what is gold in another line for the same question; gold passages of other questions are."""
     copy = Document(documents[0].page_content.upper(), {"source": "elsewhere"})
-    example = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
-    seen = []
-    judge = lambda pairs: seen.append([pair.document for pair in pairs]) or [0.0] * len(pairs)  # noqa: E731
-    judge.hit_rate = 0.0
-    collate = lists(reranker, [example, examples[1]], documents, judge)
+    two = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
+    again = replace(examples[0], gold_docs=(documents[7],))
+    asked = [two, again, *(replace(example, hard_neg_docs=()) for example in examples[4:8])]
+    rows = [keys(lists(reranker, asked, documents), 0, seed) for seed in range(8)]
     assert "3 passages of hard_neg_docs are left out" in caplog.text
-    collate.count()
-    assert "1 of 2 questions have no two passages to rank" in caplog.text
-    for seed in range(8):
-        collate.seed = seed
-        assert collate([0]).present[0].tolist() == [True] * 3 + [False] * 8
-    assert {row[0].key for row in seen} == {document.key for document in documents[:2]}
-    assert all({d.key for d in row[1:]} == {d.key for d in documents[2:4]} for row in seen)
-    with pytest.raises(UserError, match="no question gets a negative"):
-        lists(reranker, [examples[1]], documents).count()
-    with pytest.raises(UserError, match=r"train\.jsonl:2: field 'gold_docs' is empty; RERANK needs a gold passage"):
-        lists(reranker, [replace(example, gold_docs=(), where="train.jsonl:2")], documents)
-
-
-def test_other_questions_gold_passages_are_negatives_but_not_the_same_question_s(
-    reranker: Reranker, examples: list[Example], documents: list[Document]
-) -> None:
-    again = replace(examples[0], gold_docs=(documents[1],))
-    flags = RerankArguments(negatives_from="file", num_other_gold=4)
-    collate = Lists([*examples[:5], again], documents, reranker, None, flags, seed=1)
-    first = collate([0])
-    assert first.present[0].sum() == 1 + 3  # the golds of 2, 3, 4; 1 is gold in the last line
-    shown = [
-        reranker.tokenizer.decode(reranker.tokenize([(examples[0].question, documents[n].fmt_content)])[0])
-        for n in (0, 2, 3, 4)
-    ]
-    ids, lengths = first.pairs.inputs["input_ids"].flatten()[first.pairs.rows], first.pairs.lengths.tolist()
-    assert sorted(map(reranker.tokenizer.decode, ids.split(lengths))) == sorted(shown)
+    assert {row[0] for row in rows} == {document.key for document in documents[:2]}
+    assert all(set(row[1:]) == {document.key for document in documents[2:4]} for row in rows)
+    others = Lists(asked, documents, reranker, None, RerankArguments(negatives_from="file"), seed=1)
+    rows = [keys(others, 1, seed) for seed in range(30)]
+    assert {len(row) for row in rows} == {1 + 2}
+    assert {key for row in rows for key in row[1:]} == {document.key for document in documents[4:7]}
+    with pytest.raises(UserError, match=r"train\.jsonl:2: field 'gold_docs' is empty; give a gold passage"):
+        lists(reranker, [replace(two, gold_docs=(), where="train.jsonl:2")], documents)
 
 
 def test_train_rerank_learns_and_saves_what_it_measured(
@@ -125,8 +113,8 @@ def test_train_rerank_learns_and_saves_what_it_measured(
     assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert len(mrr) == len(history(output, "eval_retr/ndcg@10")) == 3
     assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
-    for name in ("eval", "test"):
-        assert (output / "train.log").read_text().count(f"first stage alone  {name}_retr/recall@1 1  ") == 1
+    told = (output / "train.log").read_text()
+    assert told.count("first stage alone  retr/recall@1 1  ") == 2  # before step 0, and of the test file
     last, expected = load_reranker(str(output)), []
     first = LexicalRetriever(documents)
     for example in examples[20:]:
@@ -135,6 +123,16 @@ def test_train_rerank_learns_and_saves_what_it_measured(
         rank = 1 + int((rated > rated[found.index(example.gold_docs[0])]).sum())
         expected.append(1 / rank if rank <= 10 else 0.0)
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
+
+
+def test_questions_that_teach_nothing_are_counted_and_harm_nothing(
+    train: Train, asked: list[Example], tmp_path: Path
+) -> None:
+    write_examples(tmp_path / "some.jsonl", [example for example in asked if example.gold_docs])
+    output = train("train_rerank", **UNTESTED, train_file=tmp_path / "some.jsonl", negatives_from="file",
+                   num_other_gold=0, per_device_train_batch_size=1, max_steps=6)  # fmt: skip
+    assert "1 of 6 questions have no two passages to rank, and teach nothing" in (output / "train.log").read_text()
+    assert history(output, "loss").count(0) == 1
 
 
 MINED = {"mine_negatives": "true", "refresh_step": 3, "num_hard_negatives": 2, "negatives_to_rank": 4, "max_steps": 8,
