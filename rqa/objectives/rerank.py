@@ -40,13 +40,10 @@ class RerankArguments(NegativeArguments, DistilledArguments):
         also="teacher",
     )  # fmt: skip
     num_hard_negatives: int = flag(8, "Hard negatives of a question in one step, at most.")
-    num_other_gold: int = flag(
-        2, "Gold passages of other questions beside them, so that none is right for any question; without a teacher."
-    )
+    num_other_gold: int = flag(2, "Gold passages of other questions beside them, if there is no teacher.")
     negatives_from: str = flag(
-        "bm25", "First stage, whose ranking holds the negatives; file: the examples' hard_neg_docs instead.",
-        choices=["bm25", "dense", "both", "file"],
-    )  # fmt: skip
+        "bm25", "First stage, whose ranking holds negatives; or file: hard_neg_docs.", ["bm25", "dense", "both", "file"]
+    )
     negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     mine_negatives: bool = flag(False, "Whether negatives are chosen anew, by what the reranker itself ranks first.")
     refresh_step: str = flag("100", 'Steps between two choices, or spans such as "0-100:10,100-900:50".', rare=True)
@@ -97,8 +94,9 @@ class ListwiseReranking(nn.Module):
 class Lists:
     """The collate function: one of a question's gold passages, if there is any, then sampled negatives.
 
-    A batch of the same examples is the same batch, for as long as negatives are. `together`: the teacher's score of a
-    passage depends on all of the list, so that this is the best of the ranking at every step, and is read once.
+    A batch of the same examples is the same batch, for as long as negatives are. Other questions' gold passages are
+    among them, or the reranker would learn which passages are right for any question. `together`: a teacher's score
+    depends on the whole list, so that this is always the best of the ranking, and is read once.
     """
 
     def __init__(
@@ -127,8 +125,7 @@ class Lists:
         pairs, rows = [], [[self.documents[number] for number in row] for row in self.chosen(indices)]
         for i, row in zip(indices, rows, strict=True):
             pairs += [Pair(self.examples[i], each, tuple(row) if self.together else ()) for each in row]
-        lengths = torch.tensor(list(map(len, rows)))
-        present = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]  # [B, K]
+        present = torch.arange(max(1, *map(len, rows))) < torch.tensor(list(map(len, rows)))[:, None]  # [B, K]
         columns, teacher = torch.full(present.shape, -1), torch.full(present.shape, float("-inf"))
         columns[present] = torch.arange(len(pairs))
         if self.teacher:
@@ -141,7 +138,7 @@ class Lists:
         return RerankBatch(self.reranker.collate(tokens), columns, teacher, indices, news)
 
     def chosen(self, indices: Sequence[int]) -> list[list[int]]:
-        """The passages of each question, by their numbers."""
+        """The numbers of each question's passages."""
         chance, flags, rows = random.Random(f"{self.seed}-{indices}"), self.flags, []
         for i in indices:
             row, count = (

@@ -56,8 +56,7 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
             useless += ["mine_negatives", *(item.name for item in fields(NegativeArguments))]
         for name in useless:
             if getattr(self, name) != getattr(RerankerTraining, name):
-                needed = "--teacher, --mine_negatives true or another --negatives_from"
-                raise UserError(f"--{name} {getattr(self, name)}: has no effect without {needed}")
+                raise UserError(f"--{name}: has no effect without --teacher, --mine_negatives true or a ranking")
 
 
 class MinedAgain:
@@ -122,8 +121,7 @@ class RerankerRun(Run):
         lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.reads)
         if mined:
             mined()
-        alone = sum(len(row) < 2 for row in lists.chosen(range(len(self.train))))
-        if alone:
+        if alone := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
             log.warning("%d of %d questions have no two passages to rank, and teach nothing", alone, len(self.train))
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
         return self.train_and_test(ListwiseReranking(self.reranker), batches, before_step)

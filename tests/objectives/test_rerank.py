@@ -41,7 +41,7 @@ def reranker(encoder_path: str) -> Reranker:
 
 @pytest.fixture
 def asked(examples: list[Example], documents: list[Document]) -> list[Example]:
-    """Eight questions with three hard negatives; the second has none, the third one, but no gold; the fourth nothing."""
+    """Eight questions with three hard negatives; the second has none, the third no gold passage, the fourth neither."""
     rows = [replace(e, hard_neg_docs=tuple(documents[n + 2 : n + 5])) for n, e in enumerate(examples[:8])]
     rows[1], rows[2] = replace(rows[1], hard_neg_docs=()), replace(rows[2], gold_docs=(), hard_neg_docs=(documents[9],))
     rows[3] = replace(rows[3], gold_docs=(), hard_neg_docs=())
@@ -179,10 +179,10 @@ def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
 @pytest.mark.parametrize(
     ("own", "message"),
     [
-        ({"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives True: has no effect without"),
-        ({"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share 0.9: has no effect without"),
-        ({"refresh_step": 5}, "--refresh_step 5: has no effect without"),
-        ({"lm_temperature": 5}, "--lm_temperature 5.0: has no effect without --teacher"),
+        ({"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives: has no effect without"),
+        ({"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share: has no effect without"),
+        ({"refresh_step": 5}, "--refresh_step: has no effect without"),
+        ({"lm_temperature": 5}, "--lm_temperature: has no effect without --teacher"),
         ({"lm_tokenizer": "t"}, "--lm_tokenizer: a local model brings its own"),
         ({"embedding_model": "e"}, "--embedding_model: goes with --negatives_from dense or both"),
         ({"negatives_from": "both"}, "--embedding_model: goes with --negatives_from dense or both"),
