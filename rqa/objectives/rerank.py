@@ -82,8 +82,7 @@ class ListwiseReranking(nn.Module):
 
     def forward(self, batch: RerankBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often the teacher's first passage ranks first. -> []"""
-        scores = self.reranker(batch.pairs)  # [N]
-        student = scores[batch.columns].masked_fill(batch.columns < 0, float("-inf"))  # [B, K]
+        student = self.reranker(batch.pairs)[batch.columns].masked_fill(batch.columns < 0, float("-inf"))  # [B, K]
         first = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
         return distillation(batch.teacher, student).sum(), {"accuracy": first, **batch.news}
 
@@ -95,8 +94,8 @@ class Lists:
     """The collate function: one of a question's gold passages, if there is any, then sampled negatives.
 
     A batch of the same examples is the same batch, for as long as negatives are. Other questions' gold passages are
-    among them, or the reranker would learn which passages are right for any question. `together`: a teacher's score
-    depends on the whole list, so that this is always the best of the ranking, and is read once.
+    among them, or a reranker learns what gold looks like and not what is asked. `together`: a teacher's score depends
+    on the whole list, which is always the best of the ranking, and so is read once.
     """
 
     def __init__(
@@ -133,19 +132,18 @@ class Lists:
         else:
             teacher[:, 0] = 0.0
         texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
-        tokens = self.reranker.tokenize(texts) if texts else [[0]]  # a model reads one sequence at least
+        batch = self.reranker.collate(self.reranker.tokenize(texts) if texts else [[0]])  # a model reads one at least
         news = {"teacher_hit_rate": self.teacher.hit_rate} if self.teacher else {}
-        return RerankBatch(self.reranker.collate(tokens), columns, teacher, indices, news)
+        return RerankBatch(batch, columns, teacher, indices, news)
 
     def chosen(self, indices: Sequence[int]) -> list[list[int]]:
         """The numbers of each question's passages."""
         chance, flags, rows = random.Random(f"{self.seed}-{indices}"), self.flags, []
         for i in indices:
-            row, count = (
-                chance.sample(self._gold[i], bool(self._gold[i])),
-                min(flags.num_hard_negatives, len(self.hard[i])),
-            )
-            row += self.hard[i][:count] if self.together else chance.sample(self.hard[i], count)
+            row = chance.sample(self._gold[i], min(1, len(self._gold[i])))
+            pool = [number for number in self.hard[i] if number not in self._own[i]]
+            count = min(flags.num_hard_negatives, len(pool))
+            row += pool[:count] if self.together else chance.sample(pool, count)
             barred = {*self._own[i], *row}
             drawn = chance.sample(self._golds, min(len(barred) + flags.num_other_gold, len(self._golds)))
             rows.append(row + [number for number in drawn if number not in barred][: flags.num_other_gold])

@@ -89,7 +89,7 @@ def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
     """Nor is what is gold in another line for the same question; gold passages of other questions are."""
     copy = Document(documents[0].page_content.upper(), {"source": "elsewhere"})
     two = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
-    again = replace(examples[0], gold_docs=(documents[7],))
+    again = replace(examples[0], gold_docs=(documents[7],), hard_neg_docs=(documents[0],))
     asked = [two, again, *(replace(example, hard_neg_docs=()) for example in examples[4:8])]
     rows = [keys(lists(reranker, asked, documents), 0, seed) for seed in range(8)]
     assert "3 passages of hard_neg_docs are left out" in caplog.text
