@@ -196,3 +196,21 @@ def test_what_means_nothing_is_refused_in_one_line(
 ) -> None:
     line = (part for flag, value in trainer_flags("train_rerank", **own).items() for part in (f"--{flag}", value))
     refused(message, "train_rerank", *line)
+
+
+def test_adapters_are_trained_tested_and_merged(
+    train: Train, reranker: Reranker, examples: list[Example], documents: list[Document], tmp_path: Path
+) -> None:
+    """With gradient checkpointing and accumulation; the merged model scores as base and adapters do."""
+    reranker.save_pretrained(tmp_path / "base")
+    output = train("train_rerank", model_name_or_path=tmp_path / "base", use_lora="true", merge_lora_on_save="true",
+                   gradient_checkpointing="true", gradient_accumulation_steps=2, max_steps=3, learning_rate=0.01,
+                   save_steps=3, save_total_limit=9, metric_for_best_model="retr/ndcg@10")  # fmt: skip
+    pairs = [(examples[0].question, document.fmt_content) for document in documents]
+    adapted, base = load_reranker(str(output / "checkpoint-3")).score(pairs), reranker.score(pairs)
+    assert np.abs(adapted - base).max() > 1e-3
+    best = written(output, "trainer_state.json")["best_model_checkpoint"]
+    assert not (output / "adapter_config.json").exists()
+    np.testing.assert_allclose(
+        load_reranker(str(output)).score(pairs), load_reranker(str(output / best)).score(pairs), atol=1e-5
+    )
