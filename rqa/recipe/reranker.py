@@ -100,9 +100,10 @@ class RerankerRun(Run):
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model
         train_adapters(self.model, flags, self.source)
-        search = flags if flags.reranker else replace(flags, rerank_depth=RerankerTraining.rerank_depth)
+        alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight")}
+        search = flags if flags.reranker else replace(flags, **alone)
         self.first = open_retriever(search, flags.embedding_model or "bm25", self.documents, self.eval)
-        self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth)
+        self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, flags.rerank_weight)
 
     def finish(self) -> Scores:
         """Mine, train, evaluate, test."""
