@@ -8,8 +8,8 @@
 
 All systems train on the same questions and search the whole database. Each dense retriever is measured alone and fused
 with BM25 by a weighted sum, whose weight is the best for the untrained encoder on the training questions; each of
-these again with a reranker behind it, one of each seed, trained on the same questions from the same checkpoint (`x 0.5`
-is half of a sum with the retriever's scores). The reranker also teaches a retriever (`distilled`). The peer is
+these again with a reranker behind it, one of each seed, trained on the same questions from the same model (`x 0.5`:
+half of a sum with the retriever's scores). The reranker also teaches a retriever (`distilled`). The peer is
 sentence-transformers with MultipleNegativesRankingLoss on the same pairs for as many epochs. `--dims` cuts embeddings,
 of CTL without and with `--matryoshka_dims`.
 
