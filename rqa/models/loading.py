@@ -264,7 +264,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> Tensor:
     """The last layer's output, flattened; options go to the model. -> [rows, D]"""
-    options |= {"use_cache": False} if model.can_generate() else {}
+    options |= {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", False) else {}
     return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
 
 
