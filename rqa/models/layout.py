@@ -1,0 +1,266 @@
+"""The layout of `sentence-transformers`: what a checkpoint's files say of an encoder, beside its backbone's weights."""
+
+import json
+import logging
+import pydoc
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.files import read_json
+
+log = logging.getLogger(__name__)
+
+SETTINGS_FILE = "rqa_encoder.json"
+GENERAL_FILE = "config_sentence_transformers.json"
+PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
+TYPES = "sentence_transformers.models."
+POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max",
+           "weightedmean_tokens": "weightedmean"}  # by what follows `pooling_mode_` in its file  # fmt: skip
+BEHIND = ("Dense", "LayerNorm", "Normalize")  # modules that may follow Pooling
+# What is said of a module and must be so: anything else would change embeddings.
+PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding", "use_residual": False}
+PLAIN_READING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+                 "query_expansion": {}, "processing_kwargs": {}}  # fmt: skip
+KINDS = {str: "a string", bool: "true or false", int: "a whole number (a length: at least 3)", dict: "an object",
+         list: "a list"}  # fmt: skip
+LENGTHS = ("max_query_length", "max_passage_length")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What, beside the weights and the layers behind pooling, decides an embedding."""
+
+    pooling_type: str = "mean"
+    normalize: bool = True
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_query_length: int = 512
+    max_passage_length: int = 512
+    include_prompt: bool = True  # whether pooling sees the prefix's tokens
+    truncate_dim: int = 0  # dimensions that are kept, the first ones; 0: all
+
+
+class Normalize(nn.Module):
+    """Vectors of length 1. [B, D] -> [B, D]"""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+def dense(width: int, dimension: int, bias: bool = True, activation: nn.Module | None = None) -> nn.Sequential:
+    """A linear map and an activation, by default none. [B, H] -> [B, D]"""
+    parts = OrderedDict(linear=nn.Linear(width, dimension, bias), activation_function=activation or nn.Identity())
+    return nn.Sequential(parts)
+
+
+def layer_norm(dimension: int) -> nn.Sequential:
+    """LayerNorm. [B, D] -> [B, D]"""
+    return nn.Sequential(OrderedDict(norm=nn.LayerNorm(dimension)))
+
+
+def chain(layers: Iterable[nn.Module]) -> nn.Sequential:
+    """Layers behind pooling, by the names of their folders. [B, H] -> [B, D]"""
+    kinds = {"linear": "Dense", "norm": "LayerNorm"}
+    named = (
+        (next((kind for part, kind in kinds.items() if hasattr(layer, part)), "Normalize"), layer) for layer in layers
+    )
+    return nn.Sequential(OrderedDict((f"{number}_{kind}", layer) for number, (kind, layer) in enumerate(named, 2)))
+
+
+def width_behind(layers: nn.Sequential, width: int) -> int:
+    """D, what is left of a width H behind layers."""
+    maps: Iterable[Any] = (layer.linear for layer in reversed([*layers]) if hasattr(layer, "linear"))
+    return next((linear.out_features for linear in maps), width)
+
+
+def described(layers: nn.Sequential) -> dict[str, dict[str, Any]]:
+    """The config.json of each layer, by the name of its folder."""
+
+    def config(layer: Any) -> dict[str, Any]:
+        if hasattr(layer, "linear"):
+            linear, kind = layer.linear, type(layer.activation_function)
+            sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
+            activation = f"{kind.__module__}.{kind.__qualname__}"
+            return sizes | {"bias": linear.bias is not None, "activation_function": activation}
+        return {"dimension": layer.norm.normalized_shape[0]} if hasattr(layer, "norm") else {}
+
+    return {name: config(layer) for name, layer in layers.named_children()}
+
+
+def write_layout(
+    directory: Path, settings: EncoderSettings, layers: nn.Sequential, width: int, two_encoders: bool
+) -> None:
+    """Write what `sentence-transformers` and `read_layout` build the same encoder from; the backbone is there already.
+
+    With two encoders, that of passages is saved beside them, and `encode_query` and `encode_document` use one each.
+    """
+    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in described(layers)}
+    files: dict[str, Any] = {f"{name}/config.json": config for name, config in described(layers).items()}
+    top = modules
+    if two_encoders:
+        top = {"": "Router"}
+        queries = {path or ".": TYPES + name for path, name in modules.items()}
+        passages = {f"{PASSAGE_ENCODER}/{path}".rstrip("/"): TYPES + name for path, name in modules.items()}
+        routes, options = {"query": list(queries), "document": list(passages)}, {"default_route": "query"}
+        files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
+    if settings.normalize:
+        top = top | {f"{len(modules)}_Normalize": "Normalize"}
+        files[f"{len(modules)}_Normalize/config.json"] = {}
+    pooling = {f"pooling_mode_{key}": settings.pooling_type == name for key, name in POOLING.items()}
+    pooling |= {"word_embedding_dimension": width, "include_prompt": settings.include_prompt}
+    prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
+    similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
+    files |= {
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]}
+                         for i, path in enumerate(top)],
+        "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
+        GENERAL_FILE: {"prompts": prompts, **similarity, "truncate_dim": settings.truncate_dim or None},
+        "1_Pooling/config.json": pooling,
+        SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(described(layers))},
+    }  # fmt: skip
+    for name, value in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    for name, layer in layers.named_children():
+        if weights := layer.state_dict():
+            save_file(weights, directory / name / "model.safetensors")
+
+
+def read_layout(
+    path: str, limit: int, normalize: bool | None, passage_prefix: str | None, truncate_dim: int | None
+) -> dict[str, Any]:
+    """The settings that a checkpoint's own files state, the folders of its layers, and whether it has two encoders.
+
+    They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
+    refused, unless a flag that is given replaces them. Similarity is cosine unless another is stated, with or without a
+    Normalize module; texts are cut at `limit` tokens unless a length is stated.
+    """
+    if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
+        defaults = vars(EncoderSettings()) | {"two_encoders": False, "layers": [], "projection": 0}
+        found = {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
+        # Before there were other layers, a projection was these two.
+        names = ["2_Dense", "3_LayerNorm"] if found.pop("projection") else map(str, found["layers"])
+        return found | {"layers": [(name, name.partition("_")[2]) for name in names]}
+    file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
+    if not modules:
+        return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
+    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
+    beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
+    if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*BEHIND} or folders[0] or not beside:
+        wanted = f"Transformer with path '', Pooling, then any of {', '.join(BEHIND)}, each in a folder beside it"
+        raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
+    file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
+    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
+    if similarity not in ("cosine", "dot") and normalize is None:
+        raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
+    cut = truncate_dim or general("truncate_dim", 0)
+    # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
+    unit = similarity != "dot" or (names[-1] == "Normalize" and not cut) if normalize is None else normalize
+    layers = list(zip(folders[2:], names[2:], strict=True))
+    if layers and names[-1] == "Normalize" and (unit or normalize is False):
+        layers.pop()  # a setting says the same
+    prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
+    passages = prompt["document"]
+    if "document" not in prompts and (passages := prompt["passage"] or prompt["corpus"]) and passage_prefix is None:
+        other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
+        log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
+    if not (pooling := _read_json(path, pooling_file)):
+        raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
+    pools = partial(_stated, f"{path}/{pooling_file}", pooling)
+    old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
+    named = [key.removeprefix("pooling_mode_") for key in old]
+    modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in named]
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    reading = partial(_stated, file := f"{path}/sentence_bert_config.json", found)
+    for name, plain in PLAIN_READING.items():
+        if (value := reading(name, plain)) != plain:
+            raise UserError(f"{file}: {name} {value} is not supported; only {plain or 'none'}")
+    if "message" in reading("modality_config", {}):
+        raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
+    length = reading("max_seq_length", limit)
+    return {
+        "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
+        "pooling_file": pooling_file, "include_prompt": pools("include_prompt", True),
+        "normalize": unit, "truncate_dim": cut, "layers": layers,
+        "query_prefix": prompt["query"], "passage_prefix": passages,
+        "max_query_length": reading("query_length", length), "max_passage_length": reading("document_length", length),
+        "do_lower_case": reading("do_lower_case", False),
+    }  # fmt: skip
+
+
+def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width: int) -> nn.Sequential:
+    """The layers behind pooling, in float32, by the names of their folders and their kinds. [B, H] -> [B, D]"""
+    layers: list[nn.Module] = []
+    for name, kind in found:
+        place = str(Path(folder, name))
+        stated = partial(_stated, file := f"{path}/{place}/config.json", _read_json(path, f"{place}/config.json"))
+        for key, plain in PLAIN.items():
+            if (value := stated(key, plain)) != plain:
+                raise UserError(f"{file}: {key} {value} is not supported; only {plain}")
+        if kind == "Normalize":
+            layers.append(Normalize())
+            continue
+        key = "in_features" if kind == "Dense" else "dimension"
+        if (asked := stated(key, 0)) != (now := width_behind(chain(layers), width)):
+            raise UserError(f"{file}: {key} {asked}: what comes before has {now} dimensions; copy the original files")
+        try:
+            with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
+                if kind == "Dense":
+                    activation = _activation(file, stated("activation_function", "torch.nn.modules.activation.Tanh"))
+                    layer = dense(now, stated("out_features", 0), stated("bias", True), activation)
+                else:
+                    layer = layer_norm(now)
+            layer.load_state_dict(_weights(path, place), assign=True)
+        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+            raise UserError(f"model {path}: {place} cannot be loaded: {one_line(error)}") from None
+        layers.append(layer.float())
+    return chain(layers)
+
+
+def _activation(file: str, name: str) -> nn.Module:
+    kind = pydoc.locate(name) if name.startswith("torch.nn.") else None
+    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+        raise UserError(f"{file}: activation_function {name} is not supported; only modules of torch.nn")
+    return kind()
+
+
+def _weights(path: str, folder: str) -> dict[str, Tensor]:
+    optional = {"_raise_exceptions_for_missing_entries": False}
+    if file := cached_file(path, f"{folder}/model.safetensors", **optional):
+        return load_file(file)
+    return torch.load(cached_file(path, f"{folder}/pytorch_model.bin"), map_location="cpu", weights_only=True)
+
+
+def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
+    """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
+    value = settings.get(name) if isinstance(settings, dict) else settings
+    if value is None:
+        return default
+    wrong = ("length" in name and value < 3) or (name == "truncate_dim" and value < 0) if type(value) is int else False
+    if type(value) is not type(default) or wrong:
+        raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
+    return value
+
+
+def _read_json(path: str, name: str, kind: type = dict) -> Any:
+    """A JSON file of a directory or of a hub repository; empty if there is none."""
+    try:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
+        return read_json(file, kind) if file else kind()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/{name}: cannot be read ({error})") from None
