@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -116,7 +115,7 @@ class Encoder(nn.Module):
     @property
     def dimension(self) -> int:
         """D, the embedding's width."""
-        return self.settings.truncate_dim or self.width
+        return min(self.settings.truncate_dim or self.width, self.width)
 
     @property
     def width(self) -> int:
@@ -276,14 +275,15 @@ def load_encoder(
     if stored.get("do_lower_case") and (core := tokenizer.backend_tokenizer):
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
 
-    def made(backbone: PreTrainedModel, folder: str = "", passages: Encoder | None = None) -> Encoder:
+    def encoder(backbone: PreTrainedModel, folder: str = "", passages: Encoder | None = None) -> Encoder:
         layers = layout.read_layers(path, folder, stored["layers"], backbone.config.hidden_size).to(backbone.device)
         last = dtype and flags.precision, flags.max_batch_tokens
-        if (width := layout.width_behind(layers, backbone.config.hidden_size)) < settings.truncate_dim:
-            raise UserError(f"--truncate_dim {settings.truncate_dim}: {path} has embeddings of {width} dimensions")
-        return Encoder(backbone, tokenizer, settings, layers, passages, *last).eval()
+        made = Encoder(backbone, tokenizer, settings, layers, passages, *last).eval()
+        if (size := flags.truncate_dim or 0) > made.width:
+            raise UserError(f"--truncate_dim {size}: the embeddings of {path} have {made.width} dimensions")
+        return made
 
     if not stored.get("two_encoders"):
-        return made(backbone)
+        return encoder(backbone)
     of_passages = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
-    return made(backbone, passages=made(of_passages, PASSAGE_ENCODER))
+    return encoder(backbone, passages=encoder(of_passages, PASSAGE_ENCODER))

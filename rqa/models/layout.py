@@ -81,8 +81,7 @@ def chain(layers: Iterable[nn.Module]) -> nn.Sequential:
 
 def width_behind(layers: nn.Sequential, width: int) -> int:
     """D, what is left of a width H behind layers."""
-    maps: Iterable[Any] = (layer.linear for layer in reversed([*layers]) if hasattr(layer, "linear"))
-    return next((linear.out_features for linear in maps), width)
+    return next((each.out_features for each in reversed([*layers.modules()]) if isinstance(each, nn.Linear)), width)
 
 
 def described(layers: nn.Sequential) -> dict[str, dict[str, Any]]:
