@@ -17,7 +17,6 @@ import transformers
 from conftest import SMALL
 from fakes import change_weights
 from sentence_transformers import SentenceTransformer
-from tokenizers import processors
 from transformers import AutoModel, AutoTokenizer, BertConfig, BertModel, PreTrainedTokenizerBase
 
 from rqa.data import Document
@@ -118,15 +117,14 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {  # model, how it is confi
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_models_of_every_kind_that_sentence_transformers_saves_embed_alike_here_and_what_is_saved_here_does_there(
-    kind: str, wordpiece: PreTrainedTokenizerBase, passages: list[str], saved: Any, tmp_path: Path
+    kind: str, encoder_path: str, t5_path: str, passages: list[str], saved: Any, tmp_path: Path
 ) -> None:
     name, options, packed = KINDS[kind]
-    sizes = SMALL | {"vocab_size": len(wordpiece), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | options
-    tokenizer, decodes = copy.deepcopy(wordpiece), "num_key_value_heads" in options
-    if decodes:
-        tokenizer.add_special_tokens({"eos_token": "[SEP]"})
-        ending = processors.TemplateProcessing(single="$A [SEP]", special_tokens=[("[SEP]", 3)])
-        tokenizer.backend_tokenizer.post_processor = ending
+    decodes = "num_key_value_heads" in options
+    tokenizer = AutoTokenizer.from_pretrained(
+        t5_path if decodes else encoder_path
+    )  # one ends a text, one begins it, too
+    sizes = SMALL | {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | options
     config = getattr(transformers, f"{name}Config")(**sizes)
     path = saved("plain", 0, getattr(transformers, f"{name}Model"), config, tokenizer)
     torch.manual_seed(1)
@@ -460,7 +458,8 @@ def test_the_fingerprint_is_the_same_for_the_same_embeddings_and_changes_with_ev
     encoder.tokenizer(["padded", "to one length"], padding=True, truncation=True, max_length=5)
     assert encoder.fingerprint() == before
     for name, value in vars(settings).items():
-        other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")
+        others = {"pooling_type": "cls", "normalize": False, "include_prompt": False}
+        other = others.get(name, value + 1 if isinstance(value, int) else "x")
         encoder.settings = replace(settings, **{name: other})
         found.append(encoder.fingerprint())
     encoder.settings = settings
@@ -478,3 +477,35 @@ def test_the_fingerprint_is_the_same_for_the_same_embeddings_and_changes_with_ev
     encoder.tokenizer.add_tokens(["harbour of"])
     found.append(encoder.fingerprint())
     assert len({before, *found}) == 1 + len(found)
+
+
+def test_an_instruction_becomes_the_text_before_a_question_in_the_checkpoint_s_own_form(
+    encoder_path: str, tmp_path: Path
+) -> None:
+    path = lay_out(tmp_path, encoder_path, general={"prompts": {"query": "Instruct: a task\nof Qwen3\nQuery:"}})
+    for at, asked, prefix in (
+        (encoder_path, "find it", "Instruct: find it\nQuery: "), (path, "find it", "Instruct: find it\nQuery:"),
+        (path, r"Find:\n{query}", "Find:\n"), (path, None, "Instruct: a task\nof Qwen3\nQuery:"),
+    ):  # fmt: skip
+        encoder = load_encoder(at, EncoderArguments(dtype="float32", query_instruction=asked))
+        assert encoder.settings == EncoderSettings("mean", True, prefix, "", 64, 64)
+    for flags, message in (
+        ({"query_instruction": "{query}?"}, "query_instruction '{query}[?]': {query} must be at the end"),
+        ({"query_instruction": "find", "query_prefix": "q"}, "leave out --query_prefix"),
+        ({"truncate_dim": 0}, "--truncate_dim 0: must be at least 1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            EncoderArguments(**flags)
+    with pytest.raises(UserError, match="--truncate_dim 33: the embeddings of .* have 32 dimensions"):
+        load_encoder(path, EncoderArguments(dtype="float32", truncate_dim=33))
+
+
+def test_a_passage_prompt_without_that_of_documents_is_used_and_told(
+    encoder_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = lay_out(tmp_path, encoder_path, general={"prompts": {"corpus": "c: ", "passage": "p: "}})
+    assert load_encoder(path).settings.passage_prefix == "p: "
+    assert "passages begin with the prompt 'p: ', which sentence-transformers" in caplog.text
+    caplog.clear()
+    assert load_encoder(path, EncoderArguments(dtype="float32", passage_prefix="")).settings.passage_prefix == ""
+    assert not caplog.messages
