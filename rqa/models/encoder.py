@@ -126,8 +126,8 @@ class Encoder(nn.Module):
         """Compare embeddings behind a linear map and LayerNorm (Izacard & Grave 2020) from now on, unless they are."""
         if self.passage_encoder:
             raise UserError("--projection true: passages have an encoder of their own, which stays as it is")
-        if not (self.projection and hasattr(self.projection[-1], "norm")):
-            added = [layout.dense(self.width, dimension), layout.layer_norm(dimension)]
+        if not (self.projection and isinstance(self.projection[-1], layout.LayerNorm)):
+            added = [layout.Dense(self.width, dimension), layout.LayerNorm(dimension)]
             self.projection = layout.chain([*self.projection, *added]).to(self.backbone.device)
         elif self.width != dimension:
             raise UserError(f"--indexing_dimension {dimension}: the model's projection has {self.width} dimensions")
@@ -206,7 +206,7 @@ class Encoder(nn.Module):
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
         sides = [self, self.passage_encoder] if self.passage_encoder else [self]
         models = [model for side in sides for model in (side.backbone, side.projection) if model]
-        settings = json.dumps([asdict(self.settings), layout.described(self.projection)], sort_keys=True)
+        settings = json.dumps([asdict(self.settings), layout.configs(self.projection)], sort_keys=True)
         return fingerprint(settings, *(loading.model_fingerprint(model, self.tokenizer) for model in models))
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -222,27 +222,23 @@ class Encoder(nn.Module):
 
 def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = None) -> Tensor:
     """One vector a sequence, in float32; `seen` [T] tells which tokens count (None: all). [rows, H] -> [B, H]"""
-    B = len(batch.lengths)
+    B, owners, states = len(batch.lengths), batch.owners, batch.real(hidden)  # [T], [T, H]
     if kind == "lasttoken":
         return hidden[batch.starts + batch.lengths - 1].float()
     if kind == "cls":
-        hidden_before = 0 if seen is None else batch.lengths.new_zeros(B).index_add(0, batch.owners, (~seen).long())
-        return hidden[batch.starts + hidden_before].float()
-    states, owners = batch.real(hidden).float(), batch.owners  # [T, H], [T]
+        unseen = 0 if seen is None else batch.lengths.new_zeros(B).index_add(0, owners, (~seen).long())
+        return hidden[batch.starts + unseen].float()
+    # Tokens further behind count more in a weighted mean: by their place in the whole sequence, from 1.
+    weights = batch.rows - batch.starts[owners] + 1 if kind == "weightedmean" else torch.ones_like(owners)  # [T]
     if seen is not None:
-        states, owners = states[seen], owners[seen]
+        states, owners, weights = states[seen], owners[seen], weights[seen]
+    states, sums = states.float(), states.new_zeros(B, states.shape[1], dtype=torch.float32)
     if kind == "max":
-        lowest = states.new_full((B, states.shape[1]), -torch.inf)
-        return lowest.scatter_reduce(0, owners[:, None].expand_as(states), states, "amax")
-    sums = states.new_zeros(B, states.shape[1])
-    if kind == "mean" and seen is None:
-        return sums.index_add(0, owners, states) / batch.lengths[:, None]
-    weights = states.new_ones(len(states))
-    if kind == "weightedmean":  # by the place in the whole sequence, from 1
-        places = (batch.rows - batch.starts[batch.owners] + 1).float()
-        weights = places if seen is None else places[seen]
-    total = weights.new_zeros(B).index_add(0, owners, weights).clamp(min=1e-9)
-    return sums.index_add(0, owners, states * weights[:, None]) / total[:, None]
+        return (sums - torch.inf).scatter_reduce(0, owners[:, None].expand_as(states), states, "amax")
+    if kind == "weightedmean":
+        states = states * weights[:, None]
+    total = weights.new_zeros(B).index_add(0, owners, weights).clamp(min=1)
+    return sums.index_add(0, owners, states) / total[:, None]
 
 
 def load_encoder(

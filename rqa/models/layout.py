@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,6 @@ PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its ow
 TYPES = "sentence_transformers.models."
 POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max",
            "weightedmean_tokens": "weightedmean"}  # by what follows `pooling_mode_` in its file  # fmt: skip
-BEHIND = ("Dense", "LayerNorm", "Normalize")  # modules that may follow Pooling
 # What is said of a module and must be so: anything else would change embeddings.
 PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding", "use_residual": False}
 PLAIN_READING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
@@ -52,50 +51,66 @@ class EncoderSettings:
     truncate_dim: int = 0  # dimensions that are kept, the first ones; 0: all
 
 
+class Dense(nn.Module):
+    """A linear map and an activation. [B, H] -> [B, D]"""
+
+    def __init__(
+        self, in_features: int, out_features: int, bias: bool = True,
+        activation_function: str = "torch.nn.modules.linear.Identity",
+    ) -> None:  # fmt: skip
+        super().__init__()
+        kind: Any = pydoc.locate(activation_function) if activation_function.startswith("torch.nn.") else None
+        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
+            raise ValueError(f"activation_function {activation_function} is not supported; only modules of torch.nn")
+        self.linear, self.activation_function = nn.Linear(in_features, out_features, bias), kind()
+        self.config = {"in_features": in_features, "out_features": out_features, "bias": bias,
+                       "activation_function": activation_function}  # fmt: skip
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.activation_function(self.linear(vectors))
+
+
+class LayerNorm(nn.Module):
+    """[B, D] -> [B, D]"""
+
+    def __init__(self, dimension: int) -> None:
+        super().__init__()
+        self.norm, self.config = nn.LayerNorm(dimension), {"dimension": dimension}
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.norm(vectors)
+
+
 class Normalize(nn.Module):
     """Vectors of length 1. [B, D] -> [B, D]"""
+
+    config: ClassVar[dict[str, Any]] = {}
 
     def forward(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=-1)
 
 
-def dense(width: int, dimension: int, bias: bool = True, activation: nn.Module | None = None) -> nn.Sequential:
-    """A linear map and an activation, by default none. [B, H] -> [B, D]"""
-    parts = OrderedDict(linear=nn.Linear(width, dimension, bias), activation_function=activation or nn.Identity())
-    return nn.Sequential(parts)
-
-
-def layer_norm(dimension: int) -> nn.Sequential:
-    """LayerNorm. [B, D] -> [B, D]"""
-    return nn.Sequential(OrderedDict(norm=nn.LayerNorm(dimension)))
+# The layers that may follow Pooling, and what their files say when they do not say it; what comes in is named first.
+LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "Dense": (Dense, {"in_features": 0, "out_features": 0, "bias": True,
+                      "activation_function": "torch.nn.modules.activation.Tanh"}),
+    "LayerNorm": (LayerNorm, {"dimension": 0}), "Normalize": (Normalize, {}),
+}  # fmt: skip
 
 
 def chain(layers: Iterable[nn.Module]) -> nn.Sequential:
-    """Layers behind pooling, by the names of their folders. [B, H] -> [B, D]"""
-    kinds = {"linear": "Dense", "norm": "LayerNorm"}
-    named = (
-        (next((kind for part, kind in kinds.items() if hasattr(layer, part)), "Normalize"), layer) for layer in layers
-    )
-    return nn.Sequential(OrderedDict((f"{number}_{kind}", layer) for number, (kind, layer) in enumerate(named, 2)))
+    """Layers behind pooling, named as their folders. [B, H] -> [B, D]"""
+    return nn.Sequential(OrderedDict((f"{i}_{type(layer).__name__}", layer) for i, layer in enumerate(layers, 2)))
 
 
-def width_behind(layers: nn.Sequential, width: int) -> int:
-    """D, what is left of a width H behind layers."""
-    return next((each.out_features for each in reversed([*layers.modules()]) if isinstance(each, nn.Linear)), width)
+def width_behind(layers: Iterable[nn.Module], width: int) -> int:
+    """D, what layers make of a width H."""
+    return next((layer.config["out_features"] for layer in reversed([*layers]) if isinstance(layer, Dense)), width)
 
 
-def described(layers: nn.Sequential) -> dict[str, dict[str, Any]]:
-    """The config.json of each layer, by the name of its folder."""
-
-    def config(layer: Any) -> dict[str, Any]:
-        if hasattr(layer, "linear"):
-            linear, kind = layer.linear, type(layer.activation_function)
-            sizes = {"in_features": linear.in_features, "out_features": linear.out_features}
-            activation = f"{kind.__module__}.{kind.__qualname__}"
-            return sizes | {"bias": linear.bias is not None, "activation_function": activation}
-        return {"dimension": layer.norm.normalized_shape[0]} if hasattr(layer, "norm") else {}
-
-    return {name: config(layer) for name, layer in layers.named_children()}
+def configs(layers: nn.Sequential) -> dict[str, Any]:
+    """What decides each layer's output beside its weights, by the name of its folder."""
+    return {name: layer.config for name, layer in layers.named_children()}
 
 
 def write_layout(
@@ -105,8 +120,8 @@ def write_layout(
 
     With two encoders, that of passages is saved beside them, and `encode_query` and `encode_document` use one each.
     """
-    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in described(layers)}
-    files: dict[str, Any] = {f"{name}/config.json": config for name, config in described(layers).items()}
+    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
+    files: dict[str, Any] = {f"{name}/config.json": config for name, config in configs(layers).items()}
     top = modules
     if two_encoders:
         top = {"": "Router"}
@@ -127,7 +142,7 @@ def write_layout(
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
         GENERAL_FILE: {"prompts": prompts, **similarity, "truncate_dim": settings.truncate_dim or None},
         "1_Pooling/config.json": pooling,
-        SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(described(layers))},
+        SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(configs(layers))},
     }  # fmt: skip
     for name, value in files.items():
         (directory / name).parent.mkdir(exist_ok=True)
@@ -158,8 +173,8 @@ def read_layout(
     types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
     names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
     beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
-    if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*BEHIND} or folders[0] or not beside:
-        wanted = f"Transformer with path '', Pooling, then any of {', '.join(BEHIND)}, each in a folder beside it"
+    if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
+        wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
         raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
     general = partial(_stated, file, _read_json(path, GENERAL_FILE))
@@ -211,31 +226,20 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
         for key, plain in PLAIN.items():
             if (value := stated(key, plain)) != plain:
                 raise UserError(f"{file}: {key} {value} is not supported; only {plain}")
-        if kind == "Normalize":
-            layers.append(Normalize())
-            continue
-        key = "in_features" if kind == "Dense" else "dimension"
-        if (asked := stated(key, 0)) != (now := width_behind(chain(layers), width)):
-            raise UserError(f"{file}: {key} {asked}: what comes before has {now} dimensions; copy the original files")
+        maker, defaults = LAYERS.get(kind, LAYERS["Normalize"])
+        config = {key: stated(key, default) for key, default in defaults.items()}
+        for key, value in [*config.items()][:1]:
+            if value != (now := width_behind(layers, width)):
+                raise UserError(f"{file}: {key} {value}: {now} dimensions come in; copy the original files")
         try:
             with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
-                if kind == "Dense":
-                    activation = _activation(file, stated("activation_function", "torch.nn.modules.activation.Tanh"))
-                    layer = dense(now, stated("out_features", 0), stated("bias", True), activation)
-                else:
-                    layer = layer_norm(now)
-            layer.load_state_dict(_weights(path, place), assign=True)
+                layer = maker(**config)
+            if config:
+                layer.load_state_dict(_weights(path, place), assign=True)
         except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
-            raise UserError(f"model {path}: {place} cannot be loaded: {one_line(error)}") from None
+            raise UserError(f"{file}: the layer cannot be loaded: {one_line(error)}") from None
         layers.append(layer.float())
     return chain(layers)
-
-
-def _activation(file: str, name: str) -> nn.Module:
-    kind = pydoc.locate(name) if name.startswith("torch.nn.") else None
-    if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-        raise UserError(f"{file}: activation_function {name} is not supported; only modules of torch.nn")
-    return kind()
 
 
 def _weights(path: str, folder: str) -> dict[str, Tensor]:

@@ -218,7 +218,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is re
     ("reading", {"modality_config": {"message": {}}}, "modality_config message .* is not", {}),
     ("reading", {"processing_kwargs": {"text": {}}}, "processing_kwargs .* is not", {}),
     *(("2_Dense", {name: value}, message, {}) for name, value, message in (
-        ("use_residual", True, "use_residual True is not"), ("in_features", 31, "in_features 31: .* has 32 dimensions"),
+        ("use_residual", True, "use_residual True is not"), ("in_features", 31, "in_features 31: 32 dimensions come in"),
         ("module_input_name", "token_embeddings", "module_input_name token_embeddings is not"),
         ("activation_function", "os.abort", "activation_function os.abort is not"))),
     ("own", {"pooling_type": "none"}, "pooling none is not", {"pooling_type": "cls"}),
@@ -399,11 +399,11 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(8)
     projected.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved/2_Dense/model.safetensors").unlink()
-    with pytest.raises(UserError, match="saved: 2_Dense cannot be loaded"):
+    with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     file = tmp_path / "saved/2_Dense/config.json"
     file.write_text(file.read_text().replace(str(D), "9" * 12))
-    with pytest.raises(UserError, match="saved: 2_Dense cannot be loaded"):
+    with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()
     with pytest.raises(UserError, match="--projection true: passages have an encoder of their own"):
@@ -496,7 +496,7 @@ def test_an_instruction_becomes_the_text_before_a_question_in_the_checkpoint_s_o
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             EncoderArguments(**flags)
-    with pytest.raises(UserError, match="--truncate_dim 33: the embeddings of .* have 32 dimensions"):
+    with pytest.raises(UserError, match=r"--truncate_dim 33: the embeddings of .* have 32 dimensions"):
         load_encoder(path, EncoderArguments(dtype="float32", truncate_dim=33))
 
 
