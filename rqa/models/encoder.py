@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 
 MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
 ENCODINGS_AT_ONCE = 1000  # whose encodings are held: 15 KiB a text and more, beside its ids
+IDENTITY = "torch.nn.modules.linear.Identity"  # no activation
 TOKENIZING = threading.Lock()  # a tokenizer's truncation is its state: threads take turns
 
 
@@ -57,15 +58,14 @@ class EncoderArguments(LoadingArguments):
     def check(self) -> None:
         self.check_bounds(*LENGTHS, at_least=3)
         self.check_bounds("max_batch_tokens", "truncate_dim", at_least=1)
-        if (task := self.query_instruction) is not None:
-            if self.query_prefix is not None:
-                raise UserError("--query_instruction: becomes the query prefix; leave out --query_prefix")
-            if "{query}" in task.removesuffix("{query}"):
-                raise UserError(f"--query_instruction {task!r}: {{query}} must be at the end, once")
+        if (task := self.query_instruction) and self.query_prefix is not None:
+            raise UserError("--query_instruction: becomes the query prefix; leave out --query_prefix")
+        if task and "{query}" in task.removesuffix("{query}"):
+            raise UserError(f"--query_instruction {task!r}: {{query}} must be at the end, once")
 
     def prefix(self, stored: str) -> str | None:
         """The text before a question; an instruction takes the place of the one that the checkpoint states."""
-        if (task := self.query_instruction) is None:
+        if not (task := self.query_instruction):
             return self.query_prefix
         if task.endswith("{query}"):
             return task.removesuffix("{query}").replace("\\n", "\n")
@@ -126,9 +126,10 @@ class Encoder(nn.Module):
         """Compare embeddings behind a linear map and LayerNorm (Izacard & Grave 2020) from now on, unless they are."""
         if self.passage_encoder:
             raise UserError("--projection true: passages have an encoder of their own, which stays as it is")
-        if not (self.projection and isinstance(self.projection[-1], layout.LayerNorm)):
-            added = [layout.Dense(self.width, dimension), layout.LayerNorm(dimension)]
-            self.projection = layout.chain([*self.projection, *added]).to(self.backbone.device)
+        if not (self.projection and self.projection[-1].kind == "LayerNorm"):
+            linear = layout.Layer("Dense", in_features=self.width, out_features=dimension, activation_function=IDENTITY)
+            added = [*self.projection, linear, layout.Layer("LayerNorm", dimension=dimension)]
+            self.projection = layout.chain(added).to(self.backbone.device)
         elif self.width != dimension:
             raise UserError(f"--indexing_dimension {dimension}: the model's projection has {self.width} dimensions")
 
@@ -227,7 +228,7 @@ def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = Non
         return hidden[batch.starts + batch.lengths - 1].float()
     if kind == "cls":
         unseen = 0 if seen is None else batch.lengths.new_zeros(B).index_add(0, owners, (~seen).long())
-        return hidden[batch.starts + unseen].float()
+        return hidden[batch.starts + unseen % batch.lengths].float()  # the first one if none is seen
     # Tokens further behind count more in a weighted mean: by their place in the whole sequence, from 1.
     weights = batch.rows - batch.starts[owners] + 1 if kind == "weightedmean" else torch.ones_like(owners)  # [T]
     if seen is not None:
@@ -253,7 +254,7 @@ def load_encoder(
     stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
     positions = min(loading.learned_positions(backbone), stated)
     limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
-    stored = layout.read_layout(path, limit, flags.normalize, flags.passage_prefix, flags.truncate_dim)
+    stored = layout.read_layout(path, limit, flags)
     names = vars(EncoderSettings()).keys()
     given = {name: value for name in names if (value := getattr(flags, name, None)) is not None}
     if (prefix := flags.prefix(stored.get("query_prefix", ""))) is not None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,12 @@ PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its ow
 TYPES = "sentence_transformers.models."
 POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max",
            "weightedmean_tokens": "weightedmean"}  # by what follows `pooling_mode_` in its file  # fmt: skip
+# The layers that may follow Pooling, and what is meant where their files say nothing; what comes in is named first.
+LAYERS: dict[str, dict[str, Any]] = {
+    "Dense": {"in_features": 0, "out_features": 0, "bias": True,
+              "activation_function": "torch.nn.modules.activation.Tanh"},
+    "LayerNorm": {"dimension": 0}, "Normalize": {},
+}  # fmt: skip
 # What is said of a module and must be so: anything else would change embeddings.
 PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding", "use_residual": False}
 PLAIN_READING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
@@ -51,61 +57,38 @@ class EncoderSettings:
     truncate_dim: int = 0  # dimensions that are kept, the first ones; 0: all
 
 
-class Dense(nn.Module):
-    """A linear map and an activation. [B, H] -> [B, D]"""
-
-    def __init__(
-        self, in_features: int, out_features: int, bias: bool = True,
-        activation_function: str = "torch.nn.modules.linear.Identity",
-    ) -> None:  # fmt: skip
-        super().__init__()
-        kind: Any = pydoc.locate(activation_function) if activation_function.startswith("torch.nn.") else None
-        if not (isinstance(kind, type) and issubclass(kind, nn.Module)):
-            raise ValueError(f"activation_function {activation_function} is not supported; only modules of torch.nn")
-        self.linear, self.activation_function = nn.Linear(in_features, out_features, bias), kind()
-        self.config = {"in_features": in_features, "out_features": out_features, "bias": bias,
-                       "activation_function": activation_function}  # fmt: skip
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        return self.activation_function(self.linear(vectors))
-
-
-class LayerNorm(nn.Module):
-    """[B, D] -> [B, D]"""
-
-    def __init__(self, dimension: int) -> None:
-        super().__init__()
-        self.norm, self.config = nn.LayerNorm(dimension), {"dimension": dimension}
-
-    def forward(self, vectors: Tensor) -> Tensor:
-        return self.norm(vectors)
-
-
 class Normalize(nn.Module):
     """Vectors of length 1. [B, D] -> [B, D]"""
-
-    config: ClassVar[dict[str, Any]] = {}
 
     def forward(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=-1)
 
 
-# The layers that may follow Pooling, and what their files say when they do not say it; what comes in is named first.
-LAYERS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "Dense": (Dense, {"in_features": 0, "out_features": 0, "bias": True,
-                      "activation_function": "torch.nn.modules.activation.Tanh"}),
-    "LayerNorm": (LayerNorm, {"dimension": 0}), "Normalize": (Normalize, {}),
-}  # fmt: skip
+class Layer(nn.Sequential):
+    """A layer behind pooling; its parts are named as in its file of weights, its settings as in its config.json."""
+
+    def __init__(self, kind: str, **config: Any) -> None:
+        super().__init__()
+        self.kind, self.config = kind, LAYERS[kind] | config
+        if kind == "Dense":
+            name = self.config["activation_function"]
+            activation: Any = pydoc.locate(name) if name.startswith("torch.nn.") else None
+            if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
+                raise ValueError(f"activation_function {name} is not supported; only modules of torch.nn")
+            self.linear = nn.Linear(self.config["in_features"], self.config["out_features"], self.config["bias"])
+            self.activation_function = activation()
+        else:
+            self.norm = nn.LayerNorm(self.config["dimension"]) if kind == "LayerNorm" else Normalize()
 
 
-def chain(layers: Iterable[nn.Module]) -> nn.Sequential:
+def chain(layers: Iterable[Layer]) -> nn.Sequential:
     """Layers behind pooling, named as their folders. [B, H] -> [B, D]"""
-    return nn.Sequential(OrderedDict((f"{i}_{type(layer).__name__}", layer) for i, layer in enumerate(layers, 2)))
+    return nn.Sequential(OrderedDict((f"{number}_{layer.kind}", layer) for number, layer in enumerate(layers, 2)))
 
 
 def width_behind(layers: Iterable[nn.Module], width: int) -> int:
     """D, what layers make of a width H."""
-    return next((layer.config["out_features"] for layer in reversed([*layers]) if isinstance(layer, Dense)), width)
+    return next((layer.config["out_features"] for layer in reversed([*layers]) if hasattr(layer, "linear")), width)
 
 
 def configs(layers: nn.Sequential) -> dict[str, Any]:
@@ -152,9 +135,7 @@ def write_layout(
             save_file(weights, directory / name / "model.safetensors")
 
 
-def read_layout(
-    path: str, limit: int, normalize: bool | None, passage_prefix: str | None, truncate_dim: int | None
-) -> dict[str, Any]:
+def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     """The settings that a checkpoint's own files state, the folders of its layers, and whether it has two encoders.
 
     They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
@@ -179,9 +160,9 @@ def read_layout(
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
     general = partial(_stated, file, _read_json(path, GENERAL_FILE))
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
-    if similarity not in ("cosine", "dot") and normalize is None:
+    if similarity not in ("cosine", "dot") and flags.normalize is None:
         raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
-    cut = truncate_dim or general("truncate_dim", 0)
+    cut, normalize = flags.truncate_dim or general("truncate_dim", 0), flags.normalize
     # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
     unit = similarity != "dot" or (names[-1] == "Normalize" and not cut) if normalize is None else normalize
     layers = list(zip(folders[2:], names[2:], strict=True))
@@ -189,7 +170,11 @@ def read_layout(
         layers.pop()  # a setting says the same
     prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
     passages = prompt["document"]
-    if "document" not in prompts and (passages := prompt["passage"] or prompt["corpus"]) and passage_prefix is None:
+    if (
+        "document" not in prompts
+        and (passages := prompt["passage"] or prompt["corpus"])
+        and flags.passage_prefix is None
+    ):
         other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
         log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
     if not (pooling := _read_json(path, pooling_file)):
@@ -201,9 +186,7 @@ def read_layout(
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
     reading = partial(_stated, file := f"{path}/sentence_bert_config.json", found)
-    for name, plain in PLAIN_READING.items():
-        if (value := reading(name, plain)) != plain:
-            raise UserError(f"{file}: {name} {value} is not supported; only {plain or 'none'}")
+    _refuse_others(file, found, PLAIN_READING)
     if "message" in reading("modality_config", {}):
         raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
     length = reading("max_seq_length", limit)
@@ -219,34 +202,30 @@ def read_layout(
 
 def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width: int) -> nn.Sequential:
     """The layers behind pooling, in float32, by the names of their folders and their kinds. [B, H] -> [B, D]"""
-    layers: list[nn.Module] = []
+    layers: list[Layer] = []
     for name, kind in found:
-        place = str(Path(folder, name))
-        stated = partial(_stated, file := f"{path}/{place}/config.json", _read_json(path, f"{place}/config.json"))
-        for key, plain in PLAIN.items():
-            if (value := stated(key, plain)) != plain:
-                raise UserError(f"{file}: {key} {value} is not supported; only {plain}")
-        maker, defaults = LAYERS.get(kind, LAYERS["Normalize"])
-        config = {key: stated(key, default) for key, default in defaults.items()}
+        file = f"{path}/{(place := str(Path(folder, name)))}/config.json"
+        said = _read_json(path, f"{place}/config.json")
+        _refuse_others(file, said, PLAIN)
+        config = {key: _stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
         for key, value in [*config.items()][:1]:
             if value != (now := width_behind(layers, width)):
                 raise UserError(f"{file}: {key} {value}: {now} dimensions come in; copy the original files")
         try:
             with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
-                layer = maker(**config)
+                layers.append(Layer(kind, **config).float())
             if config:
-                layer.load_state_dict(_weights(path, place), assign=True)
-        except (OSError, RuntimeError, TypeError, ValueError, SafetensorError) as error:
+                weights = load_file(cached_file(path, f"{place}/model.safetensors"))
+                layers[-1].load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+        except (OSError, RuntimeError, TypeError, KeyError, ValueError, SafetensorError) as error:
             raise UserError(f"{file}: the layer cannot be loaded: {one_line(error)}") from None
-        layers.append(layer.float())
     return chain(layers)
 
 
-def _weights(path: str, folder: str) -> dict[str, Tensor]:
-    optional = {"_raise_exceptions_for_missing_entries": False}
-    if file := cached_file(path, f"{folder}/model.safetensors", **optional):
-        return load_file(file)
-    return torch.load(cached_file(path, f"{folder}/pytorch_model.bin"), map_location="cpu", weights_only=True)
+def _refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
+    for name, value in plain.items():
+        if (found := _stated(file, said, name, value)) != value:
+            raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")
 
 
 def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
