@@ -124,6 +124,7 @@ def trainer_flags(files: dict[str, Path], lm_path: str, encoder_path: str, t5_pa
         "train_dca": retriever | {"reader_model_path": t5_path, "n_context": 4, "max_encoder_seq_length": 64},
         "train_rpg": retriever | judge,
         "train_emdr": retriever | judge,
+        "train_rerank": retriever | {"num_hard_negatives": 4},
     }
     return lambda name, **own: {flag: value for flag, value in (flags[name] | own).items() if value is not None}
 
@@ -239,6 +240,15 @@ def encoder_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) 
     """A two-layer BERT, saved as a plain `transformers` checkpoint."""
     config = transformers.BertConfig(vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64)
     return saved("encoder", 2, transformers.BertModel, config, wordpiece)
+
+
+@pytest.fixture(scope="session")
+def reranker_path(wordpiece: PreTrainedTokenizerBase, saved: Callable[..., str]) -> str:
+    """A two-layer BERT with a head of one score, saved; its scores lie far apart."""
+    config = transformers.BertConfig(
+        vocab_size=len(wordpiece), **SMALL, max_position_embeddings=64, num_labels=1, initializer_range=0.3
+    )
+    return saved("reranker", 5, transformers.BertForSequenceClassification, config, wordpiece)
 
 
 @pytest.fixture

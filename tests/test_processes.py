@@ -17,7 +17,7 @@ from torch import Tensor
 from divided_index import FACTORIES, search_all
 from openai_server import serve
 from safetensors.torch import load_file
-from trainers import TORCHRUN, history, scores
+from trainers import TORCHRUN, Run, history, scores
 
 from rqa.data import Example, write_examples
 from rqa.documents import read_documents, write_documents
@@ -47,7 +47,7 @@ DECODERS = ("sft", "swr", "adapters")
 
 @pytest.fixture(scope="module")
 def paths(
-    lm_path: str, encoder_path: str, t5_path: str, examples: list[Example], data: Path,
+    lm_path: str, encoder_path: str, t5_path: str, reranker_path: str, examples: list[Example], data: Path,
     tmp_path_factory: pytest.TempPathFactory,
 ) -> dict[str, str]:  # fmt: skip
     """The models, the encoder without dropout, and files whose sizes two does not divide."""
@@ -60,7 +60,14 @@ def paths(
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
         rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
         write_examples(root / f"{name}.jsonl", rows)
-    paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FID": fid, "DOCUMENTS": data / "documents.jsonl"}
+    paths = {
+        "ROOT": root,
+        "LM": lm_path,
+        "ENCODER": encoder,
+        "FID": fid,
+        "RERANKER": reranker_path,
+        "DOCUMENTS": data / "documents.jsonl",
+    }
     return {name: str(path) for name, path in paths.items()}
 
 
@@ -79,6 +86,12 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
         "lr_scheduler_type": "constant", "eval_steps": 2, "save_steps": 2, "logging_steps": 3,
         **({"max_new_tokens": 6, "max_seq_length": 256} if trainer in DECODERS else {}), **own, **more,
     }  # fmt: skip
+
+
+def reranked(paths: dict[str, str], output: Path) -> dict[str, object]:
+    """Flags of an evaluation of five questions."""
+    asked = {"document_path": paths["DOCUMENTS"], "eval_data_path": f"{paths['ROOT']}/test.jsonl", "output_dir": output}
+    return asked | {"embedding_model": paths["ENCODER"], "reranker": paths["RERANKER"], "dtype": "float32"}
 
 
 @pytest.fixture(scope="module")
@@ -100,6 +113,7 @@ def two(paths: dict[str, str]) -> Path:
     for database in (root.parent / "fewer.jsonl", paths["DOCUMENTS"]):
         index = {"document_path": database, "index_path": f"{root}/index", "update": "true", "dtype": "float32"}
         jobs += [("build_index", {"embedding_model": paths["ENCODER"]} | index)]
+    jobs += [("evaluate_retriever", reranked(paths, root / "reranked"))]
     served = {"embedding_model_name_or_path": "bm25", "document_path": paths["DOCUMENTS"], "gen_gpt4eval": "true"}
     served |= {"eval_data_path": f"{paths['ROOT']}/test.jsonl", "judge_model": "tiny", "output_dir": f"{root}/served"}
     command = [*TORCHRUN, str(HERE / "run_several.py"), str(root.parent / "jobs.json")]
@@ -135,6 +149,15 @@ def test_two_processes_divide_an_index_and_find_what_one_finds(
     assert retriever.index.version != stamp
     np.testing.assert_array_equal(found[0].ids, found[1].ids)
     np.testing.assert_allclose(found[0].scores, found[1].scores, atol=1e-6)
+
+
+def test_two_processes_rank_anew_as_one_does(
+    two: Path, paths: dict[str, str], run_executable: Run, tmp_path: Path
+) -> None:
+    assert run_executable("evaluate_retriever", reranked(paths, tmp_path)) == 0
+    one, both = ([line.split() for line in (each / "run.trec").open()] for each in (tmp_path, two / "reranked"))
+    assert [line[:4] for line in one] == [line[:4] for line in both]  # question, document and rank
+    assert [float(line[4]) for line in one] == pytest.approx([float(line[4]) for line in both], abs=1e-4)
 
 
 def weights(path: Path) -> dict[str, Tensor]:

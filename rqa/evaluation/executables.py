@@ -11,6 +11,7 @@ from rqa.data import Document, DocumentArguments, Example
 from rqa.evaluation.results import Scores
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.prompts import retrieval_query
+from rqa.retrieval.reranking import RerankingRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, fingerprint
@@ -38,19 +39,28 @@ class EvaluationDataArguments(DocumentArguments):
         self.refuse_input_as("output_dir", RESULTS)
 
 
-def measure_speed(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> Scores:
-    """Milliseconds of single questions, and questions a second of all at once; encoding and search, nothing else.
+def timed_retrieval(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> tuple[Hits, Scores]:
+    """The hits of all questions, asked at once, in questions a second; and the latency of single ones in milliseconds.
 
-    Every process calls it: they search an index together, and each asks its share of the questions.
+    With a reranker that is the sum of two stages, and theirs stand beside it. Every process calls this: they search an
+    index together, each asks its share of the questions, and all get everything. -> [Q, k]
     """
     queries = list(map(retrieval_query, examples))
     alone = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
     for query in alone[:WARM_UP]:
         retriever.retrieve(query, k)
-    single = [seconds(partial(retriever.retrieve, query, k)) for query in alone]
-    together = seconds(partial(retriever.retrieve, distributed.share(queries), k))
-    speed = latencies(single) | {"questions_per_second": len(queries) / together}
-    return {f"retr/{name}": value for name, value in speed.items()}
+    if isinstance(retriever, RerankingRetriever):
+        hits, depth = list[Hits](), max(k, retriever.depth)
+        first = [seconds(lambda q=query: hits.append(retriever.first.retrieve(q, depth))) for query in alone]
+        again = [seconds(partial(retriever.rerank, *asked, k)) for asked in zip(alone, hits, strict=True)]
+        single = {"": np.add(first, again), "first_stage_": first, "reranking_": again}
+    else:
+        single = {"": [seconds(partial(retriever.retrieve, query, k)) for query in alone]}
+    found: list[Hits] = []
+    together = seconds(lambda: found.append(retriever.retrieve(distributed.share(queries), k)))
+    speed = {stage + name: value for stage, took in single.items() for name, value in latencies(took).items()}
+    speed["questions_per_second"] = len(queries) / together
+    return found[0].gathered(), {f"retr/{name}": value for name, value in speed.items()}
 
 
 def document_name(document: Document) -> str:

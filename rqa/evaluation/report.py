@@ -25,7 +25,7 @@ RIGHT = 0.5  # a question is right from this score on
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
 TILES = {"gen/f1": "Token F1", "gen/rougeL": "ROUGE-L", "gen/exact_match": "Exact match",
          "retr/recall@1": "Recall@1", "retr/recall@4": "Recall@4", "retr/mrr@10": "MRR@10"}  # fmt: skip
-MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model")  # below the title
+MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model", "reranker")  # below the title
 CHARTS = {  # title -> names of its lines, of which a run has some
     "Loss": ("loss", "eval_loss"),
     "Recall on the eval file": ("eval_retr/recall@1", "eval_retr/recall@4", "eval_retr/recall@10"),

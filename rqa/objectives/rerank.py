@@ -4,9 +4,11 @@ A question's gold passage stands among hard negatives of its own, from the data 
 with a teacher the whole list is scored, and the teacher's distribution learned. Gold is a teacher that has no doubt.
 """
 
+import logging
 import random
+from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from rqa.data import Document, Example
+from rqa.documents import normalized_of
 from rqa.models.reranker import Reranker
 from rqa.objectives.ctl import MinedNegatives, NegativeArguments
 from rqa.objectives.encoding import numbered
@@ -22,11 +25,10 @@ from rqa.objectives.teacher import DistilledArguments, Pair
 from rqa.packing import Batch, TokenBatch
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import parse_schedule
-from rqa.retrieval.reranking import RerankingRetriever
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
 
-FIRST_STAGES = {"bm25": "bm25", "dense": "dense", "both": "hybrid"}
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -34,27 +36,38 @@ class RerankArguments(NegativeArguments, DistilledArguments):
     """RERANK's own flags."""
 
     lm_model_path: str | None = flag(
-        None, "Teacher of the whole list: reranker::M, a language model, or openai::URL. Default: gold passages teach.",
+        None, "Teacher of whole lists: reranker::M, a language model, openai::URL, or a FiD reader. Default: gold.",
         also="teacher",
     )  # fmt: skip
-    num_hard_negatives: int = flag(8, "Passages that a question's gold passage stands among.")
+    num_hard_negatives: int = flag(8, "Hard negatives of a question in one step, at most.")
+    num_other_gold: int = flag(
+        2, "Other questions' gold passages among a question's negatives, or a passage would be right for any question; "
+        "not with --teacher.", rare=True,
+    )  # fmt: skip
     negatives_from: str = flag(
-        "bm25", "Who ranks them: BM25, an encoder, both, or file: the examples' hard_neg_docs.",
+        "bm25", "First stage, whose ranking holds the negatives; file: the examples' hard_neg_docs instead.",
         choices=["bm25", "dense", "both", "file"],
     )  # fmt: skip
     negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     mine_negatives: bool = flag(False, "Whether negatives are chosen anew, by what the reranker itself ranks first.")
     refresh_step: str = flag("100", 'Steps between two choices, or spans such as "0-100:10,100-900:50".', rare=True)
-    embedding_model: str | None = flag(
-        None, "Encoder of the first stage: a directory or a hub name.",
-        also="embedding_model_name_or_path eval_embedding_model",
-    )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("num_hard_negatives", at_least=1)
+        self.check_bounds("num_other_gold", at_least=0)
         parse_schedule(self.refresh_step)
-        if self.mine_negatives and self.negatives_from == "file":
-            raise UserError("--mine_negatives true: passages of a file do not change; choose another --negatives_from")
+        lacks = {"refresh_step": not self.mine_negatives and "--mine_negatives true",
+                 "lm_temperature": not self.lm_model_path and "--teacher",
+                 "num_other_gold": self.lm_model_path and "--teacher left out"}  # fmt: skip
+        if self.negatives_from == "file":
+            ranked = [item.name for item in fields(NegativeArguments)]
+            lacks |= dict.fromkeys([*ranked, "mine_negatives"], "a ranking: --negatives_from bm25, dense or both")
+        for name, needed in lacks.items():
+            if needed and getattr(self, name) != getattr(RerankArguments, name):
+                raise UserError(f"--{name} {getattr(self, name)}: has no effect without {needed}")
+        room = self.negatives_to_rank - self.negatives_from_rank + 1
+        if self.negatives_from != "file" and self.num_hard_negatives > room:
+            raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: leaves {room} hard negatives; raise it")
 
 
 @dataclass(frozen=True)
@@ -97,15 +110,16 @@ class ListwiseReranking(nn.Module):
 
 
 class Lists:
-    """The collate function: a gold passage of each question first, if there is one, then sampled hard negatives.
+    """The collate function: one of a question's gold passages first, if there is one, then sampled hard negatives.
 
-    A batch of the same examples is the same batch, for as long as negatives are. `teacher` gives the scores of pairs,
-    which are divided by `temperature`; without one the gold passage is certain.
+    A batch of the same examples is the same batch, for as long as negatives are. Passages with the text of any gold
+    passage of the question are no negatives. A teacher's scores are divided by its temperature; without one the gold
+    passage is certain. `together`: a score depends on the whole list, which is then always the best-ranked negatives.
     """
 
     def __init__(
         self, examples: Sequence[Example], documents: Sequence[Document], reranker: Reranker,
-        mined: MinedNegatives | None, flags: RerankArguments, seed: int, teacher: Any = None,
+        mined: MinedNegatives | None, flags: RerankArguments, seed: int, teacher: Any = None, together: bool = False,
     ) -> None:  # fmt: skip
         for example in examples:
             if not example.gold_docs and not teacher:
@@ -114,54 +128,59 @@ class Lists:
                 )
         known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
         self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
-        hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
+        hard = []
+        for example, row, gold in zip(examples, rows, self._gold, strict=True):
+            texts = dict(zip(normalized_of(example.hard_neg_docs).tolist(), row[len(gold) :], strict=True))
+            hard.append([texts[text] for text in texts if text not in {*normalized_of(example.gold_docs).tolist()}])
+        left_out = sum(map(len, rows)) - sum(map(len, [*self._gold, *hard]))
+        if left_out and not mined:
+            log.warning("%d passages of hard_neg_docs are left out: they are gold, or stand there twice", left_out)
+        golds: dict[str, list[int]] = defaultdict(list)  # of each question, in whatever line it is
+        for example, gold in zip(examples, self._gold, strict=True):
+            golds[retrieval_query(example)] += gold
+        self._own = [golds[retrieval_query(example)] for example in examples]
+        self._golds = [] if teacher else sorted(set().union(*golds.values()))
         self.examples, self.documents, self.reranker = examples, known, reranker
-        self.hard, self.flags, self.seed, self.teacher = mined or hard, flags, seed, teacher
+        self.hard, self.flags, self.seed = mined or hard, flags, seed
+        self.teacher, self.together = teacher, together
         self.ahead = not (teacher or flags.mine_negatives)  # these take turns with steps
 
+    def count(self) -> None:
+        """Say how many questions teach nothing, as they have no two passages; that all do is refused."""
+        numbers = range(len(self.examples))
+        lacking = sum(len(self.hard[i]) + min(1, len(self._gold[i])) < 2 for i in numbers)
+        if lacking == len(numbers):
+            cure = "give the examples hard_neg_docs, or choose another --negatives_from or rank"
+            raise UserError(f"--negatives_from {self.flags.negatives_from}: no question gets a negative; {cure}")
+        if lacking:
+            log.warning("%d of %d questions have no two passages to rank, and teach nothing", lacking, len(numbers))
+
     def __call__(self, indices: Sequence[int]) -> RerankBatch:
-        chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.num_hard_negatives + 1
-        rows = []
+        chance, hard, other = (
+            random.Random(f"{self.seed}-{indices}"),
+            self.flags.num_hard_negatives,
+            self.flags.num_other_gold,
+        )
+        pairs, lengths = [], []
         for i in indices:
             gold, pool = chance.sample(self._gold[i], min(1, len(self._gold[i]))), self.hard[i]
-            rows.append(gold + chance.sample(pool, min(size - len(gold), len(pool))))
-        present = torch.arange(size) < torch.tensor(list(map(len, rows)))[:, None]  # [B, K]
+            chosen = pool[:hard] if self.together else chance.sample(pool, min(hard, len(pool)))
+            barred = {*self._own[i], *chosen}
+            drawn = chance.sample(self._golds, min(len(barred) + other, len(self._golds)))
+            chosen += [number for number in drawn if number not in barred][:other]
+            shown = tuple(self.documents[number] for number in gold + chosen)
+            pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
+            lengths.append(len(shown))
+        present = torch.arange(1 + hard + other) < torch.tensor(lengths)[:, None]  # [B, K]
         columns = (present.flatten().cumsum(0) - 1).view_as(present).clamp(min=0)
-        pairs = [Pair(self.examples[i], self.documents[n]) for i, row in zip(indices, rows, strict=True) for n in row]
         teacher = torch.full(present.shape, float("-inf"))
         if self.teacher:
             teacher[present] = torch.tensor(self.teacher(pairs)) / self.flags.teacher_temperature
         else:
             teacher[:, 0] = 0.0
         texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
+        sequences = self.reranker.tokenize(texts) if texts else [[0]]  # a model reads one at least
         return RerankBatch(
-            pairs=self.reranker.collate(self.reranker.tokenize(texts)), columns=columns, teacher=teacher,
-            present=present, indices=indices, hit_rate=self.teacher.hit_rate if self.teacher else 1.0,
+            pairs=self.reranker.collate(sequences), columns=columns, teacher=teacher, present=present, indices=indices,
+            hit_rate=self.teacher.hit_rate if self.teacher else 1.0,
         )  # fmt: skip
-
-
-class MinedAgain:
-    """`before_step` of the loop, and a `LiveState`: on schedule, negatives are what the reranker now ranks first."""
-
-    def __init__(self, mined: MinedNegatives, retriever: RerankingRetriever, schedule: str) -> None:
-        """`retriever` ranks with the very reranker that is trained."""
-        self.mined, self.retriever = mined, retriever
-        self.version: str | None = None
-        self._spans = parse_schedule(schedule)
-
-    def __call__(self, step: int) -> dict[str, float]:
-        if step and any(first <= step < end and step % every == 0 for first, end, every in self._spans):
-            self.mined.retriever = self.retriever
-            self.mined()
-            self.version = f"index-{step}"
-        return {}
-
-    def collect(self) -> None:
-        """Nothing: every process has all negatives."""
-
-    def save(self, directory: Path) -> None:
-        self.mined.save(directory)
-
-    def load(self, directory: Path) -> None:
-        self.mined.load(directory)
-        self.version = directory.name

@@ -29,8 +29,9 @@ class ReaderRun(Run):
     def __init__(self, flags: Any, objective: type) -> None:
         """`objective` is the class of what is trained: `AnswerLikelihood` or `FiDLikelihood`."""
         retrieves = bool(flags.embedding_model) or flags.retriever == "bm25"
-        if not retrieves and flags.retriever == "hybrid":
-            raise UserError("--retriever hybrid: name its encoder, too (--embedding_model)")
+        searching = "--reranker" if flags.reranker else "--retriever hybrid" if flags.retriever == "hybrid" else ""
+        if not retrieves and searching:
+            raise UserError(f"{searching}: name the encoder that finds passages, too (--embedding_model)")
         if not retrieves and flags.gen_gpt4eval:
             cure = "name one, or --retriever bm25"
             raise UserError(f"--gen_gpt4eval true: there are no answers without a retriever; {cure}")
@@ -47,6 +48,7 @@ class ReaderRun(Run):
         """Train on prompts with these passages, evaluate, test."""
         self.on_eval = ReaderEvaluation(self.retriever, self.eval, self.flags)
         self.on_test = ReaderEvaluation(self.retriever, self.test, self.flags)
+        self.retriever = None  # all is found; its models would fill the device
         sequences = encode_examples(self.objective.prompter, self.train, passages)
         kept = list(sequences)
 

@@ -89,7 +89,7 @@ class TeacherArguments(LanguageModelArguments, RerankerArguments, EndpointArgume
     """Who judges documents, and how a language model is asked that stands behind a server."""
 
     def check(self) -> None:
-        if self.lm_tokenizer and not is_endpoint(self.lm_model_path):
+        if self.lm_tokenizer and not is_endpoint(self.lm_model_path or ""):
             raise UserError("--lm_tokenizer: a local model brings its own; give it with --lm_model_path openai::URL")
 
 

@@ -4,7 +4,7 @@ import logging
 import os
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence, Set
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -19,9 +19,10 @@ from rqa.data import Document, Example, read_examples
 from rqa.documents import PRINT, Places, keys_of, passages_of, prints, with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
+from rqa.retrieval.fusion import choose_weight, reciprocal_rank_fusion, weighted_sum
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
-from rqa.retrieval.reranking import RerankingArguments, reranked
+from rqa.retrieval.reranking import RerankingArguments, reranking
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -34,17 +35,16 @@ log = logging.getLogger(__name__)
 logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the application asked for
 
 DEPTH = 100  # candidates that each retriever brings
-WEIGHTS = np.linspace(0, 1, 21)
 AT_ONCE = 2**21  # words of documents whose scores are computed together
 FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
 
 
 @dataclass(kw_only=True)
-class RetrieverArguments(EncoderArguments, IndexArguments, RerankingArguments):
+class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag("rrf", "How hybrid fuses both lists: by ranks, or a weighted sum.", ["rrf", "weighted"])
+    fusion: str = flag("rrf", "How hybrid fuses both: by ranks, or a weighted sum.", ["rrf", "weighted"], rare=True)
     fusion_weight: float | None = flag(
         None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
     )
@@ -67,7 +67,8 @@ def open_retriever(
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
-    return reranked(_first_stage(flags, embedding_model, documents, examples), flags)
+    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
+    return behind(_first_stage(flags, embedding_model, documents, examples))
 
 
 def _first_stage(
@@ -203,51 +204,3 @@ class HybridRetriever(PassageRetriever):
     def identity(self) -> str:
         settings = map(str, (self.fusion, self.weight, self.normalization))
         return fingerprint("hybrid", self.dense.identity(), self.lexical.identity(), *settings)
-
-
-def reciprocal_rank_fusion(lists: Sequence[Hits], k: int) -> Hits:
-    """Documents by the sum over lists of 1 / (60 + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
-    values = [np.broadcast_to(1 / (60 + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
-    return _sum([hits.ids for hits in lists], values, k)
-
-
-def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalization: str = "min_max") -> Hits:
-    """Documents by `weight * dense + (1 - weight) * lexical`, of scores normalised for each question.
-
-    They are normalised to 0 to 1 in each list (`min_max`), or to its standard deviations (`z`). A document that a list
-    does not hold counts there as the list's last one. [Q, d] each -> [Q, k]
-    """
-    values = [share * _above_the_last(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
-    return _sum([dense.ids, lexical.ids], values, k)
-
-
-def choose_weight(dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max") -> float:
-    """The dense share with the greatest mean reciprocal rank of the `gold` positions; of equals the most even."""
-
-    def quality(weight: float) -> float:
-        found = weighted_sum(dense, lexical, weight, 10, normalization).ids  # [Q, 10]
-        relevant = np.array([[i in wanted for i in row] for row, wanted in zip(found.tolist(), gold, strict=True)])
-        return float(np.where(relevant.any(1), 1 / (relevant.argmax(1) + 1), 0.0).mean())
-
-    return float(max(WEIGHTS, key=lambda weight: (round(quality(weight), 9), -abs(weight - 0.5))))
-
-
-def _above_the_last(hits: Hits, normalization: str) -> np.ndarray:
-    """How far each score stands above the last of its list. [Q, d]"""
-    scores = np.where(hits.ids >= 0, hits.scores, np.nan).astype(np.float64)
-    found = ~np.isnan(scores).all(axis=1, keepdims=True)  # [Q, 1]
-    scores = np.where(found, scores, 0.0)
-    lowest, highest = np.nanmin(scores, axis=1, keepdims=True), np.nanmax(scores, axis=1, keepdims=True)
-    unit = highest - lowest if normalization == "min_max" else np.nanstd(scores, axis=1, keepdims=True)
-    # Where all are equally good, each of them is better than what was not found.
-    return np.where(highest > lowest, (scores - lowest) / np.where(unit > 0, unit, 1), 1.0)
-
-
-def _sum(ids: Sequence[np.ndarray], values: Sequence[np.ndarray], k: int) -> Hits:
-    """The k documents with the greatest sum of values over the lists."""
-    rows = []
-    for row_ids, row_values in zip(np.concatenate(ids, axis=1), np.concatenate(values, axis=1), strict=True):
-        found = row_ids >= 0
-        documents, places = np.unique(row_ids[found], return_inverse=True)
-        rows.append(best(np.bincount(places, row_values[found], len(documents)), documents, k))
-    return stack(rows, k)

@@ -1,15 +1,20 @@
 """A second stage: what another retriever finds, ranked anew by a cross-encoder."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from rqa.models.reranker import Reranker, RerankerArguments, load_reranker
+from rqa.retrieval.fusion import weighted_sum
 from rqa.retrieval.retriever import Hits, PassageRetriever
+from rqa.runtime import distributed
+from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
+
+PAIRS_AT_ONCE = 2**14  # bounds the memory of their tokens
 
 
 @dataclass(kw_only=True)
@@ -17,39 +22,62 @@ class RerankingArguments(RerankerArguments):
     """Whether what is found is ranked anew."""
 
     reranker: str | None = flag(None, "Cross-encoder that ranks anew what is found: a directory or a hub name.")
-    rerank_depth: int = flag(50, "Passages of each question that it reads, at least as many as are asked for.")
+    rerank_depth: int = flag(
+        50, "Passages of each question that the reranker reads; where more are asked for, it reads as many.", rare=True
+    )
+    rerank_weight: float = flag(
+        1.0, "The reranker's share of a sum with the first stage's scores, both from 0 to 1; 1: it alone decides.",
+        rare=True,
+    )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("rerank_depth", at_least=1)
+        self.check_bounds("rerank_weight", at_least=0, at_most=1)
 
 
 class RerankingRetriever(PassageRetriever):
-    """The best of another retriever's first passages, by a reranker's scores; equal ones keep their order."""
+    """The best of another retriever's first passages, by a reranker's scores; equal ones keep their order.
 
-    def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int) -> None:
-        self.first, self.reranker, self.depth, self.documents = first, reranker, depth, first.documents
+    With a `weight` below 1 they are ranked by `weighted_sum`, the first stage's own scores having the rest of it.
+    Under several processes `retrieve` is for all at once, whatever the first stage is.
+    """
+
+    def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int, weight: float = 1.0) -> None:
+        self.first, self.reranker, self.depth, self.weight = first, reranker, depth, weight
+        self.documents = first.documents
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         return self.rerank(questions, self.first.retrieve(questions, max(k, self.depth)), k)
 
     def rerank(self, questions: Sequence[str], hits: Hits, k: int) -> Hits:
         """The k best of what was found for each question. [Q, depth] -> [Q, k]"""
-        found = hits.ids >= 0  # [Q, depth]
-        texts = {number: self.documents[number].fmt_content for number in np.unique(hits.ids[found]).tolist()}
-        asked = [(questions[row], texts[hits.ids[row, column]]) for row, column in zip(*found.nonzero(), strict=True)]
         scores = np.full(hits.ids.shape, -np.inf, dtype=np.float32)
-        scores[found] = self.reranker.score(asked)
+        longest = int(max(distributed.total_by_rank(len(questions))))  # as often on every process
+        parts = range(0, longest, max(PAIRS_AT_ONCE // max(hits.ids.shape[1], 1), 1))
+        for start in progress(parts, desc="rerank", unit="batch", disable=len(parts) < 2):
+            rows, columns = np.nonzero(hits.ids[start : start + parts.step] >= 0)
+            numbers = hits.ids[start + rows, columns]
+            texts = {number: self.documents[number].fmt_content for number in np.unique(numbers).tolist()}
+            pairs = [(questions[start + row], texts[number]) for row, number in zip(rows, numbers, strict=True)]
+            known = list(dict.fromkeys(pairs))  # equal passages of a question are equally good, to the last bit
+            found = dict(zip(known, self.reranker.score(known), strict=True))
+            scores[start + rows, columns] = [found[pair] for pair in pairs]
+        if self.weight < 1:
+            return weighted_sum(Hits(hits.ids, scores), hits, self.weight, min(k, hits.ids.shape[1]))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(hits.ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
     def identity(self) -> str:
-        return fingerprint("reranked", self.first.identity(), self.reranker.fingerprint(), str(self.depth))
+        settings = map(str, (self.reranker.fingerprint(), self.reranker.model.dtype, self.depth, self.weight))
+        return fingerprint("reranked", self.first.identity(), *settings)
 
 
-def reranked(first: PassageRetriever, flags: RerankingArguments) -> PassageRetriever:
-    """The retriever, behind it the reranker that the flags name, if any."""
+def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], PassageRetriever]:
+    """What puts the reranker that the flags name, if any, behind a retriever; it is loaded now, or refused."""
     if flags.reranker is None:
-        if flags.rerank_depth != RerankingArguments.rerank_depth:
-            raise UserError(f"--rerank_depth {flags.rerank_depth}: nothing is ranked anew; add --reranker")
-        return first
-    return RerankingRetriever(first, load_reranker(flags.reranker, flags), flags.rerank_depth)
+        for name in ("rerank_depth", "rerank_weight"):
+            if getattr(flags, name) != getattr(RerankingArguments, name):
+                raise UserError(f"--{name} {getattr(flags, name)}: nothing is ranked anew; add --reranker")
+        return lambda first: first
+    reranker = load_reranker(flags.reranker, flags)
+    return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, flags.rerank_weight)

@@ -35,6 +35,10 @@ class Hits:
     ids: np.ndarray  # positions in the database, -1 where fewer than k were found. [Q, k]
     scores: np.ndarray  # what they are ranked by, the greater the better. [Q, k]
 
+    def gathered(self) -> "Hits":
+        """The hits of all questions from those that `distributed.share` dealt to each process."""
+        return Hits(distributed.gather_array(self.ids), distributed.gather_array(self.scores))
+
 
 class PassageRetriever(ABC):
     """Finds passages of a document database, by whatever means."""
@@ -51,8 +55,7 @@ class PassageRetriever(ABC):
 
     def retrieve_shared(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, each process its share of the questions; all ask for the same, and all get everything."""
-        hits = self.retrieve(distributed.share(questions), k)
-        return Hits(distributed.gather_array(hits.ids), distributed.gather_array(hits.scores))
+        return self.retrieve(distributed.share(questions), k).gathered()
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
         """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""

@@ -77,9 +77,9 @@ class Arguments:
         place = escape(os.path.realpath(getattr(self, output)))
         written = {os.path.realpath(path) for name in names for path in glob(str(Path(place, name)))}
         for name, value in vars(self).items():
-            read = name != output and name.endswith(("_file", "_path", "_model", "_template"))
+            read = name != output and name.endswith(("_file", "_path", "_model", "_template", "reranker"))
             for given in (value if isinstance(value, list) else [value]) if read else ():
-                if (path := os.path.realpath(str(given).removeprefix("bert::"))) in written:
+                if (path := os.path.realpath(re.sub("^(bert|reranker)::", "", str(given)))) in written:
                     raise UserError(f"--{output}: {path} is --{name}, too, and would be overwritten; name another")
 
     def ignore(self, name: str, why: str) -> None:

@@ -55,11 +55,13 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         terms["gathered layers"] = 2 * width * (whole - sum(counts) + 2 * max(counts, default=0))
     batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
-    for name in ("lm_model_path", "reader_model_path", "embedding_model"):
+    for name in ("lm_model_path", "reader_model_path", "embedding_model", "reranker"):
         path = getattr(flags, name, None)
         if path and path != "bm25" and not path.startswith("openai::"):
             size = width if flags.dtype == "auto" else getattr(torch, flags.dtype).itemsize
-            terms[f"{path}, frozen"] = size * _unloaded(path, flags, name == "embedding_model").num_parameters()
+            model = path.removeprefix("reranker::")
+            encodes = name in ("embedding_model", "reranker") or model != path
+            terms[f"{path}, frozen"] = size * _unloaded(model, flags, encodes).num_parameters()
     return f"GiB on each device: {whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
 
 
@@ -84,9 +86,12 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
     given, B, answer = vars(flags).get, flags.per_device_train_batch_size, 0
     fusion = not trains_retriever and model.config.is_encoder_decoder
     if trains_retriever:
-        documents = given("num_docs") or given("n_context") or 1 + (flags.num_hard_negatives or flags.hard_neg_ratio)
-        length = flags.max_passage_length or min(getattr(model.config, "max_position_embeddings", 512), 512)
-        rows = min(int(B * documents), flags.chunk_size or 2**32)
+        reranks = "num_other_gold" in vars(flags)  # RERANK, whose texts are questions with passages
+        hard = given("num_hard_negatives") or given("hard_neg_ratio")
+        documents = given("num_docs") or given("n_context") or 1 + hard + given("num_other_gold", 0)
+        longest = flags.max_pair_length if reranks else flags.max_passage_length
+        length = longest or min(getattr(model.config, "max_position_embeddings", 512), 512)
+        rows = min(int(B * documents), given("chunk_size") or 2**32)
     elif fusion:
         rows, length = B * (flags.embedding_max_num_to_retrieve + 1), flags.max_encoder_seq_length
         answer = flags.max_decoder_seq_length

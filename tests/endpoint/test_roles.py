@@ -118,13 +118,15 @@ def test_a_scorer_without_a_tokenizer_cuts_by_estimate(
     assert remote_scorer(replace(flags, endpoint_model="other"))[1] != identity
 
 
-def test_train_rpg_learns_from_a_server_what_it_learns_from_the_same_model_here(
-    train: Callable[..., Path], scoring: OpenAIServer, lm_path: str, tmp_path: Path
+@pytest.mark.parametrize("trainer", ["train_rpg", "train_rerank"])
+def test_a_trainer_learns_from_a_server_what_it_learns_from_the_same_model_here(
+    trainer: str, train: Callable[..., Path], scoring: OpenAIServer, lm_path: str, tmp_path: Path
 ) -> None:
-    rpg = {"max_steps": 2, "learning_rate": 1e-3, "eval_file": None, "test_file": None, "refresh_step": None}
+    flags = {"max_steps": 2, "learning_rate": 1e-3, "eval_file": None, "test_file": None, "refresh_step": None,
+             "text_maxlength": 256}  # fmt: skip
     served = {"lm_model_path": f"openai::{scoring.url}", "lm_tokenizer": lm_path, "endpoint_api_key": "secret"}
-    there = load_file(train("train_rpg", **rpg, **served) / "model.safetensors")
-    here = load_file(train("train_rpg", **rpg, output_dir=tmp_path / "here") / "model.safetensors")
+    there = load_file(train(trainer, **flags, **served) / "model.safetensors")
+    here = load_file(train(trainer, **flags, lm_model_path=lm_path, output_dir=tmp_path / "here") / "model.safetensors")
     for name, weight in here.items():
         # Adam steps as far for a tiny gradient as for a large one: where it is nearly zero, rounding shows.
         assert (there[name] - weight).abs().mean() < 1e-5

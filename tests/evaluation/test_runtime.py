@@ -12,13 +12,14 @@ from rqa.data import Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.comparison import compare
-from rqa.evaluation.executables import measure_speed
+from rqa.evaluation.executables import timed_retrieval
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDReader
 from rqa.models.reader import Answer, CausalLMReader
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.reranking import RerankingRetriever
 from rqa.retrieval.retriever import Hits
 
 Answered = Callable[..., tuple[dict[str, float], list[dict[str, Any]]]]
@@ -75,9 +76,21 @@ class Parrot:
 
 def test_the_warm_up_is_no_part_of_a_time(documents: list[Document], examples: list[Example], time: Clock) -> None:
     assert seconds(lambda: time.sleep(0.05)) == 0.05
-    speed = measure_speed(SlowRetriever(documents), examples, 4)
+    hits, speed = timed_retrieval(SlowRetriever(documents), examples, 4)
     assert [speed[f"retr/{name}"] for name in ("latency_p50_ms", "latency_p99_ms")] == pytest.approx([2, 2])
     assert speed["retr/questions_per_second"] == pytest.approx(500)
+    expected = LexicalRetriever(documents).retrieve([example.question for example in examples], 4)
+    np.testing.assert_array_equal(hits.ids, expected.ids)
+
+
+def test_the_latency_of_a_second_stage_stands_beside_that_of_the_first(
+    documents: list[Document], examples: list[Example], time: Clock
+) -> None:
+    """The reranker takes 3 ms a pair."""
+    ranker: Any = SimpleNamespace(score=lambda pairs: time.sleep(0.003 * len(pairs)) or np.zeros(len(pairs)))
+    _, speed = timed_retrieval(RerankingRetriever(SlowRetriever(documents), ranker, 2), examples, 1)
+    names = ("latency_p50_ms", "first_stage_latency_p50_ms", "reranking_latency_p50_ms", "questions_per_second")
+    assert [speed[f"retr/{name}"] for name in names] == pytest.approx([8, 2, 6, 125])
 
 
 @pytest.fixture

@@ -11,9 +11,11 @@ import pytest
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
+from rqa.models.reranker import load_reranker
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.mine import mine
 from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.reranking import RerankingRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
 
 Run = Callable[[str, dict[str, object]], int]
@@ -38,12 +40,15 @@ def flags(data: Path, tmp_path: Path) -> dict[str, object]:
             "output_path": tmp_path / "mined.jsonl"}  # fmt: skip
 
 
-@pytest.mark.parametrize("retriever", ["bm25", "dense", "both"])
+@pytest.mark.parametrize(
+    ("retriever", "reranks"), [("bm25", False), ("dense", False), ("both", False), ("bm25", True), ("both", True)]
+)
 def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
-    retriever: str, flags: dict[str, object], encoder_path: str, run_executable: Run, data: Path,
-    capsys: pytest.CaptureFixture[str],
+    retriever: str, reranks: bool, flags: dict[str, object], encoder_path: str, reranker_path: str,
+    run_executable: Run, data: Path, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     flags |= {"retriever": retriever, "num_negatives": 3}
+    flags |= {"reranker": reranker_path, "dtype": "float32", "negatives_to_rank": 20} if reranks else {}
     index = Path(str(flags["output_path"])).with_name("index")
     flags |= {} if retriever == "bm25" else {"embedding_model_name_or_path": encoder_path, "index_path": index}
     assert run_executable("mine_negatives", flags) == 0
@@ -52,6 +57,7 @@ def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
     documents = read_documents(data / "documents.jsonl")
     rankers: list[PassageRetriever] = [LexicalRetriever(documents)] * (retriever != "dense")
     rankers += [Retriever(load_encoder(encoder_path), documents).open()] * (retriever != "bm25")
+    rankers = [RerankingRetriever(each, load_reranker(reranker_path), 50) for each in rankers] if reranks else rankers
     for example in after:
         lists = [[documents[i] for i in ranker.retrieve([example.question], 24).ids[0] if i >= 0] for ranker in rankers]
         ranked = dict.fromkeys(document for rank in zip_longest(*lists) for document in rank if document)

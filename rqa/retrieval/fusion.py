@@ -1,0 +1,58 @@
+"""Two rankings become one: by ranks, or by a weighted sum of scores."""
+
+from collections.abc import Sequence, Set
+
+import numpy as np
+
+from rqa.retrieval.ranking import best
+from rqa.retrieval.retriever import Hits, stack
+
+WEIGHTS = np.linspace(0, 1, 21)
+
+
+def reciprocal_rank_fusion(lists: Sequence[Hits], k: int) -> Hits:
+    """Documents by the sum over lists of 1 / (60 + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
+    values = [np.broadcast_to(1 / (60 + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
+    return _sum([hits.ids for hits in lists], values, k)
+
+
+def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalization: str = "min_max") -> Hits:
+    """Documents by `weight * dense + (1 - weight) * lexical`, of scores normalised for each question.
+
+    They are normalised to 0 to 1 in each list (`min_max`), or to its standard deviations (`z`). A document that a list
+    does not hold counts there as the list's last one. [Q, d] each -> [Q, k]
+    """
+    values = [share * _above_the_last(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
+    return _sum([dense.ids, lexical.ids], values, k)
+
+
+def choose_weight(dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max") -> float:
+    """The dense share with the greatest mean reciprocal rank of the `gold` positions; of equals the most even."""
+
+    def quality(weight: float) -> float:
+        found = weighted_sum(dense, lexical, weight, 10, normalization).ids  # [Q, 10]
+        relevant = np.array([[i in wanted for i in row] for row, wanted in zip(found.tolist(), gold, strict=True)])
+        return float(np.where(relevant.any(1), 1 / (relevant.argmax(1) + 1), 0.0).mean())
+
+    return float(max(WEIGHTS, key=lambda weight: (round(quality(weight), 9), -abs(weight - 0.5))))
+
+
+def _above_the_last(hits: Hits, normalization: str) -> np.ndarray:
+    """How far each score stands above the last of its list. [Q, d]"""
+    scores = np.where(hits.ids >= 0, hits.scores, np.nan).astype(np.float64)
+    found = ~np.isnan(scores).all(axis=1, keepdims=True)  # [Q, 1]
+    scores = np.where(found, scores, 0.0)
+    lowest, highest = np.nanmin(scores, axis=1, keepdims=True), np.nanmax(scores, axis=1, keepdims=True)
+    unit = highest - lowest if normalization == "min_max" else np.nanstd(scores, axis=1, keepdims=True)
+    # Where all are equally good, each of them is better than what was not found.
+    return np.where(highest > lowest, (scores - lowest) / np.where(unit > 0, unit, 1), 1.0)
+
+
+def _sum(ids: Sequence[np.ndarray], values: Sequence[np.ndarray], k: int) -> Hits:
+    """The k documents with the greatest sum of values over the lists."""
+    rows = []
+    for row_ids, row_values in zip(np.concatenate(ids, axis=1), np.concatenate(values, axis=1), strict=True):
+        found = row_ids >= 0
+        documents, places = np.unique(row_ids[found], return_inverse=True)
+        rows.append(best(np.bincount(places, row_values[found], len(documents)), documents, k))
+    return stack(rows, k)
