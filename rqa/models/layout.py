@@ -88,7 +88,8 @@ def chain(layers: Iterable[Layer]) -> nn.Sequential:
 
 def width_behind(layers: Iterable[nn.Module], width: int) -> int:
     """D, what layers make of a width H."""
-    return next((layer.config["out_features"] for layer in reversed([*layers]) if hasattr(layer, "linear")), width)
+    linear = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear)]
+    return linear[-1].out_features if linear else width
 
 
 def configs(layers: nn.Sequential) -> dict[str, Any]:
@@ -169,12 +170,8 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     if layers and names[-1] == "Normalize" and (unit or normalize is False):
         layers.pop()  # a setting says the same
     prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
-    passages = prompt["document"]
-    if (
-        "document" not in prompts
-        and (passages := prompt["passage"] or prompt["corpus"])
-        and flags.passage_prefix is None
-    ):
+    passages = prompt["document"] if "document" in prompts else prompt["passage"] or prompt["corpus"]
+    if passages and "document" not in prompts and flags.passage_prefix is None:
         other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
         log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
     if not (pooling := _read_json(path, pooling_file)):
