@@ -46,7 +46,9 @@ class EncoderArguments(LoadingArguments):
     query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
     query_instruction: str | None = flag(
-        None, "Task in words, put before a question as 'Instruct: TASK\nQuery: ', or a template that ends with {query}."
+        None,
+        "Task, put before a question as 'Instruct: TASK\\nQuery: ', or a template with {query} at its end.",
+        rare=True,
     )
     truncate_dim: int | None = flag(None, "Dimensions of embeddings that are kept, the first ones. Default: all.")
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
@@ -215,8 +217,7 @@ class Encoder(nn.Module):
         directory = Path(directory)
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        width, two = self.backbone.config.hidden_size, self.passage_encoder is not None
-        layout.write_layout(directory, self.settings, self.projection, width, two)
+        layout.write_layout(directory, self)
         if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 

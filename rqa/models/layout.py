@@ -97,15 +97,11 @@ def configs(layers: nn.Sequential) -> dict[str, Any]:
     return {name: layer.config for name, layer in layers.named_children()}
 
 
-def write_layout(
-    directory: Path, settings: EncoderSettings, layers: nn.Sequential, width: int, two_encoders: bool
-) -> None:
-    """Write what `sentence-transformers` and `read_layout` build the same encoder from; the backbone is there already.
-
-    With two encoders, that of passages is saved beside them, and `encode_query` and `encode_document` use one each.
-    """
-    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
+def write_layout(directory: Path, encoder: Any) -> None:
+    """Write what `sentence-transformers` and `read_layout` build the same encoder from, beside its backbones."""
+    settings, layers, two_encoders = encoder.settings, encoder.projection, encoder.passage_encoder is not None
     files: dict[str, Any] = {f"{name}/config.json": config for name, config in configs(layers).items()}
+    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
     top = modules
     if two_encoders:
         top = {"": "Router"}
@@ -116,8 +112,8 @@ def write_layout(
     if settings.normalize:
         top = top | {f"{len(modules)}_Normalize": "Normalize"}
         files[f"{len(modules)}_Normalize/config.json"] = {}
-    pooling = {f"pooling_mode_{key}": settings.pooling_type == name for key, name in POOLING.items()}
-    pooling |= {"word_embedding_dimension": width, "include_prompt": settings.include_prompt}
+    width, pooling = encoder.backbone.config.hidden_size, {"include_prompt": settings.include_prompt}
+    pooling |= {f"pooling_mode_{key}": settings.pooling_type == name for key, name in POOLING.items()}
     prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
     similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
     files |= {
@@ -125,7 +121,7 @@ def write_layout(
                          for i, path in enumerate(top)],
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
         GENERAL_FILE: {"prompts": prompts, **similarity, "truncate_dim": settings.truncate_dim or None},
-        "1_Pooling/config.json": pooling,
+        "1_Pooling/config.json": pooling | {"word_embedding_dimension": width},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(configs(layers))},
     }  # fmt: skip
     for name, value in files.items():
@@ -163,12 +159,12 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
     if similarity not in ("cosine", "dot") and flags.normalize is None:
         raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
-    cut, normalize = flags.truncate_dim or general("truncate_dim", 0), flags.normalize
-    # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
-    unit = similarity != "dot" or (names[-1] == "Normalize" and not cut) if normalize is None else normalize
+    cut, unit = flags.truncate_dim or general("truncate_dim", 0), names[-1] == "Normalize"
     layers = list(zip(folders[2:], names[2:], strict=True))
-    if layers and names[-1] == "Normalize" and (unit or normalize is False):
-        layers.pop()  # a setting says the same
+    if unit and (similarity == "cosine" or flags.normalize is not None or not cut):
+        layers.pop()  # `normalize` says the same
+    # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
+    normalize = similarity != "dot" or (unit and not cut)
     prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
     passages = prompt["document"] if "document" in prompts else prompt["passage"] or prompt["corpus"]
     if passages and "document" not in prompts and flags.passage_prefix is None:
@@ -190,7 +186,7 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     return {
         "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
         "pooling_file": pooling_file, "include_prompt": pools("include_prompt", True),
-        "normalize": unit, "truncate_dim": cut, "layers": layers,
+        "normalize": normalize, "truncate_dim": cut, "layers": layers,
         "query_prefix": prompt["query"], "passage_prefix": passages,
         "max_query_length": reading("query_length", length), "max_passage_length": reading("document_length", length),
         "do_lower_case": reading("do_lower_case", False),
@@ -230,8 +226,7 @@ def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
     value = settings.get(name) if isinstance(settings, dict) else settings
     if value is None:
         return default
-    wrong = ("length" in name and value < 3) or (name == "truncate_dim" and value < 0) if type(value) is int else False
-    if type(value) is not type(default) or wrong:
+    if type(value) is not type(default) or (type(value) is int and value < (3 if "length" in name else 0)):
         raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
     return value
 

@@ -52,7 +52,7 @@ class LoadingArguments(Arguments):
         "auto", "What models that are not trained are loaded in; auto: what is computed in.",
         ["auto", "float32", "bfloat16"], rare=True,
     )  # fmt: skip
-    use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).")
+    use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).", rare=True)
     trust_remote_code: bool = flag(False, "Whether to run Python code that a checkpoint brings.", rare=True)
 
     @property
