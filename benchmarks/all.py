@@ -34,6 +34,7 @@ BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what foll
     "limits": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
     "train_throughput": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
     "retriever_training": "--model_name_or_path {E} --train_file --document_path --precision {P}",
+    "reranking": "--model_name_or_path {E} --eval_data_path --document_path --precision {P}",
     "rpg_step": "--model_name_or_path {E} --lm_model_path {M} --train_file --document_path --precision {P}",
     "fusion_in_decoder": "--tokenizer {E} --train_file --document_path --precision {P}",
     "evaluation_runtime": (

@@ -9,8 +9,11 @@
   the code's own cost shows: built, started again with nothing to do, and updated after 1 % of the passages changed.
 - `speed`: tokens a second of the tokenizer alone, the encoder alone, one after the other, and both as rqa runs them.
 - `peers`: bin/build_index with the encoder E beside sentence-transformers and faiss, at their best settings here.
+- `decoder`: the same with a random Qwen3 of 0.1B parameters that pools by the last token, over a twentieth of passages.
 - `search`: 64 questions at once, in each kind of index, over made-up vectors of 384 dimensions in clusters; `memory` is
   a flat index of which two processes hold a part each, and that nothing is saved of.
+- `int8`: the encoder E's vectors of real passages and questions, kept with fewer bits, re-scored or not; recall is of
+  the ten passages that a flat index of float32 finds.
 
 Words are those of docstrings, as often as they come there. `peak` is the most memory that a command's processes held,
 added up; `own` leaves out the pages of mapped files, which the system takes back when it needs them.
@@ -33,12 +36,13 @@ import torch
 import faiss
 import numpy as np
 from harness import Row, measure_command, new_parser, print_result, print_table, read_corpus
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoTokenizer, BertConfig, BertModel, Qwen3Config, Qwen3Model
 
 from rqa.data import Document
 from rqa.documents import read_documents, write_documents
 from rqa.evaluation.runtime import seconds
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
+from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
@@ -49,18 +53,24 @@ BUILD_INDEX = Path(__file__).parents[1] / "bin" / "build_index"
 WORDS, BLOCK, DIMENSION, QUESTIONS, K = 90, 10_000, 384, 64, 10
 CHANGED = 100  # every so many passages one is another after an update
 ASKED = range(10**9, 10**9 + QUESTIONS)  # what stands in the questions: of the passages' clusters, but of no passage
-FACTORIES = ["Flat", "memory", "auto", "IVF4000,PQ48", "bm25", "milvus"]
+FACTORIES = ["Flat", "memory", "auto", "SQ8,RFlat", "IVF4000,PQ48", "bm25", "milvus"]
+FEWER_BITS = ["Flat", "SQ8", "SQ8,RFlat", "SQ4,RFlat", "PQ48", "PQ48,Refine(SQ8)", "PQ48,RFlat"]
 TABLES = {  # part -> title, name and format of each column
     "build": "one layer: passages|size|,  built s|seconds|.1f  a second|rate|,.0f  peak GiB|peak|.2f  own|own|.2f  "
     "KiB more a passage|more|.2f  index GB|gb|.3f  again s|again|.1f  1 % new s|update_seconds|.1f  "
     "peak GiB|update_peak|.2f",
     "speed": "tokens a second|encoder|  in|dtype|  tokenizer|tokenizer_rate|,.0f  encoder|encoder_rate|,.0f  "
     "both|both|,.0f  rqa|whole_rate|,.0f  of both|of_both|.0%",
-    "peers": "from file to index|system|  in|dtype|  batch|batch|  s|seconds|.1f  passages/s|rate|.1f  "
-    "peak GiB|peak|.2f  rqa is|rqa_is|.2f",
+    "peers": (
+        PEERS := "from file to index|system|  in|dtype|  batch|batch|  s|seconds|.1f  passages/s|rate|.1f  "
+        "tokens/s|tokens_rate|,.0f  peak GiB|peak|.2f  rqa is|rqa_is|.2f"
+    ),
+    "decoder": PEERS.replace("index", "index, 0.1B decoder"),
     "search": "64 questions|factory|  passages|size|,  processes|processes|  read s|scanned|.1f  built s|built|.1f  "
     "peak GiB|built_peak|.2f  open s|opened|.3f  peak GiB|peak|.2f  own|own|.2f  first ms|first_ms|.0f  "
     "then ms|then_ms|.0f  recall@10|recall|.3f  all as exact|equal|",
+    "int8": "real vectors|factory|  passages|size|,  questions|questions|  bytes a passage|bytes|,.0f  ms|ms|.1f  "
+    "recall@10|recall|.4f  first as exact|first|.4f",
 }
 
 
@@ -72,6 +82,8 @@ def main() -> None:
     parser.add_argument("--searched", type=int, default=1_000_000, help="passages to search")
     parser.add_argument("--in_milvus", type=int, default=100_000, help="passages to search in milvus-lite")
     parser.add_argument("--factories", nargs="*", default=FACTORIES, help="where to search")
+    parser.add_argument("--document_path", help="passages of `int8`, with --eval_file (default: pydocs)")
+    parser.add_argument("--eval_file", help="their questions")
     parser.add_argument("--rows", help="file (JSONL) to which rows are added, and whose earlier rows are shown, too")
     arguments = parser.parse_args()
     if arguments.system:
@@ -182,9 +194,12 @@ def encode(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
 
 def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     size, encoder = arguments.encoded, arguments.embedding_model
+    texts = [document.fmt_content for document in read_documents(corpus(arguments, size))]
+    tokens = sum(map(len, AutoTokenizer.from_pretrained(encoder)(texts)["input_ids"])) / size
     ours, index = build_index(arguments, encoder, size)
     dtype = json.loads((index / "index.json").read_text())["dtype"]
-    yield (ours := ours | {"system": "rqa", "dtype": dtype, "rate": size / ours["seconds"]})
+    ours |= {"system": "rqa", "dtype": dtype, "rate": size / ours["seconds"]}
+    yield ours | {"tokens_rate": tokens * ours["rate"]}
     given = {"documents": str(corpus(arguments, size)), "dtype": dtype}
     tried = {
         child(arguments, "sentence-transformers", **given, size=1000, batch=batch)["encoding"]: batch
@@ -193,7 +208,26 @@ def peers(arguments: argparse.Namespace) -> Iterator[Row]:
     theirs = child(arguments, "sentence-transformers", **given, size=size, batch=tried[min(tried)])
     theirs |= {"system": "sentence-transformers", "dtype": dtype, "batch": tried[min(tried)]}
     rate = size / theirs["seconds"]
-    yield theirs | {"rate": rate, "rqa_is": ours["rate"] / rate}
+    yield theirs | {"rate": rate, "tokens_rate": tokens * rate, "rqa_is": ours["rate"] / rate}
+
+
+def decoder(arguments: argparse.Namespace) -> Iterator[Row]:
+    from sentence_transformers import SentenceTransformer
+    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+
+    path = f"{arguments.directory}/decoder"
+    tokenizer = AutoTokenizer.from_pretrained(arguments.embedding_model)
+    torch.manual_seed(0)
+    Qwen3Model(
+        Qwen3Config(vocab_size=len(tokenizer), hidden_size=768, intermediate_size=2304, num_hidden_layers=12,
+                    num_attention_heads=12, num_key_value_heads=4, head_dim=64, max_position_embeddings=512)
+    ).save_pretrained(path)  # fmt: skip
+    tokenizer.save_pretrained(path)
+    modules = [Transformer(path, max_seq_length=256), Pooling(768, "lasttoken"), Normalize()]
+    SentenceTransformer(modules=modules).save(path)
+    yield from peers(
+        argparse.Namespace(**vars(arguments) | {"embedding_model": path, "encoded": arguments.encoded // 20})
+    )
 
 
 def sentence_transformers(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
@@ -280,6 +314,25 @@ def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
     return told | {"ids": found[0].ids.tolist()}
 
 
+def int8(arguments: argparse.Namespace) -> Iterator[Row]:
+    documents, _, examples = read_corpus(arguments.document_path, None, arguments.eval_file)
+    encoder, exact = load_encoder(arguments.embedding_model, EncoderArguments()), None
+    vectors = encoder.embed(encoder.tokenize_passages([document.fmt_content for document in documents]))
+    queries = encoder.embed(encoder.tokenize_queries([example.question for example in examples]))
+    for factory in FEWER_BITS:
+        built, index = (FaissIndex(documents, IndexArguments(index_factory=factory)) for _ in range(2))
+        built.replace(vectors)
+        built.save(path := Path(arguments.directory, "int8"))
+        index.load(path)
+        ids = index.search(queries, K)[1]  # [Q, K]
+        exact = ids if exact is None else exact
+        row = {"factory": factory, "size": len(documents), "questions": len(examples)}
+        row["bytes"] = (path / "index.faiss").stat().st_size / len(documents)
+        row["ms"] = 1000 * min(seconds(lambda index=index: index.search(queries, K)) for _ in range(5))
+        row["recall"] = float((ids[:, :, None] == exact[:, None]).sum() / ids.size)
+        yield row | {"first": float((ids[:, 0] == exact[:, 0]).mean())}
+
+
 def nearest(size: int) -> np.ndarray:
     """The passages nearest to each question. -> [Q, K]"""
     encoder = Synthetic()
@@ -287,7 +340,7 @@ def nearest(size: int) -> np.ndarray:
     return faiss.knn(encoder.embed(ASKED), vectors, K, metric=faiss.METRIC_INNER_PRODUCT)[1]
 
 
-PARTS = {"build": build, "speed": speed, "peers": peers, "search": search}
+PARTS = {"build": build, "speed": speed, "peers": peers, "decoder": decoder, "search": search, "int8": int8}
 CHILDREN = {"encode": encode, "sentence-transformers": sentence_transformers, "ask": ask}
 
 

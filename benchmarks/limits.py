@@ -38,15 +38,9 @@ from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
 from rqa.objectives.encoding import in_chunks
 from rqa.objectives.fid import FiDLikelihood
-from rqa.objectives.rpg import (
-    Distillation,
-    LikelihoodArguments,
-    RetrievedCandidates,
-    ScoredCandidates,
-    local_scorer,
-)
+from rqa.objectives.rpg import Distillation, LikelihoodArguments, RetrievedCandidates, ScoredCandidates
 from rqa.objectives.sft import AnswerLikelihood
-from rqa.objectives.teacher import Pair, Teacher
+from rqa.objectives.teacher import Pair, Teacher, local_scorer
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.system import ReaderArguments
 from rqa.retrieval.faiss_index import FaissIndex

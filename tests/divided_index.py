@@ -10,7 +10,8 @@ from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.runtime import distributed
 
-FACTORIES = {"Flat": "", "IVF16,Flat": "nprobe=4", "SQ8": "", "IVF8,SQ8": "nprobe=3", "HNSW16": "efSearch=64"}
+FACTORIES = {"Flat": "", "IVF16,Flat": "nprobe=4", "SQ8": "", "IVF8,SQ8": "nprobe=3", "HNSW16": "efSearch=64",
+             "SQ8,RFlat": "k_factor_rf=2", "IVF8,PQ4,Refine(SQ8)": "nprobe=3"}  # fmt: skip
 
 
 def search_all(output: Path) -> None:

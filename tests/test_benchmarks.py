@@ -2,17 +2,23 @@
 
 import multiprocessing
 import time
+from argparse import Namespace
 from pathlib import Path
 from typing import Any
 
 import torch
+import numpy as np
 import pytest
+import reranking
 from gpu_sections import Section, launch, llama, training_flops
 from harness import matmul_rate, measure_command
+from retriever_learning import intervals, measure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
+from rqa.retrieval.retriever import Hits, PassageRetriever
 
 
 class Pipe(list):
@@ -101,3 +107,56 @@ def test_the_memory_of_a_command_is_that_of_all_its_processes_together(tmp_path:
     assert row["answer"] == 42
     assert row["seconds"] > 1
     assert 600 / 1024 < row["own"] < row["peak"] < 700 / 1024
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_intervals_are_those_of_resampled_questions_and_seeds(seeds: int) -> None:
+    chance = np.random.default_rng(1)
+    values = chance.random((seeds, 40, 1)) + np.arange(seeds)[:, None, None]
+    means = [
+        np.mean([values[s, q, 0] for s in chance.integers(0, seeds, seeds) for q in asked])
+        for asked in chance.integers(0, 40, (4000, 40))
+    ]
+    assert intervals(values)[0] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01 * seeds)
+
+
+class First(PassageRetriever):
+    """Finds the same passages for every question, and counts how often it is asked."""
+
+    asked = 0
+
+    def __init__(self, documents: list[Document], name: str) -> None:
+        self.documents, self.name = documents, name
+
+    def retrieve(self, questions: Any, k: int) -> Hits:
+        self.asked += 1
+        return Hits(np.tile(np.arange(k), (len(questions), 1)), np.zeros((len(questions), k)))
+
+    def identity(self) -> str:
+        return self.name
+
+
+def test_a_system_is_measured_once_and_again_when_it_is_another(
+    documents: list[Document], examples: list[Example], tmp_path: Path
+) -> None:
+    scores = {}
+    for name, times in (("a", 1), ("a", 0), ("b", 1)):
+        retriever = First(documents, name)
+        scores[name] = measure(tmp_path / "scores.json", "system", retriever, examples)
+        assert retriever.asked == times
+    assert scores["b"].tolist() == scores["a"].tolist()
+    assert scores["a"][:, 2].tolist() == [1.0] * 10 + [0.0] * 14  # recall@10
+
+
+def test_scores_of_the_reranking_benchmark_are_those_of_its_peer(
+    files: dict[str, Path], encoder_path: str, tmp_path: Path
+) -> None:
+    given = {"model_name_or_path": encoder_path, "document_path": files["full_dataset_file_path"]}
+    sizes = {"questions": 4, "passages": 3, "batch_size": 2, "negatives": 2, "max_length": 60, "steps": 1, "warmup": 0}
+    arguments = Namespace(**given, **sizes, eval_data_path=files["test_file"], precision="float32", setting="tuned")
+    arguments.directory = tmp_path
+    reranking.prepare(arguments)
+    for arguments.system in ("rqa", reranking.PREDICT):
+        row = reranking.measure(arguments)
+    assert row["gap"] < 1e-5
+    assert row["rate"] > 0

@@ -25,7 +25,7 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
 ) -> None:  # fmt: skip
     flags = {"projection": "true", "indexing_dimension": 12, "reader_temperature": 0.01, "max_steps": 30,
              "learning_rate": 3e-3, "save_steps": 1, "save_total_limit": 40, "attention_score": "value_norm",
-             "reader_batch_size": 3, "boost_gold": "true",
+             "reader_batch_size": 3, "boost_gold": "true", "matryoshka_dims": [12, 6],
              "metric_for_best_model": "eval_retr/document_recall/recall4"}  # fmt: skip
     output = train("train_dca", **flags)
     best = written(output, "trainer_state.json")["best_metric"]
@@ -97,7 +97,7 @@ def test_contexts_come_from_the_file_and_where_it_has_none_from_a_retriever(
 
 def test_emdr_asks_for_what_rpg_asked_already(train: Train, tmp_path: Path) -> None:
     train("train_rpg", num_docs=24, **UNTESTED, output_dir=tmp_path / "rpg")
-    output = train("train_emdr", num_docs=24, max_steps=20, learning_rate=1e-3)
+    output = train("train_emdr", num_docs=24, max_steps=20, learning_rate=1e-3, matryoshka_dims=[32, 8])
     assert history(output, "teacher_hit_rate")[0] == 1
     loss = history(output, "loss")
     assert np.mean(loss[-4:]) < np.mean(loss[:4])

@@ -300,8 +300,10 @@ def test_every_executable_explains_itself(
 NAMES = {"document_path": {"full_dataset_file_path"}, "index_path": {"full_dataset_index_path"},
          "embedding_model": {"embedding_model_name_or_path", "eval_embedding_model"},
          "eval_strategy": {"evaluation_strategy"}, "chunk_size": {"grad_cache_chunk_size"}}  # fmt: skip
-VALUES = {"evaluation_strategy": "epoch", "grad_cache_chunk_size": "7", "context_retriever": "bm25"}
+VALUES = {"evaluation_strategy": "epoch", "grad_cache_chunk_size": "7", "context_retriever": "bm25",
+          "teacher_temperature": "7"}  # fmt: skip
 NEEDED = {"train_dca": "--with_score true", "mine_negatives": "--retriever dense --embedding_model E",
+          "train_rerank": "--teacher T --negatives_from both --embedding_model E",
           "convert_dataset": "--validate true --document_path D"}  # fmt: skip
 
 

@@ -1,4 +1,4 @@
-"""Two processes do what one does: every trainer with DDP, six with FSDP2, evaluation on. One torchrun runs them all."""
+"""Two processes do what one does: all trainers with DDP, seven with FSDP2, evaluation on. One torchrun runs all."""
 
 import json
 import os
@@ -22,6 +22,7 @@ from trainers import TORCHRUN, Run, history, scores
 from rqa.data import Example, write_examples
 from rqa.documents import read_documents, write_documents
 from rqa.models.encoder import load_encoder
+from rqa.models.reranker import load_reranker
 from rqa.retrieval.retriever import Retriever
 
 HERE = Path(__file__).parent
@@ -39,8 +40,11 @@ TRAINERS = {
     "dca": ("train_dca", {"reader_model_path": "FID", "n_context": 6, "projection": "true", "indexing_dimension": 8,
                           "max_encoder_seq_length": 64}),
     "fid": ("train_fid", {"embedding_model": "ENCODER", "max_encoder_seq_length": 64, "max_decoder_seq_length": 16}),
+    "rerank": ("train_rerank", {"negatives_from": "both", "embedding_model": "ENCODER", "mine_negatives": "true",
+                                "num_hard_negatives": 5, "negatives_from_rank": 18, "negatives_to_rank": 22,
+                                "refresh_step": 2, "num_other_gold": 0, "rerank_depth": 24}),
 }  # fmt: skip
-SHARDED = ("swr", "adapters", "ctl in chunks", "rpg", "dca", "fid")  # FSDP2, too
+SHARDED = ("swr", "adapters", "ctl in chunks", "rpg", "dca", "fid", "rerank")  # FSDP2, too
 WAYS = {False: ("no",), True: ("no", "full_shard")}  # of --fsdp
 DECODERS = ("sft", "swr", "adapters")
 
@@ -53,8 +57,9 @@ def paths(
     """The models, the encoder without dropout, and files whose sizes two does not divide."""
     root = tmp_path_factory.mktemp("processes")
     encoder, fid = (shutil.copytree(path, root / Path(path).name) for path in (encoder_path, t5_path))
+    load_reranker(encoder_path, new_head=True).save_pretrained(root / "reranker")
     dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate")
-    for config in (encoder / "config.json", fid / "config.json"):
+    for config in (encoder / "config.json", fid / "config.json", root / "reranker" / "config.json"):
         values = json.loads(config.read_text())
         config.write_text(json.dumps(values | dict.fromkeys(values.keys() & dropout, 0.0)))
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
@@ -78,8 +83,9 @@ def flags(trainer: str, processes: int, paths: dict[str, str], **more: object) -
     """
     root = paths["ROOT"]
     own = {flag: paths.get(str(value), value) for flag, value in TRAINERS[trainer][1].items()}
+    model = f"{root}/reranker" if trainer == "rerank" else paths["FID" if trainer == "fid" else "ENCODER"]
     return {
-        "model_name_or_path": paths["LM" if trainer in DECODERS else "FID" if trainer == "fid" else "ENCODER"],
+        "model_name_or_path": paths["LM"] if trainer in DECODERS else model,
         **{f"{name}_file": f"{root}/{name}.jsonl" for name in ("train", "eval", "test")},
         "full_dataset_file_path": paths["DOCUMENTS"], "max_steps": 3, "per_device_train_batch_size": 4 // processes,
         "per_device_eval_batch_size": 2, "gradient_accumulation_steps": 2, "adam_epsilon": 1.0, "learning_rate": 0.3,

@@ -169,9 +169,10 @@ MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}
                        "refresh_step": "0-2:1,2-9:2"}),  # more documents than there are
         ("train_rpg", {"include_gold": "false", "num_docs": 2, "retrieve_temperature": 0.5, "lm_temperature": 1.0,
                        "gradient_accumulation_steps": 2, "refresh_async": "true", "refresh_step": 1}),
-        ("train_rpg", {"train_query_encoder_only": "true", "lm_chat_format": "prefix"}),
+        ("train_rpg", {"train_query_encoder_only": "true", "lm_chat_format": "prefix", "matryoshka_dims": [32, 9]}),
         ("train_ctl", {"hard_neg_ratio": 100, "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2,
-                       "gradient_checkpointing": "true", "bf16": "true", "max_batch_tokens": 200}),
+                       "gradient_checkpointing": "true", "bf16": "true", "max_batch_tokens": 200,
+                       "matryoshka_dims": [8, 32, 16]}),
         ("train_ctl", {"num_hard_negatives": 9, "train_query_encoder_only": "true"}),
         ("train_ctl", {**MINING, "negatives_from_rank": 2, "negatives_max_share": 0.95, "refresh_async": "true"}),
     ],

@@ -35,7 +35,6 @@ disable_progress_bar()
 
 # Names of tensors that decide nothing here: poolers, BERT's next-sentence head, and buffers that were saved once.
 NOT_READ = r"(^|\.)pooler\.|seq_relationship|position_ids$|inv_freq$|\b(attn|attention)\.(masked_)?bias$"
-HEAD = r"^(classifier|score|pre_classifier|pooler|head)\b"  # names of what scores, and is new in a plain encoder
 # Names in a configuration, of a model or of adapters, that decide no output.
 UNDECIDING = "name_or_path|version|dtype|architectures|_attn_impl|use_cache|inference_mode|revision|auto_map"
 WARM_START = "bert::"  # before the name of an encoder that both sides of an encoder-decoder are made of
@@ -372,11 +371,7 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
     else:
         targets = "all-linear" if flags.lora_target_modules == ["all-linear"] else flags.lora_target_modules
         numbers = {"r": flags.lora_r, "lora_alpha": flags.lora_alpha, "lora_dropout": flags.lora_dropout}
-        # A head that scores, and the pooler below it, may be new: both are trained whole, and saved with the adapters.
-        scores = type(model).__name__.endswith("ForSequenceClassification")
-        parts = [*model.named_children(), *model.base_model.named_children()] if scores else []
-        heads = [name for name, part in parts if re.search(HEAD, name) and any(True for _ in part.parameters())]
-        config = LoraConfig(target_modules=targets, modules_to_save=heads or None, **numbers)
+        config = LoraConfig(target_modules=targets, **numbers)
         try:
             model.add_adapter(config)
         except ValueError as error:
@@ -393,6 +388,5 @@ def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedMode
     """The plain model that an adapter directory and its base amount to, in CPU memory."""
     from peft import PeftModel
 
-    one_score = {"num_labels": 1} if kind.__name__.endswith("ForSequenceClassification") else {}
-    base = kind.from_pretrained(base_of(str(directory)), dtype=torch.float32, **one_score)
+    base = kind.from_pretrained(base_of(str(directory)), dtype=torch.float32)
     return PeftModel.from_pretrained(base, str(directory)).merge_and_unload()

@@ -126,9 +126,9 @@ def load_reranker(
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     config = loading.load_config(path, flags.trust_remote_code)
     has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if not has_head and not new_head and loading.base_of(path) == path:  # adapters bring the head
+    if not has_head and not new_head:
         raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
-    new_layers = "" if has_head else loading.HEAD
+    new_layers = "" if has_head else r"^(classifier|score|pre_classifier|pooler)\b"
     kind, options = AutoModelForSequenceClassification, {} if has_head else {"num_labels": 1}
     model = load_model(kind, path, flags, dtype, main_only, new_layers, **options)
     if model.config.num_labels != 1:

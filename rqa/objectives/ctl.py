@@ -101,10 +101,10 @@ class Contrastive(EncoderObjective):
         queries, passages = self.embed(batch)
         passages = distributed.gather_rows(passages)  # [P, D], of all processes
         documents = distributed.gather_rows(batch.documents)  # [P]
-        with distributed.autocast(torch.float32):  # the index compares in float32, too
-            similarity = queries @ passages.T / self.temperature  # [B, P]
-        losses, first = contrastive(similarity, documents, batch.targets, batch.gold)
-        return losses.sum(), {"accuracy": first.float().mean()}
+        similarities = self.similarities(queries, passages)  # [B, P] each
+        found = [contrastive(each, documents, batch.targets, batch.gold) for each in similarities]
+        losses, first = map(torch.stack, zip(*found, strict=True))  # [M, B] x 2
+        return losses.mean(0).sum(), {"accuracy": first[0].float().mean()}
 
 
 class Contrasts:

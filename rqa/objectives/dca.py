@@ -33,23 +33,23 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 
     reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
     with_score: bool = flag(False, "Whether scores beside the examples' ctxs are taken; no reader is asked.")
-    reader_batch_size: int = flag(4, "Questions that the reader reads at once.")
+    reader_batch_size: int = flag(4, "Questions that the reader reads at once.", rare=True)
     reader_temperature: float = flag(
         0.1, "Temperature of the reader's softmax over passages; value_norm needs a hundredth of it."
     )
     attention_score: str = flag(
-        "plain", "Score: before the softmax, or probability times the value's norm (Atlas).", ["plain", "value_norm"]
+        "plain", "Score: before softmax, or probability times value norm (Atlas).", ["plain", "value_norm"], rare=True
     )
     boost_gold: bool = flag(
-        False, "Whether gold passages get their row's maximum plus its population standard deviation."
+        False, "Whether gold passages get their row's maximum plus its population standard deviation.", rare=True
     )
     n_context: int = flag(20, "Passages of each question.")
     retriever: str = flag(
         "dense", "Who finds passages where an example has no ctxs: the model before training, BM25, or both.",
         choices=["dense", "bm25", "hybrid"], also="context_retriever",
     )  # fmt: skip
-    projection: bool = flag(False, "Whether a linear map and LayerNorm on top of the embedding are trained and saved.")
-    indexing_dimension: int = flag(768, "Width of the projection.")
+    projection: bool = flag(False, "Whether a linear map and LayerNorm on top are trained and saved.", rare=True)
+    indexing_dimension: int = flag(768, "Width of the projection.", rare=True)
 
     def check(self) -> None:
         if self.with_score == bool(self.reader_model_path):

@@ -1,5 +1,6 @@
 """What all objectives that train an encoder share: tokens when they are needed, embeddings with gradient, in chunks."""
 
+import logging
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ from typing import Any
 import torch
 import numpy as np
 from torch import Tensor, nn
+from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import ConcatDataset
 
@@ -17,19 +19,29 @@ from rqa.data import Document
 from rqa.documents import Places, keys_of
 from rqa.models.encoder import Encoder
 from rqa.packing import Batch, TokenBatch
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
+
+log = logging.getLogger(__name__)
 
 TEXTS_KEPT = 2**17  # whose token ids are remembered, some 600 bytes each
 
 
 @dataclass(kw_only=True)
 class ChunkArguments(Arguments):
-    """How many texts are encoded at once in training."""
+    """How many texts are encoded at once in training, and how much of their embeddings is compared."""
 
     chunk_size: int = flag(0, "Texts encoded at once; the gradient is the same. 0: all.", also="grad_cache_chunk_size")
+    matryoshka_dims: list[int] = flag(
+        [], "Train embeddings that can be cut, by the mean of the losses at these dimensions, such as 384 192 96."
+    )
 
     def check(self) -> None:
         self.check_bounds("chunk_size", at_least=0)
+        self.check_bounds("matryoshka_dims", at_least=1)
+        if twice := [d for d in self.matryoshka_dims if self.matryoshka_dims.count(d) > 1]:
+            raise UserError(f"--matryoshka_dims {twice[0]}: is given twice; leave one out")
 
 
 class Tokens:
@@ -96,16 +108,34 @@ class EncoderBatch(Batch):
 
 
 class EncoderObjective(nn.Module):
-    """An encoder that is trained by similarities over `temperature`; each algorithm brings its `forward`."""
+    """An encoder that is trained by similarities over `temperature`; each algorithm brings its `forward`.
 
-    def __init__(self, encoder: Encoder, temperature: float) -> None:
+    With `dims` the loss is its mean over similarities of the first d components (Kusupati et al. 2022, Matryoshka).
+    """
+
+    def __init__(self, encoder: Encoder, temperature: float, dims: Sequence[int] = ()) -> None:
         super().__init__()
-        self.encoder, self.temperature = encoder, temperature
+        self.encoder, self.temperature, self.dims = encoder, temperature, sorted(dims, reverse=True)
+        largest, whole = max(dims, default=encoder.dimension), encoder.dimension
+        if largest > whole:
+            raise UserError(f"--matryoshka_dims {largest}: the embeddings have {whole} dimensions; leave it out")
+        if largest < whole:
+            log.warning("--matryoshka_dims: without %d, whole embeddings are not trained; add it", whole)
 
     def embed(self, batch: EncoderBatch) -> tuple[Tensor, Tensor]:
         """Embeddings of questions and passages, with gradient unless these are frozen. -> [B, D], [P, D]"""
         queries = embed_chunks(self.encoder, batch.queries)
         return queries, embed_chunks(self.encoder.passage_side, batch.passages)
+
+    def similarities(self, queries: Tensor, passages: Tensor) -> list[Tensor]:
+        """Inner products over temperature, for each of `dims`, the largest first. [B, D], [P, D] -> [B, P] each"""
+        sides = [(queries, passages)]
+        if self.dims:
+            sides = [(queries[:, :d], passages[:, :d]) for d in self.dims]
+            if self.encoder.settings.normalize:
+                sides = [(functional.normalize(q, dim=-1), functional.normalize(p, dim=-1)) for q, p in sides]
+        with distributed.autocast(torch.float32):  # the index compares in float32, too
+            return [q @ p.T / self.temperature for q, p in sides]
 
     def save_pretrained(self, directory: str | Path) -> None:
         self.encoder.save_pretrained(directory)

@@ -22,7 +22,6 @@ from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, P
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
-from rqa.runtime import distributed
 from rqa.runtime.flags import flag
 
 
@@ -75,27 +74,27 @@ class ListBatch(EncoderBatch):
 class ListObjective(EncoderObjective):
     """An objective over K documents of each question, scored by a teacher; each algorithm brings its `losses`."""
 
-    losses: Callable[[Tensor, Tensor], Tensor]  # the loss of each question, from both logits. [B, K] x 2 -> [B]
+    losses: Callable[[Tensor, Tensor], Tensor]  # from teacher's and retriever's logits. [B, K], [M, B, K] -> [M, B]
 
     def logits(self, batch: ListBatch) -> Tensor:
-        """Similarities over temperature, with gradient; -inf where a question has fewer than K documents. -> [B, K]"""
-        queries, passages = self.embed(batch)
-        with distributed.autocast(torch.float32):  # the index compares in float32, too
-            similarity = torch.einsum("bd,bkd->bk", queries, passages[batch.columns]) / self.temperature
-        return similarity.masked_fill(batch.teacher.isneginf(), float("-inf"))
+        """Similarities over temperature, with gradient; -inf where a question has fewer documents. -> [M, B, K]"""
+        similarities = self.similarities(*self.embed(batch))  # [B, P] each
+        logits = torch.stack([each.gather(1, batch.columns) for each in similarities])
+        return logits.masked_fill(batch.teacher.isneginf(), float("-inf"))
 
     def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often retriever and teacher agree on the first document. -> []"""
         student = self.logits(batch)
-        same = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
-        return self.losses(batch.teacher, student).sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
+        same = (student[0].argmax(-1) == batch.teacher.argmax(-1)).float().mean()
+        losses = self.losses(batch.teacher, student).mean(0)  # [B]
+        return losses.sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
 
 
 class Distillation(ListObjective):
     """KL divergence between the teacher's softmax and the retriever's, in a direction of `losses.distillation`."""
 
-    def __init__(self, encoder: Encoder, temperature: float, direction: str) -> None:
-        super().__init__(encoder, temperature)
+    def __init__(self, encoder: Encoder, temperature: float, direction: str, dims: Sequence[int] = ()) -> None:
+        super().__init__(encoder, temperature, dims)
         self.losses = partial(distillation, direction=direction)
 
 

@@ -16,6 +16,7 @@ from rqa.runtime.errors import UserError
 
 FLAT_TO = 200_000  # passages: up to here `auto` compares with all
 SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
+RESCORED = 4  # candidates of a quantised index whose better vectors are compared, for each one asked for
 RECALL, ASKED = 0.98, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
 
 
@@ -57,9 +58,12 @@ def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> M
             whole = distributed.gather_array(chunks[0].vectors())
             chunks = [Chunk(distributed.gather_array(chunks[0].numbers), lambda: whole)]
         numbers = np.concatenate([chunk.numbers for chunk in chunks])
-        if isinstance(index, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
-            index.codes.resize(len(numbers) * index.code_size)
-            index.codes.resize(0)
+        if isinstance(index, faiss.IndexRefine):
+            index.k_factor = RESCORED
+        for flat in stages(index):
+            if isinstance(flat, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
+                flat.codes.resize(len(numbers) * flat.code_size)
+                flat.codes.resize(0)
         for chunk in chunks:
             index.add(chunk.vectors())
     except RuntimeError as error:
@@ -73,11 +77,11 @@ def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> M
 
 def described(kind: str, index: faiss.Index, count: int) -> str:
     """The kind and the size of an index, for a message."""
-    cells = faiss.try_extract_index_ivf(index)
-    about = f"{kind} over {count:,} documents"
-    if divides(index):
-        about += f", {count * (cells.code_size + 8 if cells else index.code_size) / 2**20:,.0f} MiB"
-    return about
+    about, (first, *better) = f"{kind} over {count:,} documents", stages(index)
+    cells = faiss.try_extract_index_ivf(first)
+    if divides(first):
+        about += f", {count * (cells.code_size + 8 if cells else first.sa_code_size()) / 2**20:,.0f} MiB"
+    return about + "".join(f", re-scored from {count * each.sa_code_size() / 2**20:,.0f} MiB" for each in better)
 
 
 def _kind(factory: str, count: int, width: int) -> str:
@@ -122,10 +126,17 @@ def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:
     return np.concatenate([part.copy() for part in parts])  # a view would keep all of its chunk
 
 
+def stages(index: faiss.Index) -> list[faiss.Index]:
+    """The index that finds candidates, and the one that scores them anew if there is one ("SQ8,RFlat")."""
+    parts = [index.base_index, index.refine_index] if isinstance(index, faiss.IndexRefine) else [index]
+    return list(map(faiss.downcast_index, parts))
+
+
 def divides(index: faiss.Index) -> bool:
     """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
-    kinds = faiss.IndexFlatCodes, faiss.IndexIVF, faiss.IndexPreTransform
-    return isinstance(index, kinds) and not isinstance(index, faiss.IndexRefine)
+    while isinstance(index, faiss.IndexPreTransform):
+        index = faiss.downcast_index(index.index)
+    return isinstance(index, faiss.IndexFlatCodes | faiss.IndexIVF)
 
 
 def embeddings(index: faiss.IndexFlat) -> Tensor:

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from rqa.data import Document
 from rqa.documents import PRINT, Places, Prints, passages_of
-from rqa.retrieval.faiss_factory import Chunk, described, divides, embeddings, make, reason
+from rqa.retrieval.faiss_factory import Chunk, described, divides, embeddings, make, reason, stages
 from rqa.retrieval.index import Index, IndexArguments
 from rqa.retrieval.ranking import inner_products, nearest, ranked
 from rqa.runtime import distributed, files
@@ -123,7 +123,7 @@ class FaissIndex(Index):
             index = faiss.read_index(str(directory / "index.faiss"), faiss.IO_FLAG_MMAP_IFC)
             stated = {name: state.get(name, "") for name in STATE}
             fits = self.flags.index_factory in ("auto", stated["factory"]) and set(map(type, stated.values())) == {str}
-            fits &= passages.dtype == PRINT and np.count_nonzero(passages) == index.ntotal > 0
+            fits &= passages.dtype == PRINT and np.count_nonzero(passages) == stages(index)[0].ntotal > 0
         except (UserError, RuntimeError, MemoryError, OSError, ValueError):
             return False
         if fits:
@@ -215,7 +215,7 @@ class FaissIndex(Index):
         return [Chunk(np.load(path)["numbers"], lambda path=path: np.load(path)["vectors"]) for path in paths]
 
     def remove(self, passages: Prints) -> None:
-        if len(passages) and self._flat is None and not divides(self._faiss):
+        if len(passages) and self._flat is None and not all(map(divides, stages(self._faiss))):
             raise UserError(f"--update true: {self.factory} cannot remove passages; rebuild the index without it")
         self._gone = passages
 
@@ -244,22 +244,28 @@ class FaissIndex(Index):
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
         index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
-        gone, cells = np.isin(self._held, self._gone), divides(index) and faiss.try_extract_index_ivf(index)
+        first, *better = stages(index)
+        gone, cells = np.isin(self._held, self._gone), divides(first) and faiss.try_extract_index_ivf(first)
         if gone.any():
-            index.remove_ids(np.flatnonzero(gone))
+            for each in [first] if cells else [first, *better]:  # ids in cells stay, and with them the better rows
+                each.remove_ids(np.flatnonzero(gone))
         held = np.where(gone, b"", self._held) if cells else self._held[~gone]
         for chunk in self._chunks():
             ids = np.arange(len(held), len(held) + len(chunk.numbers))  # of what is in cells; elsewhere FAISS counts
-            index.add_with_ids(chunk.vectors(), ids) if cells else index.add(chunk.vectors())
+            first.add_with_ids(chunk.vectors(), ids) if cells else first.add(chunk.vectors())
+            for each in better:
+                each.add(chunk.vectors())
             held = np.concatenate([held, own[chunk.numbers]])
-        self.about = described(self.factory, index, index.ntotal)
+        index.ntotal = len(held) if better else first.ntotal
+        self.about = described(self.factory, index, first.ntotal)
         return index, held
 
     def _use(self, index: faiss.Index, numbers: np.ndarray, count: int, divided: bool) -> None:
         if parameters := self.flags.index_search_parameters:
             try:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
-            except RuntimeError as error:
+                index.search(np.zeros((1, index.d), np.float32), 1)  # which alone refuses some values
+            except (RuntimeError, MemoryError) as error:
                 message = f"--index_search_parameters {parameters}: FAISS refuses it ({reason(error)})"
                 raise UserError(f"{message}; write name=value pairs of this kind of index") from None
         self._faiss, self._flat = index, embeddings(index) if isinstance(index, faiss.IndexFlat) else None

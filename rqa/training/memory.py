@@ -59,9 +59,10 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
         path = getattr(flags, name, None)
         if path and path != "bm25" and not path.startswith("openai::"):
             size = width if flags.dtype == "auto" else getattr(torch, flags.dtype).itemsize
-            model = path.removeprefix("reranker::")
-            encodes = name in ("embedding_model", "reranker") or model != path
-            terms[f"{path}, frozen"] = size * _unloaded(model, flags, encodes).num_parameters()
+            reads = name in ("lm_model_path", "reader_model_path") and not path.startswith("reranker::")
+            terms[f"{path}, frozen"] = (
+                size * _unloaded(path.removeprefix("reranker::"), flags, not reads).num_parameters()
+            )
     return f"GiB on each device: {whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
 
 
@@ -86,10 +87,10 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
     given, B, answer = vars(flags).get, flags.per_device_train_batch_size, 0
     fusion = not trains_retriever and model.config.is_encoder_decoder
     if trains_retriever:
-        reranks = "num_other_gold" in vars(flags)  # RERANK, whose texts are questions with passages
+        other = given("num_other_gold")  # of RERANK, whose texts are questions with passages
         hard = given("num_hard_negatives") or given("hard_neg_ratio")
-        documents = given("num_docs") or given("n_context") or 1 + hard + given("num_other_gold", 0)
-        longest = flags.max_pair_length if reranks else flags.max_passage_length
+        documents = given("num_docs") or given("n_context") or 1 + hard + (other or 0)
+        longest = flags.max_passage_length if other is None else flags.max_pair_length
         length = longest or min(getattr(model.config, "max_position_embeddings", 512), 512)
         rows = min(int(B * documents), given("chunk_size") or 2**32)
     elif fusion:

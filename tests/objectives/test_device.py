@@ -13,9 +13,11 @@ from rqa.models import attention
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.encoder_decoder import load_encoder_decoder
 from rqa.models.loading import load_causal_lm
+from rqa.models.reranker import load_reranker
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
 from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
+from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
 from rqa.objectives.rpg import Distillation, ScoredCandidates
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.packing import Batch, pad
@@ -34,7 +36,7 @@ class Teacher:
 
 
 @pytest.fixture(params=["sft and swr", "sft padded", "fid t5", "fid bert", "ctl", "ctl chunks", "ctl cls padded",
-                        "rpg and dca", "emdr chunks"])  # fmt: skip
+                        "rpg and dca", "emdr chunks", "rerank"])  # fmt: skip
 def step(
     request: pytest.FixtureRequest, lm_path: str, t5_path: str, encoder_path: str, examples: list[Example],
     documents: list[Document], tokenizer: PreTrainedTokenizerBase,
@@ -59,6 +61,9 @@ def step(
         flags = CTLArguments(num_hard_negatives=2, chunk_size=size)
         collate = Contrasts(rows, documents, encoder, None, flags, seed=1)
         return Contrastive(encoder, 0.1), collate(range(4))
+    if name == "rerank":
+        reranker, flags = load_reranker(encoder_path, new_head=True), RerankArguments(negatives_from="file")
+        return ListwiseReranking(reranker), Lists(examples, documents, reranker, None, flags, seed=1)(range(4))
     chosen = [[0, 1, 2], [3], [], [5, 0]]
     batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Teacher(), chunk_size=size)(range(4))
     emdr, rpg = MarginalLikelihood(encoder, 0.1), Distillation(encoder, 0.1, "teacher_to_student")

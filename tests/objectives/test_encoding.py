@@ -1,18 +1,27 @@
 """Tokens and numbers of documents, found when asked for; embeddings with gradient, in chunks as all at once."""
 
-from itertools import chain
+from dataclasses import replace
+from itertools import chain, product
+from pathlib import Path
 
 import torch
 import numpy as np
 import pytest
 from torch import Tensor
+from fakes import gradients
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer import losses
 
-from rqa.data import Document
+from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.objectives import encoding
-from rqa.objectives.encoding import Tokens, embed_chunks, in_chunks, numbered
+from rqa.objectives.ctl import Contrastive, ContrastiveBatch
+from rqa.objectives.emdr import MarginalLikelihood
+from rqa.objectives.encoding import ChunkArguments, Chunks, EncoderObjective, Tokens, embed_chunks, in_chunks, numbered
+from rqa.objectives.rpg import Distillation, ListBatch
+from rqa.runtime.errors import UserError
 
 
 def test_tokens_are_made_once_while_they_are_remembered_and_of_no_other_text(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -80,3 +89,75 @@ def test_under_dropout_the_backward_pass_repeats_the_choice_of_the_forward_pass(
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
     other, _ = loss_and_gradients(encoder, embed_chunks(encoder, ours))
     assert other != found[0]  # dropout is on
+
+
+NAIVE = {  # from the retriever's distribution over five passages, and the number of a question, whose gold that is
+    "ctl": lambda ours, row: -ours[row].log(),
+    "rpg and dca": lambda ours, _: (JUDGED.softmax(0) * (JUDGED.softmax(0) / ours).log()).sum(),
+    "emdr": lambda ours, _: -(JUDGED.exp() * ours).sum().log(),
+}
+JUDGED = torch.arange(5).double()
+
+
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("name", NAIVE)
+def test_with_matryoshka_dims_loss_and_gradient_are_the_mean_over_embeddings_cut_and_normalised_again(
+    name: str, normalize: bool, encoder: Encoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder.settings = replace(encoder.settings, normalize=normalize)
+    sides, dims = [torch.randn(rows, 32).requires_grad_() for rows in (3, 5)], [2, 32, 7]
+    unread, numbers = (Chunks((), torch.empty(0)),) * 2, torch.arange(5)
+    batch = ListBatch(*unread, range(3), numbers.expand(3, -1), JUDGED.float().expand(3, -1))
+    objective = Distillation(encoder, 0.1, "teacher_to_student", dims)
+    if name == "emdr":
+        objective = MarginalLikelihood(encoder, 0.1, dims)
+    elif name == "ctl":
+        objective = Contrastive(encoder, 0.1, dims)
+        batch = ContrastiveBatch(*unread, range(3), numbers, numbers[:3], numbers[:3, None])
+    monkeypatch.setattr(objective, "embed", lambda batch: sides)
+    loss, _ = objective(batch)
+    loss.backward()
+    theirs, expected = [side.detach().double().requires_grad_() for side in sides], 0.0
+    for d, row in product(dims, range(3)):
+        query, *passages = (x[:d] / (x[:d].norm() if normalize else 1) for x in (theirs[0][row], *theirs[1]))
+        ours = torch.stack([(query * passage).sum() / 0.1 for passage in passages]).softmax(0)
+        expected = expected + NAIVE[name](ours, row) / len(dims)
+    expected.backward()
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-5, atol=1e-5)
+    for side, other in zip(sides, theirs, strict=True):
+        torch.testing.assert_close(side.grad.double(), other.grad, rtol=1e-4, atol=1e-5)
+
+
+def test_matryoshka_is_the_loss_that_sentence_transformers_calls_so(
+    encoder: Encoder, examples: list[Example], tmp_path: Path
+) -> None:
+    """Theirs is a sum over dimensions, and a mean over questions."""
+    encoder.save_pretrained(tmp_path)
+    model = SentenceTransformer(str(tmp_path), device="cpu").eval()
+    texts = [[e.question for e in examples[:4]], [e.gold_docs[0].fmt_content for e in examples[:4]]]
+    loss = losses.MatryoshkaLoss(model, losses.MultipleNegativesRankingLoss(model, scale=20), [32, 16, 5])
+    expected = loss([model.preprocess(side) for side in texts], torch.empty(0)) * 4 / 3
+    expected.backward()
+    sides = (in_chunks(encoder, encoder.tokenize_queries(side)) for side in texts)
+    batch = ContrastiveBatch(*sides, range(4), torch.arange(4), torch.arange(4), torch.arange(4)[:, None])
+    ours, found = gradients(Contrastive(encoder, 1 / 20, [5, 16, 32]), batch)
+    torch.testing.assert_close(ours, expected.detach())
+    for name, parameter in model[0].auto_model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(found[f"encoder.backbone.{name}"], parameter.grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("dims", "told"),
+    [([16, 0], "0: must be at least 1"), ([8, 16, 8], "8: is given twice"), ([33, 8], "33: the embeddings have 32 dim"),
+     ([16, 8], "without 32, whole embeddings are not trained")],
+)  # fmt: skip
+def test_bad_matryoshka_dims_are_named(
+    dims: list[int], told: str, encoder: Encoder, caplog: pytest.LogCaptureFixture
+) -> None:
+    try:
+        EncoderObjective(encoder, 0.1, ChunkArguments(matryoshka_dims=dims).matryoshka_dims)
+        (message,) = caplog.messages
+    except UserError as error:
+        message = str(error)
+    assert told in message.removeprefix("--matryoshka_dims ").removeprefix("--matryoshka_dims: ")

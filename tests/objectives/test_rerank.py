@@ -1,7 +1,7 @@
 """RERANK: the loss over lists, who is in them, who judges them, and runs of train_rerank as a user makes them."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ import torch
 import numpy as np
 import pytest
 from fakes import gradients
-from trainers import Train, calls, history, scores, written
+from trainers import Flags, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.reranker import Reranker, load_reranker
@@ -41,9 +41,10 @@ def reranker(encoder_path: str) -> Reranker:
 
 @pytest.fixture
 def asked(examples: list[Example], documents: list[Document]) -> list[Example]:
-    """Eight questions with three hard negatives; the second has none, the third one and no gold passage."""
+    """Eight questions with three hard negatives; the second has none, the third no gold passage, the fourth neither."""
     rows = [replace(e, hard_neg_docs=tuple(documents[n + 2 : n + 5])) for n, e in enumerate(examples[:8])]
     rows[1], rows[2] = replace(rows[1], hard_neg_docs=()), replace(rows[2], gold_docs=(), hard_neg_docs=(documents[9],))
+    rows[3] = replace(rows[3], gold_docs=(), hard_neg_docs=())
     return rows
 
 
@@ -76,43 +77,30 @@ def test_the_loss_is_that_of_one_pair_at_a_time_in_float64_and_any_split_has_its
             torch.testing.assert_close(sum(part[name] for _, part in parts), gradient, atol=1e-5, rtol=1e-3)
 
 
+def keys(found: Lists, example: int, seed: int = 1) -> list[tuple[str, ...]]:
+    """Which passages a question gets in one step."""
+    found.seed = seed
+    return [found.documents[number].key for number in found.chosen([example])[0]]
+
+
 def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
     reranker: Reranker, examples: list[Example], documents: list[Document], caplog: pytest.LogCaptureFixture
 ) -> None:
+    """Nor is what is gold in another line for the same question; gold passages of other questions are."""
     copy = Document(documents[0].page_content.upper(), {"source": "elsewhere"})
-    example = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
-    seen = []
-    judge = lambda pairs: seen.append([pair.document for pair in pairs]) or [0.0] * len(pairs)  # noqa: E731
-    judge.hit_rate = 0.0
-    collate = lists(reranker, [example, examples[1]], documents, judge)
+    two = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
+    again = replace(examples[0], gold_docs=(documents[7],), hard_neg_docs=(documents[0],))
+    asked = [two, again, *(replace(example, hard_neg_docs=()) for example in examples[4:8])]
+    rows = [keys(lists(reranker, asked, documents), 0, seed) for seed in range(8)]
     assert "3 passages of hard_neg_docs are left out" in caplog.text
-    collate.count()
-    assert "1 of 2 questions have no two passages to rank" in caplog.text
-    for seed in range(8):
-        collate.seed = seed
-        assert collate([0]).present[0].tolist() == [True] * 3 + [False] * 8
-    assert {row[0].key for row in seen} == {document.key for document in documents[:2]}
-    assert all({d.key for d in row[1:]} == {d.key for d in documents[2:4]} for row in seen)
-    with pytest.raises(UserError, match="no question gets a negative"):
-        lists(reranker, [examples[1]], documents).count()
-    with pytest.raises(UserError, match=r"train\.jsonl:2: field 'gold_docs' is empty; RERANK needs a gold passage"):
-        lists(reranker, [replace(example, gold_docs=(), where="train.jsonl:2")], documents)
-
-
-def test_other_questions_gold_passages_are_negatives_but_not_the_same_question_s(
-    reranker: Reranker, examples: list[Example], documents: list[Document]
-) -> None:
-    again = replace(examples[0], gold_docs=(documents[1],))
-    flags = RerankArguments(negatives_from="file", num_other_gold=4)
-    collate = Lists([*examples[:5], again], documents, reranker, None, flags, seed=1)
-    first = collate([0])
-    assert first.present[0].sum() == 1 + 3  # the golds of 2, 3, 4; 1 is gold in the last line
-    shown = [
-        reranker.tokenizer.decode(reranker.tokenize([(examples[0].question, documents[n].fmt_content)])[0])
-        for n in (0, 2, 3, 4)
-    ]
-    ids, lengths = first.pairs.inputs["input_ids"].flatten()[first.pairs.rows], first.pairs.lengths.tolist()
-    assert sorted(map(reranker.tokenizer.decode, ids.split(lengths))) == sorted(shown)
+    assert {row[0] for row in rows} == {document.key for document in documents[:2]}
+    assert all(set(row[1:]) == {document.key for document in documents[2:4]} for row in rows)
+    others = Lists(asked, documents, reranker, None, RerankArguments(negatives_from="file"), seed=1)
+    rows = [keys(others, 1, seed) for seed in range(30)]
+    assert {len(row) for row in rows} == {1 + 2}
+    assert {key for row in rows for key in row[1:]} == {document.key for document in documents[4:7]}
+    with pytest.raises(UserError, match=r"train\.jsonl:2: field 'gold_docs' is empty; give a gold passage"):
+        lists(reranker, [replace(two, gold_docs=(), where="train.jsonl:2")], documents)
 
 
 def test_train_rerank_learns_and_saves_what_it_measured(
@@ -125,8 +113,8 @@ def test_train_rerank_learns_and_saves_what_it_measured(
     assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert len(mrr) == len(history(output, "eval_retr/ndcg@10")) == 3
     assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
-    for name in ("eval", "test"):
-        assert (output / "train.log").read_text().count(f"first stage alone  {name}_retr/recall@1 1  ") == 1
+    told = (output / "train.log").read_text()
+    assert told.count("first stage alone  retr/recall@1 1  ") == 2  # before step 0, and of the test file
     last, expected = load_reranker(str(output)), []
     first = LexicalRetriever(documents)
     for example in examples[20:]:
@@ -135,6 +123,16 @@ def test_train_rerank_learns_and_saves_what_it_measured(
         rank = 1 + int((rated > rated[found.index(example.gold_docs[0])]).sum())
         expected.append(1 / rank if rank <= 10 else 0.0)
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
+
+
+def test_questions_that_teach_nothing_are_counted_and_harm_nothing(
+    train: Train, asked: list[Example], tmp_path: Path
+) -> None:
+    write_examples(tmp_path / "some.jsonl", [example for example in asked if example.gold_docs])
+    output = train("train_rerank", **UNTESTED, train_file=tmp_path / "some.jsonl", negatives_from="file",
+                   num_other_gold=0, per_device_train_batch_size=1, max_steps=6)  # fmt: skip
+    assert "1 of 6 questions have no two passages to rank, and teach nothing" in (output / "train.log").read_text()
+    assert history(output, "loss").count(0) == 1
 
 
 MINED = {"mine_negatives": "true", "refresh_step": 3, "num_hard_negatives": 2, "negatives_to_rank": 4, "max_steps": 8,
@@ -176,3 +174,43 @@ def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
         train(f"train_{trainer}", **taught, **own, lm_model_path=f"reranker::{reader}", output_dir=output)
         assert new is None or sum(len(pairs) for (pairs,) in asked[1]) == new
     assert set(history(output, "teacher_hit_rate")) == {1}
+
+
+@pytest.mark.parametrize(
+    ("own", "message"),
+    [
+        ({"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives: has no effect without"),
+        ({"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share: has no effect without"),
+        ({"refresh_step": 5}, "--refresh_step: has no effect without"),
+        ({"lm_temperature": 5}, "--lm_temperature: has no effect without --teacher"),
+        ({"lm_tokenizer": "t"}, "--lm_tokenizer: a local model brings its own"),
+        ({"embedding_model": "e"}, "--embedding_model: goes with --negatives_from dense or both"),
+        ({"negatives_from": "both"}, "--embedding_model: goes with --negatives_from dense or both"),
+        ({"retriever": "hybrid"}, "--retriever hybrid: --negatives_from names the first stage"),
+        ({"lm_model_path": "reranker::/nowhere"}, "model /nowhere: cannot be loaded: no such directory"),
+        ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss: is not measured"),
+    ],
+)
+def test_what_means_nothing_is_refused_in_one_line(
+    own: dict[str, object], message: str, trainer_flags: Flags, refused: Callable[..., None]
+) -> None:
+    line = (part for flag, value in trainer_flags("train_rerank", **own).items() for part in (f"--{flag}", value))
+    refused(message, "train_rerank", *line)
+
+
+def test_adapters_are_trained_tested_and_merged(
+    train: Train, reranker: Reranker, examples: list[Example], documents: list[Document], tmp_path: Path
+) -> None:
+    """With gradient checkpointing and accumulation; the merged model scores as base and adapters do."""
+    reranker.save_pretrained(tmp_path / "base")
+    output = train("train_rerank", model_name_or_path=tmp_path / "base", use_lora="true", merge_lora_on_save="true",
+                   gradient_checkpointing="true", gradient_accumulation_steps=2, max_steps=3, learning_rate=0.01,
+                   save_steps=3, save_total_limit=9, metric_for_best_model="retr/ndcg@10")  # fmt: skip
+    pairs = [(examples[0].question, document.fmt_content) for document in documents]
+    adapted, base = load_reranker(str(output / "checkpoint-3")).score(pairs), reranker.score(pairs)
+    assert np.abs(adapted - base).max() > 1e-3
+    best = written(output, "trainer_state.json")["best_model_checkpoint"]
+    assert not (output / "adapter_config.json").exists()
+    np.testing.assert_allclose(
+        load_reranker(str(output)).score(pairs), load_reranker(str(output / best)).score(pairs), atol=1e-5
+    )

@@ -146,7 +146,7 @@ def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_th
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         retriever.refresh()
         hits = retriever.retrieve([example.question for example in examples[:3]], len(documents))
-        similarity = rpg.ListObjective(encoder, TEMPERATURE).logits(batch).detach() * TEMPERATURE
+        similarity = rpg.ListObjective(encoder, TEMPERATURE).logits(batch)[0].detach() * TEMPERATURE
         losses = [float(Distillation(encoder, TEMPERATURE, way)(batch)[0].detach()) for way in DIRECTIONS]
     expected = np.zeros(2)
     for row, columns in enumerate(batch.columns.tolist()):

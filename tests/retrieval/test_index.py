@@ -51,8 +51,9 @@ def tree(directory: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize(
     ("factory", "parameters", "k"),
-    [("Flat", "", 1), ("Flat", "", 3), ("Flat", "", 200), ("IVF4,Flat", "nprobe=4", 5), ("HNSW64", "efSearch=200", 5)],
-)
+    [("Flat", "", 1), ("Flat", "", 3), ("Flat", "", 200), ("IVF4,Flat", "nprobe=4", 5), ("HNSW64", "efSearch=200", 5),
+     ("SQ8,RFlat", "", 5), ("SQ8,RFlat", "", 200), ("SQ4,RFlat", "k_factor_rf=16", 5)],
+)  # fmt: skip
 def test_searching_equals_brute_force_with_inner_products(factory: str, parameters: str, k: int) -> None:
     embeddings, queries = vectors(200, 0), vectors(9, 1)
     scores, ids = built(embeddings, factory, parameters).search(queries, k)
@@ -102,8 +103,9 @@ def test_a_factory_that_faiss_refuses_names_its_flag_and_the_number_of_documents
 
 @pytest.mark.parametrize(
     ("factory", "parameters"),
-    [("Flat", "nprobe=4"), ("IVF4,Flat", "efSearch=3"), ("IVF4,Flat", "nprobe"), ("HNSW16", "nonsense=1")],
-)
+    [("Flat", "nprobe=4"), ("IVF4,Flat", "efSearch=3"), ("IVF4,Flat", "nprobe"), ("HNSW16", "nonsense=1"),
+     ("SQ8", "k_factor_rf=4"), ("SQ8,RFlat", "k_factor_rf=0.5"), ("IVF4,Flat", "nprobe=0")],
+)  # fmt: skip
 def test_a_bad_search_parameter_names_its_flag(factory: str, parameters: str, tmp_path: Path) -> None:
     built(vectors(200, 0), factory).save(tmp_path / "index")
     for use in (lambda index: index.replace(vectors(200, 0)), lambda index: index.load(tmp_path / "index")):
@@ -111,7 +113,7 @@ def test_a_bad_search_parameter_names_its_flag(factory: str, parameters: str, tm
             use(empty(factory, parameters))
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "HNSW16", "SQ8,RFlat"])
 def test_what_is_saved_last_is_loaded(factory: str, tmp_path: Path) -> None:
     path, queries = tmp_path / "deep" / "index", vectors(5, 1)
     path.mkdir(parents=True)

@@ -212,7 +212,7 @@ def test_what_does_not_fit_on_the_disk_is_not_kept(encoder: Encoder, documents: 
     assert list((tmp_path / "cache").rglob("hits.npz")) == [kept]
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "SQ8"])
+@pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "SQ8", "SQ8,RFlat", "IVF4,SQ8,RFlat", "SQ4,Refine(SQ8)"])
 def test_an_update_encodes_what_is_new_or_changed_and_finds_what_a_whole_new_index_finds(
     factory: str, encoder: Encoder, documents: list[Document], tmp_path: Path, encoded: list[int]
 ) -> None:
@@ -225,7 +225,7 @@ def test_an_update_encodes_what_is_new_or_changed_and_finds_what_a_whole_new_ind
     assert encoded == [2]
     anew = opened(encoder, database, tmp_path / "other", **flags)
     found, expected = (each.retrieve(QUESTIONS, 5) for each in (retriever, anew))
-    if factory == "Flat":
+    if factory.endswith("Flat"):
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.scores, expected.scores)
     everything = retriever.retrieve(QUESTIONS, 50).ids
