@@ -104,8 +104,10 @@ def packed_mask(**call: Any) -> Tensor | None:
     one_row = call.get("attention_mask") is None and call["batch_size"] == 1 and length == call["kv_length"]
     if one_row and call.get("allow_is_bidirectional_skip", False) and window is None:
         return None  # an encoder's; `transformers` 5.17 would make one while compiling
-    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder.
-    if one_row and not (call.get("allow_is_causal_skip", True) or call.get("use_vmap")):
+    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder. Of functions
+    # of a model itself (`use_vmap`) one is known: Gemma 3's, where the configuration makes an encoder of it.
+    known = not call.get("use_vmap") or getattr(call.get("config"), "use_bidirectional_attention", False) is True
+    if one_row and known and not call.get("allow_is_causal_skip", True):
         dtype = PACKED_MASK if window is None else WINDOWED_MASK
         return torch.zeros((), dtype=dtype, device=call.get("device", "cpu")).expand(1, 1, length, length)
     return sdpa_mask(**call)

@@ -51,7 +51,7 @@ class LoadingArguments(Arguments):
         "auto", "What models that are not trained are loaded in; auto: what is computed in.",
         ["auto", "float32", "bfloat16"], rare=True,
     )  # fmt: skip
-    use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).")
+    use_flash_attention: bool = flag(False, "Whether the flash-attn package computes attention (CUDA only).", rare=True)
     trust_remote_code: bool = flag(False, "Whether to run Python code that a checkpoint brings.", rare=True)
 
     @property
@@ -264,7 +264,7 @@ def attention_of(model: PreTrainedModel) -> str:
 
 def hidden_states(model: PreTrainedModel, batch: TokenBatch, **options: Any) -> Tensor:
     """The last layer's output, flattened; options go to the model. -> [rows, D]"""
-    options |= {"use_cache": False} if model.can_generate() else {}
+    options |= {"use_cache": False} if getattr(model.config.get_text_config(), "use_cache", False) else {}
     return model.base_model(**batch.inputs, **options).last_hidden_state.flatten(0, 1)
 
 

@@ -27,9 +27,9 @@ from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
 try:
-    from sentence_transformers.sentence_transformer.modules import Normalize, Pooling, Transformer
+    from sentence_transformers.sentence_transformer.modules import Dense, LayerNorm, Normalize, Pooling, Transformer
 except ImportError:
-    from sentence_transformers.models import Normalize, Pooling, Transformer
+    from sentence_transformers.models import Dense, LayerNorm, Normalize, Pooling, Transformer
 
 D = 12  # of a projection
 PREFIXES = {"query_prefix": "query: ", "passage_prefix": "passage: "}
@@ -102,6 +102,49 @@ def test_a_saved_encoder_embeds_alike_here_and_in_sentence_transformers(
         assert np.abs(theirs.encode(QUERIES) - embed_queries(ours, QUERIES)).max() > 1e-3
 
 
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+WINDOWED = GROUPED | {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {  # model, how it is configured, whether it is packed
+    "Qwen3": ("Qwen3", GROUPED, True), "Llama": ("Llama", GROUPED, True),
+    "Mistral": ("Mistral", {"num_key_value_heads": 2, "sliding_window": 5}, True),
+    "Gemma 3": ("Gemma3Text", WINDOWED, True),
+    "EmbeddingGemma": ("Gemma3Text", WINDOWED | {"use_bidirectional_attention": True}, True),
+    "BERT": ("Bert", {}, True),
+    "ModernBERT": ("ModernBert", {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}, True),
+    "XLM-R": ("XLMRoberta", {"max_position_embeddings": 70, "pad_token_id": 1}, False),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_models_of_every_kind_that_sentence_transformers_saves_embed_alike_here_and_what_is_saved_here_does_there(
+    kind: str, encoder_path: str, t5_path: str, passages: list[str], saved: Any, tmp_path: Path
+) -> None:
+    name, options, packed = KINDS[kind]
+    decodes = "num_key_value_heads" in options
+    tokenizer = AutoTokenizer.from_pretrained(
+        t5_path if decodes else encoder_path
+    )  # one ends a text, one begins it, too
+    sizes = SMALL | {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3} | options
+    config = getattr(transformers, f"{name}Config")(**sizes)
+    path = saved("plain", 0, getattr(transformers, f"{name}Model"), config, tokenizer)
+    torch.manual_seed(1)
+    layers = [Dense(32, 48, bias=False, activation_function=torch.nn.Identity()), LayerNorm(48), Dense(48, 24)]
+    path = lay_out(tmp_path / "theirs", path, Pooling(32, "lasttoken" if decodes else "mean"), *layers, Normalize(),
+                   general={"prompts": {"query": "Instruct: rank\nQuery:"}})  # fmt: skip
+    theirs = SentenceTransformer(path, device="cpu")
+    expected = [theirs.encode_query(QUERIES), theirs.encode_document(passages)]
+    for again in (tmp_path / "ours", tmp_path / "last"):
+        ours = load_encoder(path)
+        assert (ours.collate is pack) == packed
+        assert all(row[-1] == 3 for row in ours.tokenize_passages(passages))  # its end, also where the text is cut
+        found = [embed_queries(ours, QUERIES), embed_passages(ours, passages)]
+        for ours_, theirs_ in zip(found, expected, strict=True):
+            np.testing.assert_allclose(ours_, theirs_, atol=1e-5)
+        ours.save_pretrained(again)
+        path, theirs = str(again), SentenceTransformer(str(again), device="cpu")
+        np.testing.assert_allclose(theirs.encode_document(passages), expected[1], atol=1e-5)
+
+
 def lay_out(path: Path, encoder_path: str, *modules: torch.nn.Module, **settings: dict[str, Any]) -> str:
     """Save with sentence-transformers, then change settings in its files; one that is None is taken out."""
     modules = modules or (Pooling(32),)
@@ -114,7 +157,8 @@ def lay_out(path: Path, encoder_path: str, *modules: torch.nn.Module, **settings
 
 
 FILES = {"general": "config_sentence_transformers.json", "reading": "sentence_bert_config.json",
-         "pooling": "1_Pooling/config.json", "own": "rqa_encoder.json"}  # fmt: skip
+         "pooling": "1_Pooling/config.json", "2_Dense": "2_Dense/config.json", "own": "rqa_encoder.json"}  # fmt: skip
+POOLINGS = ("mean", "cls", "lasttoken", "max", "weightedmean")
 OLD = {"pooling_mode": None, "pooling_mode_mean_tokens": False}
 LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     ("", {}), ("unit", {}), ("", {"general": {"similarity_fn_name": None}}),
@@ -122,8 +166,13 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
     *(("", {"general": {"prompts": prompts, "default_prompt_name": name}})
       for prompts, name in (({"query": "query: "}, "query"), ({"document": "passage: "}, None), ({"a": "a: "}, "a"),
                             ({"query": "query: ", "document": "", "passage": "passage: "}, None))),
-    *(("", {"pooling": mode}) for mode in ({"pooling_mode": "cls"}, {"pooling_mode": ["cls"]}, OLD,
-                                           OLD | {"pooling_mode_cls_token": True})),
+    *(("", {"pooling": mode}) for mode in (*({"pooling_mode": mode} for mode in (*POOLINGS, ["cls"])), OLD, *(
+        OLD | {f"pooling_mode_{mode}": True} for mode in ("cls_token", "weightedmean_tokens", "lasttoken")))),
+    *(("", {"pooling": {"pooling_mode": mode, "include_prompt": False},
+            "general": {"prompts": {"query": "What does it ", "document": "The harbour of A"}}}) for mode in POOLINGS),
+    *((words, {"general": {"similarity_fn_name": similarity, "truncate_dim": size}})
+      for words, similarity in itertools.product(("", "unit", "layers unit"), ("cosine", "dot")) for size in (5, 99)),
+    ("layers", {}), ("layers", {"2_Dense": {"activation_function": None}}),
     ("", {"reading": {"max_seq_length": 9}}), ("", {"tokenizer_config": {"model_max_length": 9}}),
     ("", {"reading": {"max_seq_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
     ("", {"reading": {"query_length": 5, "document_length": 40}, "tokenizer_config": {"model_max_length": 9}}),
@@ -137,7 +186,8 @@ LAYOUTS: list[tuple[str, dict[str, Any]]] = [
 def test_a_checkpoint_of_sentence_transformers_scores_passages_as_its_own_similarity_does(
     words: str, settings: dict[str, Any], encoder_path: str, tmp_path: Path, passages: list[str]
 ) -> None:
-    path = lay_out(tmp_path, encoder_path, Pooling(32), *[Normalize()] * (words == "unit"), **settings)
+    layers = [Dense(32, 6), LayerNorm(6), Normalize(), Dense(6, 7, False, torch.nn.GELU())] if "layers" in words else []
+    path = lay_out(tmp_path, encoder_path, Pooling(32), *layers, *[Normalize()] * ("unit" in words), **settings)
     if words == "cased":
         file = tmp_path / "tokenizer.json"
         file.write_text(file.read_text().replace('"lowercase": true', '"lowercase": false'))
@@ -153,20 +203,25 @@ def test_a_checkpoint_of_sentence_transformers_scores_passages_as_its_own_simila
 REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is refused, and flags that replace it
     *(("general", {"similarity_fn_name": name}, f"similarity_fn_name {name}", {"normalize": True})
       for name in ("euclidean", "manhattan")),
-    *(("general", {"truncate_dim": size}, "truncate_dim is not", {}) for size in (16, 0)),
-    ("general", {"prompts": {"passage": "p: "}}, "choose --passage_prefix 'p: '", {"passage_prefix": "p: "}),
+    *(("general", {"truncate_dim": size}, "truncate_dim must be", {}) for size in (-1, "9")),
     ("general", {"prompts": {"query": 3}}, "query must be a string, found 3", {}),
     ("general", {"prompts": ["q: "]}, "prompts must be an object", {}),
-    ("pooling", {"include_prompt": False}, "include_prompt false is not", {}),
+    ("pooling", {"include_prompt": 0}, "include_prompt must be true or false", {}),
     ("pooling", OLD | {"pooling_mode_mean_tokens": "false"}, "mean_tokens must be true or false, found 'false'", {}),
     ("pooling", OLD | {"pooling_mode_mean_tokens": True, "pooling_mode_max_tokens": True},
-     r"pooling mean\+max_tokens is not supported; choose --pooling_type", {"pooling_type": "mean"}),
+     r"pooling mean\+max is not supported; choose --pooling_type", {"pooling_type": "mean"}),
     *(("pooling", {"pooling_mode": mode}, f"pooling {mode} is not", {"pooling_type": "cls"})
-      for mode in ("max", "lasttoken", "mean_sqrt_len_tokens", "weightedmean")),
+      for mode in ("none", "mean_sqrt_len_tokens")),
     ("reading", {"max_seq_length": "64"}, "max_seq_length must be a whole number", {}),
     ("reading", {"transformer_task": "fill-mask"}, "transformer_task fill-mask is not", {}),
     ("reading", {"max_seq_length": -1}, "at least 3.*found -1", {}),
-    ("own", {"pooling_type": "max"}, "pooling max is not", {"pooling_type": "cls"}),
+    ("reading", {"modality_config": {"message": {}}}, "modality_config message .* is not", {}),
+    ("reading", {"processing_kwargs": {"text": {}}}, "processing_kwargs .* is not", {}),
+    *(("2_Dense", {name: value}, message, {}) for name, value, message in (
+        ("use_residual", True, "use_residual True is not"), ("in_features", 31, "in_features 31: 32 dimensions"),
+        ("module_input_name", "token_embeddings", "module_input_name token_embeddings is not"),
+        ("activation_function", "os.abort", "activation_function os.abort is not"))),
+    ("own", {"pooling_type": "none"}, "pooling none is not", {"pooling_type": "cls"}),
     *(("own", {name: value}, f"{name} must be", {})
       for name, value in (("normalize", "false"), ("normalize", 0), ("max_query_length", 32.0), ("query_prefix", ["q"]),
                           ("max_passage_length", -5), ("two_encoders", "no"), ("projection", True))),
@@ -177,7 +232,8 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is re
 def test_a_setting_that_is_not_offered_or_of_another_type_is_refused_by_file_unless_a_flag_replaces_it(
     file: str, settings: dict[str, Any], message: str, flags: dict[str, Any], encoder_path: str, tmp_path: Path
 ) -> None:
-    path = lay_out(tmp_path, encoder_path, **{file: settings})
+    layers = [Dense(32, 6)] if file == "2_Dense" else []
+    path = lay_out(tmp_path, encoder_path, Pooling(32), *layers, **{file: settings})
     with pytest.raises(UserError, match=f"{FILES[file]}: .*{message}"):
         load_encoder(path)
     if flags:
@@ -188,7 +244,8 @@ def test_a_setting_that_is_not_offered_or_of_another_type_is_refused_by_file_unl
 def test_damaged_settings_and_modules_that_are_not_offered_or_in_another_order_are_refused_by_file(
     encoder_path: str, tmp_path: Path
 ) -> None:
-    path, names = lay_out(tmp_path, encoder_path), ("modules.json", *FILES.values())
+    path = lay_out(tmp_path, encoder_path, Pooling(32), Dense(32, 6))
+    names = ("modules.json", *FILES.values())
     modules = json.loads((tmp_path / "modules.json").read_text())
     dense = json.loads(json.dumps(modules).replace(".Pooling", ".Dense"))
     elsewhere = [[modules[0], modules[1] | {"path": path}] for path in (None, "../1_Pooling")]
@@ -342,11 +399,11 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
         projected.project(8)
     projected.save_pretrained(tmp_path / "saved")
     (tmp_path / "saved/2_Dense/model.safetensors").unlink()
-    with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
+    with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
-    file = tmp_path / "saved/rqa_encoder.json"
+    file = tmp_path / "saved/2_Dense/config.json"
     file.write_text(file.read_text().replace(str(D), "9" * 12))
-    with pytest.raises(UserError, match="saved: the projection cannot be loaded"):
+    with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()
     with pytest.raises(UserError, match="--projection true: passages have an encoder of their own"):
@@ -401,7 +458,8 @@ def test_the_fingerprint_is_the_same_for_the_same_embeddings_and_changes_with_ev
     encoder.tokenizer(["padded", "to one length"], padding=True, truncation=True, max_length=5)
     assert encoder.fingerprint() == before
     for name, value in vars(settings).items():
-        other = {"pooling_type": "cls", "normalize": False}.get(name, value + 1 if isinstance(value, int) else "x")
+        others = {"pooling_type": "cls", "normalize": False, "include_prompt": False}
+        other = others.get(name, value + 1 if isinstance(value, int) else "x")
         encoder.settings = replace(settings, **{name: other})
         found.append(encoder.fingerprint())
     encoder.settings = settings
@@ -419,3 +477,35 @@ def test_the_fingerprint_is_the_same_for_the_same_embeddings_and_changes_with_ev
     encoder.tokenizer.add_tokens(["harbour of"])
     found.append(encoder.fingerprint())
     assert len({before, *found}) == 1 + len(found)
+
+
+def test_an_instruction_becomes_the_text_before_a_question_in_the_checkpoint_s_own_form(
+    encoder_path: str, tmp_path: Path
+) -> None:
+    path = lay_out(tmp_path, encoder_path, general={"prompts": {"query": "Instruct: a task\nof Qwen3\nQuery:"}})
+    for at, asked, prefix in (
+        (encoder_path, "find it", "Instruct: find it\nQuery: "), (path, "find it", "Instruct: find it\nQuery:"),
+        (path, r"Find:\n{query}", "Find:\n"), (path, None, "Instruct: a task\nof Qwen3\nQuery:"),
+    ):  # fmt: skip
+        encoder = load_encoder(at, EncoderArguments(dtype="float32", query_instruction=asked))
+        assert encoder.settings == EncoderSettings("mean", True, prefix, "", 64, 64)
+    for flags, message in (
+        ({"query_instruction": "{query}?"}, "query_instruction '{query}[?]': {query} must be at the end"),
+        ({"query_instruction": "find", "query_prefix": "q"}, "leave out --query_prefix"),
+        ({"truncate_dim": 0}, "--truncate_dim 0: must be at least 1"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            EncoderArguments(**flags)
+    with pytest.raises(UserError, match=r"--truncate_dim 33: the embeddings of .* have 32 dimensions"):
+        load_encoder(path, EncoderArguments(dtype="float32", truncate_dim=33))
+
+
+def test_a_passage_prompt_without_that_of_documents_is_used_and_told(
+    encoder_path: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = lay_out(tmp_path, encoder_path, general={"prompts": {"corpus": "c: ", "passage": "p: "}})
+    assert load_encoder(path).settings.passage_prefix == "p: "
+    assert "passages begin with the prompt 'p: ', which sentence-transformers" in caplog.text
+    caplog.clear()
+    assert load_encoder(path, EncoderArguments(dtype="float32", passage_prefix="")).settings.passage_prefix == ""
+    assert not caplog.messages

@@ -20,7 +20,9 @@ from torch import nn
 from conftest import SMALL
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from sentence_transformers import SentenceTransformer
+from trainers import Train
+from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.models import attention
 from rqa.models.encoder import load_encoder
@@ -376,6 +378,31 @@ def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
     theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder_path), tmp_path)
     torch.testing.assert_close(logits(encoder.backbone), logits(theirs), rtol=1e-4, atol=1e-5)
     assert (logits(encoder.backbone) - logits(base.backbone)).abs().max() > 1e-3
+
+
+ADAPTED = {"use_lora": "true", "merge_lora_on_save": "true", "bf16": "true", "gradient_checkpointing": "true",
+           "learning_rate": 1e-2, "truncate_dim": 16, "lora_r": 4}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("name", "own"),
+    [("train_ctl", ADAPTED), ("train_rpg", {}), ("train_dca", {"projection": "true"}), ("train_emdr", {})],
+)
+def test_a_decoder_is_trained_as_an_encoder_and_sentence_transformers_loads_it_adapters_merged(
+    name: str, own: dict[str, object], train: Train, t5_path: str, saved: Any
+) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(t5_path)
+    config = transformers.Qwen3Config(vocab_size=len(tokenizer), **SMALL, num_key_value_heads=2, head_dim=8)
+    path = saved("qwen3", 0, transformers.Qwen3Model, config, tokenizer)
+    own = {"pooling_type": "lasttoken", "max_steps": 1, "test_file": None, "load_best_model_at_end": "false"} | own
+    output = str(train(name, model_name_or_path=path, query_instruction="find it", **own))
+    ours, theirs = load_encoder(output), SentenceTransformer(output, device="cpu")
+    assert not Path(output, "adapter_config.json").exists()
+    found = ours.embed(ours.tokenize_queries(["What?", "Who was it?"]))
+    expected = theirs.encode_query(["What?", "Who was it?"], normalize_embeddings=True)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+    base = load_encoder(path).backbone.state_dict()
+    assert any((weight - base[name]).abs().max() > 1e-6 for name, weight in ours.backbone.state_dict().items())
 
 
 def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:

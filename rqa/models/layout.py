@@ -1,0 +1,240 @@
+"""The layout of `sentence-transformers`: what a checkpoint's files say of an encoder, beside its backbone's weights."""
+
+import json
+import logging
+import pydoc
+import re
+from collections import OrderedDict
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers.utils import cached_file
+
+from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.files import read_json
+
+log = logging.getLogger(__name__)
+
+SETTINGS_FILE = "rqa_encoder.json"
+GENERAL_FILE = "config_sentence_transformers.json"
+PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
+TYPES = "sentence_transformers.models."
+POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max",
+           "weightedmean_tokens": "weightedmean"}  # by what follows `pooling_mode_` in its file  # fmt: skip
+# The layers that may follow Pooling, and what is meant where their files say nothing; what comes in is named first.
+LAYERS: dict[str, dict[str, Any]] = {
+    "Dense": {"in_features": 0, "out_features": 0, "bias": True,
+              "activation_function": "torch.nn.modules.activation.Tanh"},
+    "LayerNorm": {"dimension": 0}, "Normalize": {},
+}  # fmt: skip
+# What is said of a module and must be so: anything else would change embeddings.
+PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding", "use_residual": False}
+PLAIN_READING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
+                 "query_expansion": {}, "processing_kwargs": {}}  # fmt: skip
+KINDS = {str: "a string", bool: "true or false", int: "a whole number (a length: at least 3)", dict: "an object",
+         list: "a list"}  # fmt: skip
+LENGTHS = ("max_query_length", "max_passage_length")
+
+
+@dataclass(frozen=True)
+class EncoderSettings:
+    """What, beside the weights and the layers behind pooling, decides an embedding."""
+
+    pooling_type: str = "mean"
+    normalize: bool = True
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    max_query_length: int = 512
+    max_passage_length: int = 512
+    include_prompt: bool = True  # whether pooling sees the prefix's tokens
+    truncate_dim: int = 0  # dimensions that are kept, the first ones; 0: all
+
+
+class Normalize(nn.Module):
+    """Vectors of length 1. [B, D] -> [B, D]"""
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return nn.functional.normalize(vectors, dim=-1)
+
+
+class Layer(nn.Sequential):
+    """A layer behind pooling; its parts are named as in its file of weights, its settings as in its config.json."""
+
+    def __init__(self, kind: str, **config: Any) -> None:
+        super().__init__()
+        self.kind, self.config = kind, LAYERS[kind] | config
+        if kind == "Dense":
+            name = self.config["activation_function"]
+            activation: Any = pydoc.locate(name) if name.startswith("torch.nn.") else None
+            if not (isinstance(activation, type) and issubclass(activation, nn.Module)):
+                raise ValueError(f"activation_function {name} is not supported; only modules of torch.nn")
+            self.linear = nn.Linear(self.config["in_features"], self.config["out_features"], self.config["bias"])
+            self.activation_function = activation()
+        else:
+            self.norm = nn.LayerNorm(self.config["dimension"]) if kind == "LayerNorm" else Normalize()
+
+
+def chain(layers: Iterable[Layer]) -> nn.Sequential:
+    """Layers behind pooling, named as their folders. [B, H] -> [B, D]"""
+    return nn.Sequential(OrderedDict((f"{number}_{layer.kind}", layer) for number, layer in enumerate(layers, 2)))
+
+
+def width_behind(layers: Iterable[nn.Module], width: int) -> int:
+    """D, what layers make of a width H."""
+    linear = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear)]
+    return linear[-1].out_features if linear else width
+
+
+def configs(layers: nn.Sequential) -> dict[str, Any]:
+    """What decides each layer's output beside its weights, by the name of its folder."""
+    return {name: layer.config for name, layer in layers.named_children()}
+
+
+def write_layout(directory: Path, encoder: Any) -> None:
+    """Write what `sentence-transformers` and `read_layout` build the same encoder from, beside its backbones."""
+    settings, layers, two_encoders = encoder.settings, encoder.projection, encoder.passage_encoder is not None
+    files: dict[str, Any] = {f"{name}/config.json": config for name, config in configs(layers).items()}
+    modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
+    top = modules
+    if two_encoders:
+        top = {"": "Router"}
+        queries = {path or ".": TYPES + name for path, name in modules.items()}
+        passages = {f"{PASSAGE_ENCODER}/{path}".rstrip("/"): TYPES + name for path, name in modules.items()}
+        routes, options = {"query": list(queries), "document": list(passages)}, {"default_route": "query"}
+        files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
+    if settings.normalize:
+        top = top | {f"{len(modules)}_Normalize": "Normalize"}
+        files[f"{len(modules)}_Normalize/config.json"] = {}
+    width, pooling = encoder.backbone.config.hidden_size, {"include_prompt": settings.include_prompt}
+    pooling |= {f"pooling_mode_{key}": settings.pooling_type == name for key, name in POOLING.items()}
+    prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
+    similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
+    files |= {
+        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]}
+                         for i, path in enumerate(top)],
+        "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
+        GENERAL_FILE: {"prompts": prompts, **similarity, "truncate_dim": settings.truncate_dim or None},
+        "1_Pooling/config.json": pooling | {"word_embedding_dimension": width},
+        SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(configs(layers))},
+    }  # fmt: skip
+    for name, value in files.items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    for name, layer in layers.named_children():
+        if weights := layer.state_dict():
+            save_file(weights, directory / name / "model.safetensors")
+
+
+def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
+    """The settings that a checkpoint's own files state, the folders of its layers, and whether it has two encoders.
+
+    They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
+    refused, unless a flag that is given replaces them. Similarity is cosine unless another is stated, with or without a
+    Normalize module; texts are cut at `limit` tokens unless a length is stated.
+    """
+    if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
+        defaults = vars(EncoderSettings()) | {"two_encoders": False, "layers": [], "projection": 0}
+        found = {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
+        # Before there were other layers, a projection was these two.
+        names = ["2_Dense", "3_LayerNorm"] if found.pop("projection") else map(str, found["layers"])
+        return found | {"layers": [(name, name.partition("_")[2]) for name in names]}
+    file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
+    if not modules:
+        return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
+    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
+    beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
+    if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
+        wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
+        raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
+    file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
+    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
+    if similarity not in ("cosine", "dot") and flags.normalize is None:
+        raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
+    cut, unit = flags.truncate_dim or general("truncate_dim", 0), names[-1] == "Normalize"
+    layers = list(zip(folders[2:], names[2:], strict=True))
+    if unit and (similarity == "cosine" or flags.normalize is not None or not cut):
+        layers.pop()  # `normalize` says the same
+    # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
+    normalize = similarity != "dot" or (unit and not cut)
+    prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
+    passages = prompt["document"] if "document" in prompts else prompt["passage"] or prompt["corpus"]
+    if passages and "document" not in prompts and flags.passage_prefix is None:
+        other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
+        log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
+    if not (pooling := _read_json(path, pooling_file)):
+        raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
+    pools = partial(_stated, f"{path}/{pooling_file}", pooling)
+    old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
+    named = [key.removeprefix("pooling_mode_") for key in old]
+    modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in named]
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    reading = partial(_stated, file := f"{path}/sentence_bert_config.json", found)
+    _refuse_others(file, found, PLAIN_READING)
+    if "message" in reading("modality_config", {}):
+        raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
+    length = reading("max_seq_length", limit)
+    return {
+        "pooling_type": "+".join(map(str, modes if isinstance(modes, list) else [modes])) or "mean",
+        "pooling_file": pooling_file, "include_prompt": pools("include_prompt", True),
+        "normalize": normalize, "truncate_dim": cut, "layers": layers,
+        "query_prefix": prompt["query"], "passage_prefix": passages,
+        "max_query_length": reading("query_length", length), "max_passage_length": reading("document_length", length),
+        "do_lower_case": reading("do_lower_case", False),
+    }  # fmt: skip
+
+
+def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width: int) -> nn.Sequential:
+    """The layers behind pooling, in float32, by the names of their folders and their kinds. [B, H] -> [B, D]"""
+    layers: list[Layer] = []
+    for name, kind in found:
+        file = f"{path}/{(place := str(Path(folder, name)))}/config.json"
+        said = _read_json(path, f"{place}/config.json")
+        _refuse_others(file, said, PLAIN)
+        config = {key: _stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
+        for key, value in [*config.items()][:1]:
+            if value != (now := width_behind(layers, width)):
+                raise UserError(f"{file}: {key} {value}: {now} dimensions come in; copy the original files")
+        try:
+            with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
+                layers.append(Layer(kind, **config).float())
+            if config:
+                weights = load_file(cached_file(path, f"{place}/model.safetensors"))
+                layers[-1].load_state_dict({name: value.float() for name, value in weights.items()}, assign=True)
+        except (OSError, RuntimeError, TypeError, KeyError, ValueError, SafetensorError) as error:
+            raise UserError(f"{file}: the layer cannot be loaded: {one_line(error)}") from None
+    return chain(layers)
+
+
+def _refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
+    for name, value in plain.items():
+        if (found := _stated(file, said, name, value)) != value:
+            raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")
+
+
+def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
+    """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
+    value = settings.get(name) if isinstance(settings, dict) else settings
+    if value is None:
+        return default
+    if type(value) is not type(default) or (type(value) is int and value < (3 if "length" in name else 0)):
+        raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
+    return value
+
+
+def _read_json(path: str, name: str, kind: type = dict) -> Any:
+    """A JSON file of a directory or of a hub repository; empty if there is none."""
+    try:
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
+        return read_json(file, kind) if file else kind()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}/{name}: cannot be read ({error})") from None
