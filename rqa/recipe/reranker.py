@@ -42,9 +42,7 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     def __post_init__(self) -> None:
         first = FIRST_STAGES.get(self.negatives_from, self.retriever)
         if self.retriever not in (first, RerankerTraining.retriever):
-            raise UserError(
-                f"--retriever {self.retriever}: --negatives_from names the first stage; leave one of them out"
-            )
+            raise UserError(f"--retriever {self.retriever}: --negatives_from names the first stage; leave one out")
         self.retriever = first
         super().__post_init__()
 
