@@ -1,27 +1,52 @@
 """The cross-encoder: question and passage read together, one score a pair; saved as `CrossEncoder` saves it."""
 
 import json
+import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 import torch
 import numpy as np
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import MAX_BATCH_TOKENS
+from rqa.models.encoder import ENCODINGS_AT_ONCE, GENERAL_FILE, MAX_BATCH_TOKENS, TOKENIZING, _read_json, _stated
 from rqa.models.loading import LoadingArguments, choose_collate, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
-from rqa.runtime.errors import UserError
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import WholePass, in_step
 from rqa.runtime.text import as_text
 
+log = logging.getLogger(__name__)
+
 Pair = tuple[str, str]  # a question, and the text of a passage
+
+READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
+MODULES = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
+TASKS = {MODULES[:1]: ("sequence-classification", "scores"), MODULES: ("text-generation", "causal_logits")}
+ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
+NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
+PROBES = [("who", "me"), ("how", "me"), ("who", "you and me")]  # each question and passage is in two
+# What a decoder is asked, in Qwen3-Reranker's words; the chat template behind it writes these messages.
+ASKED = """\
+{%- set turns = messages -%}
+{%- macro of(role) %}{{ turns | selectattr('role', 'eq', role) | map(attribute='content') | first }}{% endmacro -%}
+{%- set task = of('system') or 'Given a web search query, retrieve relevant passages that answer the query' -%}
+{%- set asked = '<Instruct>: ' ~ task ~ '\\n<Query>: ' ~ of('query') ~ '\\n<Document>: ' ~ of('document') -%}
+{%- set messages = [{'role': 'system', 'content': 'Judge whether the Document meets the requirements based on the \
+Query and the Instruct provided. Note that the answer can only be "yes" or "no".'}, {'role': 'user', 'content': asked}]
+-%}{%- set add_generation_prompt, enable_thinking = true, false -%}
+"""
+PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 @dataclass(kw_only=True)
@@ -37,61 +62,137 @@ class RerankerArguments(LoadingArguments):
 
 
 class Reranker(WholePass):
-    """Token ids of pairs in, one score a pair out; the greater, the better the passage answers the question."""
+    """Token ids of pairs in, one score a pair out; the greater, the better the passage answers the question.
+
+    Scores are logits: what `CrossEncoder.predict` gives before its activation function.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int,
+        reading: dict[str, Any], general: dict[str, Any],  # what sentence-transformers' files of these names say
+        answers: Sequence[int] = (),  # a decoder's tokens: "yes", and what is subtracted, "no"; none: there is a head
         precision: torch.dtype | None = None,  # what products will run in; None: what the model was loaded in
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
+        self.reading, self.general, self.answers = reading, general, answers
+        self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
         self._collate = choose_collate(model, precision)
         self._as_text = as_text(tokenizer)
+        self._short = lru_cache(self._shortest)
+        self._counts = [0, 0, 0, 0]  # pairs: seen, cut, those without room for a passage, and seen when that was said
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]"""
-        questions, passages = ([self._as_text(text) for text in side] for side in zip(*pairs, strict=True))
-        found = self.tokenizer(questions, passages, truncation="only_second", max_length=self.max_length)
-        return found["input_ids"]
+        """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]
+
+        A question that leaves no room for a passage is cut and stands alone: its pairs get equal scores.
+        """
+        rows: list[list[int]] = []
+        for start in range(0, len(pairs), ENCODINGS_AT_ONCE):
+            with TOKENIZING:
+                part = [(self._as_text(a), self._as_text(b)) for a, b in pairs[start : start + ENCODINGS_AT_ONCE]]
+                found = self._encode(part)["input_ids"]
+                for number, row in enumerate(found):
+                    if len(row) > self.max_length:
+                        short, tail = self._short(part[number][0])
+                        fits = len(short) <= self.max_length
+                        found[number] = (row if fits else short)[: self.max_length - len(tail)] + tail
+                        self._counts[1:3] = self._counts[1] + 1, self._counts[2] + (not fits)
+            rows += found
+        self._counts[0] += len(pairs)
+        seen, cut, full, said = self._counts
+        if cut and seen >= 10 * said:
+            self._counts[3] = seen
+            told = (
+                f"{cut} of the first {seen} pairs of a question and a passage are longer than {self.max_length} tokens"
+            )
+            log.warning("%s; the ends of passages are not read, and of %d no passage, for lack of room", told, full)
+        return rows
+
+    def _shortest(self, question: str) -> tuple[list[int], list[int]]:
+        """A question with a short passage, and what all its pairs end with: [SEP], or a template's last words."""
+        one, other = self._encode([(question, "0"), (question, "1 2 3 4")])["input_ids"]
+        alike = sum(1 for _ in takewhile(lambda ends: ends[0] == ends[1], zip(one[::-1], other[::-1], strict=False)))
+        return one, one[len(one) - alike :][-self.max_length :]
+
+    def _encode(self, pairs: Sequence[Pair], **options: Any) -> Any:
+        """Whole pairs, tokenized as `CrossEncoder` does it: two texts, or a conversation by the chat template."""
+        options |= {"verbose": False}  # or it warns of what is cut later
+        if not (chat := self.reading["modality_config"].get("message")):
+            return self.tokenizer([(self.prompt + question, passage) for question, passage in pairs], **options)
+        said = [[*[("system", self.prompt)] * bool(self.prompt), *zip(ROLES, pair, strict=True)] for pair in pairs]
+        parts = chat.get("format") == "structured"
+        turns = [[{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in each]
+                 for each in said]  # fmt: skip
+        more = self.reading.get("processing_kwargs", {}).get("chat_template", {})
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
+        return self.tokenizer(texts, add_special_tokens=False, **options)
 
     def collate(self, sequences: Sequence[Sequence[int]]) -> TokenBatch:
         """One batch of pairs, packed if the model allows it. [N] -> N sequences"""
-        batch = self._collate(sequences)
-        if "token_type_ids" not in self.tokenizer.model_input_names:
-            return batch
-        ids = batch.inputs["input_ids"]
-        ends = (ids == self.tokenizer.sep_token_id).flatten()[batch.rows].long()  # [T]
-        before = ends.cumsum(0) - ends
-        kinds = torch.zeros_like(ids).flatten()
-        first = torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0))[:-1]  # of each sequence, among real tokens
-        kinds[batch.rows] = (before - before[first][batch.owners]).clamp(max=1)  # 1 behind the first end
-        return replace(batch, inputs=batch.inputs | {"token_type_ids": kinds.view_as(ids)})
+        batch, end = self._collate(sequences), self.tokenizer.sep_token_id
+        if "token_type_ids" in self.tokenizer.model_input_names and not self.answers:
+            first = [row.index(end) + 1 if end in row else len(row) for row in sequences]
+            kinds = [[0] * length + [1] * (len(row) - length) for length, row in zip(first, sequences, strict=True)]
+            batch.inputs["token_type_ids"] = self._collate(kinds).inputs["input_ids"]
+        return batch
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """What `CrossEncoder.predict` gives before its activation, in float32. -> [N]"""
-        if hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
-            ends = batch.starts + batch.lengths - 1
-            return self.model.score(hidden_states(self.model, batch)[ends])[:, 0].float()
+        """Scores, in float32. -> [N]"""
+        ends = batch.starts + batch.lengths - 1
+        if hasattr(self.model, "score"):  # a decoder's head, at what has read all of a pair
+            return self._scores(self.model.score(hidden_states(self.model, batch)[ends]))
 
-        def first_states(base: nn.Module, _: Any, output: Any) -> Any:
-            """The head sees each pair's first state as a sequence of its own, however they are batched."""
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[batch.starts][:, None]  # [N, 1, D]
+        def one_state(base: nn.Module, _: Any, output: Any) -> Any:
+            """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
+            states = output.last_hidden_state.flatten(0, 1)
+            if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
+                sums = states.new_zeros(len(ends), states.shape[1], dtype=torch.float32)
+                states = (
+                    sums.index_add(0, batch.owners, batch.real(states).float()).div(batch.lengths[:, None]).to(states)
+                )
+            else:
+                states = states[ends if self.answers else batch.starts]
+            output.last_hidden_state = states[:, None]  # [N, 1, D]
             if pooler := getattr(base, "pooler", None):
                 output.pooler_output = pooler(output.last_hidden_state)
             return output
 
-        handle = self.model.base_model.register_forward_hook(first_states)
+        handle = self.model.base_model.register_forward_hook(one_state)
         try:
-            return self.model(**batch.inputs).logits[:, 0].float()
+            options = {"use_cache": False} if self.answers else {}
+            return self._scores(self.model(**batch.inputs, **options).logits.flatten(0, -2))
         finally:
             handle.remove()
+
+    def _scores(self, logits: Tensor) -> Tensor:
+        """[N, 1], or of a whole vocabulary [N, V] -> [N]"""
+        yes, *no = (logits[:, token].float() for token in self.answers or (0,))
+        return yes - no[0] if no else yes
+
+    @torch.no_grad()
+    def refusal(self) -> str | None:
+        """Why pairs cannot be scored together as the model's own forward pass scores each; tried with three of them."""
+        try:
+            rows = self._encode(PROBES)["input_ids"]
+            ours = self(self.collate(rows).to(self.model.device))
+            alone = (self._encode([pair], return_tensors="pt").to(self.model.device) for pair in PROBES)
+            theirs = torch.cat([self._scores(self.model(**inputs).logits.flatten(0, -2)[-1:]) for inputs in alone])
+        except Exception as error:
+            return one_line(error)
+        if rows[0] in rows[1:]:
+            return (
+                "its chat template leaves out the question or the passage; take one with roles 'query' and 'document'"
+            )
+        near = torch.finfo(self.model.dtype).eps ** 0.5
+        same = torch.allclose(ours, theirs, near, near, equal_nan=True)
+        return None if same else "its head is not known here; those of several pairs at once would be others"
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores without gradient, longest pairs first. -> float32 [N]"""
         scores = np.empty(len(pairs), dtype=np.float32)
-        sequences = self.tokenize(pairs) if pairs else []
-        device = self.model.device
+        sequences, device = self.tokenize(pairs), self.model.device
         padded, most = self._collate is not pack, MAX_BATCH_TOKENS[device.type]
         batches = token_budget_batches(list(map(len, sequences)), most, padded)
         with evaluating(self):
@@ -104,15 +205,22 @@ class Reranker(WholePass):
 
     def fingerprint(self) -> str:
         """A hash of all that decides a score."""
-        return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), str(self.max_length))
+        settings = json.dumps([self.max_length, self.answers, self.prompt, self.reading], sort_keys=True)
+        return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save in the layout that `sentence_transformers.CrossEncoder` loads; `predict` gives our scores there."""
+        """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        settings = {"activation_fn": "torch.nn.modules.linear.Identity", "model_type": "CrossEncoder", "prompts": {}}
-        text = json.dumps(settings, indent=2) + "\n"
-        Path(directory, "config_sentence_transformers.json").write_text(text, encoding="utf-8")
+        modules = list(zip(("", YES_OR_NO), MODULES, strict=True))[: 2 if self.answers else 1]
+        files: dict[str, Any] = {
+            "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
+                             for i, (path, kind) in enumerate(modules)],
+            READING_FILE: self.reading | {"max_seq_length": self.max_length}, GENERAL_FILE: self.general,
+        } | ({f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False))} if self.answers else {})  # fmt: skip
+        for name, value in files.items():
+            Path(directory, name).parent.mkdir(exist_ok=True)
+            Path(directory, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_reranker(
@@ -122,20 +230,96 @@ def load_reranker(
     main_only: bool = False,
     new_head: bool = False,  # whether a checkpoint without a head gets one, to be trained
 ) -> Reranker:
-    """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode."""
+    """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode.
+
+    A decoder needs no head: it is asked whether a passage answers a question.
+    """
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     config = loading.load_config(path, flags.trust_remote_code)
-    has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if not has_head and not new_head:
+    kinds, modules = " ".join(config.architectures or []), _read_json(path, "modules.json", list)
+    old = getattr(config, "sentence_transformers", None) or {}
+    activation = old.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
+    activation = activation or "torch.nn.modules.linear.Identity"
+    reading, answers, general = {}, [], {"model_type": "CrossEncoder", "activation_fn": activation, "prompts": {}}
+    if modules and _read_json(path, GENERAL_FILE).get("model_type") == "CrossEncoder":
+        reading, answers, general = _layout(path, modules)
+    elif "ForCausalLM" in kinds and (new_head or not modules):
+        answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
+        if None in answers or tokenizer.unk_token_id in answers:
+            raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
+        _ask(tokenizer)
+        log.info("model %s is a decoder: its odds of 'yes' against 'no' are the scores", path)
+    new = not answers and "ForSequenceClassification" not in kinds
+    if new and not new_head:
         raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
-    new_layers = "" if has_head else r"^(classifier|score|pre_classifier|pooler)\b"
-    kind, options = AutoModelForSequenceClassification, {} if has_head else {"num_labels": 1}
-    model = load_model(kind, path, flags, dtype, main_only, new_layers, **options)
-    if model.config.num_labels != 1:
+    if new and getattr(flags, "use_lora", False):
+        raise UserError("--use_lora true: the new head must be trained whole; leave the flag out, or train a decoder")
+    kind = transformers.AutoModelForCausalLM if answers else transformers.AutoModelForSequenceClassification
+    options = {"num_labels": 1} if new else {}
+    model = load_model(kind, path, flags, dtype, main_only, NEW_LAYERS if new else "", **options)
+    if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
     positions = min(loading.learned_positions(model), getattr(model.config, "max_position_embeddings", None) or 512)
-    length = int(min(tokenizer.model_max_length, positions))
+    length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
     asked = flags.max_pair_length or length
     if asked > length:
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
-    return Reranker(model, tokenizer, asked, dtype and flags.precision).eval()
+    if "modality_config" not in reading:
+        task, output = TASKS[MODULES if answers else MODULES[:1]]
+        logits = {"method": "forward", "method_output_name": "logits"}
+        message = {"message": logits | {"format": "flat"}} if _names_roles(tokenizer) else {}
+        reading |= {
+            "transformer_task": task,
+            "modality_config": {"text": logits} | message,
+            "module_output_name": output,
+        }
+    reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
+    if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
+        raise UserError(f"model {path}: its scores cannot be computed: {reason}")
+    return reranker
+
+
+def _layout(path: str, modules: list[Any]) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
+    """How a checkpoint of `CrossEncoder` reads pairs, its answer tokens, and its general settings."""
+    reading, general = _read_json(path, READING_FILE), _read_json(path, GENERAL_FILE)
+    file = f"{path}/modules.json"
+    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    names, task = [kind.rpartition(".")[2] for kind in types], reading.get("transformer_task")
+    if (names, task) not in (
+        (["Transformer"], "sequence-classification"),
+        (["Transformer", "LogitScore"], "text-generation"),
+    ):
+        wanted = "a Transformer for sequence-classification, or one for text-generation with a LogitScore"
+        raise UserError(f"{file}: {', '.join(names)} for {task} is not supported; only {wanted}")
+    file, more = f"{path}/{READING_FILE}", _stated(f"{path}/{READING_FILE}", reading, "processing_kwargs", {})
+    _stated(file, reading, "max_seq_length", 0)
+    refused = [name for name in more if name != "chat_template"] + ["do_lower_case"] * bool(
+        reading.get("do_lower_case")
+    )
+    if refused:
+        raise UserError(f"{file}: {refused[0]} is not supported; remove it")
+    file = f"{path}/{GENERAL_FILE}"
+    prompts, default = _stated(file, general, "prompts", {}), _stated(file, general, "default_prompt_name", "")
+    if default and default not in prompts:
+        raise UserError(f"{file}: default_prompt_name {default!r} is not one of the prompts")
+    tokens = _read_json(path, f"{folders[1]}/config.json") if names[1:] else {}
+    answers = [_stated(f"{path}/{folders[1]}/config.json", tokens, name, -1) for name in ANSWERS] if names[1:] else []
+    return reading, [token for token in answers if token >= 0], general | {"prompts": prompts}
+
+
+def _names_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether the chat template is one for a query and a document."""
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    return all(f"'{role}'" in template.replace('"', "'") for role in ROLES)
+
+
+def _ask(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Make a chat template that asks whether a passage answers a question, in the words of a decoder's own messages."""
+    if _names_roles(tokenizer):
+        return
+    own = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN
+    try:
+        tokenizer.chat_template = ASKED + own
+        tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
+    except Exception:  # of a template that takes no system message
+        tokenizer.chat_template = ASKED + PLAIN
