@@ -35,7 +35,7 @@ MODULES = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_
 TASKS = {MODULES[:1]: ("sequence-classification", "scores"), MODULES: ("text-generation", "causal_logits")}
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
-PROBES = [("who", "me"), ("how", "me"), ("who", "you and me")]  # each question and passage is in two
+PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
 # What a decoder is asked, in Qwen3-Reranker's words; the chat template behind it writes these messages.
 ASKED = """\
 {%- set turns = messages -%}
@@ -75,7 +75,8 @@ class Reranker(WholePass):
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
-        self.reading, self.general, self.answers = reading, general, answers
+        self.reading = reading | {"max_seq_length": max_length}
+        self.general, self.answers = general, answers
         self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
         self._collate = choose_collate(model, precision)
         self._as_text = as_text(tokenizer)
@@ -205,7 +206,7 @@ class Reranker(WholePass):
 
     def fingerprint(self) -> str:
         """A hash of all that decides a score."""
-        settings = json.dumps([self.max_length, self.answers, self.prompt, self.reading], sort_keys=True)
+        settings = json.dumps([self.answers, self.prompt, self.reading], sort_keys=True)
         return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
@@ -216,7 +217,7 @@ class Reranker(WholePass):
         files: dict[str, Any] = {
             "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
                              for i, (path, kind) in enumerate(modules)],
-            READING_FILE: self.reading | {"max_seq_length": self.max_length}, GENERAL_FILE: self.general,
+            READING_FILE: self.reading, GENERAL_FILE: self.general,
         } | ({f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False))} if self.answers else {})  # fmt: skip
         for name, value in files.items():
             Path(directory, name).parent.mkdir(exist_ok=True)
