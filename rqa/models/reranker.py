@@ -30,13 +30,13 @@ log = logging.getLogger(__name__)
 
 Pair = tuple[str, str]  # a question, and the text of a passage
 
-READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
-MODULES = ("base.modules.transformer.Transformer", "cross_encoder.modules.logit_score.LogitScore")
+READING_FILE, YES_OR_NO, MODULES = "sentence_bert_config.json", "1_LogitScore", ("Transformer", "LogitScore")
 TASKS = {MODULES[:1]: ("sequence-classification", "scores"), MODULES: ("text-generation", "causal_logits")}
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
+IDENTITY = "torch.nn.modules.linear.Identity"
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
-# What a decoder is asked, in Qwen3-Reranker's words; the chat template behind it writes these messages.
+# What a decoder is asked, in Qwen3-Reranker's words; the chat template behind this writes the messages.
 ASKED = """\
 {%- set turns = messages -%}
 {%- macro of(role) %}{{ turns | selectattr('role', 'eq', role) | map(attribute='content') | first }}{% endmacro -%}
@@ -69,19 +69,17 @@ class Reranker(WholePass):
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int,
-        reading: dict[str, Any], general: dict[str, Any],  # what sentence-transformers' files of these names say
-        answers: Sequence[int] = (),  # a decoder's tokens: "yes", and what is subtracted, "no"; none: there is a head
+        reading: dict[str, Any], general: dict[str, Any],  # what sentence-transformers' files of these names hold
+        answers: Sequence[int] = (),  # a decoder's tokens: "yes", and "no", which is subtracted; none: there is a head
         precision: torch.dtype | None = None,  # what products will run in; None: what the model was loaded in
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
-        self.reading = reading | {"max_seq_length": max_length}
-        self.general, self.answers = general, answers
+        self.reading, self.general, self.answers = reading | {"max_seq_length": max_length}, general, answers
         self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
-        self._collate = choose_collate(model, precision)
-        self._as_text = as_text(tokenizer)
+        self._collate, self._as_text = choose_collate(model, precision), as_text(tokenizer)
         self._short = lru_cache(self._shortest)
-        self._counts = [0, 0, 0, 0]  # pairs: seen, cut, those without room for a passage, and seen when that was said
+        self._counts = np.zeros(4, dtype=int)  # pairs: seen, cut, cut to the question, and seen when that was said
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]
@@ -93,21 +91,18 @@ class Reranker(WholePass):
             with TOKENIZING:
                 part = [(self._as_text(a), self._as_text(b)) for a, b in pairs[start : start + ENCODINGS_AT_ONCE]]
                 found = self._encode(part)["input_ids"]
-                for number, row in enumerate(found):
-                    if len(row) > self.max_length:
-                        short, tail = self._short(part[number][0])
-                        fits = len(short) <= self.max_length
-                        found[number] = (row if fits else short)[: self.max_length - len(tail)] + tail
-                        self._counts[1:3] = self._counts[1] + 1, self._counts[2] + (not fits)
+                for number in (i for i, row in enumerate(found) if len(row) > self.max_length):
+                    short, tail = self._short(part[number][0])
+                    fits = len(short) <= self.max_length
+                    found[number] = (found[number] if fits else short)[: self.max_length - len(tail)] + tail
+                    self._counts += (0, 1, not fits, 0)
+                self._counts[0] += len(part)
             rows += found
-        self._counts[0] += len(pairs)
         seen, cut, full, said = self._counts
         if cut and seen >= 10 * said:
             self._counts[3] = seen
-            told = (
-                f"{cut} of the first {seen} pairs of a question and a passage are longer than {self.max_length} tokens"
-            )
-            log.warning("%s; the ends of passages are not read, and of %d no passage, for lack of room", told, full)
+            told = f"{cut} of the first {seen} pairs of question and passage are longer than {self.max_length} tokens"
+            log.warning("%s; the ends of passages are not read; of %d, for lack of room, no passage", told, full)
         return rows
 
     def _shortest(self, question: str) -> tuple[list[int], list[int]]:
@@ -121,10 +116,10 @@ class Reranker(WholePass):
         options |= {"verbose": False}  # or it warns of what is cut later
         if not (chat := self.reading["modality_config"].get("message")):
             return self.tokenizer([(self.prompt + question, passage) for question, passage in pairs], **options)
-        said = [[*[("system", self.prompt)] * bool(self.prompt), *zip(ROLES, pair, strict=True)] for pair in pairs]
-        parts = chat.get("format") == "structured"
-        turns = [[{"role": role, "content": [{"type": "text", "text": text}] if parts else text} for role, text in each]
-                 for each in said]  # fmt: skip
+        system = [("system", self.prompt)] if self.prompt else []
+        said = [[*system, *zip(ROLES, pair, strict=True)] for pair in pairs]
+        content = (lambda text: [{"type": "text", "text": text}]) if chat.get("format") == "structured" else str
+        turns = [[{"role": role, "content": content(text)} for role, text in each] for each in said]
         more = self.reading.get("processing_kwargs", {}).get("chat_template", {})
         texts = self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
         return self.tokenizer(texts, add_special_tokens=False, **options)
@@ -213,13 +208,14 @@ class Reranker(WholePass):
         """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        modules = list(zip(("", YES_OR_NO), MODULES, strict=True))[: 2 if self.answers else 1]
-        files: dict[str, Any] = {
-            "modules.json": [{"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.{kind}"}
-                             for i, (path, kind) in enumerate(modules)],
-            READING_FILE: self.reading, GENERAL_FILE: self.general,
-        } | ({f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False))} if self.answers else {})  # fmt: skip
-        for name, value in files.items():
+        listed = list(zip(("", YES_OR_NO), MODULES, strict=True))[: 2 if self.answers else 1]
+        kind = "sentence_transformers.cross_encoder.modules."
+        modules = [
+            {"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (path, name) in enumerate(listed)
+        ]
+        files = {"modules.json": modules, READING_FILE: self.reading, GENERAL_FILE: self.general}
+        tokens = {f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False))} if self.answers else {}
+        for name, value in (files | tokens).items():
             Path(directory, name).parent.mkdir(exist_ok=True)
             Path(directory, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -239,8 +235,7 @@ def load_reranker(
     config = loading.load_config(path, flags.trust_remote_code)
     kinds, modules = " ".join(config.architectures or []), _read_json(path, "modules.json", list)
     old = getattr(config, "sentence_transformers", None) or {}
-    activation = old.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None)
-    activation = activation or "torch.nn.modules.linear.Identity"
+    activation = old.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY
     reading, answers, general = {}, [], {"model_type": "CrossEncoder", "activation_fn": activation, "prompts": {}}
     if modules and _read_json(path, GENERAL_FILE).get("model_type") == "CrossEncoder":
         reading, answers, general = _layout(path, modules)
@@ -256,8 +251,9 @@ def load_reranker(
     if new and getattr(flags, "use_lora", False):
         raise UserError("--use_lora true: the new head must be trained whole; leave the flag out, or train a decoder")
     kind = transformers.AutoModelForCausalLM if answers else transformers.AutoModelForSequenceClassification
-    options = {"num_labels": 1} if new else {}
-    model = load_model(kind, path, flags, dtype, main_only, NEW_LAYERS if new else "", **options)
+    model = load_model(
+        kind, path, flags, dtype, main_only, NEW_LAYERS if new else "", **{"num_labels": 1} if new else {}
+    )
     if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
     positions = min(loading.learned_positions(model), getattr(model.config, "max_position_embeddings", None) or 512)
@@ -266,14 +262,10 @@ def load_reranker(
     if asked > length:
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
     if "modality_config" not in reading:
-        task, output = TASKS[MODULES if answers else MODULES[:1]]
+        task, output = TASKS[MODULES[: 2 if answers else 1]]
         logits = {"method": "forward", "method_output_name": "logits"}
-        message = {"message": logits | {"format": "flat"}} if _names_roles(tokenizer) else {}
-        reading |= {
-            "transformer_task": task,
-            "modality_config": {"text": logits} | message,
-            "module_output_name": output,
-        }
+        ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if _names_roles(tokenizer) else {})
+        reading |= {"transformer_task": task, "modality_config": ways, "module_output_name": output}
     reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
@@ -283,39 +275,36 @@ def load_reranker(
 def _layout(path: str, modules: list[Any]) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
     """How a checkpoint of `CrossEncoder` reads pairs, its answer tokens, and its general settings."""
     reading, general = _read_json(path, READING_FILE), _read_json(path, GENERAL_FILE)
-    file = f"{path}/modules.json"
-    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
-    names, task = [kind.rpartition(".")[2] for kind in types], reading.get("transformer_task")
-    if (names, task) not in (
-        (["Transformer"], "sequence-classification"),
-        (["Transformer", "LogitScore"], "text-generation"),
-    ):
-        wanted = "a Transformer for sequence-classification, or one for text-generation with a LogitScore"
-        raise UserError(f"{file}: {', '.join(names)} for {task} is not supported; only {wanted}")
-    file, more = f"{path}/{READING_FILE}", _stated(f"{path}/{READING_FILE}", reading, "processing_kwargs", {})
-    _stated(file, reading, "max_seq_length", 0)
-    refused = [name for name in more if name != "chat_template"] + ["do_lower_case"] * bool(
-        reading.get("do_lower_case")
-    )
-    if refused:
-        raise UserError(f"{file}: {refused[0]} is not supported; remove it")
-    file = f"{path}/{GENERAL_FILE}"
-    prompts, default = _stated(file, general, "prompts", {}), _stated(file, general, "default_prompt_name", "")
-    if default and default not in prompts:
-        raise UserError(f"{file}: default_prompt_name {default!r} is not one of the prompts")
-    tokens = _read_json(path, f"{folders[1]}/config.json") if names[1:] else {}
-    answers = [_stated(f"{path}/{folders[1]}/config.json", tokens, name, -1) for name in ANSWERS] if names[1:] else []
-    return reading, [token for token in answers if token >= 0], general | {"prompts": prompts}
+    kinds = tuple(_stated(f"{path}/modules.json", module, "type", "").rpartition(".")[2] for module in modules)
+    more = _stated(f"{path}/{READING_FILE}", reading, "processing_kwargs", {})
+    _stated(f"{path}/{READING_FILE}", reading, "max_seq_length", 512)
+    prompts = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
+    file = f"{modules[-1].get('path')}/config.json"
+    tokens = _read_json(path, file) if kinds == MODULES else {}
+    task, name = reading.get("transformer_task"), general.get("default_prompt_name")
+    refused = {
+        f"modules.json: {', '.join(kinds)} for {task}": TASKS.get(kinds, ("none",))[0] != task,
+        f"{READING_FILE}: do_lower_case": reading.get("do_lower_case"),
+        f"{READING_FILE}: processing_kwargs {', '.join(more)}": more.keys() - {"chat_template"},
+        f"{GENERAL_FILE}: default_prompt_name {name}, which no prompt has,": name and name not in prompts,
+        f"{file}: {ANSWERS[0]} {tokens.get(ANSWERS[0])}": kinds == MODULES and type(tokens.get(ANSWERS[0])) is not int,
+    }
+    for what in (what for what, found in refused.items() if found):
+        known = "sequence-classification by a Transformer, or text-generation by one with a LogitScore"
+        raise UserError(f"{path}/{what} is not supported; known is {known}")
+    answers = [tokens[name] for name in ANSWERS if tokens.get(name) is not None]
+    general = {name: value for name, value in general.items() if name != "__version__"} | {"prompts": prompts}
+    return reading, answers, general
 
 
 def _names_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
     """Whether the chat template is one for a query and a document."""
-    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    return all(f"'{role}'" in template.replace('"', "'") for role in ROLES)
+    template = tokenizer.get_chat_template().replace('"', "'") if tokenizer.chat_template else ""
+    return all(f"'{role}'" in template for role in ROLES)
 
 
 def _ask(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a chat template that asks whether a passage answers a question, in the words of a decoder's own messages."""
+    """Make a chat template that asks a decoder whether a passage answers a question, in messages of its own kind."""
     if _names_roles(tokenizer):
         return
     own = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN
