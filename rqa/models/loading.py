@@ -142,7 +142,8 @@ def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: 
     """
     inner = "|".join(name for name, _ in model.base_model.named_children())  # a head is none of these
     unexpected = rf"^({model.base_model_prefix}\.)?({inner})\."
-    not_read = NOT_READ if "ForSequence" not in type(model).__name__ else NOT_READ.partition("|")[2]  # whose pooler is
+    head = "ForSequenceClassification" in type(model).__name__  # it reads the pooler
+    not_read = NOT_READ.removeprefix(r"(^|\.)pooler\.|") if head else NOT_READ
     faults = {
         "missing": [name for name in found["missing_keys"] if not re.search(new_layers or "$^", name)],
         "not the model's": [name for name in found["unexpected_keys"] if re.search(unexpected, name)],

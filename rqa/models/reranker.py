@@ -176,6 +176,8 @@ class Reranker(WholePass):
             theirs = torch.cat([self._scores(self.model(**inputs).logits.flatten(0, -2)[-1:]) for inputs in alone])
         except Exception as error:
             return one_line(error)
+        if len(rows[0]) > self.max_length:
+            return f"a few words take {len(rows[0])} tokens, and --max_pair_length is {self.max_length}"
         if rows[0] in rows[1:]:
             return (
                 "its chat template leaves out the question or the passage; take one with roles 'query' and 'document'"
