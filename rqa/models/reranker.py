@@ -2,6 +2,7 @@
 
 import json
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
 from rqa.models.encoder import ENCODINGS_AT_ONCE, GENERAL_FILE, MAX_BATCH_TOKENS, TOKENIZING, _read_json, _stated
-from rqa.models.loading import LoadingArguments, choose_collate, evaluating, hidden_states, load_model, load_tokenizer
+from rqa.models.loading import LoadingArguments, choose_collate, evaluating, load_config, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
@@ -30,10 +31,10 @@ log = logging.getLogger(__name__)
 
 Pair = tuple[str, str]  # a question, and the text of a passage
 
-READING_FILE, YES_OR_NO, MODULES = "sentence_bert_config.json", "1_LogitScore", ("Transformer", "LogitScore")
-TASKS = {MODULES[:1]: ("sequence-classification", "scores"), MODULES: ("text-generation", "causal_logits")}
+READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
+TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
+MODULES, IDENTITY = "sentence_transformers.cross_encoder.modules.", "torch.nn.modules.linear.Identity"
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
-IDENTITY = "torch.nn.modules.linear.Identity"
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
 # What a decoder is asked, in Qwen3-Reranker's words; the chat template behind this writes the messages.
@@ -137,16 +138,15 @@ class Reranker(WholePass):
         """Scores, in float32. -> [N]"""
         ends = batch.starts + batch.lengths - 1
         if hasattr(self.model, "score"):  # a decoder's head, at what has read all of a pair
-            return self._scores(self.model.score(hidden_states(self.model, batch)[ends]))
+            return self._scores(self.model.score(loading.hidden_states(self.model, batch)[ends]))
 
         def one_state(base: nn.Module, _: Any, output: Any) -> Any:
             """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
             states = output.last_hidden_state.flatten(0, 1)
             if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
                 sums = states.new_zeros(len(ends), states.shape[1], dtype=torch.float32)
-                states = (
-                    sums.index_add(0, batch.owners, batch.real(states).float()).div(batch.lengths[:, None]).to(states)
-                )
+                sums = sums.index_add(0, batch.owners, batch.real(states).float())
+                states = (sums / batch.lengths[:, None]).to(states.dtype)
             else:
                 states = states[ends if self.answers else batch.starts]
             output.last_hidden_state = states[:, None]  # [N, 1, D]
@@ -179,9 +179,7 @@ class Reranker(WholePass):
         if len(rows[0]) > self.max_length:
             return f"a few words take {len(rows[0])} tokens, and --max_pair_length is {self.max_length}"
         if rows[0] in rows[1:]:
-            return (
-                "its chat template leaves out the question or the passage; take one with roles 'query' and 'document'"
-            )
+            return "its chat template leaves out what has the role 'query' or 'document'"
         near = torch.finfo(self.model.dtype).eps ** 0.5
         same = torch.allclose(ours, theirs, near, near, equal_nan=True)
         return None if same else "its head is not known here; those of several pairs at once would be others"
@@ -210,14 +208,13 @@ class Reranker(WholePass):
         """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        listed = list(zip(("", YES_OR_NO), MODULES, strict=True))[: 2 if self.answers else 1]
-        kind = "sentence_transformers.cross_encoder.modules."
-        modules = [
-            {"idx": i, "name": str(i), "path": path, "type": kind + name} for i, (path, name) in enumerate(listed)
-        ]
-        files = {"modules.json": modules, READING_FILE: self.reading, GENERAL_FILE: self.general}
-        tokens = {f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False))} if self.answers else {}
-        for name, value in (files | tokens).items():
+        kinds = list(TASKS)[bool(self.answers)].split()
+        files = {
+            "modules.json": [{"idx": i, "name": str(i), "path": ("", YES_OR_NO)[i], "type": MODULES + kind}
+                             for i, kind in enumerate(kinds)],
+            READING_FILE: self.reading, GENERAL_FILE: self.general,
+        } | {f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False)) for _ in kinds[1:]}  # fmt: skip
+        for name, value in files.items():
             Path(directory, name).parent.mkdir(exist_ok=True)
             Path(directory, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
@@ -233,29 +230,27 @@ def load_reranker(
 
     A decoder needs no head: it is asked whether a passage answers a question.
     """
-    tokenizer = load_tokenizer(path, flags.trust_remote_code)
-    config = loading.load_config(path, flags.trust_remote_code)
-    kinds, modules = " ".join(config.architectures or []), _read_json(path, "modules.json", list)
-    old = getattr(config, "sentence_transformers", None) or {}
-    activation = old.get("activation_fn") or getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY
-    reading, answers, general = {}, [], {"model_type": "CrossEncoder", "activation_fn": activation, "prompts": {}}
-    if modules and _read_json(path, GENERAL_FILE).get("model_type") == "CrossEncoder":
-        reading, answers, general = _layout(path, modules)
-    elif "ForCausalLM" in kinds and (new_head or not modules):
+    tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
+    reading, general, answers = _layout(path, config)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    paired = all(re.search(f"['\"]{role}['\"]", template) for role in ROLES)
+    kinds = " ".join(config.architectures or [])
+    if not reading and "ForCausalLM" in kinds:
         answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if None in answers or tokenizer.unk_token_id in answers:
             raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
-        _ask(tokenizer)
-        log.info("model %s is a decoder: its odds of 'yes' against 'no' are the scores", path)
+        if not new_head:
+            log.warning("model %s was saved as a language model: its odds of 'yes' are the scores", path)
+        if not paired:
+            _ask(tokenizer, template or PLAIN)
     new = not answers and "ForSequenceClassification" not in kinds
     if new and not new_head:
         raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
     if new and getattr(flags, "use_lora", False):
         raise UserError("--use_lora true: the new head must be trained whole; leave the flag out, or train a decoder")
     kind = transformers.AutoModelForCausalLM if answers else transformers.AutoModelForSequenceClassification
-    model = load_model(
-        kind, path, flags, dtype, main_only, NEW_LAYERS if new else "", **{"num_labels": 1} if new else {}
-    )
+    options = {"new_layers": NEW_LAYERS, "num_labels": 1} if new else {}
+    model = load_model(kind, path, flags, dtype, main_only, **options)
     if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
     positions = min(loading.learned_positions(model), getattr(model.config, "max_position_embeddings", None) or 512)
@@ -263,53 +258,48 @@ def load_reranker(
     asked = flags.max_pair_length or length
     if asked > length:
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
-    if "modality_config" not in reading:
-        task, output = TASKS[MODULES[: 2 if answers else 1]]
-        logits = {"method": "forward", "method_output_name": "logits"}
-        ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if _names_roles(tokenizer) else {})
-        reading |= {"transformer_task": task, "modality_config": ways, "module_output_name": output}
+    logits = {"method": "forward", "method_output_name": "logits"}
+    ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or paired else {})
+    output = "causal_logits" if answers else "scores"
+    task = {"transformer_task": list(TASKS.values())[bool(answers)]}
+    reading = task | {"modality_config": ways, "module_output_name": output} | reading
     reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
     return reranker
 
 
-def _layout(path: str, modules: list[Any]) -> tuple[dict[str, Any], list[int], dict[str, Any]]:
-    """How a checkpoint of `CrossEncoder` reads pairs, its answer tokens, and its general settings."""
-    reading, general = _read_json(path, READING_FILE), _read_json(path, GENERAL_FILE)
-    kinds = tuple(_stated(f"{path}/modules.json", module, "type", "").rpartition(".")[2] for module in modules)
-    more = _stated(f"{path}/{READING_FILE}", reading, "processing_kwargs", {})
-    _stated(f"{path}/{READING_FILE}", reading, "max_seq_length", 512)
-    prompts = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
-    file = f"{modules[-1].get('path')}/config.json"
-    tokens = _read_json(path, file) if kinds == MODULES else {}
+def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """How a `CrossEncoder` checkpoint reads pairs (empty: it is none), its general settings, and its answer tokens."""
+    modules, general = _read_json(path, "modules.json", list), _read_json(path, GENERAL_FILE)
+    if not modules or general.get("model_type") != "CrossEncoder":
+        own = {"activation_fn": getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY}
+        own |= getattr(config, "sentence_transformers", None) or {}
+        return {}, {"model_type": "CrossEncoder", "prompts": {}, **own}, []
+    reading, file = _read_json(path, READING_FILE), f"{path}/{READING_FILE}"
+    more, _ = _stated(file, reading, "processing_kwargs", {}), _stated(file, reading, "max_seq_length", 512)
+    prompts = general["prompts"] = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
     task, name = reading.get("transformer_task"), general.get("default_prompt_name")
+    types, (*_, last) = (
+        [_stated(f"{path}/modules.json", each, key, "") for each in modules] for key in ("type", "path")
+    )
+    kinds = " ".join(kind.rpartition(".")[2] for kind in types)
+    tokens = _read_json(path, f"{last}/config.json") if last else {}
     refused = {
-        f"modules.json: {', '.join(kinds)} for {task}": TASKS.get(kinds, ("none",))[0] != task,
+        f"modules.json: {kinds} for {task}": TASKS.get(kinds, "another") != task,
         f"{READING_FILE}: do_lower_case": reading.get("do_lower_case"),
         f"{READING_FILE}: processing_kwargs {', '.join(more)}": more.keys() - {"chat_template"},
         f"{GENERAL_FILE}: default_prompt_name {name}, which no prompt has,": name and name not in prompts,
-        f"{file}: {ANSWERS[0]} {tokens.get(ANSWERS[0])}": kinds == MODULES and type(tokens.get(ANSWERS[0])) is not int,
+        f"{last}/config.json: {ANSWERS[0]} {tokens.get(ANSWERS[0])}": last and type(tokens.get(ANSWERS[0])) is not int,
     }
-    for what in (what for what, found in refused.items() if found):
+    if what := next((what for what, found in refused.items() if found), None):
         known = "sequence-classification by a Transformer, or text-generation by one with a LogitScore"
         raise UserError(f"{path}/{what} is not supported; known is {known}")
-    answers = [tokens[name] for name in ANSWERS if tokens.get(name) is not None]
-    general = {name: value for name, value in general.items() if name != "__version__"} | {"prompts": prompts}
-    return reading, answers, general
+    return reading, general, [tokens[name] for name in ANSWERS if tokens.get(name) is not None]
 
 
-def _names_roles(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether the chat template is one for a query and a document."""
-    template = tokenizer.get_chat_template().replace('"', "'") if tokenizer.chat_template else ""
-    return all(f"'{role}'" in template for role in ROLES)
-
-
-def _ask(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Make a chat template that asks a decoder whether a passage answers a question, in messages of its own kind."""
-    if _names_roles(tokenizer):
-        return
-    own = tokenizer.get_chat_template() if tokenizer.chat_template else PLAIN
+def _ask(tokenizer: PreTrainedTokenizerBase, own: str) -> None:
+    """Let the chat template ask a decoder whether a passage answers a question, in messages of its own kind."""
     try:
         tokenizer.chat_template = ASKED + own
         tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
