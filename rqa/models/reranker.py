@@ -6,7 +6,6 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +53,7 @@ PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 class RerankerArguments(LoadingArguments):
     """How a cross-encoder reads pairs."""
 
-    max_pair_length: int | None = flag(
-        None, "Tokens of question and passage together, at most. Default: the checkpoint's.", rare=True
-    )
+    max_pair_length: int | None = flag(None, "Tokens of a pair, at most. Default: the checkpoint's.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("max_pair_length", at_least=8)
@@ -102,14 +99,14 @@ class Reranker(WholePass):
         seen, cut, full, said = self._counts
         if cut and seen >= 10 * said:
             self._counts[3] = seen
-            told = f"{cut} of the first {seen} pairs of question and passage are longer than {self.max_length} tokens"
+            told = f"{cut} of the first {seen} pairs are longer than --max_pair_length {self.max_length}"
             log.warning("%s; the ends of passages are not read; of %d, for lack of room, no passage", told, full)
         return rows
 
     def _shortest(self, question: str) -> tuple[list[int], list[int]]:
         """A question with a short passage, and what all its pairs end with: [SEP], or a template's last words."""
         one, other = self._encode([(question, "0"), (question, "1 2 3 4")])["input_ids"]
-        alike = sum(1 for _ in takewhile(lambda ends: ends[0] == ends[1], zip(one[::-1], other[::-1], strict=False)))
+        alike = next((n for n, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
         return one, one[len(one) - alike :][-self.max_length :]
 
     def _encode(self, pairs: Sequence[Pair], **options: Any) -> Any:
@@ -260,9 +257,8 @@ def load_reranker(
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
     logits = {"method": "forward", "method_output_name": "logits"}
     ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or paired else {})
-    output = "causal_logits" if answers else "scores"
-    task = {"transformer_task": list(TASKS.values())[bool(answers)]}
-    reading = task | {"modality_config": ways, "module_output_name": output} | reading
+    task, output = list(TASKS.values())[bool(answers)], "causal_logits" if answers else "scores"
+    reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
     reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
@@ -280,10 +276,8 @@ def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], lis
     more, _ = _stated(file, reading, "processing_kwargs", {}), _stated(file, reading, "max_seq_length", 512)
     prompts = general["prompts"] = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
     task, name = reading.get("transformer_task"), general.get("default_prompt_name")
-    types, (*_, last) = (
-        [_stated(f"{path}/modules.json", each, key, "") for each in modules] for key in ("type", "path")
-    )
-    kinds = " ".join(kind.rpartition(".")[2] for kind in types)
+    kinds = " ".join(_stated(f"{path}/modules.json", each, "type", "").rpartition(".")[2] for each in modules)
+    last = _stated(f"{path}/modules.json", modules[-1], "path", "")
     tokens = _read_json(path, f"{last}/config.json") if last else {}
     refused = {
         f"modules.json: {kinds} for {task}": TASKS.get(kinds, "another") != task,
