@@ -179,7 +179,7 @@ class Reranker(WholePass):
             return "its chat template leaves out what has the role 'query' or 'document'"
         near = torch.finfo(self.model.dtype).eps ** 0.5
         same = torch.allclose(ours, theirs, near, near, equal_nan=True)
-        return None if same else "its head is not known here; those of several pairs at once would be others"
+        return None if same else "its kind of head is not supported; the model alone gives other scores"
 
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:

@@ -239,7 +239,7 @@ def test_several_labels_an_unknown_head_too_many_tokens_and_a_new_head_for_adapt
 
     albert = theirs("albert")
     for path, flags, new, message in (
-        (two, {}, False, "gives 2 scores a pair"), (albert, {}, False, "its head is not known"),
+        (two, {}, False, "gives 2 scores a pair"), (albert, {}, False, "its kind of head is not supported"),
         (albert, {"max_pair_length": 65}, False, "--max_pair_length 65: .* at most 64 tokens"),
         (encoder_path, {}, False, "is no reranker"), (lm_path, {}, False, "no tokens 'yes' and 'no'"),
         (encoder_path, {"use_lora": True}, True, "--use_lora true: the new head"),
