@@ -133,19 +133,24 @@ class Reranker(WholePass):
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Scores, in float32. -> [N]"""
-        ends = batch.starts + batch.lengths - 1
-        if hasattr(self.model, "score"):  # a decoder's head, at what has read all of a pair
-            return self._scores(self.model.score(loading.hidden_states(self.model, batch)[ends]))
+        if self.answers or hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
+            states = loading.hidden_states(self.model, batch)[batch.starts + batch.lengths - 1]  # [N, D]
+            if not self.answers:
+                return self.model.score(states)[:, 0].float()
+            # Of two tokens alone, and in float32: logits in bfloat16 are an eighth apart, and passages would be equal.
+            layer = self.model.get_output_embeddings()
+            scores = (states.float() * self._odds(layer.weight)).sum(-1)
+            return scores if layer.bias is None else scores + self._odds(layer.bias)
 
         def one_state(base: nn.Module, _: Any, output: Any) -> Any:
             """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
             states = output.last_hidden_state.flatten(0, 1)
             if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
-                sums = states.new_zeros(len(ends), states.shape[1], dtype=torch.float32)
+                sums = states.new_zeros(len(batch.lengths), states.shape[1], dtype=torch.float32)
                 sums = sums.index_add(0, batch.owners, batch.real(states).float())
                 states = (sums / batch.lengths[:, None]).to(states.dtype)
             else:
-                states = states[ends if self.answers else batch.starts]
+                states = states[batch.starts]
             output.last_hidden_state = states[:, None]  # [N, 1, D]
             if pooler := getattr(base, "pooler", None):
                 output.pooler_output = pooler(output.last_hidden_state)
@@ -153,15 +158,14 @@ class Reranker(WholePass):
 
         handle = self.model.base_model.register_forward_hook(one_state)
         try:
-            options = {"use_cache": False} if self.answers else {}
-            return self._scores(self.model(**batch.inputs, **options).logits.flatten(0, -2))
+            return self.model(**batch.inputs).logits[:, 0].float()
         finally:
             handle.remove()
 
-    def _scores(self, logits: Tensor) -> Tensor:
-        """[N, 1], or of a whole vocabulary [N, V] -> [N]"""
-        yes, *no = (logits[:, token].float() for token in self.answers or (0,))
-        return yes - no[0] if no else yes
+    def _odds(self, values: Tensor) -> Tensor:
+        """What "yes" has more of than "no"; the only value of a head. [V, ...] or [1] -> [...]"""
+        yes, *no = self.answers or (0,)
+        return values[yes].float() - (values[no[0]].float() if no else 0)
 
     @torch.no_grad()
     def refusal(self) -> str | None:
@@ -170,7 +174,7 @@ class Reranker(WholePass):
             rows = self._encode(PROBES)["input_ids"]
             ours = self(self.collate(rows).to(self.model.device))
             alone = (self._encode([pair], return_tensors="pt").to(self.model.device) for pair in PROBES)
-            theirs = torch.cat([self._scores(self.model(**inputs).logits.flatten(0, -2)[-1:]) for inputs in alone])
+            theirs = torch.stack([self._odds(self.model(**inputs).logits.flatten(0, -2)[-1]) for inputs in alone])
         except Exception as error:
             return one_line(error)
         if len(rows[0]) > self.max_length:
