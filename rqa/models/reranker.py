@@ -138,7 +138,7 @@ class Reranker(WholePass):
             if not self.answers:
                 return self.model.score(states)[:, 0].float()
             # Of two tokens alone, and in float32: logits in bfloat16 are an eighth apart, and passages would be equal.
-            layer = self.model.get_output_embeddings()
+            layer: Any = self.model.get_output_embeddings()
             scores = (states.float() * self._odds(layer.weight)).sum(-1)
             return scores if layer.bias is None else scores + self._odds(layer.bias)
 

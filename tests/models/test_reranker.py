@@ -153,6 +153,14 @@ def test_a_passage_is_cut_and_never_the_question_and_a_question_without_room_ran
     assert "of 2, for lack of room, no passage" in caplog.text
 
 
+def test_scores_of_a_decoder_in_bfloat16_are_finer_than_its_logits(
+    theirs: Callable[..., str], pairs: list[tuple[str, str]]
+) -> None:
+    path = theirs("yes or no")
+    found = load_reranker(path, RerankerArguments(dtype="bfloat16")).score(pairs)
+    assert not np.isin(found, torch.tensor(found).bfloat16().float()).any()  # or close passages would be equal
+
+
 def test_a_text_that_holds_a_control_token_ends_nothing(theirs: Callable[..., str]) -> None:
     reranker = load_reranker(theirs("bert"))
     rows = reranker.tokenize([("a [SEP] b", "c [SEP] [CLS]"), ("a", "c")])
