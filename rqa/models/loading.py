@@ -142,13 +142,15 @@ def check_checkpoint(model: PreTrainedModel, found: dict[str, Any], new_layers: 
     """
     inner = "|".join(name for name, _ in model.base_model.named_children())  # a head is none of these
     unexpected = rf"^({model.base_model_prefix}\.)?({inner})\."
+    head = "ForSequenceClassification" in type(model).__name__  # it reads the pooler
+    not_read = NOT_READ.removeprefix(r"(^|\.)pooler\.|") if head else NOT_READ
     faults = {
         "missing": [name for name in found["missing_keys"] if not re.search(new_layers or "$^", name)],
         "not the model's": [name for name in found["unexpected_keys"] if re.search(unexpected, name)],
         "of another shape": [name for name, *_ in found["mismatched_keys"]],
     }
     for fault, names in faults.items():
-        if names := [name for name in names if not re.search(NOT_READ, name)]:
+        if names := [name for name in names if not re.search(not_read, name)]:
             cure = "download it again, or give it the config.json that it was saved with"
             raise ValueError(f"{len(names)} of its tensors are {fault}, such as {min(names)}; {cure}")
 

@@ -1,97 +1,195 @@
 """The cross-encoder: question and passage read together, one score a pair; saved as `CrossEncoder` saves it."""
 
 import json
+import logging
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import numpy as np
+import transformers
 from torch import Tensor, nn
-from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import MAX_BATCH_TOKENS
-from rqa.models.loading import LoadingArguments, choose_collate, evaluating, hidden_states, load_model, load_tokenizer
+from rqa.models.encoder import ENCODINGS_AT_ONCE, GENERAL_FILE, MAX_BATCH_TOKENS, TOKENIZING, _read_json, _stated
+from rqa.models.loading import LoadingArguments, choose_collate, evaluating, load_config, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
-from rqa.runtime.errors import UserError
+from rqa.runtime import distributed
+from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import WholePass, in_step
 from rqa.runtime.text import as_text
 
+log = logging.getLogger(__name__)
+
 Pair = tuple[str, str]  # a question, and the text of a passage
+
+READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
+TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
+MODULES, IDENTITY = "sentence_transformers.cross_encoder.modules.", "torch.nn.modules.linear.Identity"
+ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
+NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
+PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
+# What a decoder is asked, in Qwen3-Reranker's words; the chat template behind this writes the messages.
+ASKED = """\
+{%- set turns = messages -%}
+{%- macro of(role) %}{{ turns | selectattr('role', 'eq', role) | map(attribute='content') | first }}{% endmacro -%}
+{%- set task = of('system') or 'Given a web search query, retrieve relevant passages that answer the query' -%}
+{%- set asked = '<Instruct>: ' ~ task ~ '\\n<Query>: ' ~ of('query') ~ '\\n<Document>: ' ~ of('document') -%}
+{%- set messages = [{'role': 'system', 'content': 'Judge whether the Document meets the requirements based on the \
+Query and the Instruct provided. Note that the answer can only be "yes" or "no".'}, {'role': 'user', 'content': asked}]
+-%}{%- set add_generation_prompt, enable_thinking = true, false -%}
+"""
+PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 
 @dataclass(kw_only=True)
 class RerankerArguments(LoadingArguments):
     """How a cross-encoder reads pairs."""
 
-    max_pair_length: int | None = flag(
-        None, "Tokens of question and passage together, at most. Default: the checkpoint's.", rare=True
-    )
+    max_pair_length: int | None = flag(None, "Tokens of a pair, at most. Default: the checkpoint's.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("max_pair_length", at_least=8)
 
 
 class Reranker(WholePass):
-    """Token ids of pairs in, one score a pair out; the greater, the better the passage answers the question."""
+    """Token ids of pairs in, one score a pair out; the greater, the better the passage answers the question.
+
+    Scores are logits: what `CrossEncoder.predict` gives before its activation function.
+    """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int,
+        reading: dict[str, Any], general: dict[str, Any],  # what sentence-transformers' files of these names hold
+        answers: Sequence[int] = (),  # a decoder's tokens: "yes", and "no", which is subtracted; none: there is a head
         precision: torch.dtype | None = None,  # what products will run in; None: what the model was loaded in
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
-        self._collate = choose_collate(model, precision)
-        self._as_text = as_text(tokenizer)
+        self.reading, self.general, self.answers = reading | {"max_seq_length": max_length}, general, answers
+        self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
+        self._collate, self._as_text = choose_collate(model, precision), as_text(tokenizer)
+        self._short = lru_cache(self._shortest)
+        self._counts = np.zeros(4, dtype=int)  # pairs: seen, cut, cut to the question, and seen when that was said
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]"""
-        questions, passages = ([self._as_text(text) for text in side] for side in zip(*pairs, strict=True))
-        found = self.tokenizer(questions, passages, truncation="only_second", max_length=self.max_length)
-        return found["input_ids"]
+        """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]
+
+        A question that leaves no room for a passage is cut and stands alone: its pairs get equal scores.
+        """
+        rows: list[list[int]] = []
+        for start in range(0, len(pairs), ENCODINGS_AT_ONCE):
+            with TOKENIZING:
+                part = [(self._as_text(a), self._as_text(b)) for a, b in pairs[start : start + ENCODINGS_AT_ONCE]]
+                found = self._encode(part)["input_ids"]
+                for number in (i for i, row in enumerate(found) if len(row) > self.max_length):
+                    short, tail = self._short(part[number][0])
+                    fits = len(short) <= self.max_length
+                    found[number] = (found[number] if fits else short)[: self.max_length - len(tail)] + tail
+                    self._counts += (0, 1, not fits, 0)
+                self._counts[0] += len(part)
+            rows += found
+        seen, cut, full, said = self._counts
+        if cut and seen >= 10 * said:
+            self._counts[3] = seen
+            told = f"{cut} of the first {seen} pairs are longer than --max_pair_length {self.max_length}"
+            log.warning("%s; the ends of passages are not read; of %d, for lack of room, no passage", told, full)
+        return rows
+
+    def _shortest(self, question: str) -> tuple[list[int], list[int]]:
+        """A question with a short passage, and what all its pairs end with: [SEP], or a template's last words."""
+        one, other = self._encode([(question, "0"), (question, "1 2 3 4")])["input_ids"]
+        alike = next((n for n, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
+        return one, one[len(one) - alike :][-self.max_length :]
+
+    def _encode(self, pairs: Sequence[Pair], **options: Any) -> Any:
+        """Whole pairs, tokenized as `CrossEncoder` does it: two texts, or a conversation by the chat template."""
+        options |= {"verbose": False}  # or it warns of what is cut later
+        if not (chat := self.reading["modality_config"].get("message")):
+            return self.tokenizer([(self.prompt + question, passage) for question, passage in pairs], **options)
+        system = [("system", self.prompt)] if self.prompt else []
+        said = [[*system, *zip(ROLES, pair, strict=True)] for pair in pairs]
+        content = (lambda text: [{"type": "text", "text": text}]) if chat.get("format") == "structured" else str
+        turns = [[{"role": role, "content": content(text)} for role, text in each] for each in said]
+        more = self.reading.get("processing_kwargs", {}).get("chat_template", {})
+        texts = self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
+        return self.tokenizer(texts, add_special_tokens=False, **options)
 
     def collate(self, sequences: Sequence[Sequence[int]]) -> TokenBatch:
         """One batch of pairs, packed if the model allows it. [N] -> N sequences"""
-        batch = self._collate(sequences)
-        if "token_type_ids" not in self.tokenizer.model_input_names:
-            return batch
-        ids = batch.inputs["input_ids"]
-        ends = (ids == self.tokenizer.sep_token_id).flatten()[batch.rows].long()  # [T]
-        before = ends.cumsum(0) - ends
-        kinds = torch.zeros_like(ids).flatten()
-        first = torch.nn.functional.pad(batch.lengths.cumsum(0), (1, 0))[:-1]  # of each sequence, among real tokens
-        kinds[batch.rows] = (before - before[first][batch.owners]).clamp(max=1)  # 1 behind the first end
-        return replace(batch, inputs=batch.inputs | {"token_type_ids": kinds.view_as(ids)})
+        batch, end = self._collate(sequences), self.tokenizer.sep_token_id
+        if "token_type_ids" in self.tokenizer.model_input_names and not self.answers:
+            first = [row.index(end) + 1 if end in row else len(row) for row in sequences]
+            kinds = [[0] * length + [1] * (len(row) - length) for length, row in zip(first, sequences, strict=True)]
+            batch.inputs["token_type_ids"] = self._collate(kinds).inputs["input_ids"]
+        return batch
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """What `CrossEncoder.predict` gives before its activation, in float32. -> [N]"""
-        if hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
-            ends = batch.starts + batch.lengths - 1
-            return self.model.score(hidden_states(self.model, batch)[ends])[:, 0].float()
+        """Scores, in float32. -> [N]"""
+        if self.answers or hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
+            states = loading.hidden_states(self.model, batch)[batch.starts + batch.lengths - 1]  # [N, D]
+            if not self.answers:
+                return self.model.score(states)[:, 0].float()
+            # Of two tokens alone, and in float32: logits in bfloat16 are an eighth apart, and passages would be equal.
+            layer: Any = self.model.get_output_embeddings()
+            scores = (states.float() * self._odds(layer.weight)).sum(-1)
+            return scores if layer.bias is None else scores + self._odds(layer.bias)
 
-        def first_states(base: nn.Module, _: Any, output: Any) -> Any:
-            """The head sees each pair's first state as a sequence of its own, however they are batched."""
-            output.last_hidden_state = output.last_hidden_state.flatten(0, 1)[batch.starts][:, None]  # [N, 1, D]
+        def one_state(base: nn.Module, _: Any, output: Any) -> Any:
+            """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
+            states = output.last_hidden_state.flatten(0, 1)
+            if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
+                sums = states.new_zeros(len(batch.lengths), states.shape[1], dtype=torch.float32)
+                sums = sums.index_add(0, batch.owners, batch.real(states).float())
+                states = (sums / batch.lengths[:, None]).to(states.dtype)
+            else:
+                states = states[batch.starts]
+            output.last_hidden_state = states[:, None]  # [N, 1, D]
             if pooler := getattr(base, "pooler", None):
                 output.pooler_output = pooler(output.last_hidden_state)
             return output
 
-        handle = self.model.base_model.register_forward_hook(first_states)
+        handle = self.model.base_model.register_forward_hook(one_state)
         try:
             return self.model(**batch.inputs).logits[:, 0].float()
         finally:
             handle.remove()
 
+    def _odds(self, values: Tensor) -> Tensor:
+        """What "yes" has more of than "no"; the only value of a head. [V, ...] or [1] -> [...]"""
+        yes, *no = self.answers or (0,)
+        return values[yes].float() - (values[no[0]].float() if no else 0)
+
+    @torch.no_grad()
+    def refusal(self) -> str | None:
+        """Why pairs cannot be scored together as the model's own forward pass scores each; tried with three of them."""
+        try:
+            rows = self._encode(PROBES)["input_ids"]
+            ours = self(self.collate(rows).to(self.model.device))
+            alone = (self._encode([pair], return_tensors="pt").to(self.model.device) for pair in PROBES)
+            theirs = torch.stack([self._odds(self.model(**inputs).logits.flatten(0, -2)[-1]) for inputs in alone])
+        except Exception as error:
+            return one_line(error)
+        if len(rows[0]) > self.max_length:
+            return f"a few words take {len(rows[0])} tokens, and --max_pair_length is {self.max_length}"
+        if rows[0] in rows[1:]:
+            return "its chat template leaves out what has the role 'query' or 'document'"
+        near = torch.finfo(self.model.dtype).eps ** 0.5
+        same = torch.allclose(ours, theirs, near, near, equal_nan=True)
+        return None if same else "its kind of head is not supported; the model alone gives other scores"
+
     @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores without gradient, longest pairs first. -> float32 [N]"""
         scores = np.empty(len(pairs), dtype=np.float32)
-        sequences = self.tokenize(pairs) if pairs else []
-        device = self.model.device
+        sequences, device = self.tokenize(pairs), self.model.device
         padded, most = self._collate is not pack, MAX_BATCH_TOKENS[device.type]
         batches = token_budget_batches(list(map(len, sequences)), most, padded)
         with evaluating(self):
@@ -104,15 +202,22 @@ class Reranker(WholePass):
 
     def fingerprint(self) -> str:
         """A hash of all that decides a score."""
-        return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), str(self.max_length))
+        settings = json.dumps([self.answers, self.prompt, self.reading], sort_keys=True)
+        return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save in the layout that `sentence_transformers.CrossEncoder` loads; `predict` gives our scores there."""
+        """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        settings = {"activation_fn": "torch.nn.modules.linear.Identity", "model_type": "CrossEncoder", "prompts": {}}
-        text = json.dumps(settings, indent=2) + "\n"
-        Path(directory, "config_sentence_transformers.json").write_text(text, encoding="utf-8")
+        kinds = list(TASKS)[bool(self.answers)].split()
+        files = {
+            "modules.json": [{"idx": i, "name": str(i), "path": ("", YES_OR_NO)[i], "type": MODULES + kind}
+                             for i, kind in enumerate(kinds)],
+            READING_FILE: self.reading, GENERAL_FILE: self.general,
+        } | {f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False)) for _ in kinds[1:]}  # fmt: skip
+        for name, value in files.items():
+            Path(directory, name).parent.mkdir(exist_ok=True)
+            Path(directory, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
 def load_reranker(
@@ -122,20 +227,79 @@ def load_reranker(
     main_only: bool = False,
     new_head: bool = False,  # whether a checkpoint without a head gets one, to be trained
 ) -> Reranker:
-    """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode."""
-    tokenizer = load_tokenizer(path, flags.trust_remote_code)
-    config = loading.load_config(path, flags.trust_remote_code)
-    has_head = any(name.endswith("ForSequenceClassification") for name in config.architectures or [])
-    if not has_head and not new_head:
+    """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode.
+
+    A decoder needs no head: it is asked whether a passage answers a question.
+    """
+    tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
+    reading, general, answers = _layout(path, config)
+    template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
+    paired = all(re.search(f"['\"]{role}['\"]", template) for role in ROLES)
+    kinds = " ".join(config.architectures or [])
+    if not reading and "ForCausalLM" in kinds:
+        answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
+        if None in answers or tokenizer.unk_token_id in answers:
+            raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
+        if not new_head:
+            log.warning("model %s was saved as a language model: its odds of 'yes' are the scores", path)
+        if not paired:
+            _ask(tokenizer, template or PLAIN)
+    new = not answers and "ForSequenceClassification" not in kinds
+    if new and not new_head:
         raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
-    new_layers = "" if has_head else r"^(classifier|score|pre_classifier|pooler)\b"
-    kind, options = AutoModelForSequenceClassification, {} if has_head else {"num_labels": 1}
-    model = load_model(kind, path, flags, dtype, main_only, new_layers, **options)
-    if model.config.num_labels != 1:
+    if new and getattr(flags, "use_lora", False):
+        raise UserError("--use_lora true: the new head must be trained whole; leave the flag out, or train a decoder")
+    kind = transformers.AutoModelForCausalLM if answers else transformers.AutoModelForSequenceClassification
+    options = {"new_layers": NEW_LAYERS, "num_labels": 1} if new else {}
+    model = load_model(kind, path, flags, dtype, main_only, **options)
+    if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
     positions = min(loading.learned_positions(model), getattr(model.config, "max_position_embeddings", None) or 512)
-    length = int(min(tokenizer.model_max_length, positions))
+    length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
     asked = flags.max_pair_length or length
     if asked > length:
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
-    return Reranker(model, tokenizer, asked, dtype and flags.precision).eval()
+    logits = {"method": "forward", "method_output_name": "logits"}
+    ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or paired else {})
+    task, output = list(TASKS.values())[bool(answers)], "causal_logits" if answers else "scores"
+    reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
+    reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
+    if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
+        raise UserError(f"model {path}: its scores cannot be computed: {reason}")
+    return reranker
+
+
+def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
+    """How a `CrossEncoder` checkpoint reads pairs (empty: it is none), its general settings, and its answer tokens."""
+    modules, general = _read_json(path, "modules.json", list), _read_json(path, GENERAL_FILE)
+    if not modules or general.get("model_type") != "CrossEncoder":
+        own = {"activation_fn": getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY}
+        own |= getattr(config, "sentence_transformers", None) or {}
+        return {}, {"model_type": "CrossEncoder", "prompts": {}, **own}, []
+    reading, file = _read_json(path, READING_FILE), f"{path}/{READING_FILE}"
+    more, _ = _stated(file, reading, "processing_kwargs", {}), _stated(file, reading, "max_seq_length", 512)
+    prompts = general["prompts"] = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
+    task, name = reading.get("transformer_task"), general.get("default_prompt_name")
+    kinds = " ".join(_stated(f"{path}/modules.json", each, "type", "").rpartition(".")[2] for each in modules)
+    last = _stated(f"{path}/modules.json", modules[-1], "path", "")
+    tokens = _read_json(path, f"{last}/config.json") if last else {}
+    refused = {
+        f"modules.json: {kinds} for {task}": TASKS.get(kinds, "another") != task,
+        f"{READING_FILE}: do_lower_case": reading.get("do_lower_case"),
+        f"{READING_FILE}: processing_kwargs {', '.join(more)}": more.keys() - {"chat_template"},
+        f"{GENERAL_FILE}: default_prompt_name {name}, which no prompt has,": name and name not in prompts,
+        f"{last}/config.json: {ANSWERS[0]} {tokens.get(ANSWERS[0])}": last and type(tokens.get(ANSWERS[0])) is not int,
+    }
+    if what := next((what for what, found in refused.items() if found), None):
+        known = "sequence-classification by a Transformer, or text-generation by one with a LogitScore"
+        raise UserError(f"{path}/{what} is not supported; known is {known}")
+    return reading, general, [tokens[name] for name in ANSWERS if tokens.get(name) is not None]
+
+
+def _ask(tokenizer: PreTrainedTokenizerBase, own: str) -> None:
+    """Let the chat template ask a decoder whether a passage answers a question, in messages of its own kind."""
+    try:
+        tokenizer.chat_template = ASKED + own
+        tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
+    except Exception:  # of a template that takes no system message
+        tokenizer.chat_template = ASKED + PLAIN
