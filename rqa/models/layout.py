@@ -139,23 +139,23 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     refused, unless a flag that is given replaces them. Similarity is cosine unless another is stated, with or without a
     Normalize module; texts are cut at `limit` tokens unless a length is stated.
     """
-    if ours := _read_json(path, SETTINGS_FILE):  # it decides, not a folder left behind
+    if ours := read_part(path, SETTINGS_FILE):  # it decides, not a folder left behind
         defaults = vars(EncoderSettings()) | {"two_encoders": False, "layers": [], "projection": 0}
-        found = {name: _stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
+        found = {name: stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
         # Before there were other layers, a projection was these two.
         names = ["2_Dense", "3_LayerNorm"] if found.pop("projection") else map(str, found["layers"])
         return found | {"layers": [(name, name.partition("_")[2]) for name in names]}
-    file, modules = f"{path}/modules.json", _read_json(path, "modules.json", list)
+    file, modules = f"{path}/modules.json", read_part(path, "modules.json", list)
     if not modules:
         return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
-    types, folders = ([_stated(file, module, name, "") for module in modules] for name in ("type", "path"))
+    types, folders = ([stated(file, module, name, "") for module in modules] for name in ("type", "path"))
     names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
     beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
     if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
         wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
         raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
-    general = partial(_stated, file, _read_json(path, GENERAL_FILE))
+    general = partial(stated, file, read_part(path, GENERAL_FILE))
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
     if similarity not in ("cosine", "dot") and flags.normalize is None:
         raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
@@ -165,22 +165,22 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
         layers.pop()  # `normalize` says the same
     # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
     normalize = similarity != "dot" or (unit and not cut)
-    prompt = {name: _stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
+    prompt = {name: stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
     passages = prompt["document"] if "document" in prompts else prompt["passage"] or prompt["corpus"]
     if passages and "document" not in prompts and flags.passage_prefix is None:
         other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
         log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
-    if not (pooling := _read_json(path, pooling_file)):
+    if not (pooling := read_part(path, pooling_file)):
         raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
-    pools = partial(_stated, f"{path}/{pooling_file}", pooling)
+    pools = partial(stated, f"{path}/{pooling_file}", pooling)
     old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
     named = [key.removeprefix("pooling_mode_") for key in old]
     modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in named]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
-    found = next(filter(None, (_read_json(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
-    reading = partial(_stated, file := f"{path}/sentence_bert_config.json", found)
+    found = next(filter(None, (read_part(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
+    reading = partial(stated, file := f"{path}/sentence_bert_config.json", found)
     _refuse_others(file, found, PLAIN_READING)
-    if "message" in reading("modality_config", {}):
+    if "message" in reading("modality_config", {}):  # it would render plain texts, too
         raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
     length = reading("max_seq_length", limit)
     return {
@@ -198,9 +198,9 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
     layers: list[Layer] = []
     for name, kind in found:
         file = f"{path}/{(place := str(Path(folder, name)))}/config.json"
-        said = _read_json(path, f"{place}/config.json")
+        said = read_part(path, f"{place}/config.json")
         _refuse_others(file, said, PLAIN)
-        config = {key: _stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
+        config = {key: stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
         for key, value in [*config.items()][:1]:
             if value != (now := width_behind(layers, width)):
                 raise UserError(f"{file}: {key} {value}: {now} dimensions come in; copy the original files")
@@ -217,11 +217,11 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
 
 def _refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
     for name, value in plain.items():
-        if (found := _stated(file, said, name, value)) != value:
+        if (found := stated(file, said, name, value)) != value:
             raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")
 
 
-def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
+def stated(file: str, settings: Any, name: str, default: Any) -> Any:
     """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
     value = settings.get(name) if isinstance(settings, dict) else settings
     if value is None:
@@ -231,7 +231,7 @@ def _stated(file: str, settings: Any, name: str, default: Any) -> Any:
     return value
 
 
-def _read_json(path: str, name: str, kind: type = dict) -> Any:
+def read_part(path: str, name: str, kind: type = dict) -> Any:
     """A JSON file of a directory or of a hub repository; empty if there is none."""
     try:
         file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError

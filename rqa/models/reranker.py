@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import ENCODINGS_AT_ONCE, GENERAL_FILE, MAX_BATCH_TOKENS, TOKENIZING, _read_json, _stated
+from rqa.models.encoder import ENCODINGS_AT_ONCE, MAX_BATCH_TOKENS, TOKENIZING
+from rqa.models.layout import GENERAL_FILE, read_part, stated
 from rqa.models.loading import LoadingArguments, choose_collate, evaluating, load_config, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack, token_budget_batches
 from rqa.runtime import distributed
@@ -271,18 +272,18 @@ def load_reranker(
 
 def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """How a `CrossEncoder` checkpoint reads pairs (empty: it is none), its general settings, and its answer tokens."""
-    modules, general = _read_json(path, "modules.json", list), _read_json(path, GENERAL_FILE)
+    modules, general = read_part(path, "modules.json", list), read_part(path, GENERAL_FILE)
     if not modules or general.get("model_type") != "CrossEncoder":
         own = {"activation_fn": getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY}
         own |= getattr(config, "sentence_transformers", None) or {}
         return {}, {"model_type": "CrossEncoder", "prompts": {}, **own}, []
-    reading, file = _read_json(path, READING_FILE), f"{path}/{READING_FILE}"
-    more, _ = _stated(file, reading, "processing_kwargs", {}), _stated(file, reading, "max_seq_length", 512)
-    prompts = general["prompts"] = _stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
+    reading, file = read_part(path, READING_FILE), f"{path}/{READING_FILE}"
+    more, _ = stated(file, reading, "processing_kwargs", {}), stated(file, reading, "max_seq_length", 512)
+    prompts = general["prompts"] = stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
     task, name = reading.get("transformer_task"), general.get("default_prompt_name")
-    kinds = " ".join(_stated(f"{path}/modules.json", each, "type", "").rpartition(".")[2] for each in modules)
-    last = _stated(f"{path}/modules.json", modules[-1], "path", "")
-    tokens = _read_json(path, f"{last}/config.json") if last else {}
+    kinds = " ".join(stated(f"{path}/modules.json", each, "type", "").rpartition(".")[2] for each in modules)
+    last = stated(f"{path}/modules.json", modules[-1], "path", "")
+    tokens = read_part(path, f"{last}/config.json") if last else {}
     refused = {
         f"modules.json: {kinds} for {task}": TASKS.get(kinds, "another") != task,
         f"{READING_FILE}: do_lower_case": reading.get("do_lower_case"),
