@@ -144,26 +144,18 @@ class Encoder(nn.Module):
         return self._tokenize("passage", texts, self.settings.passage_prefix, self.settings.max_passage_length)
 
     def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
-        rows: list[list[int]] = []
-        counts = self._counts.setdefault(kind, [0, 0, 0])
-        for start in range(0, len(texts), ENCODINGS_AT_ONCE):
-            with TOKENIZING:
-                asked = [prefix + self._as_text(text) for text in texts[start : start + ENCODINGS_AT_ONCE]]
-                found = self.tokenizer(asked, truncation=True, max_length=most)
-                alone = [] if self.settings.include_prompt else self.tokenizer(prefix, truncation=True, max_length=most)
+        def encode(part: Sequence[str]) -> tuple[list[list[int]], int]:
+            found = self.tokenizer([prefix + self._as_text(text) for text in part], truncation=True, max_length=most)
             ids, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
-            if alone and prefix:  # as many tokens as the prefix has by itself are marked by their complement: -1 - id
-                own = alone["input_ids"]
+            if prefix and not self.settings.include_prompt:
+                own = self.tokenizer(prefix, truncation=True, max_length=most)["input_ids"]
+                # As many tokens as the prefix has by itself are marked by their complement: -1 - id.
                 hidden = len(own) - (own[-1] in self.tokenizer.all_special_ids)
                 ids = [[~token for token in row[:hidden]] + row[hidden:] for row in ids]
-            counts[0] += len(ids)
-            counts[1] += sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(ids))
-            rows += ids
-        if counts[1] and counts[0] >= 10 * counts[2]:
-            counts[2] = counts[0]
-            told = f"{counts[1]} of the first {counts[0]} texts"
-            log.warning("%s are longer than --max_%s_length %d; their ends are not encoded", told, kind, most)
-        return rows
+            return ids, sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(ids))
+
+        told = f"texts are longer than --max_{kind}_length {most}; their ends are not encoded"
+        return in_parts(encode, texts, self._counts.setdefault(kind, [0, 0, 0]), told)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
@@ -175,35 +167,12 @@ class Encoder(nn.Module):
         pooled = self.projection(pooled).float()[:, : self.dimension]
         return nn.functional.normalize(pooled, dim=-1) if self.settings.normalize else pooled
 
-    @torch.no_grad()
     def embed(
         self, sequences: Sequence[Sequence[int]], advance: Callable[[int], object] = lambda count: None
     ) -> np.ndarray:
         """Embeddings of token ids without gradient, longest first; `advance` hears how many are done. -> [N, D]"""
         embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
-        device, lengths = self.backbone.device, list(map(len, sequences))
-        most = self.max_batch_tokens or MAX_BATCH_TOKENS[device.type]
-        batches = token_budget_batches(lengths, most, padded=self.collate is not pack)
-
-        def begun() -> Iterator[Any]:
-            for indices in in_step(self, batches, filler=[]):
-                batch = self.collate([sequences[index] for index in indices] or [[0]])
-                found = self(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
-                computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-                yield indices, found, computed
-            yield None
-
-        with evaluating(self):
-            for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
-                if computed:
-                    computed.synchronize()
-                embeddings[indices] = found.numpy()
-                if not (finite := found.isfinite().all(1)[: len(indices)]).all():
-                    bad = sequences[indices[int(finite.int().argmin())]]
-                    text = self.tokenizer.decode([max(id, ~id) for id in bad], skip_special_tokens=True)
-                    raise loading.not_finite(self.backbone, "embedding", text)
-                advance(len(indices))
-        return embeddings
+        return fill(embeddings, self, sequences, "embedding", self.collate is not pack, self.max_batch_tokens, advance)
 
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
@@ -220,6 +189,53 @@ class Encoder(nn.Module):
         layout.write_layout(directory, self)
         if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
+
+
+def in_parts(encode: Callable[[Any], tuple[list[list[int]], int]], texts: Any, counts: list[int], told: str) -> Any:
+    """Token ids of texts, by what encodes a part of them and counts those that it cut; threads take turns. -> [N]
+
+    How many were cut is told, and again when ten times as many were seen; `counts`: seen, cut, and seen when told.
+    """
+    rows: list[list[int]] = []
+    for start in range(0, len(texts), ENCODINGS_AT_ONCE):
+        with TOKENIZING:
+            ids, cut = encode(texts[start : start + ENCODINGS_AT_ONCE])
+        rows += ids
+        counts[:2] = counts[0] + len(ids), counts[1] + cut
+    if counts[1] and counts[0] >= 10 * counts[2]:
+        counts[2] = counts[0]
+        log.warning("%d of the first %d %s", counts[1], counts[0], told)
+    return rows
+
+
+@torch.no_grad()
+def fill(
+    rows: np.ndarray, module: Any, sequences: Sequence[Sequence[int]], what: str, padded: bool,
+    most: int | None = None, advance: Callable[[int], object] = lambda count: None,
+) -> np.ndarray:  # fmt: skip
+    """Fill rows with what a module makes of token ids, longest first; `what` is what an error calls it. [N, ...]"""
+    device = next(module.parameters()).device
+    batches = token_budget_batches(list(map(len, sequences)), most or MAX_BATCH_TOKENS[device.type], padded)
+
+    def begun() -> Iterator[Any]:
+        for indices in in_step(module, batches, filler=[]):
+            batch = module.collate([sequences[index] for index in indices] or [[0]])
+            found = module(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
+            computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            yield indices, found, computed
+        yield None
+
+    with evaluating(module):
+        for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
+            if computed:
+                computed.synchronize()
+            rows[indices] = found[: len(indices)].numpy()
+            for index in indices:
+                if not np.isfinite(rows[index]).all():
+                    text = module.tokenizer.decode([max(id, ~id) for id in sequences[index]], skip_special_tokens=True)
+                    raise loading.not_finite(module, what, text)
+            advance(len(indices))
+    return rows
 
 
 def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = None) -> Tensor:

@@ -16,15 +16,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import ENCODINGS_AT_ONCE, MAX_BATCH_TOKENS, TOKENIZING
+from rqa.models.encoder import fill, in_parts
 from rqa.models.layout import GENERAL_FILE, read_part, stated
-from rqa.models.loading import LoadingArguments, choose_collate, evaluating, load_config, load_model, load_tokenizer
-from rqa.packing import TokenBatch, pack, token_budget_batches
+from rqa.models.loading import LoadingArguments, choose_collate, load_config, load_model, load_tokenizer
+from rqa.packing import TokenBatch, pack
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
-from rqa.runtime.parallelize import WholePass, in_step
+from rqa.runtime.parallelize import WholePass
 from rqa.runtime.text import as_text
 
 log = logging.getLogger(__name__)
@@ -77,38 +77,32 @@ class Reranker(WholePass):
         self.reading, self.general, self.answers = reading | {"max_seq_length": max_length}, general, answers
         self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
         self._collate, self._as_text = choose_collate(model, precision), as_text(tokenizer)
-        self._short = lru_cache(self._shortest)
-        self._counts = np.zeros(4, dtype=int)  # pairs: seen, cut, cut to the question, and seen when that was said
+        self._tail = lru_cache(self._end)
+        self._counts = [0, 0, 0]  # pairs: seen, cut, and seen when that was told
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]
 
         A question that leaves no room for a passage is cut and stands alone: its pairs get equal scores.
         """
-        rows: list[list[int]] = []
-        for start in range(0, len(pairs), ENCODINGS_AT_ONCE):
-            with TOKENIZING:
-                part = [(self._as_text(a), self._as_text(b)) for a, b in pairs[start : start + ENCODINGS_AT_ONCE]]
-                found = self._encode(part)["input_ids"]
-                for number in (i for i, row in enumerate(found) if len(row) > self.max_length):
-                    short, tail = self._short(part[number][0])
-                    fits = len(short) <= self.max_length
-                    found[number] = (found[number] if fits else short)[: self.max_length - len(tail)] + tail
-                    self._counts += (0, 1, not fits, 0)
-                self._counts[0] += len(part)
-            rows += found
-        seen, cut, full, said = self._counts
-        if cut and seen >= 10 * said:
-            self._counts[3] = seen
-            told = f"{cut} of the first {seen} pairs are longer than --max_pair_length {self.max_length}"
-            log.warning("%s; the ends of passages are not read; of %d, for lack of room, no passage", told, full)
-        return rows
 
-    def _shortest(self, question: str) -> tuple[list[int], list[int]]:
-        """A question with a short passage, and what all its pairs end with: [SEP], or a template's last words."""
+        def encode(part: Sequence[Pair]) -> tuple[list[list[int]], int]:
+            part = [(self._as_text(question), self._as_text(passage)) for question, passage in part]
+            rows = self._encode(part)["input_ids"]
+            long = [number for number, row in enumerate(rows) if len(row) > self.max_length]
+            for number in long:
+                tail = self._tail(part[number][0])
+                rows[number] = rows[number][: self.max_length - len(tail)] + tail
+            return rows, len(long)
+
+        told = f"pairs are longer than --max_pair_length {self.max_length}; not all of their passages is read"
+        return in_parts(encode, pairs, self._counts, told)
+
+    def _end(self, question: str) -> list[int]:
+        """What all pairs of a question end with: [SEP], or a template's last words."""
         one, other = self._encode([(question, "0"), (question, "1 2 3 4")])["input_ids"]
         alike = next((n for n, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
-        return one, one[len(one) - alike :][-self.max_length :]
+        return one[len(one) - alike :][-self.max_length :]
 
     def _encode(self, pairs: Sequence[Pair], **options: Any) -> Any:
         """Whole pairs, tokenized as `CrossEncoder` does it: two texts, or a conversation by the chat template."""
@@ -186,20 +180,10 @@ class Reranker(WholePass):
         same = torch.allclose(ours, theirs, near, near, equal_nan=True)
         return None if same else "its kind of head is not supported; the model alone gives other scores"
 
-    @torch.no_grad()
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores without gradient, longest pairs first. -> float32 [N]"""
         scores = np.empty(len(pairs), dtype=np.float32)
-        sequences, device = self.tokenize(pairs), self.model.device
-        padded, most = self._collate is not pack, MAX_BATCH_TOKENS[device.type]
-        batches = token_budget_batches(list(map(len, sequences)), most, padded)
-        with evaluating(self):
-            for indices in in_step(self, batches, filler=[]):
-                batch = self.collate([sequences[index] for index in indices] or [[0]])
-                scores[indices] = self(batch.to(device)).float().cpu().numpy()[: len(indices)]
-        if not (finite := np.isfinite(scores)).all():
-            raise loading.not_finite(self.model, "score", " ".join(pairs[int(finite.argmin())]))
-        return scores
+        return fill(scores, self, self.tokenize(pairs), "score", self._collate is not pack)
 
     def fingerprint(self) -> str:
         """A hash of all that decides a score."""
