@@ -102,31 +102,27 @@ def write_layout(directory: Path, encoder: Any) -> None:
     settings, layers, two_encoders = encoder.settings, encoder.projection, encoder.passage_encoder is not None
     files: dict[str, Any] = {f"{name}/config.json": config for name, config in configs(layers).items()}
     modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
-    top = modules
+    modules = {path: TYPES + name for path, name in modules.items()}
+    unit = f"{len(modules)}_Normalize"
     if two_encoders:
-        top = {"": "Router"}
-        queries = {path or ".": TYPES + name for path, name in modules.items()}
-        passages = {f"{PASSAGE_ENCODER}/{path}".rstrip("/"): TYPES + name for path, name in modules.items()}
+        queries = {path or ".": name for path, name in modules.items()}
+        passages = {f"{PASSAGE_ENCODER}/{path}".rstrip("/"): name for path, name in modules.items()}
         routes, options = {"query": list(queries), "document": list(passages)}, {"default_route": "query"}
         files["router_config.json"] = {"types": queries | passages, "structure": routes, "parameters": options}
+        modules = {"": f"{TYPES}Router"}
     if settings.normalize:
-        top = top | {f"{len(modules)}_Normalize": "Normalize"}
-        files[f"{len(modules)}_Normalize/config.json"] = {}
+        modules[unit], files[f"{unit}/config.json"] = f"{TYPES}Normalize", {}
     width, pooling = encoder.backbone.config.hidden_size, {"include_prompt": settings.include_prompt}
     pooling |= {f"pooling_mode_{key}": settings.pooling_type == name for key, name in POOLING.items()}
     prompts = {"query": settings.query_prefix, "document": settings.passage_prefix}
     similarity = {"default_prompt_name": None, "similarity_fn_name": "cosine" if settings.normalize else "dot"}
     files |= {
-        "modules.json": [{"idx": i, "name": str(i), "path": path, "type": TYPES + top[path]}
-                         for i, path in enumerate(top)],
         "sentence_bert_config.json": {"max_seq_length": settings.max_passage_length, "do_lower_case": False},
         GENERAL_FILE: {"prompts": prompts, **similarity, "truncate_dim": settings.truncate_dim or None},
         "1_Pooling/config.json": pooling | {"word_embedding_dimension": width},
         SETTINGS_FILE: asdict(settings) | {"two_encoders": two_encoders, "layers": list(configs(layers))},
     }  # fmt: skip
-    for name, value in files.items():
-        (directory / name).parent.mkdir(exist_ok=True)
-        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_parts(directory, modules, files)
     for name, layer in layers.named_children():
         if weights := layer.state_dict():
             save_file(weights, directory / name / "model.safetensors")
@@ -145,22 +141,20 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
         # Before there were other layers, a projection was these two.
         names = ["2_Dense", "3_LayerNorm"] if found.pop("projection") else map(str, found["layers"])
         return found | {"layers": [(name, name.partition("_")[2]) for name in names]}
-    file, modules = f"{path}/modules.json", read_part(path, "modules.json", list)
-    if not modules:
+    if not (modules := read_modules(path)):
         return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
-    types, folders = ([stated(file, module, name, "") for module in modules] for name in ("type", "path"))
-    names = [re.sub(r"^sentence_transformers\.(.*\.)?", "", name) for name in types]
+    folders, names = zip(*modules, strict=True)
     beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
-    if names[:2] != ["Transformer", "Pooling"] or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
+    if names[:2] != ("Transformer", "Pooling") or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
         wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
-        raise UserError(f"{file}: modules {', '.join(names)} are not supported; only {wanted}")
+        raise UserError(f"{path}/modules.json: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
     general = partial(stated, file, read_part(path, GENERAL_FILE))
     prompts, similarity = general("prompts", {}), general("similarity_fn_name", "cosine")
     if similarity not in ("cosine", "dot") and flags.normalize is None:
         raise UserError(f"{file}: similarity_fn_name {similarity} is not supported; choose --normalize true (cosine)")
     cut, unit = flags.truncate_dim or general("truncate_dim", 0), names[-1] == "Normalize"
-    layers = list(zip(folders[2:], names[2:], strict=True))
+    layers = modules[2:]
     if unit and (similarity == "cosine" or flags.normalize is not None or not cut):
         layers.pop()  # `normalize` says the same
     # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
@@ -179,7 +173,7 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (read_part(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
     reading = partial(stated, file := f"{path}/sentence_bert_config.json", found)
-    _refuse_others(file, found, PLAIN_READING)
+    refuse_others(file, found, PLAIN_READING)
     if "message" in reading("modality_config", {}):  # it would render plain texts, too
         raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
     length = reading("max_seq_length", limit)
@@ -199,7 +193,7 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
     for name, kind in found:
         file = f"{path}/{(place := str(Path(folder, name)))}/config.json"
         said = read_part(path, f"{place}/config.json")
-        _refuse_others(file, said, PLAIN)
+        refuse_others(file, said, PLAIN)
         config = {key: stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
         for key, value in [*config.items()][:1]:
             if value != (now := width_behind(layers, width)):
@@ -215,7 +209,7 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
     return chain(layers)
 
 
-def _refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
+def refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
     for name, value in plain.items():
         if (found := stated(file, said, name, value)) != value:
             raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")
@@ -229,6 +223,22 @@ def stated(file: str, settings: Any, name: str, default: Any) -> Any:
     if type(value) is not type(default) or (type(value) is int and value < (3 if "length" in name else 0)):
         raise UserError(f"{file}: {name} must be {KINDS[type(default)]}, found {value!r:.50}")
     return value
+
+
+def write_parts(directory: Path, modules: dict[str, str], files: dict[str, Any]) -> None:
+    """Write the modules of a checkpoint, their types by folder, and other JSON files, by their paths."""
+    numbered = enumerate(modules.items())
+    listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in numbered]
+    for name, value in ({"modules.json": listed} | files).items():
+        (directory / name).parent.mkdir(exist_ok=True)
+        (directory / name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def read_modules(path: str) -> list[tuple[str, str]]:
+    """The folders of a checkpoint's modules, and their kinds; none if it is not of `sentence-transformers`."""
+    file, modules = f"{path}/modules.json", read_part(path, "modules.json", list)
+    said = [(stated(file, module, "path", ""), stated(file, module, "type", "")) for module in modules]
+    return [(folder, re.sub(r"^sentence_transformers\.(.*\.)?", "", kind)) for folder, kind in said]
 
 
 def read_part(path: str, name: str, kind: type = dict) -> Any:

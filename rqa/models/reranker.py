@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import fill, in_parts
-from rqa.models.layout import GENERAL_FILE, read_part, stated
+from rqa.models.encoder import IDENTITY, fill, in_parts, pool
+from rqa.models.layout import GENERAL_FILE, read_modules, read_part, refuse_others, stated, write_parts
 from rqa.models.loading import LoadingArguments, choose_collate, load_config, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack
 from rqa.runtime import distributed
@@ -33,7 +33,7 @@ Pair = tuple[str, str]  # a question, and the text of a passage
 
 READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
 TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
-MODULES, IDENTITY = "sentence_transformers.cross_encoder.modules.", "torch.nn.modules.linear.Identity"
+MODULES = "sentence_transformers.cross_encoder.modules."
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
@@ -129,24 +129,20 @@ class Reranker(WholePass):
     def forward(self, batch: TokenBatch) -> Tensor:
         """Scores, in float32. -> [N]"""
         if self.answers or hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
-            states = loading.hidden_states(self.model, batch)[batch.starts + batch.lengths - 1]  # [N, D]
+            hidden = loading.hidden_states(self.model, batch)
+            states = pool("lasttoken", hidden, batch)  # [N, D]
             if not self.answers:
-                return self.model.score(states)[:, 0].float()
+                return self.model.score(states.to(hidden.dtype))[:, 0].float()
             # Of two tokens alone, and in float32: logits in bfloat16 are an eighth apart, and passages would be equal.
             layer: Any = self.model.get_output_embeddings()
-            scores = (states.float() * self._odds(layer.weight)).sum(-1)
+            scores = (states * self._odds(layer.weight)).sum(-1)
             return scores if layer.bias is None else scores + self._odds(layer.bias)
 
         def one_state(base: nn.Module, _: Any, output: Any) -> Any:
             """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
-            states = output.last_hidden_state.flatten(0, 1)
-            if getattr(self.model.config, "classifier_pooling", "cls") == "mean":
-                sums = states.new_zeros(len(batch.lengths), states.shape[1], dtype=torch.float32)
-                sums = sums.index_add(0, batch.owners, batch.real(states).float())
-                states = (sums / batch.lengths[:, None]).to(states.dtype)
-            else:
-                states = states[batch.starts]
-            output.last_hidden_state = states[:, None]  # [N, 1, D]
+            hidden = output.last_hidden_state
+            states = pool(getattr(self.model.config, "classifier_pooling", "cls"), hidden.flatten(0, 1), batch)
+            output.last_hidden_state = states[:, None].to(hidden.dtype)  # [N, 1, D]
             if pooler := getattr(base, "pooler", None):
                 output.pooler_output = pooler(output.last_hidden_state)
             return output
@@ -194,15 +190,12 @@ class Reranker(WholePass):
         """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        kinds = list(TASKS)[bool(self.answers)].split()
-        files = {
-            "modules.json": [{"idx": i, "name": str(i), "path": ("", YES_OR_NO)[i], "type": MODULES + kind}
-                             for i, kind in enumerate(kinds)],
-            READING_FILE: self.reading, GENERAL_FILE: self.general,
-        } | {f"{YES_OR_NO}/config.json": dict(zip(ANSWERS, self.answers, strict=False)) for _ in kinds[1:]}  # fmt: skip
-        for name, value in files.items():
-            Path(directory, name).parent.mkdir(exist_ok=True)
-            Path(directory, name).write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+        files = {READING_FILE: self.reading, GENERAL_FILE: self.general}
+        modules = {"": f"{MODULES}Transformer"}
+        if self.answers:
+            modules[YES_OR_NO] = f"{MODULES}LogitScore"
+            files[f"{YES_OR_NO}/config.json"] = dict(zip(ANSWERS, self.answers, strict=False))
+        write_parts(Path(directory), modules, files)
 
 
 def load_reranker(
@@ -227,8 +220,12 @@ def load_reranker(
             raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
         if not new_head:
             log.warning("model %s was saved as a language model: its odds of 'yes' are the scores", path)
-        if not paired:
-            _ask(tokenizer, template or PLAIN)
+        if not paired:  # it is asked in messages of its own kind, or in plain text if they have no system's
+            try:
+                tokenizer.chat_template = ASKED + (template or PLAIN)
+                tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
+            except Exception:
+                tokenizer.chat_template = ASKED + PLAIN
     new = not answers and "ForSequenceClassification" not in kinds
     if new and not new_head:
         raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
@@ -246,7 +243,7 @@ def load_reranker(
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
     logits = {"method": "forward", "method_output_name": "logits"}
     ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or paired else {})
-    task, output = list(TASKS.values())[bool(answers)], "causal_logits" if answers else "scores"
+    task, output = ("text-generation", "causal_logits") if answers else ("sequence-classification", "scores")
     reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
     reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
@@ -256,35 +253,28 @@ def load_reranker(
 
 def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
     """How a `CrossEncoder` checkpoint reads pairs (empty: it is none), its general settings, and its answer tokens."""
-    modules, general = read_part(path, "modules.json", list), read_part(path, GENERAL_FILE)
+    modules, general = read_modules(path), read_part(path, GENERAL_FILE)
     if not modules or general.get("model_type") != "CrossEncoder":
         own = {"activation_fn": getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY}
         own |= getattr(config, "sentence_transformers", None) or {}
         return {}, {"model_type": "CrossEncoder", "prompts": {}, **own}, []
-    reading, file = read_part(path, READING_FILE), f"{path}/{READING_FILE}"
-    more, _ = stated(file, reading, "processing_kwargs", {}), stated(file, reading, "max_seq_length", 512)
-    prompts = general["prompts"] = stated(f"{path}/{GENERAL_FILE}", general, "prompts", {})
-    task, name = reading.get("transformer_task"), general.get("default_prompt_name")
-    kinds = " ".join(stated(f"{path}/modules.json", each, "type", "").rpartition(".")[2] for each in modules)
-    last = stated(f"{path}/modules.json", modules[-1], "path", "")
-    tokens = read_part(path, f"{last}/config.json") if last else {}
-    refused = {
-        f"modules.json: {kinds} for {task}": TASKS.get(kinds, "another") != task,
-        f"{READING_FILE}: do_lower_case": reading.get("do_lower_case"),
-        f"{READING_FILE}: processing_kwargs {', '.join(more)}": more.keys() - {"chat_template"},
-        f"{GENERAL_FILE}: default_prompt_name {name}, which no prompt has,": name and name not in prompts,
-        f"{last}/config.json: {ANSWERS[0]} {tokens.get(ANSWERS[0])}": last and type(tokens.get(ANSWERS[0])) is not int,
-    }
-    if what := next((what for what, found in refused.items() if found), None):
-        known = "sequence-classification by a Transformer, or text-generation by one with a LogitScore"
-        raise UserError(f"{path}/{what} is not supported; known is {known}")
-    return reading, general, [tokens[name] for name in ANSWERS if tokens.get(name) is not None]
-
-
-def _ask(tokenizer: PreTrainedTokenizerBase, own: str) -> None:
-    """Let the chat template ask a decoder whether a passage answers a question, in messages of its own kind."""
-    try:
-        tokenizer.chat_template = ASKED + own
-        tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
-    except Exception:  # of a template that takes no system message
-        tokenizer.chat_template = ASKED + PLAIN
+    kinds = " ".join(kind for _, kind in modules)
+    if kinds not in TASKS:
+        raise UserError(f"{path}/modules.json: modules {kinds} are not supported; only {' or '.join(TASKS)}")
+    file, reading = f"{path}/{READING_FILE}", read_part(path, READING_FILE)
+    options, _ = stated(file, reading, "processing_kwargs", {}), stated(file, reading, "max_seq_length", 512)
+    refuse_others(file, reading, {"transformer_task": TASKS[kinds], "do_lower_case": False})
+    refuse_others(f"{file}: processing_kwargs", options, {name: {} for name in options.keys() - {"chat_template"}})
+    file, name = f"{path}/{GENERAL_FILE}", general.get("default_prompt_name")
+    prompts = general["prompts"] = stated(file, general, "prompts", {})
+    refuse_others(file, general, {"default_prompt_name": name if name in prompts else ""})
+    if kinds == "Transformer":
+        return reading, general, []
+    tokens = read_part(path, name := f"{modules[-1][0]}/config.json")
+    if tokens.get(ANSWERS[0]) is None:
+        raise UserError(f"{path}/{name}: {ANSWERS[0]} is missing; copy the original file")
+    return (
+        reading,
+        general,
+        [stated(f"{path}/{name}", tokens, key, 0) for key in ANSWERS if tokens.get(key) is not None],
+    )

@@ -208,13 +208,13 @@ READING, GENERAL = "sentence_bert_config.json", "config_sentence_transformers.js
 REFUSED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "such as bert.pooler.dense": ("bert", without("pooler")),
     "such as classifier": ("bert", without("classifier")),
-    "Transformer for feature-extraction": ("bert", edited(READING, transformer_task="feature-extraction")),
-    "Transformer LogitScore for fill-mask": ("yes or no", edited(READING, transformer_task="fill-mask")),
+    "transformer_task feature-extraction is not": ("bert", edited(READING, transformer_task="feature-extraction")),
+    "transformer_task fill-mask": ("yes or no", edited(READING, transformer_task="fill-mask")),
     "do_lower_case": ("bert", edited(READING, do_lower_case=True)),
-    "processing_kwargs text": ("bert", edited(READING, processing_kwargs={"text": {"max_length": 9}})),
+    "processing_kwargs: text .* is not": ("bert", edited(READING, processing_kwargs={"text": {"max_length": 9}})),
     "max_seq_length must be a whole number": ("bert", edited(READING, max_seq_length="9")),
     "default_prompt_name other": ("bert", edited(GENERAL, default_prompt_name="other")),
-    "true_token_id None": ("yes or no", edited("1_LogitScore/config.json", true_token_id=None)),
+    "true_token_id is missing": ("yes or no", edited("1_LogitScore/config.json", true_token_id=None)),
     "out of bounds": ("yes or no", edited("1_LogitScore/config.json", false_token_id=10**6)),
     "leaves out what has the role 'query'": (
         "yes or no", lambda path: (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}") and None
