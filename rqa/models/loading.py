@@ -113,6 +113,9 @@ def load_model(
         if reserve:
             model.to_empty(device=distributed.device()).tie_weights()
         model.to(distributed.device())
+    embeddings: Any = getattr(model.base_model, "embeddings", None)
+    if hasattr(embeddings, "create_position_ids_from_input_ids") and not model.config.is_decoder:
+        embeddings.register_forward_pre_hook(_behind_padding, with_kwargs=True)
     half = auto_class is transformers.AutoModelForSeq2SeqLM  # its sides are set up by who loads it
     probed = distributed.is_main() and not half and not flags.use_flash_attention
     if distributed.from_main(probed and _refusal(model)):
@@ -122,11 +125,13 @@ def load_model(
     return model
 
 
-def load_causal_lm(
-    path: str, flags: LoadingArguments = FLOAT32, dtype: torch.dtype | None = None, main_only: bool = False
-) -> PreTrainedModel:
-    """A decoder from a directory or hub name; the arguments are those of `load_model`."""
-    return load_model(transformers.AutoModelForCausalLM, path, flags, dtype, main_only)
+load_causal_lm = partial(load_model, transformers.AutoModelForCausalLM)  # a decoder
+
+
+def _behind_padding(embeddings: Any, args: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The positions of a packed row as RoBERTa counts them: they begin behind its padding's, and not at 0."""
+    positions = named.get("position_ids")
+    return args, named | ({} if positions is None else {"position_ids": positions + embeddings.padding_idx + 1})
 
 
 def model_class(auto_class: Any, config: PreTrainedConfig) -> Any:

@@ -111,7 +111,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], bool]] = {  # model, how it is confi
     "EmbeddingGemma": ("Gemma3Text", WINDOWED | {"use_bidirectional_attention": True}, True),
     "BERT": ("Bert", {}, True),
     "ModernBERT": ("ModernBert", {"local_attention": 8, "cls_token_id": 2, "sep_token_id": 3}, True),
-    "XLM-R": ("XLMRoberta", {"max_position_embeddings": 70, "pad_token_id": 1}, False),
+    "XLM-R": ("XLMRoberta", {"max_position_embeddings": 70, "pad_token_id": 1}, True),
 }  # fmt: skip
 
 
@@ -331,11 +331,11 @@ def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
 
 
 @pytest.mark.parametrize("words", ["mean unit", "cls free"])
-@pytest.mark.parametrize(("kind", "packed"), [("Bert", True), ("Roberta", False), ("MPNet", False)])
+@pytest.mark.parametrize(("kind", "packed"), [("Bert", True), ("Roberta", True), ("MPNet", False)])
 def test_however_a_model_is_batched_its_embeddings_are_those_of_one_text_at_a_time_by_hand(
     kind: str, packed: bool, words: str, wordpiece: PreTrainedTokenizerBase, passages: list[str], tmp_path: Path
 ) -> None:
-    sizes = SMALL | {"vocab_size": len(wordpiece), "pad_token_id": int(not packed), "max_position_embeddings": 70}
+    sizes = SMALL | {"vocab_size": len(wordpiece), "pad_token_id": int(kind != "Bert"), "max_position_embeddings": 70}
     getattr(transformers, f"{kind}Model")(getattr(transformers, f"{kind}Config")(**sizes)).save_pretrained(tmp_path)
     wordpiece.save_pretrained(tmp_path)
     encoder = load_encoder(str(tmp_path), EncoderArguments(dtype="float32", **settings_of(words)))

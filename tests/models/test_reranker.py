@@ -33,7 +33,7 @@ BASE = {"max_position_embeddings": 66, "pad_token_id": 0, "num_labels": 1}
 QWEN = {"num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512}
 DECODERS = ("qwen, head", "yes or no")
 TYPED = ("bert", "electra", "deberta")  # they tell question and passage apart
-PADDED = ("roberta", "xlm-r", "deberta")  # positions that do not begin at 0, or are relative
+PADDED = ("deberta",)  # its positions are relative
 KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "bert": ("BertFor", {}), "roberta": ("RobertaFor", {}), "xlm-r": ("XLMRobertaFor", {}),
     "electra": ("ElectraFor", {}), "albert": ("AlbertFor", {"embedding_size": 8}),
