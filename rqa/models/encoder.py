@@ -171,8 +171,8 @@ class Encoder(nn.Module):
         self, sequences: Sequence[Sequence[int]], advance: Callable[[int], object] = lambda count: None
     ) -> np.ndarray:
         """Embeddings of token ids without gradient, longest first; `advance` hears how many are done. -> [N, D]"""
-        embeddings = np.empty((len(sequences), self.dimension), dtype=np.float32)
-        return fill(embeddings, self, sequences, "embedding", self.collate is not pack, self.max_batch_tokens, advance)
+        padded, shape = self.collate is not pack, (self.dimension,)
+        return computed(self, sequences, "embedding", padded, shape, self.max_batch_tokens, advance)
 
     def fingerprint(self) -> str:
         """A hash of weights, tokenizer and settings: equal when every embedding would be."""
@@ -209,11 +209,12 @@ def in_parts(encode: Callable[[Any], tuple[list[list[int]], int]], texts: Any, c
 
 
 @torch.no_grad()
-def fill(
-    rows: np.ndarray, module: Any, sequences: Sequence[Sequence[int]], what: str, padded: bool,
+def computed(
+    module: Any, sequences: Sequence[Sequence[int]], what: str, padded: bool, shape: tuple[int, ...] = (),
     most: int | None = None, advance: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:  # fmt: skip
-    """Fill rows with what a module makes of token ids, longest first; `what` is what an error calls it. [N, ...]"""
+    """What a module makes of token ids, longest first; `what` is an error's word for it. -> float32 [N, *shape]"""
+    rows = np.empty((len(sequences), *shape), dtype=np.float32)
     device = next(module.parameters()).device
     batches = token_budget_batches(list(map(len, sequences)), most or MAX_BATCH_TOKENS[device.type], padded)
 
@@ -221,14 +222,14 @@ def fill(
         for indices in in_step(module, batches, filler=[]):
             batch = module.collate([sequences[index] for index in indices] or [[0]])
             found = module(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
-            computed = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            yield indices, found, computed
+            event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
+            yield indices, found, event
         yield None
 
     with evaluating(module):
-        for (indices, found, computed), _ in pairwise(begun()):  # while the GPU computes the next
-            if computed:
-                computed.synchronize()
+        for (indices, found, event), _ in pairwise(begun()):  # while the GPU computes the next
+            if event:
+                event.synchronize()
             rows[indices] = found[: len(indices)].numpy()
             for index in indices:
                 if not np.isfinite(rows[index]).all():

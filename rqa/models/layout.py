@@ -167,9 +167,8 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     if not (pooling := read_part(path, pooling_file)):
         raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
     pools = partial(stated, f"{path}/{pooling_file}", pooling)
-    old = [key for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
-    named = [key.removeprefix("pooling_mode_") for key in old]
-    modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in named]
+    old = [key.split("_", 2)[2] for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
+    modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in old]
     kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
     found = next(filter(None, (read_part(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
     reading = partial(stated, file := f"{path}/sentence_bert_config.json", found)
@@ -195,9 +194,9 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
         said = read_part(path, f"{place}/config.json")
         refuse_others(file, said, PLAIN)
         config = {key: stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
-        for key, value in [*config.items()][:1]:
-            if value != (now := width_behind(layers, width)):
-                raise UserError(f"{file}: {key} {value}: {now} dimensions come in; copy the original files")
+        first = next(iter(config), "")
+        if first and config[first] != (now := width_behind(layers, width)):
+            raise UserError(f"{file}: {first} {config[first]}: {now} dimensions come in; copy the original files")
         try:
             with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
                 layers.append(Layer(kind, **config).float())
@@ -210,6 +209,7 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
 
 
 def refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Refuse settings that say other than these values."""
     for name, value in plain.items():
         if (found := stated(file, said, name, value)) != value:
             raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.models import loading
-from rqa.models.encoder import IDENTITY, fill, in_parts, pool
+from rqa.models.encoder import IDENTITY, computed, in_parts, pool
 from rqa.models.layout import GENERAL_FILE, read_modules, read_part, refuse_others, stated, write_parts
 from rqa.models.loading import LoadingArguments, choose_collate, load_config, load_model, load_tokenizer
 from rqa.packing import TokenBatch, pack
@@ -178,8 +178,7 @@ class Reranker(WholePass):
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
         """Scores without gradient, longest pairs first. -> float32 [N]"""
-        scores = np.empty(len(pairs), dtype=np.float32)
-        return fill(scores, self, self.tokenize(pairs), "score", self._collate is not pack)
+        return computed(self, self.tokenize(pairs), "score", self._collate is not pack)
 
     def fingerprint(self) -> str:
         """A hash of all that decides a score."""
@@ -212,7 +211,6 @@ def load_reranker(
     tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
     reading, general, answers = _layout(path, config)
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
-    paired = all(re.search(f"['\"]{role}['\"]", template) for role in ROLES)
     kinds = " ".join(config.architectures or [])
     if not reading and "ForCausalLM" in kinds:
         answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
@@ -220,11 +218,9 @@ def load_reranker(
             raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
         if not new_head:
             log.warning("model %s was saved as a language model: its odds of 'yes' are the scores", path)
-        if not paired:  # it is asked in messages of its own kind, or in plain text if they have no system's
-            try:
-                tokenizer.chat_template = ASKED + (template or PLAIN)
-                tokenizer.apply_chat_template([{"role": role, "content": role} for role in ROLES], tokenize=False)
-            except Exception:
+        if not all(re.search(f"['\"]{role}['\"]", template) for role in ROLES):
+            tokenizer.chat_template = ASKED + (template or PLAIN)
+            if not _renders(tokenizer):  # a template that takes no system message
                 tokenizer.chat_template = ASKED + PLAIN
     new = not answers and "ForSequenceClassification" not in kinds
     if new and not new_head:
@@ -242,13 +238,22 @@ def load_reranker(
     if asked > length:
         raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
     logits = {"method": "forward", "method_output_name": "logits"}
-    ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or paired else {})
+    ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or _renders(tokenizer) else {})
     task, output = ("text-generation", "causal_logits") if answers else ("sequence-classification", "scores")
     reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
     reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
     return reranker
+
+
+def _renders(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Whether there is a chat template that writes questions and passages."""
+    try:
+        text = tokenizer.apply_chat_template([{"role": role, "content": f"<{role}>"} for role in ROLES], tokenize=False)
+    except Exception:
+        return False
+    return all(f"<{role}>" in text for role in ROLES)
 
 
 def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:

@@ -63,7 +63,7 @@ def theirs(
         if kind in TYPED:
             core = transformers.BertTokenizer(vocab=core.get_vocab(), model_max_length=64)
         elif kind in DECODERS:
-            core.chat_template = template if kind == "yes or no" else None
+            core.chat_template = template if kind == "yes or no" else CHAT_TEMPLATE
             core.add_tokens(["yes", "no"])
         name, own = KINDS.get(kind, ("Qwen3For", QWEN))
         task = "CausalLM" if kind == "yes or no" else "SequenceClassification"
@@ -99,11 +99,13 @@ def test_scores_are_cross_encoder_s_in_both_directions(
     assert load_reranker(str(tmp_path / "ours")).fingerprint() == reranker.fingerprint()
 
 
-@pytest.mark.parametrize("activation", [None, "torch.nn.modules.activation.Tanh"])
+@pytest.mark.parametrize(
+    ("kind", "activation"), [("bert", None), ("qwen, head", None), ("bert", "torch.nn.modules.activation.Tanh")]
+)
 def test_a_checkpoint_of_transformers_alone_keeps_the_activation_that_its_configuration_names(
-    activation: str | None, theirs: Callable[..., str], pairs: list[tuple[str, str]], tmp_path: Path
+    kind: str, activation: str | None, theirs: Callable[..., str], pairs: list[tuple[str, str]], tmp_path: Path
 ) -> None:
-    path = Path(theirs("bert", plain=True))
+    path = Path(theirs(kind, plain=True))
     config = json.loads((path / "config.json").read_text())
     config |= {"sentence_transformers": {"activation_fn": activation}} if activation else {}
     (path / "config.json").write_text(json.dumps(config))
