@@ -1,7 +1,6 @@
 """BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
 import logging
-import os
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,9 +9,6 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s tries JAX when imported, which takes 75 % of a GPU's memory
-
-import bm25s
 import numpy as np
 
 from rqa.data import Document, Example, read_examples
@@ -32,7 +28,6 @@ from rqa.runtime.flags import flag
 from rqa.runtime.text import words
 
 log = logging.getLogger(__name__)
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the application asked for
 
 DEPTH = 100  # candidates that each retriever brings
 AT_ONCE = 2**21  # words of documents whose scores are computed together
@@ -122,17 +117,18 @@ class LexicalRetriever(PassageRetriever):
                 _build(temporary, documents, k1, b)
             log.info("BM25 index of %d documents: built in %s", len(documents), directory)
         distributed.barrier()
-        data, indices, indptr, self._words, self._columns = (np.memmap(directory / n, t, "r") for n, t in FILES.items())
-        self._bm25 = bm25s.BM25(k1=k1, b=b)
-        self._bm25.scores = {"data": data, "indices": indices, "indptr": indptr, "num_docs": len(documents)}
-        self._bm25.nonoccurrence_array = None  # Lucene's BM25 gives nothing for words that a document lacks
+        files = (np.asarray(np.memmap(directory / name, kind, "r")) for name, kind in FILES.items())
+        self._scores, self._owners, self._starts, self._words, self._columns = files
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
             wanted = prints((word,) for word in words(question, pairs=True))
             places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
-            scores = self._bm25.get_scores_from_ids(self._columns[places[self._words[places] == wanted]])  # [N]
+            scores = np.zeros(len(self.documents), np.float32)  # [N]
+            for column in self._columns[places[self._words[places] == wanted]]:
+                part = slice(*self._starts[column : column + 2])
+                scores[self._owners[part]] += self._scores[part]
             found = np.flatnonzero(scores > 0)
             rows.append(best(scores[found], found, k))
         return stack(rows, k)
@@ -142,7 +138,7 @@ class LexicalRetriever(PassageRetriever):
 
 
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
-    """Write what bm25s searches, and where each word is. bm25s itself builds from the whole corpus in memory.
+    """Write each word's share of the documents' scores, and where each word is.
 
     Memory holds a number for each document and a string for each different word; the rest is sorted in a file.
     """
