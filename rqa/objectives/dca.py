@@ -1,6 +1,6 @@
 """DCA: the reader's cross-attention tells which passages it used (Izacard & Grave 2020, knowledge distillation).
 
-The objective is `rpg.Distillation`; this file holds the reader that is asked, and the passages that it is asked about.
+The objective is `rpg.ListObjective`; this file holds the reader that is asked, and the passages that it is asked about.
 """
 
 from collections.abc import Iterable, Sequence

@@ -8,7 +8,6 @@ The batches, and the objective over lists of documents, are DCA's and EMDR2's, t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -72,9 +71,17 @@ class ListBatch(EncoderBatch):
 
 
 class ListObjective(EncoderObjective):
-    """An objective over K documents of each question, scored by a teacher; each algorithm brings its `losses`."""
+    """An objective over K documents of each question, scored by a teacher.
 
-    losses: Callable[[Tensor, Tensor], Tensor]  # from teacher's and retriever's logits. [B, K], [M, B, K] -> [M, B]
+    `losses` are those of teacher's and retriever's logits: `distillation`, or EMDR2's. [B, K], [M, B, K] -> [M, B]
+    """
+
+    def __init__(
+        self, encoder: Encoder, temperature: float, losses: Callable[..., Tensor] = distillation,
+        dims: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(encoder, temperature, dims)
+        self.losses = losses
 
     def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer documents. -> [M, B, K]"""
@@ -88,14 +95,6 @@ class ListObjective(EncoderObjective):
         same = (student[0].argmax(-1) == batch.teacher.argmax(-1)).float().mean()
         losses = self.losses(batch.teacher, student).mean(0)  # [B]
         return losses.sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
-
-
-class Distillation(ListObjective):
-    """KL divergence between the teacher's softmax and the retriever's, in a direction of `losses.distillation`."""
-
-    def __init__(self, encoder: Encoder, temperature: float, direction: str, dims: Sequence[int] = ()) -> None:
-        super().__init__(encoder, temperature, dims)
-        self.losses = partial(distillation, direction=direction)
 
 
 class RetrievedCandidates:
