@@ -62,19 +62,13 @@ def open_retriever(
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
-    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
-    return behind(_first_stage(flags, embedding_model, documents, examples))
-
-
-def _first_stage(
-    flags: RetrieverArguments, embedding_model: str | None, documents: Sequence[Document], examples: Sequence[Example]
-) -> PassageRetriever:
     if embedding_model == "bm25" and flags.retriever == "hybrid":
         raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
         raise UserError("--filter: BM25 finds passages that do not meet it; use --retriever dense and an encoder")
+    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
     if "bm25" in (flags.retriever, embedding_model):
-        return LexicalRetriever(documents)
+        return behind(LexicalRetriever(documents))
     if embedding_model is None:
         raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")
     if flags.fusion_eval_path:
@@ -85,7 +79,7 @@ def _first_stage(
         raise UserError(f"--fusion weighted: give --fusion_weight, or {chosen}")
     dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
-        return dense
+        return behind(dense)
     weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None:
@@ -94,7 +88,7 @@ def _first_stage(
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
         log.info("--fusion_weight %.2f: the best of %d questions", hybrid.weight, len(chosen_by))
-    return hybrid
+    return behind(hybrid)
 
 
 class LexicalRetriever(PassageRetriever):
