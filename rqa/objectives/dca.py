@@ -76,14 +76,12 @@ def find_contexts(
     return known, contexts
 
 
-def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher | GivenScores":
-    """How much the reader attends to each passage of a list, each list read once."""
-    if flags.with_score:
-        return GivenScores(examples)
-    model, prompter = encoder_decoder.load_encoder_decoder(str(flags.reader_model_path), flags)
-    settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
+def reader_teacher(path: str, flags: EncoderDecoderArguments, batch_size: int = 4, kind: str = "plain") -> Teacher:
+    """How much the reader attends to each passage of a list, each list read once; see `CrossAttentionScorer`."""
+    model, prompter = encoder_decoder.load_encoder_decoder(path, flags)
+    settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), kind)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
-    return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
+    return Teacher(CrossAttentionScorer(model, prompter, batch_size, kind), identity)
 
 
 class CrossAttentionScorer:

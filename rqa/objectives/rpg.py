@@ -17,7 +17,7 @@ from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
 from rqa.objectives.losses import distillation
-from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, Pair
+from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, score_lists
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
@@ -145,20 +145,15 @@ class ScoredCandidates:
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}
         documents = {number: self.documents[number] for number in distinct}
-        present = torch.arange(max(1, *map(len, chosen))) < torch.tensor(list(map(len, chosen)))[:, None]  # [B, K]
-        columns = torch.zeros(present.shape, dtype=torch.long)
-        scores = torch.full(present.shape, float("-inf"))
-        pairs = []
-        for i, numbers in zip(indices, chosen, strict=True):
-            shown = tuple(documents[number] for number in numbers)
-            pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
-        columns[present] = torch.tensor([position[number] for row in chosen for number in row], dtype=torch.long)
-        scores[present] = torch.tensor(self.teacher(pairs), dtype=torch.float)
+        rows = [[documents[number] for number in row] for row in chosen]
+        examples = [self.examples[i] for i in indices]
+        _, places, scores = score_lists(self.teacher, examples, rows, self.temperature, self.together)
+        columns = torch.tensor([*(position[number] for row in chosen for number in row), 0])  # [N + 1]
         return ListBatch(
             queries=in_chunks(self.encoder, self._queries(indices), self.chunk_size),
             passages=in_chunks(self.encoder.passage_side, self._passages(distinct), self.chunk_size),
-            columns=columns,
-            teacher=scores / self.temperature,
+            columns=columns[places],
+            teacher=scores,
             indices=indices,
             hit_rate=self.teacher.hit_rate,
         )

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
@@ -87,7 +88,7 @@ class DistilledArguments(LanguageModelArguments):
     @property
     def teacher_temperature(self) -> float:
         """Log-likelihoods are means over tokens, and lie close together; a reranker's scores are logits already."""
-        return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path) else 0.1)
+        return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path or "") else 0.1)
 
 
 class Pair(NamedTuple):
@@ -143,6 +144,28 @@ class Teacher:
         others = [fingerprint(*sorted(other.fmt_content for other in beside))] if beside else []
         parts = (example.question, example.gold_answer or "", document.fmt_content, *turns, *others)
         return fingerprint(self._identity, *parts)
+
+
+def score_lists(
+    teacher: Callable[[Sequence[Pair]], Sequence[float]] | None,  # None: the first document of each list is gold
+    examples: Sequence[Example], rows: Sequence[Sequence[Document]], temperature: float,
+    together: bool,  # whether a document's score depends on those that stand beside it
+) -> tuple[list[Pair], Tensor, Tensor]:  # fmt: skip
+    """The teacher's logits for K documents at most of each question, -inf where there are fewer.
+
+    [B] lists -> the pairs that they are of [N], which of these stands where, or -1 [B, K], and logits [B, K]
+    """
+    pairs, lengths = [], torch.tensor(list(map(len, rows)))
+    for example, row in zip(examples, rows, strict=True):
+        pairs += [Pair(example, document, tuple(row) if together else ()) for document in row]
+    present = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    places, scores = torch.full(present.shape, -1), torch.full(present.shape, float("-inf"))
+    places[present] = torch.arange(len(pairs))
+    if teacher:
+        scores[present] = torch.tensor(teacher(pairs), dtype=torch.float) / temperature
+    else:
+        scores[:, 0] = 0.0
+    return pairs, places, scores
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterable[slice]:

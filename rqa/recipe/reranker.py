@@ -6,27 +6,27 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 
 from rqa.data import Example
+from rqa.documents import passages_of
 from rqa.endpoint.client import is_endpoint
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.loading import load_config, train_adapters
 from rqa.models.reranker import load_reranker
 from rqa.objectives.ctl import MinedNegatives, NegativeArguments
-from rqa.objectives.dca import DCAArguments, reader_teacher
+from rqa.objectives.dca import reader_teacher
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
 from rqa.objectives.teacher import is_reranker
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
-from rqa.retrieval.refresh import parse_schedule
+from rqa.retrieval.refresh import schedule
 from rqa.retrieval.reranking import RerankingRetriever
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
 
 log = logging.getLogger(__name__)
-
-FIRST_STAGES = {"bm25": "bm25", "dense": "dense", "both": "hybrid"}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +40,7 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        first = FIRST_STAGES.get(self.negatives_from, self.retriever)
+        first = {"file": self.retriever, "both": "hybrid"}.get(self.negatives_from, self.negatives_from)
         if self.retriever not in (first, RerankerTraining.retriever):
             raise UserError(f"--retriever {self.retriever}: --negatives_from names the first stage; leave one out")
         self.retriever = first
@@ -60,12 +60,14 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
 class MinedAgain:
     """`before_step` of the loop, and a `LiveState`: on schedule, negatives are what the reranker now ranks first."""
 
-    def __init__(self, mined: MinedNegatives, retriever: RerankingRetriever, schedule: str) -> None:
-        self.mined, self.retriever, self._spans = mined, retriever, parse_schedule(schedule)
-        self.version: str | None = None
+    version: str | None = None
+
+    def __init__(self, mined: MinedNegatives, retriever: RerankingRetriever, refresh_step: str) -> None:
+        self.mined, self.retriever, self._due = mined, retriever, schedule(refresh_step)
+        self._documents = fingerprint(passages_of(retriever.documents).tobytes())
 
     def __call__(self, step: int) -> dict[str, float]:
-        if step and any(first <= step < end and step % every == 0 for first, end, every in self._spans):
+        if self._due(step):
             self.mined.retriever = self.retriever
             self.mined()
             self.version = f"index-{step}"
@@ -76,8 +78,11 @@ class MinedAgain:
 
     def save(self, directory: Path) -> None:
         self.mined.save(directory)
+        (directory / "documents.txt").write_text(self._documents)
 
     def load(self, directory: Path) -> None:
+        if (directory / "documents.txt").read_text() != self._documents:
+            raise ValueError("its mined negatives are of other documents")
         self.mined.load(directory)
         self.version = directory.name
 
@@ -105,25 +110,18 @@ class RerankerRun(Run):
 
     def finish(self) -> Scores:
         """Mine, train, evaluate, test."""
-        flags, mined, before_step, teacher = self.flags, None, None, None
-        if flags.negatives_from != "file":
-            mined = MinedNegatives(self.train, self.first, flags)
-            before_step = MinedAgain(mined, self.judged, flags.refresh_step) if flags.mine_negatives else None
-        if self.reads:
-            reader = DCAArguments(
-                reader_model_path=flags.lm_model_path, max_encoder_seq_length=flags.text_maxlength,
-                dtype=flags.dtype, bf16=flags.bf16, trust_remote_code=flags.trust_remote_code,
-            )  # fmt: skip
-            teacher = reader_teacher(reader, self.train)
-        elif flags.lm_model_path:
-            teacher = open_teacher(flags)
+        flags, teacher = self.flags, None
+        mined = None if flags.negatives_from == "file" else MinedNegatives(self.train, self.first, flags)
+        again = MinedAgain(mined, self.judged, flags.refresh_step) if mined and flags.mine_negatives else None
+        if flags.lm_model_path:
+            teacher = reader_teacher(flags.lm_model_path, flags) if self.reads else open_teacher(flags)
         lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.reads)
         if mined:
             mined()
         if alone := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
             log.warning("%d of %d questions have no two passages to rank, and teach nothing", alone, len(self.train))
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
-        return self.train_and_test(ListwiseReranking(self.reranker), batches, before_step)
+        return self.train_and_test(ListwiseReranking(self.reranker), batches, again)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, alone=step == 0)

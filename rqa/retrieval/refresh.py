@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,7 @@ class RefreshArguments(Arguments):
     )
 
     def check(self) -> None:
-        parse_schedule(self.refresh_step)
+        schedule(self.refresh_step)
         if self.train_query_encoder_only and self.refresh_async:
             raise UserError("--train_query_encoder_only true: documents never change; leave out --refresh_async")
 
@@ -51,15 +52,15 @@ class RefreshArguments(Arguments):
             raise UserError(f"--model_name_or_path: holds a passage encoder of its own, which stays as it is; {cure}")
 
 
-def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
-    """Spans of (first step, end, interval)."""
-    spans = []
-    for part in schedule.split(","):
+def schedule(written: str) -> Callable[[int], bool]:
+    """Whether something is due after so many steps."""
+    spans: list[tuple[int, float, int]] = []  # first step, end, interval
+    for part in written.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+):)?(\d+)\s*", part)
         if not match or int(match[3]) < 1 or (match[1] and int(match[1]) >= int(match[2])):
-            raise UserError(f'--refresh_step {schedule}: write a number of steps, or "0-100:10,100-1000:100"')
+            raise UserError(f'--refresh_step {written}: write a number of steps, or "0-100:10,100-1000:100"')
         spans.append((int(match[1] or 0), float(match[2] or "inf"), int(match[3])))
-    return spans
+    return lambda step: step > 0 and any(first <= step < end and step % every == 0 for first, end, every in spans)
 
 
 class Refresher:
@@ -74,7 +75,7 @@ class Refresher:
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights are being used in the background
-        self._spans = parse_schedule(flags.refresh_step)
+        self.due = schedule(flags.refresh_step)
         self._work: BackgroundEncoding | None = None
         self._ready = False  # whether what follows has followed
 
@@ -93,10 +94,6 @@ class Refresher:
             return {}
         news = {"index_staleness": float(step - self.made_at)}
         return news | ({"index_refreshed": 1.0} if self.refreshes > refreshes else {})
-
-    def due(self, step: int) -> bool:
-        """Whether the schedule refreshes after so many steps."""
-        return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
 
     @property
     def version(self) -> str | None:
