@@ -16,7 +16,7 @@ from torch import Tensor
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
-from rqa.objectives.losses import distillation
+from rqa.objectives.losses import boost_gold, distillation
 from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, score_lists
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
@@ -131,10 +131,11 @@ class ScoredCandidates:
         temperature: float = 1.0,
         chunk_size: int = 0,  # texts that are encoded at once; 0: all
         together: bool = False,  # whether a document's score depends on those that stand beside it
+        boost: bool = False,  # whether gold documents' scores are raised (`boost_gold`)
     ) -> None:  # fmt: skip
         self.examples, self.documents, self.choose = examples, documents, choose
         self.encoder, self.chunk_size = encoder, chunk_size
-        self.teacher, self.temperature, self.together = teacher, temperature, together
+        self.teacher, self.temperature, self.together, self.boost = teacher, temperature, together, boost
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
         self._passages = Tokens(encoder.tokenize_passages, lambda number: documents[number].fmt_content)
 
@@ -147,7 +148,10 @@ class ScoredCandidates:
         documents = {number: self.documents[number] for number in distinct}
         rows = [[documents[number] for number in row] for row in chosen]
         examples = [self.examples[i] for i in indices]
-        _, places, scores = score_lists(self.teacher, examples, rows, self.temperature, self.together)
+        pairs, places, scores = score_lists(self.teacher, examples, rows, self.temperature, self.together)
+        if self.boost:
+            gold = [document.key in {gold.key for gold in example.gold_docs} for example, document, _ in pairs]
+            scores = boost_gold(scores, torch.tensor([*gold, False])[places])
         columns = torch.tensor([*(position[number] for row in chosen for number in row), 0])  # [N + 1]
         return ListBatch(
             queries=in_chunks(self.encoder, self._queries(indices), self.chunk_size),
