@@ -3,10 +3,8 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 from rqa.data import Example
-from rqa.documents import passages_of
 from rqa.endpoint.client import is_endpoint
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.loading import load_config, train_adapters
@@ -18,10 +16,9 @@ from rqa.objectives.teacher import is_reranker
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
-from rqa.retrieval.refresh import schedule
+from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.reranking import RerankingRetriever
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
@@ -57,34 +54,14 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
                 raise UserError(f"--{name}: has no effect without --teacher, --mine_negatives true or a ranking")
 
 
-class MinedAgain:
-    """`before_step` of the loop, and a `LiveState`: on schedule, negatives are what the reranker now ranks first."""
-
-    version: str | None = None
-
-    def __init__(self, mined: MinedNegatives, retriever: RerankingRetriever, refresh_step: str) -> None:
-        self.mined, self.retriever, self._due = mined, retriever, schedule(refresh_step)
-        self._documents = fingerprint(passages_of(retriever.documents).tobytes())
+class MinedAgain(Refresher):
+    """On schedule, negatives are what the reranker now ranks first; there is no index to refresh."""
 
     def __call__(self, step: int) -> dict[str, float]:
-        if self._due(step):
-            self.mined.retriever = self.retriever
-            self.mined()
-            self.version = f"index-{step}"
+        if self.due(step):
+            self.then.retriever = self.retriever
+            self._follow(step)
         return {}
-
-    def collect(self) -> None:
-        """Nothing: every process has all negatives."""
-
-    def save(self, directory: Path) -> None:
-        self.mined.save(directory)
-        (directory / "documents.txt").write_text(self._documents)
-
-    def load(self, directory: Path) -> None:
-        if (directory / "documents.txt").read_text() != self._documents:
-            raise ValueError("its mined negatives are of other documents")
-        self.mined.load(directory)
-        self.version = directory.name
 
 
 class RerankerRun(Run):
@@ -112,7 +89,7 @@ class RerankerRun(Run):
         """Mine, train, evaluate, test."""
         flags, teacher = self.flags, None
         mined = None if flags.negatives_from == "file" else MinedNegatives(self.train, self.first, flags)
-        again = MinedAgain(mined, self.judged, flags.refresh_step) if mined and flags.mine_negatives else None
+        again = MinedAgain(self.judged, flags, mined) if mined and flags.mine_negatives else None
         if flags.lm_model_path:
             teacher = reader_teacher(flags.lm_model_path, flags) if self.reads else open_teacher(flags)
         lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.reads)

@@ -17,7 +17,7 @@ import numpy as np
 from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
-from rqa.retrieval.retriever import Retriever, index_at
+from rqa.retrieval.retriever import PassageRetriever, Retriever, index_at
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint, read_json
@@ -70,7 +70,9 @@ class Refresher:
     passages are frozen, it is called on schedule and nothing is encoded.
     """
 
-    def __init__(self, retriever: Retriever, flags: RefreshArguments, then: Any = None) -> None:
+    retriever: Any  # a `Retriever`; any other one if nothing is ever encoded
+
+    def __init__(self, retriever: PassageRetriever, flags: Any, then: Any = None) -> None:
         self.retriever, self.flags, self.then = retriever, flags, then
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
@@ -110,7 +112,7 @@ class Refresher:
         state = {"made_at": self.made_at, "documents": self._documents()}
         if isinstance(index := self.retriever.index, FaissIndex):
             index.save(directory / "index")
-        else:  # an engine keeps it
+        elif index is not None:  # an engine keeps it
             state |= {"index_path": index.path, "version": index.version}
         (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
         if self.then:
@@ -122,8 +124,8 @@ class Refresher:
         index, where = self.retriever.index, directory / "index"
         if path := state.get("index_path"):
             index, where = index_at(self.retriever.flags.index_path or path, index.documents, index.flags), None
-        same = state["documents"] == self._documents() and index.load(where)
-        if not same or (where is None and index.version != state["version"]):
+        same = state["documents"] == self._documents() and (index is None or index.load(where))
+        if not same or (index is not None and where is None and index.version != state["version"]):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return
         self.retriever.index, self._ready = index, True

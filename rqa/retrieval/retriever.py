@@ -44,6 +44,7 @@ class PassageRetriever(ABC):
     """Finds passages of a document database, by whatever means."""
 
     documents: Sequence[Document]
+    index: Index | None = None  # of embeddings
 
     @abstractmethod
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
