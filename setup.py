@@ -12,7 +12,6 @@ REQUIRED = [
     "transformers>=5.17,<6",  # architectures, chat templates; older ones call mask functions with other arguments
     "accelerate>=1.10",  # transformers needs it to build a model without reading its weights
     "faiss-cpu>=1.9",  # nearest-neighbour search
-    "bm25s>=0.3",  # lexical retrieval
     "tqdm>=4.66",  # progress with time left
     "sacrebleu>=2.4",  # BLEU as published
     "regex>=2024.5",  # Unicode properties: words of any script, and where a text without spaces may be cut

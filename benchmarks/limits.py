@@ -38,7 +38,7 @@ from rqa.objectives.ctl import Contrastive, ContrastiveBatch
 from rqa.objectives.dca import CrossAttentionScorer
 from rqa.objectives.encoding import in_chunks
 from rqa.objectives.fid import FiDLikelihood
-from rqa.objectives.rpg import Distillation, LikelihoodArguments, RetrievedCandidates, ScoredCandidates
+from rqa.objectives.rpg import LikelihoodArguments, ListObjective, RetrievedCandidates, ScoredCandidates
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.objectives.teacher import Pair, Teacher, local_scorer
 from rqa.prompts import PromptArguments, Prompter
@@ -281,7 +281,7 @@ def rpg_step(bench: Bench, warm: bool) -> Work:
             collate.teacher = teacher()
         return collate(range(len(examples)))
 
-    objective = Distillation(retriever.encoder, 0.1, "teacher_to_student")
+    objective = ListObjective(retriever.encoder, 0.1)
     return Work(bench.training(objective, batch), (16, "pairs"))
 
 

@@ -23,7 +23,7 @@ from rqa.data import Document, Example
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer
 from rqa.objectives.rpg import (
-    Distillation,
+    ListObjective,
     RetrievedCandidates,
     ScoredCandidates,
 )
@@ -76,7 +76,7 @@ def rqa_steps(
     teacher = open_teacher(lm)
     choose = RetrievedCandidates(examples, retriever, lm)
     collate = ScoredCandidates(examples, retriever.documents, encoder, choose, teacher, TEMPERATURE)
-    objective, clock = Distillation(encoder, TEMPERATURE, "teacher_to_student"), Clock()
+    objective, clock = ListObjective(encoder, TEMPERATURE), Clock()
     epoch = arguments.warmup + arguments.steps
     clock.units = [QUESTIONS] * 2 * epoch
     # without learning, so that the second epoch finds the documents of the first

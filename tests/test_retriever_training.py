@@ -15,7 +15,7 @@ from rqa.data import Document, Example, read_examples, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.objectives.ctl import Contrastive
-from rqa.objectives.rpg import Distillation
+from rqa.objectives.rpg import ListObjective
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
@@ -94,7 +94,7 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     """Against the same question and document scored alone, and the first encoder's own ranking."""
-    batches = calls(monkeypatch, Distillation, "forward")
+    batches = calls(monkeypatch, ListObjective, "forward")
     train("train_rpg", max_steps=1, num_docs=5, lm_temperature=0.5, **UNTESTED)
     encoder = load_encoder(encoder_path)
     chat = PromptArguments(max_seq_length=256, max_new_tokens=1, chat_format="template")  # the tokenizer has one

@@ -8,11 +8,12 @@ import json
 import logging
 import math
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 import torch
 import numpy as np
@@ -29,7 +30,7 @@ from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint, read_json
+from rqa.runtime.files import read_json
 from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
@@ -163,11 +164,7 @@ class NegativeChooser:
         self.flags = flags
         self.counts: Counter[str] = Counter()  # what was found and left out, over all rankings
         self.text_of = normalized_of(documents).__getitem__
-        questions = [_normalized(retrieval_query(example)) for example in examples]
-        gold: dict[str, set[bytes]] = {question: set() for question in questions}
-        for question, example in zip(questions, examples, strict=True):
-            gold[question].update(normalized_of(example.gold_docs).tolist())
-        self._gold = [gold[question] for question in questions]
+        self._gold = of_equal_questions(examples, [normalized_of(e.gold_docs).tolist() for e in examples])
 
     @property
     def depth(self) -> int:
@@ -199,8 +196,12 @@ class NegativeChooser:
         return chosen
 
 
-def _normalized(text: str) -> str:
-    return fingerprint(normalize(text))
+def of_equal_questions(examples: Sequence[Example], rows: Sequence[Sequence[Any]]) -> list[set[Any]]:
+    """What stands in the row of each question, or in another line's for the same one. [Q] rows -> [Q] sets"""
+    questions, found = [normalize(retrieval_query(example)) for example in examples], defaultdict[str, set[Any]](set)
+    for question, row in zip(questions, rows, strict=True):
+        found[question].update(row)
+    return [found[question] for question in questions]
 
 
 class MinedNegatives:

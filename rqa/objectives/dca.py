@@ -1,23 +1,19 @@
 """DCA: the reader's cross-attention tells which passages it used (Izacard & Grave 2020, knowledge distillation).
 
-The objective is `rpg.Distillation`; this file holds the reader that is asked, and the passages that it is asked about.
+The objective is `rpg.ListObjective`; this file holds the reader that is asked, and the passages that it is asked about.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
 
-import torch
 from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models import encoder_decoder
-from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import EncoderDecoderArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import choose_collate, evaluating, model_fingerprint
 from rqa.objectives.encoding import numbered
-from rqa.objectives.losses import boost_gold
-from rqa.objectives.rpg import ListArguments, ListBatch, ScoredCandidates
+from rqa.objectives.rpg import ListArguments
 from rqa.objectives.teacher import NOT_TOLD_APART, Pair, Teacher
 from rqa.prompts import fitting, retrieval_query, warn_once
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
@@ -62,7 +58,7 @@ class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
 def find_contexts(
     flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
 ) -> tuple[Sequence[Document], list[list[int]]]:
-    """All passages, and the numbers of each example's: of its `ctxs`, else of what is retrieved from the database.
+    """All passages, and the numbers of each example's, none twice: of its `ctxs`, else of what the database has.
 
     `model` is the encoder before training, whatever checkpoint training goes on from: a resumed run finds the same.
     """
@@ -73,17 +69,15 @@ def find_contexts(
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
         for number, found in zip(bare, hits.ids.tolist(), strict=True):
             contexts[number] = [place for place in found if place >= 0]
-    return known, contexts
+    return known, [list(dict.fromkeys(row)) for row in contexts]
 
 
-def reader_teacher(flags: DCAArguments, examples: Sequence[Example]) -> "Teacher | GivenScores":
-    """How much the reader attends to each passage of a list, each list read once."""
-    if flags.with_score:
-        return GivenScores(examples)
-    model, prompter = encoder_decoder.load_encoder_decoder(str(flags.reader_model_path), flags)
-    settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), flags.attention_score)
+def reader_teacher(path: str, flags: EncoderDecoderArguments, batch_size: int = 4, kind: str = "plain") -> Teacher:
+    """How much the reader attends to each passage of a list, each list read once; see `CrossAttentionScorer`."""
+    model, prompter = encoder_decoder.load_encoder_decoder(path, flags)
+    settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), kind)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
-    return Teacher(CrossAttentionScorer(model, prompter, flags.reader_batch_size, flags.attention_score), identity)
+    return Teacher(CrossAttentionScorer(model, prompter, batch_size, kind), identity)
 
 
 class CrossAttentionScorer:
@@ -135,25 +129,3 @@ class GivenScores:
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
         known = [([context.key for context in pair.example.ctxs], pair.example.ctx_scores or ()) for pair in pairs]
         return [scores[keys.index(pair.document.key)] for pair, (keys, scores) in zip(pairs, known, strict=True)]
-
-
-class ReaderScores(ScoredCandidates):
-    """DCA's collate function: the contexts of each question, with `boost` those that are gold raised (`boost_gold`)."""
-
-    def __init__(
-        self, examples: Sequence[Example], documents: Sequence[Document], contexts: Sequence[Sequence[int]],
-        encoder: Encoder, teacher: Any, temperature: float, boost: bool, chunk_size: int = 0,
-    ) -> None:  # fmt: skip
-        rows_of = lambda indices: [list(dict.fromkeys(contexts[i])) for i in indices]  # noqa: E731
-        super().__init__(examples, documents, encoder, rows_of, teacher, temperature, chunk_size, together=True)
-        self.boost = boost
-
-    def __call__(self, indices: Sequence[int]) -> ListBatch:
-        batch = super().__call__(indices)
-        if not self.boost:
-            return batch
-        gold = torch.zeros_like(batch.teacher, dtype=torch.bool)
-        for row, (i, numbers) in enumerate(zip(indices, self.choose(indices), strict=True)):
-            keys = {document.key for document in self.examples[i].gold_docs}
-            gold[row, : len(numbers)] = torch.tensor([self.documents[number].key in keys for number in numbers])
-        return replace(batch, teacher=boost_gold(batch.teacher, gold))

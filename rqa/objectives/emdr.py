@@ -1,4 +1,7 @@
-"""EMDR2: the retriever maximises the answer's likelihood, its documents marginalised out (Sachan et al. 2021)."""
+"""EMDR2: the retriever maximises the answer's likelihood, its documents marginalised out (Sachan et al. 2021).
+
+The objective is `rpg.ListObjective` with `losses.marginal_nll`, which needs the likelihood of whole answers.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,8 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from rqa.data import Example
-from rqa.objectives.losses import marginal_nll
-from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective
+from rqa.objectives.rpg import LikelihoodArguments, ListBatch
 from rqa.objectives.teacher import is_reranker
 from rqa.prompts import Prompter
 from rqa.runtime.errors import UserError
@@ -22,12 +24,6 @@ class EMDRArguments(LikelihoodArguments):
             raise UserError("--lm_model_path: EMDR2 needs a likelihood, which no reranker has; train_rpg takes one")
         if self.lm_model_path.startswith("openai::") and not self.lm_tokenizer:
             raise UserError("--lm_tokenizer: EMDR2 counts answer tokens; name the tokenizer of the server's model")
-
-
-class MarginalLikelihood(ListObjective):
-    """-log sum_k P_R(d_k | q) p_LM(a | q, d_k); the frozen language model's log p_LM is of whole answers."""
-
-    losses = staticmethod(marginal_nll)
 
 
 class WholeAnswers:

@@ -6,25 +6,25 @@ other questions' gold passages. With a teacher the whole list is scored, and the
 
 import logging
 import random
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from rqa.data import Document, Example
 from rqa.documents import normalized_of
+from rqa.models.encoder_decoder import EncoderDecoderArguments
 from rqa.models.reranker import Reranker
-from rqa.objectives.ctl import MinedNegatives, NegativeArguments
+from rqa.objectives.ctl import MinedNegatives, NegativeArguments, of_equal_questions
 from rqa.objectives.encoding import numbered
 from rqa.objectives.losses import distillation
-from rqa.objectives.teacher import DistilledArguments, Pair
+from rqa.objectives.teacher import DistilledArguments, score_lists
 from rqa.packing import Batch, TokenBatch
 from rqa.prompts import retrieval_query
-from rqa.retrieval.refresh import parse_schedule
+from rqa.retrieval.refresh import schedule
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
 
@@ -32,13 +32,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
-class RerankArguments(NegativeArguments, DistilledArguments):
+class RerankArguments(NegativeArguments, DistilledArguments, EncoderDecoderArguments):
     """RERANK's own flags."""
 
     lm_model_path: str | None = flag(
         None, "Teacher of whole lists: reranker::M, a language model, openai::URL, or a FiD reader. Default: gold.",
         also="teacher",
     )  # fmt: skip
+    max_encoder_seq_length: int = flag(512, "Tokens of question and passage that a FiD reader reads.", rare=True)
+    prompt_template: str | None = flag(None, "A FiD reader's prompt with {passage} and {question}: a file.", rare=True)
     num_hard_negatives: int = flag(8, "Hard negatives of a question in one step, at most.")
     num_other_gold: int = flag(2, "Gold passages of other questions beside them, if there is no teacher.")
     negatives_from: str = flag(
@@ -51,7 +53,7 @@ class RerankArguments(NegativeArguments, DistilledArguments):
     def check(self) -> None:
         self.check_bounds("num_hard_negatives", at_least=1)
         self.check_bounds("num_other_gold", at_least=0)
-        parse_schedule(self.refresh_step)
+        schedule(self.refresh_step)
 
 
 @dataclass(frozen=True)
@@ -102,47 +104,38 @@ class Lists:
         self, examples: Sequence[Example], documents: Sequence[Document], reranker: Reranker,
         mined: MinedNegatives | None, flags: RerankArguments, seed: int, teacher: Any = None, together: bool = False,
     ) -> None:  # fmt: skip
-        known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
-        self._gold, hard, same = [], [], defaultdict(set)
-        for example, row in zip(examples, rows, strict=True):
+        brought = [example.gold_docs for example in examples] + [example.hard_neg_docs for example in examples]
+        known, rows = numbered(documents, brought)
+        texts, first = iter(normalized_of(list(chain(*brought))).tolist()), {}  # of equal texts the first
+        rows = [list(dict.fromkeys(first.setdefault(next(texts), number) for number in row)) for row in rows]
+        self._gold, hard = rows[: len(examples)], rows[len(examples) :]
+        for example in examples:
             if not example.gold_docs and not teacher:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; give a gold passage, or --teacher")
-            texts = normalized_of([*example.gold_docs, *example.hard_neg_docs]).tolist()
-            distinct = dict(zip(reversed(texts), reversed(row), strict=True))  # of equal texts the first
-            self._gold.append(row[: len(example.gold_docs)])
-            hard.append([number for number in reversed(distinct.values()) if number not in self._gold[-1]])
-            same[retrieval_query(example)].update(self._gold[-1])
-        if not mined and (left_out := sum(map(len, rows)) - sum(map(len, [*self._gold, *hard]))):
+        self._own = of_equal_questions(examples, self._gold)
+        hard = [[number for number in row if number not in own] for row, own in zip(hard, self._own, strict=True)]
+        if not mined and (left_out := sum(map(len, brought[len(examples) :])) - sum(map(len, hard))):
             log.warning("%d passages of hard_neg_docs are left out: they are gold, or stand there twice", left_out)
-        self._own = [same[retrieval_query(example)] for example in examples]  # in whatever line it is gold
         self._golds = [] if teacher else sorted(set().union(*self._own))
         self.examples, self.documents, self.reranker, self.teacher = examples, known, reranker, teacher
         self.hard, self.flags, self.seed, self.together = mined or hard, flags, seed, together
         self.ahead = not (teacher or flags.mine_negatives)  # these take turns with steps
 
     def __call__(self, indices: Sequence[int]) -> RerankBatch:
-        pairs, rows = [], [[self.documents[number] for number in row] for row in self.chosen(indices)]
-        for i, row in zip(indices, rows, strict=True):
-            pairs += [Pair(self.examples[i], each, tuple(row) if self.together else ()) for each in row]
-        present = torch.arange(max(1, *map(len, rows))) < torch.tensor(list(map(len, rows)))[:, None]  # [B, K]
-        columns, teacher = torch.full(present.shape, -1), torch.full(present.shape, float("-inf"))
-        columns[present] = torch.arange(len(pairs))
-        if self.teacher:
-            teacher[present] = torch.tensor(self.teacher(pairs)) / self.flags.teacher_temperature
-        else:
-            teacher[:, 0] = 0.0
+        rows = [[self.documents[number] for number in row] for row in self.chosen(indices)]
+        examples, temperature = [self.examples[i] for i in indices], self.flags.teacher_temperature
+        pairs, columns, scores = score_lists(self.teacher, examples, rows, temperature, self.together)
         texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
         batch = self.reranker.collate(self.reranker.tokenize(texts) if texts else [[0]])  # a model reads one at least
         news = {"teacher_hit_rate": self.teacher.hit_rate} if self.teacher else {}
-        return RerankBatch(batch, columns, teacher, indices, news)
+        return RerankBatch(batch, columns, scores, indices, news)
 
     def chosen(self, indices: Sequence[int]) -> list[list[int]]:
         """The numbers of each question's passages."""
         chance, flags, rows = random.Random(f"{self.seed}-{indices}"), self.flags, []
         for i in indices:
             row = chance.sample(self._gold[i], min(1, len(self._gold[i])))
-            pool = [number for number in self.hard[i] if number not in self._own[i]]
-            count = min(flags.num_hard_negatives, len(pool))
+            pool, count = self.hard[i], min(flags.num_hard_negatives, len(self.hard[i]))
             row += pool[:count] if self.together else chance.sample(pool, count)
             barred = {*self._own[i], *row}
             drawn = chance.sample(self._golds, min(len(barred) + flags.num_other_gold, len(self._golds)))

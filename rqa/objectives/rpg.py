@@ -8,7 +8,6 @@ The batches, and the objective over lists of documents, are DCA's and EMDR2's, t
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -17,8 +16,8 @@ from torch import Tensor
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
-from rqa.objectives.losses import distillation
-from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, Pair
+from rqa.objectives.losses import boost_gold, distillation
+from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, score_lists
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
@@ -72,9 +71,17 @@ class ListBatch(EncoderBatch):
 
 
 class ListObjective(EncoderObjective):
-    """An objective over K documents of each question, scored by a teacher; each algorithm brings its `losses`."""
+    """An objective over K documents of each question, scored by a teacher.
 
-    losses: Callable[[Tensor, Tensor], Tensor]  # from teacher's and retriever's logits. [B, K], [M, B, K] -> [M, B]
+    `losses` are those of teacher's and retriever's logits: `distillation`, or EMDR2's. [B, K], [M, B, K] -> [M, B]
+    """
+
+    def __init__(
+        self, encoder: Encoder, temperature: float, losses: Callable[..., Tensor] = distillation,
+        dims: Sequence[int] = (),
+    ) -> None:  # fmt: skip
+        super().__init__(encoder, temperature, dims)
+        self.losses = losses
 
     def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer documents. -> [M, B, K]"""
@@ -88,14 +95,6 @@ class ListObjective(EncoderObjective):
         same = (student[0].argmax(-1) == batch.teacher.argmax(-1)).float().mean()
         losses = self.losses(batch.teacher, student).mean(0)  # [B]
         return losses.sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
-
-
-class Distillation(ListObjective):
-    """KL divergence between the teacher's softmax and the retriever's, in a direction of `losses.distillation`."""
-
-    def __init__(self, encoder: Encoder, temperature: float, direction: str, dims: Sequence[int] = ()) -> None:
-        super().__init__(encoder, temperature, dims)
-        self.losses = partial(distillation, direction=direction)
 
 
 class RetrievedCandidates:
@@ -132,10 +131,11 @@ class ScoredCandidates:
         temperature: float = 1.0,
         chunk_size: int = 0,  # texts that are encoded at once; 0: all
         together: bool = False,  # whether a document's score depends on those that stand beside it
+        boost: bool = False,  # whether gold documents' scores are raised (`boost_gold`)
     ) -> None:  # fmt: skip
         self.examples, self.documents, self.choose = examples, documents, choose
         self.encoder, self.chunk_size = encoder, chunk_size
-        self.teacher, self.temperature, self.together = teacher, temperature, together
+        self.teacher, self.temperature, self.together, self.boost = teacher, temperature, together, boost
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
         self._passages = Tokens(encoder.tokenize_passages, lambda number: documents[number].fmt_content)
 
@@ -146,20 +146,18 @@ class ScoredCandidates:
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}
         documents = {number: self.documents[number] for number in distinct}
-        present = torch.arange(max(1, *map(len, chosen))) < torch.tensor(list(map(len, chosen)))[:, None]  # [B, K]
-        columns = torch.zeros(present.shape, dtype=torch.long)
-        scores = torch.full(present.shape, float("-inf"))
-        pairs = []
-        for i, numbers in zip(indices, chosen, strict=True):
-            shown = tuple(documents[number] for number in numbers)
-            pairs += [Pair(self.examples[i], each, shown if self.together else ()) for each in shown]
-        columns[present] = torch.tensor([position[number] for row in chosen for number in row], dtype=torch.long)
-        scores[present] = torch.tensor(self.teacher(pairs), dtype=torch.float)
+        rows = [[documents[number] for number in row] for row in chosen]
+        examples = [self.examples[i] for i in indices]
+        pairs, places, scores = score_lists(self.teacher, examples, rows, self.temperature, self.together)
+        if self.boost:
+            gold = [document.key in {gold.key for gold in example.gold_docs} for example, document, _ in pairs]
+            scores = boost_gold(scores, torch.tensor([*gold, False])[places])
+        columns = torch.tensor([*(position[number] for row in chosen for number in row), 0])  # [N + 1]
         return ListBatch(
             queries=in_chunks(self.encoder, self._queries(indices), self.chunk_size),
             passages=in_chunks(self.encoder.passage_side, self._passages(distinct), self.chunk_size),
-            columns=columns,
-            teacher=scores / self.temperature,
+            columns=columns[places],
+            teacher=scores,
             indices=indices,
             hit_rate=self.teacher.hit_rate,
         )

@@ -7,32 +7,18 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from rqa import prompts
 from rqa.data import Document, Example
-from rqa.models.loading import (
-    LoadingArguments,
-    choose_collate,
-    evaluating,
-    load_causal_lm,
-    load_tokenizer,
-    model_fingerprint,
-    not_finite,
-    within_positions,
-)
+from rqa.models import loading
+from rqa.models.loading import LoadingArguments, choose_collate, evaluating
 from rqa.models.reader import answer_logits
 from rqa.models.reranker import load_reranker
 from rqa.objectives.losses import answer_nll
 from rqa.packing import answer_batch, pack, token_budget_batches
-from rqa.prompts import (
-    ChatTemplateArguments,
-    PromptArguments,
-    Prompter,
-    TokenSequence,
-    fitting,
-    retrieval_query,
-    warn_once,
-)
+from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, TokenSequence
 from rqa.runtime.cli import progress
 from rqa.runtime.files import Store, cache_root, fingerprint
 from rqa.runtime.flags import flag
@@ -87,7 +73,7 @@ class DistilledArguments(LanguageModelArguments):
     @property
     def teacher_temperature(self) -> float:
         """Log-likelihoods are means over tokens, and lie close together; a reranker's scores are logits already."""
-        return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path) else 0.1)
+        return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path or "") else 0.1)
 
 
 class Pair(NamedTuple):
@@ -126,7 +112,8 @@ class Teacher:
             names = list(missing)
             scores = {names[position]: value for position, value in self.scorer(list(missing.values()))}
             if bad := [missing[name] for name, value in scores.items() if not math.isfinite(value)]:
-                raise not_finite(getattr(self.scorer, "model", torch.nn.Module()), "score", bad[0].example.question)
+                model = getattr(self.scorer, "model", torch.nn.Module())
+                raise loading.not_finite(model, "score", bad[0].example.question)
             kept |= scores
             self._store.put(scores)
         return [kept[key] for key in keys]
@@ -143,6 +130,28 @@ class Teacher:
         others = [fingerprint(*sorted(other.fmt_content for other in beside))] if beside else []
         parts = (example.question, example.gold_answer or "", document.fmt_content, *turns, *others)
         return fingerprint(self._identity, *parts)
+
+
+def score_lists(
+    teacher: Callable[[Sequence[Pair]], Sequence[float]] | None,  # None: the first document of each list is gold
+    examples: Sequence[Example], rows: Sequence[Sequence[Document]], temperature: float,
+    together: bool,  # whether a document's score depends on those that stand beside it
+) -> tuple[list[Pair], Tensor, Tensor]:  # fmt: skip
+    """The teacher's logits for K documents at most of each question, -inf where there are fewer.
+
+    [B] lists -> the pairs that they are of [N], which of these stands where, or -1 [B, K], and logits [B, K]
+    """
+    pairs, lengths = [], torch.tensor(list(map(len, rows)))
+    for example, row in zip(examples, rows, strict=True):
+        pairs += [Pair(example, document, tuple(row) if together else ()) for document in row]
+    present = torch.arange(max(1, int(lengths.max()))) < lengths[:, None]
+    places, scores = torch.full(present.shape, -1), torch.full(present.shape, float("-inf"))
+    places[present] = torch.arange(len(pairs))
+    if teacher:
+        scores[present] = torch.tensor(teacher(pairs), dtype=torch.float) / temperature
+    else:
+        scores[:, 0] = 0.0
+    return pairs, places, scores
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterable[slice]:
@@ -165,14 +174,15 @@ class AnswerScorer:
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:
         self.model = model.requires_grad_(False)
-        prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")
+        prompter.arguments = loading.within_positions(model, prompter.arguments, "max_seq_length")
         self.prompter, self.tokens_per_batch = prompter, tokens_per_batch
         self._collate = choose_collate(model)
 
     @torch.no_grad()
     def __call__(self, pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
         rows = [(pair.example, [pair.document], pair.example.gold_answer) for pair in pairs]
-        encoded, end = fitting(self.prompter.encode, rows, NOT_TOLD_APART, warn_once), self.prompter.end_of_turn
+        encoded = prompts.fitting(self.prompter.encode, rows, NOT_TOLD_APART, prompts.warn_once)
+        end = self.prompter.end_of_turn
         unread = TokenSequence(end * 2 + end, 1)  # stands for what does not fit
         sequences = [encoded.get(number, unread) for number in range(len(pairs))]
         # Without the end of the turn: the answer's own tokens count.
@@ -191,10 +201,10 @@ class AnswerScorer:
 
 def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
     """A language model on this machine, and the fingerprint of it."""
-    tokenizer = load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
+    tokenizer = loading.load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
-    model = load_causal_lm(flags.lm_model_path, flags)
-    identity = fingerprint(model_fingerprint(model, tokenizer), str(model.dtype))
+    model = loading.load_causal_lm(flags.lm_model_path, flags)
+    identity = fingerprint(loading.model_fingerprint(model, tokenizer), str(model.dtype))
     return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), identity
 
 
@@ -203,7 +213,7 @@ def reranker_scorer(flags: Any) -> tuple[Score, str]:
     reranker = load_reranker(flags.lm_model_path.removeprefix(RERANKER), flags).requires_grad_(False)
 
     def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
-        texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
+        texts = [(prompts.retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
         return enumerate(reranker.score(texts).tolist())
 
     return score, fingerprint(reranker.fingerprint(), str(reranker.model.dtype))

@@ -3,7 +3,6 @@
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
-from pathlib import Path
 
 from rqa.data import Example
 from rqa.endpoint.client import is_endpoint
@@ -11,13 +10,13 @@ from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.loading import load_config, train_adapters
 from rqa.models.reranker import load_reranker
 from rqa.objectives.ctl import MinedNegatives, NegativeArguments
-from rqa.objectives.dca import DCAArguments, reader_teacher
+from rqa.objectives.dca import reader_teacher
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
 from rqa.objectives.teacher import is_reranker
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
-from rqa.retrieval.refresh import parse_schedule
+from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.reranking import RerankingRetriever
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
@@ -25,8 +24,6 @@ from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
 
 log = logging.getLogger(__name__)
-
-FIRST_STAGES = {"bm25": "bm25", "dense": "dense", "both": "hybrid"}
 
 
 @dataclass(kw_only=True)
@@ -40,7 +37,7 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        first = FIRST_STAGES.get(self.negatives_from, self.retriever)
+        first = {"file": self.retriever, "both": "hybrid"}.get(self.negatives_from, self.negatives_from)
         if self.retriever not in (first, RerankerTraining.retriever):
             raise UserError(f"--retriever {self.retriever}: --negatives_from names the first stage; leave one out")
         self.retriever = first
@@ -57,29 +54,14 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
                 raise UserError(f"--{name}: has no effect without --teacher, --mine_negatives true or a ranking")
 
 
-class MinedAgain:
-    """`before_step` of the loop, and a `LiveState`: on schedule, negatives are what the reranker now ranks first."""
-
-    def __init__(self, mined: MinedNegatives, retriever: RerankingRetriever, schedule: str) -> None:
-        self.mined, self.retriever, self._spans = mined, retriever, parse_schedule(schedule)
-        self.version: str | None = None
+class MinedAgain(Refresher):
+    """On schedule, negatives are what the reranker now ranks first; there is no index to refresh."""
 
     def __call__(self, step: int) -> dict[str, float]:
-        if step and any(first <= step < end and step % every == 0 for first, end, every in self._spans):
-            self.mined.retriever = self.retriever
-            self.mined()
-            self.version = f"index-{step}"
+        if self.due(step):
+            self.then.retriever = self.retriever
+            self._follow(step)
         return {}
-
-    def collect(self) -> None:
-        """Nothing: every process has all negatives."""
-
-    def save(self, directory: Path) -> None:
-        self.mined.save(directory)
-
-    def load(self, directory: Path) -> None:
-        self.mined.load(directory)
-        self.version = directory.name
 
 
 class RerankerRun(Run):
@@ -105,25 +87,18 @@ class RerankerRun(Run):
 
     def finish(self) -> Scores:
         """Mine, train, evaluate, test."""
-        flags, mined, before_step, teacher = self.flags, None, None, None
-        if flags.negatives_from != "file":
-            mined = MinedNegatives(self.train, self.first, flags)
-            before_step = MinedAgain(mined, self.judged, flags.refresh_step) if flags.mine_negatives else None
-        if self.reads:
-            reader = DCAArguments(
-                reader_model_path=flags.lm_model_path, max_encoder_seq_length=flags.text_maxlength,
-                dtype=flags.dtype, bf16=flags.bf16, trust_remote_code=flags.trust_remote_code,
-            )  # fmt: skip
-            teacher = reader_teacher(reader, self.train)
-        elif flags.lm_model_path:
-            teacher = open_teacher(flags)
+        flags, teacher = self.flags, None
+        mined = None if flags.negatives_from == "file" else MinedNegatives(self.train, self.first, flags)
+        again = MinedAgain(self.judged, flags, mined) if mined and flags.mine_negatives else None
+        if flags.lm_model_path:
+            teacher = reader_teacher(flags.lm_model_path, flags) if self.reads else open_teacher(flags)
         lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.reads)
         if mined:
             mined()
         if alone := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
             log.warning("%d of %d questions have no two passages to rank, and teach nothing", alone, len(self.train))
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
-        return self.train_and_test(ListwiseReranking(self.reranker), batches, before_step)
+        return self.train_and_test(ListwiseReranking(self.reranker), batches, again)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, alone=step == 0)

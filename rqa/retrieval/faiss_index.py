@@ -182,10 +182,8 @@ class FaissIndex(Index):
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
         refuse_foreign_directory(Path(self.path or ""))
         own, held = passages_of(self.documents), self._held[self._held != b""] if update else np.empty(0, PRINT)
-        known, state = (
-            self._building / "state.json",
-            {"of": files.fingerprint(encoder, self.stamp * update, own.tobytes())},
-        )
+        known = self._building / "state.json"
+        state = {"of": files.fingerprint(encoder, self.stamp * update, own.tobytes())}
         if distributed.is_main():
             if not update and any(Path(self.path or "").glob("*")):
                 why = "was made from other documents, weights or settings, or is damaged"

@@ -1,7 +1,6 @@
 """BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
 
 import logging
-import os
 from array import array
 from collections import defaultdict
 from collections.abc import Sequence
@@ -10,9 +9,6 @@ from itertools import count
 from pathlib import Path
 from tempfile import TemporaryFile
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # bm25s tries JAX when imported, which takes 75 % of a GPU's memory
-
-import bm25s
 import numpy as np
 
 from rqa.data import Document, Example, read_examples
@@ -32,7 +28,6 @@ from rqa.runtime.flags import flag
 from rqa.runtime.text import words
 
 log = logging.getLogger(__name__)
-logging.getLogger("bm25s").setLevel(logging.WARNING)  # it logs at DEBUG whatever the application asked for
 
 DEPTH = 100  # candidates that each retriever brings
 AT_ONCE = 2**21  # words of documents whose scores are computed together
@@ -67,19 +62,13 @@ def open_retriever(
 
     The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
     """
-    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
-    return behind(_first_stage(flags, embedding_model, documents, examples))
-
-
-def _first_stage(
-    flags: RetrieverArguments, embedding_model: str | None, documents: Sequence[Document], examples: Sequence[Example]
-) -> PassageRetriever:
     if embedding_model == "bm25" and flags.retriever == "hybrid":
         raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
         raise UserError("--filter: BM25 finds passages that do not meet it; use --retriever dense and an encoder")
+    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
     if "bm25" in (flags.retriever, embedding_model):
-        return LexicalRetriever(documents)
+        return behind(LexicalRetriever(documents))
     if embedding_model is None:
         raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")
     if flags.fusion_eval_path:
@@ -90,7 +79,7 @@ def _first_stage(
         raise UserError(f"--fusion weighted: give --fusion_weight, or {chosen}")
     dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
-        return dense
+        return behind(dense)
     weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None:
@@ -99,7 +88,7 @@ def _first_stage(
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
         log.info("--fusion_weight %.2f: the best of %d questions", hybrid.weight, len(chosen_by))
-    return hybrid
+    return behind(hybrid)
 
 
 class LexicalRetriever(PassageRetriever):
@@ -122,17 +111,18 @@ class LexicalRetriever(PassageRetriever):
                 _build(temporary, documents, k1, b)
             log.info("BM25 index of %d documents: built in %s", len(documents), directory)
         distributed.barrier()
-        data, indices, indptr, self._words, self._columns = (np.memmap(directory / n, t, "r") for n, t in FILES.items())
-        self._bm25 = bm25s.BM25(k1=k1, b=b)
-        self._bm25.scores = {"data": data, "indices": indices, "indptr": indptr, "num_docs": len(documents)}
-        self._bm25.nonoccurrence_array = None  # Lucene's BM25 gives nothing for words that a document lacks
+        files = (np.asarray(np.memmap(directory / name, kind, "r")) for name, kind in FILES.items())
+        self._scores, self._owners, self._starts, self._words, self._columns = files
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
             wanted = prints((word,) for word in words(question, pairs=True))
             places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
-            scores = self._bm25.get_scores_from_ids(self._columns[places[self._words[places] == wanted]])  # [N]
+            scores = np.zeros(len(self.documents), np.float32)  # [N]
+            for column in self._columns[places[self._words[places] == wanted]]:
+                part = slice(*self._starts[column : column + 2])
+                scores[self._owners[part]] += self._scores[part]
             found = np.flatnonzero(scores > 0)
             rows.append(best(scores[found], found, k))
         return stack(rows, k)
@@ -142,7 +132,7 @@ class LexicalRetriever(PassageRetriever):
 
 
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
-    """Write what bm25s searches, and where each word is. bm25s itself builds from the whole corpus in memory.
+    """Write each word's share of the documents' scores, and where each word is.
 
     Memory holds a number for each document and a string for each different word; the rest is sorted in a file.
     """

@@ -6,6 +6,7 @@ import logging
 import re
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ import numpy as np
 from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
-from rqa.retrieval.retriever import Retriever, index_at
+from rqa.retrieval.retriever import PassageRetriever, Retriever, index_at
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint, read_json
@@ -38,7 +39,7 @@ class RefreshArguments(Arguments):
     )
 
     def check(self) -> None:
-        parse_schedule(self.refresh_step)
+        schedule(self.refresh_step)
         if self.train_query_encoder_only and self.refresh_async:
             raise UserError("--train_query_encoder_only true: documents never change; leave out --refresh_async")
 
@@ -51,15 +52,15 @@ class RefreshArguments(Arguments):
             raise UserError(f"--model_name_or_path: holds a passage encoder of its own, which stays as it is; {cure}")
 
 
-def parse_schedule(schedule: str) -> list[tuple[int, float, int]]:
-    """Spans of (first step, end, interval)."""
-    spans = []
-    for part in schedule.split(","):
+def schedule(written: str) -> Callable[[int], bool]:
+    """Whether something is due after so many steps."""
+    spans: list[tuple[int, float, int]] = []  # first step, end, interval
+    for part in written.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+):)?(\d+)\s*", part)
         if not match or int(match[3]) < 1 or (match[1] and int(match[1]) >= int(match[2])):
-            raise UserError(f'--refresh_step {schedule}: write a number of steps, or "0-100:10,100-1000:100"')
+            raise UserError(f'--refresh_step {written}: write a number of steps, or "0-100:10,100-1000:100"')
         spans.append((int(match[1] or 0), float(match[2] or "inf"), int(match[3])))
-    return spans
+    return lambda step: step > 0 and any(first <= step < end and step % every == 0 for first, end, every in spans)
 
 
 class Refresher:
@@ -69,12 +70,14 @@ class Refresher:
     passages are frozen, it is called on schedule and nothing is encoded.
     """
 
-    def __init__(self, retriever: Retriever, flags: RefreshArguments, then: Any = None) -> None:
+    retriever: Any  # a `Retriever`; any other one if nothing is ever encoded
+
+    def __init__(self, retriever: PassageRetriever, flags: Any, then: Any = None) -> None:
         self.retriever, self.flags, self.then = retriever, flags, then
         self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights are being used in the background
-        self._spans = parse_schedule(flags.refresh_step)
+        self.due = schedule(flags.refresh_step)
         self._work: BackgroundEncoding | None = None
         self._ready = False  # whether what follows has followed
 
@@ -94,10 +97,6 @@ class Refresher:
         news = {"index_staleness": float(step - self.made_at)}
         return news | ({"index_refreshed": 1.0} if self.refreshes > refreshes else {})
 
-    def due(self, step: int) -> bool:
-        """Whether the schedule refreshes after so many steps."""
-        return step > 0 and any(first <= step < end and step % every == 0 for first, end, every in self._spans)
-
     @property
     def version(self) -> str | None:
         """The name of the present index among those of the run; None before there is one."""
@@ -113,7 +112,7 @@ class Refresher:
         state = {"made_at": self.made_at, "documents": self._documents()}
         if isinstance(index := self.retriever.index, FaissIndex):
             index.save(directory / "index")
-        else:  # an engine keeps it
+        elif index is not None:  # an engine keeps it
             state |= {"index_path": index.path, "version": index.version}
         (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
         if self.then:
@@ -125,8 +124,8 @@ class Refresher:
         index, where = self.retriever.index, directory / "index"
         if path := state.get("index_path"):
             index, where = index_at(self.retriever.flags.index_path or path, index.documents, index.flags), None
-        same = state["documents"] == self._documents() and index.load(where)
-        if not same or (where is None and index.version != state["version"]):
+        same = state["documents"] == self._documents() and (index is None or index.load(where))
+        if not same or (index is not None and where is None and index.version != state["version"]):
             log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
             return
         self.retriever.index, self._ready = index, True

@@ -44,6 +44,7 @@ class PassageRetriever(ABC):
     """Finds passages of a document database, by whatever means."""
 
     documents: Sequence[Document]
+    index: Index | None = None  # of embeddings
 
     @abstractmethod
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
@@ -107,9 +108,8 @@ class Retriever(PassageRetriever):
         """Encode what the index lacks: an interrupted build goes on, and an update keeps what has not changed."""
         index, passages, encoder = self.index, passages_of(self.documents), self.encoder.fingerprint()
         update = self.flags.update and index.encoder == encoder
-        held = distributed.from_main(
-            index.build(encoder, self.encoder.dimension, update)
-        )  # a faster one may add already
+        held = index.build(encoder, self.encoder.dimension, update)
+        held = distributed.from_main(held)  # a faster process may have added some already
         index.remove(np.setdiff1d(held, passages))
         first = np.sort(np.unique(passages, return_index=True)[1])  # of equal ones
         missing = first[~np.isin(passages[first], held)]

@@ -59,10 +59,9 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
         path = getattr(flags, name, None)
         if path and path != "bm25" and not path.startswith("openai::"):
             size = width if flags.dtype == "auto" else getattr(torch, flags.dtype).itemsize
-            reads = name in ("lm_model_path", "reader_model_path") and not path.startswith("reranker::")
-            terms[f"{path}, frozen"] = (
-                size * _unloaded(path.removeprefix("reranker::"), flags, not reads).num_parameters()
-            )
+            place = path.removeprefix("reranker::")
+            encodes = name in ("embedding_model", "reranker") or place != path
+            terms[f"{path}, frozen"] = size * _unloaded(place, flags, encodes).num_parameters()
     return f"GiB on each device: {whole / 1e9:.2f} billion parameters, {trained / 1e9:.2f} trained, on {batch}", terms
 
 

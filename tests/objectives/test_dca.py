@@ -13,9 +13,9 @@ from fakes import texts_in
 from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.models.encoder_decoder import fid_batch, load_encoder_decoder, passage_scores
-from rqa.objectives.dca import CrossAttentionScorer, GivenScores, ReaderScores
-from rqa.objectives.encoding import numbered
+from rqa.objectives.dca import CrossAttentionScorer, DCAArguments, GivenScores, find_contexts
 from rqa.objectives.fid import FiDArguments
+from rqa.objectives.rpg import ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.packing import pad
 
@@ -86,10 +86,12 @@ def test_column_k_is_one_document_for_reader_and_retriever_and_a_boost_raises_th
 ) -> None:
     lengths = Teacher(lambda pairs: enumerate(len(p.document.page_content) for p in pairs), "", tmp_path / "scores")
     lists[2] = [documents[4], documents[2], documents[3]]  # the second one is gold; question 4 lacks its own
-    repeated = numbered(documents[2:], [[*row, row[0]] for row in lists])  # the database lacks two of them
+    asked = [replace(e, ctxs=(*row, row[0])) for e, row in zip(examples[:5], lists, strict=True)]
+    known, contexts = find_contexts(DCAArguments(with_score=True), "", asked, documents[2:])  # it lacks two of them
     passages = {tuple(encoder.tokenize_passages([document.fmt_content])[0]): document for document in documents}
     for boost in (False, True):
-        batch = ReaderScores(examples[:5], *repeated, encoder, lengths, 0.1, boost)([4, 2])
+        choose = lambda indices: [contexts[i] for i in indices]  # noqa: E731
+        batch = ScoredCandidates(examples, known, encoder, choose, lengths, 0.1, boost=boost)([4, 2])
         for row, number in enumerate((4, 2)):
             shown = [passages[tuple(texts_in(batch.passages)[column])] for column in batch.columns[row].tolist()]
             assert shown[: len(lists[number])] == lists[number]

@@ -15,10 +15,10 @@ from rqa.models.encoder_decoder import load_encoder_decoder
 from rqa.models.loading import load_causal_lm
 from rqa.models.reranker import load_reranker
 from rqa.objectives.ctl import Contrastive, Contrasts, CTLArguments
-from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.fid import FiDArguments, FiDLikelihood
+from rqa.objectives.losses import distillation, marginal_nll
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
-from rqa.objectives.rpg import Distillation, ScoredCandidates
+from rqa.objectives.rpg import ListObjective, ScoredCandidates
 from rqa.objectives.sft import AnswerLikelihood
 from rqa.packing import Batch, pad
 from rqa.prompts import PromptArguments, Prompter
@@ -66,8 +66,7 @@ def step(
         return ListwiseReranking(reranker), Lists(examples, documents, reranker, None, flags, seed=1)(range(4))
     chosen = [[0, 1, 2], [3], [], [5, 0]]
     batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Teacher(), chunk_size=size)(range(4))
-    emdr, rpg = MarginalLikelihood(encoder, 0.1), Distillation(encoder, 0.1, "teacher_to_student")
-    return emdr if name == "emdr" else rpg, batch
+    return ListObjective(encoder, 0.1, marginal_nll if name == "emdr" else distillation), batch
 
 
 @pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=NO_CUDA)])

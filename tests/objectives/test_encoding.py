@@ -18,9 +18,9 @@ from rqa.data import Document, Example
 from rqa.models.encoder import Encoder
 from rqa.objectives import encoding
 from rqa.objectives.ctl import Contrastive, ContrastiveBatch
-from rqa.objectives.emdr import MarginalLikelihood
 from rqa.objectives.encoding import ChunkArguments, Chunks, EncoderObjective, Tokens, embed_chunks, in_chunks, numbered
-from rqa.objectives.rpg import Distillation, ListBatch
+from rqa.objectives.losses import distillation, marginal_nll
+from rqa.objectives.rpg import ListBatch, ListObjective
 from rqa.runtime.errors import UserError
 
 
@@ -108,10 +108,8 @@ def test_with_matryoshka_dims_loss_and_gradient_are_the_mean_over_embeddings_cut
     sides, dims = [torch.randn(rows, 32).requires_grad_() for rows in (3, 5)], [2, 32, 7]
     unread, numbers = (Chunks((), torch.empty(0)),) * 2, torch.arange(5)
     batch = ListBatch(*unread, range(3), numbers.expand(3, -1), JUDGED.float().expand(3, -1))
-    objective = Distillation(encoder, 0.1, "teacher_to_student", dims)
-    if name == "emdr":
-        objective = MarginalLikelihood(encoder, 0.1, dims)
-    elif name == "ctl":
+    objective = ListObjective(encoder, 0.1, marginal_nll if name == "emdr" else distillation, dims)
+    if name == "ctl":
         objective = Contrastive(encoder, 0.1, dims)
         batch = ContrastiveBatch(*unread, range(3), numbers, numbers[:3], numbers[:3, None])
     monkeypatch.setattr(objective, "embed", lambda batch: sides)

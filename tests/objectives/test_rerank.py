@@ -86,13 +86,13 @@ def keys(found: Lists, example: int, seed: int = 1) -> list[tuple[str, ...]]:
 def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
     reranker: Reranker, examples: list[Example], documents: list[Document], caplog: pytest.LogCaptureFixture
 ) -> None:
-    """Nor is what is gold in another line for the same question; gold passages of other questions are."""
-    copy = Document(documents[0].page_content.upper(), {"source": "elsewhere"})
+    """By its text, whatever its source; nor is what is gold in another line for the same question."""
+    copy, other = (Document(documents[n].page_content.upper(), {"source": "elsewhere"}) for n in (0, 7))
     two = replace(examples[0], gold_docs=tuple(documents[:2]), hard_neg_docs=(copy, *documents[1:4], documents[2]))
-    again = replace(examples[0], gold_docs=(documents[7],), hard_neg_docs=(documents[0],))
-    asked = [two, again, *(replace(example, hard_neg_docs=()) for example in examples[4:8])]
+    again = replace(two, question=two.question.upper(), gold_docs=(documents[7],), hard_neg_docs=(documents[0],))
+    asked = [two, again, *examples[4:8], replace(examples[8], gold_docs=(other,))]
     rows = [keys(lists(reranker, asked, documents), 0, seed) for seed in range(8)]
-    assert "3 passages of hard_neg_docs are left out" in caplog.text
+    assert "4 passages of hard_neg_docs are left out" in caplog.text
     assert {row[0] for row in rows} == {document.key for document in documents[:2]}
     assert all(set(row[1:]) == {document.key for document in documents[2:4]} for row in rows)
     others = Lists(asked, documents, reranker, None, RerankArguments(negatives_from="file"), seed=1)
@@ -140,8 +140,9 @@ MINED = {"mine_negatives": "true", "refresh_step": 3, "num_hard_negatives": 2, "
 
 
 def test_negatives_that_the_reranker_ranks_first_are_there_again_after_a_kill_between_two_minings(
-    train: Train, tmp_path: Path
+    train: Train, files: dict[str, Path], tmp_path: Path
 ) -> None:
+    """Over the same documents."""
     output = train("train_rerank", **MINED, **UNTESTED)
     assert sorted(path.name for path in output.glob("index-*")) == ["index-3", "index-6"]
     pools = [written(output / name, "negatives.json") for name in ("index-3", "index-6")]
@@ -154,6 +155,11 @@ def test_negatives_that_the_reranker_ranks_first_are_there_again_after_a_kill_be
         train("train_rerank", **MINED, **UNTESTED, output_dir=half, resume_from_checkpoint="true")
         for name in ("model.safetensors", "training_state.pt"):
             assert (half / "checkpoint-8" / name).read_bytes() == (output / "checkpoint-8" / name).read_bytes(), name
+    fewer = tmp_path / "fewer.jsonl"
+    fewer.write_text("".join(files["full_dataset_file_path"].read_text().splitlines(keepends=True)[1:]))
+    own = {"full_dataset_file_path": fewer, "output_dir": half, "resume_from_checkpoint": "true"}
+    train("train_rerank", **MINED, **UNTESTED, **own)
+    assert "index-6: its index is of other documents" in (half / "train.log").read_text()
 
 
 def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
@@ -164,7 +170,11 @@ def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
     write_examples(tmp_path / "bare.jsonl", [replace(bare[0], gold_docs=()), *bare[1:]])
     taught = {**UNTESTED, "train_file": tmp_path / "bare.jsonl"}
     asked = [calls(monkeypatch, kind, method) for kind, method in TEACHERS]
-    reader = train("train_rerank", **taught, lm_model_path=t5_path, negatives_to_rank=4, max_steps=6)
+    (tmp_path / "prompt.txt").write_text("{question} {passage}")
+    own = {"prompt_template": tmp_path / "prompt.txt", "max_encoder_seq_length": 64, "lm_model_path": t5_path}
+    opened = calls(monkeypatch, CrossAttentionScorer, "__init__")
+    reader = train("train_rerank", **taught, **own, negatives_to_rank=4, max_steps=6)
+    assert opened[0][1].template == "{question} {passage}"
     assert sum(len(pairs) for (pairs,) in asked[0]) == 7 * 5 + 4
     assert {len(pair.beside) for (pairs,) in asked[0] for pair in pairs} == {4, 5}
     assert history(reader, "teacher_hit_rate")[-1] == pytest.approx(2 / 3)  # each list three times

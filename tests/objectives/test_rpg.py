@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,8 @@ from rqa.endpoint.client import EstimatedTokens
 from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
 from rqa.objectives import rpg
 from rqa.objectives.encoding import in_chunks
-from rqa.objectives.rpg import Distillation, LikelihoodArguments, ListArguments, ListBatch, ScoredCandidates
+from rqa.objectives.losses import distillation
+from rqa.objectives.rpg import LikelihoodArguments, ListArguments, ListBatch, ListObjective, ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.retriever import Hits, Retriever
 
@@ -90,7 +92,7 @@ def test_a_question_without_documents_contributes_zero_and_counts_and_leaves_the
 ) -> None:
     chosen: dict[int, list[int]] = {0: [3, 1, 2], 5: []}
     collate = ScoredCandidates(examples, documents, encoder, lambda rows: [chosen[i] for i in rows], teacher, 10.0)
-    objective = Distillation(encoder, TEMPERATURE, direction)
+    objective = ListObjective(encoder, TEMPERATURE, partial(distillation, direction=direction))
     ours, alone = (gradients(objective, collate(indices)) for indices in ([0, 5], [0]))
     torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-6)
     nothing, found = gradients(objective, collate([5, 5]))
@@ -120,7 +122,7 @@ def batch(encoder: Encoder, texts: list[list[list[int]]]) -> ListBatch:
 def test_the_gradient_reaches_the_whole_encoder_and_is_the_same_for_other_numbers_columns_and_chunks(
     encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
 ) -> None:
-    objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
+    objective = ListObjective(encoder, TEMPERATURE)
     expected = gradients(objective, batch)
     found = expected[1]
     assert all("pooler" in name for name in {name for name, _ in objective.named_parameters()} - found.keys())
@@ -146,8 +148,9 @@ def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_th
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         retriever.refresh()
         hits = retriever.retrieve([example.question for example in examples[:3]], len(documents))
-        similarity = rpg.ListObjective(encoder, TEMPERATURE).logits(batch)[0].detach() * TEMPERATURE
-        losses = [float(Distillation(encoder, TEMPERATURE, way)(batch)[0].detach()) for way in DIRECTIONS]
+        similarity = ListObjective(encoder, TEMPERATURE).logits(batch)[0].detach() * TEMPERATURE
+        ways = [partial(distillation, direction=direction) for direction in DIRECTIONS]
+        losses = [float(ListObjective(encoder, TEMPERATURE, way)(batch)[0].detach()) for way in ways]
     expected = np.zeros(2)
     for row, columns in enumerate(batch.columns.tolist()):
         present = [k for k in range(4) if batch.teacher[row, k] > ABSENT]
@@ -164,7 +167,7 @@ def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_th
 def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(
     encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
 ) -> None:
-    objective = Distillation(encoder, TEMPERATURE, DIRECTIONS[0])
+    objective = ListObjective(encoder, TEMPERATURE)
     similarity = torch.from_numpy(encoder.embed(texts[0]) @ encoder.embed(texts[1]).T)
     ranking = similarity.gather(1, batch.columns)
     ranking[2, 2:] = ABSENT

@@ -1,12 +1,9 @@
 """BM25 against its formula in a plain float64 loop; fusion of ranks and scores against loops; opening."""
 
 import math
-import os
 import random
 import re
 import statistics
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -192,13 +189,3 @@ def test_what_cannot_be_opened_says_why(flags: dict[str, Any], message: str, ope
     with pytest.raises(UserError, match=message):
         opened(**flags)
     assert not (tmp_path / "index").exists()
-
-
-def test_bm25s_does_not_wake_jax_on_a_gpu(tmp_path):
-    """Where JAX is installed, importing bm25s would otherwise take three quarters of the GPU's memory."""
-    (tmp_path / "jax.py").write_text('import os\nprint("jax on", os.environ.get("JAX_PLATFORMS"))\nraise ImportError\n')
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
-    environment.pop("JAX_PLATFORMS", None)
-    line = [sys.executable, "-c", "import rqa.retrieval.hybrid"]
-    run = subprocess.run(line, env=environment, capture_output=True, text=True, check=True)
-    assert set(run.stdout.splitlines()) == {"jax on cpu"}
