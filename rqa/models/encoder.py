@@ -287,6 +287,10 @@ def load_encoder(
         file = f"{path}/{stored.get('pooling_file', layout.SETTINGS_FILE)}"
         known = ", ".join(POOLING.values())
         raise UserError(f"{file}: pooling {pooling} is not supported; choose --pooling_type (one of {known})")
+    for kind in ("query", "passage"):
+        most, prefix = getattr(settings, f"max_{kind}_length"), getattr(settings, f"{kind}_prefix")
+        if prefix and len(tokenizer(prefix)["input_ids"]) >= most:
+            raise UserError(f"--{kind}_prefix {prefix!r:.50}: fills all {most} tokens of --max_{kind}_length")
     if stored.get("do_lower_case") and (core := tokenizer.backend_tokenizer):
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
 

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -209,6 +210,8 @@ def load_reranker(
     A decoder needs no head: it is asked whether a passage answers a question.
     """
     tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
+    if config.is_encoder_decoder:
+        raise UserError(f"model {path}: is an encoder-decoder; a reranker is an encoder or a decoder")
     reading, general, answers = _layout(path, config)
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     kinds = " ".join(config.architectures or [])
@@ -232,7 +235,8 @@ def load_reranker(
     model = load_model(kind, path, flags, dtype, main_only, **options)
     if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
-    positions = min(loading.learned_positions(model), getattr(model.config, "max_position_embeddings", None) or 512)
+    stated_most = max(getattr(model.config, "max_position_embeddings", None) or 512, 0) or math.inf  # XLNet's is -1
+    positions = min(loading.learned_positions(model), stated_most)
     length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
     asked = flags.max_pair_length or length
     if asked > length:

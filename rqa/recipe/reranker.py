@@ -18,6 +18,7 @@ from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.reranking import RerankingRetriever
+from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
@@ -46,12 +47,14 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     def check(self) -> None:
         if (self.retriever == "bm25") == bool(self.embedding_model):
             raise UserError("--embedding_model: goes with --negatives_from dense or both, and only with them")
-        useless = ["refresh_step"] * (not self.mine_negatives) + ["lm_temperature"] * (not self.lm_model_path)
+        lacking = {} if self.mine_negatives else {"refresh_step": "--mine_negatives true"}
+        lacking |= {} if self.lm_model_path else {"lm_temperature": "--teacher"}
         if self.negatives_from == "file":
-            useless += ["mine_negatives", *(item.name for item in fields(NegativeArguments))]
-        for name in useless:
+            ranked = ["mine_negatives", *(item.name for item in fields(NegativeArguments))]
+            lacking |= dict.fromkeys(ranked, "a ranking: --negatives_from bm25, dense or both")
+        for name, needed in lacking.items():
             if getattr(self, name) != getattr(RerankerTraining, name):
-                raise UserError(f"--{name}: has no effect without --teacher, --mine_negatives true or a ranking")
+                raise UserError(f"--{name}: has no effect without {needed}")
 
 
 class MinedAgain(Refresher):
@@ -80,7 +83,7 @@ class RerankerRun(Run):
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model
         train_adapters(self.model, flags, self.source)
-        alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight")}
+        alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)
         self.first = open_retriever(search, flags.embedding_model or "bm25", self.documents, self.eval)
         self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, flags.rerank_weight)
@@ -96,7 +99,10 @@ class RerankerRun(Run):
         if mined:
             mined()
         if alone := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
-            log.warning("%d of %d questions have no two passages to rank, and teach nothing", alone, len(self.train))
+            told = f"{alone} of {len(self.train)} questions have no two passages to rank, and teach nothing"
+            if alone == len(self.train):
+                raise UserError(f"--negatives_from {flags.negatives_from}: {told}; choose another one or other ranks")
+            log.warning(told)
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
         return self.train_and_test(ListwiseReranking(self.reranker), batches, again)
 
@@ -109,9 +115,18 @@ class RerankerRun(Run):
         return self._score(self.test, alone=True)
 
     def _score(self, examples: Sequence[Example], alone: bool) -> tuple[Scores, Rows]:
-        for retriever in (self.first, self.judged) if alone else (self.judged,):
+        """Scores of what the reranker orders; `alone`: the log says, too, how good the first stage's own order is."""
+
+        def measured(retriever: PassageRetriever) -> tuple[Scores, Rows]:
             rows = retrieval_rows(find_passages(retriever, examples, self.flags), examples, self.flags.recall_at)
-            scores = mean_scores(rows)
-            if retriever is self.first:
-                log.info("first stage alone  %s", "  ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+            return mean_scores(rows), rows
+
+        scores, rows = measured(self.judged)
+        if alone:
+            before, _ = measured(self.first)
+            log.info("first stage alone  %s", "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
+            if examples is self.test and scores.get("retr/mrr@10", 0) < before.get("retr/mrr@10", 0):
+                log.warning(
+                    "the reranker alone is worse than the first stage; try --rerank_weight 0.3, or more questions"
+                )
         return scores, rows

@@ -75,7 +75,7 @@ class RerankingRetriever(PassageRetriever):
 def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], PassageRetriever]:
     """What puts the reranker that the flags name, if any, behind a retriever; it is loaded now, or refused."""
     if flags.reranker is None:
-        for name in ("rerank_depth", "rerank_weight"):
+        for name in ("rerank_depth", "rerank_weight", "max_pair_length"):
             if getattr(flags, name) != getattr(RerankingArguments, name):
                 raise UserError(f"--{name} {getattr(flags, name)}: nothing is ranked anew; add --reranker")
         return lambda first: first

@@ -89,8 +89,8 @@ def metric_name(flags: LoopArguments) -> str:
 def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopArguments) -> bool:
     """Whether these metrics are the best so far, and if so note them. Of equal models the later one is better."""
     if (value := metrics.get(metric_name(flags))) is None:
-        wanted, known = flags.metric_for_best_model, ", ".join(sorted(metrics))
-        raise UserError(f"--metric_for_best_model {wanted}: is not measured; choose one of {known}")
+        known = "choose one of " + ", ".join(sorted(metrics)) if metrics else "no question has gold passages"
+        raise UserError(f"--metric_for_best_model {flags.metric_for_best_model}: is not measured; {known}")
     is_loss = metric_name(flags).endswith("loss")
     maximize = not is_loss if flags.greater_is_better is None else flags.greater_is_better
     best = value if state.best_metric is None else state.best_metric
