@@ -82,7 +82,7 @@ def test_what_decides_a_score_makes_another_teacher_and_what_does_not_asks_the_s
     lm_path: str, examples: list[Example]
 ) -> None:
     rates = []
-    for own in ({}, {"lm_tokens_per_batch": 64, "num_docs": 2}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}):
+    for own in ({}, {"lm_tokens_per_batch": 64}, {"text_maxlength": 255}, {"lm_chat_format": "prefix"}):
         teacher = open_teacher(TeacherArguments(lm_model_path=lm_path, **own))
         teacher([Pair(examples[0], examples[1].gold_docs[0])])
         rates.append(teacher.hit_rate)
