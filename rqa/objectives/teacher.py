@@ -201,9 +201,9 @@ class AnswerScorer:
 
 def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
     """A language model on this machine, and the fingerprint of it."""
+    model = loading.load_causal_lm(flags.lm_model_path, flags)  # first: its refusal of an encoder says what is wrong
     tokenizer = loading.load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
-    model = loading.load_causal_lm(flags.lm_model_path, flags)
     identity = fingerprint(loading.model_fingerprint(model, tokenizer), str(model.dtype))
     return AnswerScorer(model, prompter, flags.lm_tokens_per_batch), identity
 

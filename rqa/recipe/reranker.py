@@ -126,7 +126,5 @@ class RerankerRun(Run):
             before, _ = measured(self.first)
             log.info("first stage alone  %s", "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
             if examples is self.test and scores.get("retr/mrr@10", 0) < before.get("retr/mrr@10", 0):
-                log.warning(
-                    "the reranker alone is worse than the first stage; try --rerank_weight 0.3, or more questions"
-                )
+                log.warning("this order is worse than the first stage's; lower --rerank_weight, or add questions")
         return scores, rows
