@@ -34,6 +34,8 @@ PRELOADED += ["gpu_correctness", "rqa.recipe.reader", "rqa.recipe.retriever", "r
               "sacrebleu"]  # fmt: skip
 SYLLABLES = [a + b for a in ("k", "l", "m", "n", "p", "st", "tr") for b in ("a", "e", "in", "o", "or", "u")]
 
+REAPING = threading.Lock()  # two threads that read one child's status at once: the second finds 255
+
 Line = dict[str, Any]
 
 
@@ -45,17 +47,20 @@ def launch(context: Any, target: Callable[..., None], limit: float, arguments: S
     """Run `target(pipe, *arguments)` in a process of its own and pass on what it sends; "", or how it ended instead."""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, *arguments))
-    process.start()
+    with REAPING:
+        process.start()
     theirs.close()
     deadline = time.monotonic() + limit
     try:
         while ours.poll(max(deadline - time.monotonic(), 0)):
             emit(ours.recv())
     except EOFError:
-        process.join()
+        with REAPING:
+            process.join()
         return f"ended with status {process.exitcode}" if process.exitcode else ""
     process.kill()
-    process.join()
+    with REAPING:
+        process.join()
     return f"stopped after {limit:.0f} s"
 
 
