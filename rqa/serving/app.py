@@ -6,96 +6,81 @@ import hmac
 import json
 import logging
 import re
-import socket
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
-from contextlib import aclosing
+from contextlib import aclosing, suppress
 from dataclasses import dataclass
 from html import escape
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import uvicorn
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, Response, StreamingResponse
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from rqa.data import Document, Example, Turn
+from rqa.data import Example, Turn
 from rqa.endpoint.client import Refused
 from rqa.models.encoder import Encoder
 from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.text import parse_json
 from rqa.serving.comparison import Comparison
-from rqa.serving.engine import Busy, Engine, Found, Reply, Settings
-from rqa.serving.feedback import BadRequest, Feedback, need
+from rqa.serving.engine import Busy, Engine, Found, Settings
+from rqa.serving.feedback import BadRequest, Feedback
 from rqa.serving.metrics import Metrics
 from rqa.serving.sources import cite, passage_of
 
 log = logging.getLogger(__name__)
 
-LONGEST_BODY = 2**24  # bytes
-MOST = {"queries": 4096, "query": 1, "input": 2048, "stop": 4}  # texts in a field
+STARTED = int(time.time())
+ROLES = ("system", "developer", "user", "assistant")
+LONGEST_BODY, MOST_TEXTS = 2**24, 4096  # bytes, and texts in a field
 # What would change an answer and is not offered, and the values with which nobody asks for it.
-UNSUPPORTED = {
-    "n": [1], "tools": [[]], "functions": [[]], "logprobs": [False], "top_logprobs": [0], "logit_bias": [{}],
-    "presence_penalty": [0], "frequency_penalty": [0], "response_format": [{"type": "text"}], "modalities": [["text"]],
-    "audio": [],
-}  # fmt: skip
+UNSUPPORTED = {"n": [1], "tools": [[]], "functions": [[]], "logprobs": [False], "top_logprobs": [0], "audio": [],
+               "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "modalities": [["text"]],
+               "response_format": [{"type": "text"}]}  # fmt: skip
+POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
+POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
-PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p>{text}"
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'; "
-POLICY += "frame-ancestors 'none'; connect-src 'self'; script-src "
+PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
 
 
-class Refusal(HTTPException):
-    """A request that is not answered: its status, and the fields of OpenAI's error."""
+class UnknownModel(UserError):
+    """A name that is no model's here."""
 
-    def __init__(
-        self, status: int, message: str, param: str | None = None, code: str | None = None, **headers: str
-    ) -> None:
-        super().__init__(status, message, {name.replace("_", "-"): value for name, value in headers.items()})
-        self.param, self.code = param, code
+    param = "model"
+
+
+ERRORS: dict[type[Exception], tuple[int, str | None]] = {
+    BadRequest: (400, None), ClientDisconnect: (400, None), DoesNotFit: (400, "context_length_exceeded"),
+    UnknownModel: (404, "model_not_found"), Busy: (429, "queue_full"), Refused: (502, "upstream_error"),
+}  # fmt: skip
 
 
 def refusal(error: Exception) -> JSONResponse:
-    """What a client is told of an error, as OpenAI's clients read it; a mistake of ours is logged, and not told."""
-    match error:
-        case BadRequest():
-            error = Refusal(400, str(error), error.param)
-        case DoesNotFit():
-            error = Refusal(400, str(error), "messages", "context_length_exceeded")
-        case Busy():
-            error = Refusal(429, "Too many requests are waiting; try again", None, "queue_full", Retry_After="1")
-        case Refused():
-            error = Refusal(502, str(error), None, "upstream_error")
-        case ClientDisconnect():
-            error = Refusal(400, "The client has left")
-        case HTTPException():
-            pass
-        case _:
-            log.error("a request failed: %s", one_line(error), exc_info=error)
-            error = Refusal(500, "internal error")
-    status = error.status_code
+    """An error as OpenAI's clients read it; a mistake of ours is logged, and a client told no more than that."""
+    status, code = ERRORS.get(type(error), (getattr(error, "status_code", 500), None))
+    if status == 500:
+        log.error("a request failed", exc_info=error)
+    said = "internal error" if status == 500 else getattr(error, "detail", None) or str(error)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    told = {"message": error.detail, "type": kind}
-    told |= {name: getattr(error, name, None) for name in ("param", "code")}
-    return JSONResponse({"error": told}, status, error.headers)
+    told = {"message": said, "type": kind, "param": getattr(error, "param", None), "code": code}
+    headers = {"Retry-After": "1"} if status == 429 else getattr(error, "headers", None)
+    return JSONResponse({"error": told}, status, headers)
 
 
-class Guard:
-    """The application: around every request the API key, one form of errors, and counts."""
+class App:
+    """Around every request: the API key, one form of errors, and counts."""
 
     def __init__(self, routes: Sequence[Route], metrics: Metrics, key: str | None = None) -> None:
         self.router, self.metrics, self.key = Router(routes, redirect_slashes=False), metrics, key
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, scope = 0, scope | {"app": self}  # with an app, the router raises what it does not find
+        status, scope = 0, {**scope, "app": self}  # with an app, the router raises what it does not find
 
         async def noting(message: Message) -> None:
             nonlocal status
@@ -103,7 +88,7 @@ class Guard:
             await send(message)
 
         try:
-            if scope["type"] == "http" and scope["path"] != "/health":
+            if scope["path"] != "/health":
                 self.admit(Request(scope))
             await self.router(scope, receive, noting)
         except Exception as error:
@@ -114,61 +99,64 @@ class Guard:
         self.metrics.counts[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
 
     def admit(self, request: Request) -> None:
-        """Refuse a request without the key, be it a Bearer's or the password of Basic, which browsers ask for."""
+        """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
         kind, _, given = request.headers.get("authorization", "").partition(" ")
         if kind.lower() == "basic":
-            given = base64.b64decode(given + "==").decode("utf-8", "replace").partition(":")[2]
+            with suppress(ValueError):
+                given = base64.b64decode(given).decode().partition(":")[2]
         if self.key and not hmac.compare_digest(given.strip().encode(), self.key.encode()):
-            kind = 'Basic realm="rqa"' if "text/html" in request.headers.get("accept", "") else "Bearer"
-            message = "The API key is missing or wrong; send it as Authorization: Bearer KEY"
-            raise Refusal(401, message, None, "invalid_api_key", WWW_Authenticate=kind)
+            wanted = 'Basic realm="rqa"' if "text/html" in request.headers.get("accept", "") else "Bearer"
+            told = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
+            raise HTTPException(401, told, {"WWW-Authenticate": wanted})
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """The JSON object that is sent, which another site's form cannot send."""
+    """The JSON object that is sent, of a type that a form of another site cannot send."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
-        raise Refusal(415, "Content-Type must be application/json")
+        raise HTTPException(415, "Content-Type must be application/json")
     body = bytearray()
     async for part in request.stream():
         body += part
         if len(body) > LONGEST_BODY:
-            raise Refusal(413, f"The body is longer than {LONGEST_BODY >> 20} MiB")
+            raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
     try:
         return parse_json(bytes(body))
     except ValueError as error:
-        raise Refusal(400, f"The body is no JSON object: {one_line(error)}") from None
+        raise HTTPException(400, f"the body must be a JSON object: {one_line(error)}") from None
 
 
-def number(body: dict[str, Any], name: str, kinds: tuple[type, ...], low: float, high: float) -> Any:
+def need(right: bool, param: str, expected: str) -> None:
+    if not right:
+        raise BadRequest(f"'{param}' must be {expected}", param)
+
+
+def number(body: dict[str, Any], name: str, kind: type, low: float, high: float) -> Any:
     """A number within bounds; None where it is absent."""
-    value = body.get(name)
-    fits = value is None or (type(value) in kinds and low <= value <= high)
-    need(fits, name, f"{'a number' if float in kinds else 'an integer'} from {low:g} to {high:g}")
-    return value
+    fits = body.get(name) is None or (type(body[name]) in (int, kind) and low <= body[name] <= high)
+    need(fits, name, f"{'an integer' if kind is int else 'a number'} from {low} to {high}")
+    return body.get(name)
 
 
 def texts(body: dict[str, Any], name: str) -> list[str]:
     """The text or texts in a field."""
     found = [body[name]] if isinstance(body.get(name), str) else body.get(name)
-    fits = isinstance(found, list) and 0 < len(found) <= MOST[name] and all(t and isinstance(t, str) for t in found)
-    need(fits, name, f"a text, or a list of 1 to {MOST[name]} texts, none of them empty")
+    fits = isinstance(found, list) and 0 < len(found) <= MOST_TEXTS and all(t and isinstance(t, str) for t in found)
+    need(fits, name, f"a text, or a list of 1 to {MOST_TEXTS} texts; none may be empty")
     return found or []
 
 
-def conversation(body: dict[str, Any]) -> tuple[Example, Example]:
+def conversation(messages: Any) -> tuple[Example, Example]:
     """The question as it is searched with, and as it is read: instructions stand before the first turn of the user."""
-    messages, turns, instructions = body.get("messages"), list[Turn](), list[str]()
-    need(isinstance(messages, list), "messages", "a list")
-    for place, message in enumerate(messages or ()):
-        role = message.get("role") if isinstance(message, dict) else None
-        known = role in ("system", "developer", "user", "assistant")
-        need(known, f"messages[{place}]", "an object whose role is system, developer, user or assistant")
-        content = message.get("content") or ""
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+    turns, instructions = list[Turn](), list[str]()
+    need(isinstance(messages, list) and all(isinstance(m, dict) for m in messages), "messages", "a list of objects")
+    for place, message in enumerate(messages):
+        role, parts = message.get("role"), message.get("content") or ""
+        need(role in ROLES, f"messages[{place}].role", ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}")
+        parts = [{"text": parts}] if isinstance(parts, str) else parts
         fits = isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts)
-        need(fits, f"messages[{place}].content", "a text, or a list of parts that are texts")
+        need(fits, f"messages[{place}].content", "a text, or a list of texts")
         text = "\n".join(part["text"] for part in parts)
-        if role in ("system", "developer"):
+        if role in ROLES[:2]:
             instructions.append(text)
         elif turns and turns[-1].speaker == role:  # chat templates want turns to alternate
             turns[-1] = Turn(role, f"{turns[-1].message}\n\n{text}")
@@ -185,21 +173,17 @@ def conversation(body: dict[str, Any]) -> tuple[Example, Example]:
 def settings_of(body: dict[str, Any]) -> Settings:
     """How an answer is generated; what is asked for and not offered is refused."""
     for name, harmless in UNSUPPORTED.items():
-        need(body.get(name) is None or body[name] in harmless, name, "left out: this server does not support it")
-    limits = [number(body, name, (int,), 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
-    temperature, top_p = number(body, "temperature", (int, float), 0, 2), number(body, "top_p", (int, float), 0, 1)
-    # Rounded, no temperature makes logits infinite, and requests that are alike share a batch.
-    temperature = None if temperature is None else round(temperature, 2)
-    top_p = None if top_p is None else max(round(top_p, 2), 0.01)
+        need(body.get(name) in [None, *harmless], name, "left out: this server does not offer it")
+    limits = [number(body, name, int, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
+    temperature, top_p = number(body, "temperature", float, 0, 2), number(body, "top_p", float, 0.01, 1)
+    if temperature is not None:
+        temperature = round(temperature, 2)  # so low that logits are infinite, it would be no number to divide by
     return Settings(limits[0] or limits[1], temperature, top_p, tuple(texts(body, "stop")) if body.get("stop") else ())
-
-
-STARTED = int(time.time())
 
 
 @dataclass
 class Api:
-    """Handlers of requests. A name that is None: there is no such model."""
+    """Handlers of requests; without a reader's or an encoder's name there is none."""
 
     engine: Engine
     feedback: Feedback
@@ -211,162 +195,146 @@ class Api:
     public_url: str | None = None  # of links; by default what the request says
 
     def routes(self) -> list[Route]:
-        posts = {"/v1/chat/completions": self.chat, "/v1/embeddings": self.embeddings, "/retrieve": self.retrieve}
         gets = {"/v1/models": self.models, "/passages/{name}": self.passage, "/metrics": self.metrics}
-        routes = [Route(path, handler, methods=["POST"]) for path, handler in (posts | {"/feedback": self.rate}).items()]
-        return [*routes, *(Route(path, handler) for path, handler in gets.items()), *common_routes("chat")]
-
-    def check_model(self, body: dict[str, Any], name: str | None) -> None:
-        if name is None or body.get("model") not in (None, name):
-            asked = one_line(body.get("model"))
-            raise Refusal(404, f"The model '{asked}' does not exist here", "model", "model_not_found")
+        posts = {"/v1/chat/completions": self.chat, "/v1/embeddings": self.embeddings}
+        posts |= {"/retrieve": self.retrieve, "/feedback": self.rate}
+        routes = [Route(path, handler, methods=["POST"]) for path, handler in posts.items()]
+        return [*page_routes("chat"), *(Route(path, handler) for path, handler in gets.items()), *routes]
 
     async def chat(self, request: Request) -> Response:
         body = await body_of(request)
-        self.check_model(body, self.reader_name)
-        (searched, read), settings = conversation(body), settings_of(body)
-        own, options = body.get("rqa") or {}, body.get("stream_options") or {}
+        known_model(body, self.reader_name)
+        own, options = ({} if body.get(name) is None else body[name] for name in ("rqa", "stream_options"))
         need(isinstance(own, dict), "rqa", "an object")
         need(isinstance(options, dict), "stream_options", "an object")
         need(body.get("stream") in (None, True, False), "stream", "true or false")
-        k = number(own, "k", (int,), 1, 100) or self.k
         base = (self.public_url or str(request.base_url)).rstrip("/")
-        answering = self._answer(searched, read, settings, k, base)
-        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion", "created": int(time.time())}
-        about |= {"model": self.reader_name}
+        parts = self.answer(*conversation(body.get("messages")), settings_of(body), number(own, "k", int, 1, 100), base)
+        whole: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
+        whole |= {"created": int(time.time()), "model": self.reader_name}
         if body.get("stream"):
-            first = await anext(answering)  # what is wrong now has a status of its own
-            lines = _lines(about | {"object": "chat.completion.chunk"}, first, answering, options.get("include_usage"))
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # for nginx
+            first = await anext(parts)  # what is wrong until now has a status of its own
+            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, options.get("include_usage"))
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
             return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
-        async with aclosing(answering):
-            async for answer in answering:
+        message, ended = {"content": ""}, None
+        async with aclosing(parts):
+            async for delta, reason, more in parts:
                 if await request.is_disconnected():
                     raise ClientDisconnect
-        message = {"role": "assistant", "content": answer.content, "annotations": answer.annotations}
-        choice = {"index": 0, "message": message, "finish_reason": answer.reply.ended, "logprobs": None}
-        return JSONResponse(about | {"choices": [choice], "usage": answer.usage} | answer.more)
+                message, ended = message | delta | {"content": message["content"] + delta.get("content", "")}, reason
+                whole |= more
+        return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
-    async def _answer(
-        self, searched: Example, read: Example, settings: Settings, k: int, base: str
-    ) -> AsyncIterator["_Answer"]:
+    async def answer(
+        self, searched: Example, read: Example, settings: Settings, k: int | None, base: str
+    ) -> AsyncIterator[tuple[dict[str, Any], str | None, dict[str, Any]]]:
+        """What an answer grows by: a delta of its message, why it ended, and fields beside that."""
         with self.engine.admitted():
             began = time.perf_counter()
-            (found,) = await self.engine.search([retrieval_query(searched)], k)
-            seconds = {"retrieval": time.perf_counter() - began}
-            passages = [described(each, base) for each in found]
-            documents = [each.document for each in found]
+            (found,) = await self.engine.search([retrieval_query(searched)], k or self.k)
+            retrieved, passages = time.perf_counter(), [described(each, base) for each in found]
+            documents, links = [each.document for each in found], [each["url"] for each in passages]
+            said, sources = "", {"citations": links, "rqa": {"passages": passages}}
             async with aclosing(self.engine.reply(read, documents, settings)) as replies:
+                reply = await anext(replies)
+                yield {"role": "assistant", "content": ""}, None, sources
                 async for reply in replies:
-                    seconds["generation"] = time.perf_counter() - began - seconds["retrieval"]
-                    yield _Answer(reply, passages, documents, seconds, self.sources_in_text)
+                    yield {"content": reply.text[len(said) :]}, None, {}
+                    said = reply.text
+        if self.sources_in_text and passages:
+            lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
+            yield {"content": "\n".join(["\n\nSources:", *lines])}, None, {}
+        cited, annotations = cite(reply.text, documents), []
+        for start, end, place in cited:
+            link = {name: passages[place - 1][name] for name in ("url", "title")}
+            link |= {"start_index": start, "end_index": end}
+            annotations.append({"type": "url_citation", "url_citation": link})
+        seconds = {"retrieval": retrieved - began, "generation": time.perf_counter() - retrieved}
+        own = sources["rqa"] | {"cited": [each._asdict() for each in cited], "seconds": seconds}
+        yield {"annotations": annotations}, None, sources | {"rqa": own}
+        usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
+        usage["total_tokens"] = sum(usage.values())
+        yield {}, reply.ended, {"usage": usage}
 
     async def embeddings(self, request: Request) -> Response:
         body = await body_of(request)
-        self.check_model(body, self.encoder_name)
+        known_model(body, self.encoder_name)
         asked, kind, form = texts(body, "input"), body.get("input_type"), body.get("encoding_format")
         need(kind in (None, "query", "passage"), "input_type", "query or passage")
         need(form in (None, "float", "base64"), "encoding_format", "float or base64")
-        need(body.get("dimensions") in (None, self.encoder.dimension), "dimensions", f"{self.encoder.dimension}")
+        need(body.get("dimensions") in (None, self.encoder.dimension), "dimensions", str(self.encoder.dimension))
+        side = self.encoder.passage_side if kind == "passage" else self.encoder
+        tokenize = side.tokenize_passages if kind == "passage" else side.tokenize_queries
         with self.engine.admitted():
-            vectors, tokens = await self.engine.in_turn(embed, self.encoder, asked, kind == "passage")
-        shown = [base64.b64encode(v.astype("<f4").tobytes()).decode() if form == "base64" else v.tolist() for v in vectors]
+            ids = await self.engine.in_turn(tokenize, asked)
+            rows = await self.engine.in_turn(side.embed, ids)
+        shown = [base64.b64encode(r.astype("<f4")).decode() if form == "base64" else r.tolist() for r in rows]
         data = [{"object": "embedding", "index": index, "embedding": value} for index, value in enumerate(shown)]
-        usage = {"prompt_tokens": tokens, "total_tokens": tokens}
+        usage = dict.fromkeys(("prompt_tokens", "total_tokens"), sum(map(len, ids)))
         return JSONResponse({"object": "list", "data": data, "model": self.encoder_name, "usage": usage})
 
     async def retrieve(self, request: Request) -> Response:
-        """What Search-R1's retrieval server answers, whose documents are `"TITLE"\\nTEXT`."""
+        """What Search-R1's retrieval server answers: the first line of a document's `contents` is its title."""
         body = await body_of(request)
-        queries, k = texts(body, "query" if "query" in body else "queries"), number(body, "topk", (int,), 1, 1000)
+        queries, k = texts(body, "query" if "query" in body else "queries"), number(body, "topk", int, 1, 1000)
         with self.engine.admitted():
-            rows = await self.engine.search(queries, k or 3)
-        result = []
+            rows, result = await self.engine.search(queries, k or self.k), []
         for row in rows:
-            documents = [described(found, "") for found in row]
-            documents = [
-                {"id": d["id"], "contents": f'"{one_line(d["title"])}"\n{d["text"]}', "title": d["title"], "text": d["text"]}
-                for d in documents
-            ]
-            scored = [{"document": d, "score": f.score} for d, f in zip(documents, row, strict=True)]
-            result.append(scored if body.get("return_scores") else documents)
+            shown = [{name: described(each, "")[name] for name in ("id", "title", "text")} for each in row]
+            shown = [each | {"contents": f'"{one_line(each["title"])}"\n{each["text"]}'} for each in shown]
+            scored = [{"document": each, "score": found.score} for each, found in zip(shown, row, strict=True)]
+            result.append(scored if body.get("return_scores") else shown)
         return JSONResponse({"result": result})
 
     async def passage(self, request: Request) -> Response:
         name = request.path_params["name"]
         if (document := passage_of(self.engine.retriever.documents, name)) is None:
-            raise Refusal(404, "There is no such passage; the database may have changed", "id", "not_found")
-        shown = described(Found(0, 0.0, name, document), "")
+            raise HTTPException(404, "there is no such passage, or the database has changed")
+        shown = described(Found(0, 0, name, document), "")
         if request.query_params.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
             kept = {name: shown[name] for name in ("id", "title", "source", "text")}
             return JSONResponse(kept | {"metadata": document.metadata})
         page = PASSAGE.format(**{name: escape(str(value)) for name, value in shown.items()})
-        return HTMLResponse(page, headers={"Content-Security-Policy": POLICY + "'none'"})
+        return HTMLResponse(page, headers={"Content-Security-Policy": f"{POLICY}'none'"})
 
     async def models(self, request: Request) -> Response:
         names = dict.fromkeys(filter(None, (self.reader_name, self.encoder_name)))
-        rows = [{"id": name, "object": "model", "created": STARTED, "owned_by": "rqa"} for name in names]
-        return JSONResponse({"object": "list", "data": rows})
+        data = [{"id": name, "object": "model", "created": STARTED, "owned_by": "rqa"} for name in names]
+        return JSONResponse({"object": "list", "data": data})
 
     async def rate(self, request: Request) -> Response:
         self.feedback.save(await body_of(request))
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
-        gauges = {"rqa_requests_running": self.engine.running}
-        return PlainTextResponse(self.engine.metrics.text(gauges), media_type="text/plain; version=0.0.4")
+        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running})
+        return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-class _Answer:
-    """An answer as far as it has come, with its sources in the three forms that clients read."""
+async def as_events(about: dict[str, Any], first: Any, parts: AsyncIterator[Any], usage: Any) -> AsyncIterator[str]:
+    """What `Api.answer` yields, as server-sent events."""
 
-    def __init__(
-        self, reply: Reply, passages: list[dict[str, Any]], documents: list[Document], seconds: dict[str, float],
-        listed: bool,
-    ) -> None:  # fmt: skip
-        self.reply, self.passages = reply, passages
-        cited = cite(reply.text, documents) if reply.ended else []
-        self.annotations = []
-        for start, end, number in cited:
-            link = {name: passages[number - 1][name] for name in ("url", "title")}
-            self.annotations.append({"type": "url_citation", "url_citation": link | {"start_index": start, "end_index": end}})
-        lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
-        self.content = reply.text + ("\n\nSources:\n" + "\n".join(lines) if reply.ended and listed and lines else "")
-        self.more = {"citations": [each["url"] for each in passages], "rqa": {"passages": passages}}
-        if reply.ended:
-            self.more["rqa"] |= {"cited": [each._asdict() for each in cited], "seconds": seconds}
-        self.usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
-        self.usage["total_tokens"] = reply.prompt_tokens + reply.tokens
-
-
-async def _lines(
-    about: dict[str, Any], answer: _Answer, answering: AsyncIterator[_Answer], usage: Any
-) -> AsyncIterator[str]:
-    """An answer's events, from its first state on."""
-
-    def event(delta: dict[str, Any] | None, ended: str | None = None, **more: Any) -> str:
-        choices = [] if delta is None else [{"index": 0, "delta": delta, "finish_reason": ended}]
+    def event(choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
         return f"data: {json.dumps(about | {'choices': choices} | more)}\n\n"
 
-    sent = ""
     try:
-        yield event({"role": "assistant", "content": ""}, **answer.more)
-        async with aclosing(answering):
-            while True:
-                if answer.content != sent:
-                    new = answer.content[len(sent):] if answer.content.startswith(sent) else answer.content
-                    sent = answer.content
-                    yield event({"content": new})
-                if answer.reply.ended:
-                    break
-                answer = await anext(answering)
-        yield event({"annotations": answer.annotations}, **answer.more)
-        yield event({}, answer.reply.ended)
+        async with aclosing(parts):
+            delta, ended, more = first
+            while not ended:
+                yield event([{"index": 0, "delta": delta, "finish_reason": None}], more)
+                delta, ended, more = await anext(parts)
+        yield event([{"index": 0, "delta": delta, "finish_reason": ended}], {})
         if usage:
-            yield event(None, usage=answer.usage)
+            yield event([], more)
         yield "data: [DONE]\n\n"
     except Exception as error:
-        yield f"data: {refusal(error).body.decode()}\n\n"
+        yield f"data: {bytes(refusal(error).body).decode()}\n\n"
+
+
+def known_model(body: dict[str, Any], name: str | None) -> None:
+    if name is None or body.get("model") not in (None, name):
+        raise UnknownModel(f"there is no model '{one_line(body.get('model'))}' here; /v1/models lists those that are")
 
 
 def described(found: Found, base: str) -> dict[str, Any]:
@@ -377,14 +345,7 @@ def described(found: Found, base: str) -> dict[str, Any]:
     return shown | {"score": found.score, "rank": found.rank, "url": f"{base}/passages/{found.id}"}
 
 
-def embed(encoder: Encoder, asked: list[str], passages: bool) -> tuple[np.ndarray, int]:
-    """Embeddings of questions or passages, and how many tokens these have. [N] -> [N, D]"""
-    encoder = encoder.passage_side if passages else encoder
-    ids = encoder.tokenize_passages(asked) if passages else encoder.tokenize_queries(asked)
-    return encoder.embed(ids), sum(map(len, ids))
-
-
-def common_routes(mode: str) -> list[Route]:
+def page_routes(mode: str) -> list[Route]:
     """The page, in the mode that it shall have, and whether the server lives."""
 
     async def page(request: Request) -> Response:
@@ -411,28 +372,4 @@ def comparison_routes(comparison: Comparison) -> list[Route]:
         return JSONResponse(comparison.rate(await body_of(request)))
 
     routes = [Route("/compare/next", upcoming), Route("/compare/rate", rate, methods=["POST"])]
-    return [*routes, *common_routes("compare")]
-
-
-def bound(host: str, port: int) -> socket.socket:
-    """A socket that nobody can connect to yet: a port in use is refused before models are loaded."""
-    listener = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
-    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        listener.bind((host, port))
-    except (OSError, OverflowError) as error:
-        raise UserError(f"--port {port}: cannot listen on {host} ({one_line(error)}); choose another one") from None
-    return listener
-
-
-class _Server(uvicorn.Server):
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        await super().startup(sockets)
-        for host, port, *_ in (listener.getsockname() for listener in sockets or ()):
-            log.info("listening on http://%s:%d", f"[{host}]" if ":" in host else host, port)
-
-
-def serve(app: Guard, listener: socket.socket) -> None:
-    """Answer until SIGTERM or Ctrl-C; then what runs is finished."""
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="off", ws="none", server_header=False)
-    _Server(config).run([listener])
+    return [*routes, *page_routes("compare")]
