@@ -3,15 +3,19 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rqa.data import Document, Example
+from rqa.data import Document, DocumentArguments, Example
+from rqa.documents import read_documents
 from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
 from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
 from rqa.models.loading import load_causal_lm, load_config, load_tokenizer
 from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting
+from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.flags import flag
 
 
 @dataclass(kw_only=True)
@@ -57,3 +61,28 @@ def answer(question: str, retriever: PassageRetriever, reader: Reader, k: int = 
     """The reader's answer to a question over the k best passages, and those passages."""
     (passages,) = retriever.documents_of(retriever.retrieve([question], k))
     return reader.answer([Example(question)], [passages])[0].text, passages
+
+
+@dataclass(kw_only=True)
+class SystemArguments(DocumentArguments, ReaderArguments, RetrieverArguments):
+    """What finds passages, and what answers."""
+
+    embedding_model: str = flag(
+        help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
+        also="embedding_model_name_or_path eval_embedding_model",
+    )
+    qa_model_name_or_path: str | None = flag(
+        None, "Reader: a directory, a hub name, or openai::http://host:port/v1. Default: none; passages are found only."
+    )
+    embedding_max_num_to_retrieve: int = flag(3, "Number of passages that are retrieved for a question and read.")
+
+    def check(self) -> None:
+        self.check_bounds("embedding_max_num_to_retrieve", at_least=1)
+
+
+def open_system(flags: SystemArguments) -> tuple[PassageRetriever, Reader | None]:
+    """The retriever and the reader that the flags name, ready to be asked."""
+    distributed.start()
+    documents = read_documents(flags.document_path)
+    reader = load_reader(flags.qa_model_name_or_path, flags) if flags.qa_model_name_or_path else None
+    return open_retriever(flags, flags.embedding_model, documents), reader
