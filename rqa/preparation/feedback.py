@@ -34,16 +34,15 @@ def parse_rating(values: dict[str, Any], where: str) -> Rating:
     up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
     for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
         mark = shown.values.get
-        supports = mark("cited") and (up or correction) or mark("clicked") and up
-        if mark("rejected") or mark("helpful") or supports:
+        if mark("rejected") or mark("helpful") or (mark("clicked") and up) or (mark("cited") and (up or correction)):
             passages.append((not mark("rejected"), document))
     return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
 
 
 def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
-    """Yield examples of `STEM_w_qa`, for readers, and of `STEM_w_q`, for retrievers; and under "" what is to be counted.
+    """Yield examples of `STEM_w_qa` (for readers) and `STEM_w_q` (for retrievers); beside "", what is to be counted.
 
-    Of what was said of one answer, or of one passage for a question, the latest holds.
+    Of several ratings of an answer, or judgements of a passage for one question, the latest holds.
     """
     groups: defaultdict[str, list[Rating]] = defaultdict(list)
     for line, row in read_jsonl(path):
