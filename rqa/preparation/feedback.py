@@ -63,10 +63,6 @@ def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
         answers = sorted((text for text in reversed(worth) if text and worth[text]), key=lambda text: -worth[text])
         gold, negative = (tuple(d for *_, (last, d) in judged.values() if last == is_gold) for is_gold in (True, False))
         example = Example(kept[-1].asked.question, gold, chat_history=kept[-1].asked.chat_history)
-        if answers:
-            yield f"{stem}_w_qa", replace(example, gold_answer=answers[0], other_answers=tuple(answers[1:]))
-        if gold:
-            yield f"{stem}_w_q", replace(example, hard_neg_docs=negative)
         verdicts = {(rating.answer, rating.up, rating.correction) for rating in ratings}
         counts = {
             "ratings": len(ratings),
@@ -79,3 +75,7 @@ def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
             f"questions without a gold passage left out of {stem}_w_q": not gold,
         }
         yield from (("", what) for what, count in counts.items() for _ in range(count))
+        if answers:
+            yield f"{stem}_w_qa", replace(example, gold_answer=answers[0], other_answers=tuple(answers[1:]))
+        if gold:
+            yield f"{stem}_w_q", replace(example, hard_neg_docs=negative)
