@@ -21,8 +21,9 @@ import rqa
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "rqa").rglob("*.py"))
 # From the top down: a file imports from its own folder and from those below, not from a neighbour.
-LEVELS = [["recipe"], ["evaluation", "preparation"], ["endpoint"], ["objectives"], ["training", "retrieval"],
-          ["models"], ["packing"], ["prompts"], ["documents"], ["data"], ["runtime"]]  # fmt: skip
+LEVELS = [["recipe"], ["serving"], ["evaluation", "preparation"], ["endpoint"], ["objectives"],
+          ["training", "retrieval"], ["models"], ["packing"], ["prompts"], ["documents"], ["data"],
+          ["runtime"]]  # fmt: skip
 OPTIONAL = ["flash_attn", "peft", "wandb", "tensorboard", "trackio", "gguf", "sentence_transformers", "trl",
             "trafilatura", "pypdf", "torchao", "pymilvus"]  # fmt: skip
 

@@ -23,7 +23,7 @@ from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.models.reader import GenerationArguments, LocalReader, generate
+from rqa.models.reader import GenerationArguments, LocalReader, Watch, generate, until_end
 from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
@@ -232,11 +232,11 @@ class FiD(WholePass):
         return output.logits.flatten(0, 1)[batch.positions], batch.labels.flatten()[batch.positions]
 
     @torch.no_grad()
-    def generate(self, batch: FiDBatch, config: transformers.GenerationConfig) -> Tensor:
+    def generate(self, batch: FiDBatch, config: transformers.GenerationConfig, watch: Watch | None = None) -> Tensor:
         """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         passages = encode_passages(self.model, batch)
-        return generate(self.model, config, **passages, synced_gpus=synced)[:, 1:]
+        return generate(self.model, config, 1, watch, **passages, synced_gpus=synced)
 
 
 class FiDReader(LocalReader):
@@ -250,13 +250,15 @@ class FiDReader(LocalReader):
         return sum(map(len, prompt.passages))
 
     @torch.compiler.set_stance("force_eager")  # as in `CausalLMReader`
-    def generate(self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None, watch: Watch | None = None
+    ) -> list[list[int]]:
         fid, end = self.model, self.prompter.end_token
         config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
         with evaluating(fid):
             batch = fid_batch(prompts, fid.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
-            answers = fid.generate(batch, config).tolist()
-        return [ids[: ids.index(end)] if end in ids else ids for ids in answers]
+            answers = fid.generate(batch, config, watch).tolist()
+        return [until_end(ids, [end]) for ids in answers]
 
 
 _record: ContextVar[Callable[[Tensor, Tensor], None] | None] = ContextVar("record", default=None)

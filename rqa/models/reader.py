@@ -1,6 +1,7 @@
 """Answers of models in this process: how they are generated, what each took, and the logits of given ones."""
 
 import inspect
+import itertools
 import logging
 import math
 import time
@@ -13,7 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, TopPLogitsWarper
+from transformers import (
+    GenerationConfig,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TopPLogitsWarper,
+)
 
 from rqa.data import Document, Example
 from rqa.models import loading
@@ -29,6 +36,9 @@ from rqa.runtime.parallelize import in_step, is_sharded
 log = logging.getLogger(__name__)
 
 NOT_FINITE = -2  # stands for the tokens of an answer some of whose logits were NaN or infinite
+# Called between tokens with each answer of a batch as far as it has come; tells which ones nobody waits for any more.
+Watch = Callable[[list[list[int]]], list[bool]]
+
 LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
 
 
@@ -63,8 +73,15 @@ class GenerationArguments(Arguments):
         return (odds / torch.empty_like(odds).exponential_()).argmax(-1)
 
 
-def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) -> Tensor:
-    """`model.generate` by this configuration alone: what it leaves open does not come from the checkpoint's own."""
+def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
+    """An answer's tokens before the first that ends it, or that is not there yet (-1)."""
+    return list(itertools.takewhile(lambda token: token != -1 and token not in ends, ids))
+
+
+def generate(
+    model: PreTrainedModel, config: GenerationConfig, start: int, look: Watch | None = None, **inputs: Any
+) -> Tensor:
+    """What `model.generate` puts behind the `start` first tokens, by this configuration alone: no checkpoint's own."""
     theirs, model.generation_config = model.generation_config, GenerationConfig()
     spoiled: list[Tensor] = []  # of each step, which beams are. [B * beams]
 
@@ -72,8 +89,17 @@ def generate(model: PreTrainedModel, config: GenerationConfig, **inputs: Any) ->
         spoiled.append(~scores.amax(-1).isfinite())
         return scores.masked_fill(spoiled[-1][:, None], 0)  # or CUDA would fail to sample
 
+    def stop(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert look
+        ended = look([until_end(ids, config.eos_token_id) for ids in tokens[:, start:].tolist()])
+        return torch.tensor(ended, device=tokens.device)
+
     try:
-        found = model.generate(**inputs, generation_config=config, logits_processor=LogitsProcessorList([watch]))
+        looking = StoppingCriteriaList([stop] if look and config.num_beams == 1 else [])
+        processors = LogitsProcessorList([watch])
+        found = model.generate(
+            **inputs, generation_config=config, logits_processor=processors, stopping_criteria=looking
+        )[:, start:]
         return found.masked_fill(torch.stack(spoiled).any(0).view(len(found), -1).any(1, keepdim=True), NOT_FINITE)
     finally:
         model.generation_config = theirs
@@ -107,7 +133,9 @@ class LocalReader(ABC):
         """The tokens that a prompt adds to a batch."""
 
     @abstractmethod
-    def generate(self, prompts: Sequence[Any], max_new_tokens: int | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[Any], max_new_tokens: int | None = None, watch: Watch | None = None
+    ) -> list[list[int]]:
         """Answers of one batch of prompts, each up to the token that ends it. [B] -> [B]"""
 
     def answer(
@@ -222,21 +250,25 @@ class CausalLMReader(LocalReader):
 
     @torch.no_grad()
     @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
-    def generate(self, prompts: Sequence[list[int]], max_new_tokens: int | None = None) -> list[list[int]]:
+    def generate(
+        self, prompts: Sequence[list[int]], max_new_tokens: int | None = None, watch: Watch | None = None
+    ) -> list[list[int]]:
         stop, most = self.prompter.stop_ids, max_new_tokens or self.most
         most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token is not read
         synced = is_sharded(self.model)  # then a process that is done steps on until all are
         with evaluating(self.model):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
-                answers = self._decode(prompts, most, stop, self._reach)
+                answers = self._decode(prompts, most, stop, self._reach, watch)
             else:
                 turned = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
                 inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
-                answers = generate(self.model, self.flags.config(most, stop), **inputs, synced_gpus=synced)
-                answers = answers[:, inputs["input_ids"].shape[1] :].tolist()  # [B, new]
-        return [ids[: next((i for i, token in enumerate(ids) if token in (-1, *stop)), len(ids))] for ids in answers]
+                start, config = inputs["input_ids"].shape[1], self.flags.config(most, stop)
+                answers = generate(self.model, config, start, watch, **inputs, synced_gpus=synced).tolist()  # [B, new]
+        return [until_end(ids, stop) for ids in answers]
 
-    def _decode(self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float) -> list[list[int]]:
+    def _decode(
+        self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float, watch: Watch | None = None
+    ) -> list[list[int]]:
         """What `generate` gives without beams; -1 behind the end of the longest answer. -> [B, most]"""
         longest = max(map(len, prompts))
         length = -(-(longest + most) // 16) * 16  # CUDA's attention copies masks of other widths in each layer
@@ -264,8 +296,10 @@ class CausalLMReader(LocalReader):
                 if done % look_every == 0:
                     new = tokens[:, longest : longest + done]
                     spans = new.unfold(1, min(self.loop, done), 1)  # [B, done - loop + 1, loop]
-                    repeats = (spans[:, :-1] == spans[:, -1:]).all(2).any(1)
-                    if (repeats | torch.isin(new, ends).any(1)).all():
+                    ended = (spans[:, :-1] == spans[:, -1:]).all(2).any(1) | torch.isin(new, ends).any(1)
+                    if watch:
+                        ended |= ended.new_tensor(watch([until_end(ids, stop) for ids in new.tolist()]))
+                    if ended.all():
                         break
                 place.fill_(longest + done - 1)
                 if done == 1 and self.captures and not torch.is_autocast_enabled("cuda"):

@@ -1,0 +1,239 @@
+"""A retriever and a reader behind one process: what arrives together is searched and answered together."""
+
+import asyncio
+import copy
+import time
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from rqa.data import Document, Example
+from rqa.models.loading import not_finite
+from rqa.models.reader import NOT_FINITE, LocalReader
+from rqa.packing import token_budget_batches
+from rqa.retrieval.retriever import PassageRetriever
+from rqa.serving.metrics import Metrics
+from rqa.serving.sources import passage_id
+
+AT_ONCE = 256  # questions of one search
+
+
+class Busy(Exception):
+    """More requests are here than may wait."""
+
+
+class Found(NamedTuple):
+    """A passage that was found for a question."""
+
+    rank: int  # from 1
+    score: float
+    id: str
+    document: Document
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a request says of its answer; None: as the server was started."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def sampling(self) -> dict[str, Any] | None:
+        """The fields of `GenerationArguments` that differ from the server's."""
+        if self.temperature is None and self.top_p is None:
+            return None
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "num_beams": 1}
+
+
+@dataclass(frozen=True)
+class Reply:
+    """An answer as far as it has come."""
+
+    text: str = ""
+    prompt_tokens: int = 0
+    tokens: int = 0
+    ended: str | None = None  # "stop", or "length" where it was cut
+
+
+class Batched:
+    """Work for a thread of its own: whatever waits when it is free, and is alike by `key`, is done at once."""
+
+    def __init__(self, work: Callable[[list[Any]], Sequence[Any]], key: Callable[[Any], Any], wait: float = 0) -> None:
+        self.work, self.key, self.wait = work, key, wait  # seconds for others to arrive
+        self.thread = ThreadPoolExecutor(1)
+        self.waiting: list[tuple[Any, asyncio.Future[Any]]] = []
+        self._runner: asyncio.Task[None] | None = None
+
+    async def __call__(self, item: Any) -> Any:
+        future = asyncio.get_running_loop().create_future()
+        self.waiting.append((item, future))
+        if self._runner is None or self._runner.done():
+            self._runner = asyncio.create_task(self._run())
+        return await future
+
+    async def _run(self) -> None:
+        await asyncio.sleep(self.wait)
+        while waiting := [pair for pair in self.waiting if not pair[1].done()]:
+            alike = [self.key(item) == self.key(waiting[0][0]) for item, _ in waiting]
+            batch = [pair for pair, taken in zip(waiting, alike, strict=True) if taken][:AT_ONCE]
+            self.waiting = [pair for pair in waiting if pair not in batch]
+            try:
+                await self._do(batch)
+            except Exception:
+                for pair in batch:  # one of them may be to blame: the others are not lost
+                    try:
+                        await self._do([pair])
+                    except Exception as error:
+                        if not pair[1].done():
+                            pair[1].set_exception(error)
+
+    async def _do(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
+        items = [item for item, _ in batch]
+        results = await asyncio.get_running_loop().run_in_executor(self.thread, self.work, items)
+        for (_, future), result in zip(batch, results, strict=True):
+            if not future.done():
+                future.set_result(result)
+
+
+@dataclass(eq=False)
+class _Job:
+    """An answer that is being generated, and where it goes."""
+
+    prompt: Any
+    settings: Settings
+    show: Callable[[Reply], None]
+    limit: int
+    prompt_tokens: int
+    left: bool = False  # whether nobody waits for it any more
+
+
+class Engine:
+    """Searches and answers for many at once, each with what it would have got alone. `reader` may be None."""
+
+    def __init__(self, retriever: PassageRetriever, reader: Any, max_queue: int = 64, wait: float = 0.02) -> None:
+        """`wait` is how many seconds the first question of a batch waits for others."""
+        self.retriever, self.reader, self.max_queue, self.metrics = retriever, reader, max_queue, Metrics()
+        self._searching = Batched(self._search, lambda item: item[1])
+        self._generating = Batched(self._generate, lambda job: job.settings.sampling, wait)
+        self.running = 0  # requests
+
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Around a request: `Busy` if too many are here."""
+        if self.running >= self.max_queue:
+            raise Busy
+        self.running += 1
+        try:
+            yield
+        finally:
+            self.running -= 1
+
+    async def search(self, questions: Sequence[str], k: int) -> list[list[Found]]:
+        """The k best passages for each question. [Q] -> [Q] lists"""
+        return list(await asyncio.gather(*(self._searching((question, k)) for question in questions)))
+
+    async def in_turn(self, work: Callable[..., Any], *arguments: Any) -> Any:
+        """What this returns, in the thread of the retriever, whose encoder and tokenizer it may use."""
+        return await asyncio.get_running_loop().run_in_executor(self._searching.thread, work, *arguments)
+
+    def _search(self, items: list[tuple[str, int]]) -> list[list[Found]]:
+        began, documents = time.perf_counter(), self.retriever.documents
+        hits = self.retriever.retrieve([question for question, _ in items], items[0][1])
+        self.metrics.observe("rqa_retrieval_seconds", time.perf_counter() - began)
+        found = []
+        for ids, scores in zip(hits.ids.tolist(), hits.scores.tolist(), strict=True):
+            row = [(documents[place], place, score) for place, score in zip(ids, scores, strict=True) if place >= 0]
+            found.append([Found(n, score, passage_id(i, d), d) for n, (d, i, score) in enumerate(row, start=1)])
+        return found
+
+    async def reply(
+        self, example: Example, passages: Sequence[Document], settings: Settings = Settings()
+    ) -> AsyncIterator[Reply]:
+        """The answer as it grows, the last time with why it ended; `DoesNotFit` if no prompt does.
+
+        Close it (`aclosing`) when nobody waits for it any more. A text that a stop string may begin in is held back.
+        """
+        answering = self._local if isinstance(self.reader, LocalReader) else self._remote
+        began, first = time.perf_counter(), True
+        reply, hold = Reply(), max(map(len, settings.stop), default=1) - 1
+        async with aclosing(answering(example, passages, settings)) as replies:
+            async for reply in replies:
+                if first and reply.text:
+                    self.metrics.observe("rqa_first_token_seconds", time.perf_counter() - began)
+                    first = False
+                if ends := [place for text in settings.stop if (place := reply.text.find(text)) >= 0]:
+                    reply = replace(reply, text=reply.text[: min(ends)], ended="stop")
+                elif not reply.ended:
+                    reply = replace(reply, text=reply.text[: len(reply.text) - hold])
+                if reply.ended:
+                    break
+                yield reply
+        self.metrics.observe("rqa_generation_seconds", time.perf_counter() - began)
+        self.metrics.counts["rqa_generated_tokens_total"] += reply.tokens
+        yield reply
+
+    async def _remote(self, example: Example, passages: Sequence[Document], settings: Settings) -> AsyncIterator[Reply]:
+        from rqa.endpoint.streaming import stream
+
+        prompter = self.reader.prompter
+        messages = await self.in_turn(prompter.messages, example, passages)
+        limit = min(settings.max_tokens or prompter.arguments.max_new_tokens, prompter.arguments.max_new_tokens)
+        options = {"temperature": settings.temperature or 0.0} | ({"top_p": settings.top_p} if settings.top_p else {})
+        async with aclosing(stream(self.reader.endpoint, messages, limit, options)) as parts:
+            async for text, prompt_tokens, tokens, ended in parts:
+                yield Reply(text, prompt_tokens, tokens, ended)
+
+    async def _local(self, example: Example, passages: Sequence[Document], settings: Settings) -> AsyncIterator[Reply]:
+        prompt, loop = await self.in_turn(self.reader.encode, example, passages), asyncio.get_running_loop()
+        replies: asyncio.Queue[Reply | None] = asyncio.Queue()
+        limit = min(settings.max_tokens or self.reader.most, self.reader.most)
+        taken = len(prompt) if isinstance(prompt, list) else self.reader.cost(prompt)
+        job = _Job(prompt, settings, partial(loop.call_soon_threadsafe, replies.put_nowait), limit, taken)
+        done = asyncio.create_task(self._generating(job))
+        done.add_done_callback(lambda _: replies.put_nowait(None))
+        try:
+            while reply := await replies.get():
+                yield reply
+            await done
+        finally:
+            job.left = True
+            done.cancel()
+
+    def _generate(self, jobs: list[_Job]) -> list[None]:
+        reader = copy.copy(self.reader)
+        reader.flags = replace(reader.flags, **jobs[0].settings.sampling or {})
+        costs = [reader.cost(job.prompt) for job in jobs]
+        for chosen in token_budget_batches(costs, reader.flags.generation_batch_tokens, padded=True):
+            if batch := [jobs[place] for place in chosen if not jobs[place].left]:
+                self._answer(reader, batch)
+        return [None] * len(jobs)
+
+    def _answer(self, reader: LocalReader, batch: list[_Job]) -> None:
+        shown, began = [0] * len(batch), time.perf_counter()
+
+        def watch(rows: list[list[int]]) -> list[bool]:
+            for place, (job, ids) in enumerate(zip(batch, rows, strict=True)):
+                if shown[place] < len(ids) < job.limit and not job.left:
+                    shown[place] = len(ids)
+                    text = reader.prompter.decode(ids)
+                    if not text.endswith("\ufffd"):  # half a character, perhaps
+                        job.show(Reply(text, job.prompt_tokens, len(ids)))
+            return [job.left or len(ids) >= job.limit for job, ids in zip(batch, rows, strict=True)]
+
+        made = reader.generate([job.prompt for job in batch], max(job.limit for job in batch), watch)
+        self.metrics.counts["rqa_generation_busy_seconds_total"] += time.perf_counter() - began
+        self.metrics.counts["rqa_generation_batches_total"] += 1
+        for job, ids in zip(batch, made, strict=True):
+            if NOT_FINITE in ids:
+                raise not_finite(reader.model, "answer", "a question")
+            cut, ids = len(ids) >= job.limit, ids[: job.limit]
+            ended = "length" if cut else "stop"
+            job.show(Reply(reader.prompter.decode(ids), job.prompt_tokens, len(ids), ended))
