@@ -31,9 +31,7 @@ def read_ratings(path: str | Path) -> Ratings:
     for line, row in read_jsonl(path):
         where, names = f"{path}:{line}", ("rater", "question", "A", "B")
         if wrong := [name for name in names if not isinstance(row.get(name), str) or not row[name].strip()]:
-            raise UserError(
-                f"{where}: field '{wrong[0]}' must be a non-empty string; bin/serve --compare writes such lines"
-            )
+            raise UserError(f"{where}: field '{wrong[0]}' must be a non-empty string, as bin/serve --compare writes")
         parse_example(row, where)
         if str(row.get("choice")) not in CHOICES:
             raise UserError(f"{where}: field 'choice' must be one of {', '.join(CHOICES)}")

@@ -34,16 +34,15 @@ def parse_rating(values: dict[str, Any], where: str) -> Rating:
     up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
     for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
         mark = shown.values.get
-        supports = mark("cited") and (up or correction) or mark("clicked") and up
-        if mark("rejected") or mark("helpful") or supports:
+        if mark("rejected") or mark("helpful") or (mark("clicked") and up) or (mark("cited") and (up or correction)):
             passages.append((not mark("rejected"), document))
     return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
 
 
 def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
-    """Yield examples of `STEM_w_qa`, for readers, and of `STEM_w_q`, for retrievers; and under "" what is to be counted.
+    """Yield examples of `STEM_w_qa` (for readers) and `STEM_w_q` (for retrievers); beside "", what is to be counted.
 
-    Of what was said of one answer, or of one passage for a question, the latest holds.
+    Of several ratings of an answer, or judgements of a passage for one question, the latest holds.
     """
     groups: defaultdict[str, list[Rating]] = defaultdict(list)
     for line, row in read_jsonl(path):
@@ -64,10 +63,6 @@ def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
         answers = sorted((text for text in reversed(worth) if text and worth[text]), key=lambda text: -worth[text])
         gold, negative = (tuple(d for *_, (last, d) in judged.values() if last == is_gold) for is_gold in (True, False))
         example = Example(kept[-1].asked.question, gold, chat_history=kept[-1].asked.chat_history)
-        if answers:
-            yield f"{stem}_w_qa", replace(example, gold_answer=answers[0], other_answers=tuple(answers[1:]))
-        if gold:
-            yield f"{stem}_w_q", replace(example, hard_neg_docs=negative)
         verdicts = {(rating.answer, rating.up, rating.correction) for rating in ratings}
         counts = {
             "ratings": len(ratings),
@@ -80,3 +75,7 @@ def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
             f"questions without a gold passage left out of {stem}_w_q": not gold,
         }
         yield from (("", what) for what, count in counts.items() for _ in range(count))
+        if answers:
+            yield f"{stem}_w_qa", replace(example, gold_answer=answers[0], other_answers=tuple(answers[1:]))
+        if gold:
+            yield f"{stem}_w_q", replace(example, hard_neg_docs=negative)

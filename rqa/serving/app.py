@@ -23,7 +23,6 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rqa.data import Example, Turn
 from rqa.endpoint.client import Refused
-from rqa.models.encoder import Encoder
 from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.text import parse_json
@@ -190,7 +189,7 @@ class Api:
     k: int = 3  # passages of an answer
     reader_name: str | None = None
     encoder_name: str | None = None
-    encoder: Encoder | None = None
+    encoder: Any = None
     sources_in_text: bool = False
     public_url: str | None = None  # of links; by default what the request says
 

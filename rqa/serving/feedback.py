@@ -35,26 +35,23 @@ class Feedback:
 
     def save(self, body: dict[str, Any]) -> None:
         """Add a rating; it says which passages its correction cites, or else its answer."""
+        sent, time = Row(body, "feedback"), datetime.now(UTC).isoformat(timespec="milliseconds")
         row = {name: body.get(name) for name in ("question", "chat_history", "rating", "corrected_answer")}
-        row |= {"generated_answer": body.get("answer"), "time": datetime.now(UTC).isoformat(timespec="milliseconds")}
         try:
-            row["model"], rating = Row(body, "feedback").text("model", ""), parse_rating(row, "feedback")
+            rating = parse_rating(row | {"generated_answer": body.get("answer"), "time": time}, "feedback")
+            ids, model = {name: sent.texts(name) for name in ("passages", *MARKS)}, sent.text("model", "")
         except UserError as error:
             said = str(error).replace("generated_", "")
             raise BadRequest(said, said.split("'")[1]) from None
-        correction = rating.correction if rating.correction != rating.answer else ""
-        ids = {name: body.get(name) or [] for name in ("passages", *MARKS)}
-        for name, listed in ids.items():
-            strings = isinstance(listed, list) and all(isinstance(each, str) for each in listed)
-            if not strings or not {*listed} <= {*ids["passages"]}:
-                raise BadRequest(f"'{name}' must be a list of IDs that are in 'passages'", name)
         shown = {name: known for name in ids["passages"] if (known := passage_of(self.documents, name))}
-        if unknown := [name for name in ids["passages"] if name not in shown]:
-            raise BadRequest(f"'passages': {unknown[0][:80]!r} is not in the database; ask again", "passages")
+        if unknown := [name for listed in ids.values() for name in listed if name not in shown]:
+            raise BadRequest(f"'passages' lacks {unknown[0][:80]!r}, or the database does; ask again", "passages")
+        correction = rating.correction if rating.correction != rating.answer else ""
         cited = {each.number for each in cite(correction or rating.answer, list(shown.values()))}
         contexts = [
             document.to_json() | {"id": name, "cited": number in cited} | {mark: name in ids[mark] for mark in MARKS}
             for number, (name, document) in enumerate(shown.items(), start=1)
         ]
-        row |= {"chat_history": rating.asked.to_json()["chat_history"], "ctxs": contexts}
-        append_line(self.path, row | {"rating": 1 if rating.up else -1, "corrected_answer": correction or None})
+        row = {"question": rating.asked.question, "chat_history": rating.asked.to_json()["chat_history"]}
+        row |= {"ctxs": contexts, "generated_answer": rating.answer, "rating": 1 if rating.up else -1}
+        append_line(self.path, row | {"corrected_answer": correction or None, "model": model, "time": time})

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import uvicorn
+from openai_server import OpenAIServer
 
 from rqa.data import Document
 from rqa.models.encoder import load_encoder
@@ -31,6 +32,13 @@ def api(reader: Reader, encoder_path: str, documents: list[Document], tmp_path: 
     encoder = load_encoder(encoder_path)
     retriever = Retriever(encoder, documents).open()
     return Api(Engine(retriever, reader), Feedback(tmp_path / "feedback.jsonl", documents), 3, "tiny", "small", encoder)
+
+
+@pytest.fixture
+def remote(api: Api, server: OpenAIServer) -> Api:
+    """The same with a reader behind another server, which says what a test wants."""
+    api.engine.reader = load_reader(f"openai::{server.url}")
+    return api
 
 
 @contextmanager
