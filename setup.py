@@ -36,6 +36,7 @@ EXTRAS = {
     "test": [
         "starlette>=0.40",  # the OpenAI-compatible server of the tests
         "uvicorn>=0.30",  # serves it over real sockets
+        "selenium>=4.20",  # the page in a browser, where chromium and chromedriver are installed
         "pytest>=8",  # the test suite
         "pytest-xdist>=3.7",  # runs it on two cores
         "setuptools>=70.1",  # builds the wheel of a test by itself; older ones need the package `wheel`
