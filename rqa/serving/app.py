@@ -203,17 +203,17 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await body_of(request)
         known_model(body, self.reader_name)
-        own, options = ({} if body.get(name) is None else body[name] for name in ("rqa", "stream_options"))
-        need(isinstance(own, dict), "rqa", "an object")
-        need(isinstance(options, dict), "stream_options", "an object")
-        need(body.get("stream") in (None, True, False), "stream", "true or false")
-        base = (self.public_url or str(request.base_url)).rstrip("/")
-        parts = self.answer(*conversation(body.get("messages")), settings_of(body), number(own, "k", int, 1, 100), base)
+        for name, kind, expected in (("rqa", dict, "an object"), ("stream", bool, "true or false")):
+            need(isinstance(body.get(name), kind | None), name, expected)
+        k, base = number(body.get("rqa") or {}, "k", int, 1, 100), str(self.public_url or request.base_url).rstrip("/")
+        parts = self.answer(*conversation(body.get("messages")), settings_of(body), k or self.k, base)
         whole: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         whole |= {"created": int(time.time()), "model": self.reader_name}
         if body.get("stream"):
             first = await anext(parts)  # what is wrong until now has a status of its own
-            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, options.get("include_usage"))
+            options = body.get("stream_options")
+            usage = isinstance(options, dict) and options.get("include_usage")
+            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
             return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
         message, ended = {"content": ""}, None
@@ -226,12 +226,12 @@ class Api:
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
     async def answer(
-        self, searched: Example, read: Example, settings: Settings, k: int | None, base: str
+        self, searched: Example, read: Example, settings: Settings, k: int, base: str
     ) -> AsyncIterator[tuple[dict[str, Any], str | None, dict[str, Any]]]:
         """What an answer grows by: a delta of its message, why it ended, and fields beside that."""
         with self.engine.admitted():
             began = time.perf_counter()
-            (found,) = await self.engine.search([retrieval_query(searched)], k or self.k)
+            (found,) = await self.engine.search([retrieval_query(searched)], k)
             retrieved, passages = time.perf_counter(), [described(each, base) for each in found]
             documents, links = [each.document for each in found], [each["url"] for each in passages]
             said, sources = "", {"citations": links, "rqa": {"passages": passages}}
@@ -280,7 +280,7 @@ class Api:
         with self.engine.admitted():
             rows, result = await self.engine.search(queries, k or self.k), []
         for row in rows:
-            shown = [{name: described(each, "")[name] for name in ("id", "title", "text")} for each in row]
+            shown = [described(each, "", ("id", "title", "text")) for each in row]
             shown = [each | {"contents": f'"{one_line(each["title"])}"\n{each["text"]}'} for each in shown]
             scored = [{"document": each, "score": found.score} for each, found in zip(shown, row, strict=True)]
             result.append(scored if body.get("return_scores") else shown)
@@ -290,10 +290,9 @@ class Api:
         name = request.path_params["name"]
         if (document := passage_of(self.engine.retriever.documents, name)) is None:
             raise HTTPException(404, "there is no such passage, or the database has changed")
-        shown = described(Found(0, 0, name, document), "")
+        shown = described(Found(0, 0, name, document), "", ("id", "title", "source", "text"))
         if request.query_params.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
-            kept = {name: shown[name] for name in ("id", "title", "source", "text")}
-            return JSONResponse(kept | {"metadata": document.metadata})
+            return JSONResponse(shown | {"metadata": document.metadata})
         page = PASSAGE.format(**{name: escape(str(value)) for name, value in shown.items()})
         return HTMLResponse(page, headers={"Content-Security-Policy": f"{POLICY}'none'"})
 
@@ -307,7 +306,8 @@ class Api:
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
-        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running})
+        waiting = sum(len(work.waiting) for work in (self.engine._searching, self.engine._generating))
+        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running, "rqa_requests_waiting": waiting})
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -332,16 +332,18 @@ async def as_events(about: dict[str, Any], first: Any, parts: AsyncIterator[Any]
 
 
 def known_model(body: dict[str, Any], name: str | None) -> None:
+    """Refuse a request for another model, or for one where there is none."""
     if name is None or body.get("model") not in (None, name):
-        raise UnknownModel(f"there is no model '{one_line(body.get('model'))}' here; /v1/models lists those that are")
+        asked = f"model '{one_line(body['model'])}'" if body.get("model") else "such model"
+        raise UnknownModel(f"there is no {asked} here; /v1/models lists those that are")
 
 
-def described(found: Found, base: str) -> dict[str, Any]:
-    """A passage that was found, as JSON has it."""
-    about, text = found.document.metadata, found.document.page_content
-    title, source = (str(about.get(name) or "") for name in ("title", "source"))
-    shown = {"id": found.id, "title": title or source or found.id, "source": source, "text": text}
-    return shown | {"score": found.score, "rank": found.rank, "url": f"{base}/passages/{found.id}"}
+def described(found: Found, base: str, names: Sequence[str] = ()) -> dict[str, Any]:
+    """A passage that was found, as JSON has it; all of these fields, or some."""
+    title, source = (str(found.document.metadata.get(name) or "") for name in ("title", "source"))
+    shown = {"id": found.id, "title": title or source or found.id, "source": source}
+    shown |= {"text": found.document.page_content, "score": found.score, "rank": found.rank}
+    return {name: shown[name] for name in names} or shown | {"url": f"{base}/passages/{found.id}"}
 
 
 def page_routes(mode: str) -> list[Route]:
