@@ -124,9 +124,9 @@ def test_a_correction_can_be_trained_from(
     page.click("#helpful")
     assert "Rate the answer, too" in page.text("#status")
     page.click(".down")
+    page.until(lambda: page.text("#status") == "Saved. Thank you.")
     page.type(".correction textarea", "Arlen trades in copper.")
     page.click(".correction button")
-    page.until(lambda: page.text("#status") == "Saved. Thank you.")
     path = tmp_path / "feedback.jsonl"
     page.until(lambda: len(path.read_text().splitlines()) == 2)  # down, then the correction
     row = json.loads(path.read_text().splitlines()[-1])
