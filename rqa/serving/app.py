@@ -36,7 +36,9 @@ log = logging.getLogger(__name__)
 
 STARTED = int(time.time())
 ROLES = ("system", "developer", "user", "assistant")
-LONGEST_BODY, MOST_TEXTS = 2**24, 4096  # bytes, and texts in a field
+LONGEST_BODY, LONGEST_CONVERSATION = 2**23, 2**19  # bytes, characters
+TURNS = 99  # the latest, that are read: prompts are cut turn by turn; the first is a user's
+MOST_TEXTS, MOST_FOUND = 4096, 2**16  # in a field, in a reply
 # What would change an answer and is not offered, and the values with which nobody asks for it.
 UNSUPPORTED = {"n": [1], "tools": [[]], "functions": [[]], "logprobs": [False], "top_logprobs": [0], "audio": [],
                "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "modalities": [["text"]],
@@ -161,6 +163,9 @@ def conversation(messages: Any) -> tuple[Example, Example]:
             turns[-1] = Turn(role, f"{turns[-1].message}\n\n{text}")
         else:
             turns.append(Turn(role, text))
+    if sum(len(turn.message) for turn in turns) > LONGEST_CONVERSATION:
+        raise DoesNotFit(f"the conversation has more than {LONGEST_CONVERSATION} characters")
+    turns = turns[-TURNS:]
     asks = bool(turns) and turns[-1].speaker == "user" and bool(turns[-1].message.strip())
     need(asks, "messages", "a conversation that ends with a question of the user")
     searched = Example(turns[-1].message, chat_history=tuple(turns[:-1]))
@@ -276,9 +281,10 @@ class Api:
     async def retrieve(self, request: Request) -> Response:
         """What Search-R1's retrieval server answers: the first line of a document's `contents` is its title."""
         body = await body_of(request)
-        queries, k = texts(body, "query" if "query" in body else "queries"), number(body, "topk", int, 1, 1000)
+        queries = texts(body, "query" if "query" in body else "queries")
+        k = number(body, "topk", int, 1, MOST_FOUND // len(queries)) or self.k
         with self.engine.admitted():
-            rows, result = await self.engine.search(queries, k or self.k), []
+            rows, result = await self.engine.search(queries, k), []
         for row in rows:
             shown = [described(each, "", ("id", "title", "text")) for each in row]
             shown = [each | {"contents": f'"{one_line(each["title"])}"\n{each["text"]}'} for each in shown]

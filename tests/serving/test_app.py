@@ -126,6 +126,17 @@ def test_instructions_are_read_and_not_searched_with_and_history_is_both(
     assert asked[2]["content"].endswith("Question: And\nBrask?\n\nNow.")
 
 
+def test_of_a_long_history_the_latest_turns_are_read_and_the_instructions_stay(
+    remote: Api, server: OpenAIServer, http: TestClient
+) -> None:
+    turns = [{"role": ("user", "assistant")[number % 2], "content": f"turn {number}"} for number in range(10_001)]
+    began = time.perf_counter()
+    http.post(CHAT, json={"messages": [{"role": "system", "content": "Be brief."}, *turns]}).raise_for_status()
+    assert time.perf_counter() - began < 5
+    asked = server.of("chat/completions")[0]["messages"]
+    assert (len(asked), asked[0]["content"]) == (99, "Be brief.\n\nturn 9902")
+
+
 def test_embeddings_are_the_encoder_s(api: Api, client: openai.OpenAI) -> None:
     texts, encoder = ["copper", "salt and wool"], api.encoder
     for kind, ids in (("query", encoder.tokenize_queries(texts)), ("passage", encoder.tokenize_passages(texts))):
@@ -292,6 +303,7 @@ def test_the_key_guards_everything_but_health(api: Api, header: str | None, stat
     [
         ({"model": "gpt-4o"}, 404, "model", "model_not_found"),
         ({"messages": [{"role": "user", "content": "why " * 5000}]}, 400, None, "context_length_exceeded"),
+        ({"messages": [{"role": "user", "content": "why " * 2**18}]}, 400, None, "context_length_exceeded"),
         ({"messages": [{"role": "assistant", "content": "Hello"}]}, 400, "messages", None),
         ({"messages": [{"role": "tool", "content": "Hello"}]}, 400, "messages[0].role", None),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, 400, "messages[0].content", None),
@@ -334,7 +346,7 @@ def test_a_body_is_read_no_further_than_its_limit(http: TestClient) -> None:
     sent = []
     endless = (sent.append(1) or b" " * 2**20 for _ in range(100))
     response = http.post("/retrieve", content=endless, headers={"Content-Type": "application/json"})
-    assert (response.status_code, error_of(response)["message"]) == (413, "the body is longer than 16 MiB")
+    assert (response.status_code, error_of(response)["message"]) == (413, "the body is longer than 8 MiB")
 
 
 def test_what_fails_behind_is_told_and_what_fails_here_is_only_logged(
