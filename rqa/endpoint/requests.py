@@ -4,7 +4,7 @@ from typing import Any
 
 from rqa.data import Example, Turn
 from rqa.prompts import DoesNotFit
-from rqa.runtime.errors import UserError
+from rqa.runtime.errors import UserError, one_line
 
 ROLES = ("system", "developer", "user", "assistant")
 MOST = 4096  # texts or messages in a field
@@ -22,6 +22,10 @@ class BadRequest(UserError):
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+class UnknownModel(BadRequest):
+    """A name that is no model's here."""
 
 
 def need(right: bool, param: str, expected: str) -> None:
@@ -42,6 +46,13 @@ def texts(body: dict[str, Any], name: str) -> list[str]:
     fits = isinstance(found, list) and 0 < len(found) <= MOST and all(t and isinstance(t, str) for t in found)
     need(fits, name, f"a text, or a list of 1 to {MOST} texts; none may be empty")
     return found or []
+
+
+def known_model(body: dict[str, Any], name: str | None) -> None:
+    """Refuse a request for another model, or for one where there is none."""
+    if name is None or body.get("model") not in (None, name):
+        asked = f"model '{one_line(body['model'])}'" if body.get("model") else "such model"
+        raise UnknownModel(f"there is no {asked} here; /v1/models lists those that are", "model")
 
 
 def conversation(messages: Any) -> tuple[Example, Example]:

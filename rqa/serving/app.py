@@ -23,9 +23,9 @@ from starlette.types import Message, Receive, Scope, Send
 
 from rqa.data import Example
 from rqa.endpoint.client import Refused
-from rqa.endpoint.requests import BadRequest, conversation, need, number, settings, texts
+from rqa.endpoint.requests import BadRequest, UnknownModel, conversation, known_model, need, number, settings, texts
 from rqa.prompts import DoesNotFit, retrieval_query
-from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.errors import one_line
 from rqa.runtime.text import parse_json
 from rqa.serving.comparison import Comparison
 from rqa.serving.engine import Busy, Engine, Found, Settings
@@ -42,12 +42,6 @@ POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
-
-
-class UnknownModel(UserError):
-    """A name that is no model's here."""
-
-    param = "model"
 
 
 ERRORS: dict[type[Exception], tuple[int, str | None]] = {
@@ -270,13 +264,6 @@ async def as_events(about: dict[str, Any], first: Any, parts: AsyncIterator[Any]
         yield "data: [DONE]\n\n"
     except Exception as error:
         yield f"data: {bytes(refusal(error).body).decode()}\n\n"
-
-
-def known_model(body: dict[str, Any], name: str | None) -> None:
-    """Refuse a request for another model, or for one where there is none."""
-    if name is None or body.get("model") not in (None, name):
-        asked = f"model '{one_line(body['model'])}'" if body.get("model") else "such model"
-        raise UnknownModel(f"there is no {asked} here; /v1/models lists those that are")
 
 
 def described(found: Found, base: str, names: Sequence[str] = ()) -> dict[str, Any]:
