@@ -85,7 +85,7 @@ class App:
             if not status:
                 await response(scope, receive, noting)
         handler = getattr(scope.get("endpoint"), "__name__", "none")
-        self.metrics.counts[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
+        self.metrics[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
 
     def admit(self, request: Request) -> None:
         """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
