@@ -40,6 +40,7 @@ EXTRAS = {
     "test": [
         "starlette>=0.40",  # what the extra `serve` brings; the OpenAI-compatible server of the tests, too
         "uvicorn>=0.30",
+        "selenium>=4.20",  # the page in a browser, where chromium and chromedriver are installed
         "pytest>=8",  # the test suite
         "pytest-xdist>=3.7",  # runs it on two cores
         "setuptools>=70.1",  # builds the wheel of a test by itself; older ones need the package `wheel`

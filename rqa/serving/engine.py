@@ -129,7 +129,7 @@ class Engine:
     def admitted(self) -> Iterator[None]:
         """Around a request: `Busy` if too many are here."""
         if self.running >= self.max_queue:
-            raise Busy(f"{self.running} requests are running or waiting; try again")
+            raise Busy("Too many requests are waiting; try again in a moment")
         self.running += 1
         try:
             yield
