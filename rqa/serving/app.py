@@ -209,7 +209,7 @@ class Api:
                 yield event([], more)
             yield "data: [DONE]\n\n"
         except Exception as error:
-            self.engine.metrics.counts["rqa_broken_streams_total"] += 1
+            self.engine.metrics["rqa_broken_streams_total"] += 1
             yield f"data: {bytes(refusal(error).body).decode()}\n\n"
 
     async def embeddings(self, request: Request) -> Response:
