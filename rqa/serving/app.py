@@ -140,10 +140,11 @@ class Api:
         for name, kind, expected in (("rqa", dict, "an object"), ("stream", bool, "true or false")):
             need(isinstance(body.get(name), kind | None), name, expected)
         k, base = number(body.get("rqa") or {}, "k", int, 1, 100), str(self.public_url or request.base_url).rstrip("/")
-        parts = self.answer(*conversation(body.get("messages")), Settings(**settings(body)), k or self.k, base)
+        asked, streams = conversation(body.get("messages")), bool(body.get("stream"))
+        parts = self.answer(*asked, Settings(**settings(body)), k or self.k, base, streams)
         whole: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         whole |= {"created": int(time.time()), "model": self.reader_name}
-        if body.get("stream"):
+        if streams:
             first = await anext(parts)  # what is wrong until now has a status of its own
             options = body.get("stream_options")
             usage = isinstance(options, dict) and options.get("include_usage")
@@ -160,7 +161,7 @@ class Api:
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
     async def answer(
-        self, searched: Example, read: Example, settings: Settings, k: int, base: str
+        self, searched: Example, read: Example, settings: Settings, k: int, base: str, streams: bool
     ) -> AsyncIterator[tuple[dict[str, Any], str | None, dict[str, Any]]]:
         """What an answer grows by: a delta of its message, why it ended, and fields beside that."""
         with self.engine.admitted():
@@ -173,13 +174,16 @@ class Api:
                 reply = await anext(replies)
                 yield {"role": "assistant", "content": ""}, None, sources
                 async for reply in replies:
-                    yield {"content": reply.text[len(said) :]}, None, {}
+                    yield {"content": reply.text[len(said) :] if streams else ""}, None, {}
                     said = reply.text
+        if not streams:  # thoughts that end without having begun were shown by then
+            yield {"content": reply.text}, None, {}
         if self.sources_in_text and passages:
             lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
             yield {"content": "\n".join(["\n\nSources:", *lines])}, None, {}
         cited, annotations = cite(reply.text, documents), []
-        for start, end, place in cited:
+        uncited = sorted({each["rank"] for each in passages} - {each.number for each in cited})
+        for start, end, place in [*cited, *((len(reply.text),) * 2 + (number,) for number in uncited)]:
             link = {name: passages[place - 1][name] for name in ("url", "title")}
             link |= {"start_index": start, "end_index": end}
             annotations.append({"type": "url_citation", "url_citation": link})

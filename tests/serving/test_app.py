@@ -72,12 +72,14 @@ def test_the_official_client_reads_an_answer_with_its_sources_in_three_forms(
         assert (shown["title"], shown["source"]) == (document.metadata["title"], document.metadata["source"])
         assert shown["id"] == passage_id(place, document)
     assert own["citations"] == [each["url"] for each in passages]
-    (cited,) = choice.message.annotations or []
+    cited, *others = choice.message.annotations or []
     (number,) = (each["number"] for each in own["rqa"]["cited"])
     link, named = cited.url_citation, passages[number - 1]
     assert named["text"].startswith("The harbour of Arlen")
     assert CITED[link.start_index : link.end_index] == "The harbour of Arlen is known for its trade in copper."
     assert (link.url, link.title) == (named["url"], "Arlen")
+    assert [each.url_citation.url for each in others] == [each["url"] for each in passages if each is not named]
+    assert {(each.url_citation.start_index, each.url_citation.end_index) for each in others} == {(len(CITED),) * 2}
     assert httpx.get(link.url, headers={"Accept": "application/json"}).json()["text"] == named["text"]
     assert reply.usage
     assert (reply.usage.prompt_tokens, reply.usage.completion_tokens, reply.usage.total_tokens) == (7, 14, 21)
@@ -102,6 +104,12 @@ def test_the_official_client_reads_the_same_from_a_stream(
     assert deltas[-2].annotations == expected != []
     assert chunks[0].citations == chunks[-1].citations == (whole.model_extra or {})["citations"]
     assert (last.choices[0].finish_reason, usage.choices, usage.usage) == ("stop", [], whole.usage)
+
+
+def test_thoughts_that_only_end_are_no_part_of_an_answer(remote: Api, server: OpenAIServer, http: TestClient) -> None:
+    server.say = lambda _: "Which harbour? Arlen's.</think>Copper."
+    reply = http.post(CHAT, json={"messages": ASKED}).json()
+    assert reply["choices"][0]["message"]["content"] == "Copper."
 
 
 def test_who_reads_only_text_gets_a_list_of_sources(remote: Api, server: OpenAIServer, client: openai.OpenAI) -> None:
