@@ -183,7 +183,7 @@ class Api:
             yield {"content": "\n".join(["\n\nSources:", *lines])}, None, {}
         cited, annotations = cite(reply.text, documents), []
         uncited = sorted({each["rank"] for each in passages} - {each.number for each in cited})
-        for start, end, place in [*cited, *((len(reply.text),) * 2 + (number,) for number in uncited)]:
+        for start, end, place in [*cited, *((len(reply.text),) * 2 + (rank,) for rank in uncited)]:
             link = {name: passages[place - 1][name] for name in ("url", "title")}
             link |= {"start_index": start, "end_index": end}
             annotations.append({"type": "url_citation", "url_citation": link})
