@@ -65,8 +65,11 @@ def refusal(error: Exception) -> JSONResponse:
 class App:
     """Around every request: the API key, one form of errors, and counts."""
 
-    def __init__(self, routes: Sequence[Route], metrics: Metrics, key: str | None = None) -> None:
-        self.router, self.metrics, self.key = Router(routes, redirect_slashes=False), metrics, key
+    def __init__(
+        self, routes: Sequence[Route], metrics: Metrics, key: str | None = None, hosts: Sequence[str | None] = ()
+    ) -> None:
+        """`hosts`: the names that it answers to, if not to all."""
+        self.router, self.metrics, self.key, self.hosts = Router(routes, redirect_slashes=False), metrics, key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         status, scope = 0, {**scope, "app": self}  # with an app, the router raises what it does not find
@@ -89,6 +92,8 @@ class App:
 
     def admit(self, request: Request) -> None:
         """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
+        if self.hosts and request.url.hostname not in self.hosts:  # a site that gave this machine's address a name
+            raise HTTPException(421, "this server answers to localhost; start it with --public_url or --api_key")
         kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
         if kind.lower() == b"basic":
             with suppress(ValueError):

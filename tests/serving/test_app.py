@@ -288,6 +288,19 @@ def test_what_comes_from_outside_stays_text(
     assert "script-src 'none'" in page.headers["content-security-policy"]
 
 
+def test_a_local_server_answers_to_its_own_names_alone(api: Api) -> None:
+    http = TestClient(App(api.routes(), api.engine.metrics, None, ["localhost", "::1", None]))
+    hosts = {
+        "localhost:9": 200,
+        "LOCALHOST": 200,
+        "[::1]:8000": 200,
+        "evil.example": 421,
+        "localhost.evil": 421,
+        "": 421,
+    }
+    assert {host: http.get("/metrics", headers={"Host": host}).status_code for host in hosts} == hosts
+
+
 @pytest.mark.parametrize(
     ("header", "status"),
     [
