@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from rqa.data import parse_example
+from rqa.data import parse_document, parse_example
 from rqa.evaluation.metrics import answer_statistics, bleu, bleu_samples
 from rqa.evaluation.report import DECISIVE, PREDICTIONS, RIGHT
 from rqa.evaluation.results import difference_intervals, interval
@@ -30,6 +30,7 @@ class Difference:
     high: float
     questions: int  # that have the metric
     changed: int  # of those, the ones whose score is not the same
+    verb: str = "changed"  # what these did
 
     @property
     def telling(self) -> bool:
@@ -39,7 +40,7 @@ class Difference:
     def sentence(self) -> str:
         gap = round(self.second - self.first, 3)
         subject = f"{abs(gap):.3f} {'higher' if gap > 0 else 'lower'} than" if gap else "the same as"
-        how = f"{self.low:+.3f} to {self.high:+.3f}, {self.questions} questions, {self.changed} of them changed"
+        how = f"{self.low:+.3f} to {self.high:+.3f}, {self.questions} questions, {self.changed} of them {self.verb}"
         verdict = "this is more than chance" if self.telling else "this cannot be told from chance"
         return f"B's {self.name} is {subject} A's (95 % interval {how}): {verdict}."
 
@@ -73,6 +74,16 @@ def pair(first: Sequence[Row], second: Sequence[Row]) -> list[tuple[Row, Row]]:
             said = f"{len(extra)} only in {name}, such as {extra[0][:80]!r}; evaluate both on the same file"
             raise UserError(f"the runs answer different questions: {said}")
     return [both for key, rows in sides[0].items() for both in zip(rows, sides[1][key], strict=True)]
+
+
+def shown(row: Row, run: str) -> dict[str, Any]:
+    """What a person who compares answers sees of a prediction: {"answer", "passages": [{"title", "text"}, ...]}."""
+    if "generated_answer" not in row:
+        raise UserError(f"{run}: {row['question'][:80]!r} has no 'generated_answer'; name runs of bin/evaluate_rqa")
+    found = [parse_document(value, f"{run}: field 'retrieved_docs'") for value in row.get("retrieved_docs", ())]
+    names = [str(document.metadata.get("title") or document.metadata.get("source", "")) for document in found]
+    passages = [{"title": name, "text": document.page_content} for name, document in zip(names, found, strict=True)]
+    return {"answer": row["generated_answer"], "passages": passages}
 
 
 def compare(pairs: Sequence[tuple[Row, Row]]) -> list[Difference]:

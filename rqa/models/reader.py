@@ -90,6 +90,7 @@ def generate(
         return scores.masked_fill(spoiled[-1][:, None], 0)  # or CUDA would fail to sample
 
     def stop(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
+        assert look
         ended = look([until_end(ids, config.eos_token_id) for ids in tokens[:, start:].tolist()])
         return torch.tensor(ended, device=tokens.device)
 

@@ -12,6 +12,7 @@ from typing import IO, Any
 from rqa.data import Document, Example, iterate_examples
 from rqa.documents import iterate_documents
 from rqa.preparation.chunking import Seen
+from rqa.preparation.feedback import read_feedback
 from rqa.preparation.layouts import BLANK, JSONL, LAYOUTS, passage
 from rqa.preparation.reading import read_rows, read_table
 from rqa.runtime.cli import progress
@@ -22,7 +23,7 @@ JUDGED = {  # folders: a corpus, and for each split the questions and which pass
     "beir": ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"),
     "msmarco_passages": ("collection.tsv", "queries.*.tsv", "qrels.*.tsv"),
 }
-READABLE = sorted([*LAYOUTS, *JUDGED])
+READABLE = sorted([*LAYOUTS, *JUDGED, "feedback"])
 WRITABLE = sorted([*LAYOUTS, "beir"])
 
 
@@ -30,8 +31,9 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
     """Convert files to `documents.jsonl` and, for each split, `SPLIT_w_qa.jsonl`, or `SPLIT_w_q.jsonl` without answers.
 
     Unanswerable questions get `no_answer` as their answer; without it they are left out. Returns counts of all that.
+    People's ratings ("feedback") become both files, and no documents.
     """
-    ending = "w_qa" if layout in LAYOUTS and LAYOUTS[layout].answers else "w_q"
+    ending = "_w_qa" if layout in LAYOUTS and LAYOUTS[layout].answers else "_w_q" if layout != "feedback" else ""
     counts: Counter[str] = Counter()
     seen = Seen()
     with _writing(directory) as (write, written):
@@ -49,7 +51,7 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
             else:
                 counts[f"questions of {split}"] += 1
                 item = replace(item, gold_answer=no_answer) if item.gold_answer == "" else item
-                write(f"{split}_{ending}.jsonl", item.to_json())
+                write(f"{split}{ending}.jsonl", item.to_json())
         if not written:
             left_out = "".join(f"; {count} {what}" for what, count in counts.items())
             raise UserError(f"{paths[0]}: holds no rows to write{left_out}")
@@ -109,7 +111,9 @@ def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Docume
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
         raise UserError(f"--input_path: two files are called {twice[0]}, which names the split")
     for stem, path in zip(stems, paths, strict=True):
-        for row in read_rows(path, LAYOUTS[layout].key):
+        if layout == "feedback":
+            yield from read_feedback(path, stem)
+        for row in read_rows(path, LAYOUTS[layout].key) if layout in LAYOUTS else ():
             yield from ((stem, item) for item in LAYOUTS[layout].read(row))
 
 

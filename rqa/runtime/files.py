@@ -233,6 +233,35 @@ def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
+def append_line(path: str | Path, row: dict[str, Any]) -> None:
+    """Add one JSON object to the end of a file, as a line that is synced; if that fails, the file is as it was.
+
+    The file is made if absent. Threads and processes take turns. What a crash left without a line's end gets one.
+    """
+    line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
+    descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
+    try:
+        with suppress(OSError):  # some network file systems have no locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        size = os.fstat(descriptor).st_size
+        try:
+            if size and os.pread(descriptor, 1, size - 1) != b"\n":
+                line = b"\n" + line
+            while line:  # a disk that is nearly full takes a part
+                line = line[os.write(descriptor, line) :]
+            os.fsync(descriptor)
+        except BaseException:
+            os.ftruncate(descriptor, size)
+            raise
+        if not size:
+            _sync(Path(path).parent)
+    except OSError as error:  # it does not say which file was refused
+        error.filename = error.filename or str(path)
+        raise
+    finally:
+        os.close(descriptor)
+
+
 def read_json(path: str | Path, kind: type = dict) -> Any:
     """The value in a JSON file, which must be of this kind."""
     try:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import signal
 import stat
 import threading
@@ -13,7 +14,7 @@ import pytest
 
 from rqa.evaluation.results import write_results
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import atomic_directory, claim, damage, read_jsonl, write_json, write_jsonl
+from rqa.runtime.files import append_line, atomic_directory, claim, damage, read_jsonl, write_json, write_jsonl
 from rqa.runtime.flags import Arguments
 from rqa.training.checkpoint import promote
 
@@ -188,3 +189,38 @@ def test_a_directory_belongs_to_one_process_until_that_is_killed(tmp_path: Path)
     os.waitpid(child, 0)
     claim(tmp_path)
     claim(tmp_path)
+
+
+def test_lines_of_several_processes_are_whole_and_a_crash_s_half_line_spoils_none(tmp_path: Path) -> None:
+    path, row = tmp_path / "lines.jsonl", {"text": "鹽" * 30_000}
+    children = []
+    for writer in range(4):
+        if not (child := os.fork()):
+            for number in range(20):
+                append_line(path, row | {"line": [writer, number]})
+            os._exit(0)
+        children.append(child)
+    assert [os.waitpid(child, 0)[1] for child in children] == [0] * 4
+    rows = [found for _, found in read_jsonl(path)]
+    assert sorted(found["line"] for found in rows) == [[writer, number] for writer in range(4) for number in range(20)]
+    with path.open("a") as file:
+        file.write('{"no": "end"}')
+    append_line(path, {"after": "it"})
+    assert [found for _, found in read_jsonl(path)][-2:] == [{"no": "end"}, {"after": "it"}]
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    append_line(path, {"first": 1})
+    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:  # a file may grow by 10 bytes: the kernel writes a part, and refuses the rest
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
+        with pytest.raises(OSError, match=r"lines.jsonl"):
+            append_line(path, {"second": "x" * 100})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before
+    append_line(path, {"third": 3})
+    assert [row for _, row in read_jsonl(path)] == [{"first": 1}, {"third": 3}]

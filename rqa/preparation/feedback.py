@@ -1,0 +1,81 @@
+"""What people said of a server's answers, to training examples of readers and of retrievers."""
+
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rqa.data import Document, Example, normalize, parse_example
+from rqa.preparation.reading import Row
+from rqa.prompts import retrieval_query
+from rqa.runtime.files import read_jsonl
+
+
+class Rating(NamedTuple):
+    """What somebody said of one answer."""
+
+    asked: Example
+    answer: str
+    up: bool
+    correction: str  # "" for none
+    time: str
+    passages: list[tuple[bool, Document]]  # true: gold, false: a hard negative
+
+
+def parse_rating(values: dict[str, Any], where: str) -> Rating:
+    """Check a decoded row of a feedback file; `where` is file and line, for the error."""
+    row, asked = Row(values, where), parse_example(values, where)[0]
+    for name in ("question", "generated_answer"):
+        if not row.text(name).strip():
+            raise row.wrong(name, "a text that is not blank")
+    if row.text("rating") not in ("1", "-1"):
+        raise row.wrong("rating", "1 or -1")
+    up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
+    for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
+        mark = shown.values.get
+        if mark("rejected") or mark("helpful") or (mark("clicked") and up) or (mark("cited") and (up or correction)):
+            passages.append((not mark("rejected"), document))
+    return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
+
+
+def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
+    """Yield examples of `STEM_w_qa` (for readers) and `STEM_w_q` (for retrievers); beside "", what is to be counted.
+
+    Of several ratings of an answer, or judgements of a passage for one question, the latest holds.
+    """
+    groups: defaultdict[str, list[Rating]] = defaultdict(list)
+    for line, row in read_jsonl(path):
+        rating = parse_rating(row, f"{path}:{line}")
+        groups[normalize(retrieval_query(rating.asked))].append(rating)
+    for ratings in groups.values():
+        ratings.sort(key=lambda rating: rating.time)
+        latest = {rating.answer: rating for rating in ratings}
+        kept = [rating for rating in ratings if latest[rating.answer] is rating]
+        worth: dict[str, int] = {}  # 2: somebody wrote this answer, 1: it was rated up, 0: down; the latest comes last
+        judged: defaultdict[tuple[str, str], list[tuple[bool, Document]]] = defaultdict(list)
+        for rating in kept:
+            for text, value in ((rating.answer, int(rating.up)), (rating.correction, 2)):
+                worth.pop(text, None)
+                worth[text] = value
+            for is_gold, document in rating.passages:
+                judged[document.key].append((is_gold, document))
+        answers = sorted((text for text in reversed(worth) if text and worth[text]), key=lambda text: -worth[text])
+        gold, negative = (tuple(d for *_, (last, d) in judged.values() if last == is_gold) for is_gold in (True, False))
+        example = Example(kept[-1].asked.question, gold, chat_history=kept[-1].asked.chat_history)
+        verdicts = {(rating.answer, rating.up, rating.correction) for rating in ratings}
+        counts = {
+            "ratings": len(ratings),
+            "repeated ratings": len(ratings) - len(verdicts),
+            "answers rated both up and down": len({verdict[:2] for verdict in verdicts}) - len(latest),
+            "questions with different corrections": len({verdict[2] for verdict in verdicts} - {""}) > 1,
+            "passages both gold and rejected": sum(len({kind for kind, _ in each}) > 1 for each in judged.values()),
+            "answers rated down without a correction": sum(not (rating.up or rating.correction) for rating in kept),
+            f"questions without a right answer left out of {stem}_w_qa": not answers,
+            f"questions without a gold passage left out of {stem}_w_q": not gold,
+        }
+        yield from (("", what) for what, count in counts.items() for _ in range(count))
+        if answers:
+            yield f"{stem}_w_qa", replace(example, gold_answer=answers[0], other_answers=tuple(answers[1:]))
+        if gold:
+            yield f"{stem}_w_q", replace(example, hard_neg_docs=negative)

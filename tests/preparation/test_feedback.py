@@ -1,0 +1,146 @@
+"""Ratings become what readers and retrievers train on, and what they contradict is told."""
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+from trainers import Train
+
+from rqa.data import Document, Example, iterate_examples, read_examples
+from rqa.preparation.convert import read_layout
+
+A, B, C = (Document(text, {"source": text}) for text in ("copper", "wool", "amber"))
+Rating = dict[str, Any]
+
+
+def rated(
+    rating: int, answer: str = "one", correction: str | None = None, question: str = "q", documents: Any = (A, B, C),
+    **marked: tuple[Document, ...],
+) -> Rating:  # fmt: skip
+    """A line in which passages are marked, as `cited=(A,)`."""
+    shown = [d.to_json() | {name: d in those for name, those in marked.items()} for d in documents]
+    return {"question": question, "chat_history": [], "ctxs": shown, "generated_answer": answer, "rating": rating,
+            "corrected_answer": correction, "model": "m"}  # fmt: skip
+
+
+def convert(folder: Path, *rows: Rating) -> tuple[dict[str, int], list[Example], list[Example]]:
+    """What is counted, the examples for readers, and those for retrievers."""
+    timed = [{"time": f"2026-01-{day:02}"} | row for day, row in enumerate(rows, start=1)]
+    (folder / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timed))
+    counts = read_layout("feedback", [folder / "feedback.jsonl"], folder / "data")
+    return counts, *(
+        list(iterate_examples(folder / f"data/feedback_{kind}.jsonl"))
+        if (folder / f"data/feedback_{kind}.jsonl").exists()
+        else []
+        for kind in ("w_qa", "w_q")
+    )
+
+
+ANSWERS: list[tuple[list[Rating], list[str]]] = [  # the gold answer, then the others
+    ([rated(1)], ["one"]),
+    ([rated(-1, correction="two")], ["two"]),
+    ([rated(1, correction="two")], ["two", "one"]),
+    ([rated(1), rated(-1, "three", "two")], ["two", "one"]),
+    ([rated(-1, "three", "two"), rated(1)], ["two", "one"]),
+    ([rated(-1, "three", "two"), rated(-1, "four", "five")], ["five", "two"]),
+    ([rated(-1, correction="two"), rated(-1, correction="three")], ["three"]),  # the latest rating of an answer
+    ([rated(-1, correction="two"), rated(1)], ["one"]),
+    ([rated(1), rated(-1)], []),
+    ([rated(-1, correction="two"), rated(-1, "two")], []),
+    ([rated(1), rated(1, "two", question=" Q ")], ["two", "one"]),
+]
+
+
+@pytest.mark.parametrize(("rows", "answers"), ANSWERS)
+def test_corrections_are_gold_answers_before_approved_ones_and_the_latest_rating_of_an_answer_holds(
+    rows: list[Rating], answers: list[str], tmp_path: Path
+) -> None:
+    helpful = rated(-1, "of another question", question="r", helpful=(C,))  # so that there is something to write
+    _, found, _ = convert(tmp_path, *rows, helpful)
+    assert [[each.gold_answer, *each.other_answers] for each in found] == [answers] * bool(answers)
+
+
+PASSAGES: list[tuple[list[Rating], tuple[Document, ...], tuple[Document, ...]]] = [  # gold ones, hard negatives
+    ([rated(1, cited=(A,), clicked=(B,))], (A, B), ()),
+    ([rated(-1, cited=(A,), clicked=(B,), helpful=(C,))], (C,), ()),
+    ([rated(-1, correction="two", cited=(A,), clicked=(B,), rejected=(C,))], (A,), (C,)),
+    ([rated(1, cited=(A, B), rejected=(B,))], (A,), (B,)),
+    ([rated(1, cited=(A,)), rated(-1, "two", rejected=(A,), helpful=(B,))], (B,), (A,)),
+    ([rated(-1, "two", rejected=(A,)), rated(1, cited=(A,))], (A,), ()),
+    ([rated(1, cited=(A,)), rated(1, clicked=(B,))], (B,), ()),  # another rating of the same answer
+]
+
+
+@pytest.mark.parametrize(("rows", "gold", "negative"), PASSAGES)
+def test_what_a_right_answer_cites_and_what_helps_is_gold_and_what_is_rejected_a_hard_negative(
+    rows: list[Rating], gold: tuple[Document, ...], negative: tuple[Document, ...], tmp_path: Path
+) -> None:
+    *_, (example,) = convert(tmp_path, *rows)
+    assert (example.gold_docs, example.hard_neg_docs, example.gold_answer) == (gold, negative, None)
+
+
+def test_repeats_conflicts_and_what_is_left_out_are_counted(tmp_path: Path) -> None:
+    rows = [
+        rated(1, cited=(A,)), rated(1, cited=(A,)), rated(-1, rejected=(A,)),  # the third one holds
+        rated(-1, "two", "right", helpful=(A,)), rated(-1, "three", "also right"),
+        rated(1, question="without a passage"), rated(-1, question="without anything"),
+    ]  # fmt: skip
+    counts, for_readers, for_retrievers = convert(tmp_path, *rows)
+    assert counts == {
+        "ratings": 7, "repeated ratings": 1, "answers rated both up and down": 1, "passages both gold and rejected": 1,
+        "questions with different corrections": 1, "answers rated down without a correction": 2,
+        "questions of feedback_w_qa": 2, "questions without a right answer left out of feedback_w_qa": 1,
+        "questions of feedback_w_q": 1, "questions without a gold passage left out of feedback_w_q": 2,
+    }  # fmt: skip
+    assert (len(for_readers), len(for_retrievers)) == (2, 1)
+
+
+def test_the_times_decide_and_not_the_order_of_the_lines(tmp_path: Path) -> None:
+    rows = [row for rows, *_ in PASSAGES for row in rows]
+    rows = [{"time": f"2026-01-{day:02}"} | row for day, row in enumerate(rows, start=10)]
+    counts, *examples = convert(tmp_path, *rows)
+    assert convert(tmp_path, *random.Random(0).sample(rows, len(rows))) == (counts, *examples)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps(rated(-1)), "feedback.jsonl: holds no rows to write; 1 ratings; 1 answers rated down without"),
+        (json.dumps(rated(2)), "feedback.jsonl:1: field 'rating' must be 1 or -1"),
+        (json.dumps(rated(1) | {"generated_answer": None}), "feedback.jsonl:1: field 'generated_answer' is missing"),
+        (json.dumps(rated(1) | {"ctxs": [3]}), "feedback.jsonl:1: field 'ctxs'"),
+        ('{"question": "cut sho', "feedback.jsonl:1: not valid JSON"),
+    ],
+)  # fmt: skip
+def test_a_file_without_anything_to_train_on_is_refused_in_one_line(
+    text: str, message: str, refused: Any, tmp_path: Path
+) -> None:
+    (tmp_path / "feedback.jsonl").write_text(text)
+    line = ["--from_format", "feedback", "--input_path", tmp_path / "feedback.jsonl", "--output_dir", tmp_path / "data"]
+    refused(message, "convert_dataset", *line)
+    assert not (tmp_path / "data").exists() or not any((tmp_path / "data").iterdir())
+
+
+def test_both_trainers_take_a_step_on_ratings_and_validate_finds_their_passages(
+    documents: list[Document], examples: list[Example], data: Path, train: Train, run_line: Any, tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    marks = [{"cited": example.gold_docs, "rejected": (documents[3],)} for example in examples[:3]]
+    rows = [
+        rated(1, str(example.gold_answer), None, example.question, documents[:4], **marked)
+        for example, marked in zip(examples, [*marks, {}], strict=False)  # the last one has no gold passage
+    ]
+    convert(tmp_path, *rows)
+    readers, retrievers = (tmp_path / f"data/feedback_{kind}.jsonl" for kind in ("w_qa", "w_q"))
+    assert (len(read_examples(readers, answers=True)), len(read_examples(retrievers))) == (4, 3)
+    once: dict[str, Any] = {"max_steps": 1, "eval_file": None, "test_file": None}
+    train("train_swr", train_file=readers, output_dir=tmp_path / "reader", **once)
+    train("train_ctl", train_file=retrievers, output_dir=tmp_path / "retriever", num_hard_negatives=1, **once)
+    for name in ("reader", "retriever"):
+        assert (tmp_path / name / "model.safetensors").exists()
+    capsys.readouterr()
+    database = ["--document_path", data / "documents.jsonl"]
+    assert run_line("convert_dataset", "--validate", "true", *database, "--train_file", readers) == 0
+    assert "3 of 3 gold passages (100.0%) are in the database" in capsys.readouterr().out
