@@ -1,6 +1,8 @@
 """A small OpenAI-compatible server over real sockets, whose misbehaviour is chosen request by request."""
 
 import asyncio
+import json
+import re
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -35,6 +37,8 @@ class OpenAIServer:
         self.models = ["tiny"]
         self.key: str | None = None
         self.delay = 0.0  # seconds that every completion takes
+        self.pause = 0.0  # seconds behind each part of a stream
+        self.streamed = 0  # parts of streams that were sent
         self.at_once = self.most_at_once = 0  # requests for completions that are in work
         self.say: Callable[[list[Json]], str] = lambda messages: f"You said: {messages[-1]['content']}"
         self.complete: Callable[[Json], Json] = lambda body: {}
@@ -60,10 +64,23 @@ class OpenAIServer:
             if path == "completions":
                 return JSONResponse(await asyncio.to_thread(self.complete, body))
             text = self.say(body["messages"])
+            if body.get("stream"):
+                return StreamingResponse(self.stream(text), media_type="text/event-stream")
             choice = {"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": "stop"}
             return JSONResponse({"choices": [choice], "usage": {"completion_tokens": len(text.split())}})
         finally:
             self.at_once -= 1
+
+    async def stream(self, text: str) -> AsyncIterator[str]:
+        """The events of a reply, word by word."""
+        words = re.findall(r"\s*\S+", text)
+        for number in range(len(words) + 1):
+            delta, ended = ({"content": words[number]}, None) if number < len(words) else ({}, "stop")
+            yield event({"choices": [{"index": 0, "delta": delta, "finish_reason": ended}]})
+            self.streamed += 1
+            await asyncio.sleep(self.pause)
+        yield event({"choices": [], "usage": {"prompt_tokens": 7, "completion_tokens": len(words)}})
+        yield "data: [DONE]\n\n"
 
     def of(self, path: str) -> list[Json]:
         """The bodies of the requests to a path."""
@@ -73,6 +90,10 @@ class OpenAIServer:
     def questions(self) -> list[str]:
         """The last message of each conversation so far."""
         return [body["messages"][-1]["content"] for body in self.of("chat/completions")]
+
+
+def event(value: Json) -> str:
+    return f"data: {json.dumps(value)}\n\n"
 
 
 def error(status: int, message: str, **extra: str) -> JSONResponse:

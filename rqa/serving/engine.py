@@ -157,7 +157,7 @@ class Engine:
     async def reply(
         self, example: Example, passages: Sequence[Document], settings: Settings = Settings()
     ) -> AsyncIterator[Reply]:
-        """The answer as it grows, the last time with why it ended; `DoesNotFit` if no prompt does.
+        """The answer as it grows, empty once it is accepted, at last with why it ended; `DoesNotFit` if no prompt does.
 
         Close it (`aclosing`) when nobody waits for it any more. A text that a stop string may begin in is held back.
         """
@@ -172,7 +172,7 @@ class Engine:
                 if ends := [place for text in settings.stop if (place := reply.text.find(text)) >= 0]:
                     reply = replace(reply, text=reply.text[: min(ends)], ended="stop")
                 elif not reply.ended:
-                    reply = replace(reply, text=reply.text[: len(reply.text) - hold])
+                    reply = replace(reply, text=reply.text[: max(len(reply.text) - hold, 0)])
                 if reply.ended:
                     break
                 yield reply
@@ -200,6 +200,7 @@ class Engine:
         done = asyncio.create_task(self._generating(job))
         done.add_done_callback(lambda _: replies.put_nowait(None))
         try:
+            yield Reply()
             while reply := await replies.get():
                 yield reply
             await done

@@ -1,0 +1,69 @@
+"""A served system with a tiny reader, over real sockets."""
+
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvicorn
+from openai_server import OpenAIServer
+
+from rqa.data import Document
+from rqa.models.encoder import load_encoder
+from rqa.recipe.system import Reader, ReaderArguments, load_reader
+from rqa.retrieval.retriever import Retriever
+from rqa.serving.app import Api, App
+from rqa.serving.engine import Engine
+from rqa.serving.feedback import Feedback
+
+
+@pytest.fixture
+def reader(lm_path: str) -> Reader:
+    flags = ReaderArguments(max_seq_length=500, max_new_tokens=24, dtype="float32", chat_format="template")
+    return load_reader(lm_path, flags)
+
+
+@pytest.fixture
+def api(reader: Reader, encoder_path: str, documents: list[Document], tmp_path: Path) -> Api:
+    encoder = load_encoder(encoder_path)
+    retriever = Retriever(encoder, documents).open()
+    return Api(Engine(retriever, reader), Feedback(tmp_path / "feedback.jsonl", documents), 3, "tiny", "small", encoder)
+
+
+@pytest.fixture
+def remote(api: Api, server: OpenAIServer) -> Api:
+    """The same with a reader behind another server, which says what a test wants."""
+    api.engine.reader = load_reader(f"openai::{server.url}")
+    return api
+
+
+@contextmanager
+def serving(app: Any) -> Iterator[str]:
+    """Serve from a thread; the URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
+    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = server.force_exit = True
+        thread.join(10)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., str]]:
+    """Serve an application until the test ends; its URL."""
+    with ExitStack() as stack:
+        yield lambda app: stack.enter_context(serving(app))
+
+
+@pytest.fixture
+def url(api: Api, serve: Callable[..., str]) -> str:
+    return serve(App(api.routes(), api.engine.metrics))
