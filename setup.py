@@ -33,9 +33,14 @@ EXTRAS = {
         "lxml_html_clean>=0.4",  # trafilatura needs it by an extra of lxml that an older pip does not find
         "pypdf>=5",  # the text of a PDF; pure Python under a BSD licence, where PyMuPDF is AGPL
     ],
+    "serve": [
+        "starlette>=0.40",  # the routes of bin/serve
+        "uvicorn>=0.30",  # its sockets
+    ],
     "test": [
-        "starlette>=0.40",  # the OpenAI-compatible server of the tests
-        "uvicorn>=0.30",  # serves it over real sockets
+        "starlette>=0.40",  # what the extra `serve` brings; the OpenAI-compatible server of the tests, too
+        "uvicorn>=0.30",
+        "selenium>=4.20",  # the page in a browser, where chromium and chromedriver are installed
         "pytest>=8",  # the test suite
         "pytest-xdist>=3.7",  # runs it on two cores
         "setuptools>=70.1",  # builds the wheel of a test by itself; older ones need the package `wheel`
@@ -74,7 +79,7 @@ setup(
     license="MIT",
     python_requires=">=3.11",  # as transformers 5.23
     packages=find_namespace_packages(include=["rqa", "rqa.*"]),
-    package_data={"rqa.evaluation": ["report.html"]},
+    package_data={"rqa.evaluation": ["report.html"], "rqa.serving": ["page.html"]},
     scripts=sorted(str(path) for path in Path("bin").iterdir() if path.is_file()),
     install_requires=REQUIRED,
     extras_require=EXTRAS,

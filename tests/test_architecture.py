@@ -25,7 +25,7 @@ LEVELS = [["recipe"], ["serving"], ["evaluation", "preparation"], ["endpoint"], 
           ["training", "retrieval"], ["models"], ["packing"], ["prompts"], ["documents"], ["data"],
           ["runtime"]]  # fmt: skip
 OPTIONAL = ["flash_attn", "peft", "wandb", "tensorboard", "trackio", "gguf", "sentence_transformers", "trl",
-            "trafilatura", "pypdf", "torchao", "pymilvus"]  # fmt: skip
+            "trafilatura", "pypdf", "torchao", "pymilvus", "starlette", "uvicorn"]  # fmt: skip
 
 
 def module(path: Path) -> str:
@@ -83,7 +83,7 @@ def test_every_benchmark_can_be_imported_without_its_peers(monkeypatch: pytest.M
 
 
 def test_importing_rqa_is_quick_and_no_module_needs_an_optional_package_or_waits_for_a_slow_one() -> None:
-    later = ("rqa.endpoint.client", "rqa.retrieval.milvus")  # imported when a server is asked
+    later = ("rqa.endpoint.client", "rqa.retrieval.milvus", "rqa.serving.app")  # imported for a server, or as one
     names = [name for name in MODULES if name not in later]
     code = f"""
 import importlib, sys

@@ -29,7 +29,7 @@ def test_swr_from_a_json_file_leaves_all_that_the_architecture_promises_and_resu
     flags = trainer_flags(
         "train_swr", eval_steps=2, save_steps=2, write_predictions=True, embedding_max_num_to_retrieve=2,
         gold_position="random", drop_gold_prob=0.3, gradient_accumulation_steps=2, gradient_checkpointing=True,
-        retriever="hybrid", fusion="weighted", recall_at=[1, 2], evaluation_strategy="steps", learning_rate=1e-2,
+        retriever="hybrid", recall_at=[1, 2], evaluation_strategy="steps", learning_rate=1e-2,
         full_dataset_index_path=tmp_path / "index",
     )  # fmt: skip
 
@@ -46,7 +46,7 @@ def test_swr_from_a_json_file_leaves_all_that_the_architecture_promises_and_resu
     arguments = written(output, "all_args.json")
     assert (arguments["metric_for_best_model"], arguments["recall_at"]) == ("loss", [1, 2])
     log = (output / "train.log").read_text()
-    assert "the best of 4 questions" in log  # those of --eval_file decide the fusion's weight
+    assert "chosen by 4 questions" in log  # those of --eval_file decide the fusion's weight
     assert "4 questions choose the best model, but by chance" in log
     entries = written(output, "trainer_state.json")["log_history"]
     assert [entry["step"] for entry in entries if "eval_loss" in entry] == [2, 4]

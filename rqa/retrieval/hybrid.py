@@ -3,7 +3,7 @@
 import logging
 from array import array
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -15,7 +15,7 @@ from rqa.data import Document, Example, read_examples
 from rqa.documents import PRINT, Places, keys_of, passages_of, prints, with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
-from rqa.retrieval.fusion import choose_weight, reciprocal_rank_fusion, weighted_sum
+from rqa.retrieval.fusion import USUAL, choose_weight, reciprocal_rank_fusion, weighted_sum
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
 from rqa.retrieval.reranking import RerankingArguments, reranking
@@ -30,6 +30,12 @@ from rqa.runtime.text import words
 log = logging.getLogger(__name__)
 
 DEPTH = 100  # candidates that each retriever brings
+# What questions are asked with: rare in passages, these words would count for much.
+ASKING = frozenset(words(
+    "a an and any are as at be by can could do does did for from had has have how i if in is it its me my not of on or "
+    "our should so some that the their them there these they this those to us was we were what when where which who "
+    "whose why will with would you your"
+))  # fmt: skip
 AT_ONCE = 2**21  # words of documents whose scores are computed together
 FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
 
@@ -39,19 +45,21 @@ class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """Which retriever finds the passages."""
 
     retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag("rrf", "How hybrid fuses both: by ranks, or a weighted sum.", ["rrf", "weighted"], rare=True)
+    fusion: str = flag("weighted", "How hybrid fuses: a weighted sum, or by ranks.", ["weighted", "rrf"], rare=True)
     fusion_weight: float | None = flag(
-        None, "Dense share of the sum. Default: the best on --fusion_eval_path, or a trainer's --eval_file.", rare=True
-    )
+        None, "Dense share of the sum. Default: chosen on --fusion_eval_path, or a trainer's questions, else 0.75.",
+        rare=True,
+    )  # fmt: skip
     fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
     fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("fusion_weight", at_least=0, at_most=1)
         if self.fusion_weight is not None and self.fusion != "weighted":
-            raise UserError("--fusion_weight: reciprocal ranks have no weight; add --fusion weighted")
-        if self.fusion != "rrf" and self.retriever != "hybrid":
-            raise UserError(f"--fusion {self.fusion}: there is nothing to fuse; add --retriever hybrid")
+            raise UserError("--fusion_weight: reciprocal ranks have no weight; leave out --fusion rrf")
+        for name in ("fusion", "fusion_weight", "fusion_eval_path"):
+            if getattr(self, name) != getattr(RetrieverArguments, name) and self.retriever != "hybrid":
+                raise UserError(f"--{name} {getattr(self, name)}: there is nothing to fuse; add --retriever hybrid")
 
 
 def open_retriever(
@@ -74,28 +82,28 @@ def open_retriever(
     if flags.fusion_eval_path:
         examples = with_known_gold(read_examples(flags.fusion_eval_path), documents)
     chosen_by = [example for example in examples if example.gold_docs]
-    if flags.fusion == "weighted" and flags.fusion_weight is None and not chosen_by:
-        chosen = "questions with gold passages that choose it (--fusion_eval_path, or a trainer's --eval_file)"
-        raise UserError(f"--fusion weighted: give --fusion_weight, or {chosen}")
+    if flags.fusion_eval_path and not chosen_by:
+        raise UserError(f"--fusion_eval_path {flags.fusion_eval_path}: its questions have no gold passages")
     dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
         return behind(dense)
-    weight = 0.5 if flags.fusion_weight is None else flags.fusion_weight
+    weight = USUAL if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
-    if flags.fusion == "weighted" and flags.fusion_weight is None:
+    if flags.fusion == "weighted" and flags.fusion_weight is None and chosen_by:
         places = Places(keys_of(documents))
         gold = [{*places(keys_of(example.gold_docs)).tolist()} - {-1} for example in chosen_by]
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
-        log.info("--fusion_weight %.2f: the best of %d questions", hybrid.weight, len(chosen_by))
+        log.info("--fusion_weight %.2f: chosen by %d questions", hybrid.weight, len(chosen_by))
     return behind(hybrid)
 
 
 class LexicalRetriever(PassageRetriever):
     """BM25 as Lucene computes it (Robertson & Zaragoza 2009), over the words of the documents' formatted text.
 
-    Stop words and a stemmer would tie it to one language. Scripts without spaces count by characters and pairs of them:
-    titles find 0.58 of 1179 Chinese manual pages at rank 1, by characters alone 0.54 (Japanese: 0.56 and 0.48 of 788).
+    The words that English asks with are left out of questions. Scripts without spaces count by
+    characters and pairs of them: titles find 0.58 of 1179 Chinese manual pages at rank 1, by characters alone 0.54
+    (Japanese: 0.56 and 0.48 of 788).
 
     What shares no word with the question is not found at all; equal scores are ranked by position in the database.
     """
@@ -103,7 +111,7 @@ class LexicalRetriever(PassageRetriever):
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
         self.documents = documents
         # Give this another name when `words` changes: an index of the former words would be opened.
-        method = "bm25 of words and pairs 2", str(k1), str(b)
+        method = "bm25 of words and pairs 3", str(k1), str(b)
         self._identity = fingerprint(*method, passages_of(documents).tobytes())
         directory = cache_root() / "bm25" / self._identity
         if distributed.is_main() and damage(directory):
@@ -117,7 +125,7 @@ class LexicalRetriever(PassageRetriever):
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
-            wanted = prints((word,) for word in words(question, pairs=True))
+            wanted = prints((term,) for term in terms(question, ASKING))
             places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
             scores = np.zeros(len(self.documents), np.float32)  # [N]
             for column in self._columns[places[self._words[places] == wanted]]:
@@ -131,6 +139,13 @@ class LexicalRetriever(PassageRetriever):
         return self._identity
 
 
+def terms(text: str, but: Set[str] = frozenset()) -> list[str]:
+    """The words that are counted, without the s of a plural; and without some, if others are left."""
+    found = words(text, pairs=True)
+    kept = [word for word in found if word not in but] or found
+    return [word[:-1] if len(word) > 3 and word[-1] == "s" != word[-2] else word for word in kept]
+
+
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
     """Write each word's share of the documents' scores, and where each word is.
 
@@ -141,7 +156,7 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
     with TemporaryFile(dir=directory) as scratch:
         for number, document in enumerate(progress(documents, desc="BM25 index", unit="document")):
             # A document without words holds "", for which nobody asks: an empty file cannot be mapped.
-            found = words(document.fmt_content, pairs=True) or [""]
+            found = terms(document.fmt_content) or [""]
             lengths.append(len(found))
             scratch.write(array("q", [vocabulary[word] << 32 | number for word in found]))
         scratch.flush()
@@ -168,12 +183,12 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
 
 @dataclass(eq=False)
 class HybridRetriever(PassageRetriever):
-    """Two retrievers over one database, their lists fused by `reciprocal_rank_fusion` (rrf) or `weighted_sum`."""
+    """Two retrievers over one database, their lists fused by `weighted_sum` or `reciprocal_rank_fusion` (rrf)."""
 
     dense: PassageRetriever
     lexical: PassageRetriever
-    fusion: str = "rrf"
-    weight: float = 0.5
+    fusion: str = "weighted"
+    weight: float = USUAL
     normalization: str = "min_max"
 
     def __post_init__(self) -> None:

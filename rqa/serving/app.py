@@ -21,37 +21,27 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from rqa.data import Example, Turn
+from rqa.data import Example
 from rqa.endpoint.client import Refused
+from rqa.endpoint.requests import BadRequest, UnknownModel, conversation, known_model, need, number, settings, texts
 from rqa.prompts import DoesNotFit, retrieval_query
-from rqa.runtime.errors import UserError, one_line
+from rqa.runtime.errors import one_line
 from rqa.runtime.text import parse_json
 from rqa.serving.comparison import Comparison
 from rqa.serving.engine import Busy, Engine, Found, Settings
-from rqa.serving.feedback import BadRequest, Feedback
+from rqa.serving.feedback import Feedback
 from rqa.serving.metrics import Metrics
 from rqa.serving.sources import cite, passage_of
 
 log = logging.getLogger(__name__)
 
 STARTED = int(time.time())
-ROLES = ("system", "developer", "user", "assistant")
-LONGEST_BODY, MOST_TEXTS = 2**24, 4096  # bytes, and texts in a field
-# What would change an answer and is not offered, and the values with which nobody asks for it.
-UNSUPPORTED = {"n": [1], "tools": [[]], "functions": [[]], "logprobs": [False], "top_logprobs": [0], "audio": [],
-               "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "modalities": [["text"]],
-               "response_format": [{"type": "text"}]}  # fmt: skip
+LONGEST_BODY, MOST_PASSAGES = 2**23, 2**16  # of a request, in bytes, and of a reply
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
 POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
-
-
-class UnknownModel(UserError):
-    """A name that is no model's here."""
-
-    param = "model"
 
 
 ERRORS: dict[type[Exception], tuple[int, str | None]] = {
@@ -124,62 +114,6 @@ async def body_of(request: Request) -> dict[str, Any]:
         raise HTTPException(400, f"the body must be a JSON object: {one_line(error)}") from None
 
 
-def need(right: bool, param: str, expected: str) -> None:
-    if not right:
-        raise BadRequest(f"'{param}' must be {expected}", param)
-
-
-def number(body: dict[str, Any], name: str, kind: type, low: float, high: float) -> Any:
-    """A number within bounds; None where it is absent."""
-    fits = body.get(name) is None or (type(body[name]) in (int, kind) and low <= body[name] <= high)
-    need(fits, name, f"{'an integer' if kind is int else 'a number'} from {low} to {high}")
-    return body.get(name)
-
-
-def texts(body: dict[str, Any], name: str) -> list[str]:
-    """The text or texts in a field."""
-    found = [body[name]] if isinstance(body.get(name), str) else body.get(name)
-    fits = isinstance(found, list) and 0 < len(found) <= MOST_TEXTS and all(t and isinstance(t, str) for t in found)
-    need(fits, name, f"a text, or a list of 1 to {MOST_TEXTS} texts; none may be empty")
-    return found or []
-
-
-def conversation(messages: Any) -> tuple[Example, Example]:
-    """The question as it is searched with, and as it is read: instructions stand before the first turn of the user."""
-    turns, instructions = list[Turn](), list[str]()
-    need(isinstance(messages, list) and all(isinstance(m, dict) for m in messages), "messages", "a list of objects")
-    for place, message in enumerate(messages):
-        role, parts = message.get("role"), message.get("content") or ""
-        need(role in ROLES, f"messages[{place}].role", ", ".join(ROLES[:-1]) + f" or {ROLES[-1]}")
-        parts = [{"text": parts}] if isinstance(parts, str) else parts
-        fits = isinstance(parts, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in parts)
-        need(fits, f"messages[{place}].content", "a text, or a list of texts")
-        text = "\n".join(part["text"] for part in parts)
-        if role in ROLES[:2]:
-            instructions.append(text)
-        elif turns and turns[-1].speaker == role:  # chat templates want turns to alternate
-            turns[-1] = Turn(role, f"{turns[-1].message}\n\n{text}")
-        else:
-            turns.append(Turn(role, text))
-    asks = bool(turns) and turns[-1].speaker == "user" and bool(turns[-1].message.strip())
-    need(asks, "messages", "a conversation that ends with a question of the user")
-    searched = Example(turns[-1].message, chat_history=tuple(turns[:-1]))
-    first = next(place for place, turn in enumerate(turns) if turn.speaker == "user")
-    turns[first] = Turn("user", "\n\n".join([*instructions, turns[first].message]))
-    return searched, Example(turns[-1].message, chat_history=tuple(turns[:-1]))
-
-
-def settings_of(body: dict[str, Any]) -> Settings:
-    """How an answer is generated; what is asked for and not offered is refused."""
-    for name, harmless in UNSUPPORTED.items():
-        need(body.get(name) in [None, *harmless], name, "left out: this server does not offer it")
-    limits = [number(body, name, int, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
-    temperature, top_p = number(body, "temperature", float, 0, 2), number(body, "top_p", float, 0.01, 1)
-    if temperature is not None:
-        temperature = round(temperature, 2)  # so low that logits are infinite, it would be no number to divide by
-    return Settings(limits[0] or limits[1], temperature, top_p, tuple(texts(body, "stop")) if body.get("stop") else ())
-
-
 @dataclass
 class Api:
     """Handlers of requests; without a reader's or an encoder's name there is none."""
@@ -203,17 +137,17 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await body_of(request)
         known_model(body, self.reader_name)
-        own, options = ({} if body.get(name) is None else body[name] for name in ("rqa", "stream_options"))
-        need(isinstance(own, dict), "rqa", "an object")
-        need(isinstance(options, dict), "stream_options", "an object")
-        need(body.get("stream") in (None, True, False), "stream", "true or false")
-        base = (self.public_url or str(request.base_url)).rstrip("/")
-        parts = self.answer(*conversation(body.get("messages")), settings_of(body), number(own, "k", int, 1, 100), base)
+        for name, kind, expected in (("rqa", dict, "an object"), ("stream", bool, "true or false")):
+            need(isinstance(body.get(name), kind | None), name, expected)
+        k, base = number(body.get("rqa") or {}, "k", int, 1, 100), str(self.public_url or request.base_url).rstrip("/")
+        parts = self.answer(*conversation(body.get("messages")), Settings(**settings(body)), k or self.k, base)
         whole: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
         whole |= {"created": int(time.time()), "model": self.reader_name}
         if body.get("stream"):
             first = await anext(parts)  # what is wrong until now has a status of its own
-            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, options.get("include_usage"))
+            options = body.get("stream_options")
+            usage = isinstance(options, dict) and options.get("include_usage")
+            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
             return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
         message, ended = {"content": ""}, None
@@ -226,12 +160,12 @@ class Api:
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
     async def answer(
-        self, searched: Example, read: Example, settings: Settings, k: int | None, base: str
+        self, searched: Example, read: Example, settings: Settings, k: int, base: str
     ) -> AsyncIterator[tuple[dict[str, Any], str | None, dict[str, Any]]]:
         """What an answer grows by: a delta of its message, why it ended, and fields beside that."""
         with self.engine.admitted():
             began = time.perf_counter()
-            (found,) = await self.engine.search([retrieval_query(searched)], k or self.k)
+            (found,) = await self.engine.search([retrieval_query(searched)], k)
             retrieved, passages = time.perf_counter(), [described(each, base) for each in found]
             documents, links = [each.document for each in found], [each["url"] for each in passages]
             said, sources = "", {"citations": links, "rqa": {"passages": passages}}
@@ -276,11 +210,12 @@ class Api:
     async def retrieve(self, request: Request) -> Response:
         """What Search-R1's retrieval server answers: the first line of a document's `contents` is its title."""
         body = await body_of(request)
-        queries, k = texts(body, "query" if "query" in body else "queries"), number(body, "topk", int, 1, 1000)
+        queries = texts(body, "query" if "query" in body else "queries")
+        k = number(body, "topk", int, 1, MOST_PASSAGES // len(queries)) or self.k
         with self.engine.admitted():
-            rows, result = await self.engine.search(queries, k or self.k), []
+            rows, result = await self.engine.search(queries, k), []
         for row in rows:
-            shown = [{name: described(each, "")[name] for name in ("id", "title", "text")} for each in row]
+            shown = [described(each, "", ("id", "title", "text")) for each in row]
             shown = [each | {"contents": f'"{one_line(each["title"])}"\n{each["text"]}'} for each in shown]
             scored = [{"document": each, "score": found.score} for each, found in zip(shown, row, strict=True)]
             result.append(scored if body.get("return_scores") else shown)
@@ -290,10 +225,9 @@ class Api:
         name = request.path_params["name"]
         if (document := passage_of(self.engine.retriever.documents, name)) is None:
             raise HTTPException(404, "there is no such passage, or the database has changed")
-        shown = described(Found(0, 0, name, document), "")
+        shown = described(Found(0, 0, name, document), "", ("id", "title", "source", "text"))
         if request.query_params.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
-            kept = {name: shown[name] for name in ("id", "title", "source", "text")}
-            return JSONResponse(kept | {"metadata": document.metadata})
+            return JSONResponse(shown | {"metadata": document.metadata})
         page = PASSAGE.format(**{name: escape(str(value)) for name, value in shown.items()})
         return HTMLResponse(page, headers={"Content-Security-Policy": f"{POLICY}'none'"})
 
@@ -307,7 +241,8 @@ class Api:
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
-        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running})
+        waiting = sum(len(work.waiting) for work in (self.engine._searching, self.engine._generating))
+        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running, "rqa_requests_waiting": waiting})
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
@@ -331,17 +266,12 @@ async def as_events(about: dict[str, Any], first: Any, parts: AsyncIterator[Any]
         yield f"data: {bytes(refusal(error).body).decode()}\n\n"
 
 
-def known_model(body: dict[str, Any], name: str | None) -> None:
-    if name is None or body.get("model") not in (None, name):
-        raise UnknownModel(f"there is no model '{one_line(body.get('model'))}' here; /v1/models lists those that are")
-
-
-def described(found: Found, base: str) -> dict[str, Any]:
-    """A passage that was found, as JSON has it."""
-    about, text = found.document.metadata, found.document.page_content
-    title, source = (str(about.get(name) or "") for name in ("title", "source"))
-    shown = {"id": found.id, "title": title or source or found.id, "source": source, "text": text}
-    return shown | {"score": found.score, "rank": found.rank, "url": f"{base}/passages/{found.id}"}
+def described(found: Found, base: str, names: Sequence[str] = ()) -> dict[str, Any]:
+    """A passage that was found, as JSON has it; all of these fields, or some."""
+    title, source = (str(found.document.metadata.get(name) or "") for name in ("title", "source"))
+    shown = {"id": found.id, "title": title or source or found.id, "source": source}
+    shown |= {"text": found.document.page_content, "score": found.score, "rank": found.rank}
+    return {name: shown[name] for name in names} or shown | {"url": f"{base}/passages/{found.id}"}
 
 
 def page_routes(mode: str) -> list[Route]:

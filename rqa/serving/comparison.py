@@ -4,11 +4,11 @@ from datetime import UTC, datetime
 from typing import Any
 
 from rqa.data import parse_example
+from rqa.endpoint.requests import BadRequest
 from rqa.evaluation.comparison import pair, read_predictions, shown
 from rqa.evaluation.ratings import rated, read_ratings
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import append_line, fingerprint
-from rqa.serving.feedback import BadRequest
 
 
 class Comparison:

@@ -129,7 +129,7 @@ class Engine:
     def admitted(self) -> Iterator[None]:
         """Around a request: `Busy` if too many are here."""
         if self.running >= self.max_queue:
-            raise Busy
+            raise Busy(f"{self.running} requests are running or waiting; try again")
         self.running += 1
         try:
             yield

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from rqa.data import Document
+from rqa.endpoint.requests import BadRequest
 from rqa.preparation.feedback import parse_rating
 from rqa.preparation.reading import Row
 from rqa.runtime.errors import UserError
@@ -13,14 +14,6 @@ from rqa.runtime.files import append_line
 from rqa.serving.sources import cite, passage_of
 
 MARKS = ("clicked", "helpful", "rejected")  # what a person did with a passage, or thinks of it
-
-
-class BadRequest(UserError):
-    """What is wrong with a request, and in which of its fields."""
-
-    def __init__(self, message: str, param: str) -> None:
-        super().__init__(message)
-        self.param = param
 
 
 class Feedback:

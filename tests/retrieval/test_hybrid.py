@@ -23,10 +23,15 @@ QUESTIONS = ["What does Arlen trade in?", "when was BRASK founded", "amber amber
 
 
 def expected_scores(question: str, texts: list[str], k1: float = 1.2, b: float = 0.75) -> list[float]:
-    """Lucene's BM25 as Kamphuis et al. (2020) print it."""
-    documents = [re.findall(r"\w+", text.lower()) for text in texts]
+    """Lucene's BM25 as Kamphuis et al. (2020) print it, of words without a plural's s."""
+
+    def counted(text: str) -> list[str]:
+        return [re.sub(r"(?<=\w\w[^s])s$", "", word) for word in re.findall(r"\w+", text.lower())]
+
+    question = re.sub(r"(?i)\b(what|does|in|when|was)\b", "", question)
+    documents = [counted(text) for text in texts]
     mean, scores = sum(map(len, documents)) / len(documents), [0.0] * len(texts)
-    for word in re.findall(r"\w+", question.lower()):
+    for word in counted(question):
         holding = sum(word in words for words in documents)
         idf = math.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5))
         for i, words in enumerate(documents):
@@ -58,6 +63,11 @@ def test_documents_are_ranked_by_bm25_and_those_without_a_common_word_are_not_fo
         (["!?", "word"], ["word", ""], [[1, -1], [-1, -1]]),
         (["东京是日本的首都。", "京都在东边", "喝茶"], ["东京", "茶"], [[0, 1, -1], [2, -1, -1]]),  # pairs decide
         (["e\u0301cole", "ｶﾀｶﾅ", "กรุงเทพ"], ["École", "カタ", "เทพ"], [[0, -1, -1], [1, -1, -1], [2, -1, -1]]),
+        (
+            ["how to", "cats of glass", "a cat's s"],
+            ["how to", "what is a cat?", "GLASS"],
+            [[0, -1, -1], [1, 2, -1], [1, -1, -1]],
+        ),
         (["Die STRASSE nach Köln", "x y z"], ["straße", "KÖLN", "Y"], [[0, -1], [0, -1], [1, -1]]),
     ],
 )
@@ -115,17 +125,21 @@ def test_fusion_is_that_of_plain_loops(weight: float, normalization: str) -> Non
     assert equal.ids.tolist() == [[4, 9]]  # by position
 
 
-def test_the_chosen_weight_is_the_best_of_all() -> None:
+def test_the_chosen_weight_is_the_usual_one_among_those_that_are_as_good_as_the_best() -> None:
     right, wrong = hits([(1, 3.0), (2, 2.0), (0, 1.0)]), hits([(2, 3.0), (0, 2.0), (1, 1.0)])
-    assert hybrid.choose_weight(right, wrong, [{1}]) > 0.5
+    assert hybrid.choose_weight(right, wrong, [{1}]) == hybrid.USUAL
     assert hybrid.choose_weight(wrong, right, [{1}]) < 0.5
-    assert hybrid.choose_weight(right, right, [{1}]) == hybrid.choose_weight(right, wrong, [{99}]) == 0.5
+    assert hybrid.choose_weight(right, right, [{1}]) == hybrid.choose_weight(right, wrong, [{99}]) == hybrid.USUAL
+    # Of two questions one gains by another share: a difference within its standard error.
+    both = [Hits(*(np.concatenate([getattr(h, n) for h in pair]) for n in ("ids", "scores"))) for pair in
+            ((right, wrong), (right, right))]  # fmt: skip
+    assert hybrid.choose_weight(*both, [{1}, {1}]) == hybrid.USUAL
 
 
 def test_hybrid_finds_what_both_find_fused(encoder_path: str, documents: list[Document]) -> None:
     dense, lexical = Retriever(load_encoder(encoder_path), documents).open(), LexicalRetriever(documents)
     questions = ["What does Arlen trade in?", "silk", "qqq"]
-    fused = HybridRetriever(dense, lexical).retrieve(questions, 4)
+    fused = HybridRetriever(dense, lexical, "rrf").retrieve(questions, 4)
     wanted = hybrid.reciprocal_rank_fusion([dense.retrieve(questions, 100), lexical.retrieve(questions, 100)], 4)
     np.testing.assert_array_equal(fused.ids, wanted.ids)
     # No word in common: the dense list alone decides.
@@ -138,7 +152,7 @@ def test_whatever_decides_what_is_found_makes_another_identity(documents: list[D
         words = [LexicalRetriever(documents), LexicalRetriever(documents[1:]), LexicalRetriever(documents, k1=0.9),
                  LexicalRetriever(documents, b=0.4)]  # fmt: skip
         pair = words[0], words[2]
-        return [*words, HybridRetriever(*pair), HybridRetriever(*pair[::-1]), HybridRetriever(*pair, "weighted"),
+        return [*words, HybridRetriever(*pair), HybridRetriever(*pair[::-1]), HybridRetriever(*pair, "rrf"),
                 HybridRetriever(*pair, weight=0.4), HybridRetriever(*pair, normalization="z")]  # fmt: skip
 
     first, again = ([retriever.identity() for retriever in made()] for _ in range(2))
@@ -160,7 +174,8 @@ def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path) -> None:
     assert all(isinstance(opened(needless, retriever="bm25"), LexicalRetriever) for needless in ("no/such/path", None))
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)
-    both = opened(retriever="hybrid", fusion="weighted", fusion_weight=0.25, fusion_normalization="z")
+    assert opened(retriever="hybrid").weight == hybrid.USUAL
+    both = opened(retriever="hybrid", fusion_weight=0.25, fusion_normalization="z")
     assert isinstance(both, HybridRetriever)
     assert (both.fusion, both.weight, both.normalization) == ("weighted", 0.25, "z")
     assert (tmp_path / "index").exists()
@@ -168,8 +183,8 @@ def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path) -> None:
 
 def test_the_weight_is_chosen_on_file_or_given_examples(opened: Open, examples: list[Example], tmp_path: Path) -> None:
     write_examples(tmp_path / "eval.jsonl", examples)
-    by_file = opened(retriever="hybrid", fusion="weighted", fusion_eval_path=str(tmp_path / "eval.jsonl"))
-    by_argument = opened(retriever="hybrid", fusion="weighted", examples=tuple(examples))
+    by_file = opened(retriever="hybrid", fusion_eval_path=str(tmp_path / "eval.jsonl"))
+    by_argument = opened(retriever="hybrid", examples=tuple(examples))
     assert by_file.weight == by_argument.weight < 0.5  # the encoder is random, the words are not
 
 
@@ -178,11 +193,10 @@ def test_the_weight_is_chosen_on_file_or_given_examples(opened: Open, examples: 
     [
         ({"model": "bm25", "retriever": "hybrid"}, "--retriever hybrid: needs an encoder beside BM25"),
         ({"model": None}, "--retriever dense: name its encoder, too"),
-        ({"retriever": "hybrid", "fusion": "weighted"}, "--fusion weighted: give --fusion_weight"),
-        ({"retriever": "hybrid", "fusion": "weighted", "examples": (Example("Why?"),)}, "--fusion weighted: give"),
         ({"fusion_weight": 1.5}, "--fusion_weight 1.5"),
-        ({"fusion_weight": 0.5, "retriever": "hybrid"}, "--fusion_weight: reciprocal ranks have no weight"),
-        ({"fusion": "weighted"}, "--fusion weighted: there is nothing to fuse; add --retriever hybrid"),
+        ({"fusion": "rrf", "fusion_weight": 0.5, "retriever": "hybrid"}, "--fusion_weight: reciprocal ranks have no"),
+        ({"fusion": "rrf"}, "--fusion rrf: there is nothing to fuse; add --retriever hybrid"),
+        ({"fusion_weight": 0.5}, "--fusion_weight 0.5: there is nothing to fuse; add --retriever hybrid"),
     ],
 )
 def test_what_cannot_be_opened_says_why(flags: dict[str, Any], message: str, opened: Open, tmp_path: Path) -> None:

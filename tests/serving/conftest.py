@@ -14,7 +14,8 @@ from openai_server import OpenAIServer
 
 from rqa.data import Document
 from rqa.models.encoder import load_encoder
-from rqa.recipe.system import Reader, ReaderArguments, load_reader
+from rqa.models.reader import CausalLMReader
+from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.retriever import Retriever
 from rqa.serving.app import Api, App
 from rqa.serving.engine import Engine
@@ -22,13 +23,13 @@ from rqa.serving.feedback import Feedback
 
 
 @pytest.fixture
-def reader(lm_path: str) -> Reader:
+def reader(lm_path: str) -> Any:
     flags = ReaderArguments(max_seq_length=500, max_new_tokens=24, dtype="float32", chat_format="template")
     return load_reader(lm_path, flags)
 
 
 @pytest.fixture
-def api(reader: Reader, encoder_path: str, documents: list[Document], tmp_path: Path) -> Api:
+def api(reader: CausalLMReader, encoder_path: str, documents: list[Document], tmp_path: Path) -> Api:
     encoder = load_encoder(encoder_path)
     retriever = Retriever(encoder, documents).open()
     return Api(Engine(retriever, reader), Feedback(tmp_path / "feedback.jsonl", documents), 3, "tiny", "small", encoder)

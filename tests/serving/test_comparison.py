@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 
 from rqa.data import Document, Example, Turn
+from rqa.endpoint.requests import BadRequest
 from rqa.evaluation.ratings import read_ratings
 from rqa.runtime.errors import UserError
 from rqa.serving.comparison import Comparison
-from rqa.serving.feedback import BadRequest
 
 
 def row(question: str, answer: str, **others: Any) -> dict[str, Any]:

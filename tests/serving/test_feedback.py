@@ -10,9 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rqa.data import Document, read_examples
+from rqa.endpoint.requests import BadRequest
 from rqa.preparation.feedback import read_feedback
 from rqa.runtime.errors import UserError
-from rqa.serving.feedback import BadRequest, Feedback
+from rqa.serving.feedback import Feedback
 from rqa.serving.sources import passage_id
 
 RATED = {"question": "What does Brask trade in?", "answer": "It is not said.", "rating": -1}
