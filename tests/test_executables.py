@@ -304,7 +304,8 @@ VALUES = {"evaluation_strategy": "epoch", "grad_cache_chunk_size": "7", "context
           "teacher_temperature": "7"}  # fmt: skip
 NEEDED = {"train_dca": "--with_score true", "mine_negatives": "--retriever dense --embedding_model E",
           "train_rerank": "--teacher T --negatives_from both --embedding_model E",
-          "convert_dataset": "--validate true --document_path D"}  # fmt: skip
+          "convert_dataset": "--validate true --document_path D",
+          "serve": "--document_path D --embedding_model E"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", EXECUTABLES)

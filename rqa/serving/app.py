@@ -85,15 +85,15 @@ class App:
             if not status:
                 await response(scope, receive, noting)
         handler = getattr(scope.get("endpoint"), "__name__", "none")
-        self.metrics.counts[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
+        self.metrics[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
 
     def admit(self, request: Request) -> None:
         """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
-        kind, _, given = request.headers.get("authorization", "").partition(" ")
-        if kind.lower() == "basic":
+        kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
+        if kind.lower() == b"basic":
             with suppress(ValueError):
-                given = base64.b64decode(given).decode().partition(":")[2]
-        if self.key and not hmac.compare_digest(given.strip().encode(), self.key.encode()):
+                given = base64.b64decode(given).partition(b":")[2]
+        if self.key and not hmac.compare_digest(given.strip(), self.key.encode()):
             wanted = 'Basic realm="rqa"' if "text/html" in request.headers.get("accept", "") else "Bearer"
             told = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
             raise HTTPException(401, told, {"WWW-Authenticate": wanted})
@@ -147,7 +147,7 @@ class Api:
             first = await anext(parts)  # what is wrong until now has a status of its own
             options = body.get("stream_options")
             usage = isinstance(options, dict) and options.get("include_usage")
-            lines = as_events(whole | {"object": "chat.completion.chunk"}, first, parts, usage)
+            lines = self.events(whole | {"object": "chat.completion.chunk"}, first, parts, usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
             return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
         message, ended = {"content": ""}, None
@@ -189,6 +189,28 @@ class Api:
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
         usage["total_tokens"] = sum(usage.values())
         yield {}, reply.ended, {"usage": usage}
+
+    async def events(
+        self, about: dict[str, Any], first: Any, parts: AsyncIterator[Any], usage: Any
+    ) -> AsyncIterator[str]:
+        """What `answer` yields as server-sent events; the last one is an error, if it comes to that."""
+
+        def event(choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
+            return f"data: {json.dumps(about | {'choices': choices} | more)}\n\n"
+
+        try:
+            async with aclosing(parts):
+                delta, ended, more = first
+                while not ended:
+                    yield event([{"index": 0, "delta": delta, "finish_reason": None}], more)
+                    delta, ended, more = await anext(parts)
+            yield event([{"index": 0, "delta": delta, "finish_reason": ended}], {})
+            if usage:
+                yield event([], more)
+            yield "data: [DONE]\n\n"
+        except Exception as error:
+            self.engine.metrics["rqa_broken_streams_total"] += 1
+            yield f"data: {bytes(refusal(error).body).decode()}\n\n"
 
     async def embeddings(self, request: Request) -> Response:
         body = await body_of(request)
@@ -244,26 +266,6 @@ class Api:
         waiting = sum(len(work.waiting) for work in (self.engine._searching, self.engine._generating))
         text = self.engine.metrics.text({"rqa_requests_running": self.engine.running, "rqa_requests_waiting": waiting})
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
-
-
-async def as_events(about: dict[str, Any], first: Any, parts: AsyncIterator[Any], usage: Any) -> AsyncIterator[str]:
-    """What `Api.answer` yields, as server-sent events."""
-
-    def event(choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
-        return f"data: {json.dumps(about | {'choices': choices} | more)}\n\n"
-
-    try:
-        async with aclosing(parts):
-            delta, ended, more = first
-            while not ended:
-                yield event([{"index": 0, "delta": delta, "finish_reason": None}], more)
-                delta, ended, more = await anext(parts)
-        yield event([{"index": 0, "delta": delta, "finish_reason": ended}], {})
-        if usage:
-            yield event([], more)
-        yield "data: [DONE]\n\n"
-    except Exception as error:
-        yield f"data: {bytes(refusal(error).body).decode()}\n\n"
 
 
 def described(found: Found, base: str, names: Sequence[str] = ()) -> dict[str, Any]:

@@ -129,7 +129,7 @@ class Engine:
     def admitted(self) -> Iterator[None]:
         """Around a request: `Busy` if too many are here."""
         if self.running >= self.max_queue:
-            raise Busy(f"{self.running} requests are running or waiting; try again")
+            raise Busy("Too many requests are waiting; try again in a moment")
         self.running += 1
         try:
             yield
@@ -177,7 +177,7 @@ class Engine:
                     break
                 yield reply
         self.metrics.observe("rqa_generation_seconds", time.perf_counter() - began)
-        self.metrics.counts["rqa_generated_tokens_total"] += reply.tokens
+        self.metrics["rqa_generated_tokens_total"] += reply.tokens
         yield reply
 
     async def _remote(self, example: Example, passages: Sequence[Document], settings: Settings) -> AsyncIterator[Reply]:
@@ -230,8 +230,8 @@ class Engine:
             return [job.left or len(ids) >= job.limit for job, ids in zip(batch, rows, strict=True)]
 
         made = reader.generate([job.prompt for job in batch], max(job.limit for job in batch), watch)
-        self.metrics.counts["rqa_generation_busy_seconds_total"] += time.perf_counter() - began
-        self.metrics.counts["rqa_generation_batches_total"] += 1
+        self.metrics["rqa_generation_busy_seconds_total"] += time.perf_counter() - began
+        self.metrics["rqa_generation_batches_total"] += 1
         for job, ids in zip(batch, made, strict=True):
             if NOT_FINITE in ids:
                 raise not_finite(reader.model, "answer", "a question")
