@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's chat completions and embeddings, Search-R1's retrieval, passages, ratings and metrics."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -39,6 +40,7 @@ STARTED = int(time.time())
 LONGEST_BODY, MOST_PASSAGES = 2**23, 2**16  # of a request, in bytes, and of a reply
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
 POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
+SLOWEST_BODY = 30  # seconds
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
@@ -109,12 +111,15 @@ async def body_of(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Content-Type must be application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_BODY:
-            raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
     try:
+        async with asyncio.timeout(SLOWEST_BODY):  # or it would keep a server from its end
+            async for part in request.stream():
+                body += part
+                if len(body) > LONGEST_BODY:
+                    raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
         return parse_json(bytes(body))
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {SLOWEST_BODY} seconds") from None
     except ValueError as error:
         raise HTTPException(400, f"the body must be a JSON object: {one_line(error)}") from None
 
@@ -179,7 +184,7 @@ class Api:
                 reply = await anext(replies)
                 yield {"role": "assistant", "content": ""}, None, sources
                 async for reply in replies:
-                    yield {"content": reply.text[len(said) :] if streams else ""}, None, {}
+                    yield {"content": reply.text.removeprefix(said) if streams else ""}, None, {}
                     said = reply.text
         if not streams:  # thoughts that end without having begun were shown by then
             yield {"content": reply.text}, None, {}
@@ -268,7 +273,7 @@ class Api:
         return JSONResponse({"object": "list", "data": data})
 
     async def rate(self, request: Request) -> Response:
-        self.feedback.save(await body_of(request))
+        await asyncio.to_thread(self.feedback.save, await body_of(request))  # a disk may be slow, or the file locked
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
