@@ -53,7 +53,9 @@ def preference(counts: np.ndarray) -> Difference:
     wins = counts[:, :2] / counts.sum(axis=1, keepdims=True)  # [N, 2]
     gaps = wins[:, 1] - wins[:, 0]
     low, high = mean_intervals((gaps[:, None] + 1) / 2)[0] * 2 - 1  # as shares, which are never certain
-    decided = int(np.count_nonzero(gaps))
+    if not (decided := int(np.count_nonzero(gaps))):  # ties alone are no certainty, either
+        high = mean_intervals(gaps[:, None])[0][1]
+        low = -high
     return Difference("share of wins", *wins.mean(axis=0).tolist(), low, high, len(gaps), decided, "have a winner")
 
 
