@@ -29,7 +29,7 @@ class Comparison:
 
     def next(self, rater: Any) -> dict[str, Any]:
         """How far a rater is, and the first question that is left, whose sides do not say which system they are."""
-        if not isinstance(rater, str) or not (rater := rater.strip()):
+        if not isinstance(rater, str) or not (rater := rater.strip()) or min(rater) < " ":
             raise BadRequest("'rater' must be a name", "rater")
         left = [number for number in self.items if rater not in self.ratings.get(number, ())]
         progress = {"done": len(self.items) - len(left), "total": len(self.items), "item": None}

@@ -82,7 +82,7 @@ def test_a_second_rating_replaces_the_first(runs: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "param"),
-    [({"rater": value}, "rater") for value in (None, " ", 5)]
+    [({"rater": value}, "rater") for value in (None, " ", 5, "A\x1b[2J")]
     + [({"number": value}, "number") for value in (None, "1", -1, 1.5, [], True)]
     + [({"choice": value}, "choice") for value in (None, "A", ["left"], {})],
 )
