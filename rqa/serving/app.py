@@ -189,7 +189,7 @@ class Api:
         if not streams:  # thoughts that end without having begun were shown by then
             yield {"content": reply.text}, None, {}
         if self.sources_in_text and passages:
-            lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
+            lines = [f"[{each['rank']}] {one_line(each['title'])}: {each['url']}" for each in passages]
             yield {"content": "\n".join(["\n\nSources:", *lines])}, None, {}
         cited, annotations = cite(reply.text, documents), []
         uncited = sorted({each["rank"] for each in passages} - {each.number for each in cited})
