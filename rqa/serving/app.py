@@ -20,14 +20,14 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from rqa.data import Document, Example
+from rqa.data import Document
 from rqa.endpoint.client import Refused
-from rqa.endpoint.requests import BadRequest, UnknownModel, conversation, known_model, need, number, settings, texts
+from rqa.endpoint.requests import BadRequest, Question, UnknownModel, known_model, need, number, question, texts
+from rqa.evaluation.ratings import Comparison
 from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import parse_json
-from rqa.serving.comparison import Comparison
-from rqa.serving.engine import Busy, Engine, Settings
+from rqa.serving.engine import Busy, Engine
 from rqa.serving.feedback import Feedback
 from rqa.serving.metrics import Metrics
 from rqa.serving.sources import cite, passage_of
@@ -64,9 +64,7 @@ def refusal(error: Exception) -> JSONResponse:
 class App:
     """Around every request: the API key, one form of errors, and counts."""
 
-    def __init__(
-        self, routes: list[Route], metrics: Metrics, key: str | None = None, hosts: Sequence[str] = ()
-    ) -> None:
+    def __init__(self, routes: list[Route], metrics: Metrics, key: str = "", hosts: Sequence[str] = ()) -> None:
         """`hosts`: the names that it answers to, if not to all."""
         self.router, self.metrics, self.key, self.hosts = Router(routes, redirect_slashes=False), metrics, key, hosts
 
@@ -141,16 +139,12 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await body_of(request)
         known_model(body, self.reader_name)
-        for name, kind, expected in (("rqa", dict, "an object"), ("stream", bool, "true or false")):
-            need(isinstance(body.get(name), kind | None), name, expected)
-        k, base = number(body.get("rqa") or {}, "k", int, 1, 100), str(self.public_url or request.base_url).rstrip("/")
-        asked, streams = conversation(body.get("messages")), bool(body.get("stream"))
-        chunks = self.answer(*asked, Settings(**settings(body)), k or self.k, base, streams)
+        asked, base = question(body), str(self.public_url or request.base_url).rstrip("/")
+        chunks = self.answer(asked, base)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.reader_name}
-        if streams:
-            first, options = await anext(chunks), body.get("stream_options")  # a refusal until now has its own status
-            usage = isinstance(options, dict) and options.get("include_usage")
-            events = self.events(about | {"object": "chat.completion.chunk"}, first, chunks, usage)
+        if asked.streams:
+            first = await anext(chunks)  # what is refused until now has its own status
+            events = self.events(about | {"object": "chat.completion.chunk"}, first, chunks, asked.wants_usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         whole, message, ended = about | {"object": "chat.completion"}, {"content": ""}, None
@@ -164,9 +158,7 @@ class Api:
                 whole |= chunk
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
-    async def answer(
-        self, searched: Example, read: Example, settings: Settings, k: int, base: str, streams: bool
-    ) -> AsyncIterator[dict[str, Any]]:
+    async def answer(self, asked: Question, base: str) -> AsyncIterator[dict[str, Any]]:
         """The chunks of an answer, without what each of them says; the last one has no choice, but the usage."""
 
         def chunk(delta: dict[str, Any], ended: str | None = None, **more: Any) -> dict[str, Any]:
@@ -174,18 +166,18 @@ class Api:
 
         with self.engine.admitted():
             began = time.perf_counter()
-            (found,) = await self.engine.search([retrieval_query(searched)], k)
+            (found,) = await self.engine.search([retrieval_query(asked.searched)], asked.k or self.k)
             retrieved, documents, said = time.perf_counter(), [each.document for each in found], ""
             links = [{"score": each.score, "rank": each.rank, "url": f"{base}/passages/{each.id}"} for each in found]
             passages = [described(each.id, each.document) | link for each, link in zip(found, links, strict=True)]
             sources = {"citations": [link["url"] for link in links], "rqa": {"passages": passages}}
-            async with aclosing(self.engine.reply(read, documents, settings)) as replies:
+            async with aclosing(self.engine.reply(asked.read, documents, asked.settings)) as replies:
                 reply = await anext(replies)
                 yield chunk({"role": "assistant", "content": ""}, **sources)
                 async for reply in replies:
-                    yield chunk({"content": reply.text[len(said) :] if streams else ""})
+                    yield chunk({"content": reply.text[len(said) :] if asked.streams else ""})
                     said = reply.text
-        if not streams:  # thoughts that end without having begun were shown by then
+        if not asked.streams:  # thoughts that end without having begun were shown by then
             yield chunk({"content": reply.text})
         if self.sources_in_text and passages:
             lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
@@ -205,7 +197,7 @@ class Api:
         yield {"choices": [], "usage": usage | {"total_tokens": sum(usage.values())}}
 
     async def events(
-        self, about: dict[str, Any], first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], usage: Any
+        self, about: dict[str, Any], first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], usage: bool
     ) -> AsyncIterator[str]:
         """Chunks as server-sent events; the last one is an error, if it comes to that."""
         try:

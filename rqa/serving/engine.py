@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from rqa.data import Document, Example
+from rqa.endpoint.requests import Settings
 from rqa.models.loading import not_finite
 from rqa.models.reader import NOT_FINITE, LocalReader
 from rqa.packing import token_budget_batches
@@ -32,25 +33,6 @@ class Found(NamedTuple):
     score: float
     id: str
     document: Document
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What a request says of its answer; None: as the server was started."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-
-    @property
-    def sampling(self) -> dict[str, Any] | None:
-        """The fields of `GenerationArguments` that differ from the server's."""
-        if self.temperature is None and self.top_p is None:
-            return None
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
-        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "num_beams": 1}
 
 
 @dataclass(frozen=True)

@@ -289,7 +289,7 @@ def test_what_comes_from_outside_stays_text(
 
 
 def test_a_local_server_answers_to_its_own_names_alone(api: Api) -> None:
-    http = TestClient(App(api.routes(), api.engine.metrics, None, ["localhost", "::1", None]))
+    http = TestClient(App(api.routes(), api.engine.metrics, hosts=["localhost", "::1"]))
     hosts = {
         "localhost:9": 200,
         "LOCALHOST": 200,

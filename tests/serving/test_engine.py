@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 
 from rqa.data import Document, Example
+from rqa.endpoint.requests import Settings
 from rqa.models.reader import GenerationArguments
 from rqa.prompts import DoesNotFit
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
-from rqa.serving.engine import Busy, Engine, Reply, Settings
+from rqa.serving.engine import Busy, Engine, Reply
 from rqa.serving.sources import cite, passage_id, passage_of
 
 

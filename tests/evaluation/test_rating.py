@@ -9,9 +9,8 @@ import pytest
 
 from rqa.data import Document, Example, Turn
 from rqa.endpoint.requests import BadRequest
-from rqa.evaluation.ratings import read_ratings
+from rqa.evaluation.ratings import Comparison, read_ratings
 from rqa.runtime.errors import UserError
-from rqa.serving.comparison import Comparison
 
 
 def row(question: str, answer: str, **others: Any) -> dict[str, Any]:
