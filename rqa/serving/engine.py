@@ -90,6 +90,7 @@ class _Job:
     show: Callable[[Reply], None]
     limit: int
     prompt_tokens: int
+    shown: int = 0  # tokens
     left: bool = False  # whether nobody waits for it any more
 
 
@@ -196,12 +197,12 @@ class Engine:
         return [None] * len(jobs)
 
     def _answer(self, reader: LocalReader, batch: list[_Job]) -> None:
-        shown, began = [0] * len(batch), time.perf_counter()
+        began = time.perf_counter()
 
         def watch(rows: list[list[int]]) -> list[bool]:
-            for place, (job, ids) in enumerate(zip(batch, rows, strict=True)):
-                if shown[place] < len(ids) < job.limit and not job.left:
-                    shown[place] = len(ids)
+            for job, ids in zip(batch, rows, strict=True):
+                if job.shown < len(ids) < job.limit and not job.left:
+                    job.shown = len(ids)
                     text = reader.prompter.decode(ids)
                     if not text.endswith("\ufffd"):  # half a character, perhaps
                         job.show(Reply(text, job.prompt_tokens, len(ids)))

@@ -10,9 +10,9 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -216,11 +216,8 @@ def test_two_hundred_requests_of_sixteen_clients_get_each_its_own_answer(
                 else:
                     got[number] = json.loads(text)["choices"][0]["message"]["content"]
 
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(ask, range(16)))
     found = api.engine.retriever.documents_of(api.engine.retriever.retrieve(asked, 3))
     prompts = [reader.encode(Example(text), passages) for text, passages in zip(asked, found, strict=True)]
     alone = [reader.prompter.decode(reader.generate([prompt], 8)[0][:8]) for prompt in prompts]
