@@ -24,13 +24,13 @@ from rqa.data import Document
 from rqa.endpoint.client import Refused
 from rqa.endpoint.requests import BadRequest, Question, UnknownModel, known_model, need, number, question, texts
 from rqa.evaluation.ratings import Comparison
+from rqa.preparation.feedback import Feedback
 from rqa.prompts import DoesNotFit, retrieval_query
+from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import parse_json
 from rqa.serving.engine import Busy, Engine
-from rqa.serving.feedback import Feedback
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import cite, passage_of
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ from rqa.endpoint.requests import Settings
 from rqa.models.loading import not_finite
 from rqa.models.reader import NOT_FINITE, LocalReader
 from rqa.packing import token_budget_batches
+from rqa.retrieval.citations import passage_id
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import passage_id
 
 AT_ONCE = 256  # questions of one search
 

@@ -28,9 +28,9 @@ from starlette.testclient import TestClient
 
 from rqa.data import Document, Example
 from rqa.models.reader import CausalLMReader
+from rqa.retrieval.citations import passage_id
 from rqa.serving.app import Api, App, comparison_routes
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import passage_id
 
 ROOT = Path(__file__).parents[2]
 ASKED: Any = [{"role": "user", "content": "What does Arlen trade in?"}]

@@ -11,9 +11,9 @@ from rqa.data import Document, Example
 from rqa.endpoint.requests import Settings
 from rqa.models.reader import GenerationArguments
 from rqa.recipe.system import ReaderArguments, load_reader
+from rqa.retrieval.citations import cite, passage_id, passage_of
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.serving.engine import Engine, Reply
-from rqa.serving.sources import cite, passage_id, passage_of
 
 
 @pytest.fixture(params=["decoder", "fid"])
