@@ -1,4 +1,4 @@
-"""What people say of a server's answers, kept as rqa's examples; training files of readers and retrievers made of it."""
+"""What people say of a server's answers: kept as rqa's examples, from which training files are made."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
