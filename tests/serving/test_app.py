@@ -14,7 +14,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -454,9 +453,7 @@ def test_a_signal_lets_a_stream_end(number: int, data: Path, lm_path: str, tmp_p
             "--max_seq_length", "500", "--max_new_tokens", "300"]  # fmt: skip
     key = {"Authorization": "Bearer of-the-environment"}
     environment = os.environ | {"RQA_API_KEY": "of-the-environment"}
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may ignore it
-    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
-                               preexec_fn=heeding)  # fmt: skip
+    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     assert process.stderr
     ours = next(line for line in process.stderr if "listening on" in line).split()[-1]
     assert httpx.get(f"{ours}/v1/models").status_code == 401
