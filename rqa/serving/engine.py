@@ -56,7 +56,8 @@ class Batched:
     def __call__(self, item: Any) -> asyncio.Future[Any]:
         future = Future[Any]()
         self.waiting.append((item, future, time.monotonic()))
-        self.thread.submit(self._run)  # for the oldest that waits then, if there is one
+        # For the oldest that waits then, if there is one; after what else is asked for at this moment.
+        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)
         return asyncio.wrap_future(future)
 
     def _run(self) -> None:

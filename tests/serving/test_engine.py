@@ -50,6 +50,7 @@ def test_what_arrives_together_is_answered_as_alone(engine: Engine, examples: li
         assert got[-1].ended == ("length" if len(alone) >= 4 + i % 9 else "stop")
         assert all(got[-1].text.startswith(reply.text) for reply in got)
     assert engine.metrics["rqa_generation_batches_total"] < len(examples)
+    assert engine.metrics["rqa_retrieval_seconds_count"] == 1
 
 
 def test_who_leaves_stops_the_generation(engine: Engine, examples: list[Example]) -> None:
