@@ -56,12 +56,11 @@ class Batched:
     def __call__(self, item: Any) -> asyncio.Future[Any]:
         future = Future[Any]()
         self.waiting.append((item, future, time.monotonic()))
-        # For the oldest that waits then, if there is one; after what else is asked for at this moment.
-        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)
+        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)  # after all that is asked for now
         return asyncio.wrap_future(future)
 
     def _run(self) -> None:
-        if not self.waiting:
+        if not self.waiting:  # they were done with others
             return
         first, _, since = self.waiting[0]
         time.sleep(max(since + self.wait - time.monotonic(), 0))
