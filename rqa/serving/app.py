@@ -1,5 +1,6 @@
 """The HTTP API: OpenAI's chat completions and embeddings, Search-R1's retrieval, passages, ratings and metrics."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
@@ -38,6 +39,7 @@ STARTED = int(time.time())
 LONGEST_BODY, MOST_PASSAGES = 2**23, 2**16  # of a request, in bytes, and of a reply
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
 POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
+SLOWEST_BODY = 30  # seconds
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
@@ -106,12 +108,15 @@ async def body_of(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Content-Type must be application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_BODY:
-            raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
     try:
+        async with asyncio.timeout(SLOWEST_BODY):  # or it would keep a server from its end
+            async for part in request.stream():
+                body += part
+                if len(body) > LONGEST_BODY:
+                    raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
         return parse_json(bytes(body))
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {SLOWEST_BODY} seconds") from None
     except ValueError as error:
         raise HTTPException(400, f"the body must be a JSON object: {one_line(error)}") from None
 
@@ -175,18 +180,18 @@ class Api:
                 reply = await anext(replies)
                 yield chunk({"role": "assistant", "content": ""}, **sources)
                 async for reply in replies:
-                    yield chunk({"content": reply.text[len(said) :] if asked.streams else ""})
+                    yield chunk({"content": reply.text.removeprefix(said) if asked.streams else ""})
                     said = reply.text
         if not asked.streams:  # thoughts that end without having begun were shown by then
             yield chunk({"content": reply.text})
         if self.sources_in_text and passages:
             lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
             yield chunk({"content": "\n".join(["\n\nSources:", *lines])})
-        cited, end = cite(reply.text, documents), len(reply.text)
+        cited, length = cite(reply.text, documents), len(reply.text)
         uncited = sorted({each.rank for each in found} - {each.number for each in cited})
         links = [
             {"url": passages[n - 1]["url"], "title": passages[n - 1]["title"], "start_index": start, "end_index": end}
-            for start, end, n in [*cited, *((end, end, rank) for rank in uncited)]
+            for start, end, n in [*cited, *((length, length, rank) for rank in uncited)]
         ]
         annotations = [{"type": "url_citation", "url_citation": link} for link in links]
         seconds = {"retrieval": retrieved - began, "generation": time.perf_counter() - retrieved}
@@ -258,7 +263,7 @@ class Api:
         return JSONResponse({"object": "list", "data": data})
 
     async def rate(self, request: Request) -> Response:
-        self.feedback.save(await body_of(request))
+        await asyncio.to_thread(self.feedback.save, await body_of(request))  # a disk may be slow, or the file locked
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:

@@ -90,7 +90,7 @@ class _Job:
     show: Callable[[Reply], None]
     limit: int
     prompt_tokens: int
-    shown: int = 0  # tokens
+    shown: int = 0  # tokens, which are shown once, even if its batch is done again
     left: bool = False  # whether nobody waits for it any more
 
 

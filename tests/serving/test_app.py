@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import fcntl
 import json
 import os
 import random
@@ -109,6 +110,10 @@ def test_thoughts_that_only_end_are_no_part_of_an_answer(remote: Api, server: Op
     server.say = lambda _: "Which harbour? Arlen's.</think>Copper."
     reply = http.post(CHAT, json={"messages": ASKED}).json()
     assert reply["choices"][0]["message"]["content"] == "Copper."
+    server.say = lambda _: "Which harbour? </think>The one of Arlen."  # by then a stream has shown the thoughts
+    lines = http.post(CHAT, json={"messages": ASKED, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
+    assert "".join(delta.get("content", "") for delta in deltas).endswith("The one of Arlen.")
 
 
 def test_who_reads_only_text_gets_a_list_of_sources(remote: Api, server: OpenAIServer, client: openai.OpenAI) -> None:
@@ -369,6 +374,42 @@ def test_a_body_is_read_no_further_than_its_limit(http: TestClient) -> None:
     assert (response.status_code, error_of(response)["message"]) == (413, "the body is longer than 8 MiB")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_halves_of_characters_from_behind_are_joined_or_replaced(
+    remote: Api, server: OpenAIServer, http: TestClient, stream: bool
+) -> None:
+    parts = [{"choices": [{"delta": {"content": text}}]} for text in ("a\ud83d", "\ude00", "\udfff b")]
+    parts.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    server.faults = [lambda: StreamingResponse(map(event, parts))]
+    text = http.post(CHAT, json={"messages": ASKED, "stream": stream}).text
+    lines = [json.loads(line.removeprefix("data: ")) for line in text.replace("data: [DONE]", "").split("\n\n") if line]
+    said = [each["choices"][0].get("message" if not stream else "delta", {}).get("content", "") for each in lines]
+    assert "".join(said) == "a😀\ufffd b"
+
+
+def test_a_body_that_does_not_come_keeps_no_server_from_its_end(
+    api: Api, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rqa.serving.app.SLOWEST_BODY", 0.2)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        head = "POST /feedback HTTP/1.1", f"Host: {host}", "Content-Type: application/json", "Content-Length: 99"
+        client.sendall("\r\n".join([*head, "", "{"]).encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_rating_that_waits_for_its_file_holds_up_nobody(api: Api, url: str) -> None:
+    body = {"question": "Who?", "answer": "Dunmore.", "rating": 1, "passages": []}
+    with open(api.feedback.path, "ab") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        saving = pool.submit(httpx.post, f"{url}/feedback", json=body, timeout=10)
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/health", timeout=2).status_code == 200
+        assert not saving.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert saving.result().json() == {"status": "saved"}
+
+
 def test_what_fails_behind_is_told_and_what_fails_here_is_only_logged(
     remote: Api, server: OpenAIServer, http: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -380,7 +421,8 @@ def test_what_fails_behind_is_told_and_what_fails_here_is_only_logged(
     server.faults = [lambda: StreamingResponse(map(event, broken))]
     lines = http.post(CHAT, json={"messages": ASKED, "stream": True}).text.split("\n\n")
     assert "Half" in lines[-3]
-    assert "out of memory" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    told = json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    assert told.endswith("broke off its reply: out of memory")
     assert remote.engine.metrics["rqa_broken_streams_total"] == 1
     assert not caplog.records
     remote.engine.retriever.retrieve = lambda *_: 1 / 0
@@ -478,3 +520,5 @@ def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_pa
         port = taken.getsockname()[1]
         found = "--document_path", data / "documents.jsonl", "--embedding_model", "bm25"
         refused(f"--port {port}: Address already in use", "serve", *found, "--port", port)
+    refused("--api_key: is empty", "serve", *found, "--api_key", " ")
+    refused("--public_url name.com: not a URL", "serve", *found, "--public_url", "name.com")

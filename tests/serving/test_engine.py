@@ -92,6 +92,23 @@ def test_one_bad_question_costs_the_others_nothing(engine: Engine, examples: lis
     assert isinstance(bad, ValueError)
 
 
+def test_a_batch_that_is_done_again_shows_nothing_twice(engine: Engine, examples: list[Example]) -> None:
+    generate = type(engine.reader).generate
+
+    def fails_together(self: Any, prompts: Any, most: Any, watch: Callable[..., list[bool]]) -> Any:
+        made = generate(self, prompts, most, watch)
+        return made if len(prompts) == 1 else 1 / 0
+
+    async def ask() -> list[list[Reply]]:
+        return await asyncio.gather(*(replies(engine.reply(example, [])) for example in examples[:2]))
+
+    engine.reader.__class__ = type("Failing", (type(engine.reader),), {"generate": fails_together})
+    for got in run(ask()):
+        texts = [reply.text for reply in got]
+        assert texts == sorted(texts, key=len)
+        assert got[-1].ended
+
+
 def test_a_stop_string_is_never_shown(engine: Engine, examples: list[Example]) -> None:
     whole = run(replies(engine.reply(examples[0], [])))[-1].text
     stop = whole[len(whole) // 2 :][:3]
