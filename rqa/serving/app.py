@@ -36,15 +36,12 @@ from rqa.serving.metrics import Metrics
 log = logging.getLogger(__name__)
 
 STARTED = int(time.time())
-LONGEST_BODY, MOST_PASSAGES = 2**23, 2**16  # of a request, in bytes, and of a reply
+LONGEST_BODY, SLOWEST_BODY, MOST_PASSAGES = 2**23, 30, 2**16  # bytes and seconds of a request; of a reply
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
 POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
-SLOWEST_BODY = 30  # seconds
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
-
-
 ERRORS: dict[type[Exception], tuple[int, str | None]] = {
     BadRequest: (400, None), ClientDisconnect: (400, None), DoesNotFit: (400, "context_length_exceeded"),
     UnknownModel: (404, "model_not_found"), Busy: (429, "queue_full"), Refused: (502, "upstream_error"),
