@@ -53,12 +53,13 @@ def test_the_prompt_keeps_the_history_until_it_is_told_to_begin_anew(
 ) -> None:
     asked = calls(monkeypatch, Engine, "reply")
     too_long = "why " * 2000
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"first\n\nsecond\n{too_long}\nthird\n/new\nfourth\n"))
+    typed = f"first\n\nsecond\n{too_long}\nthird\n/new\nfour\udcffth\n"  # with a byte that is no UTF-8
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert run_line("ask", *line, "--show_passages", "false") == 0
     out, err = capsys.readouterr()
     said = [part.strip() for part in out.split("\n\n")]
     examples = [example for example, *_ in asked]
-    assert [example.question for example in examples] == ["first", "second", too_long.strip(), "third", "fourth"]
+    assert [example.question for example in examples] == ["first", "second", too_long.strip(), "third", "four\ufffdth"]
     turns = [Turn("user", "first"), Turn("assistant", said[0]), Turn("user", "second"), Turn("assistant", said[1])]
     assert examples[3] == Example("third", chat_history=tuple(turns))
     assert examples[4].chat_history == ()
