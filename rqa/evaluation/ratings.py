@@ -63,7 +63,7 @@ class Comparison:
 
     def next(self, rater: Any) -> dict[str, Any]:
         """How far a rater is, and the first question that is left, whose sides do not say which system they are."""
-        need(isinstance(rater, str) and rater.strip() != "", "rater", "a name")
+        need(isinstance(rater, str) and min(rater.strip(), default="") >= " ", "rater", "a name")
         left = [number for number in self.items if rater.strip() not in self.ratings.get(number, ())]
         progress = {"done": len(self.items) - len(left), "total": len(self.items), "item": None}
         if left:
@@ -103,7 +103,9 @@ def preference(counts: np.ndarray) -> Difference:
     wins = counts[:, :2] / counts.sum(axis=1, keepdims=True)  # [N, 2]
     gaps = wins[:, 1] - wins[:, 0]
     low, high = mean_intervals((gaps[:, None] + 1) / 2)[0] * 2 - 1  # as shares, which are never certain
-    decided = int(np.count_nonzero(gaps))
+    if not (decided := int(np.count_nonzero(gaps))):  # ties alone are no certainty, either
+        high = mean_intervals(gaps[:, None])[0][1]
+        low = -high
     return Difference("share of wins", *wins.mean(axis=0).tolist(), low, high, len(gaps), decided, "have a winner")
 
 

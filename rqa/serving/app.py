@@ -182,7 +182,7 @@ class Api:
         if not asked.streams:  # thoughts that end without having begun were shown by then
             yield chunk({"content": reply.text})
         if self.sources_in_text and passages:
-            lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
+            lines = [f"[{each['rank']}] {one_line(each['title'])}: {each['url']}" for each in passages]
             yield chunk({"content": "\n".join(["\n\nSources:", *lines])})
         cited, length = cite(reply.text, documents), len(reply.text)
         uncited = sorted({each.rank for each in found} - {each.number for each in cited})

@@ -84,6 +84,7 @@ def test_wins_of_one_system_alone_are_no_certainty_and_tell_where_a_sign_test_do
 def test_without_a_winner_or_a_second_rater_the_table_claims_nothing() -> None:
     table = ratings_table(np.array([[0, 0, 1, 0], [0, 0, 0, 1]]))
     assert "of all wins" not in table
+    assert "| B wins - A wins | +0.000 | -0.842 to +0.842 |" in table
     assert "| Krippendorff's alpha | - | | 0 | 0 |" in table
 
 
@@ -203,7 +204,7 @@ def test_a_second_rating_replaces_the_first(runs: tuple[str, str, str]) -> None:
 
 @pytest.mark.parametrize(
     ("wrong", "param"),
-    [({"rater": value}, "rater") for value in (None, " ", 5)]
+    [({"rater": value}, "rater") for value in (None, " ", 5, "A\x1b[2J")]
     + [({"number": value}, "number") for value in (None, "1", -1, 1.5, [], True)]
     + [({"choice": value}, "choice") for value in (None, "A", ["left"], {})],
 )

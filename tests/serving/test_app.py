@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
@@ -511,6 +512,13 @@ def test_a_signal_lets_a_stream_end(number: int, data: Path, lm_path: str, tmp_p
         assert [*lines][-2] == "data: [DONE]"
     assert process.wait(10) == (-number if number == signal.SIGTERM else 130)
     assert process.stderr.read().count("\n") <= 1
+
+
+def test_a_name_makes_no_reader(data: Path, tmp_path: Path) -> None:
+    serve = runpy.run_path(str(ROOT / "bin/serve"))
+    paths = {"document_path": str(data / "documents.jsonl"), "feedback_path": str(tmp_path / "feedback.jsonl")}
+    flags = serve["Flags"](**paths, embedding_model="bm25", served_model_name="mine")
+    assert serve["open_api"](flags).reader_name is None
 
 
 def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_path: Path) -> None:

@@ -169,6 +169,14 @@ def test_escape_stops_the_answer_and_enter_asks_on_with_the_history_which_a_relo
     page.until(lambda: not page.all(".turn"))
 
 
+def test_a_conversation_that_cannot_be_read_begins_anew(page: Browser) -> None:
+    for kept in ("{", "null", '[{"question": "of another version"}]'):
+        page.driver.execute_script("localStorage['rqa.turns'] = arguments[0]", kept)
+        page.driver.refresh()
+        page.until(lambda: page.text("#model") == "tiny")
+        assert not page.all(".turn")
+
+
 def test_an_error_is_told_in_words_and_the_question_is_kept(page: Browser, api: Api) -> None:
     api.engine.max_queue = 0
     assert page.ask("What does Arlen trade in?") == ""
