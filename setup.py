@@ -24,6 +24,8 @@ REQUIRED = [
 EXTRAS = {
     "quickstart": [
         "gguf>=0.17",  # the quickstart's language model comes as GGUF
+        "starlette>=0.40",  # what the extra `serve` brings, for --serve
+        "uvicorn>=0.30",
     ],
     "milvus": [
         "pymilvus>=2.6",  # an index on a Milvus server; with milvus-lite in a directory, too

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai_server import OpenAIServer, error
 from trainers import BIN, calls
 
 import rqa
@@ -73,6 +74,16 @@ def test_without_a_reader_there_are_passages_and_the_flags_may_be_a_file(
     assert run_line("ask", *QUESTION.split(), tmp_path / "flags.json") == 0
     assert len(re.findall(r"^\[", capsys.readouterr().out, re.MULTILINE)) == 2
     refused("nothing.json: no such file", "ask", QUESTION, "nothing.json")
+
+
+def test_a_server_answers_or_says_in_one_line_why_not(
+    line: list[str], server: OpenAIServer, run_line: Callable[..., int], capsys: Any, refused: Callable[..., None]
+) -> None:
+    asked = [QUESTION, *line[:4], "--qa_model_name_or_path", f"openai::{server.url}"]
+    assert run_line("ask", *asked) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"Question: {QUESTION}")  # the end of what it was asked
+    server.faults = [lambda: error(400, "no such thing")] * 9
+    refused("no such thing", "ask", *asked)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_prompt(line: list[str]) -> None:

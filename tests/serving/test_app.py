@@ -12,12 +12,10 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +29,9 @@ from starlette.testclient import TestClient
 
 from rqa.data import Document, Example
 from rqa.models.reader import CausalLMReader
+from rqa.retrieval.citations import passage_id
 from rqa.serving.app import Api, App, comparison_routes
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import passage_id
 
 ROOT = Path(__file__).parents[2]
 ASKED: Any = [{"role": "user", "content": "What does Arlen trade in?"}]
@@ -223,11 +221,8 @@ def test_two_hundred_requests_of_sixteen_clients_get_each_its_own_answer(
                 else:
                     got[number] = json.loads(text)["choices"][0]["message"]["content"]
 
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(ask, range(16)))
     found = api.engine.retriever.documents_of(api.engine.retriever.retrieve(asked, 3))
     prompts = [reader.encode(Example(text), passages) for text, passages in zip(asked, found, strict=True)]
     alone = [reader.prompter.decode(reader.generate([prompt], 8)[0][:8]) for prompt in prompts]
@@ -296,7 +291,7 @@ def test_what_comes_from_outside_stays_text(
 
 
 def test_a_local_server_answers_to_its_own_names_alone(api: Api) -> None:
-    http = TestClient(App(api.routes(), api.engine.metrics, None, ["localhost", "::1", None]))
+    http = TestClient(App(api.routes(), api.engine.metrics, hosts=["localhost", "::1"]))
     hosts = {
         "localhost:9": 200,
         "LOCALHOST": 200,
@@ -501,9 +496,7 @@ def test_a_signal_lets_a_stream_end(number: int, data: Path, lm_path: str, tmp_p
             "--max_seq_length", "500", "--max_new_tokens", "300"]  # fmt: skip
     key = {"Authorization": "Bearer of-the-environment"}
     environment = os.environ | {"RQA_API_KEY": "of-the-environment"}
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may ignore it
-    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
-                               preexec_fn=heeding)  # fmt: skip
+    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     assert process.stderr
     ours = next(line for line in process.stderr if "listening on" in line).split()[-1]
     assert httpx.get(f"{ours}/v1/models").status_code == 401

@@ -11,13 +11,12 @@ import pytest
 from trainers import Train
 
 from rqa.data import Document, Example, read_examples
-from rqa.evaluation.ratings import read_ratings
+from rqa.evaluation.ratings import Comparison, read_ratings
+from rqa.preparation.feedback import Feedback
 from rqa.recipe.system import Reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.serving.app import Api, App, comparison_routes
-from rqa.serving.comparison import Comparison
 from rqa.serving.engine import Engine
-from rqa.serving.feedback import Feedback
 from rqa.serving.metrics import Metrics
 
 webdriver = pytest.importorskip("selenium.webdriver")
