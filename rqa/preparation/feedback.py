@@ -39,9 +39,12 @@ def parse_rating(values: dict[str, Any], where: str) -> Rating:
         raise row.wrong("rating", "1 or -1")
     up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
     for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
-        mark = shown.values.get
-        if mark("rejected") or mark("helpful") or (mark("clicked") and up) or (mark("cited") and (up or correction)):
-            passages.append((not mark("rejected"), document))
+        marks = [shown.values.get(name) or False for name in ("rejected", "helpful", "clicked", "cited")]
+        if not all(isinstance(mark, bool) for mark in marks):  # a text such as "no" would count as yes
+            raise row.wrong("ctxs", "passages whose rejected, helpful, clicked and cited are true or false")
+        rejected, helpful, clicked, cited = marks
+        if rejected or helpful or (clicked and up) or (cited and (up or correction)):
+            passages.append((not rejected, document))
     return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
 
 

@@ -118,6 +118,7 @@ def test_the_times_decide_and_not_the_order_of_the_lines(tmp_path: Path) -> None
         (json.dumps(rated(2)), "feedback.jsonl:1: field 'rating' must be 1 or -1"),
         (json.dumps(rated(1) | {"generated_answer": None}), "feedback.jsonl:1: field 'generated_answer' is missing"),
         (json.dumps(rated(1) | {"ctxs": [3]}), "feedback.jsonl:1: field 'ctxs'"),
+        (json.dumps(rated(1) | {"ctxs": [{"page_content": "x", "cited": "no"}]}), "cited are true or false"),
         ('{"question": "cut sho', "feedback.jsonl:1: not valid JSON"),
     ],
 )  # fmt: skip
