@@ -29,7 +29,7 @@ from rqa.preparation.feedback import Feedback
 from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import one_line
-from rqa.runtime.text import parse_json
+from rqa.runtime.text import added, parse_json
 from rqa.serving.engine import Busy, Engine
 from rqa.serving.metrics import Metrics
 
@@ -169,7 +169,7 @@ class Api:
         with self.engine.admitted():
             began = time.perf_counter()
             (found,) = await self.engine.search([retrieval_query(asked.searched)], asked.k or self.k)
-            retrieved, documents, said = time.perf_counter(), [each.document for each in found], ""
+            retrieved, documents, said, shown = time.perf_counter(), [each.document for each in found], "", ""
             links = [{"score": each.score, "rank": each.rank, "url": f"{base}/passages/{each.id}"} for each in found]
             passages = [described(each.id, each.document) | link for each, link in zip(found, links, strict=True)]
             sources = {"citations": [link["url"] for link in links], "rqa": {"passages": passages}}
@@ -177,14 +177,15 @@ class Api:
                 reply = await anext(replies)
                 yield chunk({"role": "assistant", "content": ""}, **sources)
                 async for reply in replies:
-                    yield chunk({"content": reply.text.removeprefix(said) if asked.streams else ""})
-                    said = reply.text
+                    delta = added(reply.text, said) if asked.streams else ""
+                    said, shown = reply.text, shown + delta
+                    yield chunk({"content": delta})
         if not asked.streams:  # thoughts that end without having begun were shown by then
-            yield chunk({"content": reply.text})
+            yield chunk({"content": (shown := reply.text)})
         if self.sources_in_text and passages:
             lines = [f"[{each['rank']}] {one_line(each['title'])}: {each['url']}" for each in passages]
             yield chunk({"content": "\n".join(["\n\nSources:", *lines])})
-        cited, length = cite(reply.text, documents), len(reply.text)
+        cited, length = cite(shown, documents), len(shown)
         uncited = sorted({each.rank for each in found} - {each.number for each in cited})
         links = [
             {"url": passages[n - 1]["url"], "title": passages[n - 1]["title"], "start_index": start, "end_index": end}

@@ -29,6 +29,7 @@ from starlette.testclient import TestClient
 
 from rqa.data import Document, Example
 from rqa.models.reader import CausalLMReader
+from rqa.runtime.text import added
 from rqa.retrieval.citations import passage_id
 from rqa.serving.app import Api, App, comparison_routes
 from rqa.serving.metrics import Metrics
@@ -111,10 +112,20 @@ def test_thoughts_that_only_end_are_no_part_of_an_answer(remote: Api, server: Op
     server.say = lambda _: "Which harbour? Arlen's.</think>Copper."
     reply = http.post(CHAT, json={"messages": ASKED}).json()
     assert reply["choices"][0]["message"]["content"] == "Copper."
-    server.say = lambda _: "Which harbour? </think>The one of Arlen."  # by then a stream has shown the thoughts
+    server.say = lambda _: f"Which harbour? </think>{CITED}"  # by then a stream has shown the thoughts
     lines = http.post(CHAT, json={"messages": ASKED, "stream": True}).text.split("\n\n")[:-2]
     deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
-    assert "".join(delta.get("content", "") for delta in deltas).endswith("The one of Arlen.")
+    shown = "".join(delta.get("content", "") for delta in deltas)
+    assert shown.endswith(CITED)
+    link = deltas[-2]["annotations"][0]["url_citation"]
+    assert shown[link["start_index"] : link["end_index"]].endswith("known for its trade in copper.")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "more"), [("It is", "It", " is"), ("It's", "It '", ""), ("Copper", "Which harbour?", "Copper")]
+)
+def test_a_reply_grows_by_what_was_not_shown(text: str, shown: str, more: str) -> None:
+    assert added(text, shown) == more
 
 
 def test_who_reads_only_text_gets_a_list_of_sources(remote: Api, server: OpenAIServer, client: openai.OpenAI) -> None:
