@@ -29,8 +29,8 @@ from starlette.testclient import TestClient
 
 from rqa.data import Document, Example
 from rqa.models.reader import CausalLMReader
-from rqa.runtime.text import added
 from rqa.retrieval.citations import passage_id
+from rqa.runtime.text import added
 from rqa.serving.app import Api, App, comparison_routes
 from rqa.serving.metrics import Metrics
 
