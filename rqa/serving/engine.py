@@ -17,6 +17,7 @@ from rqa.models.reader import NOT_FINITE, LocalReader
 from rqa.packing import token_budget_batches
 from rqa.retrieval.citations import passage_id
 from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime.cli import release_threads
 from rqa.serving.metrics import Metrics
 
 AT_ONCE = 256  # questions of one search
@@ -69,6 +70,7 @@ class Batched:
             self.waiting.remove(each)
         if kept := [(item, future) for item, future, _ in batch if future.set_running_or_notify_cancel()]:
             self._do(kept)
+            release_threads()  # the other batches' thread may be working
 
     def _do(self, batch: list[tuple[Any, Future[Any]]]) -> None:
         try:
@@ -103,6 +105,7 @@ class Engine:
         self._searching = Batched(self._search, lambda item: item[1])
         self._generating = Batched(self._generate, lambda job: job.settings.sampling, wait)
         self.running = 0  # requests
+        release_threads()  # of the thread that loaded the models
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
@@ -121,7 +124,14 @@ class Engine:
 
     async def in_turn(self, work: Callable[..., Any], *arguments: Any) -> Any:
         """What this returns, in the thread of the retriever, whose encoder and tokenizer it may use."""
-        return await asyncio.get_running_loop().run_in_executor(self._searching.thread, work, *arguments)
+
+        def released() -> Any:
+            try:
+                return work(*arguments)
+            finally:
+                release_threads()
+
+        return await asyncio.get_running_loop().run_in_executor(self._searching.thread, released)
 
     def _search(self, items: list[tuple[str, int]]) -> list[list[Found]]:
         began, documents = time.perf_counter(), self.retriever.documents

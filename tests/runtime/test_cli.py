@@ -40,6 +40,29 @@ def test_page_faults_of_large_temporaries_drop_more_than_tenfold() -> None:
     assert tuned * 10 < default
 
 
+THREADS = """
+import os, torch
+from rqa.runtime.cli import release_threads
+
+def threads():
+    return len(os.listdir("/proc/self/task"))
+
+torch.set_num_threads(3)
+a = torch.rand(512, 512, dtype=torch.float64)
+first, kept = a @ a, threads()
+release_threads()
+left = threads()
+print(kept - left, bool((a @ a == first).all()), threads() - left)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="PyTorch has another OpenMP there")
+def test_openmp_s_threads_end_and_come_back() -> None:
+    ended, same, back = subprocess.check_output([sys.executable, "-c", THREADS], text=True).split()
+    assert ended == back != "0"
+    assert same == "True"
+
+
 @pytest.mark.parametrize("name", ["MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD", "PYTORCH_CUDA_ALLOC_CONF", "X"])
 def test_a_users_choice_and_another_c_library_are_left_alone(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cli.ctypes, "CDLL", lambda _: pytest.fail("the allocator was touched"))
