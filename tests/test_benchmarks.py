@@ -5,17 +5,20 @@ import multiprocessing
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 import numpy as np
+import learning
 import pytest
 import reranking
 import serving
 from gpu_sections import Section, launch, llama, training_flops
 from harness import matmul_rate, measure_command
-from retriever_learning import intervals, measure
+from learning import intervals
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
@@ -125,32 +128,45 @@ def test_intervals_are_those_of_resampled_questions_and_seeds(seeds: int) -> Non
     assert intervals(values)[0] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01 * seeds)
 
 
-class First(PassageRetriever):
-    """Finds the same passages for every question, and counts how often it is asked."""
-
-    asked = 0
-
-    def __init__(self, documents: list[Document], name: str) -> None:
-        self.documents, self.name = documents, name
-
-    def retrieve(self, questions: Any, k: int) -> Hits:
-        self.asked += 1
-        return Hits(np.tile(np.arange(k), (len(questions), 1)), np.zeros((len(questions), k)))
-
-    def identity(self) -> str:
-        return self.name
+Learn = Callable[..., list[str]]
 
 
-def test_a_system_is_measured_once_and_again_when_it_is_another(
-    documents: list[Document], examples: list[Example], tmp_path: Path
-) -> None:
-    scores = {}
-    for name, times in (("a", 1), ("a", 0), ("b", 1)):
-        retriever = First(documents, name)
-        scores[name] = measure(tmp_path / "scores.json", "system", retriever, examples)
-        assert retriever.asked == times
-    assert scores["b"].tolist() == scores["a"].tolist()
-    assert scores["a"][:, 2].tolist() == [1.0] * 10 + [0.0] * 14  # recall@10
+@pytest.fixture
+def learn(
+    data: Path, encoder_path: str, lm_path: str, run_line: Callable[..., int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> Learn:  # fmt: skip
+    """Run learning.py on the cities, its commands in this process; the commands, and the table's rows in `rows`."""
+    models = ["--embedding_model", encoder_path, "--qa_model_name_or_path", lm_path]
+
+    def run(*line: object, fail: str = "") -> list[str]:
+        ran: list[str] = []
+
+        def command(line: list[str], _: Path) -> tuple[float, float]:
+            ran.append(Path(line[0]).name)
+            if fail in ran:
+                raise KeyboardInterrupt
+            assert run_line(line[0], *line[1:]) == 0
+            return 60.0, 1.5
+
+        monkeypatch.setattr(learning, "run_command", command)
+        common = ["--data", f"cities={data}", "--output_dir", tmp_path / "out", "--tiny", *models]
+        monkeypatch.setattr(sys, "argv", [*map(str, ["learning.py", *common, *line])])
+        with suppress(KeyboardInterrupt):
+            learning.main()
+        printed = capsys.readouterr().out.splitlines()
+        run.rows = {} if fail else {row["system"]: row for row in json.loads(printed[-1])["rows"]}
+        return ran
+
+    return run
+
+
+def test_ALL(learn: Learn, tmp_path: Path) -> None:
+    began = time.monotonic()
+    ran = learn("--seeds", 0, "--html", tmp_path / "page.html")
+    print(ran, time.monotonic() - began)
+    print([(r["system"], r["seeds"], r["scores"], r["minutes"]) for r in learn.rows.values()])
+    assert 0
 
 
 def test_scores_of_the_reranking_benchmark_are_those_of_its_peer(
