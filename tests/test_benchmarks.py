@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import numpy as np
 import learning
+import numpy as np
 import pytest
 import reranking
 import serving
@@ -23,10 +23,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 import rqa
-from rqa.data import Document, Example
 from rqa.evaluation.runtime import seconds
 from rqa.recipe.system import ReaderArguments
-from rqa.retrieval.retriever import Hits, PassageRetriever
 
 
 class Pipe(list):
