@@ -9,9 +9,9 @@
 A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl; without a test file, the eval
 file is the test and an eighth of the training questions chooses. Each cell is made by commands of bin/ in
 OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a kill, a finished cell is not made again,
-and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which have
-their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before training and
-on eval questions after it, a reranker's on eval questions.
+and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which
+have their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before
+training and on eval questions after it, a reranker's on eval questions.
 
 Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
 paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
@@ -101,7 +101,8 @@ TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emd
 
 
 def main() -> None:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # it ends the command that runs, too
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(130))  # and end the command that runs
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
@@ -237,7 +238,7 @@ class Cell:
 
 
 def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
-    """Run a Python script, its output going to a file. -> seconds, and GiB that it held at most"""
+    """Run a Python script, its output going to a file. -> seconds, and the most GiB, of this process before or of it"""
     began = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         print("\n$", shlex.join(line), file=file, flush=True)
