@@ -54,43 +54,40 @@ from rqa.runtime.files import fingerprint, read_json, write_json
 HERE = Path(__file__).resolve().parent
 WEIGHTS = (0.3, 0.5, 1.0)  # a reranker's share of the sum: the eval file chooses one as {weight}
 
-ENCODER = "--embedding_model {E} --index_path {index}"
+RETRIEVER = "--embedding_model {E} --index_path {index}"
 TRAINED = "--embedding_model {trained} --index_path {trained}/index"
-DENSE = "--model_name_or_path {E} --index_path {index} --test_file {test}"
-DECODER = "--model_name_or_path {L} --chat_format template"
-HYBRID = f"evaluate_retriever --retriever hybrid {ENCODER} --fusion_eval_path {{train}}"
-FUSED_AGAIN = f"evaluate_retriever --retriever hybrid {TRAINED} --fusion_eval_path {{eval}}"
+HYBRID = f"evaluate_retriever --retriever hybrid {RETRIEVER} --fusion_eval_path {{train}}"
+FUSED_ANEW = f"evaluate_retriever --retriever hybrid {TRAINED} --fusion_eval_path {{eval}}"
 RERANKED = "--reranker {reranker} --rerank_weight {weight}"
-PEER = "sentence_transformers --model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 2e-5 "
-PEER += "--warmup_ratio 0.1"
-ANSWER = f"--chat_format template {ENCODER}"
-FOUND = "evaluate_retriever --embedding_model {own}/model"
+ENCODER = "--model_name_or_path {E} --index_path {index} --test_file {test}"
+DECODER = "--model_name_or_path {L} --chat_format template"
+ANSWERS = f"evaluate_rqa --chat_format template {RETRIEVER} --qa_model_name_or_path"
+PEER = "--model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 2e-5 --warmup_ratio 0.1"
 RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the cell's directory, {CTL} another one's
     "BM25": ["evaluate_retriever --embedding_model bm25"],
-    "untrained": [f"evaluate_retriever {ENCODER}"],
+    "untrained": [f"evaluate_retriever {RETRIEVER}"],
     "untrained + BM25": [HYBRID],
-    "sentence-transformers": [PEER, FOUND],
-    "sentence-transformers, mined": [f"{PEER} --num_hard_negatives 3", FOUND],
-    "CTL": [f"train_ctl {DENSE}"],
-    "RPG": [f"train_rpg --lm_model_path {{L}} {DENSE}"],
-    "EMDR2": [f"train_emdr --lm_model_path {{L}} {DENSE}"],
-    "DCA": [f"train_dca --reader_model_path {{FiD}} {DENSE}"],
-    "distilled": [f"train_rpg --lm_model_path reranker::{{reranker}} {DENSE}"],
-    "untrained + BM25 + reranker": [f"{HYBRID} {RERANKED}"],
-    "trained + BM25": [FUSED_AGAIN],
-    "trained + reranker": [f"evaluate_retriever {TRAINED} {RERANKED}"],
-    "trained + BM25 + reranker": [f"{FUSED_AGAIN} {RERANKED}"],
-}
-READERS = {
-    "SmolLM2": [f"evaluate_rqa --qa_model_name_or_path {{L}} --chat_format template {ENCODER}"],
-    "trl SFT": [
-        f"trl {DECODER}",
-        f"evaluate_rqa --qa_model_name_or_path {{own}}/model --chat_format template {ENCODER}",
+    "sentence-transformers": [f"sentence_transformers {PEER}", "evaluate_retriever --embedding_model {own}/model"],
+    "sentence-transformers, mined": [
+        f"sentence_transformers {PEER} --num_hard_negatives 3", "evaluate_retriever --embedding_model {own}/model"
     ],
-    "SFT": [f"train_sft {DECODER} {ENCODER} --test_file {{test}}"],
-    "SwR": [f"train_swr {DECODER} {ENCODER} --test_file {{test}}"],
+    "CTL": [f"train_ctl {ENCODER}"],
+    "RPG": [f"train_rpg --lm_model_path {{L}} {ENCODER}"],
+    "EMDR2": [f"train_emdr --lm_model_path {{L}} {ENCODER}"],
+    "DCA": [f"train_dca --reader_model_path {{FiD}} {ENCODER}"],
+    "distilled": [f"train_rpg --lm_model_path reranker::{{reranker}} {ENCODER}"],
+    "untrained + BM25 + reranker": [f"{HYBRID} {RERANKED}"],
+    "trained + BM25": [FUSED_ANEW],
+    "trained + reranker": [f"evaluate_retriever {TRAINED} {RERANKED}"],
+    "trained + BM25 + reranker": [f"{FUSED_ANEW} {RERANKED}"],
+}  # fmt: skip
+READERS = {
+    "SmolLM2": [f"{ANSWERS} {{L}}"],
+    "trl SFT": [f"trl {DECODER}", f"{ANSWERS} {{own}}/model"],
+    "SFT": [f"train_sft {DECODER} {RETRIEVER} --test_file {{test}}"],
+    "SwR": [f"train_swr {DECODER} {RETRIEVER} --test_file {{test}}"],
     "SwR over trained": [f"train_swr {DECODER} {TRAINED} --test_file {{test}}"],
-    "FiD": [f"train_fid --model_name_or_path bert::{{E}} {ENCODER} --test_file {{test}}"],
+    "FiD": [f"train_fid --model_name_or_path bert::{{E}} {RETRIEVER} --test_file {{test}}"],
 }
 SYSTEMS = RETRIEVERS | READERS | {"reranker": ["train_rerank --model_name_or_path {E}"]}  # the last: in no table
 METRICS = ((RETRIEVERS, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
@@ -118,13 +115,15 @@ def main() -> None:
     add("--html", metavar="FILE", help="page with the intervals")
     given = parser.parse_args()
     given.settings = TINY * given.tiny + given.settings
+    for setting in given.settings:
+        if not any(meant(setting, system, command) for system in SYSTEMS for command in SYSTEMS[system]):
+            parser.error(f'--settings "{setting}": names no command or system; write "train_ctl: --learning_rate 3e-5"')
     given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
     given.qa_model_name_or_path = given.qa_model_name_or_path or str(fetch_model(SMOLLM2))
     folders = dict(path.split("=", 1) if "=" in path else (Path(path).name, path) for path in given.data)
     files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
     given.data, failed = list(folders), []
-    cells = [Cell(given, files[data], data, seed, system)
-             for data in files for seed in given.seeds for system in given.only]  # fmt: skip
+    cells = [Cell(given, files[data], data, *which) for data in files for which in product(given.seeds, given.only)]
     for cell in [] if given.draw else cells:
         try:
             cell.make()
@@ -140,18 +139,23 @@ def read_data(folder: str, output: Path) -> dict[str, str]:
     source = Path(folder) if folder != "pydocs" else output / "data"
     if folder == "pydocs" and not (source / "test_w_qa.jsonl").exists():  # the last that is written
         write_corpus(build_corpus(QUICKSTART), source)
-    (documents,) = (path for path in source.glob("documents.*") if path.suffix in (".jsonl", ".pkl"))
     paths = {name: source / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")}
     if not paths["test"].exists():
-        parts, examples = (defaultdict(list), read_examples(paths["train"]))
-        for example in examples:  # all questions about a passage stay together
+        parts = defaultdict(list)
+        for example in read_examples(paths["train"]):  # all questions about a passage stay together
             parts["train" if int(fingerprint(*example.gold_docs[0].key), 16) % 8 else "eval"].append(example)
         paths = {name: output / "data" / f"{name}_w_qa.jsonl" for name in parts} | {"test": paths["eval"]}
         for name, part in parts.items():
             write_examples(paths[name], part)
-    paths["documents"] = documents
+    (paths["documents"],) = (path for path in source.glob("documents.*") if path.suffix in (".jsonl", ".pkl"))
     content = fingerprint(*(path.read_bytes().hex() for path in paths.values()))
     return {name: str(path) for name, path in paths.items()} | {"content": content, "index": str(output / "index")}
+
+
+def meant(setting: str, system: str, command: str) -> bool:
+    """Whether a setting, `PATTERN,...: FLAGS`, is for a command of a system."""
+    patterns = map(str.strip, setting.partition(":")[0].split(","))
+    return any(fnmatch(name, pattern) for pattern in patterns for name in (system, command.split()[0]))
 
 
 @dataclass(eq=False)
@@ -165,31 +169,27 @@ class Cell:
     system: str
 
     def __post_init__(self) -> None:
-        self.name, *self.commands = (re.sub(r"\btrained", self.given.trained, text)
-                                     for text in (self.system, *SYSTEMS[self.system]))  # fmt: skip
-        for number, command in enumerate(self.commands):
-            for names, _, flags in (setting.partition(":") for setting in self.given.settings):
-                asked = (command.split()[0], self.system)
-                if any(fnmatch(name, pattern.strip()) for pattern in names.split(",") for name in asked):
-                    self.commands[number] += f" {flags.strip()}"
+        given, found = self.given, [self.system, *SYSTEMS[self.system]]
+        self.name, *found = (re.sub(r"\btrained", given.trained, text) for text in found)
+        added = [[s.partition(":")[2].strip() for s in given.settings if meant(s, self.system, line)] for line in found]
+        self.commands = [" ".join([line, *flags]) for line, flags in zip(found, added, strict=True)]
         named = dict.fromkeys(re.findall(r"\{([^{}]+)\}", " ".join(self.commands)))
-        self.needs = [Cell(self.given, self.files, self.data, self.seed, name) for name in named if name in SYSTEMS]
+        self.needs = [Cell(given, self.files, self.data, self.seed, name) for name in named if name in SYSTEMS]
         self.all = [*{each.system: each for need in self.needs for each in need.all}.values(), self]
-        self.trains = any(not command.startswith("evaluate_") for each in self.all for command in each.commands)
-        folder = f"seed-{self.seed}" if self.trains else "any-seed"
-        self.place = Path(self.given.output_dir) / self.data / folder / re.sub(r"\W+", "-", self.name)
-        models = (self.given.embedding_model, self.given.qa_model_name_or_path, self.given.precision)
-        made_of = (self.commands, [need.recipe for need in self.needs], models, self.seed if self.trains else "")
+        trains = any(not command.startswith("evaluate_") for each in self.all for command in each.commands)
+        self.folder = f"seed-{self.seed}" if trains else "any-seed"
+        self.place = Path(given.output_dir) / self.data / self.folder / re.sub(r"\W+", "-", self.name)
+        models = (given.embedding_model, given.qa_model_name_or_path, given.precision)
+        made_of = (self.commands, [need.recipe for need in self.needs], models, self.folder)
         self.recipe = fingerprint(str(made_of), self.files["content"])
         if self.mark.get("recipe", self.recipe) != self.recipe:
-            raise SystemExit(f"error: {self.place}: made of other data, models or settings; delete it, or name another "
-                             "--output_dir")  # fmt: skip
+            made = "made of other data, models or settings; delete it, or name another --output_dir"
+            raise SystemExit(f"error: {self.place}: {made}")
 
     @property
     def mark(self) -> dict[str, Any]:
         """What was run so far, and how long it took; empty at first."""
-        path = self.place / "cell.json"
-        return read_json(path) if path.exists() else {}
+        return read_json(self.place / "cell.json") if (self.place / "cell.json").exists() else {}
 
     def make(self) -> None:
         """Run what is missing of this cell and of those that it needs."""
@@ -205,11 +205,11 @@ class Cell:
             seconds, peaks = zip(*took, strict=True)
             mark["steps"].append({"command": command, "seconds": sum(seconds), "peak_gib": max(peaks)})
             write_json(self.place / "cell.json", mark)
+        if self.system != "reranker":
+            read_predictions(self.place)  # or an error
         for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as what stays
             for leftover in self.place.glob(pattern):
                 shutil.rmtree(leftover)
-        if self.system != "reranker":
-            read_predictions(self.place)  # or an error
         write_json(self.place / "cell.json", mark | {"finished": True, "machine": machine_line(machine())})
 
     def lines(self, command: str) -> Iterator[list[str]]:
@@ -220,21 +220,21 @@ class Cell:
         peer = name in ("sentence_transformers", "trl")
         script = [str(HERE / "learning_peers.py"), name] if peer else [str(HERE.parent / "bin" / name)]
         script += ["--document_path", values["documents"], "--bf16", str(self.given.precision == "bf16").lower()]
+        if not name.startswith("evaluate_"):
+            script += ["--train_file", values["train"], "--eval_file", values["eval"], "--seed", str(self.seed)]
+            script += ["--save_steps", "50", "--resume_from_checkpoint", "true"]
 
-        def line(place: Path, questions: str, weight: str = "") -> list[str]:
-            own = ["--eval_data_path", questions, "--output_dir", str(place)]
-            if not name.startswith("evaluate_"):
-                own = ["--train_file", values["train"], "--eval_file", values["eval"], "--seed", str(self.seed)]
-                own += ["--save_steps", "50", "--resume_from_checkpoint", "true"]
-                own += ["--output_dir", str(place / "model" if peer else place)]
-            filled = (re.sub(r"\{([^{}]+)\}", lambda m: (values | {"weight": weight})[m[1]], flag) for flag in flags)
-            return [*script, *own, *filled]
+        def line(questions: str, place: Path, weight: object = "") -> list[str]:
+            known = values | {"weight": str(weight)}
+            own = ["--eval_data_path", known[questions]] if name.startswith("evaluate_") else []
+            filled = [re.sub(r"\{([^{}]+)\}", lambda match: known[match[1]], flag) for flag in flags]
+            return [*script, *own, "--output_dir", str(place / "model" if peer else place), *filled]
 
         found = {}
         for weight in WEIGHTS if "{weight}" in command else ():
-            yield line(place := self.place / f"eval-{weight}", values["eval"], str(weight))
+            yield line("eval", place := self.place / f"eval-{weight}", weight)
             found[weight] = read_json(place / SCORES)["test_retr/mrr@10"]
-        yield line(self.place, values["test"], str(max(found, key=found.__getitem__, default="")))
+        yield line("test", self.place, max(found, key=found.__getitem__, default=""))
 
 
 def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
@@ -254,9 +254,6 @@ def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
     return time.monotonic() - began, usage.ru_maxrss / 2**20
 
 
-# ---------------------------------------------------------------- the table
-
-
 def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str, Any]]:
     """A row for each system with finished cells; the first one is what the others are compared with."""
     first: dict[int, np.ndarray] = {}  # scores by seed
@@ -266,21 +263,22 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
         first = first or values
         if not (shared := values.keys() & first.keys()):
             continue
-        gaps, scores = (np.stack([values[seed] - first[seed] for seed in shared]), np.stack(list(values.values())))
-        means = {"scores": scores.mean((0, 1)), "intervals": intervals(scores)}  # of [S, n, M]
-        means |= {"difference": gaps.mean((0, 1)), "difference_intervals": intervals(gaps)}
-        seeds = scores.mean(1) if done[0].trains else []
+        scores, gaps = np.stack(list(values.values())), np.stack([values[seed] - first[seed] for seed in shared])
+        told = {"scores": scores.mean((0, 1)), "intervals": intervals(scores)}  # of [S, n, M]
+        told |= {"difference": gaps.mean((0, 1)), "difference_intervals": intervals(gaps)}
+        seeds = {str(cell.seed): values[cell.seed].mean(0) for cell in done if cell.folder != "any-seed"}
         marks = [each.mark for cell in done for each in cell.all]
         steps = [step for mark in marks for step in mark["steps"]]
-        yield {
-            "data": done[0].data, "system": system, "n": scores.shape[1], "seeds": len(seeds),
-            **{name: dict(zip(metrics, value.round(4).tolist(), strict=True)) for name, value in means.items()},
-            "by_seed": [dict(zip(metrics, value.round(4).tolist(), strict=True)) for value in seeds],
+        by_name = [
+            {n: dict(zip(metrics, v.round(4).tolist(), strict=True)) for n, v in d.items()} for d in (told, seeds)
+        ]
+        yield {"data": done[0].data, "system": system, "n": scores.shape[1], **by_name[0], "by_seed": by_name[1]} | {
             "minutes": round(sum(step["seconds"] for step in steps) / 60 / len(done), 2),
             "resumed": any(mark["resumed"] for mark in marks),  # minutes before that are not known
             "peak_gib": round(max(step["peak_gib"] for step in steps), 2),
             "machines": sorted({mark["machine"] for mark in marks}),
-        }  # fmt: skip
+            "commands": done[0].commands,
+        }
 
 
 def scores_of(cell: Path, names: Sequence[str]) -> np.ndarray:
@@ -303,29 +301,30 @@ def intervals(values: np.ndarray) -> np.ndarray:
 
 def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
     """A table for each data set's retrievers and readers, the page and a JSON line."""
-    text, tables = io.StringIO(), []
+    text, tables = io.StringIO(), {}
     for data, (systems, metrics) in product(given.data, METRICS):
-        shown = [cell for cell in cells if cell.data == data and cell.system in systems]
-        if rows := list(rows_of(shown, metrics)):
-            tables.append((f"{data}, {rows[0]['n']} questions", rows))
-    with redirect_stdout(text):
-        for title, rows in tables:
-            print_table([title, "seeds", *rows[0]["scores"], "minutes", "GiB"], list(map(text_of, rows)))
-            print()
-        print(*sorted({machine for _, rows in tables for row in rows for machine in row["machines"]}), sep="\n")
-    print(text.getvalue(), end="")
+        rows = list(rows_of([cell for cell in cells if cell.data == data and cell.system in systems], metrics))
+        with redirect_stdout(text):
+            if rows:
+                title = f"{data}, {rows[0]['n']} questions"
+                print_table([title, "seeds", *metrics, "minutes", "GiB"], list(map(text_of, rows)))
+                print()
+                tables[f"{title}: {', '.join(metrics)}"] = rows
+    every = [row for rows in tables.values() for row in rows]
+    machines = "\n".join(sorted({machine for row in every for machine in row["machines"]}))
     if given.html:
-        write_page(given.html, tables, text.getvalue())
-    print_result(__file__, given, [row for _, rows in tables for row in rows])
+        write_page(given.html, tables, text.getvalue() + machines)
+    print(text.getvalue() + machines)
+    print_result(__file__, given, every)
 
 
 def text_of(row: dict[str, Any]) -> list[str]:
-    """The row's cells."""
-    told = [f"{score:.3f}" for score in row["scores"].values()]
-    for number, (name, ends) in enumerate(row["difference_intervals"].items()):
-        told[number] += " {:+.3f} ({:+.3f} to {:+.3f})".format(row["difference"][name], *ends) if any(ends) else ""
+    """A row's cells: what differs from the first row has the difference behind it."""
+    told = {name: f"{score:.3f}" for name, score in row["scores"].items()}
+    for name, ends in row["difference_intervals"].items():
+        told[name] += " {:+.3f} ({:+.3f} to {:+.3f})".format(row["difference"][name], *ends) if any(ends) else ""
     took = f"{'>' * row['resumed']}{row['minutes']:.1f}"
-    return [row["system"], str(row["seeds"] or ""), *told, took, f"{row['peak_gib']:.1f}"]
+    return [row["system"], str(len(row["by_seed"]) or ""), *told.values(), took, f"{row['peak_gib']:.1f}"]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """The table of `learning.py` as one page that needs no network: points with intervals, a panel for each metric."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,18 +19,19 @@ div { display: grid; gap: 12px; grid-template-columns: repeat(auto-fit, minmax(m
 svg, pre { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 8px; overflow: auto; }
 svg { font: 12px system-ui, sans-serif; fill: currentColor; stroke: var(--muted); stroke-width: 2; }
 text { stroke: none; } .rule { stroke: var(--rule); stroke-width: 1; } .first { stroke-dasharray: 3 3; }
-circle { fill: var(--card); } .better, .better circle { stroke: var(--good); fill: var(--good); }
-.worse, .worse circle { stroke: var(--bad); fill: var(--bad); } .seed { stroke-width: 0 !important; opacity: .5; }
+circle { fill: var(--card); } .seed { fill: var(--muted); stroke-width: 0; opacity: .5; }
+.better, .better circle { stroke: var(--good); fill: var(--good); }
+.worse, .worse circle { stroke: var(--bad); fill: var(--bad); }
 </style><h1>What training brings</h1>
 <p>Means over seeds with their 95 % intervals, questions and seeds resampled together; small points are single seeds.
 Full points differ from the first row (dashed) by more than chance, in pairs: blue ones are better, red ones worse.</p>
 """
 
 
-def write_page(path: str, tables: Iterable[tuple[str, Sequence[dict[str, Any]]]], text: str) -> None:
+def write_page(path: str, tables: Mapping[str, Sequence[dict[str, Any]]], text: str) -> None:
     """The panels of each table, and below them all as it was printed."""
     parts = [PAGE]
-    for title, rows in tables:
+    for title, rows in tables.items():
         panels = "".join(panel(rows, name) for name in rows[0]["scores"])
         parts.append(f"<h2>{escape(title)}</h2>\n<div>{panels}</div>")
     Path(path).write_text("\n".join([*parts, f"<h2>Figures</h2>\n<pre>{escape(text)}</pre>\n"]), encoding="utf-8")
@@ -58,9 +59,10 @@ def panel(rows: Sequence[dict[str, Any]], name: str) -> str:
     parts.append(rule("first", rows[0]["scores"][name]))
     for y, row in zip(range(38, bottom, LINE), rows, strict=False):
         (start, end), mean, system = row["intervals"][name], row["scores"][name], escape(row["system"])
-        least, most = row.get("difference_intervals", {}).get(name, (0, 0))
+        least, most = row["difference_intervals"][name]
         verdict = "better" if least > 0 else "worse" if most < 0 else ""
-        seeds = "".join(f'<circle class="seed" cx="{x(each[name])}" cy="{y + 6}" r="2"/>' for each in row["by_seed"])
+        points = (x(scores[name]) for scores in row["by_seed"].values())
+        seeds = "".join(f'<circle class="seed" cx="{point}" cy="{y + 6}" r="2"/>' for point in points)
         parts.append(
             f'<text x="{LEFT - 10}" y="{y + 4}" text-anchor="end">{system}</text><g class="{verdict}">'
             f"<title>{system}: {mean:.3f}, {start:.3f} to {end:.3f}</title>"

@@ -47,9 +47,8 @@ class PromptFlags(SFTArguments, ReaderTraining):
 
 
 def main() -> None:
-    train = {"sentence_transformers": train_encoder, "trl": train_decoder}[sys.argv.pop(1)]
     with redirect_stdout(sys.stderr):
-        train()
+        {"sentence_transformers": train_encoder, "trl": train_decoder}[sys.argv.pop(1)]()
 
 
 def settings_of(flags: TrainingArguments) -> dict[str, Any]:
@@ -60,10 +59,11 @@ def settings_of(flags: TrainingArguments) -> dict[str, Any]:
     return own | {"optim": "adamw_torch_fused", "report_to": "none"}
 
 
-def finish(trainer: Any, flags: TrainingArguments) -> None:
-    begun = Path(flags.output_dir).is_dir() and get_last_checkpoint(flags.output_dir)
-    trainer.train(resume_from_checkpoint=begun or None)
-    trainer.save_model(flags.output_dir)
+def finish(trainer: Any) -> None:
+    """Train to the end, from the last checkpoint if there is one, and save the best model."""
+    output = trainer.args.output_dir
+    trainer.train(resume_from_checkpoint=Path(output).is_dir() and get_last_checkpoint(output) or None)
+    trainer.save_model(output)
 
 
 def train_encoder() -> None:
@@ -89,12 +89,10 @@ def train_encoder() -> None:
         {str(n): {names[gold.key] for gold in e.gold_docs if gold.key in names} for n, e in enumerate(held_out)},
         write_csv=False,
     )
-    settings = peer.SentenceTransformerTrainingArguments(
-        **settings_of(flags), batch_sampler="no_duplicates", metric_for_best_model="eval_cosine_mrr@10"
-    )
+    settings = settings_of(flags) | {"batch_sampler": "no_duplicates", "metric_for_best_model": "eval_cosine_mrr@10"}
+    arguments = peer.SentenceTransformerTrainingArguments(**settings)
     loss = CachedMultipleNegativesRankingLoss(model, scale=1 / flags.temperature, mini_batch_size=32)
-    trainer = peer.SentenceTransformerTrainer(model, settings, train_dataset=data, loss=loss, evaluator=evaluator)
-    finish(trainer, flags)
+    finish(peer.SentenceTransformerTrainer(model, arguments, train_dataset=data, loss=loss, evaluator=evaluator))
 
 
 def train_decoder() -> None:
@@ -102,18 +100,17 @@ def train_decoder() -> None:
     from trl import SFTConfig, SFTTrainer
 
     flags = parse(PromptFlags, __doc__)
-    model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype=torch.float32)
-    documents, data = read_documents(flags.document_path), []
-    prompter = Prompter(load_tokenizer(flags.model_name_or_path), flags)
-    for path in (flags.train_file, flags.eval_file):
+    documents, prompter = read_documents(flags.document_path), Prompter(load_tokenizer(flags.model_name_or_path), flags)
+    data = {}
+    for name, path in (("train_dataset", flags.train_file), ("eval_dataset", flags.eval_file)):
         examples = with_known_gold(read_examples(path, answers=True), documents)
         encoded = encode_examples(prompter, examples, [list(example.gold_docs) for example in examples]).values()
-        rows = [(each.ids, [int(place >= each.answer_start) for place in range(len(each.ids))]) for each in encoded]
-        data.append(Dataset.from_list([{"input_ids": ids, "completion_mask": mask} for ids, mask in rows]))
-    own = {"max_length": flags.max_seq_length, "per_device_eval_batch_size": flags.per_device_eval_batch_size}
-    settings = SFTConfig(**settings_of(flags), **own, completion_only_loss=True, gradient_checkpointing=False)
-    finish(SFTTrainer(model, settings, train_dataset=data[0], eval_dataset=data[1],
-                      processing_class=prompter.tokenizer), flags)  # fmt: skip
+        masks = [[int(place >= each.answer_start) for place in range(len(each.ids))] for each in encoded]
+        data[name] = Dataset.from_dict({"input_ids": [each.ids for each in encoded], "completion_mask": masks})
+    settings = settings_of(flags) | {"per_device_eval_batch_size": flags.per_device_eval_batch_size}
+    settings |= {"max_length": flags.max_seq_length, "completion_only_loss": True, "gradient_checkpointing": False}
+    model = AutoModelForCausalLM.from_pretrained(flags.model_name_or_path, dtype=torch.float32)
+    finish(SFTTrainer(model, SFTConfig(**settings), processing_class=prompter.tokenizer, **data))
 
 
 if __name__ == "__main__":
