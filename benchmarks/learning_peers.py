@@ -62,15 +62,15 @@ def settings_of(flags: TrainingArguments) -> dict[str, Any]:
 def finish(trainer: Any) -> None:
     """Train to the end, from the last checkpoint if there is one, and save the best model."""
     output = trainer.args.output_dir
-    trainer.train(resume_from_checkpoint=Path(output).is_dir() and get_last_checkpoint(output) or None)
+    trainer.train(resume_from_checkpoint=(Path(output).is_dir() and get_last_checkpoint(output)) or None)
     trainer.save_model(output)
 
 
 def train_encoder() -> None:
     import sentence_transformers as peer
     from datasets import Dataset
-    from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
-    from sentence_transformers.sentence_transformer.losses import CachedMultipleNegativesRankingLoss
+    from sentence_transformers.evaluation import InformationRetrievalEvaluator
+    from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 
     flags = parse(PairFlags, __doc__)
     documents = read_documents(flags.document_path)
