@@ -259,7 +259,9 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
     first: dict[int, np.ndarray] = {}  # scores by seed
     for system in dict.fromkeys(cell.name for cell in cells):
         done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
-        values = {cell.seed: scores_of(cell.place, list(metrics.values())) for cell in done}
+        found = {cell.seed: [row["scores"] for row in read_predictions(cell.place)] for cell in done}
+        values = {seed: np.array([[scores[name] for name in metrics.values()] for scores in each if scores])
+                  for seed, each in found.items()}  # fmt: skip
         first = first or values
         if not (shared := values.keys() & first.keys()):
             continue
@@ -279,12 +281,6 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
             "machines": sorted({mark["machine"] for mark in marks}),
             "commands": done[0].commands,
         }
-
-
-def scores_of(cell: Path, names: Sequence[str]) -> np.ndarray:
-    """The scores of each question that has them. [n, M]"""
-    rows = [row["scores"] for row in read_predictions(cell)]
-    return np.array([[scores[name] for name in names] for scores in rows if all(name in scores for name in names)])
 
 
 def intervals(values: np.ndarray) -> np.ndarray:

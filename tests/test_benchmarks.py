@@ -193,7 +193,7 @@ def test_a_table_goes_on_where_it_was_ended_and_makes_nothing_twice(learn: Learn
     ran, rows = learn(*systems)
     assert ran == ["train_sft", "train_swr"]
     assert [name for name, row in rows.items() if row["resumed"]] == ["SFT"]  # what it took before is not known
-    assert learn(*systems) == ([], rows)
+    assert learn(*systems) == learn(*systems, "--draw") == ([], rows)
 
 
 def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) -> None:
@@ -202,7 +202,14 @@ def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) ->
     assert (ran, list(rows)) == (["evaluate_retriever", "train_fid", "train_sft"], ["BM25", "SFT"])
 
 
-def test_other_settings_for_a_cell_that_is_there_are_refused(learn: Learn) -> None:
+def test_another_trained_retriever_can_stand_behind_a_reader(learn: Learn) -> None:
+    ran, rows = learn("--only", "SwR over trained", "--trained", "RPG")
+    assert (ran, list(rows)) == (["train_rpg", "train_swr"], ["SwR over RPG"])
+
+
+def test_settings_for_no_command_and_others_for_a_cell_that_is_there_are_refused(learn: Learn) -> None:
+    with pytest.raises(SystemExit):
+        learn("--only", "CTL", "--settings", "train_clt: --temperature 0.1")
     learn("--only", "CTL")
     with pytest.raises(SystemExit, match="seed-0/CTL: made of other data, models or settings"):
         learn("--only", "CTL", "--settings", "train_ctl: --temperature 0.1")
