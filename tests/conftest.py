@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import runpy
+import signal
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -54,6 +55,7 @@ def _offline(tmp_path_factory: pytest.TempPathFactory) -> None:
     os.environ |= {"HF_HUB_OFFLINE": "1", "RQA_CACHE": str(tmp_path_factory.mktemp("cache"))}
     os.environ["OMP_NUM_THREADS"] = "1"  # tiny matrices gain nothing from more, and other processes lose
     torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it, and so its children
 
 
 @pytest.fixture(autouse=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from openai_server import OpenAIServer, error
 from trainers import BIN, calls
 
 import rqa
@@ -52,12 +53,13 @@ def test_the_prompt_keeps_the_history_until_it_is_told_to_begin_anew(
 ) -> None:
     asked = calls(monkeypatch, Engine, "reply")
     too_long = "why " * 2000
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f"first\n\nsecond\n{too_long}\nthird\n/new\nfourth\n"))
+    typed = f"first\n\nsecond\n{too_long}\nthird\n/new\nfour\udcffth\n"  # with a byte that is no UTF-8
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
     assert run_line("ask", *line, "--show_passages", "false") == 0
     out, err = capsys.readouterr()
     said = [part.strip() for part in out.split("\n\n")]
     examples = [example for example, *_ in asked]
-    assert [example.question for example in examples] == ["first", "second", too_long.strip(), "third", "fourth"]
+    assert [example.question for example in examples] == ["first", "second", too_long.strip(), "third", "four\ufffdth"]
     turns = [Turn("user", "first"), Turn("assistant", said[0]), Turn("user", "second"), Turn("assistant", said[1])]
     assert examples[3] == Example("third", chat_history=tuple(turns))
     assert examples[4].chat_history == ()
@@ -72,6 +74,16 @@ def test_without_a_reader_there_are_passages_and_the_flags_may_be_a_file(
     assert run_line("ask", *QUESTION.split(), tmp_path / "flags.json") == 0
     assert len(re.findall(r"^\[", capsys.readouterr().out, re.MULTILINE)) == 2
     refused("nothing.json: no such file", "ask", QUESTION, "nothing.json")
+
+
+def test_a_server_answers_or_says_in_one_line_why_not(
+    line: list[str], server: OpenAIServer, run_line: Callable[..., int], capsys: Any, refused: Callable[..., None]
+) -> None:
+    asked = [QUESTION, *line[:4], "--qa_model_name_or_path", f"openai::{server.url}"]
+    assert run_line("ask", *asked) == 0
+    assert capsys.readouterr().out.rstrip().endswith(f"Question: {QUESTION}")  # the end of what it was asked
+    server.faults = [lambda: error(400, "no such thing")] * 9
+    refused("no such thing", "ask", *asked)
 
 
 def test_ctrl_c_stops_an_answer_and_not_the_prompt(line: list[str]) -> None:

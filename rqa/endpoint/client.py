@@ -280,6 +280,8 @@ class Endpoint:
             what = f"{status}, {said}; {advice if self._served and status not in ENDS else ADVICE.get(status, advice)}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
             what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
+        elif type(error).__name__ == "APIError":  # in a stream that it had begun
+            what = f"broke off its reply: {one_line(error) or 'no reason'}"
         else:
             reason = one_line(cause) or "connection lost"
             what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"

@@ -1,6 +1,7 @@
 """What clients of OpenAI's API send, checked field by field."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from rqa.data import Example, Turn
 from rqa.prompts import DoesNotFit
@@ -74,22 +75,59 @@ def conversation(messages: Any) -> tuple[Example, Example]:
             turns.append(Turn(role, text))
     if sum(map(len, instructions)) + sum(len(turn.message) for turn in turns) > LONGEST:
         raise DoesNotFit(f"the conversation has more than {LONGEST} characters")
-    *history, last = turns[-TURNS:] or [Turn("", "")]
-    need(last.speaker == "user" and last.message.strip() != "", "messages", "a conversation that ends with a question")
-    searched = Example(last.message, chat_history=tuple(history))
-    first = next(turn for turn in (*history, last) if turn.speaker == "user")
-    told = Turn("user", "\n\n".join([*instructions, first.message]))
-    *history, last = [told if turn is first else turn for turn in (*history, last)]
-    return searched, Example(last.message, chat_history=tuple(history))
+    turns = turns[-TURNS:] or [Turn("", "")]
+    fits = turns[-1].speaker == "user" and turns[-1].message.strip() != ""
+    need(fits, "messages", "a conversation that ends with a question")
+    searched = Example(turns[-1].message, chat_history=tuple(turns[:-1]))
+    first = next(place for place, turn in enumerate(turns) if turn.speaker == "user")
+    turns[first] = Turn("user", "\n\n".join([*instructions, turns[first].message]))
+    return searched, Example(turns[-1].message, chat_history=tuple(turns[:-1]))
 
 
-def settings(body: dict[str, Any]) -> dict[str, Any]:
-    """The fields of the engine's `Settings`; what is asked for and not offered is refused."""
+@dataclass(frozen=True)
+class Settings:
+    """What a request says of its answer; None: as the server was started."""
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    stop: tuple[str, ...] = ()
+
+    @property
+    def sampling(self) -> dict[str, Any] | None:
+        """The fields of `GenerationArguments` that differ from the server's."""
+        if self.temperature is None and self.top_p is None:
+            return None
+        if self.temperature == 0:
+            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
+        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "num_beams": 1}
+
+
+def settings(body: dict[str, Any]) -> Settings:
+    """What is asked for of an answer; what this server does not offer is refused."""
     for name, harmless in UNSUPPORTED.items():
         need(body.get(name) in [None, *harmless], name, "left out: this server does not offer it")
-    tokens = [number(body, name, int, 1, 2**31) for name in ("max_completion_tokens", "max_tokens")]
+    tokens = number(body, "max_completion_tokens", int, 1, 2**31), number(body, "max_tokens", int, 1, 2**31)
     temperature, top_p = number(body, "temperature", float, 0, 2), number(body, "top_p", float, 0.01, 1)
     if temperature:
         temperature = max(temperature, 0.01)  # logits divided by less may be infinite
-    stop = tuple(texts(body, "stop")) if body.get("stop") else ()
-    return {"max_tokens": tokens[0] or tokens[1], "temperature": temperature, "top_p": top_p, "stop": stop}
+    return Settings(tokens[0] or tokens[1], temperature, top_p, tuple(texts(body, "stop")) if body.get("stop") else ())
+
+
+class Question(NamedTuple):
+    """What a chat completion is asked for."""
+
+    searched: Example  # without instructions
+    read: Example
+    settings: Settings
+    k: int | None  # passages; None: as the server was started
+    streams: bool
+    wants_usage: bool  # in a stream
+
+
+def question(body: dict[str, Any]) -> Question:
+    for name, kind in (("rqa", dict), ("stream_options", dict), ("stream", bool)):
+        need(isinstance(body.get(name), kind | None), name, "true or false" if kind is bool else "an object")
+    options, k = body.get("stream_options") or {}, number(body.get("rqa") or {}, "k", int, 1, 100)
+    streams, usage = bool(body.get("stream")), bool(options.get("include_usage"))
+    return Question(*conversation(body.get("messages")), settings(body), k, streams, usage)

@@ -46,15 +46,15 @@ async def stream(
                 for choice in part["choices"][:1]:
                     new, ended = (choice.get("delta") or {}).get("content") or "", choice.get("finish_reason") or ended
                     said, parts = said + new, parts + 1
-                    if new and not HALF_A_MARK.fullmatch(said):
-                        yield without_thoughts(said), 0, parts, None
+                    if new and not HALF_A_MARK.fullmatch(said) and not "\ud800" <= said[-1] < "\udc00":
+                        yield without_thoughts(clean_text(said)), 0, parts, None
                 if len(said) > max_tokens * CHARACTERS_PER_TOKEN:
                     ended = "length"
                     break
         if not ended:
             raise ValueError("it ends before the reply does")
         tokens = int(used.get("prompt_tokens") or 0), int(used.get("completion_tokens") or parts)
-        yield without_thoughts(said), *tokens, "length" if ended in CUT else "stop"
+        yield without_thoughts(clean_text(said)), *tokens, "length" if ended in CUT else "stop"
     except UNREADABLE as error:
         raise endpoint._error(f"not the stream of an OpenAI-compatible server ({one_line(error)})") from None
     except APIError as error:

@@ -1,18 +1,21 @@
-"""What people prefer of two systems: wins and their intervals, and how far the raters agree."""
+"""What people prefer of two systems: asking them, blind; wins and their intervals, and how far the raters agree."""
 
 import json
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rqa.data import parse_example
-from rqa.evaluation.comparison import Difference
+from rqa.endpoint.requests import BadRequest, need
+from rqa.evaluation.comparison import Difference, pair, read_predictions, shown
 from rqa.evaluation.results import mean_intervals
 from rqa.runtime.errors import UserError
-from rqa.runtime.files import fingerprint, read_jsonl
+from rqa.runtime.files import append_line, fingerprint, read_jsonl
 
 CHOICES = {"A": "A wins", "B": "B wins", "tie": "tie", "both_bad": "both bad"}
+ASKED = ("question", "chat_history", "gold_answer")  # what a rater sees beside the answers
 
 Row = dict[str, Any]
 Ratings = dict[int, tuple[Row, dict[str, str]]]  # number -> the first line that rates it, and each rater's choice
@@ -42,6 +45,53 @@ def read_ratings(path: str | Path) -> Ratings:
     return ratings
 
 
+class Comparison:
+    """The questions of two evaluated runs, in a random order for all, and who has rated which, as the file says."""
+
+    def __init__(self, first: str, second: str, path: str) -> None:
+        self.path, items = path, {}
+        for a, b in pair(read_predictions(first), read_predictions(second)):
+            asked, sides = parse_example(a, first)[0].to_json(), {"A": shown(a, first), "B": shown(b, second)}
+            row = {name: asked.get(name) for name in ASKED} | {"A": first, "B": second}
+            row |= {f"answer_{name}": side["answer"] for name, side in sides.items()}
+            items[rated(row)] = row, sides
+        self.items = dict(sorted(items.items()))
+        with open(path, "ab"):  # where nothing can be written, this fails, and not the first rating
+            self.ratings = {number: raters for number, (_, raters) in read_ratings(path).items()}
+        if not self.ratings.keys() <= items.keys():
+            raise UserError(f"--ratings_path {path}: holds ratings of other systems or answers; name another file")
+
+    def next(self, rater: Any) -> dict[str, Any]:
+        """How far a rater is, and the first question that is left, whose sides do not say which system they are."""
+        need(isinstance(rater, str) and min(rater.strip(), default="") >= " ", "rater", "a name")
+        left = [number for number in self.items if rater.strip() not in self.ratings.get(number, ())]
+        progress = {"done": len(self.items) - len(left), "total": len(self.items), "item": None}
+        if left:
+            (row, sides), (first, second) = self.items[left[0]], _order(rater.strip(), left[0])
+            about = {"number": left[0], "left": sides[first], "right": sides[second]}
+            progress["item"] = about | {name: row[name] for name in ASKED}
+        return progress
+
+    def rate(self, body: dict[str, Any]) -> dict[str, Any]:
+        """Keep a rater's choice, which replaces an earlier one. -> what is next"""
+        self.next(rater := body.get("rater", ""))  # refuses what is no name
+        if type(number := body.get("number")) is not int or number not in self.items:
+            raise BadRequest("'number' must be that of a question", "number")
+        rater, row = rater.strip(), self.items[number][0]
+        first, second = _order(rater, number)
+        choice = {"left": first, "right": second, "tie": "tie", "both_bad": "both_bad"}.get(str(body.get("choice")))
+        need(choice is not None, "choice", "left, right, tie or both_bad")
+        time = datetime.now(UTC).isoformat(timespec="seconds")
+        append_line(self.path, {"rater": rater} | row | {"choice": choice, "time": time})
+        self.ratings.setdefault(number, {})[rater] = choice
+        return self.next(rater)
+
+
+def _order(rater: str, number: int) -> str:
+    """The systems on the left and on the right: random for each question and rater, the same at every call."""
+    return "AB" if fingerprint(rater, str(number)) < "8" else "BA"
+
+
 def count_choices(ratings: Ratings) -> np.ndarray:
     """How many raters made each of the CHOICES. -> [N, 4]"""
     chosen = [list(raters.values()) for _, raters in ratings.values()]
@@ -53,7 +103,9 @@ def preference(counts: np.ndarray) -> Difference:
     wins = counts[:, :2] / counts.sum(axis=1, keepdims=True)  # [N, 2]
     gaps = wins[:, 1] - wins[:, 0]
     low, high = mean_intervals((gaps[:, None] + 1) / 2)[0] * 2 - 1  # as shares, which are never certain
-    decided = int(np.count_nonzero(gaps))
+    if not (decided := int(np.count_nonzero(gaps))):  # ties alone are no certainty, either
+        high = mean_intervals(gaps[:, None])[0][1]
+        low = -high
     return Difference("share of wins", *wins.mean(axis=0).tolist(), low, high, len(gaps), decided, "have a winner")
 
 

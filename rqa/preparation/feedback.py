@@ -1,15 +1,21 @@
-"""What people said of a server's answers, to training examples of readers and of retrievers."""
+"""What people say of a server's answers: kept as rqa's examples, from which training files are made."""
 
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rqa.data import Document, Example, normalize, parse_example
+from rqa.endpoint.requests import BadRequest
 from rqa.preparation.reading import Row
 from rqa.prompts import retrieval_query
-from rqa.runtime.files import read_jsonl
+from rqa.retrieval.citations import cite, passage_of
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import append_line, read_jsonl
+
+MARKS = ("clicked", "helpful", "rejected")  # what a person did with a passage, or thinks of it
 
 
 class Rating(NamedTuple):
@@ -33,10 +39,47 @@ def parse_rating(values: dict[str, Any], where: str) -> Rating:
         raise row.wrong("rating", "1 or -1")
     up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
     for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
-        mark = shown.values.get
-        if mark("rejected") or mark("helpful") or (mark("clicked") and up) or (mark("cited") and (up or correction)):
-            passages.append((not mark("rejected"), document))
+        marks = [shown.values.get(name) or False for name in ("rejected", "helpful", "clicked", "cited")]
+        if not all(isinstance(mark, bool) for mark in marks):  # a text such as "no" would count as yes
+            raise row.wrong("ctxs", "passages whose rejected, helpful, clicked and cited are true or false")
+        rejected, helpful, clicked, cited = marks
+        if rejected or helpful or (clicked and up) or (cited and (up or correction)):
+            passages.append((not rejected, document))
     return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
+
+
+class Feedback:
+    """A file of ratings, one a line, and the database that holds the rated passages."""
+
+    def __init__(self, path: str | Path, documents: Sequence[Document]) -> None:
+        self.path, self.documents = Path(path), documents
+        try:
+            self.path.open("ab").close()
+        except OSError as error:
+            raise UserError(f"--feedback_path {path}: {error.strerror}; name a file to write ratings to") from None
+
+    def save(self, body: dict[str, Any]) -> None:
+        """Add a rating; it says which passages its correction cites, or else its answer."""
+        sent, time = Row(body, "feedback"), datetime.now(UTC).isoformat(timespec="milliseconds")
+        row = {name: body.get(name) for name in ("question", "chat_history", "rating", "corrected_answer")}
+        try:
+            rating = parse_rating(row | {"generated_answer": body.get("answer"), "time": time}, "feedback")
+            ids, model = {name: sent.texts(name) for name in ("passages", *MARKS)}, sent.text("model", "")
+        except UserError as error:
+            said = str(error).replace("generated_", "")
+            raise BadRequest(said, said.split("'")[1]) from None
+        shown = {name: known for name in ids["passages"] if (known := passage_of(self.documents, name))}
+        if unknown := [name for listed in ids.values() for name in listed if name not in shown]:
+            raise BadRequest(f"'passages' lacks {unknown[0][:80]!r}, or the database does; ask again", "passages")
+        correction = rating.correction if rating.correction != rating.answer else ""
+        cited = {each.number for each in cite(correction or rating.answer, list(shown.values()))}
+        contexts = [
+            document.to_json() | {"id": name, "cited": number in cited} | {mark: name in ids[mark] for mark in MARKS}
+            for number, (name, document) in enumerate(shown.items(), start=1)
+        ]
+        row = {"question": rating.asked.question, "chat_history": rating.asked.to_json()["chat_history"]}
+        row |= {"ctxs": contexts, "generated_answer": rating.answer, "rating": 1 if rating.up else -1}
+        append_line(self.path, row | {"corrected_answer": correction or None, "model": model, "time": time})
 
 
 def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:

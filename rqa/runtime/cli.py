@@ -45,6 +45,8 @@ def run(main: Callable[[], Any]) -> None:
     logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
     log_to()
     if sys.stdout:
+        with suppress(AttributeError):  # in a notebook, say
+            sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: what it cannot encode is no mistake
         write = sys.stdout.write
         sys.stdout.write = lambda text: write(printable(text))
     try:

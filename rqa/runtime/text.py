@@ -62,6 +62,14 @@ def without_thoughts(reply: str) -> str:
     return "" if _THOUGHTS_BEGIN.search(said) else said
 
 
+def added(text: str, shown: str) -> str:
+    """What a growing reply says beyond what was shown of it: all, where that was thoughts, whose end came at last.
+
+    Decoders that mend spaces may change the last letters: these stay as they were shown.
+    """
+    return text[len(shown) :] if text.startswith(shown[: len(shown) // 2]) else text
+
+
 def as_text(tokenizer: Any) -> Callable[[str], str]:
     """What keeps text from outside text: a space breaks control tokens of this tokenizer, or replaces a character.
 

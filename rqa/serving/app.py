@@ -1,11 +1,11 @@
 """The HTTP API: OpenAI's chat completions and embeddings, Search-R1's retrieval, passages, ratings and metrics."""
 
+import asyncio
 import base64
 import hashlib
 import hmac
 import json
 import logging
-import re
 import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -21,29 +21,27 @@ from starlette.responses import HTMLResponse, JSONResponse, PlainTextResponse, R
 from starlette.routing import Route, Router
 from starlette.types import Message, Receive, Scope, Send
 
-from rqa.data import Example
+from rqa.data import Document
 from rqa.endpoint.client import Refused
-from rqa.endpoint.requests import BadRequest, UnknownModel, conversation, known_model, need, number, settings, texts
+from rqa.endpoint.requests import BadRequest, Question, UnknownModel, known_model, need, number, question, texts
+from rqa.evaluation.ratings import Comparison
+from rqa.preparation.feedback import Feedback
 from rqa.prompts import DoesNotFit, retrieval_query
+from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import one_line
-from rqa.runtime.text import parse_json
-from rqa.serving.comparison import Comparison
-from rqa.serving.engine import Busy, Engine, Found, Settings
-from rqa.serving.feedback import Feedback
+from rqa.runtime.text import added, parse_json
+from rqa.serving.engine import Busy, Engine
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import cite, passage_of
 
 log = logging.getLogger(__name__)
 
 STARTED = int(time.time())
-LONGEST_BODY, MOST_PASSAGES = 2**23, 2**16  # of a request, in bytes, and of a reply
+LONGEST_BODY, SLOWEST_BODY, MOST_PASSAGES = 2**23, 30, 2**16  # bytes and seconds of a request; of a reply
 POLICY = "default-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; img-src data:; "
 POLICY += "style-src 'unsafe-inline'; connect-src 'self'; script-src "
 PASSAGE = "<!doctype html><meta charset=utf-8><meta name=viewport content='width=device-width'><title>{title}</title>"
 PASSAGE += "<style>:root{{color-scheme:light dark}}body{{max-width:42em;margin:2em auto;padding:0 1em;font:1em/1.5 "
 PASSAGE += "serif;white-space:pre-wrap;overflow-wrap:anywhere}}</style><h1>{title}</h1><p>{source}</p><p>{text}</p>"
-
-
 ERRORS: dict[type[Exception], tuple[int, str | None]] = {
     BadRequest: (400, None), ClientDisconnect: (400, None), DoesNotFit: (400, "context_length_exceeded"),
     UnknownModel: (404, "model_not_found"), Busy: (429, "queue_full"), Refused: (502, "upstream_error"),
@@ -65,9 +63,7 @@ def refusal(error: Exception) -> JSONResponse:
 class App:
     """Around every request: the API key, one form of errors, and counts."""
 
-    def __init__(
-        self, routes: Sequence[Route], metrics: Metrics, key: str | None = None, hosts: Sequence[str | None] = ()
-    ) -> None:
+    def __init__(self, routes: list[Route], metrics: Metrics, key: str = "", hosts: Sequence[str] = ()) -> None:
         """`hosts`: the names that it answers to, if not to all."""
         self.router, self.metrics, self.key, self.hosts = Router(routes, redirect_slashes=False), metrics, key, hosts
 
@@ -109,12 +105,15 @@ async def body_of(request: Request) -> dict[str, Any]:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Content-Type must be application/json")
     body = bytearray()
-    async for part in request.stream():
-        body += part
-        if len(body) > LONGEST_BODY:
-            raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
     try:
+        async with asyncio.timeout(SLOWEST_BODY):  # or it would keep a server from its end
+            async for part in request.stream():
+                body += part
+                if len(body) > LONGEST_BODY:
+                    raise HTTPException(413, f"the body is longer than {LONGEST_BODY >> 20} MiB")
         return parse_json(bytes(body))
+    except TimeoutError:
+        raise HTTPException(408, f"the body did not come within {SLOWEST_BODY} seconds") from None
     except ValueError as error:
         raise HTTPException(400, f"the body must be a JSON object: {one_line(error)}") from None
 
@@ -142,80 +141,74 @@ class Api:
     async def chat(self, request: Request) -> Response:
         body = await body_of(request)
         known_model(body, self.reader_name)
-        for name, kind, expected in (("rqa", dict, "an object"), ("stream", bool, "true or false")):
-            need(isinstance(body.get(name), kind | None), name, expected)
-        k, base = number(body.get("rqa") or {}, "k", int, 1, 100), str(self.public_url or request.base_url).rstrip("/")
-        asked, streams = conversation(body.get("messages")), bool(body.get("stream"))
-        parts = self.answer(*asked, Settings(**settings(body)), k or self.k, base, streams)
-        whole: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "object": "chat.completion"}
-        whole |= {"created": int(time.time()), "model": self.reader_name}
-        if streams:
-            first = await anext(parts)  # what is wrong until now has a status of its own
-            options = body.get("stream_options")
-            usage = isinstance(options, dict) and options.get("include_usage")
-            lines = self.events(whole | {"object": "chat.completion.chunk"}, first, parts, usage)
+        asked, base = question(body), str(self.public_url or request.base_url).rstrip("/")
+        chunks = self.answer(asked, base)
+        about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.reader_name}
+        if asked.streams:
+            first = await anext(chunks)  # what is refused until now has its own status
+            events = self.events(about | {"object": "chat.completion.chunk"}, first, chunks, asked.wants_usage)
             headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
-            return StreamingResponse(lines, media_type="text/event-stream", headers=headers)
-        message, ended = {"content": ""}, None
-        async with aclosing(parts):
-            async for delta, reason, more in parts:
+            return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+        whole, message, ended = about | {"object": "chat.completion"}, {"content": ""}, None
+        async with aclosing(chunks):
+            async for chunk in chunks:
                 if await request.is_disconnected():
                     raise ClientDisconnect
-                message, ended = message | delta | {"content": message["content"] + delta.get("content", "")}, reason
-                whole |= more
+                for choice in chunk.pop("choices"):
+                    content, ended = message["content"] + choice["delta"].get("content", ""), choice["finish_reason"]
+                    message |= choice["delta"] | {"content": content}
+                whole |= chunk
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
-    async def answer(
-        self, searched: Example, read: Example, settings: Settings, k: int, base: str, streams: bool
-    ) -> AsyncIterator[tuple[dict[str, Any], str | None, dict[str, Any]]]:
-        """What an answer grows by: a delta of its message, why it ended, and fields beside that."""
+    async def answer(self, asked: Question, base: str) -> AsyncIterator[dict[str, Any]]:
+        """The chunks of an answer, without what each of them says; the last one has no choice, but the usage."""
+
+        def chunk(delta: dict[str, Any], ended: str | None = None, **more: Any) -> dict[str, Any]:
+            return {"choices": [{"index": 0, "delta": delta, "finish_reason": ended}]} | more
+
         with self.engine.admitted():
             began = time.perf_counter()
-            (found,) = await self.engine.search([retrieval_query(searched)], k)
-            retrieved, passages = time.perf_counter(), [described(each, base) for each in found]
-            documents, links = [each.document for each in found], [each["url"] for each in passages]
-            said, sources = "", {"citations": links, "rqa": {"passages": passages}}
-            async with aclosing(self.engine.reply(read, documents, settings)) as replies:
+            (found,) = await self.engine.search([retrieval_query(asked.searched)], asked.k or self.k)
+            retrieved, documents, said, shown = time.perf_counter(), [each.document for each in found], "", ""
+            links = [{"score": each.score, "rank": each.rank, "url": f"{base}/passages/{each.id}"} for each in found]
+            passages = [described(each.id, each.document) | link for each, link in zip(found, links, strict=True)]
+            sources = {"citations": [link["url"] for link in links], "rqa": {"passages": passages}}
+            async with aclosing(self.engine.reply(asked.read, documents, asked.settings)) as replies:
                 reply = await anext(replies)
-                yield {"role": "assistant", "content": ""}, None, sources
+                yield chunk({"role": "assistant", "content": ""}, **sources)
                 async for reply in replies:
-                    yield {"content": reply.text[len(said) :] if streams else ""}, None, {}
-                    said = reply.text
-        if not streams:  # thoughts that end without having begun were shown by then
-            yield {"content": reply.text}, None, {}
+                    delta = added(reply.text, said) if asked.streams else ""
+                    said, shown = reply.text, shown + delta
+                    yield chunk({"content": delta})
+        if not asked.streams:  # thoughts that end without having begun were shown by then
+            yield chunk({"content": (shown := reply.text)})
         if self.sources_in_text and passages:
-            lines = [f"[{each['rank']}] {each['title']}: {each['url']}" for each in passages]
-            yield {"content": "\n".join(["\n\nSources:", *lines])}, None, {}
-        cited, annotations = cite(reply.text, documents), []
-        uncited = sorted({each["rank"] for each in passages} - {each.number for each in cited})
-        for start, end, place in [*cited, *((len(reply.text),) * 2 + (rank,) for rank in uncited)]:
-            link = {name: passages[place - 1][name] for name in ("url", "title")}
-            link |= {"start_index": start, "end_index": end}
-            annotations.append({"type": "url_citation", "url_citation": link})
+            lines = [f"[{each['rank']}] {one_line(each['title'])}: {each['url']}" for each in passages]
+            yield chunk({"content": "\n".join(["\n\nSources:", *lines])})
+        cited, length = cite(shown, documents), len(shown)
+        uncited = sorted({each.rank for each in found} - {each.number for each in cited})
+        links = [
+            {"url": passages[n - 1]["url"], "title": passages[n - 1]["title"], "start_index": start, "end_index": end}
+            for start, end, n in [*cited, *((length, length, rank) for rank in uncited)]
+        ]
+        annotations = [{"type": "url_citation", "url_citation": link} for link in links]
         seconds = {"retrieval": retrieved - began, "generation": time.perf_counter() - retrieved}
-        own = sources["rqa"] | {"cited": [each._asdict() for each in cited], "seconds": seconds}
-        yield {"annotations": annotations}, None, sources | {"rqa": own}
+        sources["rqa"] |= {"cited": [each._asdict() for each in cited], "seconds": seconds}
+        yield chunk({"annotations": annotations}, **sources)
+        yield chunk({}, reply.ended)
         usage = {"prompt_tokens": reply.prompt_tokens, "completion_tokens": reply.tokens}
-        usage["total_tokens"] = sum(usage.values())
-        yield {}, reply.ended, {"usage": usage}
+        yield {"choices": [], "usage": usage | {"total_tokens": sum(usage.values())}}
 
     async def events(
-        self, about: dict[str, Any], first: Any, parts: AsyncIterator[Any], usage: Any
+        self, about: dict[str, Any], first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], usage: bool
     ) -> AsyncIterator[str]:
-        """What `answer` yields as server-sent events; the last one is an error, if it comes to that."""
-
-        def event(choices: list[dict[str, Any]], more: dict[str, Any]) -> str:
-            return f"data: {json.dumps(about | {'choices': choices} | more)}\n\n"
-
+        """Chunks as server-sent events; the last one is an error, if it comes to that."""
         try:
-            async with aclosing(parts):
-                delta, ended, more = first
-                while not ended:
-                    yield event([{"index": 0, "delta": delta, "finish_reason": None}], more)
-                    delta, ended, more = await anext(parts)
-            yield event([{"index": 0, "delta": delta, "finish_reason": ended}], {})
-            if usage:
-                yield event([], more)
+            async with aclosing(chunks):
+                yield f"data: {json.dumps(about | first)}\n\n"
+                async for chunk in chunks:
+                    if chunk["choices"] or usage:
+                        yield f"data: {json.dumps(about | chunk)}\n\n"
             yield "data: [DONE]\n\n"
         except Exception as error:
             self.engine.metrics["rqa_broken_streams_total"] += 1
@@ -246,7 +239,7 @@ class Api:
         with self.engine.admitted():
             rows, result = await self.engine.search(queries, k), []
         for row in rows:
-            shown = [described(each, "", ("id", "title", "text")) for each in row]
+            shown = [described(each.id, each.document) for each in row]
             shown = [each | {"contents": f'"{one_line(each["title"])}"\n{each["text"]}'} for each in shown]
             scored = [{"document": each, "score": found.score} for each, found in zip(shown, row, strict=True)]
             result.append(scored if body.get("return_scores") else shown)
@@ -256,10 +249,10 @@ class Api:
         name = request.path_params["name"]
         if (document := passage_of(self.engine.retriever.documents, name)) is None:
             raise HTTPException(404, "there is no such passage, or the database has changed")
-        shown = described(Found(0, 0, name, document), "", ("id", "title", "source", "text"))
+        shown = described(name, document)
         if request.query_params.get("format") == "json" or "application/json" in request.headers.get("accept", ""):
             return JSONResponse(shown | {"metadata": document.metadata})
-        page = PASSAGE.format(**{name: escape(str(value)) for name, value in shown.items()})
+        page = PASSAGE.format(**{field: escape(text) for field, text in shown.items()})
         return HTMLResponse(page, headers={"Content-Security-Policy": f"{POLICY}'none'"})
 
     async def models(self, request: Request) -> Response:
@@ -268,7 +261,7 @@ class Api:
         return JSONResponse({"object": "list", "data": data})
 
     async def rate(self, request: Request) -> Response:
-        self.feedback.save(await body_of(request))
+        await asyncio.to_thread(self.feedback.save, await body_of(request))  # a disk may be slow, or the file locked
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
@@ -277,24 +270,21 @@ class Api:
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 
-def described(found: Found, base: str, names: Sequence[str] = ()) -> dict[str, Any]:
-    """A passage that was found, as JSON has it; all of these fields, or some."""
-    title, source = (str(found.document.metadata.get(name) or "") for name in ("title", "source"))
-    shown = {"id": found.id, "title": title or source or found.id, "source": source}
-    shown |= {"text": found.document.page_content, "score": found.score, "rank": found.rank}
-    return {name: shown[name] for name in names} or shown | {"url": f"{base}/passages/{found.id}"}
+def described(name: str, document: Document) -> dict[str, Any]:
+    """A passage as JSON has it."""
+    title, source = (str(document.metadata.get(field) or "") for field in ("title", "source"))
+    return {"id": name, "title": title or source or name, "source": source, "text": document.page_content}
 
 
 def page_routes(mode: str) -> list[Route]:
     """The page, in the mode that it shall have, and whether the server lives."""
+    text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
+    text = text.replace('<body data-mode="chat">', f'<body data-mode="{mode}">', 1)
+    script = text.partition("<script>")[2].partition("</script>")[0]
+    own = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
     async def page(request: Request) -> Response:
-        text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
-        text = text.replace('<body data-mode="chat">', f'<body data-mode="{mode}">', 1)
-        scripts = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-        hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-        policy = POLICY + " ".join(f"'sha256-{each}'" for each in hashes)
-        return HTMLResponse(text, headers={"Content-Security-Policy": policy})
+        return HTMLResponse(text, headers={"Content-Security-Policy": f"{POLICY}'sha256-{own}'"})
 
     async def health(request: Request) -> Response:
         return JSONResponse({"status": "ok"})

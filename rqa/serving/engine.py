@@ -4,19 +4,20 @@ import asyncio
 import copy
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import aclosing, contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NamedTuple
 
 from rqa.data import Document, Example
+from rqa.endpoint.requests import Settings
 from rqa.models.loading import not_finite
 from rqa.models.reader import NOT_FINITE, LocalReader
 from rqa.packing import token_budget_batches
+from rqa.retrieval.citations import passage_id
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import passage_id
 
 AT_ONCE = 256  # questions of one search
 
@@ -35,25 +36,6 @@ class Found(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Settings:
-    """What a request says of its answer; None: as the server was started."""
-
-    max_tokens: int | None = None
-    temperature: float | None = None
-    top_p: float | None = None
-    stop: tuple[str, ...] = ()
-
-    @property
-    def sampling(self) -> dict[str, Any] | None:
-        """The fields of `GenerationArguments` that differ from the server's."""
-        if self.temperature is None and self.top_p is None:
-            return None
-        if self.temperature == 0:
-            return {"do_sample": False, "temperature": 1.0, "top_p": 1.0}
-        return {"do_sample": True, "temperature": self.temperature or 1.0, "top_p": self.top_p or 1.0, "num_beams": 1}
-
-
-@dataclass(frozen=True)
 class Reply:
     """An answer as far as it has come."""
 
@@ -67,40 +49,36 @@ class Batched:
     """Work for a thread of its own: whatever waits when it is free, and is alike by `key`, is done at once."""
 
     def __init__(self, work: Callable[[list[Any]], Sequence[Any]], key: Callable[[Any], Any], wait: float = 0) -> None:
-        self.work, self.key, self.wait = work, key, wait  # seconds for others to arrive
+        self.work, self.key, self.wait = work, key, wait  # seconds that the first one waits for others
         self.thread = ThreadPoolExecutor(1)
-        self.waiting: list[tuple[Any, asyncio.Future[Any]]] = []
-        self._runner: asyncio.Task[None] | None = None
+        self.waiting: list[tuple[Any, Future[Any], float]] = []  # and since when
 
-    async def __call__(self, item: Any) -> Any:
-        future = asyncio.get_running_loop().create_future()
-        self.waiting.append((item, future))
-        if self._runner is None or self._runner.done():
-            self._runner = asyncio.create_task(self._run())
-        return await future
+    def __call__(self, item: Any) -> asyncio.Future[Any]:
+        future = Future[Any]()
+        self.waiting.append((item, future, time.monotonic()))
+        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)  # after all that is asked for now
+        return asyncio.wrap_future(future)
 
-    async def _run(self) -> None:
-        await asyncio.sleep(self.wait)
-        while waiting := [pair for pair in self.waiting if not pair[1].done()]:
-            alike = [self.key(item) == self.key(waiting[0][0]) for item, _ in waiting]
-            batch = [pair for pair, taken in zip(waiting, alike, strict=True) if taken][:AT_ONCE]
-            self.waiting = [pair for pair in waiting if pair not in batch]
-            try:
-                await self._do(batch)
-            except Exception:
-                for pair in batch:  # one of them may be to blame: the others are not lost
-                    try:
-                        await self._do([pair])
-                    except Exception as error:
-                        if not pair[1].done():
-                            pair[1].set_exception(error)
+    def _run(self) -> None:
+        if not self.waiting:  # they were done with others
+            return
+        first, _, since = self.waiting[0]
+        time.sleep(max(since + self.wait - time.monotonic(), 0))
+        batch = [each for each in self.waiting if self.key(each[0]) == self.key(first)][:AT_ONCE]
+        for each in batch:
+            self.waiting.remove(each)
+        if kept := [(item, future) for item, future, _ in batch if future.set_running_or_notify_cancel()]:
+            self._do(kept)
 
-    async def _do(self, batch: list[tuple[Any, asyncio.Future[Any]]]) -> None:
-        items = [item for item, _ in batch]
-        results = await asyncio.get_running_loop().run_in_executor(self.thread, self.work, items)
-        for (_, future), result in zip(batch, results, strict=True):
-            if not future.done():
+    def _do(self, batch: list[tuple[Any, Future[Any]]]) -> None:
+        try:
+            for (_, future), result in zip(batch, self.work([item for item, _ in batch]), strict=True):
                 future.set_result(result)
+        except Exception as error:
+            if len(batch) == 1:
+                return batch[0][1].set_exception(error)
+            for pair in batch:  # one of them may be to blame: the others are not lost
+                self._do([pair])
 
 
 @dataclass(eq=False)
@@ -112,6 +90,7 @@ class _Job:
     show: Callable[[Reply], None]
     limit: int
     prompt_tokens: int
+    shown: int = 0  # tokens, which are shown once, even if its batch is done again
     left: bool = False  # whether nobody waits for it any more
 
 
@@ -197,7 +176,7 @@ class Engine:
         limit = min(settings.max_tokens or self.reader.most, self.reader.most)
         taken = len(prompt) if isinstance(prompt, list) else self.reader.cost(prompt)
         job = _Job(prompt, settings, partial(loop.call_soon_threadsafe, replies.put_nowait), limit, taken)
-        done = asyncio.create_task(self._generating(job))
+        done = self._generating(job)
         done.add_done_callback(lambda _: replies.put_nowait(None))
         try:
             yield Reply()
@@ -218,12 +197,12 @@ class Engine:
         return [None] * len(jobs)
 
     def _answer(self, reader: LocalReader, batch: list[_Job]) -> None:
-        shown, began = [0] * len(batch), time.perf_counter()
+        began = time.perf_counter()
 
         def watch(rows: list[list[int]]) -> list[bool]:
-            for place, (job, ids) in enumerate(zip(batch, rows, strict=True)):
-                if shown[place] < len(ids) < job.limit and not job.left:
-                    shown[place] = len(ids)
+            for job, ids in zip(batch, rows, strict=True):
+                if job.shown < len(ids) < job.limit and not job.left:
+                    job.shown = len(ids)
                     text = reader.prompter.decode(ids)
                     if not text.endswith("\ufffd"):  # half a character, perhaps
                         job.show(Reply(text, job.prompt_tokens, len(ids)))
@@ -235,6 +214,5 @@ class Engine:
         for job, ids in zip(batch, made, strict=True):
             if NOT_FINITE in ids:
                 raise not_finite(reader.model, "answer", "a question")
-            cut, ids = len(ids) >= job.limit, ids[: job.limit]
-            ended = "length" if cut else "stop"
-            job.show(Reply(reader.prompter.decode(ids), job.prompt_tokens, len(ids), ended))
+            said, ended = ids[: job.limit], "length" if len(ids) >= job.limit else "stop"
+            job.show(Reply(reader.prompter.decode(said), job.prompt_tokens, len(said), ended))

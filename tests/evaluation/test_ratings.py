@@ -1,4 +1,4 @@
-"""People's ratings of two systems: wins and their interval, agreement against published figures, and bad files."""
+"""People's ratings of two systems: asked for blind, wins and their interval, agreement against published figures."""
 
 import json
 from collections import Counter
@@ -13,7 +13,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from rqa.evaluation.ratings import agreement, preference, ratings_table
+from rqa.data import Document, Example, Turn
+from rqa.endpoint.requests import BadRequest
+from rqa.evaluation.ratings import Comparison, agreement, preference, ratings_table, read_ratings
+from rqa.runtime.errors import UserError
 
 UNITS = st.lists(st.lists(st.sampled_from("abcd"), max_size=5), min_size=1, max_size=12)
 
@@ -81,6 +84,7 @@ def test_wins_of_one_system_alone_are_no_certainty_and_tell_where_a_sign_test_do
 def test_without_a_winner_or_a_second_rater_the_table_claims_nothing() -> None:
     table = ratings_table(np.array([[0, 0, 1, 0], [0, 0, 0, 1]]))
     assert "of all wins" not in table
+    assert "| B wins - A wins | +0.000 | -0.842 to +0.842 |" in table
     assert "| Krippendorff's alpha | - | | 0 | 0 |" in table
 
 
@@ -100,8 +104,12 @@ def test_a_file_of_ratings_is_told_by_wins_agreement_and_questions(
     rows = [line("Ann", f"q{number}", "B" if number < 8 else "tie") for number in range(10)]
     rows += [line("Bo", f"q{number}", "B") for number in (0, 9)] + [line("Bo", "q1", "A"), line("Ann", "q9", "A")]
     rows += [line("Bo", "q1", "both_bad", time="later")]  # replaces the earlier one, as does Ann's
-    assert run_line("compare_runs", "--ratings", write(tmp_path / "ratings.jsonl", rows), "--show", 1) == 0
-    said = capsys.readouterr().out
+    assert (
+        run_line("compare_runs", "--ratings", write(tmp_path / "ratings.jsonl", rows), "--show", 1, "--metric", "x")
+        == 0
+    )
+    said, warned = capsys.readouterr()
+    assert "--metric has no effect here: people's choices decide" in warned
     assert "A: out/a\nB: out/b\nquestions rated: 10 by Ann, 3 by Bo\n" in said
     for row in ("A wins | 0.050 |", "both bad | 0.050 |", "B wins, of all wins | 0.944 |", "B wins - A wins | +0.750 |",
                 "two raters agree | 0.333 | | 6 | 3 |", "Krippendorff's alpha | -0.111 | | 6 | 3 |"):  # fmt: skip
@@ -126,3 +134,104 @@ def test_ratings_that_cannot_be_read_are_one_line(
         write(Path("r.jsonl"), rows)
         refused(message, "compare_runs", "--ratings", "r.jsonl")
     refused("--ratings r.jsonl: names both runs itself; leave out x", "compare_runs", "x", "--ratings", "r.jsonl")
+
+
+def row(question: str, answer: str, **others: Any) -> dict[str, Any]:
+    passages = [Document("It holds it.", {"source": "s", "title": "Holder"}), Document("Bare.")]
+    asked = Example(question, gold_answer="Gold.", chat_history=(Turn("user", "Before?"),)).to_json()
+    found = {"retrieved_docs": [passage.to_json() for passage in passages]}
+    return asked | found | {"scores": {"gen/f1": 1.0}, "generated_answer": answer} | others
+
+
+@pytest.fixture
+def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str]:
+    """Two prediction files of 40 questions, whose answers say whose they are, and where ratings go."""
+    monkeypatch.chdir(tmp_path)
+    for name in "ab":
+        rows = [row(f"q{number}", f"{name} says {number}") for number in range(40)]
+        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return "a.jsonl", "b.jsonl", "ratings.jsonl"
+
+
+def rate(comparison: Comparison, rater: str, choose: Callable[[dict[str, Any]], str], times: int = 100) -> int:
+    """Rate what is next, up to so many times. -> how often b was on the left"""
+    item, lefts = comparison.next(rater)["item"], 0
+    while item and times:
+        lefts, times = lefts + item["left"]["answer"].startswith("b"), times - 1
+        item = comparison.rate({"rater": rater, "number": item["number"], "choice": choose(item)})["item"]
+    return lefts
+
+
+def prefers_b(item: dict[str, Any]) -> str:
+    return "left" if item["left"]["answer"].startswith("b") else "right"
+
+
+def test_the_sides_are_random_for_each_rater_and_a_choice_is_that_of_the_system(runs: tuple[str, str, str]) -> None:
+    comparison = Comparison(*runs)
+    assert all(8 < rate(comparison, rater, prefers_b) < 32 for rater in ("Ann", "Bo"))  # of 40, at random
+    chosen = [choice for _, raters in read_ratings(runs[2]).values() for choice in raters.values()]
+    assert chosen == ["B"] * 80
+
+
+def test_an_item_shows_both_answers_and_not_whose_they_are(runs: tuple[str, str, str]) -> None:
+    item = Comparison(*runs).next("Ann")["item"]
+    assert set(item) == {"number", "question", "chat_history", "gold_answer", "left", "right"}
+    assert (item["gold_answer"], item["chat_history"]) == ("Gold.", [{"speaker": "user", "message": "Before?"}])
+    passages = [{"title": "Holder", "text": "It holds it."}, {"title": "", "text": "Bare."}]
+    assert item["left"] == {"answer": f"{item['left']['answer'][0]} says {item['question'][1:]}", "passages": passages}
+    assert "jsonl" not in json.dumps(item)
+
+
+def test_a_new_server_goes_on_where_each_rater_was(runs: tuple[str, str, str]) -> None:
+    first = Comparison(*runs)
+    begun = first.next("Ann")["item"]["question"]
+    rate(first, "Ann", prefers_b, times=3)
+    then, again = first.next("Ann"), Comparison(*runs)
+    assert again.next(" Ann ") == then
+    assert (then["done"], then["total"]) == (3, 40)
+    assert (again.next("Bo")["done"], again.next("Bo")["item"]["question"]) == (0, begun)
+    rate(again, "Ann", lambda _: "tie")
+    assert Comparison(*runs).next("Ann") == {"done": 40, "total": 40, "item": None}
+
+
+def test_a_second_rating_replaces_the_first(runs: tuple[str, str, str]) -> None:
+    comparison = Comparison(*runs)
+    number = comparison.next("Ann")["item"]["number"]
+    done = [comparison.rate({"rater": "Ann", "number": number, "choice": each})["done"] for each in ("tie", "both_bad")]
+    ((about, raters),) = read_ratings(runs[2]).values()
+    assert (done, raters, about["A"], about["B"]) == ([1, 1], {"Ann": "both_bad"}, *runs[:2])
+
+
+@pytest.mark.parametrize(
+    ("wrong", "param"),
+    [({"rater": value}, "rater") for value in (None, " ", 5, "A\x1b[2J")]
+    + [({"number": value}, "number") for value in (None, "1", -1, 1.5, [], True)]
+    + [({"choice": value}, "choice") for value in (None, "A", ["left"], {})],
+)
+def test_a_rating_that_says_something_else_is_refused_and_not_kept(
+    runs: tuple[str, str, str], wrong: dict[str, Any], param: str
+) -> None:
+    comparison = Comparison(*runs)
+    good = {"rater": "Ann", "number": comparison.next("Ann")["item"]["number"], "choice": "left"}
+    with pytest.raises(BadRequest) as caught:
+        comparison.rate(good | wrong)
+    assert (caught.value.param, Path(runs[2]).read_text()) == (param, "")
+
+
+def test_ratings_of_other_answers_or_systems_are_not_mixed(runs: tuple[str, str, str]) -> None:
+    rate(Comparison(*runs), "Ann", prefers_b, times=1)
+    with pytest.raises(UserError, match=r"--ratings_path ratings.jsonl: holds ratings of other systems or answers"):
+        Comparison(runs[1], runs[0], runs[2])
+    Path(runs[0]).write_text(Path(runs[0]).read_text().replace("a says", "a says again"))
+    with pytest.raises(UserError, match="of other systems or answers; name another file"):
+        Comparison(*runs)
+
+
+def test_what_cannot_be_shown_or_written_is_found_at_the_start(runs: tuple[str, str, str]) -> None:
+    with pytest.raises(OSError, match="absent"):
+        Comparison(*runs[:2], "absent/ratings.jsonl")
+    retrieved = row("q", "")
+    del retrieved["generated_answer"]
+    Path("r.jsonl").write_text(json.dumps(retrieved))
+    with pytest.raises(UserError, match=r"r.jsonl: 'q' has no 'generated_answer'; name runs of bin/evaluate_rqa"):
+        Comparison("r.jsonl", "r.jsonl", runs[2])

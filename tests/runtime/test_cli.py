@@ -117,3 +117,10 @@ def test_a_closed_or_full_output_ends_with_at_most_one_line_and_terminals_are_sh
         assert others == [said] * bool(said)
     if not redirected:
         assert done.stdout == "said \\x1b[31m a\nb\t\\ud800\n"
+
+
+def test_what_an_output_cannot_encode_is_escaped() -> None:
+    script = "from rqa.runtime.cli import run; run(lambda: print('caf\\xe9'))"
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, env=environment)
+    assert (done.stdout.split(), done.returncode) == ([rb"caf\xe9"], 0)

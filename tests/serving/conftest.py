@@ -15,11 +15,11 @@ from openai_server import OpenAIServer
 from rqa.data import Document
 from rqa.models.encoder import load_encoder
 from rqa.models.reader import CausalLMReader
+from rqa.preparation.feedback import Feedback
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.retriever import Retriever
 from rqa.serving.app import Api, App
 from rqa.serving.engine import Engine
-from rqa.serving.feedback import Feedback
 
 
 @pytest.fixture

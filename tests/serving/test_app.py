@@ -2,19 +2,20 @@
 
 import asyncio
 import base64
+import fcntl
 import json
 import os
 import random
 import re
+import runpy
 import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ from starlette.testclient import TestClient
 
 from rqa.data import Document, Example
 from rqa.models.reader import CausalLMReader
+from rqa.retrieval.citations import passage_id
+from rqa.runtime.text import added
 from rqa.serving.app import Api, App, comparison_routes
 from rqa.serving.metrics import Metrics
-from rqa.serving.sources import passage_id
 
 ROOT = Path(__file__).parents[2]
 ASKED: Any = [{"role": "user", "content": "What does Arlen trade in?"}]
@@ -110,6 +112,20 @@ def test_thoughts_that_only_end_are_no_part_of_an_answer(remote: Api, server: Op
     server.say = lambda _: "Which harbour? Arlen's.</think>Copper."
     reply = http.post(CHAT, json={"messages": ASKED}).json()
     assert reply["choices"][0]["message"]["content"] == "Copper."
+    server.say = lambda _: f"Which harbour? </think>{CITED}"  # by then a stream has shown the thoughts
+    lines = http.post(CHAT, json={"messages": ASKED, "stream": True}).text.split("\n\n")[:-2]
+    deltas = [json.loads(line.removeprefix("data: "))["choices"][0]["delta"] for line in lines]
+    shown = "".join(delta.get("content", "") for delta in deltas)
+    assert shown.endswith(CITED)
+    link = deltas[-2]["annotations"][0]["url_citation"]
+    assert shown[link["start_index"] : link["end_index"]].endswith("known for its trade in copper.")
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "more"), [("It is", "It", " is"), ("It's", "It '", ""), ("Copper", "Which harbour?", "Copper")]
+)
+def test_a_reply_grows_by_what_was_not_shown(text: str, shown: str, more: str) -> None:
+    assert added(text, shown) == more
 
 
 def test_who_reads_only_text_gets_a_list_of_sources(remote: Api, server: OpenAIServer, client: openai.OpenAI) -> None:
@@ -216,11 +232,8 @@ def test_two_hundred_requests_of_sixteen_clients_get_each_its_own_answer(
                 else:
                     got[number] = json.loads(text)["choices"][0]["message"]["content"]
 
-    threads = [threading.Thread(target=ask, args=(place,)) for place in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(16) as clients:
+        list(clients.map(ask, range(16)))
     found = api.engine.retriever.documents_of(api.engine.retriever.retrieve(asked, 3))
     prompts = [reader.encode(Example(text), passages) for text, passages in zip(asked, found, strict=True)]
     alone = [reader.prompter.decode(reader.generate([prompt], 8)[0][:8]) for prompt in prompts]
@@ -289,7 +302,7 @@ def test_what_comes_from_outside_stays_text(
 
 
 def test_a_local_server_answers_to_its_own_names_alone(api: Api) -> None:
-    http = TestClient(App(api.routes(), api.engine.metrics, None, ["localhost", "::1", None]))
+    http = TestClient(App(api.routes(), api.engine.metrics, hosts=["localhost", "::1"]))
     hosts = {
         "localhost:9": 200,
         "LOCALHOST": 200,
@@ -373,6 +386,42 @@ def test_a_body_is_read_no_further_than_its_limit(http: TestClient) -> None:
     assert (response.status_code, error_of(response)["message"]) == (413, "the body is longer than 8 MiB")
 
 
+@pytest.mark.parametrize("stream", [True, False])
+def test_halves_of_characters_from_behind_are_joined_or_replaced(
+    remote: Api, server: OpenAIServer, http: TestClient, stream: bool
+) -> None:
+    parts = [{"choices": [{"delta": {"content": text}}]} for text in ("a\ud83d", "\ude00", "\udfff b")]
+    parts.append({"choices": [{"delta": {}, "finish_reason": "stop"}]})
+    server.faults = [lambda: StreamingResponse(map(event, parts))]
+    text = http.post(CHAT, json={"messages": ASKED, "stream": stream}).text
+    lines = [json.loads(line.removeprefix("data: ")) for line in text.replace("data: [DONE]", "").split("\n\n") if line]
+    said = [each["choices"][0].get("message" if not stream else "delta", {}).get("content", "") for each in lines]
+    assert "".join(said) == "a😀\ufffd b"
+
+
+def test_a_body_that_does_not_come_keeps_no_server_from_its_end(
+    api: Api, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rqa.serving.app.SLOWEST_BODY", 0.2)
+    host, port = url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as client:
+        head = "POST /feedback HTTP/1.1", f"Host: {host}", "Content-Type: application/json", "Content-Length: 99"
+        client.sendall("\r\n".join([*head, "", "{"]).encode())
+        assert client.recv(100).startswith(b"HTTP/1.1 408 ")
+
+
+def test_a_rating_that_waits_for_its_file_holds_up_nobody(api: Api, url: str) -> None:
+    body = {"question": "Who?", "answer": "Dunmore.", "rating": 1, "passages": []}
+    with open(api.feedback.path, "ab") as file, ThreadPoolExecutor(1) as pool:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        saving = pool.submit(httpx.post, f"{url}/feedback", json=body, timeout=10)
+        time.sleep(0.2)
+        assert httpx.get(f"{url}/health", timeout=2).status_code == 200
+        assert not saving.done()
+        fcntl.flock(file, fcntl.LOCK_UN)
+        assert saving.result().json() == {"status": "saved"}
+
+
 def test_what_fails_behind_is_told_and_what_fails_here_is_only_logged(
     remote: Api, server: OpenAIServer, http: TestClient, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -384,7 +433,8 @@ def test_what_fails_behind_is_told_and_what_fails_here_is_only_logged(
     server.faults = [lambda: StreamingResponse(map(event, broken))]
     lines = http.post(CHAT, json={"messages": ASKED, "stream": True}).text.split("\n\n")
     assert "Half" in lines[-3]
-    assert "out of memory" in json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    told = json.loads(lines[-2].removeprefix("data: "))["error"]["message"]
+    assert told.endswith("broke off its reply: out of memory")
     assert remote.engine.metrics["rqa_broken_streams_total"] == 1
     assert not caplog.records
     remote.engine.retriever.retrieve = lambda *_: 1 / 0
@@ -457,9 +507,7 @@ def test_a_signal_lets_a_stream_end(number: int, data: Path, lm_path: str, tmp_p
             "--max_seq_length", "500", "--max_new_tokens", "300"]  # fmt: skip
     key = {"Authorization": "Bearer of-the-environment"}
     environment = os.environ | {"RQA_API_KEY": "of-the-environment"}
-    heeding = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # what runs in the background may ignore it
-    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment,
-                               preexec_fn=heeding)  # fmt: skip
+    process = subprocess.Popen(list(map(str, line)), stderr=subprocess.PIPE, text=True, cwd=tmp_path, env=environment)
     assert process.stderr
     ours = next(line for line in process.stderr if "listening on" in line).split()[-1]
     assert httpx.get(f"{ours}/v1/models").status_code == 401
@@ -477,6 +525,13 @@ def test_a_signal_lets_a_stream_end(number: int, data: Path, lm_path: str, tmp_p
     assert process.stderr.read().count("\n") <= 1
 
 
+def test_a_name_makes_no_reader(data: Path, tmp_path: Path) -> None:
+    serve = runpy.run_path(str(ROOT / "bin/serve"))
+    paths = {"document_path": str(data / "documents.jsonl"), "feedback_path": str(tmp_path / "feedback.jsonl")}
+    flags = serve["Flags"](**paths, embedding_model="bm25", served_model_name="mine")
+    assert serve["open_api"](flags).reader_name is None
+
+
 def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_path: Path) -> None:
     refused("--document_path: missing", "serve")
     refused("takes two directories", "serve", "--compare", tmp_path)
@@ -484,3 +539,5 @@ def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_pa
         port = taken.getsockname()[1]
         found = "--document_path", data / "documents.jsonl", "--embedding_model", "bm25"
         refused(f"--port {port}: Address already in use", "serve", *found, "--port", port)
+    refused("--api_key: is empty", "serve", *found, "--api_key", " ")
+    refused("--public_url name.com: not a URL", "serve", *found, "--public_url", "name.com")

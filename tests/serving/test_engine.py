@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 
 from rqa.data import Document, Example
+from rqa.endpoint.requests import Settings
 from rqa.models.reader import GenerationArguments
-from rqa.prompts import DoesNotFit
 from rqa.recipe.system import ReaderArguments, load_reader
+from rqa.retrieval.citations import cite, passage_id, passage_of
 from rqa.retrieval.hybrid import LexicalRetriever
-from rqa.serving.engine import Busy, Engine, Reply, Settings
-from rqa.serving.sources import cite, passage_id, passage_of
+from rqa.serving.engine import Engine, Reply
 
 
 @pytest.fixture(params=["decoder", "fid"])
@@ -50,6 +50,7 @@ def test_what_arrives_together_is_answered_as_alone(engine: Engine, examples: li
         assert got[-1].ended == ("length" if len(alone) >= 4 + i % 9 else "stop")
         assert all(got[-1].text.startswith(reply.text) for reply in got)
     assert engine.metrics["rqa_generation_batches_total"] < len(examples)
+    assert engine.metrics["rqa_retrieval_seconds_count"] == 1
 
 
 def test_who_leaves_stops_the_generation(engine: Engine, examples: list[Example]) -> None:
@@ -91,22 +92,29 @@ def test_one_bad_question_costs_the_others_nothing(engine: Engine, examples: lis
     assert isinstance(bad, ValueError)
 
 
+def test_a_batch_that_is_done_again_shows_nothing_twice(engine: Engine, examples: list[Example]) -> None:
+    generate = type(engine.reader).generate
+
+    def fails_together(self: Any, prompts: Any, most: Any, watch: Callable[..., list[bool]]) -> Any:
+        made = generate(self, prompts, most, watch)
+        return made if len(prompts) == 1 else 1 / 0
+
+    async def ask() -> list[list[Reply]]:
+        return await asyncio.gather(*(replies(engine.reply(example, [])) for example in examples[:2]))
+
+    engine.reader.__class__ = type("Failing", (type(engine.reader),), {"generate": fails_together})
+    for got in run(ask()):
+        texts = [reply.text for reply in got]
+        assert texts == sorted(texts, key=len)
+        assert got[-1].ended
+
+
 def test_a_stop_string_is_never_shown(engine: Engine, examples: list[Example]) -> None:
     whole = run(replies(engine.reply(examples[0], [])))[-1].text
     stop = whole[len(whole) // 2 :][:3]
     got = run(replies(engine.reply(examples[0], [], Settings(stop=(stop,)))))
     assert got[-1] == Reply(whole.partition(stop)[0], got[-1].prompt_tokens, got[-1].tokens, "stop")
     assert all(stop[:1] not in reply.text[len(got[-1].text) :] for reply in got)
-
-
-def test_what_does_not_fit_and_who_has_no_place(engine: Engine) -> None:
-    with pytest.raises(DoesNotFit):
-        run(replies(engine.reply(Example("why " * 5000), [])))
-    engine.max_queue = 1
-    with engine.admitted(), pytest.raises(Busy), engine.admitted():
-        pass
-    with engine.admitted():
-        pass
 
 
 def test_requests_sample_as_they_ask_and_only_those_that_are_alike_share_a_batch(
@@ -133,12 +141,8 @@ def test_sentences_cite_the_passage_that_says_the_same() -> None:
     passages = [Document("Cats sleep most of the day."), Document("The harbour of Trieste trades in coffee, 1.5 tons.")]
     text = "The harbour trades in coffee. Nobody knows why! Cats sleep.\nAs told [1][2]. Yes [7]."
     cited = [(text[c.start : c.end], c.number) for c in cite(text, passages)]
-    assert cited == [
-        ("The harbour trades in coffee.", 2),
-        ("Cats sleep.", 1),
-        ("As told [1][2].", 1),
-        ("As told [1][2].", 2),
-    ]
+    told = "As told [1][2]."
+    assert cited == [("The harbour trades in coffee.", 2), ("Cats sleep.", 1), (told, 1), (told, 2)]
     assert cite("Coffee.", []) == []
 
 

@@ -11,13 +11,12 @@ import pytest
 from trainers import Train
 
 from rqa.data import Document, Example, read_examples
-from rqa.evaluation.ratings import read_ratings
+from rqa.evaluation.ratings import Comparison, read_ratings
+from rqa.preparation.feedback import Feedback
 from rqa.recipe.system import Reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.serving.app import Api, App, comparison_routes
-from rqa.serving.comparison import Comparison
 from rqa.serving.engine import Engine
-from rqa.serving.feedback import Feedback
 from rqa.serving.metrics import Metrics
 
 webdriver = pytest.importorskip("selenium.webdriver")
@@ -168,6 +167,14 @@ def test_escape_stops_the_answer_and_enter_asks_on_with_the_history_which_a_relo
     assert [question.text for question in page.all(".turn .question")] == ["What does Arlen trade in?", "And Brask?"]
     page.click("#renew")
     page.until(lambda: not page.all(".turn"))
+
+
+def test_a_conversation_that_cannot_be_read_begins_anew(page: Browser) -> None:
+    for kept in ("{", "null", '[{"question": "of another version"}]'):
+        page.driver.execute_script("localStorage['rqa.turns'] = arguments[0]", kept)
+        page.driver.refresh()
+        page.until(lambda: page.text("#model") == "tiny")
+        assert not page.all(".turn")
 
 
 def test_an_error_is_told_in_words_and_the_question_is_kept(page: Browser, api: Api) -> None:
