@@ -45,15 +45,14 @@ BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what foll
     "data_preparation": "--model_name_or_path {E} --passages 100000",
     "indexing": "--embedding_model {E}",
     "index_refresh": "--model_name_or_path {E} --train_file --eval_file --document_path",
-    "retriever_learning": (
-        "--model_name_or_path {E} --train_file --eval_file --document_path --output_dir {O} --lm_model_path {M}"
-    ),
+    "learning": "--embedding_model {E} --qa_model_name_or_path {M} --data --output_dir {O} --precision {P}",
 }
 FILES = {
     "--train_file": "train_w_qa.jsonl",
     "--eval_file": "eval_w_qa.jsonl",
     "--eval_data_path": "eval_w_qa.jsonl",
     "--document_path": "documents.pkl",
+    "--data": "",  # the folder itself
 }
 
 

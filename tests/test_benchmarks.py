@@ -2,28 +2,36 @@
 
 import json
 import multiprocessing
+import os
+import re
+import shutil
+import subprocess
 import sys
 import time
 from argparse import Namespace
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
+import learning
 import numpy as np
 import pytest
 import reranking
 import serving
 from gpu_sections import Section, launch, llama, training_flops
 from harness import matmul_rate, measure_command
-from retriever_learning import intervals, measure
+from learning import intervals
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel
 
 import rqa
-from rqa.data import Document, Example
+from rqa.data import read_examples
 from rqa.evaluation.runtime import seconds
 from rqa.recipe.system import ReaderArguments
-from rqa.retrieval.retriever import Hits, PassageRetriever
+from rqa.runtime.files import read_json
 
 
 class Pipe(list):
@@ -125,32 +133,112 @@ def test_intervals_are_those_of_resampled_questions_and_seeds(seeds: int) -> Non
     assert intervals(values)[0] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01 * seeds)
 
 
-class First(PassageRetriever):
-    """Finds the same passages for every question, and counts how often it is asked."""
-
-    asked = 0
-
-    def __init__(self, documents: list[Document], name: str) -> None:
-        self.documents, self.name = documents, name
-
-    def retrieve(self, questions: Any, k: int) -> Hits:
-        self.asked += 1
-        return Hits(np.tile(np.arange(k), (len(questions), 1)), np.zeros((len(questions), k)))
-
-    def identity(self) -> str:
-        return self.name
+Learn = Callable[..., tuple[list[str], dict[str, Any]]]
+PEERS = ["sentence-transformers", "sentence-transformers, mined", "trl SFT"]
 
 
-def test_a_system_is_measured_once_and_again_when_it_is_another(
-    documents: list[Document], examples: list[Example], tmp_path: Path
+@pytest.fixture
+def learn(
+    data: Path, encoder_path: str, lm_path: str, run_line: Callable[..., int], tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+) -> Learn:  # fmt: skip
+    """Run learning.py on the cities, its commands in this process. -> the commands, and the table's rows by name"""
+    models = ["--embedding_model", encoder_path, "--qa_model_name_or_path", lm_path]
+    common = ["--data", f"cities={data}", "--output_dir", tmp_path / "out", "--tiny", "--seeds", 0, *models]
+
+    def run(*line: object, failing: str = "", failure: BaseException | None = None) -> tuple[list[str], dict[str, Any]]:
+        ran: list[str] = []
+
+        def command(line: list[str], _: Path) -> tuple[float, float]:
+            ran.append(Path(line[0]).name)
+            if failure and ran[-1] == failing:
+                raise failure
+            assert run_line(line[0], *line[1:]) == 0
+            return 60.0, 1.5
+
+        monkeypatch.setattr(learning, "run_command", command)
+        monkeypatch.setattr(sys, "argv", ["learning.py", *map(str, [*common, *line])])
+        with suppress(SystemExit) if failure else nullcontext():
+            learning.main()
+        last = capsys.readouterr().out.rpartition("\n{")[2]
+        return ran, {row["system"]: row for row in json.loads("{" + last)["rows"]} if '"rows"' in last else {}
+
+    return run
+
+
+def test_each_system_of_the_table_is_made_by_commands_and_scored_by_its_run(learn: Learn, tmp_path: Path) -> None:
+    bench = all(map(find_spec, ("sentence_transformers", "trl", "datasets")))
+    systems = [system for system in learning.SYSTEMS if bench or system not in PEERS]
+    ran, rows = learn("--only", *systems, "--html", tmp_path / "page.html")
+    assert {*ran} <= {"learning_peers.py", *os.listdir(learning.HERE.parent / "bin")}
+    assert len(rows) == len(systems) - 1  # the reranker is in no table
+    assert rows["DCA"]["minutes"] == 2  # its reader's, too
+    assert rows["CTL + BM25 + reranker"]["minutes"] == 6  # CTL, the reranker, three weights and the test
+    cell = tmp_path / "out/cities/seed-0/CTL-BM25-reranker"
+    for path, system in (("any-seed/BM25", "BM25"), (cell, "CTL + BM25 + reranker"), ("seed-0/SwR", "SwR")):
+        lines = (tmp_path / "out/cities" / path / "test-predictions.jsonl").read_text().splitlines()
+        name = "gen/f1" if system == "SwR" else "retr/mrr@10"
+        mean = np.mean([json.loads(line)["scores"][name] for line in lines])
+        assert rows[system]["scores"]["F1" if system == "SwR" else "MRR@10"] == pytest.approx(mean, abs=1e-4)
+    tried = {path.name[5:]: read_json(path / "score.json")["test_retr/mrr@10"] for path in cell.glob("eval-*")}
+    assert tried[str(read_json(cell / "all_args.json")["rerank_weight"])] == max(tried.values())
+    assert not [*tmp_path.glob("out/*/*/*/checkpoint-*")]
+    assert (tmp_path / "page.html").read_text().count("<svg") == 6
+
+
+def test_a_table_goes_on_where_it_was_ended_and_makes_nothing_twice(learn: Learn) -> None:
+    systems = ["--only", "BM25", "CTL", "SFT", "SwR"]
+    reached = ["evaluate_retriever", "train_ctl", "train_sft"]
+    assert learn(*systems, failing="train_sft", failure=SystemExit(130)) == (reached, {})
+    ran, rows = learn(*systems)
+    assert ran == ["train_sft", "train_swr"]
+    assert [name for name, row in rows.items() if row["resumed"]] == ["SFT"]  # what it took before is not known
+    assert learn(*systems) == learn(*systems, "--draw") == ([], rows)
+
+
+def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) -> None:
+    failure = subprocess.CalledProcessError(1, "")
+    ran, rows = learn("--only", "BM25", "DCA", "SFT", failing="train_fid", failure=failure)
+    assert (ran, list(rows)) == (["evaluate_retriever", "train_fid", "train_sft"], ["BM25", "SFT"])
+
+
+def test_another_trained_retriever_can_stand_behind_a_reader(learn: Learn) -> None:
+    ran, rows = learn("--only", "SwR over trained", "--trained", "RPG")
+    assert (ran, list(rows)) == (["train_rpg", "train_swr"], ["SwR over RPG"])
+
+
+def test_settings_for_no_command_and_others_for_a_cell_that_is_there_are_refused(learn: Learn) -> None:
+    with pytest.raises(SystemExit):
+        learn("--only", "CTL", "--settings", "train_clt: --temperature 0.1")
+    learn("--only", "CTL")
+    with pytest.raises(SystemExit, match="seed-0/CTL: made of other data, models or settings"):
+        learn("--only", "CTL", "--settings", "train_ctl: --temperature 0.1")
+
+
+def test_questions_that_choose_share_no_passage_with_training_where_a_data_set_has_two_files(
+    data: Path, tmp_path: Path
 ) -> None:
-    scores = {}
-    for name, times in (("a", 1), ("a", 0), ("b", 1)):
-        retriever = First(documents, name)
-        scores[name] = measure(tmp_path / "scores.json", "system", retriever, examples)
-        assert retriever.asked == times
-    assert scores["b"].tolist() == scores["a"].tolist()
-    assert scores["a"][:, 2].tolist() == [1.0] * 10 + [0.0] * 14  # recall@10
+    for name in ("documents", "train_w_qa", "eval_w_qa"):
+        shutil.copy(data / f"{name}.jsonl", tmp_path)
+    files = learning.read_data(str(tmp_path), tmp_path / "out")
+    assert files["test"] == str(tmp_path / "eval_w_qa.jsonl")
+    train, chooses = (read_examples(files[name]) for name in ("train", "eval"))
+    assert len(train) + len(chooses) == 16
+    assert not {gold for each in train for gold in each.gold_docs} & {
+        gold for each in chooses for gold in each.gold_docs
+    }
+
+
+def test_a_command_of_a_cell_is_timed_and_what_it_says_is_kept(tmp_path: Path) -> None:
+    script, log = tmp_path / "script.py", tmp_path / "log.txt"
+    script.write_text("import sys, time\nheld = b'x' * (1 << 30)\nprint('said')\ntime.sleep(1)\nsys.exit(sys.argv[1])")
+    with pytest.raises(subprocess.CalledProcessError, match="status 1"):
+        learning.run_command([str(script), "refused"], log)
+    script.write_text(script.read_text().replace("sys.exit", "id"))
+    seconds, peak = learning.run_command([str(script), "accepted"], log)
+    assert 1 < seconds < 20
+    assert 1 < peak < 1.1
+    assert re.findall(r"said|refused|accepted", log.read_text()) == ["refused", "said", "refused", "accepted", "said"]
 
 
 def test_scores_of_the_reranking_benchmark_are_those_of_its_peer(

