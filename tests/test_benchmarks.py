@@ -237,7 +237,7 @@ def test_a_command_of_a_cell_is_timed_and_what_it_says_is_kept(tmp_path: Path) -
     script.write_text(script.read_text().replace("sys.exit", "id"))
     seconds, peak = learning.run_command([str(script), "accepted"], log)
     assert 1 < seconds < 20
-    assert 1 < peak < 1.1
+    assert 1 < peak < 1.9  # of a process forked from this one, whose own memory may count
     assert re.findall(r"said|refused|accepted", log.read_text()) == ["refused", "said", "refused", "accepted", "said"]
 
 
