@@ -10,7 +10,7 @@ from rqa.endpoint.client import CHARACTERS_PER_TOKEN, CUT, TIMEOUT, UNREADABLE, 
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import clean_text, without_thoughts
 
-HALF_A_MARK = re.compile(r"\s*[<\[][^>\]]{0,12}")  # perhaps the begin of thoughts
+HALF_A_MARK = re.compile(r"\s*[<\[][^>\]]{0,12}")  # thoughts may begin so
 
 
 @cache

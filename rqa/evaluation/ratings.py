@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from rqa.data import parse_example
-from rqa.endpoint.requests import BadRequest, need
+from rqa.endpoint.requests import need
 from rqa.evaluation.comparison import Difference, pair, read_predictions, shown
 from rqa.evaluation.results import mean_intervals
 from rqa.runtime.errors import UserError
@@ -75,8 +75,8 @@ class Comparison:
     def rate(self, body: dict[str, Any]) -> dict[str, Any]:
         """Keep a rater's choice, which replaces an earlier one. -> what is next"""
         self.next(rater := body.get("rater", ""))  # refuses what is no name
-        if type(number := body.get("number")) is not int or number not in self.items:
-            raise BadRequest("'number' must be that of a question", "number")
+        number: Any = body.get("number")
+        need(type(number) is int and number in self.items, "number", "that of a question")
         rater, row = rater.strip(), self.items[number][0]
         first, second = _order(rater, number)
         choice = {"left": first, "right": second, "tie": "tie", "both_bad": "both_bad"}.get(str(body.get("choice")))

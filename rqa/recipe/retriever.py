@@ -8,7 +8,8 @@ from typing import Any
 from torch import nn
 
 from rqa.data import Example
-from rqa.endpoint.client import EndpointArguments, is_endpoint, remote_scorer
+from rqa.endpoint.client import EndpointArguments, is_endpoint
+from rqa.endpoint.scorer import remote_scorer
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler, train_adapters

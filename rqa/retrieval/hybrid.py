@@ -192,7 +192,7 @@ class HybridRetriever(PassageRetriever):
     normalization: str = "min_max"
 
     def __post_init__(self) -> None:
-        self.documents = self.dense.documents
+        self.documents, self.encoder = self.dense.documents, self.dense.encoder
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         dense, lexical = self.candidates(questions, k)

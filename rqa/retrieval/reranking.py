@@ -44,7 +44,7 @@ class RerankingRetriever(PassageRetriever):
 
     def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int, weight: float = 1.0) -> None:
         self.first, self.reranker, self.depth, self.weight = first, reranker, depth, weight
-        self.documents = first.documents
+        self.documents, self.encoder = first.documents, first.encoder
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         return self.rerank(questions, self.first.retrieve(questions, max(k, self.depth)), k)

@@ -45,6 +45,7 @@ class PassageRetriever(ABC):
 
     documents: Sequence[Document]
     index: Index | None = None  # of embeddings
+    encoder: Encoder | None = None  # of questions and passages
 
     @abstractmethod
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
@@ -83,7 +84,8 @@ class Retriever(PassageRetriever):
     """
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
-        self.encoder, self.documents, self.flags = encoder, documents, flags or IndexArguments()
+        self.encoder: Encoder = encoder
+        self.documents, self.flags = documents, flags or IndexArguments()
         self.index: Index = FaissIndex(documents, self.flags)
 
     def open(self, path: str | Path | None = None) -> Self:

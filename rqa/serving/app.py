@@ -89,7 +89,7 @@ class App:
     def admit(self, request: Request) -> None:
         """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
         if self.hosts and request.url.hostname not in self.hosts:  # a site that gave this machine's address a name
-            raise HTTPException(421, "this server answers to localhost; start it with --public_url or --api_key")
+            raise HTTPException(421, "Host: not a name of this server; start it with --public_url or --api_key")
         kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
         if kind.lower() == b"basic":
             with suppress(ValueError):
@@ -265,8 +265,8 @@ class Api:
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
-        waiting = sum(len(work.waiting) for work in (self.engine._searching, self.engine._generating))
-        text = self.engine.metrics.text({"rqa_requests_running": self.engine.running, "rqa_requests_waiting": waiting})
+        now = {"rqa_requests_running": self.engine.running, "rqa_requests_waiting": self.engine.waiting}
+        text = self.engine.metrics.text(now)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
 

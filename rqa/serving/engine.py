@@ -107,6 +107,11 @@ class Engine:
         self.running = 0  # requests
         release_threads()  # of the thread that loaded the models
 
+    @property
+    def waiting(self) -> int:
+        """Questions and prompts that no batch has taken."""
+        return len(self._searching.waiting) + len(self._generating.waiting)
+
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Around a request: `Busy` if too many are here."""

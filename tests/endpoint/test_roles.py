@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
-from rqa.endpoint.client import Endpoint, EndpointScorer, remote_scorer
+from rqa.endpoint.client import Endpoint
+from rqa.endpoint.scorer import EndpointScorer, remote_scorer
 from rqa.models.loading import load_causal_lm
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter

@@ -41,7 +41,7 @@ def test_the_depth_best_are_ordered_by_score_and_equals_as_they_were(
         return np.array([len(question) + int(text[-1]) // 2 for question, text in pairs], dtype=np.float32)
 
     monkeypatch.setattr(reranking, "PAIRS_AT_ONCE", at_once)
-    first: Any = SimpleNamespace(retrieve=retrieve, documents=documents)
+    first: Any = SimpleNamespace(retrieve=retrieve, documents=documents, encoder=None)
     ranker: Any = SimpleNamespace(score=score)
     hits = RerankingRetriever(first, ranker, depth).retrieve([str(n) for n in range(20)], k)
     assert hits.ids.shape == (20, min(k, 12))
@@ -57,7 +57,8 @@ def test_the_depth_best_are_ordered_by_score_and_equals_as_they_were(
 
 def test_a_weight_adds_the_first_stage_s_scores_to_the_reranker_s_both_from_0_to_1() -> None:
     found = Hits(np.array([[4, 2, 0, -1]]), np.array([[30.0, 20.0, 10.0, -np.inf]], dtype=np.float32))
-    first: Any = SimpleNamespace(retrieve=lambda questions, k: found, documents=[Document(str(n)) for n in range(5)])
+    texts = [Document(str(n)) for n in range(5)]
+    first: Any = SimpleNamespace(retrieve=lambda questions, k: found, documents=texts, encoder=None)
     worth = {"4": -2.0, "2": 2.0, "0": 0.0}
     ranker: Any = SimpleNamespace(score=lambda pairs: np.array([worth[text] for _, text in pairs], dtype=np.float32))
     hits = RerankingRetriever(first, ranker, 9, 0.25).retrieve(["?"], 3)
