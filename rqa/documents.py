@@ -128,6 +128,12 @@ class Places:
         return np.where(self._sorted[at] == wanted, self._order[at], -1)
 
 
+def gold_places(examples: Sequence[Example], documents: Sequence[Document]) -> list[set[int]]:
+    """Where the gold passages of each example stand in the database, which may lack some. [Q] sets"""
+    places = Places(keys_of(documents))
+    return [{*places(keys_of(example.gold_docs)).tolist()} - {-1} for example in examples]
+
+
 def prints(texts: Iterable[Sequence[str]]) -> Prints:
     """A fingerprint of each sequence of texts. [N]"""
     return np.fromiter((_print(*each) for each in texts), PRINT)

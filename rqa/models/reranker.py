@@ -36,6 +36,7 @@ READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
 TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
 MODULES = "sentence_transformers.cross_encoder.modules."
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
+WEIGHT = "rerank_weight"  # in GENERAL_FILE, where sentence-transformers reads other names
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
 # What a decoder is asked, in Qwen3-Reranker's words; the chat template behind this writes the messages.
@@ -76,6 +77,7 @@ class Reranker(WholePass):
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.reading, self.general, self.answers = reading | {"max_seq_length": max_length}, general, answers
+        self.weight: float = general.get(WEIGHT, 1.0)  # its share of the sum with a first stage's scores
         self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
         self._collate, self._as_text = choose_collate(model, precision), as_text(tokenizer)
         self._tail = lru_cache(self._end)
@@ -190,7 +192,7 @@ class Reranker(WholePass):
         """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
-        files = {READING_FILE: self.reading, GENERAL_FILE: self.general}
+        files = {READING_FILE: self.reading, GENERAL_FILE: self.general | {WEIGHT: self.weight}}
         modules = {"": f"{MODULES}Transformer"}
         if self.answers:
             modules[YES_OR_NO] = f"{MODULES}LogitScore"
@@ -277,6 +279,8 @@ def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], lis
     file, name = f"{path}/{GENERAL_FILE}", general.get("default_prompt_name")
     prompts = general["prompts"] = stated(file, general, "prompts", {})
     refuse_others(file, general, {"default_prompt_name": name if name in prompts else ""})
+    if not isinstance(weight := general.get(WEIGHT, 1.0), int | float) or not 0 <= weight <= 1:
+        raise UserError(f"{file}: {WEIGHT} must be a number from 0 to 1, found {weight!r:.50}")
     if kinds == "Transformer":
         return reading, general, []
     tokens = read_part(path, name := f"{modules[-1][0]}/config.json")

@@ -61,10 +61,10 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     """CTL's own flags."""
 
     temperature: float = flag(0.05, "Temperature: similarities are divided by it.")
-    num_hard_negatives: int = flag(0, "Hard negatives of each question; they replace the ratio.")
-    hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.")
-    mine_negatives: bool = flag(
-        False, "Whether hard negatives come from the live retriever; otherwise from the examples' hard_neg_docs."
+    num_hard_negatives: int | None = flag(None, "Hard negatives of each question. Default: 2, or hard_neg_ratio's.")
+    hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.", rare=True)
+    mine_negatives: bool | None = flag(
+        None, "Whether hard negatives come from the live retriever. Default: yes where no example has hard_neg_docs."
     )
     negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
@@ -72,17 +72,29 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     def check(self) -> None:
         self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
         self.check_bounds("temperature", above=0)
+        if self.num_hard_negatives is None:
+            self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
         asked = self.num_hard_negatives or self.hard_neg_ratio
         room = self.negatives_to_rank - self.negatives_from_rank + 1
         if self.mine_negatives and not asked:
-            raise UserError("--mine_negatives true: say how many, by --num_hard_negatives or --hard_neg_ratio")
+            raise UserError("--mine_negatives true: contradicts --num_hard_negatives 0; leave one out")
         if self.mine_negatives and asked > room:
             given = f"--negatives_to_rank {self.negatives_to_rank}"
             raise UserError(f"{given}: leaves {room} hard negatives a question; raise it")
         window = [item.name for item in fields(NegativeArguments)] + ["refresh_async"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
-        if stray and not self.mine_negatives:
+        if stray and self.mine_negatives is False:
             raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
+
+    def mined(self, examples: Sequence[Example]) -> bool:
+        """Whether negatives come from the live retriever, which the examples decide unless the flag does."""
+        if self.mine_negatives is None:
+            asked = bool(self.num_hard_negatives or self.hard_neg_ratio)
+            self.mine_negatives = asked and not any(example.hard_neg_docs for example in examples)
+            self.check()
+            if self.mine_negatives:
+                log.info("no example has hard_neg_docs: the live retriever finds hard negatives (--mine_negatives)")
+        return self.mine_negatives
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ The paper prints KL(retriever || LM), its released code and the default here com
 The batches, and the objective over lists of documents, are DCA's and EMDR2's, too: they differ in who is asked.
 """
 
-import math
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -21,7 +21,10 @@ from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, s
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime import distributed
 from rqa.runtime.flags import flag
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -29,15 +32,11 @@ class ListArguments(ChunkArguments):
     """How the retriever's scores of K documents become a distribution."""
 
     retrieve_temperature: float | None = flag(
-        None, "Temperature of the retriever's softmax. Default: 0.1 for normalised embeddings, else sqrt(their width)."
+        None, "Temperature of the retriever's softmax. Default: the spread of a question's scores, in the first batch."
     )
 
     def check(self) -> None:
         self.check_bounds("retrieve_temperature", above=0)
-
-    def temperature_for(self, encoder: Encoder) -> float:
-        """Over the root of the width, similarities of normalised embeddings would be nearly equal: 0.1 for those."""
-        return self.retrieve_temperature or (0.1 if encoder.settings.normalize else math.sqrt(encoder.dimension))
 
 
 @dataclass(kw_only=True)
@@ -77,17 +76,22 @@ class ListObjective(EncoderObjective):
     """
 
     def __init__(
-        self, encoder: Encoder, temperature: float, losses: Callable[..., Tensor] = distillation,
+        self, encoder: Encoder, temperature: float | None, losses: Callable[..., Tensor] = distillation,
         dims: Sequence[int] = (),
     ) -> None:  # fmt: skip
-        super().__init__(encoder, temperature, dims)
+        super().__init__(encoder, 1.0, dims)
         self.losses = losses
+        self.measured = {"temperature": temperature} if temperature else {}  # a checkpoint keeps it
 
     def logits(self, batch: ListBatch) -> Tensor:
         """Similarities over temperature, with gradient; -inf where a question has fewer documents. -> [M, B, K]"""
         similarities = self.similarities(*self.embed(batch))  # [B, P] each
         logits = torch.stack([each.gather(1, batch.columns) for each in similarities])
-        return logits.masked_fill(batch.teacher.isneginf(), float("-inf"))
+        present = batch.teacher.isfinite()
+        if not self.measured:
+            self.measured["temperature"] = spread(logits[0].detach(), present)
+            log.info("--retrieve_temperature %.3g: the spread of scores", self.measured["temperature"])
+        return (logits / self.measured["temperature"]).masked_fill(~present, float("-inf"))
 
     def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often retriever and teacher agree on the first document. -> []"""
@@ -95,6 +99,18 @@ class ListObjective(EncoderObjective):
         same = (student[0].argmax(-1) == batch.teacher.argmax(-1)).float().mean()
         losses = self.losses(batch.teacher, student).mean(0)  # [B]
         return losses.sum(), {"agreement": same, "teacher_hit_rate": batch.hit_rate}
+
+
+def spread(scores: Tensor, present: Tensor) -> float:
+    """Standard deviation of a question's scores, the mean over all processes' questions. [B, K] x 2 -> a float
+
+    So a list's scores differ by about one, whatever the encoder was trained with: those of MiniLM spread over 0.05,
+    whose softmax at the root of the width (Izacard & Grave 2020) is uniform, and teaches nothing.
+    """
+    known = scores.masked_fill(~present, torch.nan)[present.sum(-1) > 1]
+    deviations = (known - known.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
+    total, count = distributed.total([float(deviations.sum()), len(deviations)])
+    return max(total / max(count, 1), 1e-3) if total else 1.0
 
 
 class RetrievedCandidates:

@@ -5,21 +5,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from rqa.data import Example
+from rqa.documents import gold_places
 from rqa.endpoint.client import is_endpoint
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
+from rqa.models.layout import GENERAL_FILE
 from rqa.models.loading import load_config, train_adapters
-from rqa.models.reranker import load_reranker
+from rqa.models.reranker import WEIGHT, load_reranker
 from rqa.objectives.ctl import MinedNegatives, NegativeArguments
 from rqa.objectives.dca import reader_teacher
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
 from rqa.objectives.teacher import is_reranker
+from rqa.prompts import retrieval_query
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.retrieval.refresh import Refresher
-from rqa.retrieval.reranking import RerankingRetriever
+from rqa.retrieval.reranking import USUAL_SHARE, RerankingRetriever
 from rqa.retrieval.retriever import PassageRetriever
+from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import write_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
@@ -86,7 +91,8 @@ class RerankerRun(Run):
         alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)
         self.first = open_retriever(search, flags.embedding_model or "bm25", self.documents, self.eval)
-        self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, flags.rerank_weight)
+        self.reranker.weight = USUAL_SHARE if flags.rerank_weight is None else flags.rerank_weight
+        self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, self.reranker.weight)
 
     def finish(self) -> Scores:
         """Mine, train, evaluate, test."""
@@ -109,9 +115,18 @@ class RerankerRun(Run):
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, alone=step == 0)
 
-    def score_test(self) -> tuple[Scores, Rows]:
+    def settle(self) -> None:
+        """Give the best model its share of the sum, which it keeps: the one that the eval file's questions choose."""
         best = load_reranker(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.reranker, best.state_dict())
+        chosen_by = [example for example in self.eval if example.gold_docs]
+        if self.flags.rerank_weight is None and chosen_by:
+            self.judged.choose_weight(list(map(retrieval_query, chosen_by)), gold_places(chosen_by, self.documents))
+            log.info("--rerank_weight %.2f: chosen by %d questions", self.judged.weight, len(chosen_by))
+            if distributed.is_main():
+                write_json(self.output / GENERAL_FILE, best.general | {WEIGHT: self.judged.weight})
+
+    def score_test(self) -> tuple[Scores, Rows]:
         return self._score(self.test, alone=True)
 
     def _score(self, examples: Sequence[Example], alone: bool) -> tuple[Scores, Rows]:

@@ -72,9 +72,11 @@ class Run(ABC):
         if distributed.is_main():
             self._open_output()
         distributed.barrier()
-        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no" and flags.load_best_model_at_end:
-            few = "%s: %d questions choose the best model, but by chance; %d are needed"
-            log.warning(few, flags.eval_file, len(self.eval), FEW_QUESTIONS)
+        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no":
+            if flags.load_best_model_at_end is None:  # a loss is a mean over many tokens, and may choose
+                flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
+            how = "choose the best model, but by chance" if flags.load_best_model_at_end else "cannot choose a model"
+            log.warning("%s: %d questions %s; %d are needed", flags.eval_file, len(self.eval), how, FEW_QUESTIONS)
 
     @abstractmethod
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
@@ -83,6 +85,9 @@ class Run(ABC):
     @abstractmethod
     def score_test(self) -> tuple[Scores, Rows]:
         """The same of the best model on the test file; called once, after training."""
+
+    def settle(self) -> None:  # noqa: B027 (most trainers leave nothing)
+        """What is left to decide once the best model stands in the output directory."""
 
     def publish(self, scores: Scores, rows: Rows) -> Scores:
         """Write the test file's scores and rows."""
@@ -107,6 +112,7 @@ class Run(ABC):
             write_report(self.output)
         if state.interrupted:
             return {}
+        self.settle()
         scores, rows = self.score_test() if self.test else ({}, [])
         if self.flags.merge_lora_on_save and distributed.is_main():
             with beside(self.output / "model") as directory:

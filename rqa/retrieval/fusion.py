@@ -27,11 +27,13 @@ def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalizatio
     return _sum([dense.ids, lexical.ids], values, k)
 
 
-def choose_weight(dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max") -> float:
+def choose_weight(
+    dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max", usual: float = USUAL
+) -> float:
     """The dense share with the greatest mean reciprocal rank of the `gold` positions, or the one that is usual.
 
     Few questions choose badly: of the shares that the best one beats by no more than the standard error of the mean
-    difference, the one nearest to `USUAL` is taken (the rule of Breiman et al. 1984, "Classification and Regression
+    difference, the one nearest to `usual` is taken (the rule of Breiman et al. 1984, "Classification and Regression
     Trees", section 3.4.3, with paired differences).
     """
 
@@ -43,7 +45,7 @@ def choose_weight(dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normaliz
     reciprocal = np.array([ranks(weight) for weight in WEIGHTS])  # [W, Q]
     behind = reciprocal[reciprocal.mean(1).argmax()] - reciprocal
     near = behind.mean(1) <= behind.std(1) / np.sqrt(max(len(gold) - 1, 1)) + 1e-9
-    return float(min(WEIGHTS[near], key=lambda weight: abs(weight - USUAL)))
+    return float(min(WEIGHTS[near], key=lambda weight: abs(weight - usual)))
 
 
 def _above_the_last(hits: Hits, normalization: str) -> np.ndarray:

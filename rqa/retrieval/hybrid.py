@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from rqa.data import Document, Example, read_examples
-from rqa.documents import PRINT, Places, keys_of, passages_of, prints, with_known_gold
+from rqa.documents import PRINT, gold_places, passages_of, prints, with_known_gold
 from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.fusion import USUAL, choose_weight, reciprocal_rank_fusion, weighted_sum
@@ -90,10 +90,8 @@ def open_retriever(
     weight = USUAL if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None and chosen_by:
-        places = Places(keys_of(documents))
-        gold = [{*places(keys_of(example.gold_docs)).tolist()} - {-1} for example in chosen_by]
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
-        hybrid.weight = choose_weight(*candidates, gold, flags.fusion_normalization)
+        hybrid.weight = choose_weight(*candidates, gold_places(chosen_by, documents), flags.fusion_normalization)
         log.info("--fusion_weight %.2f: chosen by %d questions", hybrid.weight, len(chosen_by))
     return behind(hybrid)
 

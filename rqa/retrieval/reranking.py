@@ -1,12 +1,12 @@
 """A second stage: what another retriever finds, ranked anew by a cross-encoder."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
 from rqa.models.reranker import Reranker, RerankerArguments, load_reranker
-from rqa.retrieval.fusion import weighted_sum
+from rqa.retrieval.fusion import choose_weight, weighted_sum
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -15,6 +15,7 @@ from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 
 PAIRS_AT_ONCE = 2**14  # bounds the memory of their tokens
+USUAL_SHARE = 0.5  # of a reranker that learned from a few hundred questions
 
 
 @dataclass(kw_only=True)
@@ -25,9 +26,9 @@ class RerankingArguments(RerankerArguments):
     rerank_depth: int = flag(
         50, "Passages of each question that the reranker reads; where more are asked for, it reads as many.", rare=True
     )
-    rerank_weight: float = flag(
-        1.0, "The reranker's share of a sum with the first stage's scores, both from 0 to 1; 1: it alone decides.",
-        rare=True,
+    rerank_weight: float | None = flag(
+        None, "The reranker's share of a sum with the first stage's scores, both from 0 to 1; 1: it alone decides. "
+        "Default: what bin/train_rerank chose for it, else 1.", rare=True,
     )  # fmt: skip
 
     def check(self) -> None:
@@ -67,6 +68,12 @@ class RerankingRetriever(PassageRetriever):
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(hits.ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
+    def choose_weight(self, questions: Sequence[str], gold: Sequence[Set[int]]) -> None:
+        """Set the weight that ranks the gold positions of these questions best; every process asks for all of them."""
+        self.weight = 1.0
+        ranked, first = (each.retrieve_shared(questions, self.depth) for each in (self, self.first))
+        self.weight = choose_weight(ranked, first, gold, usual=USUAL_SHARE)
+
     def identity(self) -> str:
         settings = map(str, (self.reranker.fingerprint(), self.reranker.model.dtype, self.depth, self.weight))
         return fingerprint("reranked", self.first.identity(), *settings)
@@ -80,4 +87,5 @@ def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], Passage
                 raise UserError(f"--{name} {getattr(flags, name)}: nothing is ranked anew; add --reranker")
         return lambda first: first
     reranker = load_reranker(flags.reranker, flags)
-    return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, flags.rerank_weight)
+    weight = reranker.weight if flags.rerank_weight is None else flags.rerank_weight
+    return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, weight)

@@ -75,7 +75,9 @@ class JournalArguments(Arguments):
 
     logging_steps: int = flag(10, "Steps between two log lines.")
     eval_strategy: str = flag("steps", "When to evaluate on eval_file.", choices=STRATEGIES, also="evaluation_strategy")
-    eval_steps: int = flag(100, "Steps between two evaluations.")
+    eval_steps: int | None = flag(
+        None, "Steps between two evaluations. Default: a quarter of all, 100 at most; none between if none is chosen."
+    )
     eval_max_examples: int = flag(0, "Questions of eval_file to evaluate on, a fixed random subset; 0: all.", rare=True)
     save_strategy: str = flag("steps", "When to save a checkpoint.", choices=STRATEGIES, rare=True)
     save_steps: int = flag(500, "Steps between two checkpoints.")
@@ -84,7 +86,10 @@ class JournalArguments(Arguments):
     greater_is_better: bool | None = flag(
         None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
     )
-    load_best_model_at_end: bool = flag(True, "Whether output_dir gets the best model, or the last.", rare=True)
+    load_best_model_at_end: bool | None = flag(
+        None, "Whether output_dir gets the best model, or the last. Default: the best, if 30 questions rank passages.",
+        rare=True,
+    )  # fmt: skip
     write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
     report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"], rare=True)
     run_project: str = flag("rqa", "Project name in the tracker.", rare=True)

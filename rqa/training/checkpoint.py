@@ -103,6 +103,7 @@ def save_checkpoint(
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     generators = distributed.gather([{"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}])
     tensors = {"optimization": optimization.state_dict(), "random": generators}
+    tensors["measured"] = getattr(objective, "measured", {})  # numbers that the first batch decided
     known, state.live_state = state.live_state, live.version if live else None
     index = output / state.live_state if state.live_state else None
     new = distributed.from_main(bool(index) and not (index.name == known and files.is_complete(index)))
@@ -129,12 +130,15 @@ def save_checkpoint(
         raise UserError(failure)
 
 
-def load_checkpoint(directory: Path, optimization: Optimization, state: RunState, live: LiveState | None) -> None:
+def load_checkpoint(
+    directory: Path, objective: Any, optimization: Optimization, state: RunState, live: LiveState | None
+) -> None:
     """Restore all but the model's weights, which the caller loaded from the same directory."""
     try:
         tensors = torch.load(directory / TENSORS_FILE, map_location="cpu", mmap=True, weights_only=True)
         generators = tensors["random"]
         optimization.load_state_dict(tensors["optimization"])
+        getattr(objective, "measured", {}).update(tensors.get("measured", {}))
         if live and state.live_state:
             live.load(directory.parent / state.live_state)
             state.live_state = live.version

@@ -99,11 +99,13 @@ def train(
     batches.first_step, batches.first_position = state.step, state.examples
     optimization = Optimization(objective, flags, len(batches))
     if checkpoint:
-        load_checkpoint(checkpoint, optimization, state, live)
+        load_checkpoint(checkpoint, objective, optimization, state, live)
     if not checkpoint or not continues(checkpoint, flags):
         delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
     feed = batches.since(state.step)
     journal = Journal(state, len(batches), flags)
+    chooses = flags.load_best_model_at_end is not False
+    eval_steps = flags.eval_steps or (min(math.ceil(len(batches) / 4), 100) if chooses else len(batches))
     objective.train()
     measure, save = evaluate_first and state.step == 0, False
     with deferred_signals() as signals, journal.bar:
@@ -147,7 +149,7 @@ def train(
             last = state.step == len(batches)
             state.interrupted = bool(stop) and not last
             save = last or batches.due(flags.save_strategy, flags.save_steps, state.step)
-            measure = last or (batches.due(flags.eval_strategy, flags.eval_steps, state.step) and not stop)
+            measure = last or (batches.due(flags.eval_strategy, eval_steps, state.step) and not stop)
     journal.save()
     if state.interrupted:
         log.warning("interrupted after step %d; continue with --resume_from_checkpoint true", state.step)
@@ -159,7 +161,7 @@ def train(
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:
     """Put the best model, or the last, at the top of the output directory."""
-    wanted = flags.load_best_model_at_end and state.best_model_checkpoint
+    wanted = flags.load_best_model_at_end is not False and state.best_model_checkpoint
     best = output / wanted if wanted else None
     with whole_weights(objective):
         if distributed.is_main():

@@ -17,6 +17,7 @@ from rqa.models.reranker import Reranker, load_reranker
 from rqa.objectives.dca import CrossAttentionScorer
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
 from rqa.retrieval.hybrid import LexicalRetriever
+from rqa.retrieval.reranking import RerankingArguments, reranking
 from rqa.runtime.errors import UserError
 
 TEACHERS = ((CrossAttentionScorer, "__call__"), (Reranker, "score"))
@@ -103,26 +104,42 @@ def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
         lists(reranker, [replace(two, gold_docs=(), where="train.jsonl:2")], documents)
 
 
-def test_train_rerank_learns_and_saves_what_it_measured(
-    train: Train, documents: list[Document], examples: list[Example]
+@pytest.mark.parametrize("weight", [1.0, None])
+def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
+    weight: float | None, train: Train, documents: list[Document], examples: list[Example]
 ) -> None:
     """Its test score is that of the saved model on all passages, ranked here."""
     output = train("train_rerank", learning_rate=3e-3, lr_scheduler_type="constant", max_steps=40, eval_steps=20,
-                   per_device_train_batch_size=8, save_strategy="no", rerank_depth=24)  # fmt: skip
+                   per_device_train_batch_size=8, save_strategy="no", rerank_depth=24, rerank_weight=weight,
+                   load_best_model_at_end="true")  # fmt: skip
     loss, mrr = history(output, "loss"), history(output, "eval_retr/mrr@10")
     assert np.mean(loss[-5:]) < 0.9 * np.mean(loss[:5])
     assert len(mrr) == len(history(output, "eval_retr/ndcg@10")) == 3
     assert written(output, "trainer_state.json")["best_metric"] == max(mrr)
     told = (output / "train.log").read_text()
     assert told.count("first stage alone  retr/recall@1 1  ") == 2  # before step 0, and of the test file
-    last, expected = load_reranker(str(output)), []
-    first = LexicalRetriever(documents)
-    for example in examples[20:]:
-        (found,) = first.documents_of(first.retrieve([example.question], 24))
-        rated = last.score([(example.question, document.fmt_content) for document in found])
-        rank = 1 + int((rated > rated[found.index(example.gold_docs[0])]).sum())
-        expected.append(1 / rank if rank <= 10 else 0.0)
+    last, first = load_reranker(str(output)), LexicalRetriever(documents)
+
+    def reciprocal(example: Example, share: float) -> float:
+        hits = first.retrieve([example.question], 24)
+        (found,) = first.documents_of(hits)
+        rated, bm25 = last.score([(example.question, document.fmt_content) for document in found]), hits.scores[0]
+        ranges = [(each - each.min()) / (each.max() - each.min()) for each in (rated, bm25[: len(found)])]
+        total = share * ranges[0] + (1 - share) * ranges[1]
+        rank = 1 + int((total > total[found.index(example.gold_docs[0])]).sum())
+        return 1 / rank if rank <= 10 else 0.0
+
+    if weight is None:  # BM25 alone is right: as much of it as few questions allow, with half of it as the usual share
+        means = {share: np.mean([reciprocal(e, share) for e in examples[16:20]]) for share in (0.5, last.weight)}
+        assert last.weight < 0.5 or means[0.5] == 1
+        assert means[last.weight] >= means[0.5]
+        assert f"--rerank_weight {last.weight:.2f}: chosen by 4 questions" in told
+    else:
+        assert last.weight == weight
+    expected = [reciprocal(example, last.weight) for example in examples[20:]]
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
+    (used,) = {reranking(RerankingArguments(reranker=str(output)))(first).weight}
+    assert used == last.weight
 
 
 def test_questions_that_teach_nothing_are_counted_and_harm_nothing(
@@ -215,7 +232,8 @@ def test_adapters_are_trained_tested_and_merged(
     reranker.save_pretrained(tmp_path / "base")
     output = train("train_rerank", model_name_or_path=tmp_path / "base", use_lora="true", merge_lora_on_save="true",
                    gradient_checkpointing="true", gradient_accumulation_steps=2, max_steps=3, learning_rate=0.01,
-                   save_steps=3, save_total_limit=9, metric_for_best_model="retr/ndcg@10")  # fmt: skip
+                   save_steps=3, save_total_limit=9, metric_for_best_model="retr/ndcg@10",
+                   load_best_model_at_end="true")  # fmt: skip
     pairs = [(examples[0].question, document.fmt_content) for document in documents]
     adapted, base = load_reranker(str(output / "checkpoint-3")).score(pairs), reranker.score(pairs)
     assert np.abs(adapted - base).max() > 1e-3

@@ -1,6 +1,5 @@
 """RPG: candidates in columns, one document for retriever and teacher; and only the retriever learns."""
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from functools import partial
@@ -16,11 +15,11 @@ from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
 from rqa.endpoint.client import EstimatedTokens
-from rqa.models.encoder import Encoder, EncoderArguments, load_encoder
+from rqa.models.encoder import Encoder
 from rqa.objectives import rpg
 from rqa.objectives.encoding import in_chunks
 from rqa.objectives.losses import distillation
-from rqa.objectives.rpg import LikelihoodArguments, ListArguments, ListBatch, ListObjective, ScoredCandidates
+from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective, ScoredCandidates
 from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.retriever import Hits, Retriever
 
@@ -29,15 +28,21 @@ ABSENT = float("-inf")
 DIRECTIONS = ["teacher_to_student", "student_to_teacher"]
 
 
-def test_the_retrievers_temperature_is_a_tenth_for_normalised_embeddings_and_else_the_root_of_the_width(
-    encoder_path: str,
+@pytest.mark.parametrize("given", [None, 0.7])
+def test_the_retrievers_temperature_is_the_spread_of_the_first_batchs_scores_unless_it_is_given(
+    given: float | None, encoder: Encoder, batch: "ListBatch"
 ) -> None:
-    unit, plain = (load_encoder(encoder_path, EncoderArguments(dtype="float32", normalize=on)) for on in (True, False))
-    default, given = ListArguments(), ListArguments(retrieve_temperature=0.7)
-    assert [default.temperature_for(unit), default.temperature_for(plain)] == [0.1, math.sqrt(32)]
-    assert [given.temperature_for(unit), given.temperature_for(plain)] == [0.7, 0.7]
-    plain.project(9)
-    assert default.temperature_for(plain) == 3
+    raw = ListObjective(encoder, 1.0).logits(batch)[0].detach().double().numpy()
+    spread = np.mean([row[np.isfinite(row)].std() for row in raw])
+    objective = ListObjective(encoder, given)
+    logits = objective.logits(batch)[0].detach().double().numpy()
+    one = replace(batch, teacher=torch.full((3, 4), ABSENT))  # of no list, and later batches change nothing
+    objective.logits(one)
+    assert objective.measured["temperature"] == pytest.approx(given or spread, rel=1e-4)
+    np.testing.assert_allclose(logits, raw / (given or spread), rtol=1e-3)
+    nothing = ListObjective(encoder, None)
+    assert nothing.logits(one).isneginf().all()
+    assert nothing.measured["temperature"] == 1
 
 
 def test_the_language_model_is_asked_by_its_chat_template_where_it_has_one(tokenizer: PreTrainedTokenizerBase) -> None:
