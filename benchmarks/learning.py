@@ -11,7 +11,7 @@ file is the test and an eighth of the training questions chooses. Each cell is m
 OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a kill, a finished cell is not made again,
 and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which
 have their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before
-training and on eval questions after it, a reranker's on eval questions.
+training and on eval questions after it, a reranker's on eval questions, by train_rerank.
 
 Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
 paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
@@ -45,32 +45,31 @@ from pydocs.wheels import MINILM, SMOLLM2, fetch_model
 
 from rqa.data import read_examples, write_examples
 from rqa.evaluation.comparison import read_predictions
-from rqa.evaluation.report import SCORES
 from rqa.evaluation.results import difference_intervals, interval
 from rqa.evaluation.runtime import machine, machine_line
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint, read_json, write_json
 
 HERE = Path(__file__).resolve().parent
-WEIGHTS = (0.3, 0.5, 1.0)  # a reranker's share of the sum: the eval file chooses one as {weight}
 
 RETRIEVER = "--embedding_model {E} --index_path {index}"
 TRAINED = "--embedding_model {trained} --index_path {trained}/index"
 HYBRID = f"evaluate_retriever --retriever hybrid {RETRIEVER} --fusion_eval_path {{train}}"
 FUSED_ANEW = f"evaluate_retriever --retriever hybrid {TRAINED} --fusion_eval_path {{eval}}"
-RERANKED = "--reranker {reranker} --rerank_weight {weight}"
+RERANKED = "--reranker {reranker}"
+RERANKER = f"train_rerank --model_name_or_path {{E}} --negatives_from both {RETRIEVER}"
 ENCODER = "--model_name_or_path {E} --index_path {index} --test_file {test}"
 DECODER = "--model_name_or_path {L} --chat_format template"
 ANSWERS = f"evaluate_rqa --chat_format template {RETRIEVER} --qa_model_name_or_path"
-PEER = "--model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 2e-5 --warmup_ratio 0.1"
+PEER = "sentence_transformers --model_name_or_path {E} --per_device_train_batch_size 64"
+OWN = "evaluate_retriever --embedding_model {own}/model"
+BATCH = 16  # where the index is refreshed by the epoch: {epoch} is an epoch's steps
 RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the cell's directory, {CTL} another one's
     "BM25": ["evaluate_retriever --embedding_model bm25"],
     "untrained": [f"evaluate_retriever {RETRIEVER}"],
     "untrained + BM25": [HYBRID],
-    "sentence-transformers": [f"sentence_transformers {PEER}", "evaluate_retriever --embedding_model {own}/model"],
-    "sentence-transformers, mined": [
-        f"sentence_transformers {PEER} --num_hard_negatives 3", "evaluate_retriever --embedding_model {own}/model"
-    ],
+    "sentence-transformers": [f"{PEER} --num_hard_negatives 0", OWN],
+    "sentence-transformers, mined": [f"{PEER} --num_hard_negatives 3", OWN],
     "CTL": [f"train_ctl {ENCODER}"],
     "RPG": [f"train_rpg --lm_model_path {{L}} {ENCODER}"],
     "EMDR2": [f"train_emdr --lm_model_path {{L}} {ENCODER}"],
@@ -89,9 +88,21 @@ READERS = {
     "SwR over trained": [f"train_swr {DECODER} {TRAINED} --test_file {{test}}"],
     "FiD": [f"train_fid --model_name_or_path bert::{{E}} {RETRIEVER} --test_file {{test}}"],
 }
-SYSTEMS = RETRIEVERS | READERS | {"reranker": ["train_rerank --model_name_or_path {E}"]}  # the last: in no table
-METRICS = ((RETRIEVERS, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
-           (READERS, {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"}))  # fmt: skip
+REFRESHING = {
+    "never refreshed": "--refresh_step 1000000",
+    "each epoch": "--refresh_step {epoch}",
+    "each 10 steps": "--refresh_step 10",
+    "in the background": "--refresh_step 10 --refresh_async true",
+}
+REFRESHED = {  # asked for by --only
+    f"{name}, {when}": [f"{RETRIEVERS[name][0]} --per_device_train_batch_size {BATCH} --num_train_epochs 6 {flags}"]
+    for name, (when, flags) in product(("CTL", "RPG"), REFRESHING.items())
+}  # fmt: skip
+SYSTEMS = RETRIEVERS | READERS | REFRESHED | {"reranker": [RERANKER]}  # the last: in no table
+METRICS = (
+    (RETRIEVERS | REFRESHED, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
+    (READERS, {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"}),
+)
 TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emdr: --num_docs 4",
         "train_dca: --n_context 4 --max_encoder_seq_length 64", "train_s*,trl,evaluate_rqa: --max_new_tokens 8",
         "train_fid: --max_encoder_seq_length 64 --max_decoder_seq_length 8"]  # fmt: skip
@@ -106,7 +117,14 @@ def main() -> None:
     add("--embedding_model", help="encoder to train; default: all-MiniLM-L6-v2 from PyPI")
     add("--qa_model_name_or_path", help="decoder to train, and RPG's judge; default: SmolLM2 from PyPI")
     add("--output_dir", required=True, help="directory of all cells and indexes")
-    add("--only", nargs="+", choices=list(SYSTEMS), metavar="SYSTEM", default=list(SYSTEMS), help="in this order")
+    add(
+        "--only",
+        nargs="+",
+        choices=list(SYSTEMS),
+        metavar="SYSTEM",
+        default=[*RETRIEVERS, *READERS],
+        help="in this order",
+    )
     add("--seeds", type=int, nargs="+", default=[0, 1, 2])
     add("--trained", choices=["CTL", "RPG", "EMDR2", "DCA", "distilled"], default="CTL", help="what others build on")
     add("--settings", nargs="*", default=[], metavar="SETTING", help='such as "train_ctl: --learning_rate 3e-5"')
@@ -149,7 +167,9 @@ def read_data(folder: str, output: Path) -> dict[str, str]:
             write_examples(paths[name], part)
     (paths["documents"],) = (path for path in source.glob("documents.*") if path.suffix in (".jsonl", ".pkl"))
     content = fingerprint(*(path.read_bytes().hex() for path in paths.values()))
-    return {name: str(path) for name, path in paths.items()} | {"content": content, "index": str(output / "index")}
+    epoch = len(read_examples(paths["train"])) // BATCH
+    own = {"content": content, "index": str(output / "index"), "epoch": str(epoch or 1)}
+    return {name: str(path) for name, path in paths.items()} | own
 
 
 def meant(setting: str, system: str, command: str) -> bool:
@@ -201,9 +221,8 @@ class Cell:
         mark = {"steps": [], **mark, "recipe": self.recipe, "resumed": bool(mark)}
         write_json(self.place / "cell.json", mark)
         for command in self.commands[len(mark["steps"]) :]:
-            took = [run_command(line, self.place / "log.txt") for line in self.lines(command)]
-            seconds, peaks = zip(*took, strict=True)
-            mark["steps"].append({"command": command, "seconds": sum(seconds), "peak_gib": max(peaks)})
+            seconds, peak = run_command(self.line(command), self.place / "log.txt")
+            mark["steps"].append({"command": command, "seconds": seconds, "peak_gib": peak})
             write_json(self.place / "cell.json", mark)
         if self.system != "reranker":
             read_predictions(self.place)  # or an error
@@ -212,29 +231,21 @@ class Cell:
                 shutil.rmtree(leftover)
         write_json(self.place / "cell.json", mark | {"finished": True, "machine": machine_line(machine())})
 
-    def lines(self, command: str) -> Iterator[list[str]]:
-        """The command line of a command, behind those that choose its {weight}, if it has one."""
+    def line(self, command: str) -> list[str]:
+        """The command line of a command."""
         name, *flags = shlex.split(command)
         values = {"E": self.given.embedding_model, "L": self.given.qa_model_name_or_path, **self.files}
         values |= {"own": str(self.place), **{need.system: str(need.place) for need in self.needs}}
         peer = name in ("sentence_transformers", "trl")
         script = [str(HERE / "learning_peers.py"), name] if peer else [str(HERE.parent / "bin" / name)]
         script += ["--document_path", values["documents"], "--bf16", str(self.given.precision == "bf16").lower()]
-        if not name.startswith("evaluate_"):
+        script += ["--output_dir", str(self.place / "model" if peer else self.place)]
+        if name.startswith("evaluate_"):
+            script += ["--eval_data_path", values["test"]]
+        else:
             script += ["--train_file", values["train"], "--eval_file", values["eval"], "--seed", str(self.seed)]
             script += ["--save_steps", "50", "--resume_from_checkpoint", "true"]
-
-        def line(questions: str, place: Path, weight: object = "") -> list[str]:
-            known = values | {"weight": str(weight)}
-            own = ["--eval_data_path", known[questions]] if name.startswith("evaluate_") else []
-            filled = [re.sub(r"\{([^{}]+)\}", lambda match: known[match[1]], flag) for flag in flags]
-            return [*script, *own, "--output_dir", str(place / "model" if peer else place), *filled]
-
-        found = {}
-        for weight in WEIGHTS if "{weight}" in command else ():
-            yield line("eval", place := self.place / f"eval-{weight}", weight)
-            found[weight] = read_json(place / SCORES)["test_retr/mrr@10"]
-        yield line("test", self.place, max(found, key=found.__getitem__, default=""))
+        return [*script, *(re.sub(r"\{([^{}]+)\}", lambda match: values[match[1]], flag) for flag in flags)]
 
 
 def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
