@@ -27,7 +27,7 @@ from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjecti
 from rqa.objectives.losses import contrastive
 from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import RefreshArguments
-from rqa.retrieval.retriever import Retriever
+from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_json
@@ -60,11 +60,16 @@ class NegativeArguments(Arguments):
 class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     """CTL's own flags."""
 
+    per_device_train_batch_size: int = flag(32, "Questions in one forward pass of training.")
+    num_train_epochs: float = flag(4.0, "Passes over the training file.")
     temperature: float = flag(0.05, "Temperature: similarities are divided by it.")
     num_hard_negatives: int | None = flag(None, "Hard negatives of each question. Default: 2, or hard_neg_ratio's.")
     hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.", rare=True)
     mine_negatives: bool | None = flag(
         None, "Whether hard negatives come from the live retriever. Default: yes where no example has hard_neg_docs."
+    )
+    negatives_from: str = flag(
+        "both", "Whose ranking holds mined negatives: the live retriever's, or BM25's, too.", ["dense", "both"]
     )
     negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
     refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
@@ -81,7 +86,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
         if self.mine_negatives and asked > room:
             given = f"--negatives_to_rank {self.negatives_to_rank}"
             raise UserError(f"{given}: leaves {room} hard negatives a question; raise it")
-        window = [item.name for item in fields(NegativeArguments)] + ["refresh_async"]
+        window = [item.name for item in fields(NegativeArguments)] + ["refresh_async", "negatives_from"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
         if stray and self.mine_negatives is False:
             raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
@@ -217,10 +222,16 @@ def of_equal_questions(examples: Sequence[Example], rows: Sequence[Sequence[Any]
 
 
 class MinedNegatives:
-    """The hard negatives of each training question, chosen anew whenever the index is fresh."""
+    """The hard negatives of each training question, chosen anew whenever the index is fresh.
 
-    def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: NegativeArguments) -> None:
-        self.retriever = retriever
+    Those in the ranking of a second retriever, `beside`, which does not change, are added.
+    """
+
+    def __init__(
+        self, examples: Sequence[Example], retriever: PassageRetriever, flags: NegativeArguments,
+        beside: PassageRetriever | None = None,
+    ) -> None:  # fmt: skip
+        self.retriever, self.beside = retriever, beside
         self._chooser = NegativeChooser(examples, retriever.documents, flags)
         self._queries = [retrieval_query(example) for example in examples]
         self._found: list[list[int]] = []
@@ -234,10 +245,17 @@ class MinedNegatives:
         found = []
         for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # equally often on all, as `retrieve` needs
             part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
-            hits = self.retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
-            found += distributed.gather(list(map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())))
+            found += distributed.gather(self._mine(part))
         self._found = found
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
+
+    def _mine(self, part: Sequence[int]) -> list[list[int]]:
+        rows: list[list[int]] = [[] for _ in part]
+        for retriever in filter(None, (self.retriever, self.beside)):
+            hits = retriever.retrieve([self._queries[number] for number in part], self._chooser.depth)
+            chosen = map(self._chooser, part, hits.ids.tolist(), hits.scores.tolist())
+            rows = [[*row, *more] for row, more in zip(rows, chosen, strict=True)]
+        return [list(dict.fromkeys(row)) for row in rows]
 
     def save(self, directory: Path) -> None:
         (directory / "negatives.json").write_text(json.dumps(self._found), encoding="utf-8")

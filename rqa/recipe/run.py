@@ -39,6 +39,7 @@ class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
     train_file: str = flag(help="Training examples, JSONL.")
     eval_file: str | None = flag(None, "Examples that choose the best model, JSONL; fewer than 30 questions cannot.")
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
+    warmup_ratio: float = flag(0.1, "Share of all steps in which the learning rate rises from 0 to its peak.")
 
 
 class Run(ABC):

@@ -23,7 +23,9 @@ class OptimizerArguments(Arguments):
         "adamw", "Optimizer; adamw_8bit (needs bf16): 6 bytes a parameter, not 18; gradients are summed in bf16.",
         choices=["adamw", "adamw_8bit"], rare=True,
     )  # fmt: skip
-    learning_rate: float = flag(5e-5, "Peak learning rate.")
+    learning_rate: float | None = flag(
+        None, "Peak learning rate. Default: by width and batch, 1e-4 at 384 and 64, 3e-5 at 768 and 16; LoRA's tenfold."
+    )
     new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
     new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)
     lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", SCHEDULES, rare=True)

@@ -1,5 +1,6 @@
 """The optimizer, its learning rate and the loss scaler: everything between a loss and new weights."""
 
+import logging
 import math
 import re
 from collections import defaultdict
@@ -9,13 +10,27 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import get_scheduler
+from transformers import PreTrainedModel, get_scheduler
 
 from rqa.models.loading import holding, lowered
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import assembled, divided_like, sum_gradients, whole_on_main
 from rqa.training.arguments import LoopArguments
+
+log = logging.getLogger(__name__)
+
+
+def usual_learning_rate(module: nn.Module, flags: LoopArguments) -> float:
+    """What suits a model of this width, and a step of so many examples.
+
+    Adam's best rate falls as the inverse of the width (Yang et al. 2022, Tensor Programs V), and rises as the root of
+    the batch (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
+    """
+    configs = (each.config.get_text_config() for each in module.modules() if isinstance(each, PreTrainedModel))
+    width = next((config.hidden_size for config in configs if getattr(config, "hidden_size", None)), 768)
+    examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * distributed.world_size()
+    return 0.0048 * math.sqrt(examples) / width * (10 if flags.use_lora else 1)
 
 
 class Optimization:
@@ -57,6 +72,9 @@ class Optimization:
                 groups[new, parameter.ndim < 2].append((name, self.masters.get(parameter, parameter)))
         if flags.new_layers is not None and not any(new for new, _ in groups):
             raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
+        if flags.learning_rate is None:
+            flags.learning_rate = usual_learning_rate(module, flags)
+            log.info("--learning_rate %.2g: by the model's width and the batch", flags.learning_rate)
         rates, decays = (flags.learning_rate, flags.new_layers_learning_rate), (flags.weight_decay, 0.0)
         ordered = sorted(groups.items())
         return [{"params": group, "weight_decay": decays[vector], "lr": rates[new]} for (new, vector), group in ordered]

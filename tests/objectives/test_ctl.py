@@ -142,8 +142,11 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
     counts = {len(pools[number]) for number in range(6)}
     assert counts == {8} if share is None else {0, 8} < counts
     assert encoder.training
-    asks, nothing = [], Hits(np.empty((0, 0), int), np.empty((0, 0)))
-    monkeypatch.setattr(retriever, "retrieve", lambda questions, k: asks.append(len(questions)) or nothing)
+    asks = []
+    nothing = [Hits(np.empty((size, 0), int), np.empty((size, 0))) for size in range(3)]
+    monkeypatch.setattr(
+        retriever, "retrieve", lambda questions, k: asks.append(len(questions)) or nothing[len(questions)]
+    )
     monkeypatch.setattr("rqa.runtime.distributed.world_size", lambda: 2)
     monkeypatch.setattr("rqa.runtime.distributed.gather", list)
     for rank in range(2):  # to retrieve is a collective call: both make as many
