@@ -5,13 +5,15 @@ import logging
 import os
 import platform
 import re
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from errno import EDQUOT, EIO, ENOSPC
 from io import StringIO
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -77,6 +79,19 @@ def run(main: Callable[[], Any]) -> None:
     except OSError:  # it would fail once more when Python ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
+
+
+def told(executable: Path, words: Sequence[str], flags: Mapping[str, object], launcher: str = "") -> list[str]:
+    """The line that runs an executable of this toolkit, printed as one to paste; `launcher` takes Python's place."""
+    start, rest = shlex.split(launcher), [*words, *as_words(flags)]
+    print("\n$ " + shlex.join([*start, os.path.relpath(executable), *rest]), flush=True)
+    return [*(start or [sys.executable]), str(executable), *rest]
+
+
+def as_words(flags: Mapping[str, object]) -> list[str]:
+    """Flags as a command line has them."""
+    values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in flags.items()}
+    return [word for name, value in values.items() for word in (f"--{name}", value)]
 
 
 def printable(text: str) -> str:

@@ -104,7 +104,7 @@ def parse(kind: type[Flags], description: str, line: list[str] | None = None) ->
     known = {name[2:] for name in parser._option_string_actions if name.startswith("--")}
     for part in line:
         name = part[2:].partition("=")[0]
-        if part.startswith("--") and name and name not in known:
+        if part.startswith("--") and name and name not in known and " " not in name:  # argparse takes that as a value
             if name in REFUSED:
                 raise UserError(f"--{name}: {REFUSED[name]}")
             near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
