@@ -61,7 +61,7 @@ RERANKER = f"train_rerank --model_name_or_path {{E}} --negatives_from both {RETR
 ENCODER = "--model_name_or_path {E} --index_path {index} --test_file {test}"
 DECODER = "--model_name_or_path {L} --chat_format template"
 ANSWERS = f"evaluate_rqa --chat_format template {RETRIEVER} --qa_model_name_or_path"
-PEER = "sentence_transformers --model_name_or_path {E} --per_device_train_batch_size 64"
+PEER = "sentence_transformers --model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 1e-4"
 OWN = "evaluate_retriever --embedding_model {own}/model"
 BATCH = 16  # where the index is refreshed by the epoch: {epoch} is an epoch's steps
 RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the cell's directory, {CTL} another one's
@@ -82,7 +82,7 @@ RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the
 }  # fmt: skip
 READERS = {
     "SmolLM2": [f"{ANSWERS} {{L}}"],
-    "trl SFT": [f"trl {DECODER}", f"{ANSWERS} {{own}}/model"],
+    "trl SFT": [f"trl {DECODER} --learning_rate 2e-5", f"{ANSWERS} {{own}}/model"],
     "SFT": [f"train_sft {DECODER} {RETRIEVER} --test_file {{test}}"],
     "SwR": [f"train_swr {DECODER} {RETRIEVER} --test_file {{test}}"],
     "SwR over trained": [f"train_swr {DECODER} {TRAINED} --test_file {{test}}"],
