@@ -28,6 +28,7 @@ from rqa.runtime.files import write_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
+from rqa.training.optim import usual_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -87,6 +88,9 @@ class RerankerRun(Run):
         flags.ignore("per_device_eval_batch_size", "pairs are scored by tokens, not by number")
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model
+        kinds = " ".join(load_config(flags.model_name_or_path, flags.trust_remote_code).architectures or [])
+        if flags.learning_rate is None and "ForSequenceClassification" not in kinds and not self.reranker.answers:
+            flags.learning_rate = 3 * usual_learning_rate(self.model, flags)  # for a head that is new
         train_adapters(self.model, flags, self.source)
         alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 class RefreshArguments(Arguments):
     """When documents are encoded again in training."""
 
-    refresh_step: str = flag("10", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
+    refresh_step: str = flag("100", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
     refresh_async: bool = flag(
         False, "Whether documents are encoded beside training and swapped in when ready; runs then differ."
     )
