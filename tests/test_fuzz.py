@@ -191,7 +191,7 @@ def test_a_checkpoint_whose_checksums_lie_is_refused_in_one_line(draw: st.DataOb
 
     def resume() -> RunState:
         state = resume_state(copy, LoopArguments(output_dir=str(copy.parent), metric_for_best_model="loss"))
-        load_checkpoint(copy, trained, state, None)
+        load_checkpoint(copy, Regression(), trained, state, None)
         return state
 
     state = result(resume, str(copy))
