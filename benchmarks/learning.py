@@ -321,8 +321,24 @@ def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
     machines = "\n".join(sorted({machine for row in every for machine in row["machines"]}))
     if given.html:
         write_page(given.html, tables, text.getvalue() + machines)
-    print(text.getvalue() + machines)
+    print(text.getvalue() + machines + "\n")
+    for name in ("MRR@10", "ROUGE-L"):
+        print_markdown(name, [row for row in every if name in row["scores"]])
     print_result(__file__, given, every)
+
+
+def print_markdown(name: str, rows: Sequence[dict[str, Any]]) -> None:
+    """Systems by data sets, as a README shows them: a difference from the first row is bold if it is beyond chance."""
+    sets, known = {row["data"]: row["n"] for row in rows}, {(row["system"], row["data"]): row for row in rows}
+    lines = [[name, *(f"{data} ({n})" for data, n in sets.items())], ["---", *["---:"] * len(sets)]] if rows else []
+    for system in dict.fromkeys(row["system"] for row in rows):
+        lines.append([system])
+        for row in (known.get((system, data)) for data in sets):
+            least, most = row["difference_intervals"][name] if row else (0, 0)
+            bold = "**" * (least > 0 or most < 0)
+            gap = f" {bold}{row['difference'][name]:+.3f}{bold} ({least:+.3f} to {most:+.3f})" if row and most else ""
+            lines[-1].append(f"{row['scores'][name]:.3f}{gap}" if row else "")
+    print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 
 
 def text_of(row: dict[str, Any]) -> list[str]:
