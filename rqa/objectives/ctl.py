@@ -98,7 +98,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
             self.mine_negatives = asked and not any(example.hard_neg_docs for example in examples)
             self.check()
             if self.mine_negatives:
-                log.info("no example has hard_neg_docs: the live retriever finds hard negatives (--mine_negatives)")
+                log.info("hard negatives are mined, since no example has hard_neg_docs (--mine_negatives false: none)")
         return self.mine_negatives
 
 

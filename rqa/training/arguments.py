@@ -24,7 +24,8 @@ class OptimizerArguments(Arguments):
         choices=["adamw", "adamw_8bit"], rare=True,
     )  # fmt: skip
     learning_rate: float | None = flag(
-        None, "Peak learning rate. Default: by width and batch, 1e-4 at 384 and 64, 3e-5 at 768 and 16; LoRA's tenfold."
+        None,
+        "Peak learning rate. Default: follows width and batch, 1e-4 at 384 and 64, 3e-5 at 768 and 16; LoRA: tenfold.",
     )
     new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
     new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)
@@ -89,8 +90,8 @@ class JournalArguments(Arguments):
         None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
     )
     load_best_model_at_end: bool | None = flag(
-        None, "Whether output_dir gets the best model, or the last. Default: the best, if 30 questions rank passages.",
-        rare=True,
+        None, "Whether output_dir gets the best model, or the last. Default: the best, unless fewer than 30 questions "
+        "rank passages.", rare=True,
     )  # fmt: skip
     write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
     report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"], rare=True)

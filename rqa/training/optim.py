@@ -72,10 +72,10 @@ class Optimization:
                 groups[new, parameter.ndim < 2].append((name, self.masters.get(parameter, parameter)))
         if flags.new_layers is not None and not any(new for new, _ in groups):
             raise UserError(f"--new_layers {flags.new_layers}: found in the name of no parameter that is trained")
-        if flags.learning_rate is None:
-            flags.learning_rate = usual_learning_rate(module, flags)
-            log.info("--learning_rate %.2g: by the model's width and the batch", flags.learning_rate)
-        rates, decays = (flags.learning_rate, flags.new_layers_learning_rate), (flags.weight_decay, 0.0)
+        if (rate := flags.learning_rate) is None:
+            rate = usual_learning_rate(module, flags)
+            log.info("--learning_rate %.2g: follows from the model's width and the batch", rate)
+        rates, decays = (rate, flags.new_layers_learning_rate), (flags.weight_decay, 0.0)
         ordered = sorted(groups.items())
         return [{"params": group, "weight_decay": decays[vector], "lr": rates[new]} for (new, vector), group in ordered]
 
