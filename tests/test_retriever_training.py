@@ -1,8 +1,11 @@
 """train_ctl and train_rpg as a user runs them."""
 
+import random
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from fakes import texts_in
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from trainers import Flags, Run, Train, calls, history, scores, written
+from transformers import BertConfig, BertModel
 
 from rqa.data import Document, Example, read_examples, write_examples
+from rqa.documents import write_documents
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_causal_lm, load_tokenizer
 from rqa.objectives.ctl import Contrastive
@@ -116,6 +121,32 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
         assert shown == (ranking if gold in ranking else [*ranking[:4], gold])
 
 
+@pytest.mark.parametrize(
+    ("place", "most", "flags"),
+    [(60, 128, {}), (140, 512, {}), (140, 64, {"max_passage_length": 64}), (140, 64, {"index_path": "index"})],
+)
+def test_passages_are_cut_where_training_questions_find_them(
+    place: int, most: int, flags: dict[str, object], train: Train, wordpiece: Any, saved: Callable[..., str],
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """A passage repeats its question behind so many letters, and before others; the checkpoint's length is 64."""
+    config = BertConfig(vocab_size=len(wordpiece), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                        num_attention_heads=4)  # fmt: skip
+    path = saved("long", 3, BertModel, config, wordpiece)
+    chance, (documents, examples) = random.Random(0), ([], [])
+    for number in range(40):
+        question = chance.choices("abcdefgh", k=5)
+        letters = [*("z" * place), *question * 12, *chance.choices("abcdefgh", k=400 if place < 64 else 0)]
+        documents.append(Document(" ".join(letters), {"source": str(number)}))
+        examples.append(Example(" ".join(question), (documents[-1],)))
+    monkeypatch.chdir(tmp_path)
+    write_documents(tmp_path / "long.jsonl", documents)
+    write_examples(tmp_path / "short.jsonl", examples)
+    output = train("train_ctl", model_name_or_path=path, max_steps=1, **UNTESTED, **flags,
+                   document_path=tmp_path / "long.jsonl", train_file=tmp_path / "short.jsonl")  # fmt: skip
+    assert load_encoder(str(output)).settings.max_passage_length == most
+
+
 @pytest.fixture
 def hard(examples: list[Example], documents: list[Document], tmp_path: Path) -> dict[str, object]:
     """A training file that has two hard negatives a question, one of them not in the database."""
@@ -134,8 +165,8 @@ def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_cont
     encoder, asked = load_encoder(encoder_path), read_examples(str(hard["train_file"]))
     known = [*documents, asked[0].hard_neg_docs[1]]
     texts = encoder.tokenize_passages([document.fmt_content for document in known])
-    loss, none, half, two = {}, {"num_hard_negatives": 0}, {"hard_neg_ratio": 0.5}, {}
-    mined = {**two, "mine_negatives": "true", "index_path": tmp_path / "index"}
+    loss, none, files = {}, {"num_hard_negatives": 0}, {"mine_negatives": "false"}
+    half, two, mined = {**files, "hard_neg_ratio": 0.5}, files, {"index_path": tmp_path / "index"}
     for name, most, own in (("none", 0, none), ("half", 2, half), ("two", 8, two), ("mined", 8, mined)):
         output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
         loss[name] = history(output, "loss")[0]
@@ -171,9 +202,9 @@ MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}
         ("train_rpg", {"include_gold": "false", "num_docs": 2, "retrieve_temperature": 0.5, "lm_temperature": 1.0,
                        "gradient_accumulation_steps": 2, "refresh_async": "true", "refresh_step": 1}),
         ("train_rpg", {"train_query_encoder_only": "true", "lm_chat_format": "prefix", "matryoshka_dims": [32, 9]}),
-        ("train_ctl", {"hard_neg_ratio": 100, "grad_cache_chunk_size": 2, "gradient_accumulation_steps": 2,
-                       "gradient_checkpointing": "true", "bf16": "true", "max_batch_tokens": 200,
-                       "matryoshka_dims": [8, 32, 16]}),
+        ("train_ctl", {"hard_neg_ratio": 100, "mine_negatives": "false", "grad_cache_chunk_size": 2,
+                       "gradient_accumulation_steps": 2, "gradient_checkpointing": "true", "bf16": "true",
+                       "max_batch_tokens": 200, "matryoshka_dims": [8, 32, 16]}),
         ("train_ctl", {"num_hard_negatives": 9, "train_query_encoder_only": "true"}),
         ("train_ctl", {**MINING, "negatives_from_rank": 2, "negatives_max_share": 0.95, "refresh_async": "true"}),
     ],

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -52,7 +53,11 @@ class EncoderArguments(LoadingArguments):
     )
     truncate_dim: int | None = flag(None, "Dimensions of embeddings that are kept, the first ones. Default: all.")
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
-    max_passage_length: int | None = flag(None, "Tokens of a passage, at most. Default: the checkpoint's.", rare=True)
+    max_passage_length: int | None = flag(
+        None,
+        "Tokens of a passage, at most. Default: the checkpoint's, or what suits the training questions.",
+        rare=True,
+    )
     max_batch_tokens: int | None = flag(
         None, "Tokens encoded at once without gradient. Default: 16384 on a CPU, 131072 on CUDA.", rare=True
     )
@@ -106,6 +111,13 @@ class Encoder(nn.Module):
         """From now on passages are encoded by a frozen copy of what the encoder is now, unless they are already."""
         if not self.passage_encoder:
             self.passage_encoder = copy.deepcopy(self).requires_grad_(False).eval()
+
+    def cutting(self, most: int) -> "Encoder":
+        """The same encoder, but that passages have at most so many tokens, and that nobody is told what is cut."""
+        other = copy.copy(self)
+        other.settings = replace(self.settings, max_passage_length=most)
+        other._counts = {"passage": [0, 0, sys.maxsize]}
+        return other
 
     def train(self, mode: bool = True) -> "Encoder":
         """Set the mode of what is trained; what is frozen has no dropout."""
@@ -260,6 +272,12 @@ def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = Non
     return sums.index_add(0, owners, states) / total[:, None]
 
 
+def positions_of(backbone: PreTrainedModel) -> float:
+    """The most tokens that a backbone reads, as far as its tables and its configuration tell; else infinite."""
+    stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
+    return min(loading.learned_positions(backbone), stated)
+
+
 def load_encoder(
     path: str,
     flags: EncoderArguments = EncoderArguments(dtype="float32"),
@@ -269,8 +287,7 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
-    positions = min(loading.learned_positions(backbone), stated)
+    positions = positions_of(backbone)
     limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
     stored = layout.read_layout(path, limit, flags)
     names = vars(EncoderSettings()).keys()

@@ -66,7 +66,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     num_hard_negatives: int | None = flag(None, "Hard negatives of each question. Default: 2, or hard_neg_ratio's.")
     hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.", rare=True)
     mine_negatives: bool | None = flag(
-        None, "Whether hard negatives come from the live retriever. Default: yes where no example has hard_neg_docs."
+        None, "Whether the live retriever finds hard negatives, beside those of hard_neg_docs. Default: true."
     )
     negatives_from: str = flag(
         "both", "Whose ranking holds mined negatives: the live retriever's, or BM25's, too.", ["dense", "both"]
@@ -80,6 +80,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
         if self.num_hard_negatives is None:
             self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
         asked = self.num_hard_negatives or self.hard_neg_ratio
+        self.mine_negatives = bool(asked) if self.mine_negatives is None else self.mine_negatives
         room = self.negatives_to_rank - self.negatives_from_rank + 1
         if self.mine_negatives and not asked:
             raise UserError("--mine_negatives true: contradicts --num_hard_negatives 0; leave one out")
@@ -88,18 +89,8 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
             raise UserError(f"{given}: leaves {room} hard negatives a question; raise it")
         window = [item.name for item in fields(NegativeArguments)] + ["refresh_async", "negatives_from"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
-        if stray and self.mine_negatives is False:
+        if stray and not self.mine_negatives:
             raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
-
-    def mined(self, examples: Sequence[Example]) -> bool:
-        """Whether negatives come from the live retriever, which the examples decide unless the flag does."""
-        if self.mine_negatives is None:
-            asked = bool(self.num_hard_negatives or self.hard_neg_ratio)
-            self.mine_negatives = asked and not any(example.hard_neg_docs for example in examples)
-            self.check()
-            if self.mine_negatives:
-                log.info("hard negatives are mined, since no example has hard_neg_docs (--mine_negatives false: none)")
-        return self.mine_negatives
 
 
 @dataclass(frozen=True)
@@ -128,8 +119,8 @@ class Contrastive(EncoderObjective):
 class Contrasts:
     """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
 
-    Negatives are sampled from those mined, else from the examples' `hard_neg_docs`; a batch of the same examples is the
-    same batch. Examples may bring documents that the database lacks.
+    Negatives are sampled from the examples' `hard_neg_docs` and those mined; a batch of the same examples is the same
+    batch, unless others were mined meanwhile. Examples may bring documents that the database lacks.
     """
 
     def __init__(
@@ -141,8 +132,8 @@ class Contrasts:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
         known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
         self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
-        hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
-        self.encoder, self.hard, self.flags, self.seed = encoder, mined or hard, flags, seed
+        self._hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
+        self.encoder, self.mined, self.flags, self.seed = encoder, mined, flags, seed
         self.ahead = not mined  # they change between steps
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
         self._passages = Tokens(encoder.tokenize_passages, lambda number: known[number].fmt_content)
@@ -151,7 +142,9 @@ class Contrasts:
         chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
         gold = [self._gold[i] for i in indices]
         targets = [chance.choice(numbers) for numbers in gold]
-        pools, count = [self.hard[i] for i in indices], self.flags.num_hard_negatives
+        pools, count = [self._hard[i] for i in indices], self.flags.num_hard_negatives
+        if self.mined:
+            pools = [list(dict.fromkeys([*pool, *self.mined[i]])) for pool, i in zip(pools, indices, strict=True)]
         if not count:
             pools, count = [list(chain(*pools))], math.ceil(self.flags.hard_neg_ratio * len(indices))
         negatives = [number for pool in pools for number in chance.sample(pool, min(count, len(pool)))]

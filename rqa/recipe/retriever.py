@@ -1,8 +1,10 @@
 """Training an encoder: what every algorithm shares that trains a retriever."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from random import Random
 from typing import Any
 
 from torch import nn
@@ -11,11 +13,11 @@ from rqa.data import Example
 from rqa.endpoint.client import EndpointArguments, is_endpoint
 from rqa.endpoint.scorer import remote_scorer
 from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
-from rqa.models.encoder import EncoderArguments, load_encoder
+from rqa.models.encoder import EncoderArguments, load_encoder, positions_of
 from rqa.models.loading import freeze_pooler, train_adapters
 from rqa.models.reranker import RerankerArguments
 from rqa.objectives.teacher import LanguageModelArguments, Teacher, is_reranker, local_scorer, reranker_scorer
-from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
+from rqa.recipe.run import FEW_QUESTIONS, Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
@@ -23,6 +25,11 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
+
+log = logging.getLogger(__name__)
+
+LENGTHS_TRIED = (128, 256, 512)  # of passages, in tokens, beside the checkpoint's
+QUESTIONS_TRIED, OTHERS_TRIED = 200, 300  # and passages beside their gold ones
 
 
 @dataclass(kw_only=True)
@@ -45,6 +52,8 @@ class RetrieverRun(Run):
         flags.ignore("per_device_eval_batch_size", "questions are encoded by tokens, not by number")
         self.encoder = load_encoder(self.source, flags, flags.trained_dtype)
         self.model = self.encoder.backbone
+        if not (flags.max_passage_length or flags.index_path or self.checkpoint or self.encoder.passage_encoder):
+            self._choose_length()
         self.retriever = Retriever(self.encoder, self.documents, flags)
         self.judged = Retriever(self.encoder, self.documents, flags)  # so that to evaluate changes nothing in training
         self.refresher: Refresher | None = None
@@ -76,6 +85,31 @@ class RetrieverRun(Run):
         best = load_encoder(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.encoder, best.state_dict())
         return self._score(self.test, None)
+
+    def _choose_length(self) -> None:
+        """Cut passages where training questions, before any training, find their gold ones best among others.
+
+        Longer ones are tried until they find less: they take more time, and many an encoder learned from short ones.
+        """
+        asked, chance = [example for example in self.train if example.gold_docs], Random(0)
+        if len(asked) < FEW_QUESTIONS:
+            return
+        asked = chance.sample(asked, min(QUESTIONS_TRIED, len(asked)))
+        documents = [document for example in asked for document in example.gold_docs]
+        others = chance.sample(range(len(self.documents)), min(OTHERS_TRIED, len(self.documents)))
+        documents += [self.documents[number] for number in others]
+        pool = list({document.key: document for document in documents}.values())
+        own, found = self.encoder.settings.max_passage_length, {}
+        for length in sorted({own, *(length for length in LENGTHS_TRIED if length <= positions_of(self.model))}):
+            retriever = Retriever(self.encoder.cutting(length), pool).open()
+            rows = retrieval_rows(find_passages(retriever, asked, self.flags), asked, self.flags.recall_at)
+            found[length] = mean_scores(rows)["retr/mrr@10"]
+            if found[length] < max(found.values()):
+                break
+        best = max(found, key=lambda length: (found[length], length))
+        self.encoder.settings = replace(self.encoder.settings, max_passage_length=best)
+        told = ", ".join(f"{length}: {score:.3f}" for length, score in found.items())
+        log.info("--max_passage_length %d: finds most for %d training questions (MRR@10: %s)", best, len(asked), told)
 
     def _score(self, examples: Sequence[Example], index_path: str | None) -> tuple[Scores, Rows]:
         if not (self.encoder.passage_encoder and len(self.judged.index)):  # frozen passages are encoded once
