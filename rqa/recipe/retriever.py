@@ -77,7 +77,10 @@ class RetrieverRun(Run):
             return self.train_and_test(objective, batches, refresher)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
-        return self._score(self.eval, None if step else self.flags.index_path)
+        scores = self._score(self.eval, None if step else self.flags.index_path)
+        if not (step or len(self.retriever.index)):
+            self.retriever.index = self.judged.index  # of the same weights
+        return scores
 
     def score_test(self) -> tuple[Scores, Rows]:
         if self.refresher:

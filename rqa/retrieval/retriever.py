@@ -128,9 +128,9 @@ class Retriever(PassageRetriever):
 
     def replace(self, vectors: np.ndarray) -> None:
         """Search these embeddings, in memory, from now on. [n, D] of this process's share of the documents"""
-        if not isinstance(self.index, FaissIndex):
-            self.index = FaissIndex(self.documents, self.flags)
-        self.index.replace(vectors, self._dtype)
+        made = FaissIndex(self.documents, self.flags)  # another retriever may search the present one
+        made.replace(vectors, self._dtype)
+        self.index = made
 
     def encode(self, encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of this process's share of the documents. -> float32 [n, D]"""
