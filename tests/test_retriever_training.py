@@ -124,7 +124,7 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
 
 @pytest.mark.parametrize(
     ("place", "most", "flags"),
-    [(60, 128, {}), (140, 512, {}), (140, 64, {"max_passage_length": 64}), (140, 64, {"index_path": "index"})],
+    [(60, 128, {}), (140, 256, {}), (140, 64, {"max_passage_length": 64}), (140, 64, {"index_path": "index"})],
 )
 def test_passages_are_cut_where_training_questions_find_them(
     place: int, most: int, flags: dict[str, object], train: Train, wordpiece: Any, saved: Callable[..., str],

@@ -109,7 +109,7 @@ class RetrieverRun(Run):
             found[length] = mean_scores(rows)["retr/mrr@10"]
             if found[length] < max(found.values()):
                 break
-        best = max(found, key=lambda length: (found[length], length))
+        best = max(found, key=lambda length: (found[length], length == own))
         self.encoder.settings = replace(self.encoder.settings, max_passage_length=best)
         told = ", ".join(f"{length}: {score:.3f}" for length, score in found.items())
         log.info("--max_passage_length %d: finds most for %d training questions (MRR@10: %s)", best, len(asked), told)
