@@ -85,9 +85,10 @@ class RetrieverRun(Run):
     def score_test(self) -> tuple[Scores, Rows]:
         if self.refresher:
             self.refresher.close()  # nothing is encoded beside the test
+        last = self.encoder.fingerprint()
         best = load_encoder(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.encoder, best.state_dict())
-        return self._score(self.test, None)
+        return self._score(self.test, None, known=self.encoder.fingerprint() == last)  # to the last evaluation's index
 
     def _choose_length(self) -> None:
         """Cut passages where training questions, before any training, find their gold ones best among others.
@@ -114,8 +115,9 @@ class RetrieverRun(Run):
         told = ", ".join(f"{length}: {score:.3f}" for length, score in found.items())
         log.info("--max_passage_length %d: finds most for %d training questions (MRR@10: %s)", best, len(asked), told)
 
-    def _score(self, examples: Sequence[Example], index_path: str | None) -> tuple[Scores, Rows]:
-        if not (self.encoder.passage_encoder and len(self.judged.index)):  # frozen passages are encoded once
+    def _score(self, examples: Sequence[Example], index_path: str | None, known: bool = False) -> tuple[Scores, Rows]:
+        known |= self.encoder.passage_encoder is not None  # frozen passages are encoded once
+        if not (known and len(self.judged.index)):
             self.judged.open(index_path)
         found = find_passages(self.judged, examples, self.flags)
         rows = retrieval_rows(found, examples, self.flags.recall_at)
