@@ -82,7 +82,7 @@ RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the
 }  # fmt: skip
 READERS = {
     "SmolLM2": [f"{ANSWERS} {{L}}"],
-    "trl SFT": [f"trl {DECODER} --learning_rate 2e-5", f"{ANSWERS} {{own}}/model"],
+    "trl SFT": [f"trl {DECODER} --learning_rate 1e-4", f"{ANSWERS} {{own}}/model"],
     "SFT": [f"train_sft {DECODER} {RETRIEVER} --test_file {{test}}"],
     "SwR": [f"train_swr {DECODER} {RETRIEVER} --test_file {{test}}"],
     "SwR over trained": [f"train_swr {DECODER} {TRAINED} --test_file {{test}}"],

@@ -27,6 +27,8 @@ class FiDArguments(SwRArguments, FiDPromptArguments, GenerationArguments):
 class FiDLikelihood(nn.Module):
     """Cross-entropy on the answer and its end token."""
 
+    faster = 4  # as AnswerLikelihood
+
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
         self.fid, self.prompter = FiD(model, precision), prompter

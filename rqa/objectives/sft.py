@@ -40,6 +40,8 @@ class SFTArguments(DecoderArguments):
 class AnswerLikelihood(nn.Module):
     """Cross-entropy on answer and end of turn; prompt and passages carry no loss."""
 
+    faster = 4  # times an encoder's learning rate, by default
+
     def __init__(self, model: PreTrainedModel, prompter: Prompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
         prompter.arguments = within_positions(model, prompter.arguments, "max_seq_length")

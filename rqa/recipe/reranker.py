@@ -28,7 +28,6 @@ from rqa.runtime.files import write_json
 from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
-from rqa.training.optim import usual_learning_rate
 
 log = logging.getLogger(__name__)
 
@@ -89,8 +88,7 @@ class RerankerRun(Run):
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model
         kinds = " ".join(load_config(flags.model_name_or_path, flags.trust_remote_code).architectures or [])
-        if flags.learning_rate is None and "ForSequenceClassification" not in kinds and not self.reranker.answers:
-            flags.learning_rate = 3 * usual_learning_rate(self.model, flags)  # for a head that is new
+        self.has_new_head = "ForSequenceClassification" not in kinds and not self.reranker.answers
         train_adapters(self.model, flags, self.source)
         alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)
@@ -114,7 +112,9 @@ class RerankerRun(Run):
                 raise UserError(f"--negatives_from {flags.negatives_from}: {told}; choose another one or other ranks")
             log.warning(told)
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
-        return self.train_and_test(ListwiseReranking(self.reranker), batches, again)
+        objective = ListwiseReranking(self.reranker)
+        objective.faster = 3 if self.has_new_head else 1
+        return self.train_and_test(objective, batches, again)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, alone=step == 0)

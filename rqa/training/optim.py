@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def usual_learning_rate(module: nn.Module, flags: LoopArguments) -> float:
-    """What suits a model of this width, and a step of so many examples.
+    """What suits a model of this width, and a step of so many examples; an objective's `faster` multiplies it.
 
     Adam's best rate falls as the inverse of the width (Yang et al. 2022, Tensor Programs V), and rises as the root of
     the batch (Malladi et al. 2022, "On the SDEs and scaling rules for adaptive gradient algorithms").
@@ -30,7 +30,7 @@ def usual_learning_rate(module: nn.Module, flags: LoopArguments) -> float:
     configs = (each.config.get_text_config() for each in module.modules() if isinstance(each, PreTrainedModel))
     width = next((config.hidden_size for config in configs if getattr(config, "hidden_size", None)), 768)
     examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps * distributed.world_size()
-    return 0.0048 * math.sqrt(examples) / width * (10 if flags.use_lora else 1)
+    return 0.0048 * getattr(module, "faster", 1) * math.sqrt(examples) / width * (10 if flags.use_lora else 1)
 
 
 class Optimization:
