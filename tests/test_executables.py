@@ -153,6 +153,7 @@ REFUSED = {  # by the parser
     "train_ctl --mine_negatives false --negatives_from_rank 2": "--negatives_from_rank: nothing is mined without",
     "train_ctl --mine_negatives true --num_hard_negatives 16 --negatives_from_rank 6":
         "--negatives_to_rank 20: leaves 15 hard negatives a question",
+    "train_ctl --index_path Milvus::wiki.db/all": "--index_path Milvus::wiki.db/all: not an index in Milvus",
     "train_rpg --num_docs 1": "--num_docs 1: must be at least 2",
     "train_rpg --lm_temperature 0": "--lm_temperature 0.0: must be above 0",
     "train_rpg --retrieve_temperature -1": "--retrieve_temperature -1.0: must be above 0",

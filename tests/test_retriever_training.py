@@ -148,6 +148,16 @@ def test_passages_are_cut_where_training_questions_find_them(
     assert load_encoder(str(output)).settings.max_passage_length == most
 
 
+@pytest.mark.parametrize("name", ["train_ctl", "train_rpg"])
+def test_a_single_passage_is_refused(
+    name: str, trainer_flags: Flags, run_executable: Run, documents: list[Document], tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    write_documents(tmp_path / "one.jsonl", documents[:1])
+    assert run_executable(name, trainer_flags(name, document_path=tmp_path / "one.jsonl")) == 2
+    assert "one.jsonl: a single passage teaches nothing" in capsys.readouterr().err
+
+
 @pytest.fixture
 def hard(examples: list[Example], documents: list[Document], tmp_path: Path) -> dict[str, object]:
     """A training file that has two hard negatives a question, one of them not in the database."""

@@ -76,6 +76,8 @@ def test_a_round_starts_from_the_one_before_and_nothing_is_done_or_encoded_twice
     assert steps(line()) == []
     assert capsys.readouterr().out == printed[printed.index(f"\n{record['ended']}") :]
     refused("holds rounds with another --seed; name another", "train_rounds", *line(seed=7))
+    (out / "rounds.json").unlink()
+    refused("round-0: is there without its rounds.json", "train_rounds", *line())
 
 
 def test_fid_of_a_bert_has_no_answers_before_the_first_round_and_the_second_starts_from_it(

@@ -49,6 +49,8 @@ class RetrieverRun(Run):
 
     def __init__(self, flags: RetrieverTraining, answers: bool = False) -> None:
         super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
+        if len(self.documents) < 2:
+            raise UserError(f"--document_path {flags.document_path}: a single passage teaches nothing; two are needed")
         flags.ignore("per_device_eval_batch_size", "questions are encoded by tokens, not by number")
         self.encoder = load_encoder(self.source, flags, flags.trained_dtype)
         self.model = self.encoder.backbone

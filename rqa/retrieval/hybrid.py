@@ -76,6 +76,7 @@ def open_retriever(
         raise UserError("--filter: BM25 finds passages that do not meet it; use --retriever dense and an encoder")
     behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
     if "bm25" in (flags.retriever, embedding_model):
+        flags.ignore("truncate_dim", "BM25 has no embeddings")
         return behind(LexicalRetriever(documents))
     if embedding_model is None:
         raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")

@@ -47,7 +47,7 @@ class IndexArguments(Arguments):
             )
         if bad := [name for name in self.filter_fields if not re.fullmatch(r"(?!rqa_)[A-Za-z_]\w*", name)]:
             raise UserError(f"--filter_fields {bad[0]}: Milvus cannot keep this name; rename the field")
-        if path.startswith(ENGINE) and not ENGINE_PATH.fullmatch(path):
+        if path.lower().startswith(ENGINE) and not ENGINE_PATH.fullmatch(path):
             forms = "http://host:19530/name or milvus::folder/file.db/name; a name has letters, digits and _"
             raise UserError(f"--index_path {path}: not an index in Milvus; write {ENGINE}{forms}")
 
