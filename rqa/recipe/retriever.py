@@ -80,7 +80,7 @@ class RetrieverRun(Run):
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         scores = self._score(self.eval, None if step else self.flags.index_path)
-        if not (step or len(self.retriever.index)):
+        if self.refresher and not (step or len(self.retriever.index)):
             self.retriever.index = self.judged.index  # of the same weights
         return scores
 
