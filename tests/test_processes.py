@@ -30,8 +30,9 @@ TRAINERS = {
     "sft": ("train_sft", {"eval_embedding_model": "ENCODER"}),
     "swr": ("train_swr", {"embedding_model": "ENCODER", "gradient_checkpointing": "true"}),
     "adapters": ("train_swr", {"embedding_model": "ENCODER", "gradient_checkpointing": "true", "use_lora": "true"}),
-    "ctl": ("train_ctl", {"num_hard_negatives": 1}),
-    "ctl in chunks": ("train_ctl", {"grad_cache_chunk_size": 3, "gradient_checkpointing": "true"}),
+    "ctl": ("train_ctl", {"mine_negatives": "false", "num_hard_negatives": 1}),
+    "ctl in chunks": ("train_ctl", {"mine_negatives": "false", "grad_cache_chunk_size": 3,
+                                    "gradient_checkpointing": "true"}),
     # All mined negatives of a question, so that none is chosen by chance.
     "ctl, mined": ("train_ctl", {"mine_negatives": "true", "num_hard_negatives": 7, "negatives_from_rank": 18,
                                  "negatives_to_rank": 24, "refresh_step": 2}),
