@@ -73,7 +73,8 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_
     training = [(example, [passage.key for passage in passages]) for example, passages, _ in shown[:16]]
     gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
     assert {key for _, keys in training for key in keys} - gold_of_split
-    assert all(keys[0] == example.gold_docs[0].key and len(keys) <= 4 for example, keys in training)
+    assert len({keys.index(example.gold_docs[0].key) for example, keys in training}) > 1  # it is anywhere
+    assert all(len(keys) <= 4 for _, keys in training)
     _, *tested = [(given[0].question, given[1]) for given in shown if len(given) == 2]  # the first warms up
     rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]

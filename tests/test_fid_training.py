@@ -44,7 +44,7 @@ def test_training_reads_gold_and_retrieved_passages_and_evaluation_only_retrieve
     output = train("train_fid", max_steps=1, eval_strategy="no", embedding_max_num_to_retrieve=2)
     for example, passages, _ in shown[:16]:
         keys = [passage.key for passage in passages]
-        assert keys[0] == example.gold_docs[0].key
+        assert example.gold_docs[0].key in keys
         assert len(set(keys)) == len(keys) in (2, 3)
     rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]

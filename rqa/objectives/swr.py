@@ -18,7 +18,7 @@ class SwRArguments(Arguments):
         help="Frozen retriever: a directory or a hub name; bm25 needs no model.",
         also="embedding_model_name_or_path eval_embedding_model",
     )
-    gold_position: str = flag("first", "Place of the gold passages among the others.", ["first", "random"])
+    gold_position: str = flag("random", "Place of the gold passages among the others.", ["first", "random"])
     drop_gold_prob: float = flag(0.0, "Share of training questions that see no gold passage (RAFT).")
 
     def check(self) -> None:
