@@ -55,7 +55,7 @@ class EncoderArguments(LoadingArguments):
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
     max_passage_length: int | None = flag(
         None,
-        "Tokens of a passage, at most. Default: the checkpoint's, or what suits the training questions.",
+        "Tokens of a passage, at most. Default: the checkpoint's; training without --index_path chooses it.",
         rare=True,
     )
     max_batch_tokens: int | None = flag(

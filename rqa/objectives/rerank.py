@@ -78,11 +78,9 @@ class RerankBatch(Batch):
 class ListwiseReranking(nn.Module):
     """KL divergence between a teacher's softmax over a question's passages and the reranker's."""
 
-    faster = 1.0  # 3 with a new head
-
-    def __init__(self, reranker: Reranker) -> None:
+    def __init__(self, reranker: Reranker, faster: float = 1) -> None:
         super().__init__()
-        self.reranker = reranker
+        self.reranker, self.faster = reranker, faster
 
     def forward(self, batch: RerankBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
         """The loss summed over questions, and how often the teacher's first passage ranks first. -> []"""

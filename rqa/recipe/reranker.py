@@ -112,9 +112,7 @@ class RerankerRun(Run):
                 raise UserError(f"--negatives_from {flags.negatives_from}: {told}; choose another one or other ranks")
             log.warning(told)
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
-        objective = ListwiseReranking(self.reranker)
-        objective.faster = 3 if self.has_new_head else 1
-        return self.train_and_test(objective, batches, again)
+        return self.train_and_test(ListwiseReranking(self.reranker, 3 if self.has_new_head else 1), batches, again)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
         return self._score(self.eval, alone=step == 0)

@@ -90,7 +90,7 @@ class RetrieverRun(Run):
         last = self.encoder.fingerprint()
         best = load_encoder(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.encoder, best.state_dict())
-        return self._score(self.test, None, known=self.encoder.fingerprint() == last)  # to the last evaluation's index
+        return self._score(self.test, None, indexed=self.encoder.fingerprint() == last)  # by the last evaluation
 
     def _choose_length(self) -> None:
         """Cut passages where training questions, before any training, find their gold ones best among others.
@@ -117,9 +117,9 @@ class RetrieverRun(Run):
         told = ", ".join(f"{length}: {score:.3f}" for length, score in found.items())
         log.info("--max_passage_length %d: finds most for %d training questions (MRR@10: %s)", best, len(asked), told)
 
-    def _score(self, examples: Sequence[Example], index_path: str | None, known: bool = False) -> tuple[Scores, Rows]:
-        known |= self.encoder.passage_encoder is not None  # frozen passages are encoded once
-        if not (known and len(self.judged.index)):
+    def _score(self, examples: Sequence[Example], index_path: str | None, indexed: bool = False) -> tuple[Scores, Rows]:
+        indexed |= self.encoder.passage_encoder is not None  # frozen passages are encoded once
+        if not (indexed and len(self.judged.index)):
             self.judged.open(index_path)
         found = find_passages(self.judged, examples, self.flags)
         rows = retrieval_rows(found, examples, self.flags.recall_at)

@@ -25,7 +25,7 @@ class OptimizerArguments(Arguments):
     )  # fmt: skip
     learning_rate: float | None = flag(
         None,
-        "Peak learning rate. Default: follows width and batch, 1e-4 at 384 and 64, 3e-5 at 768 and 16; LoRA: tenfold.",
+        "Peak learning rate. Default: follows width and batch, 1e-4 at 384 and 64; readers: fourfold, LoRA: tenfold.",
     )
     new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
     new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)

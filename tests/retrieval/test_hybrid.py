@@ -169,8 +169,10 @@ def opened(encoder_path: str, documents: list[Document], tmp_path: Path) -> Open
     return open_with
 
 
-def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path) -> None:
-    assert isinstance(opened("bm25"), LexicalRetriever)
+def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
+    assert isinstance(opened("bm25", truncate_dim=8), LexicalRetriever)
+    assert "--truncate_dim has no effect here" in caplog.text
     assert all(isinstance(opened(needless, retriever="bm25"), LexicalRetriever) for needless in ("no/such/path", None))
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)

@@ -17,7 +17,7 @@ import pytest
 from torch import Tensor, nn
 from fakes import Batch, Regression, make_batches, run, same_weights, weight_in
 from safetensors.torch import load_file
-from transformers import PreTrainedConfig, PreTrainedModel
+from transformers import BertConfig, BertModel, PreTrainedConfig, PreTrainedModel
 
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
@@ -26,7 +26,7 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import checkpoints
 from rqa.training.journal import Journal, RunState, read_state, start_tracker
 from rqa.training.loop import Batches, train
-from rqa.training.optim import Optimization
+from rqa.training.optim import Optimization, usual_learning_rate
 
 
 @pytest.mark.parametrize(("count", "size"), [(1, 8), (2, 4), (8, 1)])
@@ -139,6 +139,20 @@ def test_a_loss_that_is_not_finite_stops_with_step_and_examples_and_leaves_the_w
     with pytest.raises(UserError, match=rf"step {step + 1}: the loss is not finite.*11"):
         train(objective, batches, flags)
     assert objective.linear.weight.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("width", "batch", "faster", "lora", "rate"),
+    [(384, 64, 1, False, 1e-4), (768, 16, 1, False, 2.5e-5), (384, 64, 4, False, 4e-4), (384, 64, 1, True, 1e-3)],
+)
+def test_the_usual_rate_follows_width_batch_objective_and_adapters(
+    width: int, batch: int, faster: int, lora: bool, rate: float, flags: LoopArguments
+) -> None:
+    with torch.device("meta"):
+        objective = nn.Sequential(BertModel(BertConfig(vocab_size=9, hidden_size=width, num_hidden_layers=1)))
+    objective.faster = faster
+    plan = replace(flags, per_device_train_batch_size=batch // 4, gradient_accumulation_steps=4, use_lora=lora)
+    assert usual_learning_rate(objective, plan) == pytest.approx(rate)
 
 
 @pytest.mark.parametrize(
