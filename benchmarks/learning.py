@@ -4,14 +4,15 @@
     python benchmarks/learning.py --output_dir out/learning                                         # pydocs
     python benchmarks/learning.py --data perl=faqs/perl pydocs --seeds 0 1 2 --html learning.html ...
     python benchmarks/learning.py --only BM25 CTL SwR --settings "train_*: --num_train_epochs 4" ...
-    python benchmarks/learning.py --draw ...                            # runs nothing; the table of what is there
+    python benchmarks/learning.py --draw ...             # runs nothing, needs no data; the table of what is there
 
 A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl; without a test file, the eval
 file is the test and an eighth of the training questions chooses. Each cell is made by commands of bin/ in
-OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs. After a kill, a finished cell is not made again,
-and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which
-have their defaults otherwise. No weight is chosen on the test file: a fused one is on training questions before
-training and on eval questions after it, a reranker's on eval questions, by train_rerank.
+OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs; its cell.json alone, with the scores of all
+questions, is enough for a table. After a kill, a finished cell is not made again, and a trainer continues from its
+checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which have their defaults otherwise. No
+weight is chosen on the test file: a fused one is on training questions before training and on eval questions after it,
+a reranker's on eval questions, by train_rerank.
 
 Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
 paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
@@ -136,10 +137,13 @@ def main() -> None:
     for setting in given.settings:
         if not any(meant(setting, system, command) for system in SYSTEMS for command in SYSTEMS[system]):
             parser.error(f'--settings "{setting}": names no command or system; write "train_ctl: --learning_rate 3e-5"')
-    given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
-    given.qa_model_name_or_path = given.qa_model_name_or_path or str(fetch_model(SMOLLM2))
+    given.models = (given.embedding_model, given.qa_model_name_or_path, given.precision)  # None: the same anywhere
     folders = dict(path.split("=", 1) if "=" in path else (Path(path).name, path) for path in given.data)
-    files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
+    files: dict[str, dict[str, str]] = {data: {} for data in folders}
+    if not given.draw:
+        given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
+        given.qa_model_name_or_path = given.qa_model_name_or_path or str(fetch_model(SMOLLM2))
+        files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
     given.data, failed = list(folders), []
     cells = [Cell(given, files[data], data, *which) for data in files for which in product(given.seeds, given.only)]
     for cell in [] if given.draw else cells:
@@ -199,10 +203,9 @@ class Cell:
         trains = any(not command.startswith("evaluate_") for each in self.all for command in each.commands)
         self.folder = f"seed-{self.seed}" if trains else "any-seed"
         self.place = Path(given.output_dir) / self.data / self.folder / re.sub(r"\W+", "-", self.name)
-        models = (given.embedding_model, given.qa_model_name_or_path, given.precision)
-        made_of = (self.commands, [need.recipe for need in self.needs], models, self.folder)
-        self.recipe = fingerprint(str(made_of), self.files["content"])
-        if self.mark.get("recipe", self.recipe) != self.recipe:
+        recipe = (self.commands, [need.made_of["recipe"] for need in self.needs], given.models, self.folder)
+        self.made_of = {"recipe": fingerprint(str(recipe)), "content": self.files.get("content")}
+        if any(self.mark.get(name, value) != value for name, value in self.made_of.items() if value):
             made = "made of other data, models or settings; delete it, or name another --output_dir"
             raise SystemExit(f"error: {self.place}: {made}")
 
@@ -211,25 +214,29 @@ class Cell:
         """What was run so far, and how long it took; empty at first."""
         return read_json(self.place / "cell.json") if (self.place / "cell.json").exists() else {}
 
-    def make(self) -> None:
-        """Run what is missing of this cell and of those that it needs."""
+    def make(self, is_needed: bool = False) -> None:
+        """Run what is missing of this cell and of those that it needs; one that is needed must have its model, too."""
         if (mark := self.mark).get("finished"):
-            return
+            if not is_needed or (self.place / "log.txt").exists():
+                return
+            mark = {}
         for need in self.needs:
-            need.make()
+            need.make(is_needed=True)
         print(f"{self.place} ...", file=sys.stderr, flush=True)
-        mark = {"steps": [], **mark, "recipe": self.recipe, "resumed": bool(mark)}
+        mark = {"steps": [], **mark, **self.made_of, "resumed": bool(mark)}
         write_json(self.place / "cell.json", mark)
         for command in self.commands[len(mark["steps"]) :]:
             seconds, peak = run_command(self.line(command), self.place / "log.txt")
             mark["steps"].append({"command": command, "seconds": seconds, "peak_gib": peak})
             write_json(self.place / "cell.json", mark)
-        if self.system != "reranker":
-            read_predictions(self.place)  # or an error
+        rows = [] if self.system == "reranker" else [row["scores"] for row in read_predictions(self.place)]
+        names = next((names.values() for systems, names in METRICS if self.system in systems), ())
+        scores = {name: [round(row[name], 4) for row in rows if row] for name in names}
         for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as what stays
             for leftover in self.place.glob(pattern):
                 shutil.rmtree(leftover)
-        write_json(self.place / "cell.json", mark | {"finished": True, "machine": machine_line(machine())})
+        mark |= {"finished": True, "machine": machine_line(machine()), "scores": scores}
+        write_json(self.place / "cell.json", mark)
 
     def line(self, command: str) -> list[str]:
         """The command line of a command."""
@@ -270,9 +277,7 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
     first: dict[int, np.ndarray] = {}  # scores by seed
     for system in dict.fromkeys(cell.name for cell in cells):
         done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
-        found = {cell.seed: [row["scores"] for row in read_predictions(cell.place)] for cell in done}
-        values = {seed: np.array([[scores[name] for name in metrics.values()] for scores in each if scores])
-                  for seed, each in found.items()}  # fmt: skip
+        values = {cell.seed: np.array([*cell.mark["scores"].values()]).T for cell in done}  # [n, M] each
         first = first or values
         if not (shared := values.keys() & first.keys()):
             continue

@@ -194,6 +194,18 @@ def test_a_table_goes_on_where_it_was_ended_and_makes_nothing_twice(learn: Learn
     assert learn(*systems) == learn(*systems, "--draw") == ([], rows)
 
 
+def test_a_table_needs_no_more_of_a_cell_than_its_scores_until_another_one_needs_its_model(
+    learn: Learn, tmp_path: Path
+) -> None:
+    _, rows = learn("--only", "BM25", "CTL")
+    for path in [path for path in (tmp_path / "out/cities").rglob("*") if path.is_file() and path.name != "cell.json"]:
+        path.unlink()
+    assert learn("--only", "BM25", "CTL", "--draw", "--data", "cities=nowhere") == ([], rows)
+    ran, again = learn("--only", "BM25", "CTL", "trained + BM25")
+    assert ran == ["train_ctl", "evaluate_retriever"]
+    assert again["CTL"]["scores"] == rows["CTL"]["scores"]
+
+
 def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) -> None:
     failure = subprocess.CalledProcessError(1, "")
     ran, rows = learn("--only", "BM25", "DCA", "SFT", failing="train_fid", failure=failure)
