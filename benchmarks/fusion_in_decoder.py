@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How fast does fusion-in-decoder train, and score passages for DCA? Beside the reference way.
+"""How fast does fusion-in-decoder train, and score passages for DCA, compared with the reference implementation?
 
     python benchmarks/fusion_in_decoder.py --tokenizer M                                            # pydocs
     python benchmarks/fusion_in_decoder.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
     python benchmarks/fusion_in_decoder.py ... --size tiny --steps 1 --warmup 0                     # tiny
 
-The model is a T5 of random weights, as large as T5-base. Training: passages a second and peak memory of rqa, and of all
-passages padded to 512 tokens in one dense batch, with a decoder that attends over the padding (masked), as in Izacard
-and Grave's own code. Scoring: the same for the cross-attention of one decoder step, and of generating 50 tokens over
-padded passages, as theirs does. Every system works on the same questions in a process of its own.
+The model is a T5 of the size of T5-base with random weights. Training compares passages a second and peak memory of rqa
+with those of one dense batch, in which all passages are padded to 512 tokens and the decoder attends over the (masked)
+padding, as in the code of Izacard and Grave. Scoring compares rqa's cross-attention of one decoder step with their way:
+generate 50 tokens over padded passages. All systems work on the same questions, each in its own process.
 """
 
 import argparse
@@ -36,8 +36,8 @@ from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter, FiDSeque
 from rqa.models.loading import load_tokenizer
 
 PADDED_LENGTH = 512
-GENERATED = 50  # tokens of the reference's scoring run
-SYSTEMS = {  # name -> allocator settings it is measured with
+GENERATED = 50  # tokens that the reference generates for scoring
+SYSTEMS = {  # name -> its allocator settings
     "rqa: training": ["tuned"],
     "padded: training": ["default", "tuned"],
     "rqa: scoring": ["tuned"],
@@ -60,7 +60,7 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Passages a second of each measured step."""
+    """Measure the passages a second of each step."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(arguments.tokenizer)
     config = T5Config(
@@ -85,7 +85,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def questions(arguments: argparse.Namespace) -> list[Question]:
-    """Gold passages and others of the corpus, as many for each question; for speed it does not matter which."""
+    """Give each question equally many passages: its gold ones, then any others, since speed does not depend on them."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     chosen = examples[: arguments.batch_size * (arguments.steps + arguments.warmup)]
     others = iter(documents * (1 + len(chosen) * arguments.n_context // len(documents)))
@@ -99,7 +99,7 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
 def train_product(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
-    """The product's own loop and objective."""
+    """Train with rqa's own loop and objective."""
     from rqa.objectives.fid import FiDLikelihood
 
     sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in rows]
@@ -117,7 +117,7 @@ def train_product(
 def train_padded(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
-    """Every passage padded to one length; states side by side, padding and all."""
+    """Train with every passage padded to one length; a question's states lie side by side, padding included."""
     optimizer, clock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), Clock()
     clock.tick()
     for batch in batches(arguments, rows):
@@ -138,7 +138,7 @@ def train_padded(
 def score_rqa(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
-    """The product's own scorer."""
+    """Score with rqa's own scorer."""
     from rqa.objectives.dca import CrossAttentionScorer
     from rqa.objectives.teacher import Pair
 
@@ -160,7 +160,7 @@ def score_rqa(
 def score_padded(
     arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
 ) -> Clock:
-    """An answer is generated; that scores are read off the first step costs nothing beside it."""
+    """Generate an answer, as the reference does; reading scores from the first step would add next to nothing."""
     model.eval()
     clock = Clock()
     clock.tick()
@@ -180,7 +180,7 @@ def batches(arguments: argparse.Namespace, rows: list[Question]) -> list[list[Qu
 
 
 def encode_padded(model: T5ForConditionalGeneration, sequences: list[FiDSequence]) -> dict[str, Any]:
-    """All passages in one dense batch; a question's states, padding included, in one row."""
+    """Encode all passages as one dense batch. -> one row of states for each question, padding included"""
     from transformers.modeling_outputs import BaseModelOutput
 
     passages = [passage for sequence in sequences for passage in sequence.passages]
@@ -203,7 +203,7 @@ def autocast(arguments: argparse.Namespace, model: T5ForConditionalGeneration) -
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"].partition(": ")[2]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
     print_table(

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Does rqa run on this machine's GPU, and how fast? One JSON line a result; exit status 1 if a check of rqa fails.
+"""Does rqa run on this machine's GPU, and how fast? Each result is a JSON line; the exit status is 1 if a check fails.
 
-    python benchmarks/gpu.py                             # one GPU, without network: six minutes
+    python benchmarks/gpu.py                             # one GPU, no network: six minutes
     python benchmarks/gpu.py --only sft,compiled         # some sections
-    python benchmarks/gpu.py --only tests --seconds 500  # the test suite on the GPU, which no other call runs
-    python benchmarks/gpu.py --tiny                      # toy sizes, on a CPU, too: does the command itself run?
+    python benchmarks/gpu.py --only tests --seconds 500  # the test suite on the GPU; only this call runs it
+    python benchmarks/gpu.py --tiny                      # toy sizes, also on a CPU: does the command itself run?
 
-Weights are random and texts made up. What is timed runs alone, after a warm-up; a figure is the median of some steps.
-`share` is of 990 TFLOP/s, the dense bf16 peak of an H100. When time is short, later sections are skipped.
+Weights are random and texts are made up. Whatever is timed runs alone, after a warm-up; a figure is the median of some
+steps. `share` is the share of 990 TFLOP/s, the dense bf16 peak of an H100. Later sections are skipped if time is short.
 """
 
 import argparse
@@ -63,8 +63,8 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.loop import Batches, train
 
 LIMITS = {"kernels": 60, "trainers": 120, "sft": 60, "ctl": 60, "encode": 45, "generate": 60, "search": 60,
-          "compiled": 150, "tests": 480}  # seconds of each section, in their order  # fmt: skip
-TOGETHER = {"kernels", "trainers"}  # they time nothing, so they share the device
+          "compiled": 150, "tests": 480}  # seconds of each section, in the order of running  # fmt: skip
+TOGETHER = {"kernels", "trainers"}  # share the device, because nothing is timed in them
 
 
 def loop_flags(directory: str, size: int, steps: int, **flags: Any) -> Any:
@@ -74,7 +74,7 @@ def loop_flags(directory: str, size: int, steps: int, **flags: Any) -> Any:
 
 
 def train_ours(objective: Any, collate: Callable, examples: int, size: int, watch: Watch, **flags: Any) -> float:
-    """Train with rqa's own loop, and save nothing; the mean loss."""
+    """Train with rqa's own loop and save nothing. -> the mean loss"""
     objective.save_pretrained = lambda directory: None
     with TemporaryDirectory() as directory:
         loop = loop_flags(directory, size, watch.steps, **flags)
@@ -86,7 +86,7 @@ def train_ours(objective: Any, collate: Callable, examples: int, size: int, watc
 
 
 def train_theirs(model: Any, loss_of: Callable, examples: int, size: int, watch: Watch) -> float:
-    """The same number of steps over the same batches, written out: AdamW, fused, and clipped gradients."""
+    """Train as many steps on the same batches with a plain loop: fused AdamW and clipped gradients."""
     batches = Batches(examples, list, loop_flags(".", size, watch.steps))
     optimizer, losses = torch.optim.AdamW(model.parameters(), lr=5e-5, fused=True), []
     for step in range(watch.steps):
@@ -101,7 +101,7 @@ def train_theirs(model: Any, loss_of: Callable, examples: int, size: int, watch:
 
 
 def sft(section: Section) -> None:
-    """SFT on prompts of 1,024 to 2,048 tokens, the last 96 of them the answer."""
+    """SFT on sequences of 1,024 to 2,048 tokens, of which the last 96 are the answer."""
     micro = 2 if section.tiny else 4
     for shape, size, checkpointing in (("1B", micro, False), ("1B", micro, True), ("3B", 2 * micro, True)):
         about = {"system": "rqa", "shape": shape, "batch": size, "checkpointing": checkpointing}
@@ -113,7 +113,7 @@ def sft(section: Section) -> None:
 
 
 def sequences(section: Section) -> tuple[list[list[int]], int]:
-    """Token ids, and how many of them are the answer."""
+    """Make token ids. -> them, and how many are the answer"""
     chance, (shortest, longest, answer) = random.Random(0), (32, 64, 8) if section.tiny else (1024, 2048, 96)
     lengths = [chance.randint(shortest, longest) for _ in range(64)]
     return [[chance.randrange(3, 900) for _ in range(length)] for length in lengths], answer
@@ -168,7 +168,7 @@ def sft_trl() -> Line:
 
 
 def ctl(section: Section) -> None:
-    """CTL, two texts of 64 to 128 tokens a pair; both sides have these texts as token ids before the clock starts."""
+    """CTL on pairs of two texts of 64 to 128 tokens; both systems have tokenised them before the clock starts."""
     size = 8 if section.tiny else 256
     with TemporaryDirectory() as path:
         save_encoder(section, path)
@@ -179,7 +179,7 @@ def ctl(section: Section) -> None:
 
 
 def pairs(size: int) -> list[tuple[str, str]]:
-    """Questions and passages, four batches of them."""
+    """Make four batches of questions and passages."""
     return [(text(2 * number, 32, 60), text(2 * number + 1, 32, 60)) for number in range(4 * size)]
 
 
@@ -204,7 +204,7 @@ def ctl_ours(section: Section, path: str, size: int, chunk: int = 0, **options: 
 
 
 def ctl_theirs(section: Section, path: str, size: int, dtype: str | None) -> Line:
-    """Its model and its loss in the loop above: its own Trainer needs `datasets`."""
+    """sentence-transformers' model and loss in the loop above, because its Trainer needs `datasets`."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(path, device=str(section.device)).train()
@@ -231,7 +231,7 @@ def ctl_theirs(section: Section, path: str, size: int, dtype: str | None) -> Lin
 
 
 def encode(section: Section) -> None:
-    """Passages of 64 to 128 tokens to embeddings in bf16, from token ids and from text."""
+    """Encode passages of 64 to 128 tokens in bf16, from token ids and from text."""
     from sentence_transformers import SentenceTransformer
 
     number = 64 if section.tiny else 8192
@@ -261,7 +261,7 @@ def encode(section: Section) -> None:
 
 
 def generate(section: Section) -> None:
-    """Answers of 64 tokens to 64 prompts of 256 to 512, with a reader of 1B in bf16."""
+    """Generate answers of 64 tokens to 64 prompts of 256 to 512 tokens, with a reader of 1B in bf16."""
     batch, longest, new = (4, 24, 6) if section.tiny else (64, 512, 64)
     chance = random.Random(0)
     lengths = [chance.randint(longest // 2, longest) for _ in range(batch)]
@@ -290,7 +290,7 @@ def generate(section: Section) -> None:
 
 
 def search(section: Section) -> None:
-    """The 20 nearest of a million embeddings of 768 numbers: rqa's index, and one product on the device."""
+    """Find the 20 nearest of a million embeddings of 768 dimensions: by rqa's index, and by one matrix product."""
     number, width = (2000, 64) if section.tiny else (1_000_000, 768)
     torch.manual_seed(0)
     rows, asked = (torch.nn.functional.normalize(torch.randn(size, width, device=section.device), dim=-1)
@@ -314,7 +314,7 @@ def search(section: Section) -> None:
 
 
 def compiled(section: Section) -> None:
-    """`--torch_compile true`, and 8-bit Adam, which compiles itself. On a CPU graphs are traced and not compiled."""
+    """Train with `--torch_compile true`, and with 8-bit Adam, which compiles itself; on a CPU, only trace graphs."""
     if not section.cuda:
         compile_anything = torch.compile
         torch.compile = lambda *given, **options: compile_anything(*given, **options | {"backend": "eager"})
@@ -333,7 +333,7 @@ def compiled(section: Section) -> None:
 
 
 def machine(section: Section) -> None:
-    """What everything is measured on."""
+    """Describe the machine that everything is measured on."""
 
     def figures() -> Line:
         memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30) if section.cuda else None
@@ -369,7 +369,7 @@ def main() -> None:
                    "PYTHONPATH": paths, "PYTORCH_NVML_BASED_CUDA_CHECK": "1"}  # fmt: skip
     if given.tiny:
         os.environ["OMP_NUM_THREADS"] = "1"
-    # Libraries are imported once, in a process that never touches the GPU; all others are forked from it.
+    # One process that never touches the GPU imports the libraries once; all others are forked from it.
     multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
     method, deadline = "forkserver", time.monotonic() + (given.seconds or (1500 if given.tiny else 340))
     lines: list[Line] = []
@@ -394,7 +394,7 @@ def main() -> None:
         emit({**line, "took_s": round(time.monotonic() - began, 1)})
 
     run("machine")
-    if not lines[0].get("gpu") and Path("/dev/nvidia0").exists():  # forking is in its way: each imports for itself
+    if not lines[0].get("gpu") and Path("/dev/nvidia0").exists():  # forking fails here: each process imports for itself
         method = "spawn"
         lines.clear()
         run("machine")

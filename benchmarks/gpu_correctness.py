@@ -1,4 +1,4 @@
-"""The sections of gpu.py that tell whether rqa is right on this device: kernels, trainers and the test suite."""
+"""The sections of gpu.py that check whether rqa is correct on this device: kernels, trainers and the test suite."""
 
 import json
 import os
@@ -33,14 +33,14 @@ def dtypes(section: Section) -> list[Any]:
 
 
 def kernels(section: Section) -> None:
-    """Packed attention beside float64, and models whose rows are packed beside one sequence at a time."""
+    """Compare packed attention with float64, and models on packed rows with the same models on single sequences."""
     for dtype in dtypes(section):
         section.check({"check": "attention against float64", "dtype": dtype}, attention, section, dtype)
         section.check({"check": "packing of models", "dtype": dtype}, packing, section, dtype)
 
 
 def attention(section: Section, dtype: Any) -> Line:
-    """The largest relative error of outputs and gradients, by setting."""
+    """Measure the largest relative error of outputs and gradients in each setting."""
     lengths, tolerance = [5, 300, 1, 128, 128, 77], {torch.float32: 1e-5, torch.float16: 4e-3}.get(dtype, 2e-2)
     borders = torch.tensor([0, *lengths]).cumsum(0).int().to(section.device)
 
@@ -72,7 +72,7 @@ def attention(section: Section, dtype: Any) -> Line:
 
 
 def packing(section: Section, dtype: Any) -> Line:
-    """The largest difference of hidden states in units of their spread, by model; each must pass rqa's probe."""
+    """Measure each model's largest difference of hidden states, in units of their spread; all must pass rqa's probe."""
     shape = {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
              "num_attention_heads": 4, "max_position_embeddings": 128, "pad_token_id": 0}  # fmt: skip
     decoder = {**shape, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
@@ -97,7 +97,7 @@ def packing(section: Section, dtype: Any) -> Line:
 
 
 def judged(work: dict[str, Callable[[], float]], tolerance: float) -> Line:
-    """Each figure, or its error; all must be within the tolerance."""
+    """Collect each figure, or its error; all figures must be within the tolerance."""
     found: dict[str, Any] = {}
     for name, figure in work.items():
         try:
@@ -108,7 +108,7 @@ def judged(work: dict[str, Callable[[], float]], tolerance: float) -> Line:
 
 
 def trainers(section: Section) -> None:
-    """The seven trainers on small random models, by their executables, several at once, beside float32 on the CPU."""
+    """Run seven trainers' executables on small random models, several at once; compare with float32 on the CPU."""
     with TemporaryDirectory(prefix="rqa-cuda-") as directory:
         root = Path(directory)
         write_small_models(root, 32 if section.tiny else 256)
@@ -123,7 +123,7 @@ def trainers(section: Section) -> None:
                   "logging_steps": 1, "save_steps": 2, "eval_steps": 4, "per_device_train_batch_size": 4,
                   "learning_rate": 1e-4, "load_best_model_at_end": "false"}  # fmt: skip
         encoder, retrieving = {"model_name_or_path": root / "encoder"}, {"embedding_model": root / "encoder"}
-        sharp = {**encoder, "retrieve_temperature": 0.02}  # or the losses of lists are next to nothing
+        sharp = {**encoder, "retrieve_temperature": 0.02}  # otherwise the losses of lists are almost zero
         decoder = {"model_name_or_path": root / "lm", "max_new_tokens": 8, "max_seq_length": 512, **retrieving}
         short = {"max_encoder_seq_length": 128}
         fid = {**short, "max_decoder_seq_length": 16, **retrieving}
@@ -180,13 +180,13 @@ def trainers(section: Section) -> None:
 
 
 def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]]:
-    """Each trainer's runs, by name and kind, with further flags; those on the CPU are the truth for the others."""
+    """List each trainer's runs by name and kind, with further flags; the runs on the CPU are the reference."""
     bf16, few = {"bf16": "true"}, ("sft", "ctl", "rpg", "fid")
     same_bits = any(field.name == "deterministic" for field in fields(LoopArguments))
     for name in lines:
         if not section.tiny or " " not in name:
             yield (name, CPU), {}
-    for name in ("sft", "ctl") if section.cuda and not section.tiny else ():  # early: they take long
+    for name in ("sft", "ctl") if section.cuda and not section.tiny else ():  # first, as they take long
         yield (name, "compiled"), {**bf16, "torch_compile": "true"}
     for name in ("ctl",) if section.tiny else lines:
         yield (name, "bf16"), bf16
@@ -206,13 +206,13 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
 
 
 def weights_off(ours: Path, theirs: Path) -> float:
-    """The largest difference between two files' weights, in units of a tensor's largest weight."""
+    """Return the largest difference between two files' weights, in units of a tensor's largest weight."""
     first, second = load_file(ours), load_file(theirs)
     return max(float((first[name] - second[name]).abs().max() / first[name].abs().max()) for name in first)
 
 
 def tests(section: Section) -> None:
-    """The test suite with the GPU in sight, and what fails there once more without it."""
+    """Run the test suite with the GPU visible, then the tests that failed once more without it."""
     processes = [] if section.tiny else ["-n", str(min(os.cpu_count() or 2, 12))]
 
     def run(seconds: float, visible: bool, chosen: Sequence[str]) -> tuple[str, list[str]]:

@@ -1,4 +1,4 @@
-"""What the sections of gpu.py share: processes with a time limit, lines of results, texts, models and a stopwatch."""
+"""Shared parts of gpu.py's sections: processes with a time limit, lines of results, texts, models and a stopwatch."""
 
 import gc
 import multiprocessing
@@ -34,17 +34,17 @@ PRELOADED += ["gpu_correctness", "rqa.recipe.reader", "rqa.recipe.retriever", "r
               "sacrebleu"]  # fmt: skip
 SYLLABLES = [a + b for a in ("k", "l", "m", "n", "p", "st", "tr") for b in ("a", "e", "in", "o", "or", "u")]
 
-REAPING = threading.Lock()  # two threads that read one child's status at once: the second finds 255
+REAPING = threading.Lock()  # if two threads read one child's status at once, the second gets 255
 
 Line = dict[str, Any]
 
 
 class Skip(Exception):
-    """Why a check does not run."""
+    """The reason why a check does not run."""
 
 
 def launch(context: Any, target: Callable[..., None], limit: float, arguments: Sequence[Any], emit: Callable) -> str:
-    """Run `target(pipe, *arguments)` in a process of its own and pass on what it sends; "", or how it ended instead."""
+    """Run `target(pipe, *arguments)` in its own process and pass on what it sends. -> "", or how the process failed"""
     ours, theirs = context.Pipe(duplex=False)
     process = context.Process(target=target, args=(theirs, *arguments))
     with REAPING:
@@ -65,13 +65,13 @@ def launch(context: Any, target: Callable[..., None], limit: float, arguments: S
 
 
 class Section:
-    """What a section's process knows: its device, its sizes, its time, and where its lines go."""
+    """A section's process: its device, sizes and remaining time, and where its lines go."""
 
     def __init__(self, pipe: Any, name: str, tiny: bool, limit: float, start_method: str) -> None:
         self.name, self.tiny, self.deadline = name, tiny, time.monotonic() + limit
         self.context, self.device = multiprocessing.get_context(start_method), device()
         self.cuda = self.device.type == "cuda"
-        if start_method == "forkserver":  # what is launched from here is forked from a server of its own
+        if start_method == "forkserver":  # processes launched from here are forked from their own server
             self.context.set_forkserver_preload(PRELOADED)
         self._pipe, self._turn = pipe, threading.Lock()
         if tiny:
@@ -79,11 +79,11 @@ class Section:
         warnings.simplefilter("ignore")
 
     def left(self) -> float:
-        """Seconds before this process is stopped."""
+        """Seconds until this process is stopped."""
         return self.deadline - time.monotonic()
 
     def check(self, about: Line, work: Callable[..., Line], *arguments: Any, **options: Any) -> None:
-        """Emit what `work` finds as one line, or why it failed; the next check runs all the same."""
+        """Emit the result of `work` as one line, or why it failed; later checks run in either case."""
         line, began = {"section": self.name, **about}, time.monotonic()
         gc.collect()
         if self.cuda:
@@ -97,14 +97,14 @@ class Section:
                 line["peak_gib"] = round(peak / 2**30, 1)
         except Skip as reason:
             line["skipped"] = str(reason)
-        except BaseException as error:  # SystemExit, too
+        except BaseException as error:  # includes SystemExit
             line |= {"ok": False, "error": described(error)}
         with self._turn:
             self._pipe.send({**line, "took_s": round(time.monotonic() - began, 1)})
 
 
 def described(error: BaseException) -> str:
-    """Type, message and place of an error: the innermost line of this repository, and the innermost of all."""
+    """Describe an error: type, message, the innermost line in this repository, and the innermost line of all."""
     stack = traceback.extract_tb(error.__traceback__)
     ours = [frame for frame in stack if frame.filename.startswith(str(ROOT))]
     places = dict.fromkeys(f"{f.filename.removeprefix(f'{ROOT}/')}:{f.lineno}" for f in (*ours[-1:], *stack[-1:]))
@@ -112,9 +112,9 @@ def described(error: BaseException) -> str:
 
 
 def run_executable(pipe: Any, name: str, line: list[str], environment: dict[str, str], log: str) -> None:
-    """Run an executable of bin/ with its output in a file; send "", or why it failed."""
+    """Run an executable of bin/ with its output in a file; send "", or the reason of its failure."""
     os.environ.update(environment)
-    rqa.evaluation.report.line_chart = lambda *_: "<svg/>"  # half the time of so small a run
+    rqa.evaluation.report.line_chart = lambda *_: "<svg/>"  # takes half the time of such a small run
     with open(log, "w", encoding="utf-8") as file:
         for stream in (1, 2):
             os.dup2(file.fileno(), stream)
@@ -132,14 +132,14 @@ def run_executable(pipe: Any, name: str, line: list[str], environment: dict[str,
 
 
 def text(number: int, fewest: int, most: int) -> str:
-    """Words of one to three syllables, as many as that; a token is a syllable."""
+    """Make a text of made-up words of one to three syllables; each syllable is one token."""
     chance = random.Random(number)
     words = ("".join(chance.choices(SYLLABLES, k=chance.randint(1, 3))) for _ in range(chance.randint(fewest, most)))
     return " ".join(words)
 
 
 def tokenizer(template: str | None) -> Any:
-    """WordPiece over those syllables, with the special tokens of a template around a text."""
+    """Make a WordPiece tokenizer over these syllables; a template adds special tokens around a text."""
     special = {name: f"[{name.upper()}]" for name in ("pad", "unk", "cls", "sep", "mask")}
     pieces = [*ascii_lowercase, *digits, *punctuation, *(piece for piece in SYLLABLES if len(piece) > 1)]
     vocabulary = [*special.values(), *pieces, *(f"##{piece}" for piece in pieces)]
@@ -155,7 +155,7 @@ def tokenizer(template: str | None) -> Any:
 
 
 def write_small_models(root: Path, width: int) -> None:
-    """A decoder, an encoder, a T5 and a BART with random weights and without dropout, and their tokenizers."""
+    """Write a decoder, an encoder, a T5 and a BART, with random weights and no dropout, and their tokenizers."""
     shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 2, "num_attention_heads": 4}
     ends = {"vocab_size": 300, "pad_token_id": 0, "eos_token_id": 3}
     bert = hf.BertConfig(vocab_size=300, **shape, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
@@ -177,7 +177,7 @@ def write_small_models(root: Path, width: int) -> None:
 
 
 def llama(section: Section, shape: str, attention: str, dtype: Any) -> Any:
-    """A Llama of that size, its random weights made on the device."""
+    """Make a Llama of the given size, with random weights made on the device."""
     hidden, inner, layers, heads, key_heads, vocabulary = {
         "tiny": (64, 128, 2, 4, 2, 1000), "1B": (2048, 8192, 16, 32, 8, 128256), "3B": (3072, 8192, 28, 24, 8, 128256),
         "7B": (4096, 11008, 32, 32, 32, 32000),
@@ -192,7 +192,7 @@ def llama(section: Section, shape: str, attention: str, dtype: Any) -> Any:
 
 
 def save_encoder(section: Section, path: str) -> None:
-    """An encoder of BERT-base's shape, as `sentence-transformers` reads it; passages have up to 128 tokens."""
+    """Save an encoder of BERT-base's shape in `sentence-transformers`' layout; passages have at most 128 tokens."""
     small = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
     model = hf.BertModel(hf.BertConfig(**small if section.tiny else {}))
     settings = EncoderSettings(max_query_length=128, max_passage_length=128)
@@ -200,7 +200,7 @@ def save_encoder(section: Section, path: str) -> None:
 
 
 def training_flops(config: Any, lengths: Sequence[int], outputs: int) -> float:
-    """Forward and backward: layers, attention (of a decoder half) and the output layer where a token is predicted."""
+    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens."""
     width, layers, decoder = config.hidden_size, config.num_hidden_layers, outputs > 0
     keys = width * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
     weights = 2 * width * width + 2 * width * keys + (3 if decoder else 2) * width * config.intermediate_size
@@ -209,9 +209,9 @@ def training_flops(config: Any, lengths: Sequence[int], outputs: int) -> float:
 
 
 class Watch:
-    """A training loop's `before_step`: times of steps, then one step for its syncs and one for the device's busy time.
+    """A training loop's `before_step` that times steps, then counts one step's syncs and measures another's busy time.
 
-    Steps are timed by events on the device, so that a loop that runs ahead of it is not held back.
+    Events on the device time the steps, so that a loop that runs ahead of the device is not held back.
     """
 
     def __init__(self, section: Section, warm_up: int = 3, timed: int = 6) -> None:
@@ -229,7 +229,7 @@ class Watch:
                 moment = torch.cuda.Event(enable_timing=True)
                 moment.record()
             self.moments.append(moment)
-            dynamo = sys.modules.get("torch._dynamo.utils")  # only what compiles imports it
+            dynamo = sys.modules.get("torch._dynamo.utils")  # imported only where something is compiled
             self.graphs.append(dynamo.counters["stats"]["unique_graphs"] if dynamo else 0)
         if not self.cuda or step < self.syncing:
             return {}
@@ -252,7 +252,7 @@ class Watch:
                 on_device = [event for event in self.profiler.events() if "CUDA" in str(event.device_type)]
                 self.busy = round(sum(event.self_device_time_total for event in on_device) / 1e6 / wall, 3)
             except (AssertionError, AttributeError, RuntimeError) as error:
-                self.busy = described(error)  # the times of steps are worth more
+                self.busy = described(error)  # keep the times of the steps
         return {}
 
     def _count(self, message: Any, category: Any, filename: str, lineno: int, *_: Any) -> None:
@@ -262,7 +262,7 @@ class Watch:
             self.syncs[f"{place}<- {'/'.join(filename.split('/')[-2:])}:{lineno}"] += 1
 
     def result(self, units: dict[str, Sequence[float]], flops: Sequence[float]) -> Line:
-        """Medians over the timed steps, of units and floating-point operations given for each step."""
+        """Medians over the timed steps, from the units and floating-point operations of each step."""
         if self.cuda:
             torch.cuda.synchronize()
         pairs = list(zip(self.moments, self.moments[1:], strict=False))[self.first :]
@@ -281,6 +281,6 @@ class Watch:
 
 
 def measured(work: Callable[[], Any], times: int = 3) -> float:
-    """The median of some runs' seconds, after one that warms up."""
+    """Return the median seconds of some runs, after one warm-up run."""
     work()
     return statistics.median(seconds(work) for _ in range(times))

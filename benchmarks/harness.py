@@ -1,4 +1,4 @@
-"""What every benchmark shares: each system alone in a process, a clock, the allocator, peak memory, one table."""
+"""Shared parts of all benchmarks: one process for each system, a clock, the allocator, peak memory, a table."""
 
 import argparse
 import json
@@ -29,25 +29,24 @@ Row = dict[str, Any]
 def new_parser(
     doc: str | None, *questions: str, systems: Iterable[str] = (), precision: bool = True, steps: int = 0
 ) -> argparse.ArgumentParser:
-    """A parser with the flags that benchmarks have in common.
+    """Make a parser with the flags that benchmarks share.
 
     Args:
-        doc: The benchmark's docstring.
-        questions: Flags of files of questions, for a benchmark that reads a corpus.
-        systems: What `--only` may name; what `run_benchmark` tells a process of its own goes with it.
-        precision: Whether there is a choice.
-        steps: The default number of measured steps, for a benchmark that takes steps.
+        questions: Names of the flags for files of questions, if the benchmark reads a corpus.
+        systems: Names that `--only` accepts; the hidden flags of `run_benchmark` are added with it.
+        precision: Whether to add `--precision`.
+        steps: Default number of measured steps; 0: the benchmark has no `--steps`.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if questions:
-        parser.add_argument("--document_path", help="documents; by default those of pydocs.corpus")
+        parser.add_argument("--document_path", help="documents; default: pydocs")
     for flag in questions:
-        parser.add_argument(flag, help="their questions, with answers where those are needed")
+        parser.add_argument(flag, help="questions about these documents, with answers where the benchmark needs them")
     if precision:
         parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
     if steps:
         parser.add_argument("--steps", type=int, default=steps, help="measured steps")
-        parser.add_argument("--warmup", type=int, default=1, help="steps before them")
+        parser.add_argument("--warmup", type=int, default=1, help="steps before the measured ones")
     if systems:
         parser.add_argument("--only", nargs="*", choices=list(systems))
         for hidden in ("--system", "--setting", "--directory"):
@@ -63,13 +62,13 @@ def run_benchmark(
     report: Callable[[argparse.Namespace, list[Row]], None],
     prepare: Callable[[argparse.Namespace], None] = lambda arguments: None,
 ) -> None:
-    """A benchmark's main: each system with each of its settings in a process of its own, then the report.
+    """Main function of a benchmark: run each system with each of its settings in its own process, then report.
 
     Args:
-        systems: Name -> settings; `default` is the allocator as a user starts a peer, with every other setting it is
-            as rqa's executables set it for themselves.
-        measure: What such a process does.
-        prepare: What comes first; it can leave files in `arguments.directory`.
+        systems: Name -> settings. `default` leaves the allocator unchanged; every other setting changes it as rqa's
+            executables do.
+        measure: Measures one system, in its process.
+        prepare: Runs first; it can leave files in `arguments.directory`.
     """
     if arguments.system:
         if arguments.setting != "default":
@@ -89,11 +88,9 @@ def run_benchmark(
 
 
 def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:
-    """Run a benchmark's script for one system in a process of its own; the last line it prints is its result.
+    """Run a benchmark's script for one system in its own process. -> its result, which is the last line it prints
 
-    Args:
-        arguments: The flags to pass on.
-        hidden: Further flags, that only this call sets.
+    `hidden` are further flags, besides those of `arguments`.
     """
     line = [sys.executable, script]
     for name, value in {**vars(arguments), **hidden}.items():
@@ -128,16 +125,16 @@ def read_corpus(
 
 
 def peak_gib() -> float:
-    """The most memory that this process has held so far."""
+    """Peak memory of this process so far, in GiB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure_command(line: Sequence[Any], processes: int = 1) -> Row:
-    """Run a Python command to its end, by torchrun if it is several processes.
+    """Run a Python command to its end, with torchrun if there are several processes.
 
     Returns:
-        Its `seconds`; the GiB that its processes held at most, added up, `peak`, and without the pages of mapped files,
-        `own`; and what its last line says, if that is JSON.
+        `seconds`; `peak`, the peak GiB of its processes, summed; `own`, the same without the pages of mapped files; and
+        the fields of its last line, if that is JSON.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, line)]
@@ -157,9 +154,9 @@ def measure_command(line: Sequence[Any], processes: int = 1) -> Row:
 
 
 def memory(parent: int) -> dict[int, tuple[float, float]]:
-    """Of a process and those it started: (GiB at most so far, GiB now without pages of files)."""
+    """Memory of a process and its children: (peak GiB so far, GiB now without the pages of mapped files)."""
     found = {}
-    with suppress(psutil.Error, OSError, KeyError):  # one of them has ended
+    with suppress(psutil.Error, OSError, KeyError):  # one of the processes has ended
         for process in [psutil.Process(parent), *psutil.Process(parent).children(recursive=True)]:
             lines = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
             gib = {name: int(lines[name].split()[0]) / 2**20 for name in ("VmHWM", "RssAnon", "RssShmem")}
@@ -168,24 +165,24 @@ def memory(parent: int) -> dict[int, tuple[float, float]]:
 
 
 class Clock:
-    """Units of work and seconds of each step; the loop and the peers' callbacks feed it."""
+    """Records units of work and seconds of each step; rqa's loop and the peers' callbacks call it."""
 
     def __init__(self) -> None:
         self.units: list[int] = []
         self.moments: list[float] = []
 
     def tick(self, *_: Any) -> dict[str, float]:
-        """One step ends, the next begins. Nothing is to be logged: the loop's `before_step` returns statistics."""
+        """End one step and begin the next. Returns no statistics, since it serves as the loop's `before_step`."""
         self.moments.append(time.perf_counter())
         return {}
 
     def steps(self, skip: int = 0) -> list[tuple[int, float]]:
-        """(units, seconds) of each step but the first ones."""
+        """(units, seconds) of each step after the warm-up."""
         seconds = [after - before for before, after in zip(self.moments, self.moments[1:], strict=False)]
         return list(zip(self.units, seconds, strict=False))[skip:]
 
     def callback(self) -> Any:
-        """For `transformers.Trainer` and what is built on it."""
+        """Callback for `transformers.Trainer` and for trainers built on it."""
         from transformers import TrainerCallback
 
         clock = self
@@ -211,17 +208,17 @@ def train_rqa(
     clock: Clock,
     learning_rate: float = 5e-5,
 ) -> None:
-    """Train with the product's own loop, every step timed; nothing is saved or evaluated.
+    """Train with rqa's own loop and time every step; nothing is saved or evaluated.
 
     Args:
-        examples: How many there are.
-        batch: Their numbers -> a micro-batch.
+        examples: Number of training examples.
+        batch: Makes a micro-batch from the numbers of its examples.
         steps: Optimizer steps.
     """
     from rqa.training.arguments import LoopArguments
     from rqa.training.loop import Batches, train
 
-    def last_moment(_: int) -> dict[str, float]:  # the loop evaluates after its last step
+    def last_moment(_: int) -> dict[str, float]:  # the loop calls this after its last step
         clock.tick()
         return {"eval_loss": 0.0}
 
@@ -241,7 +238,7 @@ def train_rqa(
 
 
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
-    """The rate over all steps, and the median and spread of single ones."""
+    """Rate over all steps, and median and spread of single steps."""
     rates = [units / seconds for units, seconds in steps]
     return {
         "rate": sum(units for units, _ in steps) / sum(seconds for _, seconds in steps),
@@ -251,10 +248,10 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = "rate") -> None:
-    """Tell every peer's row how many times as fast rqa is.
+    """Add to every peer's row how many times as fast rqa is.
 
     Args:
-        ours: rqa's row for a peer's; a row of rqa itself is told nothing.
+        ours: Finds rqa's row for a peer's row; rqa's own rows are not changed.
     """
     for row in rows:
         product = ours(row)
@@ -263,18 +260,18 @@ def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = 
 
 
 def rate_cells(row: Row, digits: int = 2) -> list[str]:
-    """The cells of a row that came of `summary`: rate, median, spread, and the peak of memory in GiB."""
+    """Cells of a row made by `summary`: rate, median, spread, and peak memory in GiB."""
     figures = [f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"])]
     return [*figures[:2], "-".join(figures[2:]), f"{row['peak_gib']:.1f}"]
 
 
 def times(row: Row) -> str:
-    """The last cell of a peer's row."""
+    """Last cell of a peer's row: how many times as fast rqa is."""
     return f"{row['rqa_is']:.2f}x" if "rqa_is" in row else ""
 
 
 def print_result(script: str, arguments: argparse.Namespace, rows: Sequence[Any], **more: Any) -> None:
-    """One line of JSON, the last that a benchmark prints: its flags, the machine it ran on, and its rows."""
+    """Print the last line of a benchmark, as JSON: its flags, the machine, and its rows."""
     given = {name: value for name, value in vars(arguments).items() if value is not None and name != "directory"}
     flags = {
         name: Path(value).name if isinstance(value, str) and "/" in value else value for name, value in given.items()
@@ -284,14 +281,14 @@ def print_result(script: str, arguments: argparse.Namespace, rows: Sequence[Any]
 
 
 def peer_versions() -> dict[str, str]:
-    """What is installed of setup.py's extra `bench`."""
+    """Installed versions of the packages in setup.py's extra `bench`."""
     asked = [Requirement(line) for line in requires("rqa") or ()]
     peers = [each.name for each in asked if each.marker and each.marker.evaluate({"extra": "bench"})]
     return {name: version(name) for name in peers if any(Distribution.discover(name=name))}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Columns as wide as they must be; the first one to the left, figures to the right."""
+    """Print a table: columns fit their cells, the first is aligned left and the others right."""
     cells = [list(map(str, header)), *(list(map(str, row)) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     for first, *others in cells:
@@ -300,7 +297,7 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
 
 
 def matmul_rate(dtype: torch.dtype) -> float:
-    """GFLOP/s of a large matrix product on the device that is used, the median of several measurements."""
+    """GFLOP/s of a large matrix product on the device in use, as the median of several measurements."""
     size, times = (8192, 20) if device().type == "cuda" else (1536, 1)
     left, right = (torch.randn(size, size, device=device()).to(dtype) for _ in range(2))
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""What does a fresh index cost, and what does it bring? Each way to refresh it, with the Recall@4 that it reaches.
+"""What does refreshing the index cost, and what does it bring? Compares ways to refresh it, by time and by Recall@4.
 
     python benchmarks/index_refresh.py --model_name_or_path E                                       # CTL on pydocs
     python benchmarks/index_refresh.py ... --algorithm rpg --lm_model_path L --steps 60
@@ -7,10 +7,10 @@
         --eval_file eval_w_qa.jsonl --flags "--learning_rate 2e-5"
     python benchmarks/index_refresh.py ... --steps 4 --every 2 --max_train 64 --max_eval 20         # tiny
 
-Every way runs bin/train_ctl (with mined negatives) or bin/train_rpg for as many steps, on the same questions, in a
-process of its own with a cache of its own. Seconds a refresh, and its share of the time, are those that training
-waits; what a background thread takes stands by itself. Recall@4 is that of the trained encoder, its index made anew,
-with a 95 % bootstrap interval.
+Each way runs bin/train_ctl (with mined negatives) or bin/train_rpg for equally many steps on the same questions, in its
+own process with its own cache. Seconds a refresh, and their share of the time, count how long training waits; the time
+of a background thread has its own column. Recall@4 is measured with the trained encoder and a new index, with a 95 %
+bootstrap interval.
 """
 
 import argparse
@@ -42,7 +42,7 @@ BIN = Path(__file__).resolve().parents[1] / "bin"
 
 
 def ways(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Names of all ways, and the flags that ask for them."""
+    """Names of all ways, and their flags."""
     every, steps = arguments.every, arguments.steps
     often, seldom = ["--refresh_step", str(every)], f"0-{steps // 3}:{every},{steps // 3}-{steps}:{4 * every}"
     return {
@@ -94,14 +94,14 @@ def parse() -> argparse.Namespace:
 
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], list[Example], list[Example]]:
-    """Documents, training questions and the questions to measure on."""
+    """Read documents, training questions, and the questions to measure on."""
     documents, train, held_out = read_corpus(arguments.document_path, arguments.train_file, arguments.eval_file)
     return documents, list(train[: arguments.max_train]), list(held_out[: arguments.max_eval])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the executable here, with a clock around whatever precedes a step."""
-    calls: list[tuple[float, float, float]] = []  # (begin, end, staleness) of what precedes each step
+    """Run the executable in this process, and time whatever precedes a step."""
+    calls: list[tuple[float, float, float]] = []  # (begin, end, staleness) of the work before each step
     due: list[bool] = []
     background: list[float] = []
     call, finished = Refresher.__call__, BackgroundEncoding.finished
@@ -120,7 +120,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     Refresher.__call__, BackgroundEncoding.finished = timed, noted
     run_executable(arguments)
-    seconds = calls[-1][0] - calls[0][1]  # of all steps but the last, without the first index
+    seconds = calls[-1][0] - calls[0][1]  # all steps but the last; without building the first index
     waited = [end - started for started, end, _ in calls[1:-1]]
     return {
         "way": arguments.way,
@@ -135,9 +135,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def run_executable(arguments: argparse.Namespace) -> None:
-    """As a user runs it; nothing is evaluated and no checkpoint saved."""
+    """Run it as a user does, but without evaluations and checkpoints."""
     directory, name = Path(arguments.directory), f"train_{arguments.algorithm}"
-    os.environ["RQA_CACHE"] = str(directory / f"{arguments.way} cache")  # a teacher that knows nothing yet
+    os.environ["RQA_CACHE"] = str(directory / f"{arguments.way} cache")  # a teacher without cached scores
     flags = ["--model_name_or_path", arguments.model_name_or_path, "--output_dir", str(directory / arguments.way)]
     flags += ["--train_file", str(directory / "train.jsonl"), "--max_steps", str(arguments.steps)]
     flags += ["--document_path", str(directory / "documents.jsonl"), "--eval_strategy", "no"]
@@ -155,7 +155,7 @@ def run_executable(arguments: argparse.Namespace) -> None:
 
 
 def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]) -> dict[str, Any]:
-    """Recall@4 of an encoder over a whole new index, with its interval."""
+    """Measure the Recall@4 of an encoder over a new index, with its interval."""
     retriever = Retriever(load_encoder(path), documents).open()
     found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
     rows = retrieval_rows(found, examples, (4,))
@@ -165,7 +165,7 @@ def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table, and one JSON line."""
+    """Print a table, and one JSON line."""
 
     def cell(row: dict[str, Any], name: str, form: str) -> str:
         return format(row[name], form) if name in row else ""

@@ -1,22 +1,22 @@
 #!/usr/bin/env python
-"""What do a corpus and its index cost, as both grow? Memory, and time to build, open, update and search.
+"""What do a corpus and its index cost as they grow? Measures memory, and time to build, open, update and search.
 
-    python benchmarks/indexing.py --embedding_model E                                # all of it: an hour on two cores
-    python benchmarks/indexing.py --embedding_model E --only build --sizes 10000 --rows rows.jsonl     # a part of it
-    python benchmarks/indexing.py --embedding_model E --only --rows rows.jsonl       # the tables of the parts so far
+    python benchmarks/indexing.py --embedding_model E                                # everything: an hour on two cores
+    python benchmarks/indexing.py --embedding_model E --only build --sizes 10000 --rows rows.jsonl     # one part
+    python benchmarks/indexing.py --embedding_model E --only --rows rows.jsonl       # tables of the parts so far
 
-- `build`: bin/build_index over passages of 90 words, with an encoder of one layer that costs next to nothing, so that
-  the code's own cost shows: built, started again with nothing to do, and updated after 1 % of the passages changed.
-- `speed`: tokens a second of the tokenizer alone, the encoder alone, one after the other, and both as rqa runs them.
-- `peers`: bin/build_index with the encoder E beside sentence-transformers and faiss, at their best settings here.
-- `decoder`: the same with a random Qwen3 of 0.1B parameters that pools by the last token, over a twentieth of passages.
-- `search`: 64 questions at once, in each kind of index, over made-up vectors of 384 dimensions in clusters; `memory` is
-  a flat index of which two processes hold a part each, and that nothing is saved of.
-- `int8`: the encoder E's vectors of real passages and questions, kept with fewer bits, re-scored or not; recall is of
-  the ten passages that a flat index of float32 finds.
+- `build` runs bin/build_index over passages of 90 words. Its one-layer encoder costs almost nothing, so that rqa's own
+  cost shows. It builds an index, runs again with nothing to do, and updates the index after 1 % of passages changed.
+- `speed` is tokens a second of the tokenizer alone, the encoder alone, one after the other, and both as rqa runs them.
+- `peers` compares bin/build_index and the encoder E with sentence-transformers and faiss, at their best settings here.
+- `decoder` is the same with a random Qwen3 of 0.1B parameters and last-token pooling, over a twentieth of the passages.
+- `search` asks each kind of index 64 questions at once, over made-up vectors of 384 dimensions in clusters. `memory` is
+  a flat index that two processes hold in parts, and that is never saved.
+- `int8` stores the encoder E's vectors of real passages with fewer bits, re-scored or not. Recall is the share of the
+  ten passages of a flat float32 index that are found.
 
-Words are those of docstrings, as often as they come there. `peak` is the most memory that a command's processes held,
-added up; `own` leaves out the pages of mapped files, which the system takes back when it needs them.
+Words have the frequencies of docstrings. `peak` is the peak memory of a command, summed over its processes. `own`
+leaves out the pages of mapped files, which the system can reclaim.
 """
 
 import argparse
@@ -51,8 +51,8 @@ from rqa.runtime.cli import tune_allocator
 
 BUILD_INDEX = Path(__file__).parents[1] / "bin" / "build_index"
 WORDS, BLOCK, DIMENSION, QUESTIONS, K = 90, 10_000, 384, 64, 10
-CHANGED = 100  # every so many passages one is another after an update
-ASKED = range(10**9, 10**9 + QUESTIONS)  # what stands in the questions: of the passages' clusters, but of no passage
+CHANGED = 100  # an update replaces one in so many passages
+ASKED = range(10**9, 10**9 + QUESTIONS)  # the questions' numbers: in the passages' clusters, but of no passage
 FACTORIES = ["Flat", "memory", "auto", "SQ8,RFlat", "IVF4000,PQ48", "bm25", "milvus"]
 FEWER_BITS = ["Flat", "SQ8", "SQ8,RFlat", "SQ4,RFlat", "PQ48", "PQ48,Refine(SQ8)", "PQ48,RFlat"]
 TABLES = {  # part -> title, name and format of each column
@@ -109,13 +109,13 @@ def main() -> None:
 
 
 def child(arguments: argparse.Namespace, name: str, processes: int = 1, **setting: Any) -> Row:
-    """Run one of CHILDREN in a process of its own."""
+    """Run one of CHILDREN in its own process."""
     given = ["--embedding_model", arguments.embedding_model, "--directory", arguments.directory, "--system", name]
     return measure_command([__file__, *given, "--setting", json.dumps(setting)], processes)
 
 
 def corpus(arguments: argparse.Namespace, size: int, changed: bool = False) -> Path:
-    """The file of so many passages; the first ones are the same in every size."""
+    """Write a file of passages; a larger file begins with the passages of a smaller one."""
     path = Path(arguments.directory, f"{size}.jsonl")
 
     def passages() -> Iterator[Document]:
@@ -132,7 +132,7 @@ def corpus(arguments: argparse.Namespace, size: int, changed: bool = False) -> P
 
 
 def one_layer(arguments: argparse.Namespace) -> Path:
-    """A checkpoint of an encoder that costs next to nothing, with the tokenizer of the real one."""
+    """Write a checkpoint of an encoder that costs almost nothing, with the tokenizer of the real one."""
     path = Path(arguments.directory, "one layer")
     if not path.exists():
         torch.manual_seed(0)
@@ -146,7 +146,7 @@ def one_layer(arguments: argparse.Namespace) -> Path:
 
 
 def build_index(arguments: argparse.Namespace, encoder: Any, size: int, *more: Any) -> tuple[Row, Path]:
-    """What bin/build_index takes, and the index."""
+    """Measure bin/build_index. -> its figures and the index"""
     index = Path(arguments.directory, f"{Path(encoder).name} {size}")
     flags = ["--embedding_model", encoder, "--document_path", corpus(arguments, size), "--index_path", index]
     return measure_command([BUILD_INDEX, *flags, "--index_factory", "Flat", *more]), index
@@ -177,7 +177,7 @@ def speed(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def encode(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
-    """Tokens a second of the tokenizer, the encoder, and both with everything that lies between."""
+    """Measure tokens a second of the tokenizer, of the encoder, and of both with everything between them."""
     tune_allocator()
     encoder, documents = load_encoder(setting.encoder, EncoderArguments()), read_documents(setting.documents)
     texts = [document.fmt_content for document in documents]
@@ -231,7 +231,7 @@ def decoder(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def sentence_transformers(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
-    """The same index as a user writes it by hand; the seconds of encoding among the others."""
+    """Build the same index with sentence-transformers and faiss, as a user would. -> the seconds of encoding"""
     from sentence_transformers import SentenceTransformer
 
     tune_allocator()
@@ -249,7 +249,7 @@ def sentence_transformers(arguments: argparse.Namespace, setting: SimpleNamespac
 
 
 class Synthetic:
-    """Stands for an encoder: a text's vector follows from the first number in it; vectors lie in 1,000 clusters."""
+    """A fake encoder: the first number in a text determines its vector; vectors lie in 1,000 clusters."""
 
     dimension, passage_encoder, backbone = DIMENSION, None, SimpleNamespace(dtype=torch.float32)
 
@@ -272,7 +272,7 @@ class Synthetic:
 
 
 def search(arguments: argparse.Namespace) -> Iterator[Row]:
-    answers: dict[int, np.ndarray] = {}  # size -> the passages that are really nearest. [Q, K]
+    answers: dict[int, np.ndarray] = {}  # size -> the nearest passages by exact search. [Q, K]
     for factory in arguments.factories:
         size = arguments.in_milvus if factory == "milvus" else arguments.searched
         path = f"{arguments.directory}/{factory}"
@@ -291,7 +291,7 @@ def search(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def ask(arguments: argparse.Namespace, setting: SimpleNamespace) -> Row:
-    """Open an index, which builds it the first time, and ask it all questions at once, again and again."""
+    """Open an index (and build it the first time), and ask it all questions at once, several times."""
     tune_allocator()
     distributed.start()
     started = time.perf_counter()
@@ -334,7 +334,7 @@ def int8(arguments: argparse.Namespace) -> Iterator[Row]:
 
 
 def nearest(size: int) -> np.ndarray:
-    """The passages nearest to each question. -> [Q, K]"""
+    """Find the passages nearest to each question exactly. -> [Q, K]"""
     encoder = Synthetic()
     vectors = np.concatenate([encoder.embed(range(start, min(start + BLOCK, size))) for start in range(0, size, BLOCK)])
     return faiss.knn(encoder.embed(ASKED), vectors, K, metric=faiss.METRIC_INNER_PRODUCT)[1]

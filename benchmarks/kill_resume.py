@@ -1,17 +1,18 @@
 #!/usr/bin/env python
-"""Does any moment exist at which `kill -9` loses or changes a run, or an index?
+"""Is there a moment at which `kill -9` loses or changes a training run or an index?
 
     python benchmarks/kill_resume.py 50 --model_name_or_path L --embedding_model E --data_dir DATA    # tiny models
     python benchmarks/kill_resume.py 20 --embedding_model E --data_dir DATA --only index "index, updated"
 
-`DATA` holds documents.jsonl, train_w_qa.jsonl and eval_w_qa.jsonl. SwR and RPG are trained once without interruption,
-then again and again: each process is killed at a random moment of a chosen phase, and resumed until the run is through.
-Its final weights must be those of the uninterrupted run, bit for bit, and no kill may cost more steps than lie between
-two checkpoints.
+`DATA` holds documents.jsonl, train_w_qa.jsonl and eval_w_qa.jsonl. SwR and RPG are trained once without interruption.
+Then they are trained many times with kills: each process is killed at a random moment of a chosen phase, and the run is
+resumed until it ends. The final weights must equal those of the uninterrupted run bit for bit, and a kill must not cost
+more steps than there are between two checkpoints.
 
-The same for bin/build_index, with FAISS and milvus-lite, from nothing and with `--update true` after documents have
-changed, come and gone: what it ends with must find what an uninterrupted build finds, with the same scores; no kill may
-cost more passages than are encoded at once; and after a kill of an update there must still be an index to search.
+bin/build_index is killed in the same way, with FAISS and milvus-lite, in a build from nothing and in an update
+(`--update true`) after documents were changed, added and removed. The final index must find the same passages with the
+same scores as that of an uninterrupted build. A kill must not cost more passages than are encoded at once, and after a
+killed update there must still be an index to search.
 """
 
 import argparse
@@ -51,7 +52,7 @@ PHASES = {
     "milvus-lite": ["encoding", "adding", "swapping", "any"],
     "milvus-lite, updated": ["encoding", "adding", "swapping", "any"],
 }
-TEXTS_AT_ONCE = 20  # passages that build_index encodes at once: 10,000, were it not for this
+TEXTS_AT_ONCE = 20  # passages that build_index encodes at once here, instead of 10,000
 SAVE_STEPS = 3
 FLAGS = {"max_steps": 12, "save_steps": SAVE_STEPS, "eval_steps": 4, "save_total_limit": 2, "logging_steps": 5,
          "per_device_train_batch_size": 2, "learning_rate": 1e-3}  # fmt: skip
@@ -61,8 +62,8 @@ OWN = {"train_swr": {"max_new_tokens": 8, "max_seq_length": 512}, "train_rpg": {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kills", type=int, nargs="?", default=3)
-    parser.add_argument("--model_name_or_path", help="The reader of SwR, the teacher of RPG.")
-    parser.add_argument("--embedding_model", required=True, help="The retriever, and the encoder that RPG trains.")
+    parser.add_argument("--model_name_or_path", help="Reader of SwR, and teacher of RPG.")
+    parser.add_argument("--embedding_model", required=True, help="Encoder of SwR's retriever, RPG and the index.")
     parser.add_argument("--data_dir", required=True)
     parser.add_argument("--only", nargs="*", choices=list(PHASES), default=list(PHASES))
     parser.add_argument("--seed", type=int, default=0)
@@ -80,7 +81,7 @@ def main() -> None:
 
 
 class Trial:
-    """One trainer: its uninterrupted run, and what became of the interrupted ones."""
+    """One trainer: its uninterrupted run, and the results of the interrupted ones."""
 
     may_lose = SAVE_STEPS
     delay = 0.05  # seconds after a phase began, at most
@@ -110,10 +111,10 @@ class Trial:
         return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
     def run(self, output: Path, plan: dict[str, Any]) -> dict[str, Any]:
-        """One process to its end; what it noted.
+        """Run one process to its end. -> what it recorded
 
         Raises:
-            SystemExit: it failed by itself.
+            SystemExit: The process failed without a kill.
         """
         notes = output.with_suffix(".json")
         notes.unlink(missing_ok=True)
@@ -127,12 +128,12 @@ class Trial:
         return noted
 
     def measure(self) -> None:
-        """The uninterrupted run: what to reach, and how often each phase comes."""
+        """Make the uninterrupted run: its result is the goal, and it counts how often each phase comes."""
         self.whole = self.run(self.directory / "whole", {"phase": None})
         self.expected = self.result(self.directory / "whole")
 
     def attempt(self, chance: random.Random, kills: int) -> None:
-        """A run of its own that is killed up to so many times and must still reach the same."""
+        """Make a run that is killed up to so many times and must still reach the same result."""
         self.runs += 1
         output, steps = self.directory / f"run-{self.runs}", []
         self.prepare(output)
@@ -144,7 +145,7 @@ class Trial:
             noted = self.run(output, plan if left else {"phase": None})
             steps.append(noted["step"])
             if not noted["killed"]:
-                break  # perhaps it was through before the moment came
+                break  # the run may have ended before the planned moment
             self.kills[noted["phase"]] += 1
             self.after_kill(steps, output)
         self.identical += self.same(output, steps)
@@ -153,7 +154,7 @@ class Trial:
             shutil.rmtree(path, ignore_errors=True)
 
     def prepare(self, output: Path) -> None:
-        """What the run finds there."""
+        """Write what the run finds in its output directory."""
 
     def after_kill(self, steps: list[int], output: Path) -> None:
         self.most_lost = max(self.most_lost, steps[-1] - newest_step(output))
@@ -166,7 +167,7 @@ class Trial:
 
 
 class IndexTrial(Trial):
-    """bin/build_index over documents; `updated` begins with an index of what they were before."""
+    """bin/build_index over documents; `updated` starts with an index of their former state."""
 
     may_lose = TEXTS_AT_ONCE
     delay = 0.01
@@ -186,7 +187,7 @@ class IndexTrial(Trial):
             "embedding_model": self.arguments.embedding_model,
             "document_path": self.directory / f"{'former' if output.name == 'former' else 'present'}.jsonl",
             "index_path": f"milvus::{output}/passages.db/passages" if "milvus" in self.name else output / "index",
-            "dtype": "float32",  # in which batches of other texts change a score by less than 1e-5
+            "dtype": "float32",  # other batches change a float32 score by less than 1e-5
             "update": str(self.updated and "run-" in output.name).lower(),
         }
         return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
@@ -206,7 +207,7 @@ class IndexTrial(Trial):
         self.unreadable += self.updated and not self.result(output)["found"]
 
     def result(self, output: Path) -> dict[str, Any]:
-        """What the index there finds, asked by another process."""
+        """Ask the index from another process. -> what it finds"""
         command = [sys.executable, __file__, "--ask", *self.flags(output)]
         return json.loads(subprocess.run(command, stdout=subprocess.PIPE, check=True).stdout.splitlines()[-1])
 
@@ -245,7 +246,7 @@ def report(runs: list[Trial]) -> None:
 
 
 class Child:
-    """Inside the process to be killed: knows the phase it is in, and kills itself at the planned moment."""
+    """Runs inside the process to be killed: follows its phases, and kills it at the planned moment."""
 
     def __init__(self, plan: dict[str, Any]) -> None:
         self.plan = plan
@@ -254,7 +255,7 @@ class Child:
         self.step = 0
 
     def watch(self, owner: Any, name: str, phase: str) -> None:
-        """Count a function's calls as occurrences of a phase."""
+        """Count each call of a function as one occurrence of a phase."""
         function = getattr(owner, name)
 
         def watched(*arguments: Any, **options: Any) -> Any:
@@ -279,7 +280,7 @@ class Child:
 
 
 def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
-    """Run an executable of bin/ and watch its phases."""
+    """Run an executable of bin/ and follow its phases."""
     from rqa.evaluation.answers import ReaderEvaluation
     from rqa.objectives.teacher import Teacher
     from rqa.recipe import retriever
@@ -301,7 +302,7 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
 
     def count(self: Batches, step: int) -> int:
         watcher.step = max(watcher.step, step - 1)
-        watcher.stack[0] = "training"  # whatever is no phase of its own
+        watcher.stack[0] = "training"  # everything that is not another phase
         return position(self, step)
 
     Batches.position = count
@@ -313,7 +314,7 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
 
 
 def watch_indexing(watcher: Child, in_milvus: bool) -> None:
-    """Its phases; a step is a passage that is encoded."""
+    """Follow the phases of indexing; a step is one encoded passage."""
     indexing.TEXTS_AT_ONCE = TEXTS_AT_ONCE
     kind = importlib.import_module("rqa.retrieval.milvus").MilvusIndex if in_milvus else FaissIndex
     embed = Encoder.embed
@@ -330,7 +331,7 @@ def watch_indexing(watcher: Child, in_milvus: bool) -> None:
 
 
 def ask(line: list[str]) -> None:
-    """Search the index that these flags of build_index name, as it is, with the first 50 documents."""
+    """Search the index that these flags of build_index name, unchanged, with the first 50 documents."""
     named = dict(zip(line[::2], line[1::2], strict=True))
     documents = read_documents(named["--document_path"])
     encoder = load_encoder(named["--embedding_model"], EncoderArguments(dtype="float32"))

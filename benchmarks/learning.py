@@ -1,21 +1,22 @@
 #!/usr/bin/env python
-"""What does training on one's own documents bring? Data sets x systems x seeds, beside what others would use.
+"""What does training on your own documents bring? Data sets x systems x seeds, compared with other tools.
 
     python benchmarks/learning.py --output_dir out/learning                                         # pydocs
     python benchmarks/learning.py --data perl=faqs/perl pydocs --seeds 0 1 2 --html learning.html ...
     python benchmarks/learning.py --only BM25 CTL SwR --settings "train_*: --num_train_epochs 4" ...
-    python benchmarks/learning.py --draw ...             # runs nothing, needs no data; the table of what is there
+    python benchmarks/learning.py --draw ...             # only draws the table of finished cells; needs no data
 
-A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl; without a test file, the eval
-file is the test and an eighth of the training questions chooses. Each cell is made by commands of bin/ in
-OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs; its cell.json alone, with the scores of all
-questions, is enough for a table. After a kill, a finished cell is not made again, and a trainer continues from its
-checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems, which have their defaults otherwise. No
-weight is chosen on the test file: a fused one is on training questions before training and on eval questions after it,
-a reranker's on eval questions, by train_rerank.
+A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl. If there is no test file, the
+eval file is used for the test, and an eighth of the training questions as the eval file. A cell is one system with one
+seed on one data set. Commands of bin/ make it in OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs;
+its cell.json holds the scores of all questions and is enough for a table. After a kill, finished cells are kept and a
+trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems; all other
+flags have their defaults. No weight is chosen on the test file: the weight of hybrid search is chosen on training
+questions for an untrained encoder and on eval questions for a trained one, and train_rerank chooses the reranker's
+weight on eval questions.
 
-Scores are means over seeds; behind them stand the difference from the first row of `--only` and its 95 % interval, by a
-paired bootstrap over questions and seeds together. Minutes and memory are of all that a row needs, evaluation included.
+Scores are means over seeds, followed by the difference from the first row of `--only` and its 95 % interval, from a
+paired bootstrap over questions and seeds together. Minutes and memory include all that a row needs, also evaluation.
 Needs `pip install -e ".[bench,quickstart]"`.
 """
 
@@ -64,8 +65,8 @@ DECODER = "--model_name_or_path {L} --chat_format template"
 ANSWERS = f"evaluate_rqa --chat_format template {RETRIEVER} --qa_model_name_or_path"
 PEER = "sentence_transformers --model_name_or_path {E} --per_device_train_batch_size 64 --learning_rate 1e-4"
 OWN = "evaluate_retriever --embedding_model {own}/model"
-BATCH = 16  # where the index is refreshed by the epoch: {epoch} is an epoch's steps
-RETRIEVERS = {  # name -> its commands; {E} and {L} are the models, {own} is the cell's directory, {CTL} another one's
+BATCH = 16  # questions a step in REFRESHED; {epoch} stands for the steps of an epoch
+RETRIEVERS = {  # name -> commands; {E}, {L}: the models; {own}: the cell's directory; {CTL}: another cell's
     "BM25": ["evaluate_retriever --embedding_model bm25"],
     "untrained": [f"evaluate_retriever {RETRIEVER}"],
     "untrained + BM25": [HYBRID],
@@ -95,11 +96,11 @@ REFRESHING = {
     "each 10 steps": "--refresh_step 10",
     "in the background": "--refresh_step 10 --refresh_async true",
 }
-REFRESHED = {  # asked for by --only
+REFRESHED = {  # only run if --only names them
     f"{name}, {when}": [f"{RETRIEVERS[name][0]} --per_device_train_batch_size {BATCH} --num_train_epochs 6 {flags}"]
     for name, (when, flags) in product(("CTL", "RPG"), REFRESHING.items())
 }  # fmt: skip
-SYSTEMS = RETRIEVERS | READERS | REFRESHED | {"reranker": [RERANKER]}  # the last: in no table
+SYSTEMS = RETRIEVERS | READERS | REFRESHED | {"reranker": [RERANKER]}  # the reranker is in no table
 METRICS = (
     (RETRIEVERS | REFRESHED, {"Recall@1": "retr/recall@1", "Recall@4": "retr/recall@4", "MRR@10": "retr/mrr@10"}),
     (READERS, {"ROUGE-L": "gen/rougeL", "F1": "gen/f1", "exact match": "gen/exact_match"}),
@@ -111,7 +112,7 @@ TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emd
 
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(130))  # and end the command that runs
+        signal.signal(number, lambda *_: sys.exit(130))  # which also ends the running command
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
@@ -137,7 +138,7 @@ def main() -> None:
     for setting in given.settings:
         if not any(meant(setting, system, command) for system in SYSTEMS for command in SYSTEMS[system]):
             parser.error(f'--settings "{setting}": names no command or system; write "train_ctl: --learning_rate 3e-5"')
-    given.models = (given.embedding_model, given.qa_model_name_or_path, given.precision)  # None: the same anywhere
+    given.models = (given.embedding_model, given.qa_model_name_or_path, given.precision)  # None: default models
     folders = dict(path.split("=", 1) if "=" in path else (Path(path).name, path) for path in given.data)
     files: dict[str, dict[str, str]] = {data: {} for data in folders}
     if not given.draw:
@@ -149,7 +150,7 @@ def main() -> None:
     for cell in [] if given.draw else cells:
         try:
             cell.make()
-        except (subprocess.CalledProcessError, UserError) as error:  # the other cells are worth their time
+        except (subprocess.CalledProcessError, UserError) as error:  # go on with the other cells
             failed.append(f"{cell.place}: {error}")
     report(given, cells)
     if failed:
@@ -157,14 +158,14 @@ def main() -> None:
 
 
 def read_data(folder: str, output: Path) -> dict[str, str]:
-    """Where a data set's files are; those that it lacks are written to the output directory."""
+    """Find a data set's files, and write those that it lacks to the output directory."""
     source = Path(folder) if folder != "pydocs" else output / "data"
-    if folder == "pydocs" and not (source / "test_w_qa.jsonl").exists():  # the last that is written
+    if folder == "pydocs" and not (source / "test_w_qa.jsonl").exists():  # this file is written last
         write_corpus(build_corpus(QUICKSTART), source)
     paths = {name: source / f"{name}_w_qa.jsonl" for name in ("train", "eval", "test")}
     if not paths["test"].exists():
         parts = defaultdict(list)
-        for example in read_examples(paths["train"]):  # all questions about a passage stay together
+        for example in read_examples(paths["train"]):  # questions about the same passage stay together
             parts["train" if int(fingerprint(*example.gold_docs[0].key), 16) % 8 else "eval"].append(example)
         paths = {name: output / "data" / f"{name}_w_qa.jsonl" for name in parts} | {"test": paths["eval"]}
         for name, part in parts.items():
@@ -177,14 +178,14 @@ def read_data(folder: str, output: Path) -> dict[str, str]:
 
 
 def meant(setting: str, system: str, command: str) -> bool:
-    """Whether a setting, `PATTERN,...: FLAGS`, is for a command of a system."""
+    """Whether a setting, `PATTERN,...: FLAGS`, applies to a command of a system."""
     patterns = map(str.strip, setting.partition(":")[0].split(","))
     return any(fnmatch(name, pattern) for pattern in patterns for name in (system, command.split()[0]))
 
 
 @dataclass(eq=False)
 class Cell:
-    """A system, trained with a seed on a data set: its directory, and the commands that fill it."""
+    """A system with one seed on one data set: its directory, and the commands that fill it."""
 
     given: argparse.Namespace
     files: dict[str, str]
@@ -211,11 +212,11 @@ class Cell:
 
     @property
     def mark(self) -> dict[str, Any]:
-        """What was run so far, and how long it took; empty at first."""
+        """The commands that were run so far, and their durations; empty at first."""
         return read_json(self.place / "cell.json") if (self.place / "cell.json").exists() else {}
 
     def make(self, is_needed: bool = False) -> None:
-        """Run what is missing of this cell and of those that it needs; one that is needed must have its model, too."""
+        """Run the missing commands of this cell and of the cells that it needs; those must also have their models."""
         if (mark := self.mark).get("finished"):
             if not is_needed or (self.place / "log.txt").exists():
                 return
@@ -232,14 +233,14 @@ class Cell:
         rows = [] if self.system == "reranker" else [row["scores"] for row in read_predictions(self.place)]
         names = next((names.values() for systems, names in METRICS if self.system in systems), ())
         scores = {name: [round(row[name], 4) for row in rows if row] for name in names}
-        for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as what stays
+        for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as the rest
             for leftover in self.place.glob(pattern):
                 shutil.rmtree(leftover)
         mark |= {"finished": True, "machine": machine_line(machine()), "scores": scores}
         write_json(self.place / "cell.json", mark)
 
     def line(self, command: str) -> list[str]:
-        """The command line of a command."""
+        """Make the command line of a command."""
         name, *flags = shlex.split(command)
         values = {"E": self.given.embedding_model, "L": self.given.qa_model_name_or_path, **self.files}
         values |= {"own": str(self.place), **{need.system: str(need.place) for need in self.needs}}
@@ -256,7 +257,7 @@ class Cell:
 
 
 def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
-    """Run a Python script, its output going to a file. -> seconds, and the most GiB, of this process before or of it"""
+    """Run a Python script with its output in a file. -> seconds, and the peak GiB of it, or of this process"""
     began = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         print("\n$", shlex.join(line), file=file, flush=True)
@@ -273,7 +274,7 @@ def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
 
 
 def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str, Any]]:
-    """A row for each system with finished cells; the first one is what the others are compared with."""
+    """Make a row for each system with finished cells; all others are compared with the first one."""
     first: dict[int, np.ndarray] = {}  # scores by seed
     for system in dict.fromkeys(cell.name for cell in cells):
         done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
@@ -292,7 +293,7 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
         ]
         yield {"data": done[0].data, "system": system, "n": scores.shape[1], **by_name[0], "by_seed": by_name[1]} | {
             "minutes": round(sum(step["seconds"] for step in steps) / 60 / len(done), 2),
-            "resumed": any(mark["resumed"] for mark in marks),  # minutes before that are not known
+            "resumed": any(mark["resumed"] for mark in marks),  # the minutes before a resumption are not known
             "peak_gib": round(max(step["peak_gib"] for step in steps), 2),
             "machines": sorted({mark["machine"] for mark in marks}),
             "commands": done[0].commands,
@@ -300,8 +301,8 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
 
 
 def intervals(values: np.ndarray) -> np.ndarray:
-    """95 % intervals of means over seeds and questions, both resampled. [S, n, M] -> [M, 2]"""
-    if (values == values[:1]).all():  # of all seeds
+    """95 % intervals of means over seeds and questions, by resampling both. [S, n, M] -> [M, 2]"""
+    if (values == values[:1]).all():  # all seeds are equal
         return difference_intervals(values[0])
     chance, (S, n, _) = np.random.default_rng(0), values.shape
     samples = []
@@ -312,7 +313,7 @@ def intervals(values: np.ndarray) -> np.ndarray:
 
 
 def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
-    """A table for each data set's retrievers and readers, the page and a JSON line."""
+    """Print a table for each data set's retrievers and readers, and a JSON line, and write the page."""
     text, tables = io.StringIO(), {}
     for data, (systems, metrics) in product(given.data, METRICS):
         rows = list(rows_of([cell for cell in cells if cell.data == data and cell.system in systems], metrics))
@@ -333,7 +334,7 @@ def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
 
 
 def print_markdown(name: str, rows: Sequence[dict[str, Any]]) -> None:
-    """Systems by data sets, as a README shows them: a difference from the first row is bold if it is beyond chance."""
+    """Print systems by data sets for a README; a difference from the first row is bold if its interval excludes 0."""
     sets, known = {row["data"]: row["n"] for row in rows}, {(row["system"], row["data"]): row for row in rows}
     lines = [[name, *(f"{data} ({n})" for data, n in sets.items())], ["---", *["---:"] * len(sets)]] if rows else []
     for system in dict.fromkeys(row["system"] for row in rows):
@@ -347,7 +348,7 @@ def print_markdown(name: str, rows: Sequence[dict[str, Any]]) -> None:
 
 
 def text_of(row: dict[str, Any]) -> list[str]:
-    """A row's cells: what differs from the first row has the difference behind it."""
+    """Format a row's cells, with the difference from the first row after each score."""
     told = {name: f"{score:.3f}" for name, score in row["scores"].items()}
     for name, ends in row["difference_intervals"].items():
         told[name] += " {:+.3f} ({:+.3f} to {:+.3f})".format(row["difference"][name], *ends) if any(ends) else ""

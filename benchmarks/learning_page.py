@@ -1,4 +1,4 @@
-"""The table of `learning.py` as one page that needs no network: points with intervals, a panel for each metric."""
+"""The table of `learning.py` as an offline HTML page: points with intervals, one panel for each metric."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-LEFT, WIDTH, LINE = 200, 440, 22  # of a panel: where the scale begins, and the height of a row
+LEFT, WIDTH, LINE = 200, 440, 22  # pixels of a panel: start and width of the scale, and the height of a row
 PAGE = """<!DOCTYPE html>
 <html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>What training brings</title><style>
@@ -23,13 +23,13 @@ circle { fill: var(--card); } .seed { fill: var(--muted); stroke-width: 0; opaci
 .better, .better circle { stroke: var(--good); fill: var(--good); }
 .worse, .worse circle { stroke: var(--bad); fill: var(--bad); }
 </style><h1>What training brings</h1>
-<p>Means over seeds with their 95 % intervals, questions and seeds resampled together; small points are single seeds.
-Full points differ from the first row (dashed) by more than chance, in pairs: blue ones are better, red ones worse.</p>
+<p>Large points are means over seeds with 95 % intervals over questions and seeds; small points are single seeds. Filled
+points differ from the first row (dashed) by more than chance, in a paired test: blue is better, red is worse.</p>
 """
 
 
 def write_page(path: str, tables: Mapping[str, Sequence[dict[str, Any]]], text: str) -> None:
-    """The panels of each table, and below them all as it was printed."""
+    """Write the panels of each table, and below them the printed output."""
     parts = [PAGE]
     for title, rows in tables.items():
         panels = "".join(panel(rows, name) for name in rows[0]["scores"])
@@ -38,7 +38,7 @@ def write_page(path: str, tables: Mapping[str, Sequence[dict[str, Any]]], text: 
 
 
 def panel(rows: Sequence[dict[str, Any]], name: str) -> str:
-    """One metric of one table as SVG."""
+    """Draw one metric of one table as SVG."""
     ends = [end for row in rows for end in row["intervals"][name]]
     step = next((size for size in (0.02, 0.05, 0.1) if max(ends) - min(ends) <= 6 * size), 0.2)
     low, steps = math.floor(min(ends) / step), 1

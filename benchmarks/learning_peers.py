@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""Train a peer on what rqa's trainers train on, as its documentation advises; `learning.py` runs this.
+"""Train a peer on the data of rqa's trainers, as its documentation advises; `learning.py` runs this.
 
     python benchmarks/learning_peers.py sentence_transformers --num_hard_negatives 3 ...    # flags of train_ctl
     python benchmarks/learning_peers.py trl --chat_format template ...                      # flags of train_sft
 
-sentence-transformers: CachedMultipleNegativesRankingLoss on pairs of question and gold passage, batches without
-duplicates, negatives by `mine_hard_negatives` with its documentation's `relative_margin=0.05`; the eval file's MRR@10
-chooses among epochs. trl: SFTTrainer on train_sft's own prompts, the loss on the completion only; the eval file's loss
-chooses. Both go on from their last checkpoint.
+sentence-transformers trains with CachedMultipleNegativesRankingLoss on pairs of question and gold passage, in batches
+without duplicates. Negatives come from `mine_hard_negatives` with its documentation's `relative_margin=0.05`. It keeps
+the epoch with the best MRR@10 on the eval file. trl runs SFTTrainer on train_sft's own prompts, with the loss on the
+completion only, and keeps the epoch with the lowest loss on the eval file. Both continue from their last checkpoint.
 """
 
 import sys
@@ -52,7 +52,7 @@ def main() -> None:
 
 
 def settings_of(flags: TrainingArguments) -> dict[str, Any]:
-    """What both peers tell `transformers.Trainer`."""
+    """Settings of both peers for `transformers.Trainer`."""
     own = {name: getattr(flags, name) for name in SAME_NAMES} | {"bf16": bool(flags.bf16)}
     own |= {"warmup_steps": flags.warmup_steps or flags.warmup_ratio, "use_cpu": not torch.cuda.is_available()}
     own |= {"eval_strategy": "epoch", "save_strategy": "epoch", "save_total_limit": 1, "load_best_model_at_end": True}
@@ -60,7 +60,7 @@ def settings_of(flags: TrainingArguments) -> dict[str, Any]:
 
 
 def finish(trainer: Any) -> None:
-    """Train to the end, from the last checkpoint if there is one, and save the best model."""
+    """Train to the end, starting at the last checkpoint if there is one, and save the best model."""
     output = trainer.args.output_dir
     trainer.train(resume_from_checkpoint=(Path(output).is_dir() and get_last_checkpoint(output)) or None)
     trainer.save_model(output)

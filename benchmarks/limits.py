@@ -1,16 +1,16 @@
 #!/usr/bin/env python
-"""How far is each hot path from what the machine allows, and what does the rest of its time go to?
+"""How far is each hot path from the machine's limit, and where does the rest of its time go?
 
     python benchmarks/limits.py --model_name_or_path M --embedding_model E                          # pydocs
     python benchmarks/limits.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
-    python benchmarks/limits.py ... --only "SFT step" "document encoding" --steps 1                 # two of them
+    python benchmarks/limits.py ... --only "SFT step" "document encoding" --steps 1                 # two of the paths
 
-The limit of a path is the sum over its matrix products and attention of the larger of two times: their floating-point
-operations at the rate of a large matrix product, and the bytes that they read and write at the rate of a large copy;
-both rates are measured before and after each run, because a shared machine is now faster and now slower. Whatever is
-not a product could in principle be fused into one or overlapped, and so counts as loss. The limit of tokenisation is
-the `tokenizers` library called bare. Where time goes is torch.profiler's answer: shares of operators' own time, and as
-Python whatever lies between operators, which the profiler itself makes longer.
+The limit of a path is a sum over its matrix products, attention included. Each product counts the larger of two times:
+its floating-point operations at the rate of a large matrix product, and the bytes that it reads and writes at the rate
+of a large copy. Both rates are measured before and after each run, because the speed of a shared machine varies. All
+other work counts as loss, because it could be fused into a product or overlapped with it. The limit of tokenisation is
+the `tokenizers` library alone. torch.profiler says where the time goes: shares of the operators' own time, and `Python`
+for all time between operators, which the profiler itself lengthens.
 """
 
 import argparse
@@ -60,7 +60,7 @@ MOVES = ("copy_", "cat", "index", "embedding", "gather", "scatter", "fill_", "ze
 
 @dataclass
 class Rates:
-    """What the machine does now: floating-point operations a second by type, and bytes a second."""
+    """Present speed of the machine: floating-point operations a second by type, and bytes a second."""
 
     products: dict[torch.dtype, float]
     memory: float
@@ -70,7 +70,7 @@ class Rates:
         return cls({kind: matmul_rate(kind) * 1e9 for kind in {dtype, torch.float32}}, memory_rate())
 
     def needed(self, flops: float, size: int, dtype: torch.dtype) -> float:
-        """Seconds for one product that touches so many bytes."""
+        """Least seconds for one product that reads and writes so many bytes."""
         return max(flops / self.products.get(dtype, self.products[torch.float32]), size / self.memory)
 
 
@@ -80,8 +80,8 @@ class Work:
 
     Attributes:
         run: Does the work once.
-        units: How much of what that is.
-        floor: Seconds that no implementation could go below, beside those of the products seen.
+        units: Amount of work, and its unit.
+        floor: Least seconds of work other than the recorded products.
     """
 
     run: Callable[[], Any]
@@ -90,7 +90,7 @@ class Work:
 
 
 class Products(TorchDispatchMode):
-    """Lists floating-point operations, bytes and type of every product."""
+    """Records floating-point operations, bytes and type of every product."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -109,7 +109,7 @@ class Products(TorchDispatchMode):
         if name in ATTENTION:
             tensors = [argument for argument in args if isinstance(argument, torch.Tensor)]
             shapes = [tensor.shape for tensor in tensors[: 4 if name.endswith("backward") else 3]]
-            causal = any(argument is True for argument in args)  # which hides half
+            causal = any(argument is True for argument in args)  # a causal mask hides half
             flops = ATTENTION[name](*shapes) / (1 + causal)
         elif packet in flop_registry:
             flops = flop_registry[packet](*args, **kwargs, out_val=result)
@@ -131,7 +131,7 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table, and one JSON line."""
+    """Print a table, and one JSON line."""
     print_table(
         ["", "of", "GFLOP", "GB", "limit s", "takes s", "spread", "of limit", "products", "element-wise", "moves",
          "optimizer", "Python"],
@@ -146,7 +146,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Limit, seconds and shares of one path."""
+    """Measure limit, seconds and shares of one path."""
     bench = Bench(arguments)
     path = PATHS[arguments.system](bench)
     path.run()  # warm-up
@@ -173,14 +173,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def memory_rate(size: int = 2**27) -> float:
-    """Bytes a second, read and written, of a large copy; the median of several."""
+    """Measure the bytes a second that a large copy reads and writes, as the median of several copies."""
     source = torch.ones(size // 4, device=device())
     target = torch.empty_like(source)
     return statistics.median(2 * size / seconds(lambda: target.copy_(source)) for _ in range(7))
 
 
 def shares(run: Callable[[], Any]) -> dict[str, float]:
-    """Where the time of one run goes."""
+    """Profile one run. -> shares of its time"""
     spent = dict.fromkeys(("products", "element-wise", "moves", "optimizer"), 0.0)
     with profile(activities=[ProfilerActivity.CPU]) as profiler:
         whole = seconds(run)
@@ -200,7 +200,7 @@ def shares(run: Callable[[], Any]) -> dict[str, float]:
 
 
 class Bench:
-    """What the paths share: texts, models and precision."""
+    """Shared parts of the paths: texts, models and precision."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         self.arguments = arguments
@@ -215,7 +215,7 @@ class Bench:
         return Retriever(self.encoder(trained), list(self.documents[: self.arguments.documents]))
 
     def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
-        """Questions with their gold passages and others, as many for each."""
+        """Questions, each with its gold passages and others, equally many for each."""
         others = iter(self.documents)
         return [
             (example, [*gold, *(next(others) for _ in range(passages - len(gold)))])
@@ -231,7 +231,7 @@ class Bench:
         return run
 
     def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
-        """A step as the loop makes it."""
+        """Make a training step as the loop does it."""
         loop = LoopArguments(output_dir=self.arguments.directory, bf16=self.flags.bf16, learning_rate=1e-6)
         optimization, steps = Optimization(objective.train(), loop, 1000), count()
 

@@ -1,17 +1,17 @@
 #!/usr/bin/env python
-"""How fast does a cross-encoder score and train? Pairs a second and peak memory, beside sentence-transformers.
+"""How fast does a cross-encoder score and train? Pairs a second and peak memory, compared with sentence-transformers.
 
     python benchmarks/reranking.py --model_name_or_path M                                           # pydocs
     python benchmarks/reranking.py ... --eval_data_path test_w_qa.jsonl --document_path documents.jsonl
     python benchmarks/reranking.py ... --precision bf16 --only rqa CrossEncoder.predict
 
-`rqa` scores the 50 passages that BM25 finds for each of 64 questions; `rqa training` trains on lists of a gold passage
-among 8 others, 8 lists a step. M is an encoder, which gets a new head, or a reranker. The peers, on the same pairs with
-the same weights, each in a process of its own: `CrossEncoder.predict`, which sorts pairs by length, and
-`CrossEncoderTrainer` with ListNetLoss, whose labels make it rqa's loss. Settings: `default`, as a user starts them;
-`tuned`, rqa's allocator; `64`, `128` and `whole`: so many pairs a forward pass, or all of a step; `calm`: the fastest
-way to train, also without dropout of attention probabilities, which rqa never has. Scores and the loss of the first
-batch, without any dropout, must be the same. Needs `pip install -e ".[bench]"`.
+`rqa` scores the 50 passages that BM25 finds for each of 64 questions. `rqa training` trains on lists of a gold passage
+and 8 others, 8 lists a step. M is an encoder, which gets a new head, or a reranker. The peers have the same pairs and
+the same weights, each in its own process: `CrossEncoder.predict`, which sorts pairs by length, and
+`CrossEncoderTrainer` with ListNetLoss, whose labels make its loss equal to rqa's. A peer's settings are `default`, as a
+user starts it; `tuned`, with rqa's allocator setting; `64` and `128` pairs in a forward pass; `whole`, all pairs of a
+step in one; and `calm`, the fastest way to train without dropout of attention probabilities, which rqa never has.
+Scores must be equal, and so must the loss of the first batch without any dropout. Needs `pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -43,13 +43,13 @@ from rqa.prompts import retrieval_query
 from rqa.retrieval.hybrid import LexicalRetriever
 
 PREDICT, TRAINER = "CrossEncoder.predict", "CrossEncoderTrainer"
-SYSTEMS = {  # name -> settings it is measured with
+SYSTEMS = {  # name -> its settings
     "rqa": ["tuned"],
     PREDICT: ["default", "tuned", "64", "128"],
     "rqa training": ["tuned"],
     TRAINER: ["default", "tuned", "whole", "calm"],
 }
-CERTAIN = 100.0  # a label whose softmax beside zeros is 1
+CERTAIN = 100.0  # a label whose softmax is 1 if all others are 0
 
 Lists = list[tuple[str, list[str]]]  # a question, and its passages
 
@@ -68,8 +68,8 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """One checkpoint for all, and the lists to score and to train on."""
-    torch.manual_seed(0)  # of a new head
+    """Write one checkpoint for all systems, and the lists to score and to train on."""
+    torch.manual_seed(0)  # seeds a new head
     reranker = load_reranker(arguments.model_name_or_path, RerankerArguments(dtype="float32"), new_head=True)
     reranker.save_pretrained(Path(arguments.directory, "reranker"))
     documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
@@ -81,7 +81,7 @@ def prepare(arguments: argparse.Namespace) -> None:
     found = lexical.documents_of(lexical.retrieve(questions, depth))
     lists = {"score": [], "train": []}
     for example, question, passages in zip(asked, questions, found, strict=True):
-        passages = list(dict.fromkeys([*passages, *documents[:depth]]))  # where too few share a word with the question
+        passages = list(dict.fromkeys([*passages, *documents[:depth]]))  # if BM25 finds too few
         others = [passage for passage in passages if passage not in example.gold_docs][: arguments.negatives]
         lists["score"].append((question, [passage.fmt_content for passage in passages[: arguments.passages]]))
         lists["train"].append((question, [passage.fmt_content for passage in (example.gold_docs[0], *others)]))
@@ -99,7 +99,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows}
     compare(rows, lambda row: ours.get("rqa" if row["system"] == PREDICT else "rqa training"))
     scored = [row for row in rows if "gap" in row]
@@ -124,7 +124,7 @@ def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
 
 
 def score(arguments: argparse.Namespace, lists: Lists) -> dict[str, Any]:
-    """Pairs a second, and the largest difference between two scores of one pair, rqa's and the peer's."""
+    """Measure pairs a second, and the largest difference between rqa's and the peer's score of a pair."""
     pairs = [(question, passage) for question, passages in lists for passage in passages]
     ask = open_rqa(arguments) if arguments.system == "rqa" else open_sentence_transformers(arguments)
     ask(pairs[: 2 * arguments.passages])  # warm-up
@@ -160,7 +160,7 @@ def open_sentence_transformers(arguments: argparse.Namespace) -> Ask:
 
 
 def train_product(arguments: argparse.Namespace, lists: Lists) -> tuple[float, Clock]:
-    """The product's own loop and objective."""
+    """Train with rqa's own loop and objective."""
     from rqa.models.loading import evaluating
     from rqa.objectives.rerank import Lists as Collate
     from rqa.objectives.rerank import ListwiseReranking, RerankArguments, RerankBatch
@@ -174,7 +174,7 @@ def train_product(arguments: argparse.Namespace, lists: Lists) -> tuple[float, C
     bf16, path = arguments.precision == "bf16", f"{arguments.directory}/reranker"
     reranker = load_reranker(path, RerankerArguments(max_pair_length=arguments.max_length, bf16=bf16), torch.float32)
     flags = RerankArguments(negatives_from="file", num_hard_negatives=arguments.negatives)
-    flags.num_other_gold = 0  # the peer's lists
+    flags.num_other_gold = 0  # as in the peer's lists
     collate, clock = Collate(examples, [], reranker, None, flags, seed=0), Clock()
 
     def batch(indices: Sequence[int]) -> RerankBatch:
@@ -189,7 +189,7 @@ def train_product(arguments: argparse.Namespace, lists: Lists) -> tuple[float, C
 
 
 def train_sentence_transformers(arguments: argparse.Namespace, lists: Lists) -> tuple[float, Clock]:
-    """Their trainer as their documentation starts it."""
+    """Train with sentence-transformers as its documentation does."""
     from datasets import Dataset
     from sentence_transformers import CrossEncoder
     from sentence_transformers.cross_encoder import CrossEncoderTrainer, CrossEncoderTrainingArguments

@@ -1,14 +1,15 @@
 #!/usr/bin/env python
-"""How fast is retrieval? Encoding and search of 1, 8, 64 and 512 questions, beside what a user would pick instead.
+"""How fast is retrieval? Encoding and search of 1, 8, 64 and 512 questions, compared with other libraries.
 
     python benchmarks/retrieval_latency.py --embedding_model E                                      # pydocs
     python benchmarks/retrieval_latency.py --embedding_model E --document_path documents.pkl --eval_data_path q.jsonl
     python benchmarks/retrieval_latency.py --only search --sizes 100000 1000000 --factories Flat IVF4096,Flat
 
-First the whole way from a question's text to ten passages, on a real corpus, each system in a process of its own:
-rqa, sentence-transformers with `util.semantic_search`, and sentence-transformers with raw faiss. Then the search alone,
-on synthetic vectors of 384 dimensions: `FaissIndex` beside raw faiss on the same index as it comes
-(without the threshold for matrix products that rqa sets), and recall@10 beside the exact neighbours. Needs
+The first part measures the whole way from a question's text to ten passages on a real corpus, each system in its own
+process: rqa, sentence-transformers with `util.semantic_search`, and sentence-transformers with raw faiss. The second
+part measures the search alone, on synthetic vectors of 384 dimensions: `FaissIndex`, and raw faiss with its own
+settings (without the threshold for matrix products that rqa sets) on the same index. Its recall@10 is the share of the
+exact neighbours that are found. Needs
 `pip install -e ".[bench]"`.
 """
 
@@ -34,7 +35,7 @@ from rqa.retrieval.faiss_index import FAISS_BLAS_THRESHOLD
 K = 10
 DIMENSION = 384
 BATCHES = (1, 8, 64, 512)  # questions at once
-SYSTEMS = {  # name -> allocator settings it is measured with
+SYSTEMS = {  # name -> its allocator settings
     "rqa": ["tuned"],
     "sentence-transformers": ["default", "tuned"],
     "sentence-transformers + faiss": ["default", "tuned"],
@@ -57,7 +58,7 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    """Passages and questions; every system gets the same, and the search alone none."""
+    """Write passages and questions, the same for every system; the search alone needs none."""
     if arguments.only == ["search"]:
         return
     documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
@@ -73,7 +74,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Two tables, and one JSON line."""
+    """Print two tables, and one JSON line."""
     systems = [row for row in rows if row["system"] != "search"]
     indexes = [index for row in rows if row["system"] == "search" for index in row["indexes"]]
     if systems:
@@ -87,7 +88,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def whole(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Latency and throughput of one system at every batch size, with the shares of encoding and search."""
+    """Measure latency and throughput of one system at every batch size, divided into encoding and search."""
     texts = json.loads(Path(arguments.directory, "texts.json").read_text(encoding="utf-8"))
     build = open_rqa if arguments.system == "rqa" else open_sentence_transformers
     documents, questions = texts["documents"], texts["questions"]
@@ -128,7 +129,7 @@ Find = Callable[[Any], Sequence[Sequence[int]]]
 def time_batches(
     system: str, encode: Encode, find: Find, questions: list[str], size: int, budget: float
 ) -> dict[str, Any]:
-    """Figures of batches of one size; questions come round again as often as needed."""
+    """Measure batches of one size; questions repeat as often as needed."""
     endless = itertools.cycle(questions)
     encoding, searching = [], []
     find(encode(list(itertools.islice(endless, size))))  # warm-up
@@ -193,7 +194,7 @@ def open_sentence_transformers(arguments: argparse.Namespace, documents: list[st
 
 @contextmanager
 def faiss_as_shipped() -> Iterator[None]:
-    """Without the threshold that rqa sets for its process."""
+    """Restore faiss's own threshold, which rqa changes for its process."""
     ours = faiss.cvar.distance_compute_blas_threshold
     faiss.cvar.distance_compute_blas_threshold = FAISS_BLAS_THRESHOLD
     try:
@@ -206,7 +207,7 @@ def faiss_as_shipped() -> Iterator[None]:
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every index on every synthetic corpus."""
+    """Measure every index on every synthetic corpus."""
     rows = []
     for size in arguments.sizes:
         vectors, questions = synthetic(size), synthetic(max(BATCHES), seed=1)
@@ -228,7 +229,7 @@ def report_search(rows: list[dict[str, Any]]) -> None:
 
 
 def synthetic(size: int, seed: int = 0) -> np.ndarray:
-    """Unit vectors in clusters, as embeddings of texts lie; the clusters are those of every seed. [size, 384]"""
+    """Make unit vectors in clusters, as embeddings of texts are; all seeds share the clusters. [size, 384]"""
     centres = np.random.default_rng(7).standard_normal((1000, DIMENSION), dtype=np.float32)
     chance = np.random.default_rng(seed)
     vectors = centres[chance.integers(0, len(centres), size)]
@@ -239,7 +240,7 @@ def synthetic(size: int, seed: int = 0) -> np.ndarray:
 def time_index(
     vectors: np.ndarray, questions: np.ndarray, exact: np.ndarray, factory: str, budget: float
 ) -> dict[str, Any]:
-    """One index by rqa, and faiss's own search of the very same index, in turns."""
+    """Search one index with rqa and with faiss itself, in turns."""
     from rqa.data import Document
     from rqa.retrieval.faiss_index import FaissIndex
     from rqa.retrieval.index import IndexArguments
@@ -250,7 +251,7 @@ def time_index(
     build_seconds = seconds(lambda: ours.replace(vectors))
     with TemporaryDirectory() as directory:
         ours.save(Path(directory) / "index")
-        ours.load(Path(directory) / "index")  # as theirs: in memory, it lies elsewhere than when it was built
+        ours.load(Path(directory) / "index")  # reload it, as theirs was: it then lies elsewhere in memory
         theirs = faiss.read_index(str(Path(directory) / "index" / "index.faiss"))
     if parameters:
         faiss.ParameterSpace().set_index_parameters(theirs, parameters)
@@ -263,7 +264,7 @@ def time_index(
         for turn, batch in enumerate(asked):
             if sum(ours_took) >= budget and turn >= 4:
                 break
-            for mine in (turn % 2, 1 - turn % 2):  # who comes second finds the vectors in the processor's cache
+            for mine in (turn % 2, 1 - turn % 2):  # the second one finds the vectors in the processor's cache
                 if mine:
                     ours_took.append(seconds(lambda batch=batch: ours.search(batch, K)))
                 else:

@@ -1,15 +1,15 @@
 #!/usr/bin/env python
-"""How fast does an encoder train by contrast? Questions a second and peak memory, beside sentence-transformers.
+"""How fast is contrastive training of an encoder? Questions a second and peak memory, beside sentence-transformers.
 
     python benchmarks/retriever_training.py --model_name_or_path M                                  # pydocs
     python benchmarks/retriever_training.py ... --train_file train_w_q.jsonl --document_path documents.pkl
     python benchmarks/retriever_training.py ... --precision bf16 --batch_size 16
 
-A batch is 64 questions, each with its passage and one hard negative of up to 256 tokens. Every system trains on the
-same texts in a process of its own. Peers: sentence-transformers with MultipleNegativesRankingLoss, and its cached form
-with the same chunks as rqa's; both as a user starts them (`default`), with rqa's allocator (`tuned`), and `calm`: also
-without dropout of attention probabilities, which rqa never has. The loss of the first batch, without any dropout, must
-be one and the same. Needs `pip install -e ".[bench]"`.
+A batch is 64 questions, each with its passage and one hard negative of at most 256 tokens. Every system trains on the
+same texts in its own process. The peers are sentence-transformers with MultipleNegativesRankingLoss, and with the
+cached form of this loss and rqa's chunk size. Their settings are `default`, as a user starts them; `tuned`, with rqa's
+allocator setting; and `calm`, also without dropout of attention probabilities, which rqa never has. Without any
+dropout, the loss of the first batch must be the same for all. Needs `pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -35,9 +35,9 @@ from harness import (
     train_rqa,
 )
 
-TEMPERATURE = 0.05  # the peers' scale is its inverse, 20, by default
+TEMPERATURE = 0.05  # the inverse of the peers' default scale, 20
 CHUNK = 32
-SYSTEMS = {  # name -> settings it is measured with
+SYSTEMS = {  # name -> its settings
     "rqa": ["tuned"],
     "rqa in chunks": ["tuned"],
     "sentence-transformers": ["default", "tuned", "calm"],
@@ -60,7 +60,7 @@ def prepare(arguments: argparse.Namespace) -> None:
 
 
 def make_triples(arguments: argparse.Namespace) -> list[Triple]:
-    """A batch of triples, no passage twice, so that all systems mean the same by a negative."""
+    """Make a batch of triples in which no passage comes twice, so that all systems have the same negatives."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
@@ -69,14 +69,14 @@ def make_triples(arguments: argparse.Namespace) -> list[Triple]:
         raise SystemExit(f"error: --batch_size {arguments.batch_size}: only {len(chosen)} passages have questions")
     others = random.Random(0).sample(sorted(set(range(len(documents))) - set(chosen)), len(chosen))
 
-    def text(number: int) -> str:  # short passages are continued by their neighbours, so that a batch has full length
+    def text(number: int) -> str:  # short passages continue with their neighbours, to have full length
         return "\n".join(document.fmt_content for document in documents[number : number + 8])[:4000]
 
     return [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Questions a second of each measured step, and the loss of the first batch."""
+    """Measure questions a second of each step, and the loss of the first batch."""
     texts = Path(arguments.directory, "triples.json").read_text(encoding="utf-8")
     train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
     loss, clock = train(arguments, [tuple(triple) for triple in json.loads(texts)])
@@ -84,7 +84,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple[float, Clock]:
-    """The product's own loop and objective."""
+    """Train with rqa's own loop and objective."""
     from rqa.models.encoder import EncoderArguments, load_encoder
     from rqa.models.loading import evaluating
     from rqa.objectives.ctl import Contrastive, ContrastiveBatch
@@ -106,7 +106,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
 
     objective = Contrastive(encoder, TEMPERATURE)
     with torch.no_grad(), evaluating(objective):
-        chunked = batch([], CHUNK).to(device())  # not to count memory that training would not need
+        chunked = batch([], CHUNK).to(device())  # in chunks, so that the peak is that of training
         loss = float(objective(chunked)[0]) / size
     clock.units.clear()
     asked = partial(batch, chunk_size=CHUNK if arguments.system == "rqa in chunks" else 0)
@@ -115,7 +115,7 @@ def train_product(arguments: argparse.Namespace, triples: list[Triple]) -> tuple
 
 
 def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Triple]) -> tuple[float, Clock]:
-    """Their trainer as their documentation starts it."""
+    """Train with sentence-transformers as its documentation does."""
     from datasets import Dataset
     from sentence_transformers import (
         SentenceTransformer,
@@ -160,7 +160,7 @@ def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Tri
 
 
 def first_loss(model: Any, triples: list[Triple]) -> float:
-    """The peer's embeddings and its loss over them, without dropout."""
+    """Compute the peer's loss over its embeddings, without dropout."""
     from sentence_transformers.losses import MultipleNegativesRankingLoss
 
     embeddings = [model.encode(list(texts), convert_to_tensor=True) for texts in zip(*triples, strict=True)]
@@ -168,7 +168,7 @@ def first_loss(model: Any, triples: list[Triple]) -> float:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
     print_table(

@@ -1,13 +1,13 @@
 #!/usr/bin/env python
-"""How long does a step of RPG take? Beside the usual way: one document a forward pass, padded to 512, full logits.
+"""How long does a step of RPG take, compared with one document a forward pass, padded to 512 tokens, full logits?
 
     python benchmarks/rpg_step.py --model_name_or_path E --lm_model_path L                          # pydocs
     python benchmarks/rpg_step.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
     python benchmarks/rpg_step.py ... --precision bf16 --num_docs 4 --steps 1
 
-A step retrieves K documents for each of 4 questions, asks the language model about every pair, and trains the encoder.
-Cold: no pair was ever scored before; warm: all were, as in a second epoch. Both ways see the same questions and the
-same index in processes of their own, with rqa's allocator setting.
+A step retrieves K documents for each of 4 questions, scores every pair with the language model, and trains the encoder.
+`cold` means that no pair has been scored before; `warm` means that all have been, as in a second epoch. Both systems
+have the same questions, the same index and rqa's allocator setting, each in its own process.
 """
 
 import argparse
@@ -46,11 +46,11 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    open_retriever(arguments, read_inputs(arguments)[0])  # the index for all
+    open_retriever(arguments, read_inputs(arguments)[0])  # builds the index for all systems
 
 
 def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], Sequence[Example]]:
-    """The documents, and the questions of all steps."""
+    """Read the documents, and the questions of all steps."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     return documents, examples[: QUESTIONS * (arguments.steps + arguments.warmup)]
 
@@ -60,7 +60,7 @@ def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Seconds of each measured step."""
+    """Measure the seconds of each step."""
     documents, examples = read_inputs(arguments)
     steps = rqa_steps if arguments.system == "rqa" else usual_steps
     return {"seconds": steps(arguments, open_retriever(arguments, documents), examples, int(arguments.setting))}
@@ -69,9 +69,9 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 def rqa_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
-    """The product's own loop: one epoch with an empty teacher cache, and one with all scores known."""
+    """Run rqa's own loop: one epoch with an empty teacher cache, and one with all scores cached."""
     encoder, bf16 = retriever.encoder, arguments.precision == "bf16"
-    os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # nothing is known from an earlier run
+    os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # no scores from an earlier run
     lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth)
     teacher = open_teacher(lm)
     choose = RetrievedCandidates(examples, retriever, lm)
@@ -79,7 +79,7 @@ def rqa_steps(
     objective, clock = ListObjective(encoder, TEMPERATURE), Clock()
     epoch = arguments.warmup + arguments.steps
     clock.units = [QUESTIONS] * 2 * epoch
-    # without learning, so that the second epoch finds the documents of the first
+    # learning rate 0: the second epoch finds the documents of the first
     train_rqa(objective, len(examples), collate, QUESTIONS, 2 * epoch, bf16, clock, learning_rate=0.0)
     seconds = [seconds for _, seconds in clock.steps()]
     return {"rqa, cold": seconds[arguments.warmup : epoch], "rqa, warm": seconds[epoch + arguments.warmup :]}
@@ -88,7 +88,7 @@ def rqa_steps(
 def usual_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
-    """RPG as released trainers write it, step by step."""
+    """Run RPG as released trainers implement it."""
     encoder, flags = retriever.encoder, LoadingArguments(bf16=arguments.precision == "bf16")
     backbone = encoder.backbone.train()
     tokenizer = load_tokenizer(arguments.lm_model_path)
@@ -133,7 +133,7 @@ def usual_steps(
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     rows = [
         {"system": name, "num_docs": int(row["setting"]), "seconds": seconds, "peak_gib": row["peak_gib"]}
         for row in sorted(rows, key=lambda row: int(row["setting"]))

@@ -1,17 +1,19 @@
 #!/usr/bin/env python
-"""How many questions a second does a server answer, and how long does each of its clients wait?
+"""How many questions a second does a server answer, and how long do its clients wait?
 
     python benchmarks/serving.py --qa_model_name_or_path M --embedding_model E                        # pydocs
-    python benchmarks/serving.py ... --precision bf16 --only rqa --rows rows.jsonl    # a part of it, added to others
-    python benchmarks/serving.py ... --only --rows rows.jsonl                         # the table of the parts so far
+    python benchmarks/serving.py ... --precision bf16 --only rqa --rows rows.jsonl    # one part, added to others
+    python benchmarks/serving.py ... --only --rows rows.jsonl                         # table of the parts so far
 
-Clients ask one question after another, 1, 8 and 32 of them at once, and read the answers as they stream: at most 48
-tokens, the likeliest ones, over 3 passages. Each server is a process of its own, and has answered before it is timed.
+1, 8 or 32 clients ask at the same time, each one question after another, and read the answers as they stream: at most
+48 tokens by greedy search, over 3 passages. Each server is a process of its own and answers some questions before it is
+timed.
 
-- `rqa`: bin/serve, which searches, and answers together what arrives together; `one at a time` answers each alone.
-- `transformers serve` is given the very prompts that rqa makes, passages included: it has nothing to search. It is run
-  with and without its continuous batching, whose cache may take 15 % of the memory (by default more than half), and
-  with rqa's allocator setting, which helps it, too.
+- `rqa` is bin/serve, which searches, and answers questions that arrive together in one batch. `one at a time` answers
+  each question alone.
+- `transformers serve` gets rqa's prompts, passages included, so it has nothing to search. It runs with and without
+  continuous batching, and with rqa's allocator setting, which makes it faster. The cache of continuous batching may
+  take 15 % of the memory (the default is more than half).
 
 `first` is the time to the first piece of an answer. Needs `pip install -e ".[serve]" "transformers[serving]"`.
 """
@@ -41,9 +43,9 @@ from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.retriever import Retriever
 
 BIN = Path(__file__).parents[1] / "bin"
-PASSAGES, WARM_UP, STARTING = 3, 2, 300  # a question; questions; seconds
+PASSAGES, WARM_UP, STARTING = 3, 2, 300  # passages; untimed questions; seconds to start
 PROMPT = {"chat_format": "template", "max_seq_length": 768, "max_new_tokens": 48}  # bin/quickstart's
-SYSTEMS = {  # name -> flags of the server
+SYSTEMS = {  # name -> the server's flags
     "rqa": [],
     "rqa, one at a time": ["--generation_batch_tokens", "1"],
     "transformers serve": [],
@@ -76,7 +78,7 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> dict[str, list[list[dict[str, str]]]]:
-    """Write documents and index. -> the conversations that rqa, and those that `transformers serve` is asked"""
+    """Write documents and index. -> conversations for rqa, and conversations for `transformers serve`"""
     documents, _, examples = read_corpus(arguments.document_path, None, arguments.eval_data_path)
     examples = examples[: arguments.questions + WARM_UP]
     write_documents(f"{arguments.directory}/documents.jsonl", documents)
@@ -91,7 +93,7 @@ def prepare(arguments: argparse.Namespace) -> dict[str, list[list[dict[str, str]
 
 
 def measure(system: str, clients: int, asked: Sequence[list[dict[str, str]]], arguments: argparse.Namespace) -> Row:
-    """Ask one server; its rate, and how long clients waited."""
+    """Measure one server: its rate, and how long clients wait."""
     with listening(system, arguments) as (process, url):
         asyncio.run(ask_all(url, asked[-WARM_UP:], 1, arguments))
         began = time.perf_counter()
@@ -116,7 +118,7 @@ def measure(system: str, clients: int, asked: Sequence[list[dict[str, str]]], ar
 
 @contextmanager
 def listening(system: str, arguments: argparse.Namespace) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """A server that answers; it is stopped afterwards."""
+    """Start a server, wait until it answers, and stop it at the end."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -165,7 +167,7 @@ def answers_at(url: str) -> bool:
 async def ask_all(
     url: str, asked: Sequence[list[dict[str, str]]], clients: int, arguments: argparse.Namespace
 ) -> list[tuple[str, float, float]]:
-    """Each answer, the seconds to its first piece, and to its end; in the order of the questions."""
+    """Ask all questions. -> each answer, the seconds to its first piece, and to its end, in the questions' order"""
     answers: dict[int, tuple[str, float, float]] = {}
     waiting = iter(enumerate(asked))
 
@@ -187,7 +189,7 @@ async def ask_all(
 
 
 async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
-    """The pieces of an answer that streams."""
+    """Yield the pieces of a streamed answer."""
     if reply.is_error:
         sys.exit(f"error: {(await reply.aread()).decode()}")
     async for line in reply.aiter_lines():
@@ -201,7 +203,7 @@ async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
 
 
 def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
-    """A table with the ratios, and one JSON line."""
+    """Print a table with the ratios, and one JSON line."""
     ours = {(row["precision"], row["clients"]): row for row in rows if row["system"] == "rqa"}
     compare(rows, lambda row: ours.get((row["precision"], row["clients"])))
     for row in rows:

@@ -1,14 +1,14 @@
 #!/usr/bin/env python
-"""How fast does a reader train? Real tokens a second and peak memory, beside what a user would pick instead.
+"""How fast does a reader train? Real tokens a second and peak memory, compared with what a user would choose instead.
 
     python benchmarks/train_throughput.py --model_name_or_path M --embedding_model E                # pydocs
     python benchmarks/train_throughput.py ... --train_file train_w_qa.jsonl --document_path documents.pkl
     python benchmarks/train_throughput.py ... --precision bf16
 
-Every system trains on the same SwR prompts (gold + 3 retrieved passages) in a process of its own, peers once as a
-user starts them and once with rqa's allocator setting. A real token is one that is neither padding nor cut off.
-Peers: `transformers.Trainer` as LocalRQA uses it (labels = inputs, padded to 2,048), and trl's SFTTrainer, padding-free
-or packed, with the loss on the completion only. Needs `pip install -e ".[bench]"`.
+Every system trains on the same SwR prompts (gold + 3 retrieved passages), each in its own process. A peer runs twice:
+as a user starts it, and with rqa's allocator setting. Real tokens exclude padding and tokens that are cut off. The
+peers are `transformers.Trainer` as LocalRQA uses it (labels = inputs, padded to 2,048 tokens), and trl's SFTTrainer,
+padding-free or packed, with the loss on the completion only. Needs `pip install -e ".[bench]"`.
 """
 
 import argparse
@@ -36,7 +36,7 @@ from harness import (
 
 PASSAGES = 3
 PADDED_LENGTH = 2048
-SYSTEMS = {  # name -> allocator settings it is measured with
+SYSTEMS = {  # name -> its allocator settings
     "rqa": ["tuned"],
     "Trainer": ["default", "tuned"],
     "trl padding-free": ["default", "tuned"],
@@ -63,7 +63,7 @@ def read_sequences(arguments: argparse.Namespace) -> Sequences:
 
 
 def make_sequences(arguments: argparse.Namespace) -> Sequences:
-    """The same for every system, two for each step."""
+    """Make two sequences for each step, the same for every system."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.swr import SwRArguments, gold_and_retrieved
@@ -83,13 +83,13 @@ def make_sequences(arguments: argparse.Namespace) -> Sequences:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of each measured step."""
+    """Measure the tokens a second of each step."""
     train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
     return summary(train(arguments, read_sequences(arguments)).steps(skip=arguments.warmup))
 
 
 def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
-    """The product's own loop and objective."""
+    """Train with rqa's own loop and objective."""
     from rqa.models.loading import load_causal_lm, load_tokenizer
     from rqa.objectives.sft import AnswerLikelihood
     from rqa.prompts import PromptArguments, Prompter, TokenSequence
@@ -108,7 +108,7 @@ def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
 
 
 def train_trainer(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
-    """`transformers.Trainer` as LocalRQA uses it: everything padded to one length, the loss on every token."""
+    """Train with `transformers.Trainer` as LocalRQA does: padded to one length, with the loss on every token."""
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     clock = Clock()
@@ -132,7 +132,7 @@ def train_trainer(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
 
 
 def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
-    """trl at its best: no padding, the loss on the completion alone."""
+    """Train with trl at its best: without padding, with the loss on the completion only."""
     from datasets import Dataset
     from transformers import AutoModelForCausalLM
     from trl import SFTConfig, SFTTrainer
@@ -142,7 +142,7 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
         {"input_ids": ids, "completion_mask": [int(i >= start) for i in range(len(ids))]} for ids, start in sequences
     ]
     settings = peer_settings(arguments, sequences)
-    if packed:  # a row of packed sequences stands for the batch
+    if packed:  # one row of packed sequences is the batch
         settings |= {"per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1}
     trainer = SFTTrainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
@@ -174,7 +174,7 @@ def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[s
         "per_device_train_batch_size": 2,
         "max_steps": len(sequences) // 2,
         "bf16": arguments.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),  # or the Trainer refuses bf16
+        "use_cpu": not torch.cuda.is_available(),  # otherwise the Trainer refuses bf16
         "optim": "adamw_torch_fused",
         "save_strategy": "no",
         "report_to": "none",
@@ -184,7 +184,7 @@ def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[s
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """A table with the ratios at equal settings, and one JSON line."""
+    """Print a table with the ratios at equal settings, and one JSON line."""
     from rqa.runtime.distributed import cpu_has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
@@ -206,7 +206,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:
-    """Forward and backward of the layers and of causal attention; the output layer, on answers alone, is left out."""
+    """Operations a token, forward and backward, of layers and causal attention; without the output layer."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(arguments.model_name_or_path)

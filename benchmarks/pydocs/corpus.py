@@ -1,12 +1,12 @@
-"""A corpus without any download: the docstrings of installed packages, and questions that their structure answers.
+"""A corpus without any download: docstrings of installed packages, and questions made from their structure.
 
     write_corpus(build_corpus(QUICKSTART), "data/pydocs")
 
-A passage is about 128 tokens of one docstring, under the qualified name of its object. Questions ask for what an entry
-says: a parameter, the return value, an exception. They name the function in full, by its last name, or only by its
-summary. Others ask which function does what another function's "See Also" says of it: its authors' own paraphrase.
-These sections are left out of the passages, where lexical search would find them word for word; so are the doctests,
-which would add two thirds to numpy's text, look alike everywhere and answer nothing that is asked.
+A passage is about 128 tokens of one docstring, with the qualified name of its object. Most questions ask about one
+entry of a docstring: a parameter, the return value, or an exception. They give the function's full name, its last name,
+or only its summary. Other questions ask which function does what another function's "See Also" says about it, which is
+a paraphrase by its authors. Passages leave out the "See Also" sections, which lexical search would find word for word.
+They also leave out doctests, which would add two thirds to numpy's text, look alike and answer no question.
 """
 
 import re
@@ -69,7 +69,7 @@ _TOKEN = re.compile(r"[^\W\d_]{1,7}|\d{1,3}|[^\w\s]|_")
 
 @dataclass
 class Corpus:
-    """Passages, and questions split by docstring: no docstring is asked about in two splits."""
+    """Passages, and questions that are split by docstring: each docstring has questions in one split only."""
 
     documents: list[Document]
     train: list[Example]
@@ -78,12 +78,12 @@ class Corpus:
 
 
 def build_corpus(packages: Sequence[str] = PACKAGES, chunk_tokens: int = 128, seed: int = 0) -> Corpus:
-    """Make passages and questions of the docstrings of installed packages; the same ones for the same versions.
+    """Make passages and questions from the docstrings of installed packages; the same versions give the same corpus.
 
     Args:
-        packages: Modules to import. Each gives its own public functions and classes: name submodules too.
-        chunk_tokens: The most tokens of a passage, as `count_tokens` counts them.
-        seed: Changes which facts are asked for, in which words, and the split.
+        packages: Modules to import. Each gives its own public functions and classes; list submodules separately.
+        chunk_tokens: Maximum tokens of a passage, by `count_tokens`.
+        seed: Decides which facts are asked about, in which words, and the split.
     """
     pages, homes = collect_pages(packages)
     if not pages:
@@ -96,7 +96,7 @@ def build_corpus(packages: Sequence[str] = PACKAGES, chunk_tokens: int = 128, se
         if asked[question] == 1:
             split = Random(f"{seed} split {page.name}").choices(list(SPLITS), list(SPLITS.values()))[0]
             gold = tuple(passage for passage in passages[page.name] if fact.evidence in passage.page_content)
-            if gold:  # else the words are cut in two
+            if gold:  # otherwise the answer is split between passages
                 getattr(corpus, split).append(Example(question, gold, fact.answer))
     return corpus
 
@@ -110,7 +110,7 @@ def write_corpus(corpus: Corpus, directory: str | Path) -> None:
 
 
 def count_tokens(text: str) -> int:
-    """About as many as MiniLM's word pieces, with no tokenizer: on these docstrings 1.00 times as many, +-15 %."""
+    """Estimate the number of MiniLM's word pieces without a tokenizer: 1.00 times as many here, +-15 %."""
     return len(_TOKEN.findall(text))
 
 
@@ -129,6 +129,6 @@ def _passages(page: Page, limit: int) -> list[Document]:
 
 
 def _pieces(text: str, limit: int) -> list[str]:
-    """Cut what is longer than a passage behind sentences, and a sentence that is still longer between words."""
+    """Split a text longer than a passage after sentences, and a sentence longer than that between words."""
     parts = [" ".join(words) for sentence in sentences(text) for words in pack(sentence.split(), count_tokens, limit)]
     return [" ".join(piece) for piece in pack(parts, count_tokens, limit)]

@@ -1,4 +1,4 @@
-"""The structure of a docstring: numpy's and Google's sections and their entries, as clean one-line paragraphs."""
+"""Parse a docstring: sections and entries of numpy's and Google's styles, as clean one-line paragraphs."""
 
 import inspect
 import re
@@ -55,13 +55,13 @@ _MARKUP = (
 
 @dataclass(frozen=True)
 class Block:
-    """What a passage keeps together: a paragraph, or one entry of a section.
+    """A part of a docstring that stays in one passage: a paragraph, or one entry of a section.
 
     Attributes:
         section: "parameters", "returns", "raises", "see also", another heading in lower case, or `PROSE`.
-        name: The entry's name, or names with commas between; empty for a paragraph.
-        kind: The entry's type, empty if none is given.
-        description: The paragraph, or what the entry says, on one line.
+        name: The entry's name, or several separated by commas; empty for a paragraph.
+        kind: The entry's type; empty if it has none.
+        description: The text of the paragraph or entry, on one line.
     """
 
     section: str
@@ -76,11 +76,11 @@ class Block:
 
 
 def parse(docstring: str, names: Collection[str] = ()) -> list[Block]:
-    """Cut a docstring into blocks, in its order; code, doctests and formulas are left out.
+    """Split a docstring into blocks, in order; code, doctests and formulas are left out.
 
     Args:
-        docstring: As the object has it, indented or not.
-        names: What the object is called: leading lines that only repeat its signature are left out.
+        docstring: The raw docstring, indented or not.
+        names: Names of the object. Leading lines that only repeat its signature are left out.
     """
     text = re.sub(r"```.*?(```|\Z)", "", inspect.cleandoc(docstring), flags=re.DOTALL)
     lines = _without_signature(_without_directives(text.splitlines()), names)
@@ -93,7 +93,7 @@ def parse(docstring: str, names: Collection[str] = ()) -> list[Block]:
 
 
 def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
-    """Group items in their order, as many as fit the limit; an item that is larger stands alone."""
+    """Group items in order, as many as fit the limit; an item above the limit is a group of its own."""
     group: list[T] = []
     filled = 0
     for item in items:
@@ -107,19 +107,19 @@ def pack(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[l
 
 
 def sentences(text: str) -> list[str]:
-    """Cut a paragraph behind its full stops, not behind those of "e.g." and "i.e."."""
+    """Split a paragraph after its full stops, but not after "e.g." and "i.e."."""
     return [sentence for sentence in _SENTENCE_END.split(text) if sentence]
 
 
 def plain(text: str) -> str:
-    """Text on one line, reStructuredText and Markdown roles, links and emphasis reduced to what they show."""
+    """Put a text on one line; of reStructuredText and Markdown markup, only the visible text stays."""
     for pattern, replacement in _MARKUP:
         text = pattern.sub(replacement, text)
     return text.strip()
 
 
 def _without_directives(lines: list[str]) -> list[str]:
-    """A note's mark goes and its text stays; formulas, code and versions go whole."""
+    """Remove directives: the text of notes stays; formulas, code and versions are removed completely."""
     kept: list[str] = []
     skipped_indent: int | None = None
     for line in lines:
@@ -147,7 +147,7 @@ def _without_signature(lines: list[str], names: Collection[str]) -> list[str]:
 
 
 def _sections(lines: list[str]) -> Iterator[tuple[str, bool, list[str]]]:
-    """Yield (section, whether its heading is Google's, its lines without common indentation)."""
+    """Yield (section, whether its heading is in Google's style, its lines without common indentation)."""
     section, google, body = PROSE, False, []
     for number, line in enumerate(lines):
         heading = _heading(line, lines[number + 1 :])
@@ -161,7 +161,7 @@ def _sections(lines: list[str]) -> Iterator[tuple[str, bool, list[str]]]:
 
 
 def _heading(line: str, following: list[str]) -> tuple[str, bool] | None:
-    """The section that a line opens: underlined, or in Google's style with a colon before indented lines."""
+    """The section that a line starts: an underlined heading, or Google's, with a colon before indented lines."""
     google = _GOOGLE_HEADING.match(line)
     if google and _is_indented(next(filter(str.strip, following), "")):
         title = google[1]
@@ -187,7 +187,7 @@ def _paragraphs(section: str, lines: list[str], _google: bool = False) -> list[B
 
 
 def _entries(section: str, lines: list[str], google: bool) -> list[Block]:
-    """An unindented line opens an entry; in Google's style only when it has a colon."""
+    """Yield entries. An unindented line starts one; in Google's style, only if it has a colon."""
     starts = [
         number
         for number, line in enumerate(lines)
@@ -209,7 +209,7 @@ def _entry(section: str, header: str, rest: list[str], google: bool) -> Block:
         first = ""
     if section == "see also":
         kind, first = "", kind
-    if section == "returns" and (google or not kind):  # the only thing said before the colon is a type
+    if section == "returns" and (google or not kind):  # the only text before the colon is a type
         name, kind = "", name
     description = "\n".join([first, *(line for line in _dedent(rest) if not line.startswith((">>>", "...")))])
     return Block(section, plain(name).strip("`"), plain(kind), plain(description))

@@ -1,4 +1,4 @@
-"""Docstrings as pages: collected from installed packages in a new interpreter, near-duplicates left out."""
+"""Docstrings as pages, collected from installed packages in a new interpreter, without near-duplicates."""
 
 import importlib
 import inspect
@@ -19,14 +19,14 @@ from pydocs.docstrings import Block, parse, sentences
 from rqa.runtime.errors import UserError
 
 LEFT_OUT = {"see also", "examples", "references"}
-FEWEST_WORDS = 12  # of a docstring; shorter ones say little but "Same as ..."
+FEWEST_WORDS = 12  # words of a docstring; shorter ones mostly say "Same as ..."
 NEAR_DUPLICATE = 0.8  # Jaccard similarity of the words of two docstrings
-BOILERPLATE = 3  # docstrings that may share a paragraph before it counts as nobody's own
+BOILERPLATE = 3  # a paragraph in more docstrings than that is boilerplate
 
 
 @dataclass(frozen=True)
 class Page:
-    """One docstring: the name of its object, the blocks that it shows, its "See Also" entries."""
+    """One docstring: the name of its object, its visible blocks, and its "See Also" entries."""
 
     name: str
     blocks: tuple[Block, ...]
@@ -42,14 +42,14 @@ class Page:
 
 
 def collect_pages(modules: Sequence[str]) -> tuple[list[Page], dict[str, str]]:
-    """The pages of these modules, and the page's name for every name of an object."""
+    """Collect the pages of these modules. -> them, and the name of the page for each name of an object"""
     names = _collect_afresh(modules)
     pages = _distinct([page for docstring, called in names.items() if (page := _page(called, docstring))])
     return pages, {name: called[0] for called in names.values() for name in called}
 
 
 def _collect_afresh(modules: Sequence[str]) -> dict[str, list[str]]:
-    """Collect in a new interpreter: packages rewrite the docstrings of others (scipy numpy's, torch `inspect`'s)."""
+    """Collect in a new interpreter, because packages change others' docstrings (scipy numpy's, torch `inspect`'s)."""
     paths = os.pathsep.join(map(os.path.abspath, sys.path))
     script = "import sys; from pydocs.pages import _print_collected; _print_collected(sys.argv[1:])"
     result = subprocess.run(
@@ -71,7 +71,7 @@ def _print_collected(modules: Sequence[str]) -> None:
 
 
 def _collect(modules: Iterable[str]) -> dict[str, list[str]]:
-    """Each docstring with the names of its objects, the most public name first; most public docstrings first."""
+    """Collect each docstring with the names of its objects; the most public names and docstrings come first."""
     called: dict[str, dict[str, tuple[bool, int, int, str]]] = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,14 +90,14 @@ def _collect(modules: Iterable[str]) -> dict[str, list[str]]:
 
 
 def _members(module: types.ModuleType, path: str) -> Iterator[tuple[str, Any, bool]]:
-    """Yield (name, object, whether inherited) for a module, what it makes public, and the methods of its classes."""
+    """Yield (name, object, whether inherited) for a module, its public objects, and the methods of its classes."""
     yield path, module, False
     top = importlib.import_module(_top(path))
     listed = getattr(module, "__all__", None)
     for name in sorted({name for name in listed or dir(module) if not name.startswith("_")}):
         try:
             member = getattr(module, name)
-        except Exception:  # listed, but what it needs is not installed
+        except Exception:  # its requirements are not installed
             continue
         if callable(member) and (listed or _top(getattr(member, "__module__", None) or path) == _top(path)):
             home = top.__name__ if getattr(top, name, None) is member else path
@@ -116,7 +116,7 @@ def _methods(name: str, owner: type) -> Iterator[tuple[str, Any, bool]]:
 
 
 def _top(path: str) -> str:
-    """The package that a module belongs to; `_io` is `io`."""
+    """The package of a module; `_io` counts as `io`."""
     return path.partition(".")[0].lstrip("_")
 
 
@@ -129,7 +129,7 @@ def _page(names: Sequence[str], docstring: str) -> Page | None:
 
 
 def _distinct(pages: Sequence[Page]) -> list[Page]:
-    """Keep the first of pages that share four fifths of their words, names and boilerplate aside.
+    """Keep the first of pages that share four fifths of their words, apart from names and boilerplate.
 
     Sets of a Jaccard similarity of t share one of the `len - ceil(t * len) + 1` rarest words of either, so only pages
     that share one of those are compared.
@@ -150,7 +150,7 @@ def _distinct(pages: Sequence[Page]) -> list[Page]:
 
 
 def _own_words(pages: Sequence[Page]) -> dict[str, set[str]]:
-    """The words of each page but for its name and what several pages say, as every ufunc says what `out` is."""
+    """The words of each page without its name and without boilerplate, such as `out` in every ufunc."""
     said = Counter(text for page in pages for text in {block.text for block in page.blocks})
     words = {}
     for page in pages:

