@@ -150,10 +150,10 @@ REFUSED = {  # by the parser
     "train_ctl --negatives_from_rank 0": "--negatives_from_rank 0: must be at least 1",
     "train_ctl --negatives_max_share 2": "--negatives_max_share 2.0: must be above 0 and at most 1",
     "train_ctl --mine_negatives true --num_hard_negatives 0": "--mine_negatives true: contradicts --num_hard_neg",
-    "train_ctl --mine_negatives false --refresh_async true": "--refresh_async: nothing is mined without --mine_neg",
-    "train_ctl --mine_negatives false --negatives_from_rank 2": "--negatives_from_rank: nothing is mined without",
+    "train_ctl --mine_negatives false --refresh_async true": "--refresh_async: has no effect without --mine_neg",
+    "train_ctl --mine_negatives false --negatives_from_rank 2": "--negatives_from_rank: has no effect without",
     "train_ctl --mine_negatives true --num_hard_negatives 16 --negatives_from_rank 6":
-        "--negatives_to_rank 20: leaves 15 hard negatives a question",
+        "--negatives_to_rank 20: leaves only 15 hard negatives per question",
     "train_ctl --index_path Milvus::wiki.db/all": "--index_path Milvus::wiki.db/all: not an index in Milvus",
     "train_rpg --num_docs 1": "--num_docs 1: must be at least 2",
     "train_rpg --lm_temperature 0": "--lm_temperature 0.0: must be above 0",
