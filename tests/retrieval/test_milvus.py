@@ -211,7 +211,7 @@ def test_each_failure_of_a_server_is_one_line_without_credentials(
         (lambda: index.add(np.arange(2), QUERIES[:2, :5]), "Milvus refuses it .*dim 8, got 5"),
         (
             partial(build, others + "2", PASSAGES, "", index_factory="PQ8"),
-            "Milvus has auto, Flat, HNSW32, IVF4096,Flat",
+            "Milvus has only auto, Flat, HNSW32, IVF4096,Flat",
         ),
     ]:
         with pytest.raises(UserError, match=rf"^--(index_path|filter|index_factory) .*{told}.*\Z") as error:
