@@ -406,7 +406,7 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
     with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()
-    with pytest.raises(UserError, match="--projection true: passages have an encoder of their own"):
+    with pytest.raises(UserError, match="--projection true: cannot change a separate passage encoder"):
         projected.project(D)
 
 

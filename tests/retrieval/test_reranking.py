@@ -130,7 +130,7 @@ def test_a_reranker_that_cannot_be_used_is_one_line_before_an_index_is_built(
     files: dict[str, Path], encoder_path: str, refused: Callable[..., None], tmp_path: Path
 ) -> None:
     for flags, message in {
-        f"--reranker {encoder_path}": f"model {encoder_path}: is no reranker; train one from it",
+        f"--reranker {encoder_path}": f"model {encoder_path}: is not a reranker; train one from it",
         "--reranker /nowhere": "model /nowhere: cannot be loaded: no such directory",
         "--rerank_depth 9": "--rerank_depth 9: has no effect without a reranker; add --reranker",
     }.items():
