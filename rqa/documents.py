@@ -58,8 +58,8 @@ class DocumentFile(Sequence[Document]):
         content = self.path if plain else cached.with_suffix(".jsonl")
         tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]
         known = [table for table in tables if content.exists() and _header(table) == about]
-        beside = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
-        self._table = known[0] if known else tables[0 if beside else -1]
+        writable = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
+        self._table = known[0] if known else tables[0 if writable else -1]
         if not known:
             if not plain:
                 _unpack(self.path, content)
@@ -205,10 +205,8 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     same = {key: documents[place] for key, place in zip(missing, places, strict=True) if place >= 0}
     lost = [key for key in missing if key not in same]
     sample = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
-    message = (
-        "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
-    )
-    message += "there with the same text, which counts as found; %d are not, and can never be found"
+    message = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; "
+    message += "%d are there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
     log.warning(message, file, len(missing), sample, len(missing) - len(lost), len(lost))
     return [

@@ -144,8 +144,8 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     if not (modules := read_modules(path)):
         return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
     folders, names = zip(*modules, strict=True)
-    beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
-    if names[:2] != ("Transformer", "Pooling") or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
+    flat = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
+    if names[:2] != ("Transformer", "Pooling") or {*names[2:]} - {*LAYERS} or folders[0] or not flat:
         wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
         raise UserError(f"{path}/modules.json: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"

@@ -229,9 +229,7 @@ def choose_collate(model: PreTrainedModel, precision: torch.dtype | None = None)
 def batching_is_exact(model: PreTrainedModel, precision: torch.dtype | None = None, collate: Collate = pack) -> bool:
     """Whether a packed or padded batch gives the same as one sequence at a time, tried on a few tokens."""
     # Packing changes relative position biases, positions that do not start at 0 and state-space layers.
-    half = (
-        len(model.get_input_embeddings().weight) // 2
-    )  # of the vocabulary; special tokens are usually in the first half
+    half = len(model.get_input_embeddings().weight) // 2  # of the vocabulary; its first half has special tokens
     sequences = [[half + (3 * i + shift) % half for i in range(length)] for shift, length in ((0, 7), (1, 4), (2, 6))]
     dtype = precision or (torch.bfloat16 if "flash" in attention_of(model) else model.dtype)
     with evaluating(model), distributed.autocast(dtype), holding(lowered(model) if dtype is torch.bfloat16 else {}):
@@ -304,9 +302,9 @@ def learned_positions(model: nn.Module) -> float:
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:
     """The flags, with the length `name` lowered to the model's number of positions if needed."""
-    limit, asked, kind = learned_positions(model), getattr(flags, name), type(model).__name__
-    if asked > limit:
-        log.warning("--%s %d: is lowered to %d tokens, for which %s has positions", name, asked, limit, kind)
+    limit, given, kind = learned_positions(model), getattr(flags, name), type(model).__name__
+    if given > limit:
+        log.warning("--%s %d: is lowered to %d tokens, for which %s has positions", name, given, limit, kind)
         setattr(flags := copy(flags), name, limit)
     return flags
 

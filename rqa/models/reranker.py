@@ -244,14 +244,14 @@ def load_reranker(
     stated_most = max(getattr(model.config, "max_position_embeddings", None) or 512, 0) or math.inf  # XLNet's is -1
     positions = min(loading.learned_positions(model), stated_most)
     length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
-    asked = flags.max_pair_length or length
-    if asked > length:
-        raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
+    max_length = flags.max_pair_length or length
+    if max_length > length:
+        raise UserError(f"--max_pair_length {max_length}: {path} takes at most {length} tokens")
     logits = {"method": "forward", "method_output_name": "logits"}
     ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or _renders(tokenizer) else {})
     task, output = ("text-generation", "causal_logits") if answers else ("sequence-classification", "scores")
     reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
-    reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
+    reranker = Reranker(model, tokenizer, max_length, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
     return reranker

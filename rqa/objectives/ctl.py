@@ -79,12 +79,12 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
         self.check_bounds("temperature", above=0)
         if self.num_hard_negatives is None:
             self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
-        asked = self.num_hard_negatives or self.hard_neg_ratio
-        self.mine_negatives = bool(asked) if self.mine_negatives is None else self.mine_negatives
+        count = self.num_hard_negatives or self.hard_neg_ratio
+        self.mine_negatives = bool(count) if self.mine_negatives is None else self.mine_negatives
         room = self.negatives_to_rank - self.negatives_from_rank + 1
-        if self.mine_negatives and not asked:
+        if self.mine_negatives and not count:
             raise UserError("--mine_negatives true: contradicts --num_hard_negatives 0; remove one")
-        if self.mine_negatives and asked > room:
+        if self.mine_negatives and count > room:
             given = f"--negatives_to_rank {self.negatives_to_rank}"
             raise UserError(f"{given}: leaves only {room} hard negatives per question; raise it")
         window = [item.name for item in fields(NegativeArguments)] + ["refresh_async", "negatives_from"]

@@ -17,7 +17,7 @@ from rqa.runtime.errors import UserError
 FLAT_TO = 200_000  # passages up to which `auto` searches exactly
 SAMPLED = 80, 2**16  # training embeddings per cell, and the minimum
 RESCORED = 4  # candidates that a refined index re-scores for each result
-RECALL, ASKED = 0.98, 200  # `auto` tunes an approximate index to this recall@10, measured with so many queries
+RECALL, QUERIES = 0.98, 200  # `auto` tunes an approximate index to this recall@10, measured with so many queries
 
 
 class Chunk(NamedTuple):
@@ -106,7 +106,7 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
     probes, recall, before = 1, 0.0, -1.0
     cells: Any = faiss.try_extract_index_ivf(index)
     if index.ntotal:
-        queries = _some(chunks, index.ntotal / ASKED)
+        queries = _some(chunks, index.ntotal / QUERIES)
         blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
         exact = nearest(queries, blocks, 10)
         while True:
@@ -117,7 +117,7 @@ def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
                 break
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
+    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {QUERIES} of them"
 
 
 def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:

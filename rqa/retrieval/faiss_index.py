@@ -47,7 +47,7 @@ PRODUCTS_AT_ONCE = 2**28  # bounds the memory of a search on a GPU
 class FaissIndex(Index):
     """A FAISS index in memory, divided among processes, or in a directory."""
 
-    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
+    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str = "") -> None:
         super().__init__(documents, flags, path)
         self.factory = flags.index_factory
         self._count = 0  # documents in all processes
@@ -110,7 +110,7 @@ class FaissIndex(Index):
     def load(self, directory: Path | None = None) -> bool:
         """See `Index`; one that is damaged, or of another kind than the flags ask for, cannot be used."""
         if not directory:
-            directory = Path(os.path.realpath(self.path or ""))
+            directory = Path(os.path.realpath(self.path))
             files.remove_leftovers(directory.parent)
         if files.damage(directory):
             return False
@@ -177,12 +177,12 @@ class FaissIndex(Index):
         return path.with_name(f"{path.name}.building")
 
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
-        refuse_foreign_directory(Path(self.path or ""))
+        refuse_foreign_directory(Path(self.path))
         own, held = passages_of(self.documents), self._held[self._held != b""] if update else np.empty(0, PRINT)
         state_file = self._building / "state.json"
         state = {"of": files.fingerprint(encoder, self.stamp if update else "", own.tobytes())}
         if distributed.is_main():
-            if not update and any(Path(self.path or "").glob("*")):
+            if not update and any(Path(self.path).glob("*")):
                 message = "index %s: was made from other documents, weights or settings, or is damaged; rebuilding it"
                 log.warning(message, self.path)
             self._building.mkdir(parents=True, exist_ok=True)
@@ -230,7 +230,7 @@ class FaissIndex(Index):
                 raise UserError(f"index path {self.path}: {missing} embeddings are missing; start again")
             self.version = files.fingerprint(self.version, stamp) if self._update else stamp
             self.stamp, self.dtype = stamp, dtype
-            self._write(Path(self.path or ""), index, passages)
+            self._write(Path(self.path), index, passages)
             shutil.rmtree(self._building)
         distributed.barrier()
         if not self.load():
@@ -238,7 +238,7 @@ class FaissIndex(Index):
 
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
         """The index at the path with passages removed and added, and the passage of each of its ids."""
-        index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
+        index = faiss.read_index(str(Path(self.path, "index.faiss")))
         first, *better = stages(index)
         gone, cells = np.isin(self._held, self._gone), divides(first) and faiss.try_extract_index_ivf(first)
         if gone.any():

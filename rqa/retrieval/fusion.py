@@ -43,8 +43,8 @@ def choose_weight(
         return np.where(relevant.any(1), 1 / (relevant.argmax(1) + 1), 0.0)
 
     reciprocal = np.array([ranks(weight) for weight in WEIGHTS])  # [W, Q]
-    behind = reciprocal[reciprocal.mean(1).argmax()] - reciprocal
-    near = behind.mean(1) <= behind.std(1) / np.sqrt(max(len(gold) - 1, 1)) + 1e-9
+    gap = reciprocal[reciprocal.mean(1).argmax()] - reciprocal
+    near = gap.mean(1) <= gap.std(1) / np.sqrt(max(len(gold) - 1, 1)) + 1e-9
     return float(min(WEIGHTS[near], key=lambda weight: abs(weight - usual)))
 
 

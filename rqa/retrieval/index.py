@@ -60,7 +60,7 @@ class Index(ABC):
     dtype = "float32"  # the dtype that embeddings were computed in; the index serves encoders of any precision
     about = ""  # kind and size, for messages
 
-    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
+    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str = "") -> None:
         self.documents, self.flags, self.path = documents, flags, path
 
     def __len__(self) -> int:

@@ -47,6 +47,6 @@ def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np
     scores = np.empty(rows.shape, np.float32)
     for part in (slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(rows), QUERIES_AT_ONCE)):
         chosen = vectors[torch.from_numpy(rows[part].clip(0)).to(vectors.device)].double()
-        asked = torch.from_numpy(queries[part]).to(vectors.device).double()
-        scores[part] = (chosen * asked[:, None]).sum(-1).float().cpu()
+        part_queries = torch.from_numpy(queries[part]).to(vectors.device).double()
+        scores[part] = (chosen * part_queries[:, None]).sum(-1).float().cpu()
     return scores

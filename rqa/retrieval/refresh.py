@@ -74,9 +74,7 @@ class Refresher:
 
     def __init__(self, retriever: PassageRetriever, flags: Any, then: Any = None) -> None:
         self.retriever, self.flags, self.then = retriever, flags, then
-        self.made_at = (
-            0  # the step whose weights made the present index; if frozen, the step of the last call of `then`
-        )
+        self.made_at = 0  # the step whose weights made the index; if frozen, the step of the last call of `then`
         self.refreshes = 0
         self._begun_at = 0  # the step whose weights encode in the background
         self.due = schedule(flags.refresh_step)

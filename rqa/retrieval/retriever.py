@@ -95,7 +95,7 @@ class Retriever(PassageRetriever):
             return self
         self.index, stamp = index_at(str(path), self.documents, self.flags), self.stamp()
         if not self._fits(stamp):
-            with alone(self.index.path or "") if distributed.is_main() else nullcontext():
+            with alone(self.index.path) if distributed.is_main() else nullcontext():
                 distributed.barrier()  # meanwhile another run may have built it
                 if not self._fits(stamp):
                     self._build(stamp)
@@ -116,9 +116,8 @@ class Retriever(PassageRetriever):
         first = np.sort(np.unique(passages, return_index=True)[1])  # equal passages are encoded once
         missing = first[~np.isin(passages[first], held)]
         if len(missing) < len(first):
-            log.info(
-                "index %s: %d of %d documents are already encoded", index.path, len(first) - len(missing), len(first)
-            )
+            known = len(first) - len(missing)
+            log.info("index %s: %d of %d documents are already encoded", index.path, known, len(first))
         for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
             index.add(numbers, vectors)
         distributed.barrier()
