@@ -11,10 +11,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-for name in (
-    "torchao",
-    "torch.utils._pytree",
-):  # transformers imports torchao if it is installed, and both log warnings
+for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if installed, and both log warnings
     logging.getLogger(name).setLevel(logging.ERROR)
 
 SURFACE = {

@@ -136,10 +136,7 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
     """The same as `read_examples`, with one line in memory at a time."""
     for line, row in read_jsonl(path):
         for example in parse_example(row, f"{path}:{line}", answers):
-            texts = {
-                "question": example.question,
-                "gold_answer": example.gold_answer,
-            }  # generated data may have blank ones
+            texts = {"question": example.question, "gold_answer": example.gold_answer}  # may be blank in generated data
             if blank := next((name for name, text in texts.items() if text is not None and not text.strip()), None):
                 log.warning("%s: field '%s' is blank; the example is left out", example.where, blank)
             else:

@@ -119,9 +119,7 @@ class ChatTemplateArguments(Arguments):
         try:
             return parse_json(self.chat_template_kwargs)
         except ValueError as error:
-            raise UserError(
-                f"--chat_template_kwargs {self.chat_template_kwargs}: {error}; give a JSON object"
-            ) from None
+            raise UserError(f"--chat_template_kwargs {self.chat_template_kwargs}: {error}; give an object") from None
 
 
 @dataclass(kw_only=True)
@@ -177,9 +175,7 @@ class Prompter:
         self._end_of_reply, self.end_of_turn = self._find_end_of_turn()
         self.stop_ids = sorted({self.end_of_turn[-1], tokenizer.eos_token_id} - {None})  # tokens that end generation
         special = {token: added.content for token, added in tokenizer.added_tokens_decoder.items() if added.special}
-        self._unsaid = {
-            token for token, name in special.items() if without_thoughts(name)
-        }  # special tokens except those around thoughts
+        self._unsaid = {token for token, name in special.items() if without_thoughts(name)}  # not those around thoughts
         self._thinks = self._prompt(Example("?")).text.rstrip().endswith("<think>")  # prompts open the thoughts
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> TokenSequence:

@@ -159,7 +159,7 @@ REFUSED = {  # by the parser
     "train_rpg --lm_temperature 0": "--lm_temperature 0.0: must be above 0",
     "train_rpg --retrieve_temperature -1": "--retrieve_temperature -1.0: must be above 0",
     "train_rpg --kl_direction both": "--kl_direction: invalid choice: 'both'",
-    "train_rpg --train_query_encoder_only true --refresh_async true": "leave out --refresh_async",
+    "train_rpg --train_query_encoder_only true --refresh_async true": "remove --refresh_async",
     "train_rpg --lm_tokenizer T": "--lm_tokenizer: a local model brings its own",
     "train_emdr --lm_model_path openai::http://h/v1": "--lm_tokenizer: EMDR2 counts answer tokens",
     "train_dca --with_score true --reader_model_path R": "--reader_model_path: give it, or --with_score true",

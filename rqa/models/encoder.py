@@ -44,12 +44,10 @@ class EncoderArguments(LoadingArguments):
         None, "Pooling. Default: the checkpoint's, or mean.", sorted(POOLING.values()), rare=True
     )
     normalize: bool | None = flag(
-        None, "Whether to normalise embeddings to length 1. Default: the checkpoint's, or true.", rare=True
+        None, "Whether embeddings get length 1. Default: the checkpoint's, or true.", rare=True
     )
-    query_prefix: str | None = flag(None, 'Text before each question, such as "query: ". Default: the checkpoint\'s.')
-    passage_prefix: str | None = flag(
-        None, 'Text before each passage, such as "passage: ". Default: the checkpoint\'s.'
-    )
+    query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
+    passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
     query_instruction: str | None = flag(
         None,
         "Task that makes the query prefix 'Instruct: TASK\\nQuery: ', or a template that ends with {query}.",
@@ -299,9 +297,7 @@ def load_encoder(
     given = {name: value for name in names if (value := getattr(flags, name, None)) is not None}
     if (prefix := flags.prefix(stored.get("query_prefix", ""))) is not None:
         given["query_prefix"] = prefix
-    limit = int(
-        max(limit, min(positions, max(stored[name] for name in LENGTHS)))
-    )  # stated lengths may exceed the tokenizer's
+    limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # may exceed the tokenizer's
     for name in LENGTHS:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")

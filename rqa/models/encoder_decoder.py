@@ -44,9 +44,7 @@ LEAST_FULL = 0.8  # shortest sequence of a padded batch, as a share of its longe
 class EncoderDecoderArguments(LoadingArguments):
     """The encoder-decoder's prompts."""
 
-    prompt_template: str | None = flag(
-        None, "Text file with {passage} and {question} that replaces the default prompt."
-    )
+    prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
     max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
 
     def check(self) -> None:

@@ -51,9 +51,7 @@ class LoadingArguments(Arguments):
         "auto", "Dtype of models that are not trained; auto: the dtype that they compute in.",
         ["auto", "float32", "bfloat16"], rare=True,
     )  # fmt: skip
-    use_flash_attention: bool = flag(
-        False, "Whether to use the flash-attn package for attention (CUDA only).", rare=True
-    )
+    use_flash_attention: bool = flag(False, "Whether to use the flash-attn package (CUDA only).", rare=True)
     trust_remote_code: bool = flag(False, "Whether to run Python code from a checkpoint.", rare=True)
 
     @property
@@ -349,9 +347,7 @@ class LoraArguments(Arguments):
     lora_alpha: int = flag(32, "LoRA alpha; adapters are scaled by alpha / rank.", rare=True)
     lora_dropout: float = flag(0.0, "Dropout of the adapters' input.", rare=True)
     lora_target_modules: list[str] = flag(["all-linear"], "Names of layers that get an adapter.", rare=True)
-    merge_lora_on_save: bool = flag(
-        False, "Whether output_dir gets the merged model instead of the adapter.", rare=True
-    )
+    merge_lora_on_save: bool = flag(False, "Whether output_dir gets the merged model, not the adapter.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("lora_r", at_least=1)
@@ -365,9 +361,7 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
     present = getattr(model, "peft_config", None)
     if not flags.use_lora:
         if present:
-            raise UserError(
-                f"model {model.name_or_path}: is a LoRA adapter; add --use_lora true to continue training it"
-            )
+            raise UserError(f"model {model.name_or_path}: is a LoRA adapter; add --use_lora true to train it further")
         return
     if not model.name_or_path:
         raise UserError("--use_lora true: the new layers of bert:: must be trained in full; remove the flag")
@@ -394,9 +388,7 @@ def train_adapters(model: PreTrainedModel, flags: LoraArguments, source: str) ->
     for weight in (weight for weight in model.parameters() if weight.requires_grad):
         weight.data = weight.data.float()  # peft creates them in the model's dtype
     if present:
-        set_peft_model_state_dict(
-            model, load_peft_weights(source, device="cpu"), adapter
-        )  # reload, since loading rounded them
+        set_peft_model_state_dict(model, load_peft_weights(source, device="cpu"), adapter)  # in full precision
 
 
 def merged(directory: str | Path, kind: type[PreTrainedModel]) -> PreTrainedModel:

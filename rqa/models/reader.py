@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, TopPLogitsWarper
 
 from rqa.data import Document, Example
 from rqa.models import loading
@@ -49,9 +43,7 @@ class GenerationArguments(Arguments):
     num_beams: int = flag(1, "Beams of beam search; 1: greedy search.")
     do_sample: bool = flag(False, "Whether to sample tokens instead of taking the most likely one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
-    top_p: float = flag(
-        1.0, "Total probability of the most likely tokens to sample from (nucleus sampling).", rare=True
-    )
+    top_p: float = flag(1.0, "Total probability of the most likely tokens to sample from.", rare=True)
     generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, with padding, at most.", rare=True)
 
     def check(self) -> None:
@@ -113,9 +105,7 @@ class Answer:
 
     text: str
     num_tokens: int
-    seconds: float | None = (
-        None  # of its batch; None: nothing was generated, since the prompt did not fit or the answer was cached
-    )
+    seconds: float | None = None  # of its batch; None: not generated, since it did not fit or was cached
     batch_size: int = 1  # questions in that batch; `seconds` is a user's latency only if this is 1
     cut: bool = False  # whether the answer reached the limit of new tokens
 

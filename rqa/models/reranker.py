@@ -56,9 +56,7 @@ PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 class RerankerArguments(LoadingArguments):
     """The cross-encoder."""
 
-    max_pair_length: int | None = flag(
-        None, "Tokens of question and passage together, at most. Default: the checkpoint's.", rare=True
-    )
+    max_pair_length: int | None = flag(None, "Tokens of a pair, at most. Default: the checkpoint's.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("max_pair_length", at_least=8)
@@ -222,9 +220,7 @@ def load_reranker(
     if not reading and "ForCausalLM" in kinds:
         answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if None in answers or tokenizer.unk_token_id in answers:
-            raise UserError(
-                f"model {path}: its tokenizer has no tokens 'yes' and 'no', which give the scores; use another model"
-            )
+            raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no'; use another model")
         if not new_head:
             log.warning("model %s: is a language model; its log odds of 'yes' and 'no' are the scores", path)
         if not all(re.search(f"['\"]{role}['\"]", template) for role in ROLES):
@@ -290,8 +286,5 @@ def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], lis
     tokens = read_part(path, name := f"{modules[-1][0]}/config.json")
     if tokens.get(ANSWERS[0]) is None:
         raise UserError(f"{path}/{name}: {ANSWERS[0]} is missing; copy the original file")
-    return (
-        reading,
-        general,
-        [stated(f"{path}/{name}", tokens, key, 0) for key in ANSWERS if tokens.get(key) is not None],
-    )
+    answers = [stated(f"{path}/{name}", tokens, key, 0) for key in ANSWERS if tokens.get(key) is not None]
+    return reading, general, answers

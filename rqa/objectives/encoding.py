@@ -32,9 +32,7 @@ TEXTS_KEPT = 2**17  # texts with cached token ids, about 600 bytes each
 class ChunkArguments(Arguments):
     """Size of an encoder's forward passes in training, and of its embeddings."""
 
-    chunk_size: int = flag(
-        0, "Texts encoded at once, to save memory; gradients stay the same. 0: all.", also="grad_cache_chunk_size"
-    )
+    chunk_size: int = flag(0, "Texts encoded at once; gradients stay the same. 0: all.", also="grad_cache_chunk_size")
     matryoshka_dims: list[int] = flag(
         [], "Dimensions such as 384 192 96: the loss is averaged over embeddings truncated to each of them."
     )

@@ -242,9 +242,7 @@ class FaissIndex(Index):
         first, *better = stages(index)
         gone, cells = np.isin(self._held, self._gone), divides(first) and faiss.try_extract_index_ivf(first)
         if gone.any():
-            for each in (
-                [first] if cells else [first, *better]
-            ):  # cells keep their ids, which address the rows of `better`
+            for each in [first] if cells else [first, *better]:  # ids in cells stay: they are row numbers in `better`
                 each.remove_ids(np.flatnonzero(gone))
         held = np.where(gone, b"", self._held) if cells else self._held[~gone]
         for chunk in self._chunks():

@@ -37,13 +37,7 @@ ASKING = frozenset(words(
     "whose why will with would you your"
 ))  # fmt: skip
 AT_ONCE = 2**21  # words of documents that are scored at once
-FILES = {
-    "data": "f4",
-    "indices": "i4",
-    "indptr": "i8",
-    "words": PRINT,
-    "columns": "i8",
-}  # a CSC matrix, as scipy names its parts
+FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # a CSC matrix, named by scipy
 
 
 @dataclass(kw_only=True)
@@ -51,9 +45,7 @@ class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
     """The retriever."""
 
     retriever: str = flag("dense", "Retriever: embeddings, shared words, or both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag(
-        "weighted", "Fusion of hybrid: a weighted sum of scores, or ranks.", ["weighted", "rrf"], rare=True
-    )
+    fusion: str = flag("weighted", "Fusion of hybrid: weighted sum, or by ranks.", ["weighted", "rrf"], rare=True)
     fusion_weight: float | None = flag(
         None, "Dense share of the sum. Default: chosen on fusion_eval_path or a trainer's questions, else 0.75.",
         rare=True,

@@ -126,9 +126,7 @@ class Refresher:
             index, where = index_at(self.retriever.flags.index_path or path, index.documents, index.flags), None
         same = state["documents"] == self._documents() and (index is None or index.load(where))
         if not same or (index is not None and where is None and index.version != state["version"]):
-            log.warning(
-                "%s: its index is for other documents or of another kind; encoding the documents again", directory
-            )
+            log.warning("%s: its index has other documents or another kind; encoding the documents again", directory)
             return
         self.retriever.index, self._ready = index, True
         self.made_at = self._begun_at = state["made_at"]

@@ -27,12 +27,8 @@ class OptimizerArguments(Arguments):
         None,
         "Peak learning rate. Default: by width and batch size, 1e-4 at 384 and 64; times 4 for readers, 10 for LoRA.",
     )
-    new_layers: str | None = flag(
-        None, "Regular expression: names of parameters with their own learning rate.", rare=True
-    )
-    new_layers_learning_rate: float | None = flag(
-        None, "Peak learning rate of the parameters that new_layers matches.", rare=True
-    )
+    new_layers: str | None = flag(None, "Regular expression of parameters with their own learning rate.", rare=True)
+    new_layers_learning_rate: float | None = flag(None, "Peak learning rate of new_layers' parameters.", rare=True)
     lr_scheduler_type: str = flag("linear", "Learning-rate schedule after the warm-up.", SCHEDULES, rare=True)
     warmup_ratio: float = flag(0.0, "Share of all steps during which the learning rate rises from 0 to its peak.")
     warmup_steps: int = flag(0, "Warm-up steps; a positive number replaces warmup_ratio.", rare=True)

@@ -276,7 +276,7 @@ def test_a_saved_index_of_other_documents_or_another_kind_is_made_anew(
     again = refresher_of(other)
     again.load(tmp_path)
     assert again.version is None
-    assert "its index is for other documents or of another kind; encoding the documents again" in caplog.text
+    assert "its index has other documents or another kind; encoding the documents again" in caplog.text
     assert again(7) == new()
     assert again.version == "index-7"
     if factory == "Flat":
