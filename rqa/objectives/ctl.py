@@ -42,8 +42,8 @@ QUERIES_AT_ONCE = 4096  # bounds the memory of rankings
 class NegativeArguments(Arguments):
     """Choice of hard negatives from a ranking."""
 
-    negatives_from_rank: int = flag(1, "Highest rank of a hard negative, not counting gold passages.")
-    negatives_to_rank: int = flag(100, "Lowest rank of a hard negative, not counting gold passages.")
+    negatives_from_rank: int = flag(1, "First rank of hard negatives (gold passages are not counted).")
+    negatives_to_rank: int = flag(100, "Last rank of hard negatives (gold passages are not counted).")
     negatives_max_share: float | None = flag(
         None, "Highest score of a hard negative as a share of the best gold passage's, such as 0.95; questions whose "
         "gold passage is not found get none. Default: any score.",
@@ -71,7 +71,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
         None, "Whether to mine hard negatives during training, besides hard_neg_docs. Default: true."
     )
     negatives_from: str = flag("both", "Rankings to mine: the live retriever's, or also BM25's.", ["dense", "both"])
-    negatives_to_rank: int = flag(20, "Lowest rank of a hard negative, not counting gold passages.", rare=True)
+    negatives_to_rank: int = flag(20, "Last rank of hard negatives (gold passages are not counted).", rare=True)
     refresh_step: str = flag("100", 'Steps between two rounds of mining, or spans such as "0-100:10,100-900:50".')
 
     def check(self) -> None:

@@ -46,7 +46,7 @@ class RerankArguments(NegativeArguments, DistilledArguments, EncoderDecoderArgum
     negatives_from: str = flag(
         "bm25", "Ranking that holds negatives, or file for hard_neg_docs.", ["bm25", "dense", "both", "file"]
     )
-    negatives_to_rank: int = flag(20, "Lowest rank of a hard negative, not counting gold passages.", rare=True)
+    negatives_to_rank: int = flag(20, "Last rank of hard negatives (gold passages are not counted).", rare=True)
     mine_negatives: bool = flag(False, "Whether to mine negatives during training, by the reranker's own ranking.")
     refresh_step: str = flag(
         "100", 'Steps between two rounds of mining, or spans such as "0-100:10,100-900:50".', rare=True

@@ -54,10 +54,8 @@ class LanguageModelArguments(LoadingArguments, ChatTemplateArguments):
     def lm_prompt(self, tokenizer: Any) -> PromptArguments:
         """Its prompt format; it generates nothing, so that one token of room is enough."""
         chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
-        return PromptArguments(
-            chat_format=chat_format, chat_template_kwargs=self.chat_template_kwargs,
-            max_seq_length=self.text_maxlength, max_new_tokens=1,
-        )  # fmt: skip
+        options = {"chat_format": chat_format, "chat_template_kwargs": self.chat_template_kwargs}
+        return PromptArguments(**options, max_seq_length=self.text_maxlength, max_new_tokens=1)
 
 
 @dataclass(kw_only=True)
