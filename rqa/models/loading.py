@@ -80,9 +80,9 @@ def load_model(
     """Load a checkpoint on this process's device, with flash-attn if asked for, else with our packed attention.
 
     A model that our attention does not support gets eager attention. Files must match the checkpoint's checksums, if it
-    has any. The processes of a node load in turn, so that its memory holds one model at a time. With `main_only` only
-    the main process reads weights; the others reserve memory, which `parallelize` fills. `path` is a directory or a hub
-    name; `config` replaces values of the configuration.
+    has any. The processes of a node load in turn, so that its memory holds only one model not yet on a device. With
+    `main_only` only the main process reads weights; the others reserve memory, which `parallelize` fills. `path` is a
+    directory or a hub name; `config` replaces values of the configuration.
     """
     attention = "flash_attention_2" if flags.use_flash_attention else PACKED_ATTENTION
     if flags.use_flash_attention and not is_flash_attn_2_available():

@@ -209,7 +209,7 @@ def load_reranker(
 ) -> Reranker:
     """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode.
 
-    A decoder needs no head: its score is the log odds of "yes" and "no" to whether the passage answers the question.
+    A decoder needs no head: its score is the logit of "yes" minus that of "no".
     """
     tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
     if config.is_encoder_decoder:
