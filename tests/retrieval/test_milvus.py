@@ -101,7 +101,7 @@ def test_an_interrupted_build_goes_on_and_nobody_sees_it_before_the_swap(
         if before:
             check(reader := opened(path))
         check(build(path, PASSAGES, f"stamp{sign}", sign=sign), sign=sign)
-    with pytest.raises(UserError, match="its collection was replaced or dropped while it was in use; start again"):
+    with pytest.raises(UserError, match="its collection was replaced or dropped while in use; start again"):
         reader.search(QUERIES, 3)
     assert len(opened(path)._client.list_collections()) == 1
 
