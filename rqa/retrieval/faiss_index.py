@@ -211,7 +211,7 @@ class FaissIndex(Index):
 
     def remove(self, passages: Prints) -> None:
         if len(passages) and self._flat is None and not all(map(divides, stages(self._faiss))):
-            raise UserError(f"--update true: {self.factory} cannot remove passages; rebuild the index without --update")
+            raise UserError(f"--update true: {self.factory} cannot remove passages; rebuild the index without it")
         self._gone = passages
 
     def swap(self, stamp: str, dtype: str) -> None:

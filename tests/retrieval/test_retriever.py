@@ -241,7 +241,7 @@ def test_an_update_of_a_graph_that_would_lose_passages_is_refused_and_changes_no
     encoder: Encoder, documents: list[Document], tmp_path: Path
 ) -> None:
     opened(encoder, documents, tmp_path / "index", index_factory="HNSW8")
-    with pytest.raises(UserError, match="--update true: HNSW8 cannot remove passages; rebuild the index without --update"):
+    with pytest.raises(UserError, match="--update true: HNSW8 cannot remove passages; rebuild the index without it"):
         opened(encoder, documents[1:], tmp_path / "index", index_factory="HNSW8", update=True)
     assert opened(encoder, documents, tmp_path / "index").index.factory == "HNSW8"
     more = [*documents, Document("A last one.")]
