@@ -1,6 +1,6 @@
 """rqa trains retrieval-augmented question answering systems on your own documents.
 
-From Python, each of these is imported when it is first used:
+In Python, each name is imported when it is first used:
 
     encoder = rqa.load_encoder("sentence-transformers/all-MiniLM-L6-v2")
     retriever = rqa.Retriever(encoder, rqa.read_documents("documents.jsonl")).open("index/")
@@ -11,7 +11,7 @@ import logging
 from importlib import import_module
 from typing import Any
 
-for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao where it is, and both complain
+for name in ("torchao", "torch.utils._pytree"):  # transformers imports torchao if installed, and both log warnings
     logging.getLogger(name).setLevel(logging.ERROR)
 
 SURFACE = {

@@ -15,12 +15,12 @@ from rqa.runtime.text import plain
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-PASSAGES = ("gold_docs", "hard_neg_docs", "ctxs")  # an example's fields of documents
+PASSAGES = ("gold_docs", "hard_neg_docs", "ctxs")  # fields of an example that hold documents
 
 
 @dataclass(kw_only=True)
 class DocumentArguments(Arguments):
-    """What is retrieved."""
+    """The document database."""
 
     document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.", also="full_dataset_file_path")
 
@@ -31,25 +31,25 @@ class Document:
 
     page_content: str
     metadata: dict[str, Any] = field(default_factory=dict, hash=False)  # at least `source`, usually `title`
-    formatted: str = ""  # a text of its own for models; "" where it is source, title and content, as usual
+    formatted: str = ""  # a separate text for models; "" for the usual source, title and content
 
     def __post_init__(self) -> None:
         if self.formatted == format_content(self.page_content, self.metadata):
-            object.__setattr__(self, "formatted", "")  # which would double the memory of examples
+            object.__setattr__(self, "formatted", "")  # a copy would double the memory of examples
 
     @property
     def fmt_content(self) -> str:
-        """What models read and the index holds: by default source, title and content."""
+        """The text for models and indexes: by default source, title and content."""
         return self.formatted or format_content(self.page_content, self.metadata)
 
     @property
     def key(self) -> tuple[str, str]:
-        """Two documents are the same when source and content are."""
+        """Source and content, which identify a document."""
         return str(self.metadata.get("source", "")), self.page_content
 
     @property
     def gain(self) -> float:
-        """How relevant a gold passage is, for nDCG: above 0, and 1 unless its `metadata.gold_gain` says otherwise."""
+        """The relevance of a gold passage for nDCG: a positive `metadata.gold_gain`, or else 1."""
         gain = self.metadata.get("gold_gain")
         return gain if isinstance(gain, int | float) and gain > 0 else 1.0
 
@@ -63,13 +63,13 @@ class Document:
 
 
 def format_content(page_content: str, metadata: dict[str, Any]) -> str:
-    """Source, title and content as one text, a missing field left out."""
+    """Source, title and content as one text; missing fields are left out."""
     header = [f"{name.capitalize()}: {metadata[name]}\n" for name in ("source", "title") if metadata.get(name)]
     return "".join(header) + ("Content:\n" if header else "") + page_content
 
 
 def parse_document(value: Any, where: str) -> Document:
-    """Check one decoded document; `where` is file, line and field, for the error."""
+    """Validate a decoded document; `where` is file, line and field, for errors."""
     if not isinstance(value, dict):
         raise UserError(f"{where}: expected a document object, found {type(value).__name__}")
     content, metadata, formatted = value.get("page_content"), value.get("metadata", {}), value.get("fmt_content") or ""
@@ -97,11 +97,11 @@ class Example:
     question: str
     gold_docs: tuple[Document, ...] = ()  # the passages that answer it
     gold_answer: str | None = None  # the reference answer; None in files for retrievers
-    chat_history: tuple[Turn, ...] = ()  # what was said before, oldest first
-    hard_neg_docs: tuple[Document, ...] = ()  # passages that look right and are not
+    chat_history: tuple[Turn, ...] = ()  # earlier turns, oldest first
+    hard_neg_docs: tuple[Document, ...] = ()  # hard negatives
     ctxs: tuple[Document, ...] = ()  # passages of an earlier retrieval, best first (DCA)
-    ctx_scores: tuple[float, ...] | None = None  # their reader scores, if given
-    other_answers: tuple[str, ...] = ()  # what would be as right, such as another spelling
+    ctx_scores: tuple[float, ...] | None = None  # their scores by a reader, if given
+    other_answers: tuple[str, ...] = ()  # other correct answers, such as another spelling
     where: str = field(default="", compare=False)  # file and line, for messages
 
     def to_json(self) -> dict[str, Any]:
@@ -121,11 +121,11 @@ class Example:
 
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
-    """Read a `.jsonl`; a row with several `questions` becomes one example each. `answers`: each row must have one."""
-    examples, known = [], {}  # many questions share a passage: it is kept once
+    """Read examples from a `.jsonl`, one for each of a row's `questions`. With `answers`, each row must have one."""
+    examples, known = [], {}  # equal passages share memory
     for example in iterate_examples(path, answers):
         lists = {name: getattr(example, name) for name in PASSAGES}
-        shared = {name: tuple(known.setdefault(each, each) for each in found) for name, found in lists.items()}
+        shared = {name: tuple(known.setdefault(each, each) for each in docs) for name, docs in lists.items()}
         examples.append(replace(example, **shared))
     if not examples:
         raise UserError(f"{path}: holds no examples")
@@ -133,10 +133,10 @@ def read_examples(path: str | Path, answers: bool = False) -> list[Example]:
 
 
 def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Example]:
-    """What `read_examples` reads, one line in memory at a time."""
+    """The same as `read_examples`, with one line in memory at a time."""
     for line, row in read_jsonl(path):
         for example in parse_example(row, f"{path}:{line}", answers):
-            texts = {"question": example.question, "gold_answer": example.gold_answer}  # blank in generated data, too
+            texts = {"question": example.question, "gold_answer": example.gold_answer}  # may be blank in generated data
             if blank := next((name for name, text in texts.items() if text is not None and not text.strip()), None):
                 log.warning("%s: field '%s' is blank; the example is left out", example.where, blank)
             else:
@@ -144,7 +144,7 @@ def iterate_examples(path: str | Path, answers: bool = False) -> Iterator[Exampl
 
 
 def subset(items: list[T], size: int, seed: int = 0) -> list[T]:
-    """A fixed seeded subset in file order; size 0: all."""
+    """A fixed random subset in the original order; size 0: all."""
     if not 0 < size < len(items):
         return items
     return [items[i] for i in sorted(random.Random(seed).sample(range(len(items)), size))]
@@ -156,7 +156,7 @@ def write_examples(path: str | Path, examples: Iterable[Example]) -> None:
 
 
 def parse_example(row: dict[str, Any], where: str, answers: bool = False) -> list[Example]:
-    """Check one decoded row of examples; `where` is file and line, for the error. -> one for each of its questions"""
+    """Validate a decoded row; `where` is file and line, for errors. -> an example for each of its questions"""
     several = "questions" in row
     questions = row["questions"] if several else [row.get("question")]
     if not isinstance(questions, list) or not questions or not all(isinstance(text, str) for text in questions):
@@ -193,5 +193,5 @@ def _list(row: dict[str, Any], name: str, where: str) -> list[Any]:
 
 
 def normalize(text: str) -> str:
-    """Text as duplicates are compared: in one case and one spelling of its characters, any white space one space."""
+    """Text for comparing duplicates: normalised characters and case, and single spaces."""
     return " ".join(plain(text).casefold().split())

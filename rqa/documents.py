@@ -1,4 +1,4 @@
-"""The document database: a file that may be larger than memory, with a table of where each document is."""
+"""The document database: a file that may be larger than memory, with a table of document positions."""
 
 import json
 import logging
@@ -34,23 +34,23 @@ PARTS: dict[str, Callable[[Document], Sequence[str]]] = {
     "normalized": lambda document: (normalize(document.page_content),),  # the same words, whatever the source
 }
 ROW = np.dtype([("start", "<i8"), ("size", "<i8"), *((kind, PRINT) for kind in PARTS)])
-HEADER = 256  # bytes before a table's rows: which file they describe, and in which state
+HEADER = 256  # bytes before a table's rows, which identify the file and its state
 TABLE = "rqa documents 1"
-BIG = 2**26  # bytes that take some seconds to read
+BIG = 2**26  # bytes from which a progress bar is shown
 
 
 class DocumentFile(Sequence[Document]):
-    """The documents of a database, each read when it is asked for; of equal ones the first.
+    """The distinct documents of a database, each read from disk on access.
 
-    What is not plain JSONL is unpacked to the cache. Where the documents lie, and their fingerprints, are in a table
-    beside the file (in the cache, where nothing can be written there), which is made anew when the file has changed.
+    Files that are not plain JSONL are unpacked to the cache. Positions and fingerprints of documents are in a table
+    beside the file, or in the cache if that directory is not writable; it is rebuilt when the file has changed.
     """
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        with reading(path):  # errors name the path that was given
+        with reading(path):  # errors show the given path
             state = os.stat(path)
-        # A copied or touched file may have the former size and time of writing, but no former time of change.
+        # A replaced file may have the same size and mtime, but not the same ctime.
         about = {"rqa": TABLE, "bytes": state.st_size, "changed": state.st_ctime_ns, "inode": state.st_ino}
         real = Path(os.path.realpath(path))
         cached = cache_root() / "documents" / fingerprint(str(real), self.path.suffix)
@@ -58,13 +58,13 @@ class DocumentFile(Sequence[Document]):
         content = self.path if plain else cached.with_suffix(".jsonl")
         tables = [real.with_name(f"{real.name}.table")] * plain + [cached.with_suffix(".table")]
         known = [table for table in tables if content.exists() and _header(table) == about]
-        beside = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
-        self._table = known[0] if known else tables[0 if beside else -1]
+        writable = os.access(real.parent, os.W_OK) and (not tables[0].exists() or bool(_header(tables[0])))
+        self._table = known[0] if known else tables[0 if writable else -1]
         if not known:
             if not plain:
                 _unpack(self.path, content)
             _scan(content, self.path, self._table, about)
-        rows = np.asarray(np.memmap(self._table, ROW, "r", HEADER))  # an element of a memmap takes thrice as long
+        rows = np.asarray(np.memmap(self._table, ROW, "r", HEADER))  # indexing a memmap takes three times as long
         self._starts, self._sizes, self.keys, self.passages, self.normalized = (rows[name] for name in ROW.names or ())
         self._descriptor = os.open(content, os.O_RDONLY)
         weakref.finalize(self, os.close, self._descriptor)
@@ -78,22 +78,22 @@ class DocumentFile(Sequence[Document]):
         size, start = int(self._sizes[position]), int(self._starts[position])
         try:
             document = parse_document(parse_json(os.pread(self._descriptor, size, start)), str(self.path))
-        except (ValueError, OSError, OverflowError, MemoryError, UserError):  # as damage of the table has it
+        except (ValueError, OSError, OverflowError, MemoryError, UserError):  # from a damaged table
             document = None
         if document is None or prints([PARTS["passages"](document)])[0] != self.passages[position]:
-            with suppress(OSError):  # whatever is wrong with the table, the next one is right
+            with suppress(OSError):  # the next run makes a new table
                 self._table.unlink()
             raise UserError(f"{self.path}: has changed since it was opened, or its table is damaged; start again")
         return document
 
     def __reduce__(self) -> tuple[type, tuple[Path]]:
-        return DocumentFile, (self.path,)  # a copy, in whatever process, opens the file itself
+        return DocumentFile, (self.path,)  # a copy in another process reopens the file
 
 
 def read_documents(path: str | Path) -> DocumentFile:
     """Open a document database: `.jsonl`, `.jsonl.gz`, or LocalRQA's `.pkl`. Repeated documents count once.
 
-    Every process calls it: one makes the table of what is where, and the others wait for that.
+    Every process calls this; the main process makes the table while the others wait.
     """
     documents = DocumentFile(path) if distributed.is_main() else None
     distributed.barrier()
@@ -101,7 +101,7 @@ def read_documents(path: str | Path) -> DocumentFile:
 
 
 def iterate_documents(path: str | Path) -> Iterator[Document]:
-    """Yield each document of a database, repeated ones too; of a `.jsonl`, one is in memory at a time."""
+    """Yield each document of a database, including repeated ones; a `.jsonl` is read line by line."""
     if Path(path).suffix in (".pkl", ".pickle"):
         yield from _read_pickle(Path(path))
     else:
@@ -114,14 +114,14 @@ def write_documents(path: str | Path, documents: Iterable[Document]) -> None:
 
 
 class Places:
-    """Where fingerprints stand among others, without an object for each."""
+    """Looks up the positions of fingerprints, without a Python object for each."""
 
     def __init__(self, prints: Prints) -> None:
         self._order = np.argsort(prints, kind="stable")
         self._sorted = np.asarray(prints)[self._order]
 
     def __call__(self, wanted: Prints) -> np.ndarray:
-        """The first place of each, -1 where there is none. S16 [n] -> int64 [n]"""
+        """The first position of each, or -1. S16 [n] -> int64 [n]"""
         if not len(self._order):
             return np.full(len(wanted), -1)
         at = np.searchsorted(self._sorted, wanted).clip(max=len(self._order) - 1)
@@ -129,7 +129,7 @@ class Places:
 
 
 def gold_places(examples: Sequence[Example], documents: Sequence[Document]) -> list[set[int]]:
-    """Where the gold passages of each example stand in the database, which may lack some. [Q] sets"""
+    """The positions of each example's gold passages in the database, without those that it lacks. [Q] sets"""
     places = Places(keys_of(documents))
     return [{*places(keys_of(example.gold_docs)).tolist()} - {-1} for example in examples]
 
@@ -140,7 +140,7 @@ def prints(texts: Iterable[Sequence[str]]) -> Prints:
 
 
 def _prints_of(kind: str, documents: Sequence[Document]) -> Prints:
-    """Fingerprints of a part of each document; a file has them in its table. [N]"""
+    """Fingerprints of one kind of each document, taken from the table of a `DocumentFile`. [N]"""
     known = getattr(documents, kind, None)
     return prints(map(PARTS[kind], documents)) if known is None else known
 
@@ -153,18 +153,18 @@ def _print(*parts: str) -> bytes:
 
 
 def _header(table: Path) -> dict[str, Any]:
-    """Of which file, and of which state of it, this table is; empty if it is none of ours."""
+    """The file and state that a table describes; empty if it is not our table."""
     try:
         with reading(table) as file:
             header = json.loads(file.read(HEADER))
         whole = table.stat().st_size == HEADER + header.pop("documents", 0) * ROW.itemsize
         return {} if header.get("rqa") != TABLE else header if whole else {"rqa": TABLE}
-    except (UserError, ValueError, TypeError, AttributeError):  # absent, or what somebody else wrote
+    except (UserError, ValueError, TypeError, AttributeError):  # absent, or another program's file
         return {}
 
 
 def _scan(content: Path, name: Path, table: Path, about: dict[str, Any]) -> None:
-    """Write a row for each distinct document; a malformed line is refused by the name of the file that was given."""
+    """Write a row for each distinct document; errors in a line show `name`, the given path."""
     lines = progress(jsonl_rows(content, name), desc=name.name, unit="document", disable=content.stat().st_size < BIG)
     with atomic_file(table) as temporary, temporary.open("w+b") as file:
         file.seek(HEADER)
@@ -192,9 +192,9 @@ def _unpack(path: Path, content: Path) -> None:
 
 
 def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> list[Example]:
-    """The examples, each gold passage that the database lacks replaced by its passage with the same text.
+    """The examples, with gold passages that the database lacks replaced by its passages of the same text.
 
-    Others stay, and no retriever finds them; one warning counts both.
+    Others are kept, though no retriever can find them; one warning counts both.
     """
     golds = [gold for example in examples for gold in example.gold_docs]
     there = Places(keys_of(documents))(keys_of(golds)) >= 0
@@ -204,11 +204,11 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
     places = Places(normalized_of(documents))(normalized_of(list(missing.values()))).tolist()
     same = {key: documents[place] for key, place in zip(missing, places, strict=True) if place >= 0}
     lost = [key for key in missing if key not in same]
-    named = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
-    told = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; %d are "
-    told += "there with the same text, which counts as found; %d are not, and can never be found"
+    sample = " and ".join(f"{source!r}: {text[:60]!r}" for source, text in (lost or list(missing))[:2])
+    message = "%s: %d gold passages are not in the database with the same 'metadata.source' and text, such as %s; "
+    message += "%d are there with the same text, which counts as found; %d are not, and can never be found"
     file = examples[0].where.rpartition(":")[0]
-    log.warning(told, file, len(missing), named, len(missing) - len(lost), len(lost))
+    log.warning(message, file, len(missing), sample, len(missing) - len(lost), len(lost))
     return [
         replace(example, gold_docs=tuple(same.get(gold.key, gold).graded(gold.gain) for gold in example.gold_docs))
         for example in examples
@@ -216,19 +216,19 @@ def with_known_gold(examples: list[Example], documents: Sequence[Document]) -> l
 
 
 class _PickledDocument(dict):
-    """The fields of a pickled document, whatever library's class it was."""
+    """The fields of a pickled document of any library's class."""
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.update(state.get("__dict__", state))  # pydantic keeps them one level down
 
 
 class _DocumentUnpickler(pickle.Unpickler):
-    """Builds documents, dicts, lists, sets, strings and numbers; refuses every other class by name."""
+    """Builds documents, dicts, lists, sets, strings and numbers; rejects any other class by name."""
 
     def find_class(self, module: str, name: str) -> type:
         if name == "Document" and module.partition(".")[0] in ("local_rqa", "langchain", "langchain_core"):
             return _PickledDocument
-        if module in ("builtins", "__builtin__") and name == "set":  # as protocols 2 and 3 write them
+        if module in ("builtins", "__builtin__") and name == "set":  # in protocols 2 and 3
             return set
         raise UserError(f"refers to {module}.{name}; only documents, dicts, lists, sets, strings and numbers are read")
 
@@ -237,12 +237,12 @@ def _read_pickle(path: Path) -> list[Document]:
     with reading(path) as file:
         try:
             size = path.stat().st_size
-            # The unpickler makes room for whatever number a damaged file gives to an object, be it billions.
+            # The unpickler allocates memory by the object numbers in the file; a damaged one may reach billions.
             for opcode, number, _ in pickletools.genops(file):
                 if opcode.name in ("PUT", "BINPUT", "LONG_BINPUT") and (number or 0) > size:
                     raise UserError(f"not a readable pickle (it numbers an object {number})")
             file.seek(0)
-            # What JSON has no form for, such as bytes, becomes null, and a set a list.
+            # Values that JSON lacks, such as bytes, become null; sets become lists.
             values = _DocumentUnpickler(file).load()
             text = json.dumps(values, default=lambda v: sorted(v, key=str) if isinstance(v, set) else None)
             return [parse_document(row, f"item {number}") for number, row in enumerate(parse_json(text, list), start=1)]

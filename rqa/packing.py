@@ -1,8 +1,8 @@
-"""Token batches: sequences laid end to end in one row, with no padding computed.
+"""Token batches: sequences packed end to end in one row, without padding.
 
-`transformers` runs a model on a packed row when it is given `position_ids` that restart at 0 and the sequences'
-borders (`cu_seq_lens_*`). Models that cannot be packed get the same batch padded. What a step needs to know about a
-batch is computed here, on the CPU: Python would have to wait for a GPU's values.
+`transformers` runs a model on a packed row with `position_ids` that restart at 0 and the sequences' borders
+(`cu_seq_lens_*`). Models that cannot be packed get padded batches. All that a step needs to know about a batch is
+computed here, on the CPU, since reading values from a GPU would stall Python.
 """
 
 from collections.abc import Callable, Sequence
@@ -22,14 +22,14 @@ IGNORED = -100  # the label of a position without loss
 
 
 class Batch:
-    """A frozen dataclass that moves to a device with all its tensors and batches."""
+    """Base of frozen dataclasses that move to a device with all their tensors and nested batches."""
 
     def to(self, device: torch.device) -> Self:
         def moved(value: Any) -> Any:
             if isinstance(value, Batch):
                 return value.to(device)
             if isinstance(value, Tensor) and value.device.type == "cpu" and device.type == "cuda":
-                value = value.pin_memory()  # or the copy would wait for the device
+                value = value.pin_memory()  # else the copy would wait for the device
             return value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
 
         return replace(self, **tree_map(moved, vars(self)))
@@ -37,16 +37,16 @@ class Batch:
 
 @dataclass(frozen=True)
 class TokenBatch(Batch):
-    """B sequences as a model's keyword arguments, and where their T tokens are in its output, flattened to rows."""
+    """B sequences as a model's keyword arguments, and the places of their T tokens in its output, flattened to rows."""
 
     inputs: dict[str, Any]  # input_ids [1, T] and the borders (packed), or input_ids [B, L] and a mask (padded)
     starts: Tensor  # the row of each sequence's first token. [B]
     lengths: Tensor  # real tokens of each sequence. [B]
     rows: Tensor  # the rows of real tokens, one sequence after the other. [T]
-    owners: Tensor  # the sequence that each of these belongs to. [T]
+    owners: Tensor  # the sequence of each of these tokens. [T]
 
     def real(self, output: Tensor) -> Tensor:
-        """The rows of real tokens. [rows, D] -> [T, D]"""
+        """The output rows of real tokens. [rows, D] -> [T, D]"""
         return output if len(output) == len(self.rows) else output[self.rows]
 
 
@@ -54,7 +54,7 @@ Collate = Callable[[Sequence[Sequence[int]]], TokenBatch]
 
 
 def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
-    """Lay sequences end to end in one row. [B] lists -> input_ids [1, T]"""
+    """Pack sequences into one row. [B] lists -> input_ids [1, T]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     borders = torch.nn.functional.pad(lengths.cumsum(0), (1, 0))  # [B + 1]
     owners = torch.arange(len(lengths)).repeat_interleave(lengths)  # [T]
@@ -62,12 +62,12 @@ def pack(sequences: Sequence[Sequence[int]]) -> TokenBatch:
     inputs: dict[str, Any] = {"input_ids": _joined(sequences)[None], "position_ids": (rows - borders[owners])[None]}
     for side in ("q", "k"):  # queries and keys have the same borders
         inputs |= {f"cu_seq_lens_{side}": borders.to(torch.int32), f"max_length_{side}": int(lengths.max())}
-    inputs["sequence_lengths"] = SimpleNamespace(values=lengths.tolist())  # what compiled code need not look into
+    inputs["sequence_lengths"] = SimpleNamespace(values=lengths.tolist())  # opaque to torch.compile
     return TokenBatch(inputs, borders[:-1], lengths, rows, owners)
 
 
 def pad(sequences: Sequence[Sequence[int]]) -> TokenBatch:
-    """Pad sequences on the right, with token 0, which the mask hides. [B] lists -> input_ids [B, L]"""
+    """Pad sequences on the right with token 0, which is masked. [B] lists -> input_ids [B, L]"""
     lengths = torch.tensor([len(sequence) for sequence in sequences])
     longest = int(lengths.max())
     mask = torch.arange(longest) < lengths[:, None]  # [B, L]
@@ -78,35 +78,35 @@ def pad(sequences: Sequence[Sequence[int]]) -> TokenBatch:
 
 
 def _joined(sequences: Sequence[Sequence[int]]) -> Tensor:
-    """All token ids, one sequence after the other; from a list it would take seven times as long. [T]"""
+    """All token ids, one sequence after the other; `torch.tensor` of a list takes seven times as long. [T]"""
     return torch.from_numpy(np.fromiter(chain.from_iterable(sequences), np.int64))
 
 
 @dataclass(frozen=True)
 class AnswerBatch(Batch):
-    """Prompts with answers, and where the answers' logits are."""
+    """Prompts with answers, and the positions of the answers' logits."""
 
     tokens: TokenBatch
     positions: Tensor  # rows of the flattened output that predict an answer token. [N]
     targets: Tensor  # the answer tokens. [N]
-    owners: Tensor  # the sequence that each answer token belongs to. [N]
+    owners: Tensor  # the sequence of each answer token. [N]
     columns: Tensor  # the distinct columns of `positions` in input_ids. [C]
-    column_of: Tensor  # which of these each position is in. [N]
+    column_of: Tensor  # the index in `columns` of each position. [N]
     indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
-        """Target tokens: what the loss sum is divided by, over all micro-batches and processes."""
+        """Number of target tokens; the loss sum is divided by the total over micro-batches and processes."""
         return self.targets.numel()
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens, the unit of throughput."""
+        """Number of real tokens, the unit of throughput."""
         return len(self.tokens.rows)
 
 
 def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:
-    """Collate prompts with answers; the logits wanted stand one before each answer token."""
+    """Collate prompts with answers; the logits of an answer token are one position before it."""
     tokens = collate([sequence.ids for sequence in sequences])
     placed = zip(sequences, tokens.starts, strict=True)
     positions = torch.cat([torch.arange(s.answer_start - 1, len(s.ids) - 1) + start for s, start in placed])
@@ -119,13 +119,13 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
 def token_budget_batches(
     lengths: Sequence[int], max_tokens: int, padded: bool = False, least_full: float = 0.0
 ) -> list[list[int]]:
-    """Indices of sequences, longest first, in batches of at most `max_tokens` tokens (one sequence at least).
+    """Batches of sequence indices, longest first, each of at most `max_tokens` tokens or of one sequence.
 
-    Longest first makes an out-of-memory error come at once, and neighbours of similar length. In a padded batch each
-    sequence costs as much as the longest one; none is shorter than that times `least_full`.
+    With the longest first, an out-of-memory error comes at once, and batches have similar lengths. In a padded batch
+    each sequence costs as much as the longest one, and is at least `least_full` times as long.
     """
     batches: list[list[int]] = []
-    longest, room = 0, -1  # of the last batch
+    longest, room = 0, -1  # of the current batch
     for index in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
         cost = longest if padded else lengths[index]
         if cost > room or lengths[index] < least_full * longest:

@@ -1,9 +1,9 @@
 """Attention over packed rows, registered with `transformers` as the attention implementation `rqa_packed`.
 
-A packed row holds several sequences end to end, between the borders `cu_seq_lens_q`; each attends to itself alone.
-Every other call behaves as `transformers`' own sdpa, and what is not supported raises. Attention probabilities of a
-packed row are never dropped, whatever the model's configuration says: no fused kernel drops them, and written out they
-take half of a training step's memory. Dropout of hidden states is the model's own.
+A packed row holds several sequences end to end, separated by the borders `cu_seq_lens_q`; each attends to itself only.
+All other calls behave as `transformers`' own sdpa, and unsupported ones raise. Packed rows ignore attention dropout: no
+fused kernel supports it, and materialised probabilities would take half of a training step's memory. Dropout of hidden
+states is unaffected.
 """
 
 import inspect
@@ -24,15 +24,15 @@ from rqa.runtime.distributed import cpu_has_bf16
 
 PACKED_ATTENTION = "rqa_packed"
 
-# A packed row's mask would hold T x T values. One byte, expanded to that shape, takes its place. Its dtype says whether
-# the pattern has a window, too; sdpa refuses both dtypes, should one ever get there.
+# Instead of a packed row's T x T mask there is a placeholder: one byte, expanded to that shape. Its dtype tells whether
+# the pattern has a window; sdpa would refuse both dtypes.
 PACKED_MASK, WINDOWED_MASK = torch.uint8, torch.int8
 
-# torch 2.11's kernel takes grouped heads as they come; from 2.12 on it wants to be asked.
+# torch 2.11's kernel always accepts grouped heads; from 2.12 on they need this flag.
 GROUPED_HEADS = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
-QUERY_ROWS = 256  # of a written-out block; a causal block meets only the keys before its end
-FEWEST_WRITTEN_OUT, LONGEST_WRITTEN_OUT = 64, 1024  # tokens; the probabilities are kept for the backward pass
+QUERY_ROWS = 256  # queries in a block of `_written_out`
+FEWEST_WRITTEN_OUT, LONGEST_WRITTEN_OUT = 64, 1024  # tokens; the backward pass needs the probabilities in memory
 
 
 def packed_attention(
@@ -44,49 +44,49 @@ def packed_attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     is_causal: bool | None = None,
-    sliding_window: int | None = None,  # a token sees another only if they are less than this many positions apart
-    cu_seq_lens_q: Tensor | None = None,  # where each sequence begins, and T at the end. [B + 1]
+    sliding_window: int | None = None,  # a token sees others less than this many positions away
+    cu_seq_lens_q: Tensor | None = None,  # where each sequence starts, then T. [B + 1]
     max_length_q: int | None = None,
-    sequence_lengths: SimpleNamespace | None = None,  # `values`: lengths as numbers, for which no device is waited for
-    kept: list[tuple[Tensor, Tensor]] | None = None,  # gets this layer's keys and values, for a cache
-    cached: Any = None,  # all layers' keys and values, [B, H_kv, L, d] each, and the place of the new ones in each row
+    sequence_lengths: SimpleNamespace | None = None,  # `values`: lengths as numbers, without a device sync
+    kept: list[tuple[Tensor, Tensor]] | None = None,  # receives this layer's keys and values, for a cache
+    cached: Any = None,  # all layers' keys and values, [B, H_kv, L, d] each, and the column of the new ones
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Attend within each sequence of a packed row; anything else goes to sdpa. -> [1, T, H, d]"""
+    """Attend within each sequence of a packed row; pass other calls to sdpa. -> [1, T, H, d]"""
     if kept is not None:
         kept.append((key, value))
-    if cached is not None:  # written in place: `transformers`' caches copy them, or count in each layer
+    if cached is not None:  # in place, unlike `transformers`' caches, which copy or count in each layer
         (keys, values), place = cached[0][module.layer_idx], cached[1]
-        key = keys.index_copy_(2, place, key.to(keys.dtype))  # rotary embeddings leave float32 beside autocast's values
+        key = keys.index_copy_(2, place, key.to(keys.dtype))  # under autocast, rotary embeddings make keys float32
         value = values.index_copy_(2, place, value)
     causal = is_causal if is_causal is not None else getattr(module, "is_causal", True)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     mask_dtype = None if attention_mask is None else attention_mask.dtype
-    stands_in = mask_dtype in (PACKED_MASK, WINDOWED_MASK)
-    if cu_seq_lens_q is None and stands_in and not causal:  # an encoder's row without borders is one sequence
+    placeholder = mask_dtype in (PACKED_MASK, WINDOWED_MASK)
+    if cu_seq_lens_q is None and placeholder and not causal:  # an encoder's row without borders is one sequence
         max_length_q = query.shape[2]
         cu_seq_lens_q = torch.tensor([0, max_length_q], dtype=torch.int32, device=query.device)
     if kwargs.get("s_aux") is not None:
-        raise NotImplementedError("attention sinks (s_aux), which sdpa would leave out")
+        raise NotImplementedError("attention sinks (s_aux), which sdpa would ignore")
     one_sequence = cu_seq_lens_q is None or (attention_mask is not None and cu_seq_lens_q.numel() == 2)
     shared = attention_mask is not None and attention_mask.is_floating_point() and attention_mask.shape[1] == 1
     if query.shape[2] == 1 and one_sequence and shared:  # one mask for all heads
         return _next_token(query, key, value, attention_mask, scale), None
-    if one_sequence and not stands_in:  # or a padded batch, whose mask says everything
+    if one_sequence and not placeholder:  # or a padded batch with a full mask
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
     refused = {
         "position_ids that restart, without cu_seq_lens_q": cu_seq_lens_q is None,
-        "a mask (from a cache? then call it with use_cache=False)": attention_mask is not None and not stands_in,
-        "a pattern that only its mask knows": mask_dtype == WINDOWED_MASK and sliding_window is None,
+        "a mask (from a cache? then call it with use_cache=False)": attention_mask is not None and not placeholder,
+        "a pattern that only the mask defines": mask_dtype == WINDOWED_MASK and sliding_window is None,
         "several rows": query.shape[0] != 1,
         "keys that are not the queries' own": query.shape[2] != key.shape[2],
     } | {name: kwargs.get(name) is not None for name in ("softcap", "position_bias", "cache")}
     if any(refused.values()):
         raise NotImplementedError(f"packed attention with {next(name for name, found in refused.items() if found)}")
 
-    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings leave float32 beside the values' bfloat16
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings make queries and keys float32
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     window = sliding_window if sliding_window is not None and sliding_window < (max_length_q or math.inf) else None
     if _kernel_takes(query, value):
@@ -99,13 +99,13 @@ def packed_attention(
 
 
 def packed_mask(**call: Any) -> Tensor | None:
-    """sdpa's mask, or for one unpadded row, which may be packed, the byte that takes its place. [1, 1, T, T]"""
+    """sdpa's mask, or the placeholder for one unpadded row, which may be packed. [1, 1, T, T]"""
     length, window = call["q_length"], call.get("local_size")
     one_row = call.get("attention_mask") is None and call["batch_size"] == 1 and length == call["kv_length"]
     if one_row and call.get("allow_is_bidirectional_skip", False) and window is None:
-        return None  # an encoder's; `transformers` 5.17 would make one while compiling
-    # `transformers` withdraws `allow_is_causal_skip` where position ids restart, and for every encoder. Of functions
-    # of a model itself (`use_vmap`) one is known: Gemma 3's, where the configuration makes an encoder of it.
+        return None  # for an encoder; `transformers` 5.17 would make a mask while compiling
+    # `transformers` withdraws `allow_is_causal_skip` for restarting position ids, and for every encoder. Mask functions
+    # of a model itself (`use_vmap`) are unknown, except that of Gemma 3 configured as an encoder.
     known = not call.get("use_vmap") or getattr(call.get("config"), "use_bidirectional_attention", False) is True
     if one_row and known and not call.get("allow_is_causal_skip", True):
         dtype = PACKED_MASK if window is None else WINDOWED_MASK
@@ -114,7 +114,7 @@ def packed_mask(**call: Any) -> Tensor | None:
 
 
 def _kernel_takes(query: Tensor, value: Tensor) -> bool:
-    """Whether the fused kernel of CUDA computes this: 16 bits, on Ampere or later, and heads of a width it knows."""
+    """Whether CUDA's fused kernel supports this: 16 bits, Ampere or later, and the width of heads."""
     width = query.shape[-1]
     fits = query.element_size() == 2 and width % 8 == 0 and width <= 256 and width == value.shape[-1]
     return fits and query.is_cuda and torch.cuda.get_device_capability(query.device) >= (8, 0)
@@ -123,8 +123,8 @@ def _kernel_takes(query: Tensor, value: Tensor) -> bool:
 def _next_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float) -> Tensor:
     """Attend from one new token of each sequence; heads that share keys are rows of one product. -> [B, 1, H, d]
 
-    transformers 5.17 copies the keys for each of these heads. On CPUs with bfloat16 instructions (AVX512-BF16) sdpa
-    takes twice as long as its formula written out.
+    transformers 5.17 would copy the keys for each such head. On CPUs with bfloat16 instructions (AVX512-BF16) sdpa
+    takes twice as long as separate operations.
     """
     grouped = query.reshape(len(query), key.shape[1], -1, query.shape[-1])  # [B, H_kv, H / H_kv, d]
     if query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16():
@@ -134,16 +134,16 @@ def _next_token(query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: 
     return output.reshape(len(query), 1, query.shape[1], -1)
 
 
-@torch.compiler.disable  # the lengths are data: one graph break, instead of a compilation for every batch
+@torch.compiler.disable  # a graph break, instead of a compilation for each set of lengths
 def _one_by_one(
     query: Tensor, key: Tensor, value: Tensor, sequences: Any, scale: float, causal: bool, window: int | None
 ) -> Tensor:
-    """Attend in one sequence after the other; neighbours of equal length go together. -> [1, T, H, d]
+    """Attend in one sequence after the other; adjacent ones of equal length are batched. -> [1, T, H, d]
 
-    `sequences`: their lengths in a namespace, or their borders in a tensor, for which the device is waited for.
+    `sequences`: their lengths in a namespace, or their borders in a tensor, which costs a device sync.
     On CPUs with bfloat16 instructions (AVX512-BF16) sdpa takes 1.5 times (864 tokens, causal) to 3 times (190 tokens,
-    full) as long as its formula written out, and half as long for fewer than 64 tokens. Elsewhere, and in float32, sdpa
-    is no slower and keeps no probabilities.
+    full) as long as `_written_out`, but half as long for fewer than 64 tokens. Elsewhere, and in float32, sdpa is not
+    slower and stores no probabilities.
     """
     slow_kernel = query.device.type == "cpu" and query.dtype == torch.bfloat16 and cpu_has_bf16()
     lengths = sequences.diff().tolist() if isinstance(sequences, Tensor) else sequences.values
@@ -169,11 +169,11 @@ def _one_by_one(
 
 
 def _written_out(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None) -> Tensor:
-    """softmax(query @ key.T) @ value, in blocks of queries that meet only the keys they may see. -> [B, H, L, d]"""
+    """softmax(query @ key.T) @ value in blocks of queries, each with the keys in its reach. -> [B, H, L, d]"""
     if key.shape[1] != query.shape[1]:
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))  # [B, H, L, d]
     length = query.shape[2]
-    if not causal and window is None and length <= QUERY_ROWS:  # most questions: every operation counts
+    if not causal and window is None and length <= QUERY_ROWS:  # fast path for short sequences such as questions
         return ((query * scale) @ key.mT).softmax(-1) @ value
     reach = window or length
     position = torch.arange(length, device=query.device)

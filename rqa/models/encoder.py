@@ -1,4 +1,4 @@
-"""The retriever's encoder: backbone, pooling, projection, prefixes; saved as `sentence-transformers` saves it."""
+"""The retriever's encoder: backbone, pooling, projection and prefixes, in the layout of `sentence-transformers`."""
 
 import copy
 import json
@@ -30,28 +30,30 @@ from rqa.runtime.text import as_text
 
 log = logging.getLogger(__name__)
 
-MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # of `embed`
-ENCODINGS_AT_ONCE = 1000  # whose encodings are held: 15 KiB a text and more, beside its ids
+MAX_BATCH_TOKENS = {"cpu": 16384, "cuda": 131072}  # default in `embed`
+ENCODINGS_AT_ONCE = 1000  # texts tokenized at once; an encoding takes 15 KiB and more until its ids are extracted
 IDENTITY = "torch.nn.modules.linear.Identity"  # no activation
-TOKENIZING = threading.Lock()  # a tokenizer's truncation is its state: threads take turns
+TOKENIZING = threading.Lock()  # truncation is mutable state of a tokenizer
 
 
 @dataclass(kw_only=True)
 class EncoderArguments(LoadingArguments):
-    """How texts become vectors. What is not given is taken from the checkpoint."""
+    """The encoder; defaults come from the checkpoint."""
 
     pooling_type: str | None = flag(
         None, "Pooling. Default: the checkpoint's, or mean.", sorted(POOLING.values()), rare=True
     )
-    normalize: bool | None = flag(None, "Whether vectors get length 1. Default: the checkpoint's, or true.", rare=True)
+    normalize: bool | None = flag(
+        None, "Whether embeddings get length 1. Default: the checkpoint's, or true.", rare=True
+    )
     query_prefix: str | None = flag(None, 'Text before a question, such as "query: ". Default: the checkpoint\'s.')
     passage_prefix: str | None = flag(None, 'Text before a passage, such as "passage: ". Default: the checkpoint\'s.')
     query_instruction: str | None = flag(
         None,
-        "Task, put before a question as 'Instruct: TASK\\nQuery: ', or a template with {query} at its end.",
+        "Task that makes the query prefix 'Instruct: TASK\\nQuery: ', or a template that ends with {query}.",
         rare=True,
     )
-    truncate_dim: int | None = flag(None, "Dimensions of embeddings that are kept, the first ones. Default: all.")
+    truncate_dim: int | None = flag(None, "Number of leading dimensions of embeddings to keep. Default: all.")
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
     max_passage_length: int | None = flag(
         None,
@@ -66,32 +68,32 @@ class EncoderArguments(LoadingArguments):
         self.check_bounds(*LENGTHS, at_least=3)
         self.check_bounds("max_batch_tokens", "truncate_dim", at_least=1)
         if (task := self.query_instruction) and self.query_prefix is not None:
-            raise UserError("--query_instruction: becomes the query prefix; leave out --query_prefix")
+            raise UserError("--query_instruction: replaces the query prefix; remove --query_prefix")
         if task and "{query}" in task.removesuffix("{query}"):
             raise UserError(f"--query_instruction {task!r}: {{query}} must be at the end, once")
 
     def prefix(self, stored: str) -> str | None:
-        """The text before a question; an instruction takes the place of the one that the checkpoint states."""
+        """The text before each question; a `query_instruction` replaces the checkpoint's."""
         if not (task := self.query_instruction):
             return self.query_prefix
         if task.endswith("{query}"):
             return task.removesuffix("{query}").replace("\\n", "\n")
-        space = "" if stored.startswith("Instruct: ") and stored.endswith("\nQuery:") else " "  # Qwen3's has none
+        space = "" if stored.startswith("Instruct: ") and stored.endswith("\nQuery:") else " "  # Qwen3 has no space
         return f"Instruct: {task}\nQuery:{space}"
 
 
 class Encoder(nn.Module):
-    """Token ids in, one embedding a sequence out; similarity is the inner product of embeddings."""
+    """Maps token ids to one embedding per sequence; similarity is the inner product of embeddings."""
 
     def __init__(
         self,
         backbone: PreTrainedModel,
         tokenizer: PreTrainedTokenizerBase,
         settings: EncoderSettings,
-        projection: nn.Sequential | None = None,  # `layout.chain`, behind pooling; None: there are no layers
-        passage_encoder: "Encoder | None" = None,  # frozen; None: this one encodes questions and passages
-        precision: torch.dtype | None = None,  # what products will run in; None: what the backbone was loaded in
-        max_batch_tokens: int | None = None,  # of `embed`; None: the device decides
+        projection: nn.Sequential | None = None,  # `layout.chain`, after pooling; None: no layers
+        passage_encoder: "Encoder | None" = None,  # frozen; None: this encoder serves questions and passages
+        precision: torch.dtype | None = None,  # dtype of later matrix products; None: the backbone's
+        max_batch_tokens: int | None = None,  # in `embed`; None: by device
     ) -> None:
         super().__init__()
         self.backbone, self.projection = backbone, layout.chain([]) if projection is None else projection
@@ -100,27 +102,27 @@ class Encoder(nn.Module):
         self.max_batch_tokens = max_batch_tokens
         self.collate = choose_collate(backbone, precision)
         self._as_text = as_text(tokenizer)
-        self._counts: dict[str, list[int]] = {}  # queries and passages: seen, cut, and seen when that was told
+        self._counts: dict[str, list[int]] = {}  # by kind: texts seen, texts cut, and texts seen at the last warning
 
     @property
     def passage_side(self) -> "Encoder":
-        """Whatever encodes passages, in the loss as in the index."""
+        """The encoder of passages, for both loss and index."""
         return self.passage_encoder or self
 
     def freeze_passages(self) -> None:
-        """From now on passages are encoded by a frozen copy of what the encoder is now, unless they are already."""
+        """Encode passages with a frozen copy of the present encoder from now on, unless they have one."""
         if not self.passage_encoder:
             self.passage_encoder = copy.deepcopy(self).requires_grad_(False).eval()
 
     def cutting(self, most: int) -> "Encoder":
-        """The same encoder, but that passages have at most so many tokens, and that nobody is told what is cut."""
+        """A copy that shares the model, but cuts passages to `most` tokens without a warning."""
         other = copy.copy(self)
         other.settings = replace(self.settings, max_passage_length=most)
         other._counts = {"passage": [0, 0, sys.maxsize]}
         return other
 
     def train(self, mode: bool = True) -> "Encoder":
-        """Set the mode of what is trained; what is frozen has no dropout."""
+        """Set the mode of all but a frozen passage encoder, which stays in eval mode."""
         super().train(mode)
         if self.passage_encoder:
             self.passage_encoder.eval()
@@ -133,13 +135,13 @@ class Encoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """The embedding's width before it is cut to `truncate_dim`."""
+        """The embedding's width before truncation to `truncate_dim`."""
         return layout.width_behind(self.projection, self.backbone.config.hidden_size)
 
     def project(self, dimension: int) -> None:
-        """Compare embeddings behind a linear map and LayerNorm (Izacard & Grave 2020) from now on, unless they are."""
+        """Add a linear map and LayerNorm (Izacard & Grave 2020), unless the encoder has them."""
         if self.passage_encoder:
-            raise UserError("--projection true: passages have an encoder of their own, which stays as it is")
+            raise UserError("--projection true: cannot change a separate passage encoder; remove the flag")
         if not (self.projection and self.projection[-1].kind == "LayerNorm"):
             linear = layout.Layer("Dense", in_features=self.width, out_features=dimension, activation_function=IDENTITY)
             added = [*self.projection, linear, layout.Layer("LayerNorm", dimension=dimension)]
@@ -157,17 +159,17 @@ class Encoder(nn.Module):
 
     def _tokenize(self, kind: str, texts: Sequence[str], prefix: str, most: int) -> list[list[int]]:
         def encode(part: Sequence[str]) -> tuple[list[list[int]], int]:
-            found = self.tokenizer([prefix + self._as_text(text) for text in part], truncation=True, max_length=most)
-            ids, parts = found["input_ids"], found.encodings  # slow tokenizers do not tell what they left out
+            encoded = self.tokenizer([prefix + self._as_text(text) for text in part], truncation=True, max_length=most)
+            ids, parts = encoded["input_ids"], encoded.encodings  # slow tokenizers have no `encodings`
             if prefix and not self.settings.include_prompt:
                 own = self.tokenizer(prefix, truncation=True, max_length=most)["input_ids"]
-                # As many tokens as the prefix has by itself are marked by their complement: -1 - id.
+                # The prefix's tokens, as many as it has by itself, are marked by their complement, -1 - id.
                 hidden = len(own) - (own[-1] in self.tokenizer.all_special_ids)
                 ids = [[~token for token in row[:hidden]] + row[hidden:] for row in ids]
             return ids, sum(len(row) >= most and bool(not parts or parts[i].overflowing) for i, row in enumerate(ids))
 
-        told = f"texts are longer than --max_{kind}_length {most}; their ends are not encoded"
-        return in_parts(encode, texts, self._counts.setdefault(kind, [0, 0, 0]), told)
+        warning = f"texts are longer than --max_{kind}_length {most}; their ends are not encoded"
+        return in_parts(encode, texts, self._counts.setdefault(kind, [0, 0, 0]), warning)
 
     def forward(self, batch: TokenBatch) -> Tensor:
         """Embeddings of a batch, in float32. -> [B, D]"""
@@ -182,12 +184,12 @@ class Encoder(nn.Module):
     def embed(
         self, sequences: Sequence[Sequence[int]], advance: Callable[[int], object] = lambda count: None
     ) -> np.ndarray:
-        """Embeddings of token ids without gradient, longest first; `advance` hears how many are done. -> [N, D]"""
+        """Embeddings without gradient; `advance` is called with the size of each finished batch. -> [N, D]"""
         padded, shape = self.collate is not pack, (self.dimension,)
         return computed(self, sequences, "embedding", padded, shape, self.max_batch_tokens, advance)
 
     def fingerprint(self) -> str:
-        """A hash of weights, tokenizer and settings: equal when every embedding would be."""
+        """A hash of weights, tokenizer and settings, which determine all embeddings."""
         sides = [self, self.passage_encoder] if self.passage_encoder else [self]
         models = [model for side in sides for model in (side.backbone, side.projection) if model]
         settings = json.dumps([asdict(self.settings), layout.configs(self.projection)], sort_keys=True)
@@ -199,14 +201,15 @@ class Encoder(nn.Module):
         self.backbone.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         layout.write_layout(directory, self)
-        if self.passage_encoder:  # then `encode_query` and `encode_document` use one encoder each
+        if self.passage_encoder:  # for `encode_document`; `encode_query` uses the other one
             self.passage_encoder.save_pretrained(directory / PASSAGE_ENCODER)
 
 
-def in_parts(encode: Callable[[Any], tuple[list[list[int]], int]], texts: Any, counts: list[int], told: str) -> Any:
-    """Token ids of texts, by what encodes a part of them and counts those that it cut; threads take turns. -> [N]
+def in_parts(encode: Callable[[Any], tuple[list[list[int]], int]], texts: Any, counts: list[int], warning: str) -> Any:
+    """Token ids of texts; `encode` maps a part of them to ids and the number of texts that it cut. -> [N]
 
-    How many were cut is told, and again when ten times as many were seen; `counts`: seen, cut, and seen when told.
+    Warns of cut texts, and again after ten times as many texts. `counts` is updated: texts seen, texts cut, and texts
+    seen at the last warning.
     """
     rows: list[list[int]] = []
     for start in range(0, len(texts), ENCODINGS_AT_ONCE):
@@ -216,7 +219,7 @@ def in_parts(encode: Callable[[Any], tuple[list[list[int]], int]], texts: Any, c
         counts[:2] = counts[0] + len(ids), counts[1] + cut
     if counts[1] and counts[0] >= 10 * counts[2]:
         counts[2] = counts[0]
-        log.warning("%d of the first %d %s", counts[1], counts[0], told)
+        log.warning("%d of the first %d %s", counts[1], counts[0], warning)
     return rows
 
 
@@ -225,7 +228,7 @@ def computed(
     module: Any, sequences: Sequence[Sequence[int]], what: str, padded: bool, shape: tuple[int, ...] = (),
     most: int | None = None, advance: Callable[[int], object] = lambda count: None,
 ) -> np.ndarray:  # fmt: skip
-    """What a module makes of token ids, longest first; `what` is an error's word for it. -> float32 [N, *shape]"""
+    """The module's outputs for token ids; `what` names an output in errors. -> float32 [N, *shape]"""
     rows = np.empty((len(sequences), *shape), dtype=np.float32)
     device = next(module.parameters()).device
     batches = token_budget_batches(list(map(len, sequences)), most or MAX_BATCH_TOKENS[device.type], padded)
@@ -233,16 +236,16 @@ def computed(
     def begun() -> Iterator[Any]:
         for indices in in_step(module, batches, filler=[]):
             batch = module.collate([sequences[index] for index in indices] or [[0]])
-            found = module(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
+            output = module(batch.to(device)).to("cpu", non_blocking=True)  # from CUDA into pinned memory
             event = torch.cuda.current_stream(device).record_event() if device.type == "cuda" else None
-            yield indices, found, event
+            yield indices, output, event
         yield None
 
     with evaluating(module):
-        for (indices, found, event), _ in pairwise(begun()):  # while the GPU computes the next
+        for (indices, output, event), _ in pairwise(begun()):  # while the GPU computes the next batch
             if event:
                 event.synchronize()
-            rows[indices] = found[: len(indices)].numpy()
+            rows[indices] = output[: len(indices)].numpy()
             for index in indices:
                 if not np.isfinite(rows[index]).all():
                     text = module.tokenizer.decode([max(id, ~id) for id in sequences[index]], skip_special_tokens=True)
@@ -252,14 +255,14 @@ def computed(
 
 
 def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = None) -> Tensor:
-    """One vector a sequence, in float32; `seen` [T] tells which tokens count (None: all). [rows, H] -> [B, H]"""
+    """One float32 vector per sequence; `seen` [T] marks the tokens that count (None: all). [rows, H] -> [B, H]"""
     B, owners, states = len(batch.lengths), batch.owners, batch.real(hidden)  # [T], [T, H]
     if kind == "lasttoken":
         return hidden[batch.starts + batch.lengths - 1].float()
     if kind == "cls":
         unseen = 0 if seen is None else batch.lengths.new_zeros(B).index_add(0, owners, (~seen).long())
         return hidden[batch.starts + unseen % batch.lengths].float()  # the first one if none is seen
-    # Tokens further behind count more in a weighted mean: by their place in the whole sequence, from 1.
+    # In a weighted mean a token's weight is its position in the whole sequence, from 1.
     weights = batch.rows - batch.starts[owners] + 1 if kind == "weightedmean" else torch.ones_like(owners)  # [T]
     if seen is not None:
         states, owners, weights = states[seen], owners[seen], weights[seen]
@@ -273,7 +276,7 @@ def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = Non
 
 
 def positions_of(backbone: PreTrainedModel) -> float:
-    """The most tokens that a backbone reads, as far as its tables and its configuration tell; else infinite."""
+    """The longest sequence that a backbone reads, by its position tables and configuration; infinite if unknown."""
     stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
     return min(loading.learned_positions(backbone), stated)
 
@@ -281,10 +284,10 @@ def positions_of(backbone: PreTrainedModel) -> float:
 def load_encoder(
     path: str,
     flags: EncoderArguments = EncoderArguments(dtype="float32"),
-    dtype: torch.dtype | None = None,  # None: that of frozen models
+    dtype: torch.dtype | None = None,  # None: as for frozen models
     main_only: bool = False,
 ) -> Encoder:
-    """Load a `transformers` or `sentence-transformers` checkpoint, in eval mode; flags that are given override it."""
+    """Load a `transformers` or `sentence-transformers` checkpoint in eval mode; flags override its settings."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
     positions = positions_of(backbone)
@@ -294,7 +297,7 @@ def load_encoder(
     given = {name: value for name in names if (value := getattr(flags, name, None)) is not None}
     if (prefix := flags.prefix(stored.get("query_prefix", ""))) is not None:
         given["query_prefix"] = prefix
-    limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # the tokenizer's does not bind
+    limit = int(max(limit, min(positions, max(stored[name] for name in LENGTHS))))  # may exceed the tokenizer's
     for name in LENGTHS:
         if given.get(name, limit) > limit:
             raise UserError(f"--{name} {given[name]}: {path} takes at most {limit} tokens")
@@ -314,12 +317,12 @@ def load_encoder(
     def encoder(backbone: PreTrainedModel, folder: str = "", passages: Encoder | None = None) -> Encoder:
         layers = layout.read_layers(path, folder, stored["layers"], backbone.config.hidden_size).to(backbone.device)
         last = dtype and flags.precision, flags.max_batch_tokens
-        made = Encoder(backbone, tokenizer, settings, layers, passages, *last).eval()
-        if (size := flags.truncate_dim or 0) > made.width:
-            raise UserError(f"--truncate_dim {size}: the embeddings of {path} have {made.width} dimensions")
-        return made
+        result = Encoder(backbone, tokenizer, settings, layers, passages, *last).eval()
+        if (size := flags.truncate_dim or 0) > result.width:
+            raise UserError(f"--truncate_dim {size}: the embeddings of {path} have {result.width} dimensions")
+        return result
 
     if not stored.get("two_encoders"):
         return encoder(backbone)
-    of_passages = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
-    return encoder(backbone, passages=encoder(of_passages, PASSAGE_ENCODER))
+    passages = load_model(AutoModel, path, flags, dtype, main_only, subfolder=PASSAGE_ENCODER)
+    return encoder(backbone, passages=encoder(passages, PASSAGE_ENCODER))

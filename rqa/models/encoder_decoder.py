@@ -1,7 +1,7 @@
-"""Encoder-decoders: fusion-in-decoder (Izacard & Grave 2020), and how much its decoder attends to each passage.
+"""Encoder-decoders: fusion-in-decoder (Izacard & Grave 2020), and its decoder's cross-attention to each passage.
 
-Cross-attention is seen through public interfaces: an attention function registered as `rqa_recording` does what sdpa
-does and, within `passage_scores`, hands over each attention's scores and values. Nothing of a model is patched.
+Cross-attention is recorded without patching a model: an attention function registered as `rqa_recording` computes what
+sdpa does and, within `passage_scores`, records scores and values.
 """
 
 from collections.abc import Callable, Sequence
@@ -31,18 +31,18 @@ from rqa.runtime.flags import flag
 from rqa.runtime.parallelize import WholePass, in_step, is_sharded
 from rqa.runtime.text import as_text
 
-NEW_LAYERS = "crossattention|predictions|lm_head"  # names of what a warm start makes anew, and must learn faster
-FASTER = 7  # times the learning rate of the others; all at one high rate, the encoder's states fall together
+NEW_LAYERS = "crossattention|predictions|lm_head"  # new parameters of a warm start, which must learn faster
+FASTER = 7  # factor of their learning rate; at this rate for all, the encoder's states would collapse
 NEAR_ZERO = 0.1
 RECORDING_ATTENTION = "rqa_recording"
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 FID_TEMPLATE = "question: {question} context: {passage}"
-LEAST_FULL = 0.8  # the shortest sequence of a padded batch, as a share of its longest
+LEAST_FULL = 0.8  # shortest sequence of a padded batch, as a share of its longest
 
 
 @dataclass(kw_only=True)
 class EncoderDecoderArguments(LoadingArguments):
-    """How an encoder-decoder is asked, passage by passage."""
+    """The encoder-decoder's prompts."""
 
     prompt_template: str | None = flag(None, "Text file with {passage} and {question} that replaces the prompt.")
     max_encoder_seq_length: int = flag(512, "Tokens of the question and one passage, at most.")
@@ -53,9 +53,9 @@ class EncoderDecoderArguments(LoadingArguments):
 
 @dataclass(kw_only=True)
 class FiDPromptArguments(EncoderDecoderArguments):
-    """How long an encoder-decoder's answers are."""
+    """The encoder-decoder's answers."""
 
-    max_decoder_seq_length: int = flag(256, "Tokens of an answer, given or generated, at most.")
+    max_decoder_seq_length: int = flag(256, "Tokens of a gold or generated answer, at most.")
 
 
 @dataclass(frozen=True)
@@ -64,11 +64,11 @@ class FiDSequence:
 
     passages: list[list[int]]
     answer: list[int]
-    cut_more = False  # the answer has a length of its own
+    cut_more = False  # answers have a separate limit, so prompts are never cut for them
 
 
 class FiDPrompter:
-    """Builds what a fusion-in-decoder reader sees: one prompt a passage, and the answer."""
+    """Builds the inputs of a fusion-in-decoder reader: one prompt per passage, and the answer."""
 
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
@@ -77,17 +77,17 @@ class FiDPrompter:
     ) -> None:
         self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
         self.as_text = as_text(tokenizer)
-        self.start_token = start_token  # the decoder starts from it, and an answer does not repeat it
+        self.start_token = start_token  # removed from answers, since the decoder adds it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
         end = tokenizer.eos_token_id
-        self.end_token = tokenizer.sep_token_id if end is None else end  # behind every answer
+        self.end_token = tokenizer.sep_token_id if end is None else end  # at the end of every answer
         if self.end_token is None:
             raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
-        """Token ids of each passage's prompt, and of the answer when given; without passages, of the question alone."""
+        """Token ids of each passage's prompt, or of the question alone without passages; and of the answer if given."""
         limit = self.arguments.max_encoder_seq_length
-        bare, kept = cut_history(self._prompt, example, limit)  # what is too long by itself loses its oldest turns
+        bare, kept = cut_history(self._prompt, example, limit)  # the oldest turns are cut first
         target = [] if answer is None else self._encode_answer(answer)
         for part, ids, side in (("question", bare, "encoder"), ("answer", target, "decoder")):
             if ids and len(ids) > (most := getattr(self.arguments, f"max_{side}_seq_length")):
@@ -113,31 +113,31 @@ class FiDPrompter:
 
 @dataclass(frozen=True)
 class FiDBatch(Batch):
-    """B questions with their passages, encoded one by one, and their answers."""
+    """B questions with passages, which are encoded separately, and answers."""
 
-    parts: tuple[TokenBatch, ...]  # the passages of all questions, those of similar length together
-    places: Tensor  # where the real tokens of the parts, in order, stand among the B * S states. [T]
-    owners: Tensor  # the passage of its question that a state belongs to, -1 for padding. [B, S]
-    labels: Tensor  # the answers' tokens, -100 for padding. [B, L]
-    positions: Tensor  # where the answers' tokens are in the flattened labels. [N]
-    most: int  # K, the passages of the question that has most
+    parts: tuple[TokenBatch, ...]  # the passages of all questions, grouped by length
+    places: Tensor  # positions of the parts' real tokens among the B * S states. [T]
+    owners: Tensor  # the number of each state's passage within its question, -1 for padding. [B, S]
+    labels: Tensor  # answer tokens, -100 for padding. [B, L]
+    positions: Tensor  # positions of answer tokens in the flattened labels. [N]
+    most: int  # K, the most passages of a question
     indices: tuple[int, ...] = ()  # the examples' numbers in their file, for messages
 
     @property
     def weight(self) -> int:
-        """Target tokens."""
+        """Number of target tokens."""
         return len(self.positions)
 
     @property
     def num_tokens(self) -> int:
-        """Real tokens of passages and answers."""
+        """Number of real tokens of passages and answers."""
         return len(self.places) + self.weight
 
 
 def fid_batch(
     sequences: Sequence[FiDSequence], collate: Collate, indices: Sequence[int] = (), max_tokens: int = 16384
 ) -> FiDBatch:
-    """Collate questions with several passages each; a forward pass of the encoder reads at most `max_tokens`."""
+    """Collate questions with their passages; each part has at most `max_tokens` tokens."""
     passages = [passage for sequence in sequences for passage in sequence.passages]
     lengths = [torch.tensor([len(passage) for passage in sequence.passages]) for sequence in sequences]
     answers = [torch.tensor(sequence.answer, dtype=torch.long) for sequence in sequences]
@@ -146,7 +146,7 @@ def fid_batch(
     labels = pad_sequence(answers, batch_first=True, padding_value=IGNORED)  # [B, L]
     positions = (labels.flatten() != IGNORED).nonzero()[:, 0]
     flat, padded = torch.cat(lengths).tolist(), collate is not pack
-    places = (owners.flatten() >= 0).nonzero()[:, 0].split(flat)  # of each passage's tokens
+    places = (owners.flatten() >= 0).nonzero()[:, 0].split(flat)  # for each passage
     chosen = token_budget_batches(flat, max_tokens, padded, LEAST_FULL if padded else 0.0)
     parts = tuple(collate([passages[i] for i in part]) for part in chosen)
     in_order = torch.cat([places[i] for part in chosen for i in part])
@@ -156,7 +156,7 @@ def fid_batch(
 def load_encoder_decoder(
     path: str, flags: EncoderDecoderArguments, dtype: torch.dtype | None = None, main_only: bool = False
 ) -> tuple[PreTrainedModel, FiDPrompter]:
-    """A model and what builds its inputs; `bert::path` makes both sides of one BERT-like model (Rothe et al. 2020)."""
+    """A model and its prompter; `bert::path` initialises both sides from a BERT-like model (Rothe et al. 2020)."""
     name = path.removeprefix(WARM_START)
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     load = partial(load_model, path=name, flags=flags, dtype=dtype, main_only=main_only)
@@ -166,13 +166,13 @@ def load_encoder_decoder(
             model.set_attn_implementation("sdpa")
             if model.get_encoder().is_backend_compatible():
                 model.get_encoder().set_attn_implementation(PACKED_ATTENTION)
-        except ValueError:  # T5Gemma caps its scores
+        except ValueError:  # T5Gemma caps attention scores
             model.set_attn_implementation("eager")
     flags = loading.within_positions(model.get_encoder(), flags, "max_encoder_seq_length")
     if isinstance(flags, FiDPromptArguments):
         flags = loading.within_positions(model.get_decoder(), flags, "max_decoder_seq_length")
     if flags.precision is torch.float16 and model.config.model_type in OVERFLOWING:
-        raise UserError("--fp16 true: T5's activations exceed what float16 can hold; use --bf16 true or neither")
+        raise UserError("--fp16 true: T5's activations overflow float16; use --bf16 true or neither")
     return model, FiDPrompter(tokenizer, flags, start_token(model))
 
 
@@ -181,16 +181,16 @@ def _warm_start(path: str, tokenizer: Any, load: Callable[..., PreTrainedModel])
     if None in tokens.values():
         raise UserError(f"--model_name_or_path {WARM_START}{path}: the tokenizer lacks [CLS], [SEP] or [PAD]")
     encoder = load(transformers.AutoModel)
-    headless = encoder.config.architectures == [type(encoder).__name__]  # the checkpoint has no head for tokens
-    made = {"new_layers": NEW_LAYERS if headless else "crossattention"}
-    decoder = load(transformers.AutoModelForCausalLM, **made, is_decoder=True, add_cross_attention=True)
+    headless = encoder.config.architectures == [type(encoder).__name__]  # the checkpoint has no language-model head
+    new = {"new_layers": NEW_LAYERS if headless else "crossattention"}
+    decoder = load(transformers.AutoModelForCausalLM, **new, is_decoder=True, add_cross_attention=True)
     for layer in decoder.modules():
-        if hasattr(layer, "crossattention"):  # attends to passages as to its own text, until it learns better
+        if hasattr(layer, "crossattention"):  # starts as a copy of self-attention
             layer.crossattention.load_state_dict(layer.attention.state_dict())
     if headless:
         for name, module in decoder.named_modules():
             if isinstance(module, nn.Linear) and name.endswith(("predictions.transform.dense", "lm_head.dense")):
-                # Begin as the identity: the activation is linear near zero, and LayerNorm restores the scale.
+                # Start as the identity: the activation is linear near zero, and LayerNorm restores the scale.
                 module.weight.data.copy_(NEAR_ZERO * torch.eye(*module.weight.shape))
                 nn.init.zeros_(module.bias)
     model = transformers.EncoderDecoderModel(encoder=encoder, decoder=decoder)
@@ -206,7 +206,7 @@ def start_token(model: PreTrainedModel) -> int:
 
 
 def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
-    """The real tokens' states of all passages of each question, as the decoder's keyword arguments. -> [B, S, D]"""
+    """The encoder states [B, S, D] of all passages of each question, as the decoder's keyword arguments."""
     encoder = model.get_encoder()
     parts = in_step(encoder, batch.parts, filler=replace(batch.parts[0], rows=batch.parts[0].rows[:0]))
     states = torch.cat([part.real(hidden_states(encoder, part)) for part in parts])  # [T, D]
@@ -217,7 +217,7 @@ def encode_passages(model: PreTrainedModel, batch: FiDBatch) -> dict[str, Any]:
 
 
 class FiD(WholePass):
-    """An encoder-decoder that reads the passages of each question one by one."""
+    """An encoder-decoder that encodes the passages of each question separately."""
 
     whole_passes = ("generate",)
 
@@ -226,15 +226,15 @@ class FiD(WholePass):
         self.model, self.collate = model, loading.choose_collate(model.get_encoder(), precision)
 
     def forward(self, batch: FiDBatch) -> tuple[Tensor, Tensor]:
-        """Next-token logits of the answers' tokens, and these tokens. -> [N, V], [N]"""
+        """Logits of the answer tokens, and these tokens. -> [N, V], [N]"""
         decoder_input_ids = self.model.prepare_decoder_input_ids_from_labels(labels=batch.labels)  # [B, L]
         output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
         return output.logits.flatten(0, 1)[batch.positions], batch.labels.flatten()[batch.positions]
 
     @torch.no_grad()
     def generate(self, batch: FiDBatch, config: transformers.GenerationConfig, watch: Watch | None = None) -> Tensor:
-        """The answers' tokens behind the first one, passages encoded once. -> [B, new]"""
-        synced = is_sharded(self.model)  # then a process that is done steps on until all are
+        """Generated tokens, without the start token; passages are encoded once. -> [B, new]"""
+        synced = is_sharded(self.model)  # sharded processes must keep stepping until all are done
         passages = encode_passages(self.model, batch)
         return generate(self.model, config, 1, watch, **passages, synced_gpus=synced)
 
@@ -267,9 +267,9 @@ _record: ContextVar[Callable[[Tensor, Tensor], None] | None] = ContextVar("recor
 def recording_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **kwargs: Any
 ) -> tuple[Tensor, Tensor | None]:
-    """sdpa; within `passage_scores` attention of the one decoded position, written out and recorded.
+    """sdpa; but within `passage_scores`, attention of the decoded position is computed in steps and recorded.
 
-    query: [B, H, 1, d]; key and value: [B, H_kv, S, d], where H_kv divides H; mask: True where a key is seen.
+    query: [B, H, 1, d]; key and value: [B, H_kv, S, d], where H_kv divides H; mask: True for visible keys.
     """
     record = _record.get()
     if record is None:
@@ -290,26 +290,26 @@ AttentionMaskInterface.register(RECORDING_ATTENTION, sdpa_mask)
 
 
 def observe(model: PreTrainedModel) -> None:
-    """Make the decoder's attention one that `passage_scores` sees."""
+    """Switch the decoder to the attention that `passage_scores` records."""
     for part in model.get_decoder().modules():
-        if isinstance(part, PreTrainedModel):  # `transformers` 5.17 skips a part with a configuration of its own
+        if isinstance(part, PreTrainedModel):  # `transformers` 5.17 skips parts with their own configuration
             part.set_attn_implementation(RECORDING_ATTENTION)
 
 
 @torch.no_grad()
 def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain") -> Tensor:
-    """How much the first decoded position attends to each passage (Izacard & Grave 2020, section 3.2). -> [B, K]
+    """Cross-attention of the first decoded position to each passage (Izacard & Grave 2020, section 3.2). -> [B, K]
 
-    The mean over layers, heads and the passage's real tokens, in float32; -inf where a question has fewer passages.
-    `plain` takes the score before the softmax, with the model's own scale; `value_norm` the probability times the norm
-    of the value (Izacard et al. 2022, Atlas, equation 3). The model is one that `observe` was called with.
+    Scores are means over layers, heads and the passage's real tokens, in float32; -inf where a question has fewer
+    passages. `plain` averages scores before the softmax, with the model's own scale; `value_norm` averages
+    probabilities times the norm of the value (Izacard et al. 2022, Atlas, equation 3). Call `observe` first.
     """
     first = torch.full((len(batch.owners), 1), start_token(model), device=batch.owners.device)
     layers: list[Tensor] = []
 
     def record(scores: Tensor, value: Tensor) -> None:
         if scores.shape[-1] != batch.owners.shape[1]:
-            return  # the decoder's attention to itself, over one position
+            return  # self-attention, over one position
         tokens = scores.softmax(-1) * value.float().norm(dim=-1) if kind == "value_norm" else scores  # [B, H, S]
         layers.append(tokens.mean(1))
 
@@ -319,7 +319,7 @@ def passage_scores(model: PreTrainedModel, batch: FiDBatch, kind: str = "plain")
     recording.run(model, **inputs, decoder_input_ids=first, use_cache=False)
     assert layers, "no cross-attention was seen"
     values = torch.stack(layers).mean(0).masked_fill(batch.owners < 0, 0.0)  # padding scores -inf. [B, S]
-    column = batch.owners + 1  # column 0 gets the padding, and is dropped
-    nothing = values.new_zeros(len(values), batch.most + 1)
-    sums, counts = (nothing.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
+    column = batch.owners + 1  # column 0 collects the padding, and is dropped
+    zeros = values.new_zeros(len(values), batch.most + 1)
+    sums, counts = (zeros.scatter_add(1, column, x) for x in (values, torch.ones_like(values)))
     return (sums / counts).masked_fill(counts == 0, float("-inf"))[:, 1:]

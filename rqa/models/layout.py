@@ -1,4 +1,4 @@
-"""The layout of `sentence-transformers`: what a checkpoint's files say of an encoder, beside its backbone's weights."""
+"""Reading and writing checkpoints in the layout of `sentence-transformers`, except the backbone."""
 
 import json
 import logging
@@ -24,17 +24,17 @@ log = logging.getLogger(__name__)
 
 SETTINGS_FILE = "rqa_encoder.json"
 GENERAL_FILE = "config_sentence_transformers.json"
-PASSAGE_ENCODER = "passage_encoder"  # the folder of a passage encoder of its own
+PASSAGE_ENCODER = "passage_encoder"  # the folder of a separate passage encoder
 TYPES = "sentence_transformers.models."
 POOLING = {"mean_tokens": "mean", "cls_token": "cls", "lasttoken": "lasttoken", "max_tokens": "max",
-           "weightedmean_tokens": "weightedmean"}  # by what follows `pooling_mode_` in its file  # fmt: skip
-# The layers that may follow Pooling, and what is meant where their files say nothing; what comes in is named first.
+           "weightedmean_tokens": "weightedmean"}  # keys follow `pooling_mode_` in the file  # fmt: skip
+# The layers that may follow Pooling, with default settings; the first setting is the input width.
 LAYERS: dict[str, dict[str, Any]] = {
     "Dense": {"in_features": 0, "out_features": 0, "bias": True,
               "activation_function": "torch.nn.modules.activation.Tanh"},
     "LayerNorm": {"dimension": 0}, "Normalize": {},
 }  # fmt: skip
-# What is said of a module and must be so: anything else would change embeddings.
+# The only values supported for these module settings; others would change embeddings.
 PLAIN = {"module_input_name": "sentence_embedding", "module_output_name": "sentence_embedding", "use_residual": False}
 PLAIN_READING = {"transformer_task": "feature-extraction", "module_output_name": "token_embeddings",
                  "query_expansion": {}, "processing_kwargs": {}}  # fmt: skip
@@ -45,7 +45,7 @@ LENGTHS = ("max_query_length", "max_passage_length")
 
 @dataclass(frozen=True)
 class EncoderSettings:
-    """What, beside the weights and the layers behind pooling, decides an embedding."""
+    """Settings that determine embeddings, besides weights and the layers after pooling."""
 
     pooling_type: str = "mean"
     normalize: bool = True
@@ -53,19 +53,19 @@ class EncoderSettings:
     passage_prefix: str = ""
     max_query_length: int = 512
     max_passage_length: int = 512
-    include_prompt: bool = True  # whether pooling sees the prefix's tokens
-    truncate_dim: int = 0  # dimensions that are kept, the first ones; 0: all
+    include_prompt: bool = True  # whether pooling includes the prefix's tokens
+    truncate_dim: int = 0  # leading dimensions to keep; 0: all
 
 
 class Normalize(nn.Module):
-    """Vectors of length 1. [B, D] -> [B, D]"""
+    """Normalises vectors to length 1. [B, D] -> [B, D]"""
 
     def forward(self, vectors: Tensor) -> Tensor:
         return nn.functional.normalize(vectors, dim=-1)
 
 
 class Layer(nn.Sequential):
-    """A layer behind pooling; its parts are named as in its file of weights, its settings as in its config.json."""
+    """A layer after pooling; parts are named as in its weights file, settings as in its config.json."""
 
     def __init__(self, kind: str, **config: Any) -> None:
         super().__init__()
@@ -82,23 +82,23 @@ class Layer(nn.Sequential):
 
 
 def chain(layers: Iterable[Layer]) -> nn.Sequential:
-    """Layers behind pooling, named as their folders. [B, H] -> [B, D]"""
+    """Layers after pooling, named like their folders. [B, H] -> [B, D]"""
     return nn.Sequential(OrderedDict((f"{number}_{layer.kind}", layer) for number, layer in enumerate(layers, 2)))
 
 
 def width_behind(layers: Iterable[nn.Module], width: int) -> int:
-    """D, what layers make of a width H."""
+    """The output width D of layers with input width H."""
     linear = [part for layer in layers for part in layer.modules() if isinstance(part, nn.Linear)]
     return linear[-1].out_features if linear else width
 
 
 def configs(layers: nn.Sequential) -> dict[str, Any]:
-    """What decides each layer's output beside its weights, by the name of its folder."""
+    """The settings of each layer by folder name."""
     return {name: layer.config for name, layer in layers.named_children()}
 
 
 def write_layout(directory: Path, encoder: Any) -> None:
-    """Write what `sentence-transformers` and `read_layout` build the same encoder from, beside its backbones."""
+    """Write everything but the backbones, for `sentence-transformers` and `read_layout` to load the same encoder."""
     settings, layers, two_encoders = encoder.settings, encoder.projection, encoder.passage_encoder is not None
     files: dict[str, Any] = {f"{name}/config.json": config for name, config in configs(layers).items()}
     modules = {"": "Transformer", "1_Pooling": "Pooling"} | {name: name.split("_")[1] for name in configs(layers)}
@@ -129,23 +129,23 @@ def write_layout(directory: Path, encoder: Any) -> None:
 
 
 def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
-    """The settings that a checkpoint's own files state, the folders of its layers, and whether it has two encoders.
+    """The settings in a checkpoint's files, the folders of its layers, and whether it has two encoders.
 
-    They mean what sentence-transformers' `encode_query`, `encode_document` and `similarity` make of them, or are
-    refused, unless a flag that is given replaces them. Similarity is cosine unless another is stated, with or without a
-    Normalize module; texts are cut at `limit` tokens unless a length is stated.
+    Settings have the meaning of sentence-transformers' `encode_query`, `encode_document` and `similarity`; unsupported
+    ones raise unless a flag overrides them. Defaults are cosine similarity, with or without a Normalize module, and
+    texts cut to `limit` tokens.
     """
-    if ours := read_part(path, SETTINGS_FILE):  # it decides, not a folder left behind
+    if ours := read_part(path, SETTINGS_FILE):  # takes precedence over leftover folders
         defaults = vars(EncoderSettings()) | {"two_encoders": False, "layers": [], "projection": 0}
         found = {name: stated(f"{path}/{SETTINGS_FILE}", ours, name, value) for name, value in defaults.items()}
-        # Before there were other layers, a projection was these two.
+        # Older checkpoints state only that there is a projection, which was these two layers.
         names = ["2_Dense", "3_LayerNorm"] if found.pop("projection") else map(str, found["layers"])
         return found | {"layers": [(name, name.partition("_")[2]) for name in names]}
     if not (modules := read_modules(path)):
         return dict.fromkeys(LENGTHS, min(limit, 512)) | {"layers": []}
     folders, names = zip(*modules, strict=True)
-    beside = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
-    if names[:2] != ("Transformer", "Pooling") or {*names[2:]} - {*LAYERS} or folders[0] or not beside:
+    flat = all(re.fullmatch(r"\w[\w.-]*", folder) for folder in folders[1:])
+    if names[:2] != ("Transformer", "Pooling") or {*names[2:]} - {*LAYERS} or folders[0] or not flat:
         wanted = f"Transformer with path '', Pooling, then any of {', '.join(LAYERS)}, each in a folder beside it"
         raise UserError(f"{path}/modules.json: modules {', '.join(names)} are not supported; only {wanted}")
     file, pooling_file = f"{path}/{GENERAL_FILE}", f"{folders[1]}/config.json"
@@ -156,24 +156,24 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     cut, unit = flags.truncate_dim or general("truncate_dim", 0), names[-1] == "Normalize"
     layers = modules[2:]
     if unit and (similarity == "cosine" or flags.normalize is not None or not cut):
-        layers.pop()  # `normalize` says the same
-    # Unit vectors that are cut have other lengths, which dot products see and cosine does not.
+        layers.pop()  # `normalize` does the same
+    # Truncated unit vectors have other lengths, which change dot products but not cosine.
     normalize = similarity != "dot" or (unit and not cut)
     prompt = {name: stated(file, prompts, name, "") for name in ("query", "document", "passage", "corpus")}
     passages = prompt["document"] if "document" in prompts else prompt["passage"] or prompt["corpus"]
     if passages and "document" not in prompts and flags.passage_prefix is None:
-        other = "sentence-transformers 5 and later leave out; --passage_prefix '' does so, too"
+        other = "sentence-transformers 5 and later do not use; remove it with --passage_prefix ''"
         log.warning("%s: passages begin with the prompt %r, which %s", file, passages, other)
     if not (pooling := read_part(path, pooling_file)):
         raise UserError(f"{path}/{pooling_file}: is missing or empty; copy it from the original model")
     pools = partial(stated, f"{path}/{pooling_file}", pooling)
     old = [key.split("_", 2)[2] for key in pooling if key.startswith("pooling_mode_") and pools(key, False)]
     modes = pooling.get("pooling_mode") or [POOLING.get(name, name) for name in old]
-    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # all but one are old
+    kinds = ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")  # the first is current
     found = next(filter(None, (read_part(path, f"sentence_{kind}_config.json") for kind in kinds)), {})
     reading = partial(stated, file := f"{path}/sentence_bert_config.json", found)
     refuse_others(file, found, PLAIN_READING)
-    if "message" in reading("modality_config", {}):  # it would render plain texts, too
+    if "message" in reading("modality_config", {}):  # it would also apply to plain texts
         raise UserError(f"{file}: modality_config message (a chat template) is not supported; only text")
     length = reading("max_seq_length", limit)
     return {
@@ -186,19 +186,19 @@ def read_layout(path: str, limit: int, flags: Any) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width: int) -> nn.Sequential:
-    """The layers behind pooling, in float32, by the names of their folders and their kinds. [B, H] -> [B, D]"""
+def read_layers(path: str, folder: str, folders: Iterable[tuple[str, str]], width: int) -> nn.Sequential:
+    """The layers after pooling, in float32, from pairs of folder name and kind. [B, H] -> [B, D]"""
     layers: list[Layer] = []
-    for name, kind in found:
+    for name, kind in folders:
         file = f"{path}/{(place := str(Path(folder, name)))}/config.json"
-        said = read_part(path, f"{place}/config.json")
-        refuse_others(file, said, PLAIN)
-        config = {key: stated(file, said, key, default) for key, default in LAYERS.get(kind, {}).items()}
+        settings = read_part(path, f"{place}/config.json")
+        refuse_others(file, settings, PLAIN)
+        config = {key: stated(file, settings, key, default) for key, default in LAYERS.get(kind, {}).items()}
         first = next(iter(config), "")
-        if first and config[first] != (now := width_behind(layers, width)):
-            raise UserError(f"{file}: {first} {config[first]}: {now} dimensions come in; copy the original files")
+        if first and config[first] != (before := width_behind(layers, width)):
+            raise UserError(f"{file}: {first} {config[first]}: must be {before}; copy the original files")
         try:
-            with torch.device("meta"):  # memory is taken for what the file holds, not for what a setting says
+            with torch.device("meta"):  # a wrong setting must not allocate memory
                 layers.append(Layer(kind, **config).float())
             if config:
                 weights = load_file(cached_file(path, f"{place}/model.safetensors"))
@@ -208,15 +208,15 @@ def read_layers(path: str, folder: str, found: Iterable[tuple[str, str]], width:
     return chain(layers)
 
 
-def refuse_others(file: str, said: dict[str, Any], plain: dict[str, Any]) -> None:
-    """Refuse settings that say other than these values."""
+def refuse_others(file: str, settings: dict[str, Any], plain: dict[str, Any]) -> None:
+    """Raise if settings have other values than `plain`."""
     for name, value in plain.items():
-        if (found := stated(file, said, name, value)) != value:
+        if (found := stated(file, settings, name, value)) != value:
             raise UserError(f"{file}: {name} {found} is not supported; only {value or 'none'}")
 
 
 def stated(file: str, settings: Any, name: str, default: Any) -> Any:
-    """What a file states of a setting, which must be of its default's type; the default where it states nothing."""
+    """The value of a setting in a file, or the default; raises unless it has the default's type."""
     value = settings.get(name) if isinstance(settings, dict) else settings
     if value is None:
         return default
@@ -226,7 +226,7 @@ def stated(file: str, settings: Any, name: str, default: Any) -> Any:
 
 
 def write_parts(directory: Path, modules: dict[str, str], files: dict[str, Any]) -> None:
-    """Write the modules of a checkpoint, their types by folder, and other JSON files, by their paths."""
+    """Write a checkpoint's `modules.json`, from module types by folder, and other JSON files by path."""
     numbered = enumerate(modules.items())
     listed = [{"idx": i, "name": str(i), "path": path, "type": kind} for i, (path, kind) in numbered]
     for name, value in ({"modules.json": listed} | files).items():
@@ -235,16 +235,16 @@ def write_parts(directory: Path, modules: dict[str, str], files: dict[str, Any])
 
 
 def read_modules(path: str) -> list[tuple[str, str]]:
-    """The folders of a checkpoint's modules, and their kinds; none if it is not of `sentence-transformers`."""
+    """Folder and kind of each module of a checkpoint; empty if it is not from `sentence-transformers`."""
     file, modules = f"{path}/modules.json", read_part(path, "modules.json", list)
-    said = [(stated(file, module, "path", ""), stated(file, module, "type", "")) for module in modules]
-    return [(folder, re.sub(r"^sentence_transformers\.(.*\.)?", "", kind)) for folder, kind in said]
+    entries = [(stated(file, module, "path", ""), stated(file, module, "type", "")) for module in modules]
+    return [(folder, re.sub(r"^sentence_transformers\.(.*\.)?", "", kind)) for folder, kind in entries]
 
 
 def read_part(path: str, name: str, kind: type = dict) -> Any:
-    """A JSON file of a directory or of a hub repository; empty if there is none."""
+    """A JSON file in a directory or hub repository; empty if there is none."""
     try:
-        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private: else it raises OSError
+        file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)  # private; else it raises OSError
         return read_json(file, kind) if file else kind()
     except (OSError, ValueError) as error:
         raise UserError(f"{path}/{name}: cannot be read ({error})") from None

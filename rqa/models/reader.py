@@ -1,4 +1,4 @@
-"""Answers of models in this process: how they are generated, what each took, and the logits of given ones."""
+"""Readers in this process: generation of answers, and the logits of given answers."""
 
 import inspect
 import itertools
@@ -14,13 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import (
-    GenerationConfig,
-    LogitsProcessorList,
-    PreTrainedModel,
-    StoppingCriteriaList,
-    TopPLogitsWarper,
-)
+from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, TopPLogitsWarper
 
 from rqa.data import Document, Example
 from rqa.models import loading
@@ -35,22 +29,22 @@ from rqa.runtime.parallelize import in_step, is_sharded
 
 log = logging.getLogger(__name__)
 
-NOT_FINITE = -2  # stands for the tokens of an answer some of whose logits were NaN or infinite
-# Called between tokens with each answer of a batch as far as it has come; tells which ones nobody waits for any more.
+NOT_FINITE = -2  # replaces all tokens of an answer with NaN or infinite logits
+# Called between tokens with the unfinished answers of a batch; returns which ones can be abandoned.
 Watch = Callable[[list[list[int]]], list[bool]]
 
-LOOK_EVERY = 8  # steps until CUDA is asked whether all answers have ended, which makes it wait for Python
+LOOK_EVERY = 8  # steps between two checks whether all answers have ended, which make CUDA wait for Python
 
 
 @dataclass(kw_only=True)
 class GenerationArguments(Arguments):
-    """How answers are generated."""
+    """Generation of answers."""
 
-    num_beams: int = flag(1, "Beams of the search; 1 is greedy search.")
-    do_sample: bool = flag(False, "Whether to sample tokens instead of taking the likeliest one.", rare=True)
+    num_beams: int = flag(1, "Beams of beam search; 1: greedy search.")
+    do_sample: bool = flag(False, "Whether to sample tokens instead of taking the most likely one.", rare=True)
     temperature: float = flag(1.0, "Sampling temperature.", rare=True)
-    top_p: float = flag(1.0, "Total probability of the likeliest tokens, which are sampled from.", rare=True)
-    generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, at most, padding included.", rare=True)
+    top_p: float = flag(1.0, "Total probability of the most likely tokens to sample from.", rare=True)
+    generation_batch_tokens: int = flag(16384, "Tokens of a batch of prompts, with padding, at most.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("num_beams", "generation_batch_tokens", at_least=1)
@@ -60,13 +54,13 @@ class GenerationArguments(Arguments):
             raise UserError("--temperature and --top_p need --do_sample true")
 
     def config(self, max_new_tokens: int, stop: Sequence[int], **options: Any) -> GenerationConfig:
-        """These settings as `transformers` takes them; answers end at any of the stop tokens."""
+        """A `GenerationConfig` with these settings; answers end at any of the stop tokens."""
         sampling = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0} if self.do_sample else {}
         search = {"num_beams": self.num_beams, "do_sample": self.do_sample, "max_new_tokens": max_new_tokens}
         return GenerationConfig(**search, **sampling, eos_token_id=list(stop), pad_token_id=stop[0], **options)
 
     def next_tokens(self, logits: Tensor) -> Tensor:
-        """The likeliest tokens, or sampled ones as `config` has them sampled. [B, V] -> [B]"""
+        """The most likely tokens, or sampled ones, with the same settings as `config`. [B, V] -> [B]"""
         if not self.do_sample:
             return logits.argmax(-1)
         odds = TopPLogitsWarper(self.top_p)(None, logits.float() / self.temperature).softmax(-1)  # [B, V]
@@ -74,20 +68,20 @@ class GenerationArguments(Arguments):
 
 
 def until_end(ids: Sequence[int], ends: Sequence[int]) -> list[int]:
-    """An answer's tokens before the first that ends it, or that is not there yet (-1)."""
+    """An answer's tokens before the first stop token or the first unfilled place (-1)."""
     return list(itertools.takewhile(lambda token: token != -1 and token not in ends, ids))
 
 
 def generate(
     model: PreTrainedModel, config: GenerationConfig, start: int, look: Watch | None = None, **inputs: Any
 ) -> Tensor:
-    """What `model.generate` puts behind the `start` first tokens, by this configuration alone: no checkpoint's own."""
+    """Tokens of `model.generate` after the first `start`; the checkpoint's own generation settings are ignored."""
     theirs, model.generation_config = model.generation_config, GenerationConfig()
-    spoiled: list[Tensor] = []  # of each step, which beams are. [B * beams]
+    spoiled: list[Tensor] = []  # for each step, which beams had logits that are not finite. [B * beams]
 
     def watch(_: Tensor, scores: Tensor) -> Tensor:
         spoiled.append(~scores.amax(-1).isfinite())
-        return scores.masked_fill(spoiled[-1][:, None], 0)  # or CUDA would fail to sample
+        return scores.masked_fill(spoiled[-1][:, None], 0)  # sampling on CUDA would fail
 
     def stop(tokens: Tensor, *_: Any, **__: Any) -> Tensor:
         assert look
@@ -97,32 +91,32 @@ def generate(
     try:
         looking = StoppingCriteriaList([stop] if look and config.num_beams == 1 else [])
         processors = LogitsProcessorList([watch])
-        found = model.generate(
+        new = model.generate(
             **inputs, generation_config=config, logits_processor=processors, stopping_criteria=looking
         )[:, start:]
-        return found.masked_fill(torch.stack(spoiled).any(0).view(len(found), -1).any(1, keepdim=True), NOT_FINITE)
+        return new.masked_fill(torch.stack(spoiled).any(0).view(len(new), -1).any(1, keepdim=True), NOT_FINITE)
     finally:
         model.generation_config = theirs
 
 
 @dataclass(frozen=True)
 class Answer:
-    """A generated answer and what it took."""
+    """A generated answer, with its number of tokens and latency."""
 
     text: str
     num_tokens: int
-    seconds: float | None = None  # of its batch; None: nothing was generated, as no prompt fits or it was kept
-    batch_size: int = 1  # questions of that batch; only if it is 1 are the seconds what a user would have waited
-    cut: bool = False  # whether it reached the limit of new tokens before its end
+    seconds: float | None = None  # of its batch; None: not generated, since it did not fit or was cached
+    batch_size: int = 1  # questions in that batch; `seconds` is a user's latency only if this is 1
+    cut: bool = False  # whether the answer reached the limit of new tokens
 
 
 class LocalReader(ABC):
-    """A reader in this process. Each kind says what a prompt is, what it costs and how answers are generated."""
+    """A reader in this process; subclasses define prompts, their cost and generation."""
 
     def __init__(self, model: nn.Module, prompter: Any, flags: GenerationArguments, filler: Any, most: int) -> None:
         self.model, self.prompter, self.flags = model, prompter, flags
-        self.most = most  # tokens of an answer
-        self.filler = filler  # the prompt for a sharded model when another process has more questions
+        self.most = most  # tokens of an answer, at most
+        self.filler = filler  # a prompt to run a sharded model with while other processes have more questions
 
     def encode(self, example: Example, passages: Sequence[Document]) -> Any:
         """The prompt of a question; raises `DoesNotFit`."""
@@ -130,49 +124,49 @@ class LocalReader(ABC):
 
     @abstractmethod
     def cost(self, prompt: Any) -> int:
-        """The tokens that a prompt adds to a batch."""
+        """Tokens that a prompt adds to a batch."""
 
     @abstractmethod
     def generate(
         self, prompts: Sequence[Any], max_new_tokens: int | None = None, watch: Watch | None = None
     ) -> list[list[int]]:
-        """Answers of one batch of prompts, each up to the token that ends it. [B] -> [B]"""
+        """Token ids of the answers to one batch of prompts, without stop tokens. [B] -> [B]"""
 
     def answer(
         self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
     ) -> list[Answer]:
-        """One answer for each question; one that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
-        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it is left unanswered")
+        """An answer for each question; a question that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
+        fitted = fitting(self.encode, zip(examples, passages, strict=True), "it gets an empty answer")
         return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress, examples)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Begin an answer, so that no latency contains what only a first batch costs."""
-        if fitted := fitting(self.encode, [(example, passages)], "it is left unanswered"):
+        """Generate a few tokens, so that later latencies do not include the first batch's set-up."""
+        if fitted := fitting(self.encode, [(example, passages)], "it gets an empty answer"):
             self.generate([fitted[0]], 4)  # tokens
 
     def answer_prompts(self, prompts: Sequence[Any], progress: bool, asking: Sequence[Example] = ()) -> list[Answer]:
-        """One answer for each prompt, those of similar length together; empty where there is no prompt. [Q] -> [Q]"""
+        """An answer for each prompt, empty if the prompt is None; batches have similar lengths. [Q] -> [Q]"""
         answers = [Answer("", 0)] * len(prompts)
-        asked = [index for index, prompt in enumerate(prompts) if prompt]
-        costs = [self.cost(prompts[index]) for index in asked]
+        present = [index for index, prompt in enumerate(prompts) if prompt]
+        costs = [self.cost(prompts[index]) for index in present]
         batches = token_budget_batches(costs, self.flags.generation_batch_tokens, padded=True)
-        with cli.progress(total=len(asked), desc="generate", unit="q", disable=not progress) as bar:
+        with cli.progress(total=len(present), desc="generate", unit="q", disable=not progress) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
-                batch = [asked[place] for place in chosen]
+                batch = [present[place] for place in chosen]
                 started = time.perf_counter()
                 generated = self.generate([prompts[index] for index in batch] or [self.filler])
                 seconds = time.perf_counter() - started
                 for index, ids in zip(batch, generated, strict=bool(batch)):
                     if NOT_FINITE in ids:
                         raise not_finite(self.model, "answer", asking[index].question if asking else "a prompt")
-                    text, cut = self.prompter.decode(ids), len(ids) >= self.most  # without the token that ends it
+                    text, cut = self.prompter.decode(ids), len(ids) >= self.most  # `ids` has no stop token
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
 
 
 def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """Next-token logits of a decoder at the answers' positions; the output layer runs on no other token. -> [N, V]"""
+    """A decoder's logits of the answer tokens; the output layer runs on no other positions. -> [N, V]"""
     inputs = batch.tokens.inputs
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
@@ -184,9 +178,9 @@ def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
 def read_prompts(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], length: int
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
-    """Read prompts as one packed row: the logits of their next tokens [B, V], and keys and values of each layer.
+    """Read prompts as one packed row. -> the logits of their next tokens [B, V], and each layer's keys and values
 
-    These, [B, H_kv, length, d], are padded on the left up to the longest prompt, and have room for new tokens.
+    These have shape [B, H_kv, length, d]: padded on the left to the longest prompt, with room for new tokens.
     """
     batch, kept = pack(prompts).to(model.device), []
     ends = batch.starts + batch.lengths - 1  # [B]
@@ -202,10 +196,10 @@ def read_prompts(
 
 
 def in_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """A step as a CUDA graph, or as it is where that fails; it is made once here, and must bear to be made again."""
+    """The step as a CUDA graph, or unchanged if capture fails. Runs it at least once, so it must be repeatable."""
     stream, mode, graph = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
     try:
-        # What waits for the device raises here already: random numbers would not survive a capture that fails.
+        # Raise for device syncs before the capture: a failed capture breaks the random generator.
         torch.cuda.set_sync_debug_mode("error")
         step()
         torch.cuda.set_sync_debug_mode(mode)
@@ -221,14 +215,14 @@ def in_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 class CausalLMReader(LocalReader):
-    """Answers questions over passages with a decoder, from prompts of token ids."""
+    """Answers questions over passages with a decoder; prompts are token ids."""
 
     def __init__(self, model: Any, prompter: Any, flags: GenerationArguments = GenerationArguments()) -> None:
         prompter.arguments = loading.within_positions(model, prompter.arguments, "max_seq_length")
         super().__init__(model, prompter, flags, prompter.stop_ids, prompter.arguments.max_new_tokens)
         self.positions = loading.learned_positions(model)
-        self.captures = model.device.type == "cuda"  # whether steps become CUDA graphs; until one cannot
-        self.loop = self.most  # tokens that end an answer when it says them again
+        self.captures = model.device.type == "cuda"  # whether to capture CUDA graphs; until one fails
+        self.loop = self.most  # an answer ends when it repeats this many tokens
 
     def encode(self, example: Example, passages: Sequence[Document]) -> list[int]:
         return self.prompter.encode(example, passages).ids
@@ -238,7 +232,7 @@ class CausalLMReader(LocalReader):
 
     @cached_property
     def _reach(self) -> float | None:
-        """How many tokens each sees; None: `generate` answers, as prompts cannot be packed or layers are not alike."""
+        """The attention window, infinite without one; None if `_decode` does not support the model."""
         model, kept, config = self.model, [], self.model.config.get_text_config(decoder=True)
         kinds, window = set(getattr(config, "layer_types", None) or []), getattr(config, "sliding_window", None)
         keeps_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -249,19 +243,19 @@ class CausalLMReader(LocalReader):
         return math.inf if window is None or kinds == {"full_attention"} else window
 
     @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # or each layer would be compiled anew, as each has a cache of its own
+    @torch.compiler.set_stance("force_eager")  # else each layer, with its own cache, would be compiled separately
     def generate(
         self, prompts: Sequence[list[int]], max_new_tokens: int | None = None, watch: Watch | None = None
     ) -> list[list[int]]:
         stop, most = self.prompter.stop_ids, max_new_tokens or self.most
-        most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token is not read
-        synced = is_sharded(self.model)  # then a process that is done steps on until all are
+        most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token needs no position
+        synced = is_sharded(self.model)  # sharded processes must keep stepping until all are done
         with evaluating(self.model):
             if not synced and self.flags.num_beams == 1 and self._reach is not None:
                 answers = self._decode(prompts, most, stop, self._reach, watch)
             else:
-                turned = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
-                inputs = {name: value.flip(1) for name, value in turned.items()}  # padded on the left
+                flipped = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
+                inputs = {name: value.flip(1) for name, value in flipped.items()}  # padded on the left
                 start, config = inputs["input_ids"].shape[1], self.flags.config(most, stop)
                 answers = generate(self.model, config, start, watch, **inputs, synced_gpus=synced).tolist()  # [B, new]
         return [until_end(ids, stop) for ids in answers]
@@ -269,11 +263,11 @@ class CausalLMReader(LocalReader):
     def _decode(
         self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float, watch: Watch | None = None
     ) -> list[list[int]]:
-        """What `generate` gives without beams; -1 behind the end of the longest answer. -> [B, most]"""
+        """New tokens without beam search, -1 where generation stopped before. -> [B, most]"""
         longest = max(map(len, prompts))
-        length = -(-(longest + most) // 16) * 16  # CUDA's attention copies masks of other widths in each layer
+        length = -(-(longest + most) // 16) * 16  # CUDA's attention would copy masks of other widths in each layer
         logits, states = read_prompts(self.model, prompts, length)
-        tokens = torch.full((len(prompts), length), -1, device=logits.device)  # each in the column of its keys
+        tokens = torch.full((len(prompts), length), -1, device=logits.device)  # in the same columns as keys
         tokens[:, longest], spoiled = self.flags.next_tokens(logits), ~logits.amax(-1).isfinite()  # [B]
         columns, place = torch.arange(length, device=logits.device), tokens.new_tensor([longest])  # [L], [1]
         padding, ends = tokens.new_tensor([[longest - len(prompt)] for prompt in prompts]), tokens.new_tensor(stop)
@@ -281,7 +275,7 @@ class CausalLMReader(LocalReader):
         options = {"cached": (states, place), "use_cache": False, "logits_to_keep": 1}
 
         def step() -> None:
-            """Write the token behind `place`, and which rows are spoiled; a step may be made again."""
+            """Write the token after `place`, and mark rows whose logits are not finite; may be repeated."""
             seen = (columns >= padding) & (columns <= place) & (columns > place - reach)  # [B, L]
             inputs = {"input_ids": tokens.index_select(1, place), "position_ids": place - padding}
             mask = hidden.masked_fill(seen, 0)[:, None, None]  # [B, 1, 1, L]
@@ -290,7 +284,7 @@ class CausalLMReader(LocalReader):
             spoiled.logical_or_(~logits.amax(-1).isfinite())
 
         advance, look_every = step, LOOK_EVERY if self.captures else 1
-        # Everything but cuDNN, whose kernels are built anew for each batch size and length.
+        # All backends but cuDNN, which builds kernels for each batch size and length.
         with sdpa_kernel([SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]):
             for done in range(1, most):
                 if done % look_every == 0:

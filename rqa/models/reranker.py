@@ -1,4 +1,4 @@
-"""The cross-encoder: question and passage read together, one score a pair; saved as `CrossEncoder` saves it."""
+"""The cross-encoder, which scores pairs of question and passage, in the layout of `CrossEncoder`."""
 
 import json
 import logging
@@ -36,10 +36,10 @@ READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
 TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
 MODULES = "sentence_transformers.cross_encoder.modules."
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
-WEIGHT = "rerank_weight"  # in GENERAL_FILE, where sentence-transformers reads other names
+WEIGHT = "rerank_weight"  # our field in GENERAL_FILE, which sentence-transformers ignores
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
-# What a decoder is asked, in Qwen3-Reranker's words; the chat template behind this writes the messages.
+# A decoder's prompt in Qwen3-Reranker's words; it precedes the chat template that renders the messages.
 ASKED = """\
 {%- set turns = messages -%}
 {%- macro of(role) %}{{ turns | selectattr('role', 'eq', role) | map(attribute='content') | first }}{% endmacro -%}
@@ -54,7 +54,7 @@ PLAIN = "{% for message in messages %}{{ message['content'] }}\n{% endfor %}"
 
 @dataclass(kw_only=True)
 class RerankerArguments(LoadingArguments):
-    """How a cross-encoder reads pairs."""
+    """The cross-encoder."""
 
     max_pair_length: int | None = flag(None, "Tokens of a pair, at most. Default: the checkpoint's.", rare=True)
 
@@ -63,30 +63,30 @@ class RerankerArguments(LoadingArguments):
 
 
 class Reranker(WholePass):
-    """Token ids of pairs in, one score a pair out; the greater, the better the passage answers the question.
+    """Maps token ids of pairs to one score each; a greater score means a better passage.
 
-    Scores are logits: what `CrossEncoder.predict` gives before its activation function.
+    Scores are logits, as in `CrossEncoder.predict` before its activation function.
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int,
-        reading: dict[str, Any], general: dict[str, Any],  # what sentence-transformers' files of these names hold
-        answers: Sequence[int] = (),  # a decoder's tokens: "yes", and "no", which is subtracted; none: there is a head
-        precision: torch.dtype | None = None,  # what products will run in; None: what the model was loaded in
+        reading: dict[str, Any], general: dict[str, Any],  # the contents of READING_FILE and GENERAL_FILE
+        answers: Sequence[int] = (),  # a decoder's tokens "yes" and "no"; empty: the model has a head
+        precision: torch.dtype | None = None,  # dtype of later matrix products; None: the model's
     ) -> None:  # fmt: skip
         super().__init__()
         self.model, self.tokenizer, self.max_length = model, tokenizer, max_length
         self.reading, self.general, self.answers = reading | {"max_seq_length": max_length}, general, answers
-        self.weight: float = general.get(WEIGHT, 1.0)  # its share of the sum with a first stage's scores
+        self.weight: float = general.get(WEIGHT, 1.0)  # share in a sum with the first stage's scores
         self.prompt = general["prompts"].get(general.get("default_prompt_name")) or ""
         self._collate, self._as_text = choose_collate(model, precision), as_text(tokenizer)
         self._tail = lru_cache(self._end)
-        self._counts = [0, 0, 0]  # pairs: seen, cut, and seen when that was told
+        self._counts = [0, 0, 0]  # pairs seen, pairs cut, and pairs seen at the last warning
 
     def tokenize(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        """Token ids of each pair, special tokens included; of a pair that is too long the passage is cut. [N] -> [N]
+        """Token ids of each pair, special tokens included; passages of pairs that are too long are cut. [N] -> [N]
 
-        A question that leaves no room for a passage is cut and stands alone: its pairs get equal scores.
+        A question that leaves no room for passages is cut itself, and all its pairs get equal scores.
         """
 
         def encode(part: Sequence[Pair]) -> tuple[list[list[int]], int]:
@@ -98,30 +98,30 @@ class Reranker(WholePass):
                 rows[number] = rows[number][: self.max_length - len(tail)] + tail
             return rows, len(long)
 
-        told = f"pairs are longer than --max_pair_length {self.max_length}; not all of their passages is read"
-        return in_parts(encode, pairs, self._counts, told)
+        warning = f"pairs are longer than --max_pair_length {self.max_length}; the ends of their passages are not read"
+        return in_parts(encode, pairs, self._counts, warning)
 
     def _end(self, question: str) -> list[int]:
-        """What all pairs of a question end with: [SEP], or a template's last words."""
+        """The common last tokens of a question's pairs: [SEP], or the end of the template."""
         one, other = self._encode([(question, "0"), (question, "1 2 3 4")])["input_ids"]
-        alike = next((n for n, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
-        return one[len(one) - alike :][-self.max_length :]
+        common = next((n for n, (a, b) in enumerate(zip(one[::-1], other[::-1], strict=False)) if a != b), 0)
+        return one[len(one) - common :][-self.max_length :]
 
     def _encode(self, pairs: Sequence[Pair], **options: Any) -> Any:
-        """Whole pairs, tokenized as `CrossEncoder` does it: two texts, or a conversation by the chat template."""
-        options |= {"verbose": False}  # or it warns of what is cut later
+        """Uncut pairs, tokenized as in `CrossEncoder`: as two texts, or as a conversation by the chat template."""
+        options |= {"verbose": False}  # no warnings about length
         if not (chat := self.reading["modality_config"].get("message")):
             return self.tokenizer([(self.prompt + question, passage) for question, passage in pairs], **options)
         system = [("system", self.prompt)] if self.prompt else []
-        said = [[*system, *zip(ROLES, pair, strict=True)] for pair in pairs]
+        messages = [[*system, *zip(ROLES, pair, strict=True)] for pair in pairs]
         content = (lambda text: [{"type": "text", "text": text}]) if chat.get("format") == "structured" else str
-        turns = [[{"role": role, "content": content(text)} for role, text in each] for each in said]
+        turns = [[{"role": role, "content": content(text)} for role, text in each] for each in messages]
         more = self.reading.get("processing_kwargs", {}).get("chat_template", {})
         texts = self.tokenizer.apply_chat_template(turns, tokenize=False, **more)
         return self.tokenizer(texts, add_special_tokens=False, **options)
 
     def collate(self, sequences: Sequence[Sequence[int]]) -> TokenBatch:
-        """One batch of pairs, packed if the model allows it. [N] -> N sequences"""
+        """A batch of pairs, packed if the model allows it."""
         batch, end = self._collate(sequences), self.tokenizer.sep_token_id
         if "token_type_ids" in self.tokenizer.model_input_names and not self.answers:
             first = [row.index(end) + 1 if end in row else len(row) for row in sequences]
@@ -130,19 +130,19 @@ class Reranker(WholePass):
         return batch
 
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Scores, in float32. -> [N]"""
-        if self.answers or hasattr(self.model, "score"):  # a decoder, which has read all of a pair at its end
+        """Scores in float32. -> [N]"""
+        if self.answers or hasattr(self.model, "score"):  # a decoder: its last state has read the whole pair
             hidden = loading.hidden_states(self.model, batch)
             states = pool("lasttoken", hidden, batch)  # [N, D]
             if not self.answers:
                 return self.model.score(states.to(hidden.dtype))[:, 0].float()
-            # Of two tokens alone, and in float32: logits in bfloat16 are an eighth apart, and passages would be equal.
+            # Two logits in float32: in bfloat16 they are multiples of 1/8, and passages would tie.
             layer: Any = self.model.get_output_embeddings()
             scores = (states * self._odds(layer.weight)).sum(-1)
             return scores if layer.bias is None else scores + self._odds(layer.bias)
 
         def one_state(base: nn.Module, _: Any, output: Any) -> Any:
-            """The head sees one state of each pair as a sequence of its own, however pairs are batched."""
+            """Give the head one pooled state per pair, as sequences of length 1."""
             hidden = output.last_hidden_state
             states = pool(getattr(self.model.config, "classifier_pooling", "cls"), hidden.flatten(0, 1), batch)
             output.last_hidden_state = states[:, None].to(hidden.dtype)  # [N, 1, D]
@@ -157,13 +157,13 @@ class Reranker(WholePass):
             handle.remove()
 
     def _odds(self, values: Tensor) -> Tensor:
-        """What "yes" has more of than "no"; the only value of a head. [V, ...] or [1] -> [...]"""
+        """The difference of "yes" and "no", or a head's only value. [V, ...] or [1] -> [...]"""
         yes, *no = self.answers or (0,)
         return values[yes].float() - (values[no[0]].float() if no else 0)
 
     @torch.no_grad()
     def refusal(self) -> str | None:
-        """Why pairs cannot be scored together as the model's own forward pass scores each; tried with three of them."""
+        """Why a batch's scores differ from the model's own for single pairs, tried on three; None if they do not."""
         try:
             rows = self._encode(PROBES)["input_ids"]
             ours = self(self.collate(rows).to(self.model.device))
@@ -172,24 +172,24 @@ class Reranker(WholePass):
         except Exception as error:
             return one_line(error)
         if len(rows[0]) > self.max_length:
-            return f"a few words take {len(rows[0])} tokens, and --max_pair_length is {self.max_length}"
+            return f"--max_pair_length {self.max_length} is less than the {len(rows[0])} tokens of a very short pair"
         if rows[0] in rows[1:]:
-            return "its chat template leaves out what has the role 'query' or 'document'"
+            return "its chat template ignores messages of the role 'query' or 'document'"
         near = torch.finfo(self.model.dtype).eps ** 0.5
         same = torch.allclose(ours, theirs, near, near, equal_nan=True)
-        return None if same else "its kind of head is not supported; the model alone gives other scores"
+        return None if same else "its kind of head is not supported: the model itself gives other scores"
 
     def score(self, pairs: Sequence[Pair]) -> np.ndarray:
-        """Scores without gradient, longest pairs first. -> float32 [N]"""
+        """Scores without gradient. -> float32 [N]"""
         return computed(self, self.tokenize(pairs), "score", self._collate is not pack)
 
     def fingerprint(self) -> str:
-        """A hash of all that decides a score."""
+        """A hash of everything that determines scores."""
         settings = json.dumps([self.answers, self.prompt, self.reading], sort_keys=True)
         return fingerprint(loading.model_fingerprint(self.model, self.tokenizer), settings)
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Save in the layout that `CrossEncoder` loads. `predict` gives our scores there, behind the activation."""
+        """Save in the layout that `CrossEncoder` loads; its `predict` applies an activation to our scores."""
         self.model.save_pretrained(directory)
         self.tokenizer.save_pretrained(directory)
         files = {READING_FILE: self.reading, GENERAL_FILE: self.general | {WEIGHT: self.weight}}
@@ -203,58 +203,58 @@ class Reranker(WholePass):
 def load_reranker(
     path: str,
     flags: RerankerArguments = RerankerArguments(dtype="float32"),
-    dtype: torch.dtype | None = None,  # None: that of frozen models
+    dtype: torch.dtype | None = None,  # None: as for frozen models
     main_only: bool = False,
-    new_head: bool = False,  # whether a checkpoint without a head gets one, to be trained
+    new_head: bool = False,  # whether a checkpoint without a head gets an untrained one
 ) -> Reranker:
     """Load a reranker in the layout of `transformers` or of `sentence_transformers.CrossEncoder`, in eval mode.
 
-    A decoder needs no head: it is asked whether a passage answers a question.
+    A decoder needs no head: its score is the logit of "yes" minus that of "no".
     """
     tokenizer, config = load_tokenizer(path, flags.trust_remote_code), load_config(path, flags.trust_remote_code)
     if config.is_encoder_decoder:
-        raise UserError(f"model {path}: is an encoder-decoder; a reranker is an encoder or a decoder")
+        raise UserError(f"model {path}: is an encoder-decoder; use an encoder or a decoder")
     reading, general, answers = _layout(path, config)
     template = tokenizer.get_chat_template() if tokenizer.chat_template else ""
     kinds = " ".join(config.architectures or [])
     if not reading and "ForCausalLM" in kinds:
         answers = [tokenizer.convert_tokens_to_ids(word) for word in ("yes", "no")]
         if None in answers or tokenizer.unk_token_id in answers:
-            raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no', whose odds would be the scores")
+            raise UserError(f"model {path}: its tokenizer has no tokens 'yes' and 'no'; use another model")
         if not new_head:
-            log.warning("model %s was saved as a language model: its odds of 'yes' are the scores", path)
+            log.warning("model %s: is a language model; its log odds of 'yes' and 'no' are the scores", path)
         if not all(re.search(f"['\"]{role}['\"]", template) for role in ROLES):
             tokenizer.chat_template = ASKED + (template or PLAIN)
-            if not _renders(tokenizer):  # a template that takes no system message
+            if not _renders(tokenizer):  # the template rejects system messages
                 tokenizer.chat_template = ASKED + PLAIN
     new = not answers and "ForSequenceClassification" not in kinds
     if new and not new_head:
-        raise UserError(f"model {path}: is no reranker; train one from it with bin/train_rerank")
+        raise UserError(f"model {path}: is not a reranker; train one from it with bin/train_rerank")
     if new and getattr(flags, "use_lora", False):
-        raise UserError("--use_lora true: the new head must be trained whole; leave the flag out, or train a decoder")
+        raise UserError("--use_lora true: the new head must be trained in full; remove the flag, or train a decoder")
     kind = transformers.AutoModelForCausalLM if answers else transformers.AutoModelForSequenceClassification
     options = {"new_layers": NEW_LAYERS, "num_labels": 1} if new else {}
     model = load_model(kind, path, flags, dtype, main_only, **options)
     if not answers and model.config.num_labels != 1:
-        raise UserError(f"model {path}: gives {model.config.num_labels} scores a pair; a reranker gives one")
+        raise UserError(f"model {path}: gives {model.config.num_labels} scores per pair; use a model that gives one")
     stated_most = max(getattr(model.config, "max_position_embeddings", None) or 512, 0) or math.inf  # XLNet's is -1
     positions = min(loading.learned_positions(model), stated_most)
     length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
-    asked = flags.max_pair_length or length
-    if asked > length:
-        raise UserError(f"--max_pair_length {asked}: {path} takes at most {length} tokens")
+    max_length = flags.max_pair_length or length
+    if max_length > length:
+        raise UserError(f"--max_pair_length {max_length}: {path} takes at most {length} tokens")
     logits = {"method": "forward", "method_output_name": "logits"}
     ways = {"text": logits} | ({"message": logits | {"format": "flat"}} if answers or _renders(tokenizer) else {})
     task, output = ("text-generation", "causal_logits") if answers else ("sequence-classification", "scores")
     reading = {"transformer_task": task, "modality_config": ways, "module_output_name": output} | reading
-    reranker = Reranker(model, tokenizer, asked, reading, general, answers, dtype and flags.precision).eval()
+    reranker = Reranker(model, tokenizer, max_length, reading, general, answers, dtype and flags.precision).eval()
     if reason := distributed.from_main(distributed.is_main() and reranker.refusal()):
         raise UserError(f"model {path}: its scores cannot be computed: {reason}")
     return reranker
 
 
 def _renders(tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Whether there is a chat template that writes questions and passages."""
+    """Whether the chat template renders questions and passages."""
     try:
         text = tokenizer.apply_chat_template([{"role": role, "content": f"<{role}>"} for role in ROLES], tokenize=False)
     except Exception:
@@ -263,7 +263,7 @@ def _renders(tokenizer: PreTrainedTokenizerBase) -> bool:
 
 
 def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], list[int]]:
-    """How a `CrossEncoder` checkpoint reads pairs (empty: it is none), its general settings, and its answer tokens."""
+    """The reading settings (empty if not a `CrossEncoder` checkpoint), general settings and answer tokens."""
     modules, general = read_modules(path), read_part(path, GENERAL_FILE)
     if not modules or general.get("model_type") != "CrossEncoder":
         own = {"activation_fn": getattr(config, "sbert_ce_default_activation_function", None) or IDENTITY}
@@ -286,8 +286,5 @@ def _layout(path: str, config: Any) -> tuple[dict[str, Any], dict[str, Any], lis
     tokens = read_part(path, name := f"{modules[-1][0]}/config.json")
     if tokens.get(ANSWERS[0]) is None:
         raise UserError(f"{path}/{name}: {ANSWERS[0]} is missing; copy the original file")
-    return (
-        reading,
-        general,
-        [stated(f"{path}/{name}", tokens, key, 0) for key in ANSWERS if tokens.get(key) is not None],
-    )
+    answers = [stated(f"{path}/{name}", tokens, key, 0) for key in ANSWERS if tokens.get(key) is not None]
+    return reading, general, answers

@@ -1,7 +1,7 @@
 """CTL: contrastive learning of the encoder (Karpukhin et al. 2020, DPR; Wang et al. 2022, E5; Gao et al. 2021).
 
-Hard negatives come from the data file, or from a ranking by the rule of `NegativeChooser`: mined beforehand by
-`bin/mine_negatives`, or by the live retriever in the loop (Xiong et al. 2021, ANCE).
+Hard negatives come from the data file, or from rankings by the rule of `NegativeChooser`: `bin/mine_negatives` mines
+them beforehand, `MinedNegatives` from the live retriever in the training loop (Xiong et al. 2021, ANCE).
 """
 
 import json
@@ -35,25 +35,25 @@ from rqa.runtime.flags import Arguments, flag
 
 log = logging.getLogger(__name__)
 
-QUERIES_AT_ONCE = 4096  # bounds the memory of their rankings
+QUERIES_AT_ONCE = 4096  # bounds the memory of rankings
 
 
 @dataclass(kw_only=True)
 class NegativeArguments(Arguments):
-    """Which passages of a ranking are hard negatives."""
+    """Choice of hard negatives from a ranking."""
 
-    negatives_from_rank: int = flag(1, "Best rank of a hard negative; gold passages are not counted.")
-    negatives_to_rank: int = flag(100, "Worst rank of a hard negative; gold passages are not counted.")
+    negatives_from_rank: int = flag(1, "First rank of hard negatives (gold passages are not counted).")
+    negatives_to_rank: int = flag(100, "Last rank of hard negatives (gold passages are not counted).")
     negatives_max_share: float | None = flag(
-        None, "Highest score of a hard negative, as a share of the best gold passage's, such as 0.95; none is taken "
-        "where no gold passage is found. Default: any score will do.",
+        None, "Highest score of a hard negative as a share of the best gold passage's, such as 0.95; questions whose "
+        "gold passage is not found get none. Default: any score.",
     )  # fmt: skip
 
     def check(self) -> None:
         self.check_bounds("negatives_from_rank", at_least=1)
         self.check_bounds("negatives_max_share", above=0, at_most=1)
         if self.negatives_to_rank < self.negatives_from_rank:
-            raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: is before --negatives_from_rank")
+            raise UserError(f"--negatives_to_rank {self.negatives_to_rank}: must be at least --negatives_from_rank")
 
 
 @dataclass(kw_only=True)
@@ -62,65 +62,65 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
 
     per_device_train_batch_size: int = flag(32, "Questions in one forward pass of training.")
     num_train_epochs: float = flag(4.0, "Passes over the training file.")
-    temperature: float = flag(0.05, "Temperature: similarities are divided by it.")
-    num_hard_negatives: int | None = flag(None, "Hard negatives of each question. Default: 2, or hard_neg_ratio's.")
-    hard_neg_ratio: float = flag(0.0, "Hard negatives sampled for a batch, as a share of its questions.", rare=True)
+    temperature: float = flag(0.05, "Temperature that similarities are divided by.")
+    num_hard_negatives: int | None = flag(
+        None, "Hard negatives of each question. Default: 2, or 0 with hard_neg_ratio."
+    )
+    hard_neg_ratio: float = flag(0.0, "Hard negatives of a batch as a share of its questions.", rare=True)
     mine_negatives: bool | None = flag(
-        None, "Whether the live retriever finds hard negatives, beside those of hard_neg_docs. Default: true."
+        None, "Whether to mine hard negatives during training, besides hard_neg_docs. Default: true."
     )
-    negatives_from: str = flag(
-        "both", "Whose ranking holds mined negatives: the live retriever's, or BM25's, too.", ["dense", "both"]
-    )
-    negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
-    refresh_step: str = flag("100", 'Steps between two minings, or spans such as "0-100:10,100-900:50".')
+    negatives_from: str = flag("both", "Rankings to mine: the live retriever's, or also BM25's.", ["dense", "both"])
+    negatives_to_rank: int = flag(20, "Last rank of hard negatives (gold passages are not counted).", rare=True)
+    refresh_step: str = flag("100", 'Steps between two rounds of mining, or spans such as "0-100:10,100-900:50".')
 
     def check(self) -> None:
         self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
         self.check_bounds("temperature", above=0)
         if self.num_hard_negatives is None:
             self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
-        asked = self.num_hard_negatives or self.hard_neg_ratio
-        self.mine_negatives = bool(asked) if self.mine_negatives is None else self.mine_negatives
+        count = self.num_hard_negatives or self.hard_neg_ratio
+        self.mine_negatives = bool(count) if self.mine_negatives is None else self.mine_negatives
         room = self.negatives_to_rank - self.negatives_from_rank + 1
-        if self.mine_negatives and not asked:
-            raise UserError("--mine_negatives true: contradicts --num_hard_negatives 0; leave one out")
-        if self.mine_negatives and asked > room:
+        if self.mine_negatives and not count:
+            raise UserError("--mine_negatives true: contradicts --num_hard_negatives 0; remove one")
+        if self.mine_negatives and count > room:
             given = f"--negatives_to_rank {self.negatives_to_rank}"
-            raise UserError(f"{given}: leaves {room} hard negatives a question; raise it")
+            raise UserError(f"{given}: leaves only {room} hard negatives per question; raise it")
         window = [item.name for item in fields(NegativeArguments)] + ["refresh_async", "negatives_from"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
         if stray and not self.mine_negatives:
-            raise UserError(f"--{stray[0]}: nothing is mined without --mine_negatives true; leave the flag out")
+            raise UserError(f"--{stray[0]}: has no effect without --mine_negatives true; remove it")
 
 
 @dataclass(frozen=True)
 class ContrastiveBatch(EncoderBatch):
-    """Questions, and the documents that they are told apart from."""
+    """Questions and documents, with the gold ones of each question."""
 
-    documents: Tensor  # the documents' numbers, equal for the same document in every process. [P]
-    targets: Tensor  # the number of each question's own positive, one of `documents`. [B]
-    gold: Tensor  # the numbers of all gold documents of each question, padded with -1. [B, G]
+    documents: Tensor  # document numbers, the same in every process. [P]
+    targets: Tensor  # the number of each question's positive, one of `documents`. [B]
+    gold: Tensor  # the numbers of each question's gold documents, padded with -1. [B, G]
 
 
 class Contrastive(EncoderObjective):
-    """Softmax over the batch's documents, those of all processes included."""
+    """Cross-entropy of the positive among the documents of all processes."""
 
     def forward(self, batch: ContrastiveBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss summed over questions, and how often the positive ranks first. -> []"""
+        """The loss summed over questions, and the share of positives ranked first. -> []"""
         queries, passages = self.embed(batch)
-        passages = distributed.gather_rows(passages)  # [P, D], of all processes
+        passages = distributed.gather_rows(passages)  # [P, D], now of all processes
         documents = distributed.gather_rows(batch.documents)  # [P]
         similarities = self.similarities(queries, passages)  # [B, P] each
-        found = [contrastive(each, documents, batch.targets, batch.gold) for each in similarities]
-        losses, first = map(torch.stack, zip(*found, strict=True))  # [M, B] x 2
+        results = [contrastive(each, documents, batch.targets, batch.gold) for each in similarities]
+        losses, first = map(torch.stack, zip(*results, strict=True))  # [M, B] x 2
         return losses.mean(0).sum(), {"accuracy": first[0].float().mean()}
 
 
 class Contrasts:
-    """The collate function: a gold passage of each question, sampled hard negatives, each distinct document once.
+    """The collate function: a gold passage of each question and sampled hard negatives, each distinct document once.
 
-    Negatives are sampled from the examples' `hard_neg_docs` and those mined; a batch of the same examples is the same
-    batch, unless others were mined meanwhile. Examples may bring documents that the database lacks.
+    Negatives are sampled from `hard_neg_docs` and mined ones. The same indices give the same batch until new negatives
+    are mined. Examples may hold documents that the database lacks.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Contrasts:
         self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
         self._hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
         self.encoder, self.mined, self.flags, self.seed = encoder, mined, flags, seed
-        self.ahead = not mined  # they change between steps
+        self.ahead = not mined  # mined negatives change between steps
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
         self._passages = Tokens(encoder.tokenize_passages, lambda number: known[number].fmt_content)
 
@@ -160,31 +160,31 @@ class Contrasts:
 
 
 class NegativeChooser:
-    """The one rule by which passages of a ranking are hard negatives, mined beforehand or in the training loop.
+    """The rule that chooses hard negatives from a ranking, both for files and in the training loop.
 
-    Passages are gold by their normalised text, whatever their source; what is gold for the same question in another
-    line of the file is gold here. Of equal texts the best-ranked counts, and the others have no rank.
+    A passage is gold if its normalised text is that of a gold passage, whatever its source, also if another line of the
+    file has it as gold for the same question. Passages of equal text count once, at their best rank.
 
-    A gold passage that the ranking lacks scores no higher than its last passage, if the database holds it. So with a
-    share nothing of such a ranking is chosen: whatever ranks before gold may well answer the question (de Souza Moreira
-    et al. 2024, NV-Retriever, "TopK-PercPos").
+    With `negatives_max_share`, a ranking without a gold passage gives no negatives: the gold passage scores lower than
+    all of it, and passages that outscore gold may well answer the question (de Souza Moreira et al. 2024, NV-Retriever,
+    "TopK-PercPos").
     """
 
     def __init__(self, examples: Sequence[Example], documents: Sequence[Document], flags: NegativeArguments) -> None:
         self.flags = flags
-        self.counts: Counter[str] = Counter()  # what was found and left out, over all rankings
+        self.counts: Counter[str] = Counter()  # over all rankings
         self.text_of = normalized_of(documents).__getitem__
         self._gold = of_equal_questions(examples, [normalized_of(e.gold_docs).tolist() for e in examples])
 
     @property
     def depth(self) -> int:
-        """How many passages a ranking needs, for the last rank to be among them."""
+        """Number of passages that a ranking needs for `negatives_to_rank` of them not to be gold."""
         return self.flags.negatives_to_rank + max(map(len, self._gold), default=0)
 
     def __call__(self, example: int, ids: Sequence[int], scores: Sequence[float]) -> list[int]:
-        """The hard negatives in the ranking of one question, which is numbered as the examples are; best first.
+        """The hard negatives in the ranking of question number `example`, best first.
 
-        The ranking is of positions in the database and their scores, best first; -1 stands for none. [k], [k]
+        `ids` are positions in the database, best first, and -1 where there are fewer than k. [k], [k]
         """
         gold_score = -np.inf
         ranked: dict[bytes, tuple[int, float]] = {}
@@ -207,17 +207,17 @@ class NegativeChooser:
 
 
 def of_equal_questions(examples: Sequence[Example], rows: Sequence[Sequence[Any]]) -> list[set[Any]]:
-    """What stands in the row of each question, or in another line's for the same one. [Q] rows -> [Q] sets"""
-    questions, found = [normalize(retrieval_query(example)) for example in examples], defaultdict[str, set[Any]](set)
+    """The items in the rows of all examples that ask the same question. [Q] rows -> [Q] sets"""
+    questions, items = [normalize(retrieval_query(example)) for example in examples], defaultdict[str, set[Any]](set)
     for question, row in zip(questions, rows, strict=True):
-        found[question].update(row)
-    return [found[question] for question in questions]
+        items[question].update(row)
+    return [items[question] for question in questions]
 
 
 class MinedNegatives:
-    """The hard negatives of each training question, chosen anew whenever the index is fresh.
+    """The hard negatives of each training question, mined again after each refresh of the index.
 
-    Those in the ranking of a second retriever, `beside`, which does not change, are added.
+    Those from the ranking of `beside`, a second retriever that does not change, are added.
     """
 
     def __init__(
@@ -230,13 +230,13 @@ class MinedNegatives:
         self._found: list[list[int]] = []
 
     def __getitem__(self, example: int) -> list[int]:
-        """Positions in the database."""
+        """Positions of its hard negatives in the database."""
         return self._found[example]
 
     def __call__(self) -> None:
-        """Ask the retriever, whose index is fresh, for all questions; each process for its share of them."""
+        """Mine negatives for all questions with the present index; each process mines its share."""
         found = []
-        for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # equally often on all, as `retrieve` needs
+        for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # every process must call `retrieve` equally often
             part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
             found += distributed.gather(self._mine(part))
         self._found = found
@@ -256,5 +256,5 @@ class MinedNegatives:
     def load(self, directory: Path) -> None:
         found = read_json(directory / "negatives.json", list)
         if len(found) != len(self._queries):
-            raise ValueError("its mined negatives are of another training file")
+            raise ValueError("its mined negatives belong to another training file")
         self._found = found

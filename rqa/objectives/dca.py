@@ -1,6 +1,6 @@
-"""DCA: the reader's cross-attention tells which passages it used (Izacard & Grave 2020, knowledge distillation).
+"""DCA: the retriever learns the reader's cross-attention (Izacard & Grave 2020, knowledge distillation).
 
-The objective is `rpg.ListObjective`; this file holds the reader that is asked, and the passages that it is asked about.
+The objective is `rpg.ListObjective`; this file holds the reader that scores passages, and the choice of passages.
 """
 
 from collections.abc import Iterable, Sequence
@@ -27,53 +27,53 @@ from rqa.runtime.flags import flag
 class DCAArguments(ListArguments, EncoderDecoderArguments, RetrieverArguments):
     """DCA's own flags."""
 
-    reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name), unless --with_score true.")
-    with_score: bool = flag(False, "Whether scores beside the examples' ctxs are taken; no reader is asked.")
-    reader_batch_size: int = flag(4, "Questions that the reader reads at once.", rare=True)
+    reader_model_path: str | None = flag(None, "Frozen encoder-decoder (path or hub name); not with --with_score true.")
+    with_score: bool = flag(False, "Whether to use the scores of the examples' ctxs instead of a reader's.")
+    reader_batch_size: int = flag(4, "Questions in one forward pass of the reader.", rare=True)
     reader_temperature: float = flag(
-        0.1, "Temperature of the reader's softmax over passages; value_norm needs a hundredth of it."
+        0.1, "Temperature of the reader's softmax over passages; for value_norm use a hundredth."
     )
     attention_score: str = flag(
-        "plain", "Score: before softmax, or probability times value norm (Atlas).", ["plain", "value_norm"], rare=True
+        "plain", "Score: attention logit, or probability times value norm (Atlas).", ["plain", "value_norm"], rare=True
     )
     boost_gold: bool = flag(
-        False, "Whether gold passages get their row's maximum plus its population standard deviation.", rare=True
+        False, "Whether to raise gold scores to the list's maximum plus its standard deviation.", rare=True
     )
     n_context: int = flag(20, "Passages of each question.")
     retriever: str = flag(
-        "dense", "Who finds passages where an example has no ctxs: the model before training, BM25, or both.",
+        "dense", "Retriever for examples without ctxs: the model before training, BM25, or both.",
         choices=["dense", "bm25", "hybrid"], also="context_retriever",
     )  # fmt: skip
-    projection: bool = flag(False, "Whether a linear map and LayerNorm on top are trained and saved.", rare=True)
+    projection: bool = flag(False, "Whether to train a linear map and LayerNorm on top of the encoder.", rare=True)
     indexing_dimension: int = flag(768, "Width of the projection.", rare=True)
 
     def check(self) -> None:
         if self.with_score == bool(self.reader_model_path):
             raise UserError("--reader_model_path: give it, or --with_score true to read scores from the data file")
         self.check_bounds("reader_batch_size", at_least=1)
-        self.check_bounds("n_context", at_least=2)  # one cannot be told from others
+        self.check_bounds("n_context", at_least=2)  # the softmax over one is constant
         self.check_bounds("reader_temperature", "indexing_dimension", above=0)
 
 
 def find_contexts(
     flags: DCAArguments, model: str, examples: Sequence[Example], documents: Sequence[Document]
 ) -> tuple[Sequence[Document], list[list[int]]]:
-    """All passages, and the numbers of each example's, none twice: of its `ctxs`, else of what the database has.
+    """All passages, and the numbers of each example's: its `ctxs`, or else retrieved ones, without duplicates.
 
-    `model` is the encoder before training, whatever checkpoint training goes on from: a resumed run finds the same.
+    `model` is the encoder before training, even in a resumed run, which so finds the same passages.
     """
     known, contexts = numbered(documents, [example.ctxs[: flags.n_context] for example in examples])
     bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
         retriever = open_retriever(flags, model, documents)
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
-        for number, found in zip(bare, hits.ids.tolist(), strict=True):
-            contexts[number] = [place for place in found if place >= 0]
+        for number, ids in zip(bare, hits.ids.tolist(), strict=True):
+            contexts[number] = [position for position in ids if position >= 0]
     return known, [list(dict.fromkeys(row)) for row in contexts]
 
 
 def reader_teacher(path: str, flags: EncoderDecoderArguments, batch_size: int = 4, kind: str = "plain") -> Teacher:
-    """How much the reader attends to each passage of a list, each list read once; see `CrossAttentionScorer`."""
+    """A cached `CrossAttentionScorer` over the reader at `path`."""
     model, prompter = encoder_decoder.load_encoder_decoder(path, flags)
     settings = (str(model.dtype), prompter.template, str(flags.max_encoder_seq_length), kind)
     identity = fingerprint(model_fingerprint(model, prompter.tokenizer), *settings)
@@ -83,10 +83,9 @@ def reader_teacher(path: str, flags: EncoderDecoderArguments, batch_size: int = 
 class CrossAttentionScorer:
     """G(q, p_k): the frozen reader's cross-attention score of each passage, from one decoder step.
 
-    The first layer's score of a passage depends on nothing else, but what that layer reads changes the queries of the
-    next: a score belongs to the whole set of passages that a question is read with, in whatever order. So a `Pair`
-    names them all, in `beside`, and the `Teacher` keeps a score under question and set. `batch_size` counts questions,
-    and `kind` is that of `passage_scores`.
+    From the second layer on, the decoder's queries depend on all passages, so a score belongs to the whole set of
+    passages that are read together, in any order. A `Pair` lists that set in `beside`, and `Teacher` caches scores by
+    question, passage and set. `batch_size` counts questions; for `kind` see `passage_scores`.
     """
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, batch_size: int, kind: str = "plain") -> None:
@@ -112,12 +111,12 @@ class CrossAttentionScorer:
                 for (_, positions), row in zip(batch, scores, strict=True):
                     for position in positions:
                         place = pairs[position].beside.index(pairs[position].document)
-                        # A question that does not fit was read alone: its passages score alike.
+                        # A question that does not fit was read without passages, which all get its one score.
                         yield position, row[place] if place < len(row) and row[place] > float("-inf") else row[0]
 
 
 class GivenScores:
-    """A teacher whose scores stand in the data file, beside the contexts."""
+    """A teacher that reads its scores from the data file's contexts."""
 
     hit_rate = 1.0
 

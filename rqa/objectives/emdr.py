@@ -1,4 +1,4 @@
-"""EMDR2: the retriever maximises the answer's likelihood, its documents marginalised out (Sachan et al. 2021).
+"""EMDR2: the retriever maximises the answer's likelihood, marginalised over documents (Sachan et al. 2021).
 
 The objective is `rpg.ListObjective` with `losses.marginal_nll`, which needs the likelihood of whole answers.
 """
@@ -21,15 +21,15 @@ class EMDRArguments(LikelihoodArguments):
 
     def check(self) -> None:
         if is_reranker(self.lm_model_path):
-            raise UserError("--lm_model_path: EMDR2 needs a likelihood, which no reranker has; train_rpg takes one")
+            raise UserError("--lm_model_path: EMDR2 needs likelihoods, which a reranker does not have; use train_rpg")
         if self.lm_model_path.startswith("openai::") and not self.lm_tokenizer:
-            raise UserError("--lm_tokenizer: EMDR2 counts answer tokens; name the tokenizer of the server's model")
+            raise UserError("--lm_tokenizer: EMDR2 counts answer tokens; give the tokenizer of the server's model")
 
 
 class WholeAnswers:
-    """A collate function: the teacher's mean per answer token becomes the whole answer's log-likelihood.
+    """A collate function that turns the teacher's mean per answer token into the whole answer's log-likelihood.
 
-    All documents of a question share its answer, and so the number of its tokens: what RPG's teacher kept serves here.
+    So EMDR2 and RPG share the scores that a teacher has cached.
     """
 
     def __init__(self, examples: Sequence[Example], collate: Callable[..., ListBatch], prompter: Prompter) -> None:

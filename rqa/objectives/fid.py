@@ -1,6 +1,6 @@
 """FiD: the likelihood of the answer by a decoder that attends to all passages (Izacard & Grave 2020).
 
-Which passages a question is read with is SwR's matter (`swr.py`).
+`swr.py` chooses the passages of each question.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ class FiDArguments(SwRArguments, FiDPromptArguments, GenerationArguments):
 class FiDLikelihood(nn.Module):
     """Cross-entropy on the answer and its end token."""
 
-    faster = 4  # as AnswerLikelihood
+    faster = 4  # as in AnswerLikelihood
 
     def __init__(self, model: PreTrainedModel, prompter: FiDPrompter, precision: torch.dtype | None = None) -> None:
         super().__init__()

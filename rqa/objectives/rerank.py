@@ -1,7 +1,7 @@
 """RERANK: a cross-encoder learns which passage answers a question (Nogueira & Cho 2019; Gao et al. 2021, LCE).
 
-A question's gold passage stands among hard negatives, from the data file or from a ranking, by CTL's rule, and among
-other questions' gold passages. With a teacher the whole list is scored, and the teacher's distribution learned.
+It ranks a question's gold passage against hard negatives, from the data file or from a ranking by CTL's rule, and
+against other questions' gold passages. With a teacher it learns the teacher's distribution over the whole list.
 """
 
 import logging
@@ -36,19 +36,21 @@ class RerankArguments(NegativeArguments, DistilledArguments, EncoderDecoderArgum
     """RERANK's own flags."""
 
     lm_model_path: str | None = flag(
-        None, "Teacher of whole lists: reranker::M, a language model, openai::URL, or a FiD reader. Default: gold.",
+        None, "Teacher: reranker::M, a language model, openai::URL or a FiD reader. Default: the gold passages.",
         also="teacher",
     )  # fmt: skip
-    max_encoder_seq_length: int = flag(512, "Tokens of question and passage that a FiD reader reads.", rare=True)
-    prompt_template: str | None = flag(None, "A FiD reader's prompt with {passage} and {question}: a file.", rare=True)
-    num_hard_negatives: int = flag(8, "Hard negatives of a question in one step, at most.")
-    num_other_gold: int = flag(2, "Gold passages of other questions beside them, if there is no teacher.")
+    max_encoder_seq_length: int = flag(512, "Tokens of question and one passage for a FiD reader, at most.", rare=True)
+    prompt_template: str | None = flag(None, "Text file with {passage} and {question} for a FiD reader.", rare=True)
+    num_hard_negatives: int = flag(8, "Hard negatives of each question in a step, at most.")
+    num_other_gold: int = flag(2, "Gold passages of other questions as negatives, without a teacher.")
     negatives_from: str = flag(
-        "bm25", "First stage, whose ranking holds negatives; or file: hard_neg_docs.", ["bm25", "dense", "both", "file"]
+        "bm25", "Ranking that holds negatives, or file for hard_neg_docs.", ["bm25", "dense", "both", "file"]
     )
-    negatives_to_rank: int = flag(20, "Worst rank of a hard negative; gold passages are not counted.", rare=True)
-    mine_negatives: bool = flag(False, "Whether negatives are chosen anew, by what the reranker itself ranks first.")
-    refresh_step: str = flag("100", 'Steps between two choices, or spans such as "0-100:10,100-900:50".', rare=True)
+    negatives_to_rank: int = flag(20, "Last rank of hard negatives (gold passages are not counted).", rare=True)
+    mine_negatives: bool = flag(False, "Whether to mine negatives during training, by the reranker's own ranking.")
+    refresh_step: str = flag(
+        "100", 'Steps between two rounds of mining, or spans such as "0-100:10,100-900:50".', rare=True
+    )
 
     def check(self) -> None:
         self.check_bounds("num_hard_negatives", at_least=1)
@@ -58,13 +60,13 @@ class RerankArguments(NegativeArguments, DistilledArguments, EncoderDecoderArgum
 
 @dataclass(frozen=True)
 class RerankBatch(Batch):
-    """B questions with K passages at most, all their pairs laid end to end."""
+    """B questions with at most K passages each, as N packed pairs of texts."""
 
     pairs: TokenBatch  # [N]
-    columns: Tensor  # which pair each question's k-th passage is in, -1 where it has fewer. [B, K]
-    teacher: Tensor  # the teacher's logits, -inf where there is no passage; of gold 0, and -inf beside it. [B, K]
+    columns: Tensor  # the pair of each question's k-th passage, -1 where it has fewer. [B, K]
+    teacher: Tensor  # the teacher's logits, -inf where there is no passage; without a teacher 0 for gold alone. [B, K]
     indices: Sequence[int]  # the examples' numbers in their file
-    news: dict[str, float]  # share of the teacher's scores, so far in this run, that did not have to be computed
+    news: dict[str, float]  # share of the teacher's scores in this run that came from the cache
 
     @property
     def weight(self) -> int:
@@ -83,7 +85,7 @@ class ListwiseReranking(nn.Module):
         self.reranker, self.faster = reranker, faster
 
     def forward(self, batch: RerankBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
-        """The loss summed over questions, and how often the teacher's first passage ranks first. -> []"""
+        """The loss summed over questions, and how often the teacher's best passage ranks first. -> []"""
         student = self.reranker(batch.pairs)[batch.columns].masked_fill(batch.columns < 0, float("-inf"))  # [B, K]
         first = (student.argmax(-1) == batch.teacher.argmax(-1)).float().mean()
         return distillation(batch.teacher, student).sum(), {"accuracy": first, **batch.news}
@@ -93,20 +95,20 @@ class ListwiseReranking(nn.Module):
 
 
 class Lists:
-    """The collate function: one of a question's gold passages, if there is any, then sampled negatives.
+    """The collate function: one of a question's gold passages, if it has any, then sampled negatives.
 
-    A batch of the same examples is the same batch, for as long as negatives are. Other questions' gold passages are
-    among them, or a reranker learns what gold looks like and not what is asked. `together`: a teacher's score depends
-    on the whole list, which is always the best of the ranking, and so is read once.
+    The same indices give the same batch until new negatives are mined. Without other questions' gold passages among
+    the negatives, a reranker could tell gold by its looks and ignore the question. `together`: a teacher's score
+    depends on the whole list, so the list is always the top of the ranking, which the teacher scores once.
     """
 
     def __init__(
         self, examples: Sequence[Example], documents: Sequence[Document], reranker: Reranker,
         mined: MinedNegatives | None, flags: RerankArguments, seed: int, teacher: Any = None, together: bool = False,
     ) -> None:  # fmt: skip
-        brought = [example.gold_docs for example in examples] + [example.hard_neg_docs for example in examples]
-        known, rows = numbered(documents, brought)
-        texts, first = iter(normalized_of(list(chain(*brought))).tolist()), {}  # of equal texts the first
+        given = [example.gold_docs for example in examples] + [example.hard_neg_docs for example in examples]
+        known, rows = numbered(documents, given)
+        texts, first = iter(normalized_of(list(chain(*given))).tolist()), {}  # equal texts get the first one's number
         rows = [list(dict.fromkeys(first.setdefault(next(texts), number) for number in row)) for row in rows]
         self._gold, hard = rows[: len(examples)], rows[len(examples) :]
         for example in examples:
@@ -114,19 +116,19 @@ class Lists:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; give a gold passage, or --teacher")
         self._own = of_equal_questions(examples, self._gold)
         hard = [[number for number in row if number not in own] for row, own in zip(hard, self._own, strict=True)]
-        if not mined and (left_out := sum(map(len, brought[len(examples) :])) - sum(map(len, hard))):
-            log.warning("%d passages of hard_neg_docs are left out: they are gold, or stand there twice", left_out)
+        if not mined and (left_out := sum(map(len, given[len(examples) :])) - sum(map(len, hard))):
+            log.warning("%d passages of hard_neg_docs are left out: they are gold, or duplicates", left_out)
         self._golds = [] if teacher else sorted(set().union(*self._own))
         self.examples, self.documents, self.reranker, self.teacher = examples, known, reranker, teacher
         self.hard, self.flags, self.seed, self.together = mined or hard, flags, seed, together
-        self.ahead = not (teacher or flags.mine_negatives)  # these take turns with steps
+        self.ahead = not (teacher or flags.mine_negatives)  # these use the device, or change between steps
 
     def __call__(self, indices: Sequence[int]) -> RerankBatch:
         rows = [[self.documents[number] for number in row] for row in self.chosen(indices)]
         examples, temperature = [self.examples[i] for i in indices], self.flags.teacher_temperature
         pairs, columns, scores = score_lists(self.teacher, examples, rows, temperature, self.together)
         texts = [(retrieval_query(pair.example), pair.document.fmt_content) for pair in pairs]
-        batch = self.reranker.collate(self.reranker.tokenize(texts) if texts else [[0]])  # a model reads one at least
+        batch = self.reranker.collate(self.reranker.tokenize(texts) if texts else [[0]])  # never an empty batch
         news = {"teacher_hit_rate": self.teacher.hit_rate} if self.teacher else {}
         return RerankBatch(batch, columns, scores, indices, news)
 

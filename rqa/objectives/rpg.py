@@ -1,8 +1,8 @@
 """RPG: the retriever's distribution over K documents learns a frozen language model's (Shi et al. 2023, REPLUG LSR).
 
-The paper prints KL(retriever || LM), its released code and the default here compute KL(LM || retriever).
+The paper prints KL(retriever || LM); its released code and the default here compute KL(LM || retriever).
 
-The batches, and the objective over lists of documents, are DCA's and EMDR2's, too: they differ in who is asked.
+DCA and EMDR2 share the batches and the objective over lists of documents, and bring their own teacher or loss.
 """
 
 import logging
@@ -29,10 +29,10 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class ListArguments(ChunkArguments):
-    """How the retriever's scores of K documents become a distribution."""
+    """The retriever's distribution over a list of documents."""
 
     retrieve_temperature: float | None = flag(
-        None, "Temperature of the retriever's softmax. Default: the spread of a question's scores, in the first batch."
+        None, "Temperature of the retriever's softmax. Default: standard deviation of scores in the first batch."
     )
 
     def check(self) -> None:
@@ -41,13 +41,13 @@ class ListArguments(ChunkArguments):
 
 @dataclass(kw_only=True)
 class LikelihoodArguments(LanguageModelArguments, RefreshArguments, ListArguments):
-    """Which documents the language model judges."""
+    """The documents that the language model scores."""
 
     num_docs: int = flag(20, "Documents retrieved for each question.")
-    include_gold: bool = flag(True, "Replace the last document by the gold passage where that is missing.", rare=True)
+    include_gold: bool = flag(True, "Whether gold passages that were not found replace the last ones.", rare=True)
 
     def check(self) -> None:
-        self.check_bounds("num_docs", at_least=2)  # one cannot be told from others
+        self.check_bounds("num_docs", at_least=2)  # the softmax over one is constant
 
 
 @dataclass(kw_only=True)
@@ -55,24 +55,25 @@ class RPGArguments(LikelihoodArguments, DistilledArguments):
     """RPG's own flags."""
 
     kl_direction: str = flag(
-        "lm_to_retriever", "KL(LM || retriever), as released, or the reverse, as the paper prints.",
+        "lm_to_retriever", "Direction: KL(LM || retriever) as in the released code, or the reverse as in the paper.",
         choices=["lm_to_retriever", "retriever_to_lm"], rare=True,
     )  # fmt: skip
 
 
 @dataclass(frozen=True)
 class ListBatch(EncoderBatch):
-    """Questions with K documents each, and what the teacher thinks of them; the loss of one without any is zero."""
+    """Questions with K documents each, and the teacher's logits; a question without documents has zero loss."""
 
-    columns: Tensor  # which of `passages` each document is. [B, K]
+    columns: Tensor  # the position of each document in `passages`. [B, K]
     teacher: Tensor  # the teacher's logits, -inf where a question has fewer than K documents. [B, K]
-    hit_rate: float = 1.0  # share of the teacher's scores, so far in this run, that did not have to be computed
+    hit_rate: float = 1.0  # share of the teacher's scores in this run that came from the cache
 
 
 class ListObjective(EncoderObjective):
     """An objective over K documents of each question, scored by a teacher.
 
-    `losses` are those of teacher's and retriever's logits: `distillation`, or EMDR2's. [B, K], [M, B, K] -> [M, B]
+    `losses` maps the teacher's and the retriever's logits to losses: `distillation`, or EMDR2's `marginal_nll`.
+    [B, K], [M, B, K] -> [M, B]
     """
 
     def __init__(
@@ -81,16 +82,16 @@ class ListObjective(EncoderObjective):
     ) -> None:  # fmt: skip
         super().__init__(encoder, 1.0, dims)
         self.losses = losses
-        self.measured = {"temperature": temperature} if temperature else {}  # a checkpoint keeps it
+        self.measured = {"temperature": temperature} if temperature else {}  # saved in checkpoints
 
     def logits(self, batch: ListBatch) -> Tensor:
-        """Similarities over temperature, with gradient; -inf where a question has fewer documents. -> [M, B, K]"""
+        """Similarities over the temperature, -inf where a question has fewer documents. -> [M, B, K]"""
         similarities = self.similarities(*self.embed(batch))  # [B, P] each
         logits = torch.stack([each.gather(1, batch.columns) for each in similarities])
         present = batch.teacher.isfinite()
         if not self.measured:
             self.measured["temperature"] = spread(logits[0].detach(), present)
-            log.info("--retrieve_temperature %.3g: is the spread of scores", self.measured["temperature"])
+            log.info("--retrieve_temperature %.3g: the standard deviation of scores", self.measured["temperature"])
         return (logits / self.measured["temperature"]).masked_fill(~present, float("-inf"))
 
     def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:
@@ -102,10 +103,10 @@ class ListObjective(EncoderObjective):
 
 
 def spread(scores: Tensor, present: Tensor) -> float:
-    """Standard deviation of a question's scores, the mean over all processes' questions. [B, K] x 2 -> a float
+    """Standard deviation of a question's scores, averaged over all processes' questions. [B, K] x 2 -> a float
 
-    So a list's scores differ by about one, whatever the encoder was trained with: those of MiniLM spread over 0.05,
-    whose softmax at the root of the width (Izacard & Grave 2020) is uniform, and teaches nothing.
+    As a temperature it makes scores differ by about one for any encoder. Those of MiniLM have a deviation of 0.05, so
+    that dividing by the square root of the width (Izacard & Grave 2020) would give a uniform softmax.
     """
     known = scores.masked_fill(~present, torch.nan)[present.sum(-1) > 1]
     deviations = (known - known.nanmean(-1, keepdim=True)).square().nanmean(-1).sqrt()
@@ -114,7 +115,7 @@ def spread(scores: Tensor, present: Tensor) -> float:
 
 
 class RetrievedCandidates:
-    """The live retriever's top K, all questions of a batch in one call; gold passages replace the last if missing."""
+    """The live retriever's top K documents; gold passages that are missing replace the last ones."""
 
     def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples, self.retriever, self.flags = examples, retriever, flags
@@ -122,31 +123,31 @@ class RetrievedCandidates:
         self._gold = [[number for number in row if number < len(retriever.documents)] for row in gold]
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
-        """Positions in the database, K at most for each example. [B] lists"""
+        """Positions in the database, at most K for each example. [B] lists"""
         examples = [self.examples[i] for i in indices]
         hits = self.retriever.retrieve(list(map(retrieval_query, examples)), self.flags.num_docs)
         rows = [[number for number in row if number >= 0] for row in hits.ids.tolist()]
         return list(map(self._with_gold, indices, rows)) if self.flags.include_gold else rows
 
-    def _with_gold(self, example: int, found: list[int]) -> list[int]:
+    def _with_gold(self, example: int, retrieved: list[int]) -> list[int]:
         K = self.flags.num_docs
         gold = dict.fromkeys(self._gold[example])
-        missing = [number for number in gold if number not in found]
-        others = [number for number in found if number not in gold]
+        missing = [number for number in gold if number not in retrieved]
+        others = [number for number in retrieved if number not in gold]
         dropped = set(others[max(K - len(gold), 0) :])
-        return ([number for number in found if number not in dropped] + missing)[:K]
+        return ([number for number in retrieved if number not in dropped] + missing)[:K]
 
 
 class ScoredCandidates:
-    """The collate function: candidates chosen, scored by the teacher and packed, each distinct document once."""
+    """The collate function: chooses candidates, has the teacher score them, and packs each distinct document once."""
 
     def __init__(
         self, examples: Sequence[Example], documents: Sequence[Document], encoder: Encoder,
         choose: Callable[[Sequence[int]], Sequence[Sequence[int]]],  # example numbers -> positions in `documents`
-        teacher: Any,  # pairs -> scores, which are divided by `temperature`; `hit_rate` tells how many it knew
-        temperature: float = 1.0,
-        chunk_size: int = 0,  # texts that are encoded at once; 0: all
-        together: bool = False,  # whether a document's score depends on those that stand beside it
+        teacher: Any,  # pairs -> scores, with an attribute `hit_rate`
+        temperature: float = 1.0,  # of the teacher
+        chunk_size: int = 0,  # texts encoded at once; 0: all
+        together: bool = False,  # whether a document's score depends on the others in its list
         boost: bool = False,  # whether gold documents' scores are raised (`boost_gold`)
     ) -> None:  # fmt: skip
         self.examples, self.documents, self.choose = examples, documents, choose
@@ -156,9 +157,9 @@ class ScoredCandidates:
         self._passages = Tokens(encoder.tokenize_passages, lambda number: documents[number].fmt_content)
 
     def __call__(self, indices: Sequence[int]) -> ListBatch:
-        """One micro-batch: column k is one and the same document for retriever and teacher."""
-        chosen = self.choose(indices)  # once a batch
-        # An index may find nothing for anyone; the encoder still needs a passage to encode.
+        """One micro-batch; column k is the same document for retriever and teacher."""
+        chosen = self.choose(indices)
+        # The encoder needs a passage even if nothing was retrieved.
         distinct = list(dict.fromkeys(number for row in chosen for number in row)) or [0]
         position = {number: column for column, number in enumerate(distinct)}
         documents = {number: self.documents[number] for number in distinct}

@@ -1,4 +1,4 @@
-"""SFT: the likelihood of the answer after its prompt. SwR differs in the passages that the prompt shows."""
+"""SFT: the likelihood of the answer given its prompt. SwR differs only in the passages of the prompt."""
 
 import logging
 from collections.abc import Sequence
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class DecoderArguments(PromptArguments, GenerationArguments, LoadingArguments):
-    """What a decoder that is trained and measured reads from the command line."""
+    """Flags of a decoder that is trained and evaluated."""
 
 
 @dataclass(kw_only=True)
@@ -32,15 +32,15 @@ class SFTArguments(DecoderArguments):
     """SFT's own flags."""
 
     embedding_model: str | None = flag(
-        None, "Retriever of evaluation, a directory or a hub name. Default: evaluation is the loss on gold passages.",
+        None, "Retriever for evaluation: a directory or a hub name. Default: evaluate the loss on gold passages.",
         also="eval_embedding_model embedding_model_name_or_path",
     )  # fmt: skip
 
 
 class AnswerLikelihood(nn.Module):
-    """Cross-entropy on answer and end of turn; prompt and passages carry no loss."""
+    """Cross-entropy on the answer and the end of turn; prompt and passages carry no loss."""
 
-    faster = 4  # times an encoder's learning rate, by default
+    faster = 4  # factor of the default learning rate, relative to an encoder's
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, precision: torch.dtype | None = None) -> None:
         super().__init__()
@@ -70,11 +70,11 @@ class AnswerLikelihood(nn.Module):
 
 
 def encode_examples(prompter: Any, examples: Sequence[Example], shown: Sequence[Sequence[Document]]) -> dict[int, Any]:
-    """Prompts of a `Prompter` or `FiDPrompter` with gold answers, by the example's number, of what fits."""
+    """Prompts of a `Prompter` or `FiDPrompter` with gold answers, by example number; those too long are left out."""
     rows = [(example, row, example.gold_answer) for example, row in zip(examples, shown, strict=True)]
     sequences = fitting(prompter.encode, rows, "the example is left out")
     if not sequences:
         raise UserError(f"{prompter.length_flag}: no example fits; raise it")
     if more := sum(sequence.cut_more for sequence in sequences.values()):
-        log.warning("%d prompts are cut more than in generation, since their answers exceed --max_new_tokens", more)
+        log.warning("%d prompts are cut more than in generation: their answers are longer than --max_new_tokens", more)
     return sequences

@@ -1,4 +1,4 @@
-"""SwR: SFT over what a frozen retriever finds (LocalRQA's mix of gold and retrieved; Zhang et al. 2024, RAFT)."""
+"""SwR: SFT with passages from a frozen retriever, mixed with gold ones (as in LocalRQA; Zhang et al. 2024, RAFT)."""
 
 import random
 from collections.abc import Sequence
@@ -18,8 +18,8 @@ class SwRArguments(Arguments):
         help="Frozen retriever: a directory or a hub name; bm25 needs no model.",
         also="embedding_model_name_or_path eval_embedding_model",
     )
-    gold_position: str = flag("random", "Place of the gold passages among the others.", ["first", "random"])
-    drop_gold_prob: float = flag(0.0, "Share of training questions that see no gold passage (RAFT).")
+    gold_position: str = flag("random", "Position of the gold passages in the prompt.", ["first", "random"])
+    drop_gold_prob: float = flag(0.0, "Share of training questions whose prompt omits the gold passages (RAFT).")
 
     def check(self) -> None:
         self.check_bounds("drop_gold_prob", at_least=0, at_most=1)
@@ -28,14 +28,14 @@ class SwRArguments(Arguments):
 def gold_and_retrieved(
     examples: Sequence[Example], retriever: PassageRetriever, k: int, flags: SwRArguments, seed: int
 ) -> list[list[Document]]:
-    """The passages of each training prompt: gold and retrieved, at most `k` + 1; all questions are asked at once."""
+    """The gold and retrieved passages of each training prompt, at most `k` + 1."""
     hits = retriever.retrieve_once([retrieval_query(example) for example in examples], k)
     pairs = zip(examples, retriever.documents_of(hits), strict=True)
     return [mix(example, found, k + 1, flags, f"{seed}-{number}") for number, (example, found) in enumerate(pairs)]
 
 
 def mix(example: Example, retrieved: Sequence[Document], limit: int, flags: SwRArguments, seed: str) -> list[Document]:
-    """Gold passages, then retrieved ones, none twice; `seed` decides what is random, for this example alone."""
+    """Gold passages, then retrieved ones, without duplicates; `seed` belongs to this example alone."""
     chance = random.Random(seed)
     gold = {document.key: document for document in example.gold_docs}
     others = {document.key: document for document in retrieved if document.key not in gold}

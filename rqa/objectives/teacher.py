@@ -1,4 +1,4 @@
-"""Frozen teachers are asked once: a score is a function of question, answer and document, and is kept."""
+"""Frozen teachers, whose scores are cached: a score depends on question, answer, document and teacher alone."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -24,35 +24,35 @@ from rqa.runtime.files import Store, cache_root, fingerprint
 from rqa.runtime.flags import flag
 
 PAIRS_AT_ONCE = 256
-NOT_TOLD_APART = "its documents are not told apart"
+NOT_TOLD_APART = "all its documents get the same score"
 RERANKER = "reranker::"
 
 
 def is_reranker(name: str) -> bool:
-    """Whether a teacher's name means a cross-encoder: `reranker::M`."""
+    """Whether a teacher's name, such as `reranker::M`, means a cross-encoder."""
     return name.startswith(RERANKER)
 
 
 @dataclass(kw_only=True)
 class LanguageModelArguments(LoadingArguments, ChatTemplateArguments):
-    """The frozen language model that judges documents, here or behind a server."""
+    """The frozen language model that scores documents, local or on a server."""
 
     lm_model_path: str = flag(
-        help="Language model: a directory, a hub name, or openai::http://host:port/v1; of RPG also reranker::M.",
+        help="Language model: a directory, a hub name or openai::http://host:port/v1; for RPG also reranker::M.",
         also="teacher",
     )
-    text_maxlength: int = flag(512, "Tokens of document, question and answer in the language model's prompt.")
+    text_maxlength: int = flag(512, "Tokens of the language model's prompt and answer, at most.")
     lm_tokens_per_batch: int = flag(8192, "Tokens in one forward pass of the language model.", rare=True)
     lm_chat_format: str | None = flag(
-        None, "Prompt: USER/ASSISTANT or the chat template. Default: the template if any.", ["prefix", "template"]
+        None, "Prompt format. Default: the chat template if the model has one.", ["prefix", "template"]
     )
-    lm_tokenizer: str | None = flag(None, "Tokenizer of a server's model. Default: a token every 3 bytes.", rare=True)
+    lm_tokenizer: str | None = flag(None, "Tokenizer of a server's model. Default: 3 bytes a token.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("text_maxlength", "lm_tokens_per_batch", at_least=1)
 
     def lm_prompt(self, tokenizer: Any) -> PromptArguments:
-        """How the language model is asked; it answers nothing, so that hardly any room is kept."""
+        """Its prompt format; it generates nothing, so that one token of room is enough."""
         chat_format = self.lm_chat_format or ("template" if tokenizer.chat_template else "prefix")
         options = {"chat_format": chat_format, "chat_template_kwargs": self.chat_template_kwargs}
         return PromptArguments(**options, max_seq_length=self.text_maxlength, max_new_tokens=1)
@@ -60,10 +60,10 @@ class LanguageModelArguments(LoadingArguments, ChatTemplateArguments):
 
 @dataclass(kw_only=True)
 class DistilledArguments(LanguageModelArguments):
-    """How sharp the teacher's distribution over documents is."""
+    """The teacher's distribution over documents."""
 
     lm_temperature: float | None = flag(
-        None, "Temperature of the teacher's softmax over documents. Default: 0.1, of a reranker 1.",
+        None, "Temperature of the teacher's softmax over documents. Default: 1 for a reranker, else 0.1.",
         also="teacher_temperature",
     )  # fmt: skip
 
@@ -72,28 +72,29 @@ class DistilledArguments(LanguageModelArguments):
 
     @property
     def teacher_temperature(self) -> float:
-        """Log-likelihoods are means over tokens, and lie close together; a reranker's scores are logits already."""
+        """Its default is low for language models, whose means over tokens lie close together."""
         return self.lm_temperature or (1.0 if is_reranker(self.lm_model_path or "") else 0.1)
 
 
 class Pair(NamedTuple):
-    """A question with its answer, and a document that may help."""
+    """A question with its answer, and a document to score."""
 
     example: Example
     document: Document
-    beside: tuple[Document, ...] = ()  # all that are read at once, this one among them, where they decide its score
+    beside: tuple[Document, ...] = ()  # if the score depends on it: the set of documents read together, this included
 
 
-Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]  # (position, score), a few at a time, in any order
+Score = Callable[[Sequence[Pair]], Iterable[tuple[int, float]]]  # yields (position, score) in any order
 
 
 class Teacher:
-    """A scorer whose scores are kept in a database that runs share.
+    """A scorer whose scores are cached in a database that all runs share.
 
-    What is asked for is scored in parts, each part one transaction. So an interruption loses at most one part, and a
-    resumed run packs the others as they would have been: its scores are the same to the last bit.
+    Pairs are scored in parts, one transaction each. An interruption loses at most one part, and a resumed run batches
+    the other parts in the same way, so that its scores are the same to the last bit.
 
-    `identity` tells what, beside the pair, decides a score (model, prompt, settings), and `path` is the SQLite file.
+    `identity` is a fingerprint of everything but the pair that decides a score (model, prompt, settings); `path` is the
+    SQLite file.
     """
 
     def __init__(self, scorer: Score, identity: str, path: str | Path | None = None) -> None:
@@ -102,7 +103,7 @@ class Teacher:
         self.asked = self.known = 0
 
     def __call__(self, pairs: Sequence[Pair]) -> list[float]:
-        """The score of each pair; only those never seen before are computed."""
+        """The score of each pair; only new pairs are computed."""
         keys = list(map(self._key, pairs))
         kept = self._store.get(set(keys))
         self.asked += len(pairs)
@@ -120,13 +121,13 @@ class Teacher:
 
     @property
     def hit_rate(self) -> float:
-        """Share of the pairs asked for so far that were known already."""
+        """Share of all pairs so far whose score was in the cache."""
         return self.known / max(self.asked, 1)
 
     def _key(self, pair: Pair) -> str:
         example, document, beside = pair
         turns = [text for turn in example.chat_history for text in (turn.speaker, turn.message)]
-        # In any order: to a decoder that attends to all of them, they are a set.
+        # Sorted: a decoder that attends to all documents ignores their order.
         others = [fingerprint(*sorted(other.fmt_content for other in beside))] if beside else []
         parts = (example.question, example.gold_answer or "", document.fmt_content, *turns, *others)
         return fingerprint(self._identity, *parts)
@@ -135,11 +136,12 @@ class Teacher:
 def score_lists(
     teacher: Callable[[Sequence[Pair]], Sequence[float]] | None,  # None: the first document of each list is gold
     examples: Sequence[Example], rows: Sequence[Sequence[Document]], temperature: float,
-    together: bool,  # whether a document's score depends on those that stand beside it
+    together: bool,  # whether a document's score depends on the others in its list
 ) -> tuple[list[Pair], Tensor, Tensor]:  # fmt: skip
-    """The teacher's logits for K documents at most of each question, -inf where there are fewer.
+    """The teacher's logits for at most K documents of each question.
 
-    [B] lists -> the pairs that they are of [N], which of these stands where, or -1 [B, K], and logits [B, K]
+    -> all pairs [N], the pair's number in each place of a list, -1 where it is shorter [B, K], and logits, there -inf
+    [B, K]
     """
     pairs, lengths = [], torch.tensor(list(map(len, rows)))
     for example, row in zip(examples, rows, strict=True):
@@ -155,7 +157,7 @@ def score_lists(
 
 
 def _parts(pairs: Sequence[Pair]) -> Iterable[slice]:
-    """Some `PAIRS_AT_ONCE` pairs each; those that are read together stay together."""
+    """Slices of about `PAIRS_AT_ONCE` pairs that do not separate pairs read together."""
     start = 0
     while start < len(pairs):
         end = min(start + PAIRS_AT_ONCE, len(pairs))
@@ -166,10 +168,10 @@ def _parts(pairs: Sequence[Pair]) -> Iterable[slice]:
 
 
 class AnswerScorer:
-    """log p(answer | document, question): the mean over the answer's tokens, by a frozen decoder (Shi et al. 2023).
+    """log p(answer | document, question) by a frozen decoder, the mean over the answer's tokens (Shi et al. 2023).
 
-    Prompts are packed, many to a forward pass, and only the answers' positions pass through the output layer. A prompt
-    that is too long loses passage tokens; where question and answer alone do not fit, all documents score alike.
+    Prompts are packed, and only the answers' positions pass through the output layer. A prompt that is too long loses
+    passage tokens; if question and answer alone do not fit, all documents get the same score.
     """
 
     def __init__(self, model: PreTrainedModel, prompter: Prompter, tokens_per_batch: int) -> None:
@@ -183,9 +185,9 @@ class AnswerScorer:
         rows = [(pair.example, [pair.document], pair.example.gold_answer) for pair in pairs]
         encoded = prompts.fitting(self.prompter.encode, rows, NOT_TOLD_APART, prompts.warn_once)
         end = self.prompter.end_of_turn
-        unread = TokenSequence(end * 2 + end, 1)  # stands for what does not fit
+        unread = TokenSequence(end * 3, 1)  # replaces what does not fit
         sequences = [encoded.get(number, unread) for number in range(len(pairs))]
-        # Without the end of the turn: the answer's own tokens count.
+        # The end of the turn does not count.
         sequences = [TokenSequence(s.ids[: len(s.ids) - len(end)], s.answer_start) for s in sequences]
         lengths, padded = [len(sequence.ids) for sequence in sequences], self._collate is not pack
         batches = token_budget_batches(lengths, self.tokens_per_batch, padded)
@@ -200,8 +202,8 @@ class AnswerScorer:
 
 
 def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
-    """A language model on this machine, and the fingerprint of it."""
-    model = loading.load_causal_lm(flags.lm_model_path, flags)  # first: its refusal of an encoder says what is wrong
+    """A local language model, and its fingerprint."""
+    model = loading.load_causal_lm(flags.lm_model_path, flags)  # before the tokenizer: its errors are clearer
     tokenizer = loading.load_tokenizer(flags.lm_model_path, flags.trust_remote_code)
     prompter = Prompter(tokenizer, flags.lm_prompt(tokenizer))
     identity = fingerprint(loading.model_fingerprint(model, tokenizer), str(model.dtype))
@@ -209,7 +211,7 @@ def local_scorer(flags: LanguageModelArguments) -> tuple[AnswerScorer, str]:
 
 
 def reranker_scorer(flags: Any) -> tuple[Score, str]:
-    """A cross-encoder, which needs no answers, and the fingerprint of it; flags are those of `load_reranker`, too."""
+    """A cross-encoder, which needs no answers, and its fingerprint; `flags` must suit `load_reranker`, too."""
     reranker = load_reranker(flags.lm_model_path.removeprefix(RERANKER), flags).requires_grad_(False)
 
     def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:

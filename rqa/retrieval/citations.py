@@ -1,4 +1,4 @@
-"""Which passages an answer rests on, and the names by which they are found again."""
+"""Citations: the passages that support an answer, and stable names for passages."""
 
 import re
 from collections.abc import Sequence
@@ -10,11 +10,11 @@ from rqa.runtime.text import words
 
 SENTENCE = re.compile(r"\S(?:[^.!?\n。！？]|[.!?](?!\s))*[.!?。！？]*(?:\s*\[\d+\])*")
 MARK = re.compile(r"\[(\d{1,3})\]")
-ENOUGH = 0.5  # of a sentence's letters that are in words of a passage
+ENOUGH = 0.5  # share of a sentence's letters in words that the passage contains
 
 
 class Citation(NamedTuple):
-    """Characters of an answer, and the number of the passage that says the same; the first one is 1."""
+    """A span of characters in an answer, and the number of the passage that supports it, from 1."""
 
     start: int
     end: int
@@ -22,28 +22,28 @@ class Citation(NamedTuple):
 
 
 def cite(text: str, passages: Sequence[Document]) -> list[Citation]:
-    """The passage of each sentence: the one that it names, as [2], or else the one with most of its words, if enough.
+    """The passages of each sentence: those that it marks, as in [2], or else the one that contains most of its words.
 
-    Longer words count for more; of passages that share as much, the better one is taken.
+    Words are weighted by their length. A tie goes to the better-ranked passage; below `ENOUGH` none is cited.
     """
-    held, found = [set(words(passage.fmt_content)) for passage in passages], []
+    vocabularies, citations = [set(words(passage.fmt_content)) for passage in passages], []
     for sentence in SENTENCE.finditer(text):
-        said = set(words(MARK.sub("", sentence[0])))
-        shares = [sum(map(len, said & has)) / max(sum(map(len, said)), 1) for has in held]
-        best = max(range(len(held)), key=shares.__getitem__, default=-1)
-        named = [number for number in map(int, MARK.findall(sentence[0])) if 0 < number <= len(held)]
-        numbers = named or ([best + 1] if best >= 0 and shares[best] >= ENOUGH else [])
-        found += [Citation(*sentence.span(), number) for number in dict.fromkeys(numbers)]
-    return found
+        own = set(words(MARK.sub("", sentence[0])))
+        shares = [sum(map(len, own & vocabulary)) / max(sum(map(len, own)), 1) for vocabulary in vocabularies]
+        best = max(range(len(passages)), key=shares.__getitem__, default=-1)
+        marked = [number for number in map(int, MARK.findall(sentence[0])) if 0 < number <= len(passages)]
+        numbers = marked or ([best + 1] if best >= 0 and shares[best] >= ENOUGH else [])
+        citations += [Citation(*sentence.span(), number) for number in dict.fromkeys(numbers)]
+    return citations
 
 
 def passage_id(position: int, document: Document) -> str:
-    """A name of the document at a position of the database, which no other document there will have."""
+    """A unique name of the document at a position of the database."""
     return f"{position}-{fingerprint(*document.key)[:8]}"
 
 
 def passage_of(documents: Sequence[Document], name: str) -> Document | None:
-    """The document that `passage_id` gave this name; None if it is not there any more."""
+    """The document with this `passage_id`; None if the database no longer has it there."""
     position = name.partition("-")[0]
     if not (position.isascii() and position.isdigit() and len(position) < 19 and int(position) < len(documents)):
         return None

@@ -1,4 +1,4 @@
-"""Which kind of FAISS index suits so many documents, and how one is trained, filled and tuned."""
+"""Building a FAISS index: the choice of its kind, training, adding embeddings and tuning."""
 
 import math
 import os
@@ -14,32 +14,32 @@ from rqa.retrieval.ranking import nearest
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 
-FLAT_TO = 200_000  # passages: up to here `auto` compares with all
-SAMPLED = 80, 2**16  # embeddings that an index learns from: for each of its cells, and at least
-RESCORED = 4  # candidates of a quantised index whose better vectors are compared, for each one asked for
-RECALL, ASKED = 0.98, 200  # what `auto` wants of an approximate index, asked for the 10 nearest of so many passages
+FLAT_TO = 200_000  # passages up to which `auto` searches exactly
+SAMPLED = 80, 2**16  # training embeddings per cell, and the minimum
+RESCORED = 4  # candidates that a refined index re-scores for each result
+RECALL, QUERIES = 0.98, 200  # `auto` tunes an approximate index to this recall@10, measured with so many queries
 
 
 class Chunk(NamedTuple):
     """Documents that were encoded together."""
 
-    numbers: np.ndarray  # their positions. [n]
-    vectors: Callable[[], np.ndarray]  # their embeddings, in memory or read from the disk. float32 [n, D]
+    numbers: np.ndarray  # positions. [n]
+    vectors: Callable[[], np.ndarray]  # embeddings, in memory or read from disk. float32 [n, D]
 
 
 class Made(NamedTuple):
-    """An index that was made."""
+    """A new index."""
 
     index: faiss.Index
-    numbers: np.ndarray  # the positions of its rows' documents. [n]
+    numbers: np.ndarray  # the document position of each row. [n]
     kind: str  # its factory string
-    about: str  # kind, size and, of `auto`, recall
+    about: str  # kind, size and, for a tuned one, recall
 
 
 def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> Made:
-    """An index over these embeddings, which are of `count` documents in all.
+    """An index over the embeddings; `count` is the number of documents in all processes.
 
-    Together, it is one of the same kind and training on each process, if it can be divided.
+    With `together`, all processes share the training, and each indexes its own chunks if the index can be divided.
     """
     width = chunks[0].vectors().shape[1]
     kind = _kind(factory, count, width)
@@ -61,7 +61,7 @@ def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> M
         if isinstance(index, faiss.IndexRefine):
             index.k_factor = RESCORED
         for flat in stages(index):
-            if isinstance(flat, faiss.IndexFlat):  # grown bit by bit, it would take up to three times the memory
+            if isinstance(flat, faiss.IndexFlat):  # reserve: growing would take up to three times the memory
                 flat.codes.resize(len(numbers) * flat.code_size)
                 flat.codes.resize(0)
         for chunk in chunks:
@@ -76,7 +76,7 @@ def make(factory: str, chunks: Sequence[Chunk], count: int, together: bool) -> M
 
 
 def described(kind: str, index: faiss.Index, count: int) -> str:
-    """The kind and the size of an index, for a message."""
+    """The kind and size of an index, for messages."""
     about, (first, *better) = f"{kind} over {count:,} documents", stages(index)
     cells = faiss.try_extract_index_ivf(first)
     if divides(first):
@@ -85,7 +85,7 @@ def described(kind: str, index: faiss.Index, count: int) -> str:
 
 
 def _kind(factory: str, count: int, width: int) -> str:
-    """The factory string that `auto` stands for: exact while that is fast, then cells; half of the memory for them."""
+    """The factory string that `auto` means: exact search while fast, then cells that fit half of the memory."""
     if factory != "auto":
         return factory
     if distributed.device().type == "cuda":
@@ -102,48 +102,48 @@ def _kind(factory: str, count: int, width: int) -> str:
 
 
 def _tune(index: faiss.Index, chunks: Sequence[Chunk], together: bool) -> str:
-    """Search as few cells as find nearly all that is nearest. -> how many, and what that finds"""
+    """Set the smallest nprobe that reaches `RECALL`, or stops improving. -> a text with nprobe and recall"""
     probes, recall, before = 1, 0.0, -1.0
     cells: Any = faiss.try_extract_index_ivf(index)
     if index.ntotal:
-        asked = _some(chunks, index.ntotal / ASKED)
+        queries = _some(chunks, index.ntotal / QUERIES)
         blocks = (block for chunk in chunks for block in torch.from_numpy(chunk.vectors()).split(2**16))
-        exact = nearest(asked, blocks, 10)
+        exact = nearest(queries, blocks, 10)
         while True:
             cells.nprobe = probes
-            found = index.search(asked, 10)[1]
+            found = index.search(queries, 10)[1]
             recall = float(np.mean([np.isin(row, best).mean() for row, best in zip(found, exact, strict=True)]))
             if recall >= RECALL or recall < before + 0.005 or probes >= cells.nlist:
                 break
             before, probes = recall, 2 * probes
     cells.nprobe, recall = distributed.from_main((probes, recall)) if together else (probes, recall)
-    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {ASKED} of them"
+    return f", nprobe={cells.nprobe}, recall@10 {recall:.3f} on {QUERIES} of them"
 
 
 def _some(chunks: Sequence[Chunk], every: float) -> np.ndarray:
-    """Embeddings of one document in so many. [n, D]"""
+    """The embedding of every `every`-th document. [n, D]"""
     parts = (chunk.vectors()[:: max(1, math.ceil(every))] for chunk in chunks)
-    return np.concatenate([part.copy() for part in parts])  # a view would keep all of its chunk
+    return np.concatenate([part.copy() for part in parts])  # a view would keep the whole chunk in memory
 
 
 def stages(index: faiss.Index) -> list[faiss.Index]:
-    """The index that finds candidates, and the one that scores them anew if there is one ("SQ8,RFlat")."""
+    """The index that finds candidates and, if there is one ("SQ8,RFlat"), the one that re-scores them."""
     parts = [index.base_index, index.refine_index] if isinstance(index, faiss.IndexRefine) else [index]
     return list(map(faiss.downcast_index, parts))
 
 
 def divides(index: faiss.Index) -> bool:
-    """Whether parts of it find what the whole does, and passages can be left out: not so in a graph."""
+    """Whether the index can be split into parts, and passages removed; a graph cannot."""
     while isinstance(index, faiss.IndexPreTransform):
         index = faiss.downcast_index(index.index)
     return isinstance(index, faiss.IndexFlatCodes | faiss.IndexIVF)
 
 
 def embeddings(index: faiss.IndexFlat) -> Tensor:
-    """What a flat index holds, without a copy. -> float32 [n, D]"""
+    """The embeddings in a flat index, without a copy. -> float32 [n, D]"""
     return torch.from_numpy(faiss.rev_swig_ptr(index.get_xb(), index.ntotal * index.d).reshape(-1, index.d))
 
 
 def reason(error: RuntimeError) -> str:
-    """FAISS puts the source location in front of the reason."""
+    """The reason in a FAISS error, without the source location before it."""
     return str(error).rpartition(": ")[2].strip() or type(error).__name__

@@ -1,11 +1,11 @@
-"""The index that FAISS keeps: flat, IVF, quantised or a graph; in memory, and in a directory if it has a path.
+"""The FAISS index (flat, IVF, quantised or a graph), in memory or in a directory.
 
-What is built in memory is divided: each process keeps and searches the embeddings of its own documents, and the best of
-all are merged. What lies on disk is memory-mapped, and so shared, by all processes of a machine. On CUDA a flat index
-lies on the device, and each process holds its part of it.
+An index in memory is divided: each process holds and searches the embeddings of its own documents, and the results are
+merged. An index on disk is memory-mapped, so that all processes of a machine share it. On CUDA a flat index is on the
+device, and each process holds a part of it.
 
-A flat index finds the same however its documents are divided and questions are batched: FAISS brings some candidates
-more than asked for, and their inner products are summed again in float64.
+A flat index gives the same results however documents are divided and questions batched: FAISS finds a few candidates
+more than needed, and their inner products are computed again in float64.
 """
 
 import logging
@@ -32,39 +32,36 @@ from rqa.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 
-# FAISS 1.15 compares queries with a flat index one by one where they hold less than 128,000 numbers; one matrix product
-# is faster from some 1,200 on, up to eight times. To older versions the threshold is a number of queries, 20: it stays.
+# FAISS 1.15 searches a flat index query by query if the queries hold fewer than 128,000 numbers; a matrix product is
+# faster from about 1,200 on, up to eight times. In older versions the threshold is 20 queries, which `min` keeps.
 FAISS_BLAS_THRESHOLD = faiss.cvar.distance_compute_blas_threshold
 faiss.cvar.distance_compute_blas_threshold = min(FAISS_BLAS_THRESHOLD, 1200)
 
-OURS = re.compile(r"\d+\.npz|state\.json|\.rqa-.*")  # what waits for an index
+OURS = re.compile(r"\d+\.npz|state\.json|\.rqa-.*")  # files of an unfinished build
 INDEX_FILES = {"index.faiss", "index.json", "passages.npy", files.COMPLETION_MARK}
-STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # of index.json
-MARGIN = 8  # candidates beyond k, for what is equally good
-PRODUCTS_AT_ONCE = 2**28  # on a GPU
+STATE = ("encoder", "stamp", "version", "dtype", "factory", "about")  # fields of index.json
+MARGIN = 8  # extra candidates, since float32 may misorder near ties
+PRODUCTS_AT_ONCE = 2**28  # bounds the memory of a search on a GPU
 
 
 class FaissIndex(Index):
-    """An index in this process's memory, in all processes' together, or in a directory."""
+    """A FAISS index in memory, divided among processes, or in a directory."""
 
-    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str | None = None) -> None:
+    def __init__(self, documents: Sequence[Document], flags: IndexArguments, path: str = "") -> None:
         super().__init__(documents, flags, path)
         self.factory = flags.index_factory
-        self._count = 0  # documents of all processes
-        self._divided = False  # whether other processes hold other documents
+        self._count = 0  # documents in all processes
+        self._divided = False  # whether each process holds different documents
         self._faiss: Any = None
-        self._flat: Tensor | None = None  # a flat index's embeddings, on the device that compares them. [n, D]
-        self._numbers = np.empty(0, np.int64)  # by FAISS's id: the document's position, -1 if there is none
+        self._flat: Tensor | None = None  # a flat index's embeddings, on the search device. [n, D]
+        self._numbers = np.empty(0, np.int64)  # document position by FAISS id, -1 if there is none
         self._collected: tuple[faiss.Index, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def replace(self, vectors: np.ndarray, dtype: str = "float32") -> None:
-        """Index these embeddings, in memory, instead of the present ones: of the documents that `share` deals out.
-
-        float32 [n, D]
-        """
+        """Index in memory the embeddings of this process's share of the documents. float32 [n, D]"""
         rank, size = distributed.rank(), distributed.world_size()
         count = int(distributed.total([len(vectors)])[0])
         made = make(self.flags.index_factory, [Chunk(np.arange(rank, count, size), lambda: vectors)], count, size > 1)
@@ -74,21 +71,21 @@ class FaissIndex(Index):
         self.dtype = dtype
 
     def search(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """See `Index`; where documents are divided every process calls it, each with queries of its own."""
+        """See `Index`; if documents are divided, every process calls it, each with its own queries."""
         assert self._count, "the index is empty"
         k = min(k, self._count)
         if not self._divided:
             return self._nearest(queries, k)
-        asked = _gathered(queries)
-        every = distributed.world_size(), len(asked), k
-        found = [_gathered(part).reshape(every) for part in self._nearest(asked, k)]
+        all_queries = _gathered(queries)
+        shape = distributed.world_size(), len(all_queries), k
+        results = [_gathered(part).reshape(shape) for part in self._nearest(all_queries, k)]
         first = int(sum(distributed.total_by_rank(len(queries))[: distributed.rank()]))
-        scores, numbers = (np.concatenate(part[:, first : first + len(queries)], axis=1) for part in found)
+        scores, numbers = (np.concatenate(part[:, first : first + len(queries)], axis=1) for part in results)
         return ranked(scores, numbers, k)
 
-    @torch.autocast("cuda", enabled=False)  # on which --fp16 evaluates
+    @torch.autocast("cuda", enabled=False)  # --fp16 evaluates under autocast
     def _nearest(self, queries: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """The k best of the documents that this process holds. [Q, D] -> [Q, k] x 2"""
+        """The k best of this process's documents. [Q, D] -> [Q, k] x 2"""
         if not len(self._numbers):
             return np.full((len(queries), k), -np.inf, np.float32), np.full((len(queries), k), -1)
         flat = self._flat
@@ -99,21 +96,21 @@ class FaissIndex(Index):
             scores, rows = self._faiss.search(queries, k + MARGIN)
         if flat is not None:
             scores = inner_products(queries, flat, rows)
-        found, numbers = ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
+        top, numbers = ranked(scores, np.where(rows >= 0, self._numbers[rows], -1), k)
         if flat is None or len(flat) <= k + MARGIN:
-            return found, numbers
-        least = found[:, -1] - 1e-5 * np.abs(found[:, -1]).clip(1)  # what may be as good, for all that float32 tells
-        for row in np.flatnonzero(scores.min(axis=1) >= least):  # and there may be more of it
-            equal = (flat @ torch.from_numpy(queries[row]).to(flat.device) >= float(least[row])).nonzero()[:, 0]
-            equal = equal.cpu().numpy()[None]
-            scores_of_all = inner_products(queries[row : row + 1], flat, equal)
-            found[row], numbers[row] = ranked(scores_of_all, self._numbers[equal], k)
-        return found, numbers
+            return top, numbers
+        least = top[:, -1] - 1e-5 * np.abs(top[:, -1]).clip(1)  # a lower float32 score is certainly worse
+        for row in np.flatnonzero(scores.min(axis=1) >= least):  # documents beyond the margin may be as good
+            close = (flat @ torch.from_numpy(queries[row]).to(flat.device) >= float(least[row])).nonzero()[:, 0]
+            close = close.cpu().numpy()[None]
+            exact = inner_products(queries[row : row + 1], flat, close)
+            top[row], numbers[row] = ranked(exact, self._numbers[close], k)
+        return top, numbers
 
     def load(self, directory: Path | None = None) -> bool:
-        """See `Index`; an index of a kind that the flags do not ask for cannot be used, nor a damaged one."""
+        """See `Index`; one that is damaged, or of another kind than the flags ask for, cannot be used."""
         if not directory:
-            directory = Path(os.path.realpath(self.path or ""))
+            directory = Path(os.path.realpath(self.path))
             files.remove_leftovers(directory.parent)
         if files.damage(directory):
             return False
@@ -135,7 +132,7 @@ class FaissIndex(Index):
         return fits
 
     def collect(self) -> None:
-        """Bring to the main process what `save` writes; every process calls it."""
+        """Gather on the main process the data that `save` writes; every process calls it."""
         index, numbers, flat = self._faiss, self._numbers, self._flat
         if flat is not None and flat.is_cuda:
             index = faiss.IndexFlatIP(flat.shape[1])
@@ -148,7 +145,7 @@ class FaissIndex(Index):
             data, part_numbers = distributed.from_process(rank, (faiss.serialize_index(index), numbers))
             if distributed.is_main():
                 part = faiss.deserialize_index(data)
-                if whole:  # FAISS numbers what an inverted list holds, and else counts
+                if whole:  # only inverted lists store ids, which are shifted here
                     whole.merge_from(part, whole.ntotal if faiss.try_extract_index_ivf(whole) else 0)
                 whole = whole or part
                 places.append(part_numbers)
@@ -156,7 +153,7 @@ class FaissIndex(Index):
             self._collected = whole, np.concatenate(places)
 
     def save(self, directory: str | Path) -> None:
-        """Write what `collect` brought as one directory, atomically."""
+        """Write the collected index as one directory, atomically."""
         if not self._collected:
             self.collect()
         assert self._collected, "only the main process saves"
@@ -167,7 +164,7 @@ class FaissIndex(Index):
         refuse_foreign_directory(directory)
         state = {name: getattr(self, name) for name in STATE}
         with files.atomic_directory(directory) as temporary:
-            with open(temporary / "index.faiss", "wb") as file:  # of its own files FAISS ignores what closing them says
+            with open(temporary / "index.faiss", "wb") as file:  # FAISS's own writer ignores errors on close
                 faiss.write_index(index, faiss.PyCallbackIOWriter(file.write))
             with open(temporary / "passages.npy", "wb") as file:
                 np.save(file, passages)
@@ -175,29 +172,29 @@ class FaissIndex(Index):
 
     @property
     def _building(self) -> Path:
-        """Where embeddings lie until the index is built, so that a killed run loses none."""
+        """The directory that keeps embeddings until the index is built, so that a killed run loses none."""
         path = Path(os.path.realpath(self.path))
         return path.with_name(f"{path.name}.building")
 
     def build(self, encoder: str, dimension: int, update: bool) -> Prints:
-        refuse_foreign_directory(Path(self.path or ""))
+        refuse_foreign_directory(Path(self.path))
         own, held = passages_of(self.documents), self._held[self._held != b""] if update else np.empty(0, PRINT)
-        known = self._building / "state.json"
-        state = {"of": files.fingerprint(encoder, self.stamp * update, own.tobytes())}
+        state_file = self._building / "state.json"
+        state = {"of": files.fingerprint(encoder, self.stamp if update else "", own.tobytes())}
         if distributed.is_main():
-            if not update and any(Path(self.path or "").glob("*")):
-                why = "was made from other documents, weights or settings, or is damaged"
-                log.warning("index %s %s: rebuilding it", self.path, why)
+            if not update and any(Path(self.path).glob("*")):
+                message = "index %s: was made from other documents, weights or settings, or is damaged; rebuilding it"
+                log.warning(message, self.path)
             self._building.mkdir(parents=True, exist_ok=True)
             if foreign := [each.name for each in self._building.iterdir() if not OURS.fullmatch(each.name)]:
                 raise UserError(f"index path {self.path}: {self._building} holds {foreign[0]}; move it elsewhere")
-            kept = False
+            same = False
             with suppress(UserError):
-                kept = files.read_json(known) == state
+                same = files.read_json(state_file) == state
             for path in self._building.glob("*.npz"):
-                if not kept or _is_damaged(path):
+                if not same or _is_damaged(path):
                     path.unlink()
-            files.write_json(known, state)
+            files.write_json(state_file, state)
         distributed.barrier()
         self.encoder, self._update = encoder, update
         return np.concatenate([held, *(own[chunk.numbers] for chunk in self._chunks())])
@@ -208,7 +205,7 @@ class FaissIndex(Index):
                 np.savez(file, numbers=numbers, vectors=vectors)
 
     def _chunks(self) -> list[Chunk]:
-        """What was added, and is read again whenever it is asked for."""
+        """The chunks added so far; each access reads their vectors from disk."""
         paths = sorted(self._building.glob("*.npz"), key=lambda path: int(path.stem))
         return [Chunk(np.load(path)["numbers"], lambda path=path: np.load(path)["vectors"]) for path in paths]
 
@@ -220,7 +217,7 @@ class FaissIndex(Index):
     def swap(self, stamp: str, dtype: str) -> None:
         if distributed.is_main():
             own, threads = passages_of(self.documents), faiss.omp_get_max_threads()
-            faiss.omp_set_num_threads(max(threads, distributed.world_size()))  # the others wait
+            faiss.omp_set_num_threads(max(threads, distributed.world_size()))  # other processes are idle
             if self._update:
                 index, passages = self._updated(own)
             else:
@@ -229,27 +226,27 @@ class FaissIndex(Index):
                 index, numbers, self.factory, self.about = make(self.flags.index_factory, chunks, count, False)
                 passages = own[numbers]
             faiss.omp_set_num_threads(threads)
-            if lacking := len(np.setdiff1d(own, passages)):  # a network file system may show files late
-                raise UserError(f"index path {self.path}: {lacking} embeddings are missing; start again")
+            if missing := len(np.setdiff1d(own, passages)):  # a network file system may show files late
+                raise UserError(f"index path {self.path}: {missing} embeddings are missing; start again")
             self.version = files.fingerprint(self.version, stamp) if self._update else stamp
             self.stamp, self.dtype = stamp, dtype
-            self._write(Path(self.path or ""), index, passages)
+            self._write(Path(self.path), index, passages)
             shutil.rmtree(self._building)
         distributed.barrier()
         if not self.load():
             raise UserError(f"index path {self.path}: the index just written cannot be read; check the disk")
 
     def _updated(self, own: Prints) -> tuple[faiss.Index, Prints]:
-        """The index at the path without what is gone and with what is new, and the passage of each of its ids."""
-        index = faiss.read_index(str(Path(self.path or "", "index.faiss")))
+        """The index at the path with passages removed and added, and the passage of each of its ids."""
+        index = faiss.read_index(str(Path(self.path, "index.faiss")))
         first, *better = stages(index)
         gone, cells = np.isin(self._held, self._gone), divides(first) and faiss.try_extract_index_ivf(first)
         if gone.any():
-            for each in [first] if cells else [first, *better]:  # ids in cells stay, and with them the better rows
+            for each in [first] if cells else [first, *better]:  # ids in cells stay: they are row numbers in `better`
                 each.remove_ids(np.flatnonzero(gone))
         held = np.where(gone, b"", self._held) if cells else self._held[~gone]
         for chunk in self._chunks():
-            ids = np.arange(len(held), len(held) + len(chunk.numbers))  # of what is in cells; elsewhere FAISS counts
+            ids = np.arange(len(held), len(held) + len(chunk.numbers))  # for cells; otherwise FAISS counts
             first.add_with_ids(chunk.vectors(), ids) if cells else first.add(chunk.vectors())
             for each in better:
                 each.add(chunk.vectors())
@@ -262,13 +259,13 @@ class FaissIndex(Index):
         if parameters := self.flags.index_search_parameters:
             try:
                 faiss.ParameterSpace().set_index_parameters(index, parameters)
-                index.search(np.zeros((1, index.d), np.float32), 1)  # which alone refuses some values
+                index.search(np.zeros((1, index.d), np.float32), 1)  # some values are only refused here
             except (RuntimeError, MemoryError) as error:
                 message = f"--index_search_parameters {parameters}: FAISS refuses it ({reason(error)})"
                 raise UserError(f"{message}; write name=value pairs of this kind of index") from None
         self._faiss, self._flat = index, embeddings(index) if isinstance(index, faiss.IndexFlat) else None
         if self._flat is not None and distributed.device().type == "cuda":
-            if not divided:  # each process takes its part onto its device
+            if not divided:  # each process moves its part to its device
                 rank, size = distributed.rank(), distributed.world_size()
                 self._flat, numbers, divided = self._flat[rank::size], numbers[rank::size], size > 1
             self._flat, self._faiss = self._flat.to(distributed.device()), None
@@ -289,7 +286,7 @@ def _is_damaged(chunk: Path) -> bool:
 
 
 def refuse_foreign_directory(directory: Path) -> None:
-    """Saving replaces a whole directory: it must be an index, empty or absent."""
+    """Raise unless the directory, which saving replaces, is an index, empty or absent."""
     names = {entry.name for entry in directory.iterdir()} if directory.is_dir() else set()
     if directory.is_file() or (names and ("index.json" not in names or names - INDEX_FILES)):
         raise UserError(f"index path {directory}: holds something that is not an rqa index; choose another path")

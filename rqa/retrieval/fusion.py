@@ -1,4 +1,4 @@
-"""Two rankings become one: by ranks, or by a weighted sum of scores."""
+"""Fusion of two rankings, by ranks or by a weighted sum of scores."""
 
 from collections.abc import Sequence, Set
 
@@ -8,33 +8,33 @@ from rqa.retrieval.ranking import best
 from rqa.retrieval.retriever import Hits, stack
 
 WEIGHTS = np.linspace(0, 1, 21)
-USUAL = 0.75  # dense share: near the best for untrained encoders of sentences on questions that people asked
+USUAL = 0.75  # default dense share: near the best for general sentence encoders on questions by people
 
 
 def reciprocal_rank_fusion(lists: Sequence[Hits], k: int) -> Hits:
-    """Documents by the sum over lists of 1 / (60 + rank from 1) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
+    """The k documents with the greatest sum of 1 / (60 + rank) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
     values = [np.broadcast_to(1 / (60 + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
     return _sum([hits.ids for hits in lists], values, k)
 
 
 def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalization: str = "min_max") -> Hits:
-    """Documents by `weight * dense + (1 - weight) * lexical`, of scores normalised for each question.
+    """The k documents with the greatest `weight * dense + (1 - weight) * lexical` of normalised scores.
 
-    They are normalised to 0 to 1 in each list (`min_max`), or to its standard deviations (`z`). A document that a list
-    does not hold counts there as the list's last one. [Q, d] each -> [Q, k]
+    Scores of each list and question are normalised to 0 to 1 (`min_max`), or to standard deviations above the lowest
+    (`z`). A document that a list lacks gets the lowest score of that list. [Q, d] each -> [Q, k]
     """
-    values = [share * _above_the_last(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
+    values = [share * _normalized(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
     return _sum([dense.ids, lexical.ids], values, k)
 
 
 def choose_weight(
     dense: Hits, lexical: Hits, gold: Sequence[Set[int]], normalization: str = "min_max", usual: float = USUAL
 ) -> float:
-    """The dense share with the greatest mean reciprocal rank of the `gold` positions, or the one that is usual.
+    """The dense share nearest to `usual` whose mean reciprocal rank of the `gold` positions is close to the best.
 
-    Few questions choose badly: of the shares that the best one beats by no more than the standard error of the mean
-    difference, the one nearest to `usual` is taken (the rule of Breiman et al. 1984, "Classification and Regression
-    Trees", section 3.4.3, with paired differences).
+    A choice by few questions is noisy, so a share is close if the best one beats it by at most the standard error of
+    their mean difference (the one-standard-error rule of Breiman et al. 1984, "Classification and Regression Trees",
+    section 3.4.3, with paired differences).
     """
 
     def ranks(weight: float) -> np.ndarray:
@@ -43,19 +43,19 @@ def choose_weight(
         return np.where(relevant.any(1), 1 / (relevant.argmax(1) + 1), 0.0)
 
     reciprocal = np.array([ranks(weight) for weight in WEIGHTS])  # [W, Q]
-    behind = reciprocal[reciprocal.mean(1).argmax()] - reciprocal
-    near = behind.mean(1) <= behind.std(1) / np.sqrt(max(len(gold) - 1, 1)) + 1e-9
+    gap = reciprocal[reciprocal.mean(1).argmax()] - reciprocal
+    near = gap.mean(1) <= gap.std(1) / np.sqrt(max(len(gold) - 1, 1)) + 1e-9
     return float(min(WEIGHTS[near], key=lambda weight: abs(weight - usual)))
 
 
-def _above_the_last(hits: Hits, normalization: str) -> np.ndarray:
-    """How far each score stands above the last of its list. [Q, d]"""
+def _normalized(hits: Hits, normalization: str) -> np.ndarray:
+    """Scores above the lowest of their list, in units of the list's range or deviation. [Q, d]"""
     scores = np.where(hits.ids >= 0, hits.scores, np.nan).astype(np.float64)
     found = ~np.isnan(scores).all(axis=1, keepdims=True)  # [Q, 1]
     scores = np.where(found, scores, 0.0)
     lowest, highest = np.nanmin(scores, axis=1, keepdims=True), np.nanmax(scores, axis=1, keepdims=True)
     unit = highest - lowest if normalization == "min_max" else np.nanstd(scores, axis=1, keepdims=True)
-    # Where all are equally good, each of them is better than what was not found.
+    # If all scores are equal, they still rank above documents that were not found.
     return np.where(highest > lowest, (scores - lowest) / np.where(unit > 0, unit, 1), 1.0)
 
 

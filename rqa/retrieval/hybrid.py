@@ -1,4 +1,4 @@
-"""BM25, BM25 beside embeddings, and whichever retriever the flags ask for."""
+"""BM25, hybrid retrieval, and opening the retriever that the flags ask for."""
 
 import logging
 from array import array
@@ -29,57 +29,57 @@ from rqa.runtime.text import words
 
 log = logging.getLogger(__name__)
 
-DEPTH = 100  # candidates that each retriever brings
-# What questions are asked with: rare in passages, these words would count for much.
+DEPTH = 100  # candidates of each retriever
+# Words of questions that BM25 would overrate, since they are rare in passages.
 ASKING = frozenset(words(
     "a an and any are as at be by can could do does did for from had has have how i if in is it its me my not of on or "
     "our should so some that the their them there these they this those to us was we were what when where which who "
     "whose why will with would you your"
 ))  # fmt: skip
-AT_ONCE = 2**21  # words of documents whose scores are computed together
-FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # how scipy names a CSC matrix
+AT_ONCE = 2**21  # words of documents that are scored at once
+FILES = {"data": "f4", "indices": "i4", "indptr": "i8", "words": PRINT, "columns": "i8"}  # a CSC matrix, named by scipy
 
 
 @dataclass(kw_only=True)
 class RetrieverArguments(EncoderArguments, RerankingArguments, IndexArguments):
-    """Which retriever finds the passages."""
+    """The retriever."""
 
-    retriever: str = flag("dense", "Search by embeddings, by shared words, or by both.", ["dense", "bm25", "hybrid"])
-    fusion: str = flag("weighted", "How hybrid fuses: a weighted sum, or by ranks.", ["weighted", "rrf"], rare=True)
+    retriever: str = flag("dense", "Retriever: embeddings, shared words, or both.", ["dense", "bm25", "hybrid"])
+    fusion: str = flag("weighted", "Fusion of hybrid: weighted sum, or by ranks.", ["weighted", "rrf"], rare=True)
     fusion_weight: float | None = flag(
-        None, "Dense share of the sum. Default: chosen on --fusion_eval_path, or a trainer's questions, else 0.75.",
+        None, "Dense share of the sum. Default: chosen on fusion_eval_path or a trainer's questions, else 0.75.",
         rare=True,
     )  # fmt: skip
-    fusion_normalization: str = flag("min_max", "How the sum normalises scores.", ["min_max", "z"], rare=True)
-    fusion_eval_path: str | None = flag(None, "Examples (JSONL) that choose the dense share.", rare=True)
+    fusion_normalization: str = flag("min_max", "Normalisation of scores in the sum.", ["min_max", "z"], rare=True)
+    fusion_eval_path: str | None = flag(None, "Examples (JSONL) to choose the dense share on.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("fusion_weight", at_least=0, at_most=1)
         if self.fusion_weight is not None and self.fusion != "weighted":
-            raise UserError("--fusion_weight: reciprocal ranks have no weight; leave out --fusion rrf")
+            raise UserError("--fusion_weight: has no effect with --fusion rrf; remove one")
         for name in ("fusion", "fusion_weight", "fusion_eval_path"):
             if getattr(self, name) != getattr(RetrieverArguments, name) and self.retriever != "hybrid":
-                raise UserError(f"--{name} {getattr(self, name)}: there is nothing to fuse; add --retriever hybrid")
+                raise UserError(f"--{name} {getattr(self, name)}: has no effect without fusion; add --retriever hybrid")
 
 
 def open_retriever(
     flags: RetrieverArguments, embedding_model: str | None, documents: Sequence[Document],
     examples: Sequence[Example] = (),
 ) -> PassageRetriever:  # fmt: skip
-    """The retriever that the flags name, with its index loaded or built, and behind it the reranker, if any.
+    """The retriever of the flags, with its index loaded or built, and its reranker, if any.
 
-    The name of the encoder may be `bm25`, too. Examples choose the weight of a sum if `fusion_eval_path` names none.
+    `embedding_model` may be `bm25`. `examples` choose the weight of a sum unless there is a `fusion_eval_path`.
     """
     if embedding_model == "bm25" and flags.retriever == "hybrid":
-        raise UserError("--retriever hybrid: needs an encoder beside BM25; name one instead of bm25")
+        raise UserError("--retriever hybrid: needs an encoder besides BM25; give one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
-        raise UserError("--filter: BM25 finds passages that do not meet it; use --retriever dense and an encoder")
-    behind = reranking(flags)  # a reranker that cannot be used is refused before an index is built
+        raise UserError("--filter: does not apply to BM25; use --retriever dense and an encoder")
+    reranked = reranking(flags)  # first: an unusable reranker is refused before an index is built
     if "bm25" in (flags.retriever, embedding_model):
         flags.ignore("truncate_dim", "BM25 has no embeddings")
-        return behind(LexicalRetriever(documents))
+        return reranked(LexicalRetriever(documents))
     if embedding_model is None:
-        raise UserError(f"--retriever {flags.retriever}: name its encoder, too (--embedding_model)")
+        raise UserError(f"--retriever {flags.retriever}: needs an encoder; give --embedding_model")
     if flags.fusion_eval_path:
         examples = with_known_gold(read_examples(flags.fusion_eval_path), documents)
     chosen_by = [example for example in examples if example.gold_docs]
@@ -87,29 +87,29 @@ def open_retriever(
         raise UserError(f"--fusion_eval_path {flags.fusion_eval_path}: its questions have no gold passages")
     dense = Retriever(load_encoder(embedding_model, flags), documents, flags).open(flags.index_path)
     if flags.retriever == "dense":
-        return behind(dense)
+        return reranked(dense)
     weight = USUAL if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None and chosen_by:
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold_places(chosen_by, documents), flags.fusion_normalization)
         log.info("--fusion_weight %.2f: chosen by %d questions", hybrid.weight, len(chosen_by))
-    return behind(hybrid)
+    return reranked(hybrid)
 
 
 class LexicalRetriever(PassageRetriever):
     """BM25 as Lucene computes it (Robertson & Zaragoza 2009), over the words of the documents' formatted text.
 
-    The words that English asks with are left out of questions. Scripts without spaces count by
-    characters and pairs of them: titles find 0.58 of 1179 Chinese manual pages at rank 1, by characters alone 0.54
-    (Japanese: 0.56 and 0.48 of 788).
+    English question words and stop words are left out of questions. Terms of scripts without spaces are characters and
+    pairs of them: titles then find 0.58 of 1179 Chinese manual pages at rank 1, by characters alone 0.54 (Japanese:
+    0.56 and 0.48 of 788).
 
-    What shares no word with the question is not found at all; equal scores are ranked by position in the database.
+    Documents that share no word with the question are not found; ties are ordered by position in the database.
     """
 
     def __init__(self, documents: Sequence[Document], k1: float = 1.2, b: float = 0.75) -> None:
         self.documents = documents
-        # Give this another name when `words` changes: an index of the former words would be opened.
+        # Change this name whenever `words` or `terms` changes, or an outdated index would be opened.
         method = "bm25 of words and pairs 3", str(k1), str(b)
         self._identity = fingerprint(*method, passages_of(documents).tobytes())
         directory = cache_root() / "bm25" / self._identity
@@ -124,10 +124,10 @@ class LexicalRetriever(PassageRetriever):
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
         rows, k = [], min(k, len(self.documents))
         for question in questions:
-            wanted = prints((term,) for term in terms(question, ASKING))
-            places = np.searchsorted(self._words, wanted).clip(max=len(self._words) - 1)
+            queried = prints((term,) for term in terms(question, ASKING))
+            places = np.searchsorted(self._words, queried).clip(max=len(self._words) - 1)
             scores = np.zeros(len(self.documents), np.float32)  # [N]
-            for column in self._columns[places[self._words[places] == wanted]]:
+            for column in self._columns[places[self._words[places] == queried]]:
                 part = slice(*self._starts[column : column + 2])
                 scores[self._owners[part]] += self._scores[part]
             found = np.flatnonzero(scores > 0)
@@ -138,23 +138,23 @@ class LexicalRetriever(PassageRetriever):
         return self._identity
 
 
-def terms(text: str, but: Set[str] = frozenset()) -> list[str]:
-    """The words that are counted, without the s of a plural; and without some, if others are left."""
+def terms(text: str, stop_words: Set[str] = frozenset()) -> list[str]:
+    """The words that are counted, without a plural's s; and without stop words, unless all are stop words."""
     found = words(text, pairs=True)
-    kept = [word for word in found if word not in but] or found
+    kept = [word for word in found if word not in stop_words] or found
     return [word[:-1] if len(word) > 3 and word[-1] == "s" != word[-2] else word for word in kept]
 
 
 def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) -> None:
-    """Write each word's share of the documents' scores, and where each word is.
+    """Write each word's contribution to the documents' scores, and an index of words.
 
-    Memory holds a number for each document and a string for each different word; the rest is sorted in a file.
+    Memory holds a number for each document and a string for each distinct word; the rest is sorted in a file.
     """
     vocabulary: defaultdict[str, int] = defaultdict(count().__next__)  # words by first occurrence
     lengths, starts = array("q"), array("q", [0])
     with TemporaryFile(dir=directory) as scratch:
         for number, document in enumerate(progress(documents, desc="BM25 index", unit="document")):
-            # A document without words holds "", for which nobody asks: an empty file cannot be mapped.
+            # A document without words gets "", which no question contains: an empty file cannot be mapped.
             found = terms(document.fmt_content) or [""]
             lengths.append(len(found))
             scratch.write(array("q", [vocabulary[word] << 32 | number for word in found]))
@@ -164,16 +164,16 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
         norms = k1 * ((1 - b) + b * np.array(lengths) / np.mean(lengths))  # [N]
         with (directory / "data").open("wb") as data, (directory / "indices").open("wb") as indices:
             end = 0
-            while end < len(pairs):  # some words at a time
+            while end < len(pairs):  # a group of words at a time
                 start, last = end, pairs[end : end + AT_ONCE][-1] >> 32
-                end = np.searchsorted(pairs, (last + 1) << 32)  # all of the last word's
-                postings, often = np.unique(pairs[start:end], return_counts=True)
-                of, owners = (postings >> 32) - (postings[0] >> 32), postings & 0xFFFFFFFF
-                holding = np.bincount(of)  # documents with each word
-                idf = np.log(1 + (len(documents) - holding + 0.5) / (holding + 0.5)).astype("f4")
-                data.write((idf[of] * (often / (norms[owners] + often))).astype("f4"))
+                end = np.searchsorted(pairs, (last + 1) << 32)  # include all of the last word
+                postings, counts = np.unique(pairs[start:end], return_counts=True)
+                word_of, owners = (postings >> 32) - (postings[0] >> 32), postings & 0xFFFFFFFF
+                frequency = np.bincount(word_of)  # documents with each word
+                idf = np.log(1 + (len(documents) - frequency + 0.5) / (frequency + 0.5)).astype("f4")
+                data.write((idf[word_of] * (counts / (norms[owners] + counts))).astype("f4"))
                 indices.write(owners.astype("i4"))
-                starts.extend(starts[-1] + np.cumsum(holding))
+                starts.extend(starts[-1] + np.cumsum(frequency))
     names = prints((word,) for word in vocabulary)
     order = np.argsort(names)
     for name, values in (("indptr", np.array(starts)), ("words", names[order]), ("columns", order)):
@@ -182,7 +182,7 @@ def _build(directory: Path, documents: Sequence[Document], k1: float, b: float) 
 
 @dataclass(eq=False)
 class HybridRetriever(PassageRetriever):
-    """Two retrievers over one database, their lists fused by `weighted_sum` or `reciprocal_rank_fusion` (rrf)."""
+    """Fuses two retrievers over one database by `weighted_sum` or `reciprocal_rank_fusion` (rrf)."""
 
     dense: PassageRetriever
     lexical: PassageRetriever
@@ -201,7 +201,7 @@ class HybridRetriever(PassageRetriever):
         return weighted_sum(dense, lexical, self.weight, k, self.normalization)
 
     def candidates(self, questions: Sequence[str], k: int = 0) -> tuple[Hits, Hits]:
-        """What each retriever finds by itself, deep enough to find k together."""
+        """The hits of each retriever, before fusion; at least k for each question."""
         depth = max(k, DEPTH)
         return self.dense.retrieve(questions, depth), self.lexical.retrieve(questions, depth)
 

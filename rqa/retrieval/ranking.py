@@ -1,4 +1,4 @@
-"""The greatest inner products, and of equal ones those that come first in the database."""
+"""Top-k selection by inner product; equal scores are ordered by position in the database."""
 
 from collections.abc import Iterable
 
@@ -10,7 +10,10 @@ QUERIES_AT_ONCE = 64
 
 
 def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The k greatest scores of each row, of equal ones the lower number first; -1 is last. [Q, n] x 2 -> [Q, k] x 2"""
+    """The k greatest scores of each row and their numbers; ties: lower number first. [Q, n] x 2 -> [Q, k] x 2
+
+    Number -1 means none, and comes last.
+    """
     room = (0, 0), (0, max(k - numbers.shape[1], 0))
     scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
     scores = np.where(numbers >= 0, scores, -np.inf)
@@ -19,8 +22,8 @@ def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray,
 
 
 def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids of one question's k greatest scores, and those; of equal ones the lower id first. [N], [N] -> [k], [k]"""
-    if len(scores) > k:  # sort only what can be among the k best
+    """The ids and values of a question's k greatest scores; ties: lower id first. [N], [N] -> [k], [k]"""
+    if len(scores) > k:  # sort only candidates for the top k
         kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
         scores, ids = scores[kept], ids[kept]
     scores, ids = ranked(scores[None], ids[None], k)
@@ -28,22 +31,22 @@ def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.nd
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:
-    """The rows with the k greatest inner products among all blocks, on their device. [Q, D], [n, D] each -> [Q, k]"""
+    """The rows with the k greatest inner products over all blocks, on their device. [Q, D], [n, D] each -> [Q, k]"""
     products, rows, start = [], [], 0
     for block in blocks:
-        found = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)))
-        products.append(found.values)
-        rows.append(found.indices + start)
+        top = (torch.from_numpy(queries).to(block.device) @ block.T).topk(min(k, len(block)))
+        products.append(top.values)
+        rows.append(top.indices + start)
         start += len(block)
     chosen = torch.cat(products, 1).topk(min(k, start)).indices
     return torch.cat(rows, 1).gather(1, chosen).cpu().numpy()
 
 
 def inner_products(queries: np.ndarray, vectors: Tensor, rows: np.ndarray) -> np.ndarray:
-    """Of each query with its own rows, summed in float64. [Q, D], [N, D], [Q, k] -> float32 [Q, k]"""
+    """Inner products of each query with its own rows, in float64. [Q, D], [N, D], [Q, k] -> float32 [Q, k]"""
     scores = np.empty(rows.shape, np.float32)
     for part in (slice(start, start + QUERIES_AT_ONCE) for start in range(0, len(rows), QUERIES_AT_ONCE)):
         chosen = vectors[torch.from_numpy(rows[part].clip(0)).to(vectors.device)].double()
-        asked = torch.from_numpy(queries[part]).to(vectors.device).double()
-        scores[part] = (chosen * asked[:, None]).sum(-1).float().cpu()
+        part_queries = torch.from_numpy(queries[part]).to(vectors.device).double()
+        scores[part] = (chosen * part_queries[:, None]).sum(-1).float().cpu()
     return scores

@@ -1,4 +1,4 @@
-"""The index follows the encoder: documents encoded again inside the loop, every so many steps."""
+"""Refresh of the index during training: documents are encoded again with the current weights, on a schedule."""
 
 import copy
 import json
@@ -28,32 +28,32 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RefreshArguments(Arguments):
-    """When documents are encoded again in training."""
+    """Refreshes of the index during training."""
 
     refresh_step: str = flag("100", 'Steps between two refreshes of the index, or spans such as "0-100:10,100-900:50".')
     refresh_async: bool = flag(
-        False, "Whether documents are encoded beside training and swapped in when ready; runs then differ."
+        False, "Whether to encode documents in the background while training; runs are then not reproducible."
     )
     train_query_encoder_only: bool = flag(
-        False, "Keep the initial encoder for passages; it is saved beside the trained one, never refreshed.", rare=True
+        False, "Whether passages keep the initial encoder, which is saved beside the trained one.", rare=True
     )
 
     def check(self) -> None:
         schedule(self.refresh_step)
         if self.train_query_encoder_only and self.refresh_async:
-            raise UserError("--train_query_encoder_only true: documents never change; leave out --refresh_async")
+            raise UserError("--train_query_encoder_only true: passages are never encoded again; remove --refresh_async")
 
     def freeze_passages(self, encoder: Encoder) -> None:
-        """Let passages keep the encoder that they have now, if that is asked for."""
+        """Freeze the passage encoder if `train_query_encoder_only`."""
         if self.train_query_encoder_only:
             encoder.freeze_passages()
         elif encoder.passage_encoder:
-            cure = "train its encoder of questions with --train_query_encoder_only true"
-            raise UserError(f"--model_name_or_path: holds a passage encoder of its own, which stays as it is; {cure}")
+            advice = "add --train_query_encoder_only true to train the query encoder"
+            raise UserError(f"--model_name_or_path: has a separate passage encoder, which cannot be trained; {advice}")
 
 
 def schedule(written: str) -> Callable[[int], bool]:
-    """Whether something is due after so many steps."""
+    """A function of the steps done: whether a refresh is due."""
     spans: list[tuple[int, float, int]] = []  # first step, end, interval
     for part in written.split(","):
         match = re.fullmatch(r"\s*(?:(\d+)-(\d+):)?(\d+)\s*", part)
@@ -64,29 +64,29 @@ def schedule(written: str) -> Callable[[int], bool]:
 
 
 class Refresher:
-    """`before_step` of the loop, and a `LiveState`: an index of the weights before step 0, then on schedule.
+    """`before_step` of the loop, and a `LiveState`: refreshes the index before step 0 and then on schedule.
 
-    `then`, such as CTL's mined negatives, is called after each refresh, and is saved and loaded with the index. Where
-    passages are frozen, it is called on schedule and nothing is encoded.
+    `then`, such as CTL's mined negatives, is called after each refresh, and is saved and loaded with the index. If
+    passages are frozen, it is called on schedule but nothing is encoded.
     """
 
-    retriever: Any  # a `Retriever`; any other one if nothing is ever encoded
+    retriever: Any  # a `Retriever`; another kind only if nothing is ever encoded
 
     def __init__(self, retriever: PassageRetriever, flags: Any, then: Any = None) -> None:
         self.retriever, self.flags, self.then = retriever, flags, then
-        self.made_at = 0  # the step whose weights, or whose turn in the schedule, made what is searched now
+        self.made_at = 0  # the step whose weights made the index; if frozen, the step of the last call of `then`
         self.refreshes = 0
-        self._begun_at = 0  # the step whose weights are being used in the background
+        self._begun_at = 0  # the step whose weights encode in the background
         self.due = schedule(flags.refresh_step)
         self._work: BackgroundEncoding | None = None
-        self._ready = False  # whether what follows has followed
+        self._ready = False  # whether there is a complete index with its `then`
 
     def __call__(self, step: int) -> dict[str, float]:
-        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet; say how old it is."""
+        """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet. -> statistics"""
         refreshes, frozen = self.refreshes, self.retriever.encoder.passage_encoder is not None
         if not len(self.retriever.index):
             self._refresh(step)
-        elif step == 0 or (frozen and self.then and self.due(step)):  # opened before training, or frozen
+        elif step == 0 or (frozen and self.then and self.due(step)):  # an index from disk, or frozen passages
             self._follow(step)
         elif self.flags.refresh_async and not frozen:
             self._refresh_in_background(step)
@@ -99,34 +99,34 @@ class Refresher:
 
     @property
     def version(self) -> str | None:
-        """The name of the present index among those of the run; None before there is one."""
+        """The name of the present index in this run; None before there is one."""
         return f"index-{self.made_at}" if self._ready else None
 
     def collect(self) -> None:
-        """Bring to the main process what `save` writes; every process calls it."""
+        """Gather on the main process the data that `save` writes; every process calls it."""
         if isinstance(index := self.retriever.index, FaissIndex):
             index.collect()
 
     def save(self, directory: Path) -> None:
-        """Write the index and what follows it, so that a resumed run finds the very same documents."""
+        """Write the index and `then`, so that a resumed run finds the very same documents."""
         state = {"made_at": self.made_at, "documents": self._documents()}
         if isinstance(index := self.retriever.index, FaissIndex):
             index.save(directory / "index")
-        elif index is not None:  # an engine keeps it
+        elif index is not None:  # Milvus stores it
             state |= {"index_path": index.path, "version": index.version}
         (directory / "refresh.json").write_text(json.dumps(state), encoding="utf-8")
         if self.then:
             self.then.save(directory)
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote; where it is of other documents or another kind of index, encode anew."""
+        """Restore what `save` wrote; if it is for other documents or another kind of index, encode again."""
         state = read_json(directory / "refresh.json")
         index, where = self.retriever.index, directory / "index"
         if path := state.get("index_path"):
             index, where = index_at(self.retriever.flags.index_path or path, index.documents, index.flags), None
         same = state["documents"] == self._documents() and (index is None or index.load(where))
         if not same or (index is not None and where is None and index.version != state["version"]):
-            log.warning("%s: its index is of other documents or another kind; encoding the documents anew", directory)
+            log.warning("%s: its index has other documents or another kind; encoding the documents again", directory)
             return
         self.retriever.index, self._ready = index, True
         self.made_at = self._begun_at = state["made_at"]
@@ -134,7 +134,7 @@ class Refresher:
             self.then.load(directory)
 
     def close(self) -> None:
-        """Give up what is being encoded in the background."""
+        """Stop encoding in the background."""
         if self._work:
             self._work.close()
             self._work = None
@@ -151,7 +151,7 @@ class Refresher:
         self._follow(step)
 
     def _refresh_in_background(self, step: int) -> None:
-        """Swap in what is ready; begin what is due. What falls due while documents are encoded begins after that."""
+        """Swap in a finished index; begin the next if one is due, or fell due during the previous one."""
         if self._work and self._work.finished():
             work, self._work = self._work, None
             self.retriever.replace(work.embeddings)
@@ -169,15 +169,15 @@ class Refresher:
 
 
 class BackgroundEncoding:
-    """This process's share of the documents, encoded with the weights of now while training goes on.
+    """Encodes this process's share of the documents with a copy of the present weights while training continues.
 
-    It costs the memory of the weights once more until it is dropped, and on a GPU runs in a stream of its own. The
-    copy has its own tokenizer, too: two threads must not share one.
+    The copy costs memory until the object is dropped; on a GPU it runs in its own stream. It includes the tokenizer,
+    which two threads must not share.
     """
 
     def __init__(self, retriever: Retriever) -> None:
         self.seconds = 0.0
-        self.embeddings = np.empty(0)  # this process's, once it is finished. float32 [n, D]
+        self.embeddings = np.empty(0)  # of this process's documents, once finished. float32 [n, D]
         self._error: BaseException | None = None
         self._cancelled = threading.Event()
         self._retriever = retriever
@@ -185,18 +185,18 @@ class BackgroundEncoding:
         self._encoder.register_forward_pre_hook(self._stop_if_cancelled)
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         if self._stream:
-            self._stream.wait_stream(torch.cuda.current_stream())  # the copy is being made there
+            self._stream.wait_stream(torch.cuda.current_stream())  # which makes the copy
         self._thread = threading.Thread(target=self._run, name="encode documents", daemon=True)
         self._thread.start()
 
     def finished(self) -> bool:
-        """Whether every process is done; all ask at the same step. Raises what ended the thread of any."""
+        """Whether every process is done; all call it at the same step. Raises the error of any thread."""
         done = not self._thread.is_alive()
         dones, failures = distributed.total([done, done and self._error is not None])
         if failures:
-            error = self._error  # of its own; closing makes another one
+            error = self._error  # read before `close`, which causes an error in a running thread
             self.close()
-            raise error or UserError("documents could not be encoded; another process says why")
+            raise error or UserError("another process could not encode its documents; its log says why")
         return int(dones) == distributed.world_size()
 
     def close(self) -> None:
@@ -209,10 +209,10 @@ class BackgroundEncoding:
         try:
             with torch.cuda.stream(self._stream):  # None: nothing changes
                 self.embeddings = self._retriever.encode(self._encoder, desc=None)
-        except BaseException as error:  # it belongs to the main thread, if that still waits
+        except BaseException as error:  # `finished` raises it in the main thread
             self._error = error
         self.seconds = time.perf_counter() - started
 
     def _stop_if_cancelled(self, *_: object) -> None:
         if self._cancelled.is_set():
-            raise InterruptedError("nobody waits for the embeddings any more")
+            raise InterruptedError("the embeddings are no longer needed")

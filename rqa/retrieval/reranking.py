@@ -1,4 +1,4 @@
-"""A second stage: what another retriever finds, ranked anew by a cross-encoder."""
+"""The second stage of retrieval: a cross-encoder reranks the passages of another retriever."""
 
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
@@ -14,21 +14,19 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
 
-PAIRS_AT_ONCE = 2**14  # bounds the memory of their tokens
-USUAL_SHARE = 0.5  # of a reranker that learned from a few hundred questions
+PAIRS_AT_ONCE = 2**14  # bounds the memory of token ids
+USUAL_SHARE = 0.5  # default weight of a reranker trained on a few hundred questions
 
 
 @dataclass(kw_only=True)
 class RerankingArguments(RerankerArguments):
-    """Whether what is found is ranked anew."""
+    """Reranking."""
 
-    reranker: str | None = flag(None, "Cross-encoder that ranks anew what is found: a directory or a hub name.")
-    rerank_depth: int = flag(
-        50, "Passages of each question that the reranker reads; where more are asked for, it reads as many.", rare=True
-    )
+    reranker: str | None = flag(None, "Cross-encoder that reranks the passages found: a directory or a hub name.")
+    rerank_depth: int = flag(50, "Passages of each question to rerank; if more are retrieved, all of them.", rare=True)
     rerank_weight: float | None = flag(
-        None, "The reranker's share of a sum with the first stage's scores, both from 0 to 1; 1: it alone decides. "
-        "Default: what bin/train_rerank chose for it, else 1.", rare=True,
+        None, "Weight of the reranker's scores in a sum with the first stage's, from 0 to 1; 1: reranker only. "
+        "Default: as bin/train_rerank chose, else 1.", rare=True,
     )  # fmt: skip
 
     def check(self) -> None:
@@ -37,10 +35,10 @@ class RerankingArguments(RerankerArguments):
 
 
 class RerankingRetriever(PassageRetriever):
-    """The best of another retriever's first passages, by a reranker's scores; equal ones keep their order.
+    """Reranks the top `depth` passages of another retriever; equal scores keep their order.
 
-    With a `weight` below 1 they are ranked by `weighted_sum`, the first stage's own scores having the rest of it.
-    Under several processes `retrieve` is for all at once, whatever the first stage is.
+    With a `weight` below 1 the ranking is by `weighted_sum` with the first stage's scores. With several processes, all
+    call `retrieve` at the same time, whatever the first stage is.
     """
 
     def __init__(self, first: PassageRetriever, reranker: Reranker, depth: int, weight: float = 1.0) -> None:
@@ -51,25 +49,25 @@ class RerankingRetriever(PassageRetriever):
         return self.rerank(questions, self.first.retrieve(questions, max(k, self.depth)), k)
 
     def rerank(self, questions: Sequence[str], hits: Hits, k: int) -> Hits:
-        """The k best of what was found for each question. [Q, depth] -> [Q, k]"""
+        """The k best of the passages found for each question. [Q, depth] -> [Q, k]"""
         scores = np.full(hits.ids.shape, -np.inf, dtype=np.float32)
-        longest = int(max(distributed.total_by_rank(len(questions))))  # as often on every process
+        longest = int(max(distributed.total_by_rank(len(questions))))  # equally often on every process
         parts = range(0, longest, max(PAIRS_AT_ONCE // max(hits.ids.shape[1], 1), 1))
         for start in progress(parts, desc="rerank", unit="batch", disable=len(parts) < 2):
             rows, columns = np.nonzero(hits.ids[start : start + parts.step] >= 0)
             numbers = hits.ids[start + rows, columns]
             texts = {number: self.documents[number].fmt_content for number in np.unique(numbers).tolist()}
             pairs = [(questions[start + row], texts[number]) for row, number in zip(rows, numbers, strict=True)]
-            known = list(dict.fromkeys(pairs))  # equal passages of a question are equally good, to the last bit
-            found = dict(zip(known, self.reranker.score(known), strict=True))
-            scores[start + rows, columns] = [found[pair] for pair in pairs]
+            distinct = list(dict.fromkeys(pairs))  # so equal passages get exactly equal scores
+            score_of = dict(zip(distinct, self.reranker.score(distinct), strict=True))
+            scores[start + rows, columns] = [score_of[pair] for pair in pairs]
         if self.weight < 1:
             return weighted_sum(Hits(hits.ids, scores), hits, self.weight, min(k, hits.ids.shape[1]))
         order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
         return Hits(np.take_along_axis(hits.ids, order, axis=1), np.take_along_axis(scores, order, axis=1))
 
     def choose_weight(self, questions: Sequence[str], gold: Sequence[Set[int]]) -> None:
-        """Set the weight that ranks the gold positions of these questions best; every process asks for all of them."""
+        """Set the weight that ranks the gold positions best; every process passes all questions."""
         self.weight = 1.0
         ranked, first = (each.retrieve_shared(questions, self.depth) for each in (self, self.first))
         self.weight = choose_weight(ranked, first, gold, usual=USUAL_SHARE)
@@ -80,11 +78,11 @@ class RerankingRetriever(PassageRetriever):
 
 
 def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], PassageRetriever]:
-    """What puts the reranker that the flags name, if any, behind a retriever; it is loaded now, or refused."""
+    """A function that adds the reranker of the flags, if any, to a retriever; the model is loaded now."""
     if flags.reranker is None:
         for name in ("rerank_depth", "rerank_weight", "max_pair_length"):
             if getattr(flags, name) != getattr(RerankingArguments, name):
-                raise UserError(f"--{name} {getattr(flags, name)}: nothing is ranked anew; add --reranker")
+                raise UserError(f"--{name} {getattr(flags, name)}: has no effect without a reranker; add --reranker")
         return lambda first: first
     reranker = load_reranker(flags.reranker, flags)
     weight = reranker.weight if flags.rerank_weight is None else flags.rerank_weight

@@ -1,4 +1,4 @@
-"""Questions in, documents and scores out, always a batch at a time: what every retriever does, and the dense one."""
+"""The interface of all retrievers, which take questions in batches, and the dense retriever."""
 
 import logging
 import math
@@ -33,15 +33,15 @@ class Hits:
     """The documents found for Q questions, best first."""
 
     ids: np.ndarray  # positions in the database, -1 where fewer than k were found. [Q, k]
-    scores: np.ndarray  # what they are ranked by, the greater the better. [Q, k]
+    scores: np.ndarray  # greater is better. [Q, k]
 
     def gathered(self) -> "Hits":
-        """The hits of all questions from those that `distributed.share` dealt to each process."""
+        """The hits of all questions, if each process has those of its `distributed.share`."""
         return Hits(distributed.gather_array(self.ids), distributed.gather_array(self.scores))
 
 
 class PassageRetriever(ABC):
-    """Finds passages of a document database, by whatever means."""
+    """Finds passages of a document database."""
 
     documents: Sequence[Document]
     index: Index | None = None  # of embeddings
@@ -53,14 +53,14 @@ class PassageRetriever(ABC):
 
     @abstractmethod
     def identity(self) -> str:
-        """A fingerprint of all that decides what is found."""
+        """A fingerprint of everything that determines the results."""
 
     def retrieve_shared(self, questions: Sequence[str], k: int) -> Hits:
-        """`retrieve`, each process its share of the questions; all ask for the same, and all get everything."""
+        """`retrieve`, with the questions divided among processes; all pass the same ones and get all hits."""
         return self.retrieve(distributed.share(questions), k).gathered()
 
     def retrieve_once(self, questions: Sequence[str], k: int) -> Hits:
-        """`retrieve`, kept on disk between runs: for a frozen retriever the answer depends on nothing else."""
+        """`retrieve_shared`, cached on disk between runs, for a frozen retriever."""
         directory = cache_root() / "hits" / fingerprint(self.identity(), str(k), *questions)
         if distributed.from_main(damage(directory) is None):
             log.info("passages for %d questions: read from %s", len(questions), directory)
@@ -68,7 +68,7 @@ class PassageRetriever(ABC):
         hits = self.retrieve_shared(questions, k)
         if distributed.is_main():
             with atomic_directory(directory) as temporary:
-                np.savez(temporary / "hits.npz", **vars(hits))  # `np.save` would ignore that a disk is full
+                np.savez(temporary / "hits.npz", **vars(hits))  # `np.save` does not report a full disk
         return hits
 
     def documents_of(self, hits: Hits) -> list[list[Document]]:
@@ -77,10 +77,10 @@ class PassageRetriever(ABC):
 
 
 class Retriever(PassageRetriever):
-    """An index of documents and their encoder, the very object that a trainer trains; `refresh` follows it.
+    """A dense retriever. Its encoder is the object that a trainer trains; `refresh` indexes with the current weights.
 
-    Under several processes `retrieve` and `refresh` are for all at once, each with questions of its own: in memory each
-    process holds its share of the documents.
+    With several processes, each calls `retrieve` and `refresh` at the same time, with its own questions: an index in
+    memory is divided among them.
     """
 
     def __init__(self, encoder: Encoder, documents: Sequence[Document], flags: IndexArguments | None = None) -> None:
@@ -95,56 +95,57 @@ class Retriever(PassageRetriever):
             return self
         self.index, stamp = index_at(str(path), self.documents, self.flags), self.stamp()
         if not self._fits(stamp):
-            with alone(self.index.path or "") if distributed.is_main() else nullcontext():
-                distributed.barrier()  # another run may have built it until now
+            with alone(self.index.path) if distributed.is_main() else nullcontext():
+                distributed.barrier()  # meanwhile another run may have built it
                 if not self._fits(stamp):
                     self._build(stamp)
         log.info("index %s: %s, encoded in %s", self.index.path, self.index.about, self.index.dtype)
         return self
 
     def _fits(self, stamp: str) -> bool:
-        """Whether every process can use what lies at the index's path."""
+        """Whether every process can use the index at the path."""
         return int(distributed.total([self.index.load() and self.index.stamp == stamp])[0]) == distributed.world_size()
 
     def _build(self, stamp: str) -> None:
-        """Encode what the index lacks: an interrupted build goes on, and an update keeps what has not changed."""
+        """Encode what the index lacks, continuing an interrupted build or updating a stale index."""
         index, passages, encoder = self.index, passages_of(self.documents), self.encoder.fingerprint()
         update = self.flags.update and index.encoder == encoder
         held = index.build(encoder, self.encoder.dimension, update)
         held = distributed.from_main(held)  # a faster process may have added some already
         index.remove(np.setdiff1d(held, passages))
-        first = np.sort(np.unique(passages, return_index=True)[1])  # of equal ones
+        first = np.sort(np.unique(passages, return_index=True)[1])  # equal passages are encoded once
         missing = first[~np.isin(passages[first], held)]
         if len(missing) < len(first):
-            log.info("index %s: %d of %d documents need no encoding", index.path, len(first) - len(missing), len(first))
+            known = len(first) - len(missing)
+            log.info("index %s: %d of %d documents are already encoded", index.path, known, len(first))
         for numbers, vectors in self._encoded(missing, self.encoder.passage_side, "encode documents"):
             index.add(numbers, vectors)
         distributed.barrier()
         index.swap(stamp, self._dtype)
 
     def refresh(self) -> None:
-        """Encode every document with the current weights, each process its share, and replace the index in memory."""
+        """Encode all documents with the current weights, each process its share, and replace the index in memory."""
         self.replace(self.encode(self.encoder.passage_side))
 
     def replace(self, vectors: np.ndarray) -> None:
-        """Search these embeddings, in memory, from now on. [n, D] of this process's share of the documents"""
-        made = FaissIndex(self.documents, self.flags)  # another retriever may search the present one
-        made.replace(vectors, self._dtype)
-        self.index = made
+        """Make an index in memory from the embeddings of this process's share of the documents. [n, D]"""
+        index = FaissIndex(self.documents, self.flags)  # another retriever may be using the present one
+        index.replace(vectors, self._dtype)
+        self.index = index
 
     def encode(self, encoder: Encoder, desc: str | None = "encode documents") -> np.ndarray:
         """Embeddings of this process's share of the documents. -> float32 [n, D]"""
         share = len(range(distributed.rank(), len(self.documents), distributed.world_size()))
         vectors, start = np.empty((share, encoder.dimension), np.float32), 0
-        for numbers, found in self._encoded(np.arange(len(self.documents)), encoder, desc):
-            vectors[start : start + len(numbers)] = found
+        for numbers, part in self._encoded(np.arange(len(self.documents)), encoder, desc):
+            vectors[start : start + len(numbers)] = part
             start += len(numbers)
         return vectors
 
     def _encoded(
         self, numbers: np.ndarray, encoder: Encoder, desc: str | None
     ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Positions of documents and their embeddings, some at a time; of those that `share` deals to this process."""
+        """Positions and embeddings, a part at a time, of this process's share of the documents `numbers`."""
         rank, size = distributed.rank(), distributed.world_size()
         mine, longest = numbers[rank::size], math.ceil(len(numbers) / size)
 
@@ -154,7 +155,7 @@ class Retriever(PassageRetriever):
             return part, [array("i", ids) for ids in encoder.tokenize_passages(texts)]
 
         with progress(total=len(mine), desc=desc, unit="document", disable=desc is None) as bar:
-            for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # as often on every process
+            for part, sequences in ahead(tokens, range(0, longest, TEXTS_AT_ONCE)):  # equally often on every process
                 yield part, encoder.embed(sequences, bar.update)
                 trim_heap()
 
@@ -163,12 +164,12 @@ class Retriever(PassageRetriever):
         return Hits(ids, scores)
 
     def identity(self) -> str:
-        made, flags = self.index.version or self.stamp(), self.flags
+        version, flags = self.index.version or self.stamp(), self.flags
         settings = (flags.index_factory, self.index.about, flags.index_search_parameters, flags.filter or "")
-        return fingerprint(made, *settings, passages_of(self.documents).tobytes())
+        return fingerprint(version, *settings, passages_of(self.documents).tobytes())
 
     def stamp(self) -> str:
-        """A fingerprint of all that decides what is held, in whatever order and, since any will do, precision."""
+        """A fingerprint of encoder and set of passages; their order and the precision do not matter."""
         return fingerprint(self.encoder.fingerprint(), np.unique(passages_of(self.documents)).tobytes())
 
     @property
@@ -177,7 +178,7 @@ class Retriever(PassageRetriever):
 
 
 def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) -> Index:
-    """The index of a directory, or of an engine."""
+    """The index at a path: a FAISS directory, or a Milvus collection."""
     if path.startswith(ENGINE):
         try:
             from rqa.retrieval.milvus import MilvusIndex
@@ -188,6 +189,6 @@ def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) ->
 
 
 def stack(rows: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Hits:
-    """The hits of Q questions from those of each, as `best` gives them."""
+    """The hits of Q questions from the results of `best` for each."""
     ids, scores = zip(*rows, strict=True) if rows else ([], [])
     return Hits(np.array(ids, dtype=np.int64).reshape(-1, k), np.array(scores, dtype=np.float32).reshape(-1, k))

@@ -1,4 +1,4 @@
-"""The loop's flags, named as in Hugging Face's TrainingArguments."""
+"""The training loop's flags, named as in Hugging Face's TrainingArguments."""
 
 import re
 from dataclasses import dataclass
@@ -17,26 +17,26 @@ STRATEGIES = ["no", "steps", "epoch"]
 
 @dataclass(kw_only=True)
 class OptimizerArguments(Arguments):
-    """How weights are updated."""
+    """The optimizer and its learning rate."""
 
     optim: str = flag(
-        "adamw", "Optimizer; adamw_8bit (needs bf16): 6 bytes a parameter, not 18; gradients are summed in bf16.",
+        "adamw", "Optimizer; adamw_8bit (with bf16) needs 6 bytes per parameter, not 18, and sums gradients in bf16.",
         choices=["adamw", "adamw_8bit"], rare=True,
     )  # fmt: skip
     learning_rate: float | None = flag(
         None,
-        "Peak learning rate. Default: follows width and batch, 1e-4 at 384 and 64; readers: fourfold, LoRA: tenfold.",
+        "Peak learning rate. Default: by width and batch size, 1e-4 at 384 and 64; times 4 for readers, 10 for LoRA.",
     )
-    new_layers: str | None = flag(None, "Regular expression of parameters that learn at their own rate.", rare=True)
-    new_layers_learning_rate: float | None = flag(None, "Peak learning rate of what new_layers finds.", rare=True)
-    lr_scheduler_type: str = flag("linear", "Course of the learning rate after the warm-up.", SCHEDULES, rare=True)
-    warmup_ratio: float = flag(0.0, "Share of all steps in which the learning rate rises from 0 to its peak.")
-    warmup_steps: int = flag(0, "Steps of the warm-up; a positive number replaces warmup_ratio.", rare=True)
+    new_layers: str | None = flag(None, "Regular expression of parameters with their own learning rate.", rare=True)
+    new_layers_learning_rate: float | None = flag(None, "Peak learning rate of new_layers' parameters.", rare=True)
+    lr_scheduler_type: str = flag("linear", "Learning-rate schedule after the warm-up.", SCHEDULES, rare=True)
+    warmup_ratio: float = flag(0.0, "Share of all steps during which the learning rate rises from 0 to its peak.")
+    warmup_steps: int = flag(0, "Warm-up steps; a positive number replaces warmup_ratio.", rare=True)
     weight_decay: float = flag(0.0, "AdamW's weight decay; biases and normalisation weights do not decay.", rare=True)
-    adam_beta1: float = flag(0.9, "AdamW's decay rate of the mean gradient.", rare=True)
-    adam_beta2: float = flag(0.999, "AdamW's decay rate of the mean squared gradient.", rare=True)
-    adam_epsilon: float = flag(1e-8, "AdamW's epsilon, which keeps the division stable.", rare=True)
-    max_grad_norm: float = flag(1.0, "Norm to which larger gradients are clipped; 0 clips none.", rare=True)
+    adam_beta1: float = flag(0.9, "AdamW's decay rate for the first moment.", rare=True)
+    adam_beta2: float = flag(0.999, "AdamW's decay rate for the second moment.", rare=True)
+    adam_epsilon: float = flag(1e-8, "AdamW's epsilon.", rare=True)
+    max_grad_norm: float = flag(1.0, "Gradient norm above which gradients are clipped; 0: no clipping.", rare=True)
 
     def check(self) -> None:
         amounts = ("learning_rate", "new_layers_learning_rate", "weight_decay", "adam_epsilon", "max_grad_norm")
@@ -44,7 +44,7 @@ class OptimizerArguments(Arguments):
         self.check_bounds("warmup_ratio", at_least=0, at_most=1)
         self.check_bounds("adam_beta1", "adam_beta2", at_least=0, below=1)
         if (self.new_layers is None) != (self.new_layers_learning_rate is None):
-            raise UserError("--new_layers: goes with --new_layers_learning_rate; give both or neither")
+            raise UserError("--new_layers: belongs with --new_layers_learning_rate; give both or neither")
         try:
             re.compile(self.new_layers or "")
         except re.error as error:
@@ -53,13 +53,13 @@ class OptimizerArguments(Arguments):
 
 @dataclass(kw_only=True)
 class DeviceArguments(LoadingArguments):
-    """What fits on a device, and how fast it runs."""
+    """Memory and speed on the device."""
 
     fp16: bool = flag(False, "Whether to compute in float16 with a loss scaler (CUDA only).", rare=True)
-    gradient_checkpointing: bool = flag(False, "Whether to recompute activations: slower, less memory.")
+    gradient_checkpointing: bool = flag(False, "Whether to recompute activations, which saves memory and costs time.")
     torch_compile: bool = flag(False, "Whether to compile the model's layers with torch.compile.", rare=True)
-    deterministic: bool = flag(False, "Whether two runs on CUDA give the same bits, which is slower.", rare=True)
-    fsdp: str = flag("no", "FSDP2: full_shard divides the model among processes.", choices=["no", "full_shard"])
+    deterministic: bool = flag(False, "Whether to use deterministic CUDA kernels, which are slower.", rare=True)
+    fsdp: str = flag("no", "FSDP2; full_shard divides the model among processes.", choices=["no", "full_shard"])
 
     @property
     def precision(self) -> torch.dtype:
@@ -67,36 +67,37 @@ class DeviceArguments(LoadingArguments):
 
     def check(self) -> None:
         if self.use_flash_attention and not (self.bf16 or self.fp16):
-            raise UserError("--use_flash_attention true: flash-attn computes in half precision; add --bf16 true")
+            raise UserError("--use_flash_attention true: needs half precision; add --bf16 true")
         if self.fsdp != "no" and self.fp16:
-            raise UserError("--fp16 true: sharded training scales no loss; use --bf16 true with --fsdp full_shard")
+            raise UserError("--fp16 true: is not supported with --fsdp full_shard; use --bf16 true")
 
 
 @dataclass(kw_only=True)
 class JournalArguments(Arguments):
-    """When a run logs, evaluates and saves, and which model it keeps."""
+    """Logs, evaluations and checkpoints."""
 
     logging_steps: int = flag(10, "Steps between two log lines.")
     eval_strategy: str = flag("steps", "When to evaluate on eval_file.", choices=STRATEGIES, also="evaluation_strategy")
     eval_steps: int | None = flag(
-        None, "Steps between two evaluations. Default: a quarter of all, 100 at most; none between if none is chosen."
+        None,
+        "Steps between two evaluations. Default: a quarter of all, at most 100; all if the last model is kept.",
     )
-    eval_max_examples: int = flag(0, "Questions of eval_file to evaluate on, a fixed random subset; 0: all.", rare=True)
+    eval_max_examples: int = flag(0, "Questions to evaluate on, a fixed random subset of eval_file; 0: all.", rare=True)
     save_strategy: str = flag("steps", "When to save a checkpoint.", choices=STRATEGIES, rare=True)
     save_steps: int = flag(500, "Steps between two checkpoints.")
-    save_total_limit: int = flag(2, "Newest checkpoints to keep beside the best one.")
-    metric_for_best_model: str | None = flag(None, "Metric that chooses the best model. Default: the trainer's.")
+    save_total_limit: int = flag(2, "Newest checkpoints to keep, besides the best one.")
+    metric_for_best_model: str | None = flag(None, "Metric that chooses the best model. Default: the executable's own.")
     greater_is_better: bool | None = flag(
         None, "Whether a higher metric_for_best_model is better. Default: false for losses, true otherwise.", rare=True
     )
     load_best_model_at_end: bool | None = flag(
-        None, "Whether output_dir gets the best model, or the last. Default: the best, unless fewer than 30 questions "
+        None, "Whether output_dir gets the best model, not the last. Default: true, unless fewer than 30 questions "
         "rank passages.", rare=True,
     )  # fmt: skip
-    write_predictions: bool = flag(False, "Whether to write each evaluation's predictions as JSONL.", rare=True)
+    write_predictions: bool = flag(False, "Whether to write the predictions of each evaluation as JSONL.", rare=True)
     report_to: str = flag("none", "Experiment tracker.", choices=["none", "tensorboard", "wandb", "trackio"], rare=True)
-    run_project: str = flag("rqa", "Project name in the tracker.", rare=True)
-    run_group: str | None = flag(None, "Group of runs in the tracker.", rare=True)
+    run_project: str = flag("rqa", "Project name for the tracker.", rare=True)
+    run_group: str | None = flag(None, "Group of runs for the tracker.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("logging_steps", "eval_steps", "save_steps", "save_total_limit", at_least=1)
@@ -105,21 +106,21 @@ class JournalArguments(Arguments):
 
 @dataclass(kw_only=True)
 class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalArguments):
-    """How a run goes: its directory, its batches and its length."""
+    """The run: its directory, batches and length."""
 
-    output_dir: str = flag(help="Directory for checkpoints, logs, scores and the best model.")
-    overwrite_output_dir: bool = flag(False, "Whether to start afresh in an output_dir that holds a run.")
+    output_dir: str = flag(help="Directory for the best model, checkpoints, logs and scores.")
+    overwrite_output_dir: bool = flag(False, "Whether to start over in an output_dir that holds a run.")
     resume_from_checkpoint: str | None = flag(None, "Checkpoint to continue from: a path, or true for the newest.")
-    seed: int = flag(42, "Seed of data order, dropout and new weights.", rare=True)
+    seed: int = flag(42, "Random seed of data order, dropout and new weights.", rare=True)
     per_device_train_batch_size: int = flag(8, "Examples in one forward pass of training.")
     per_device_eval_batch_size: int = flag(
-        8, "Questions in one forward pass when the loss of an evaluation is measured (readers).", rare=True
+        8, "Examples in one forward pass that measures the evaluation loss (readers).", rare=True
     )
     gradient_accumulation_steps: int = flag(1, "Forward passes in one optimizer step.")
     num_train_epochs: float = flag(3.0, "Passes over the training file.")
-    max_steps: int = flag(-1, "Number of optimizer steps; -1: num_train_epochs decides.")
-    dataloader_num_workers: int = flag(0, "Number that has no effect: a thread prepares batches ahead.", rare=True)
-    estimate_memory: bool = flag(False, "Whether to print what each device's memory must hold, and end.", rare=True)
+    max_steps: int = flag(-1, "Number of optimizer steps; -1: set by num_train_epochs.")
+    dataloader_num_workers: int = flag(0, "Ignored: a thread prepares batches ahead.", rare=True)
+    estimate_memory: bool = flag(False, "Whether to print the memory that each device needs, and exit.", rare=True)
 
     @property
     def trained_dtype(self) -> torch.dtype:
@@ -134,9 +135,9 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
         self.check_bounds(*counts, at_least=1)
         self.check_bounds("seed", at_least=0)
         if self.max_steps < 1 and self.max_steps != -1:
-            raise UserError(f"--max_steps {self.max_steps}: must be at least 1, or -1: num_train_epochs decides")
+            raise UserError(f"--max_steps {self.max_steps}: must be at least 1, or -1 to use num_train_epochs")
         if self.optim == "adamw_8bit" and (not self.bf16 or self.fsdp != "no"):
-            raise UserError("--optim adamw_8bit: trains whole bf16 weights; add --bf16 true and leave out --fsdp")
+            raise UserError("--optim adamw_8bit: needs unsharded bf16 weights; add --bf16 true and remove --fsdp")
         if self.optim == "adamw_8bit" and not find_spec("torchao"):
             raise UserError('--optim adamw_8bit: torchao is not installed; pip install "rqa[8bit]"')
         if self.max_steps == -1 and self.num_train_epochs <= 0:

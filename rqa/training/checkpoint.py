@@ -1,4 +1,4 @@
-"""Checkpoints: the model in its own layout, and beside it all that the next step depends on."""
+"""Checkpoints: the model in its own layout, with all other state that the next step depends on."""
 
 import logging
 import random
@@ -29,29 +29,30 @@ NOT_MODEL_FILES = {STATE_FILE, TENSORS_FILE, ARGUMENTS_FILE, files.COMPLETION_MA
 
 @runtime_checkable
 class LiveState(Protocol):
-    """What steps depend on besides weights and optimizer: an index between two refreshes.
+    """State besides weights and optimizer that steps depend on: an index between two refreshes.
 
-    A `before_step` with these members is saved once in each of its versions, as `output_dir/<version>/`, to which
-    checkpoints refer by name. The directory goes with the last checkpoint that refers to it.
+    A `before_step` with these members is saved once per version, as `output_dir/<version>/`, to which checkpoints refer
+    by name. The directory is deleted with the last checkpoint that refers to it.
     """
 
-    version: str | None  # "index-" and a number, another one after each refresh, the same everywhere; None: nothing yet
+    version: str | None  # "index-<number>", new after each refresh, the same in all processes; None: nothing to save
 
     def collect(self) -> None:
-        """Bring to the main process what `save` writes. Every process calls this."""
+        """Gather on the main process the data that `save` writes. Every process calls this."""
 
     def save(self, directory: Path) -> None:
         """Write this version into a new, empty directory. Only the main process calls this."""
 
     def load(self, directory: Path) -> None:
-        """Restore what `save` wrote, before a step, so that `version == directory.name`. Every process calls this.
+        """Restore a saved version before the first step, so that `version == directory.name`. Every process calls this.
 
-        What the present flags cannot use (other documents) may be left with a warning; then `version` stays None.
+        A version that the present flags cannot use (other documents) may be skipped with a warning; `version` then
+        stays None.
         """
 
 
 def numbered(output: Path, kind: str) -> dict[int, Path]:
-    """The directories `<kind>-<number>` of a run, in order; a crash may have left one incomplete."""
+    """The directories `<kind>-<number>` of a run by number; a crash may have left one incomplete."""
     matches = {path: re.fullmatch(rf"{kind}-(\d+)", path.name) for path in output.glob(f"{kind}-*")}
     return dict(sorted((int(match[1]), path) for path, match in matches.items() if match))
 
@@ -62,7 +63,7 @@ def checkpoints(output: Path) -> list[Path]:
 
 
 def _damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, or with the index that it refers to."""
+    """The problem with a checkpoint, or with the index that it refers to; None if both are complete."""
     if problem := files.damage(checkpoint):
         return problem
     index = read_state(checkpoint).live_state
@@ -71,7 +72,7 @@ def _damage(checkpoint: Path) -> str | None:
 
 
 def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
-    """The checkpoint that the flags ask to continue from; None for a new run. What a crash left half-written goes."""
+    """The checkpoint to continue from, or None for a new run. Deletes half-written files of a crash."""
     output, wanted = Path(flags.output_dir), flags.resume_from_checkpoint or "false"
     files.remove_leftovers(output)
     found = list(numbered(output, "checkpoint").values())
@@ -79,31 +80,32 @@ def checkpoint_to_resume(flags: LoopArguments) -> Path | None:
         for path in reversed(found):
             if not (problem := _damage(path)):
                 return path
-            log.warning("%s cannot be used (%s): looking for the one before it", path, problem)
+            log.warning("%s cannot be used (%s); trying the one before it", path, problem)
         if found:
-            raise UserError(f"{output}: no checkpoint can be used; start afresh with --overwrite_output_dir true alone")
-        log.info("%s holds no complete checkpoint: starting from step 0", output)
+            raise UserError(f"{output}: no checkpoint can be used; start over with only --overwrite_output_dir true")
+        log.info("%s holds no complete checkpoint; starting from step 0", output)
         return None
     source = None if wanted.lower() == "false" else Path(wanted)
     if source and (problem := _damage(source)):
-        advice = "true takes the newest good one of output_dir"
+        advice = "give true for the newest complete one in output_dir"
         raise UserError(f"--resume_from_checkpoint {source}: is not a complete checkpoint ({problem}); {advice}")
     holds_a_run = bool(found) or (output / STATE_FILE).exists()
     if holds_a_run and not flags.overwrite_output_dir and not (source and continues(source, flags)):
-        cure = "start afresh with --overwrite_output_dir true, or choose another directory"
-        held = f"--output_dir {output}: holds a run already; continue it with --resume_from_checkpoint true"
-        raise UserError(f"{held}, {cure}")
+        raise UserError(
+            f"--output_dir {output}: already holds a run; continue it with --resume_from_checkpoint true, "
+            "start over with --overwrite_output_dir true, or choose another directory"
+        )
     return source
 
 
 def save_checkpoint(
     output: Path, objective: Any, optimization: Optimization, state: RunState, live: LiveState | None = None
 ) -> None:
-    """Write `checkpoint-<step>`, whole or not at all, and before it what lives, if that is new. All call this."""
+    """Write the live state, if its version is new, then `checkpoint-<step>`, atomically. Every process calls this."""
     cuda = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
     generators = distributed.gather([{"torch": torch.get_rng_state(), "cuda": cuda, "python": random.getstate()}])
     tensors = {"optimization": optimization.state_dict(), "random": generators}
-    tensors["measured"] = getattr(objective, "measured", {})  # numbers that the first batch decided
+    tensors["measured"] = getattr(objective, "measured", {})  # numbers that were measured on the first batch
     known, state.live_state = state.live_state, live.version if live else None
     index = output / state.live_state if state.live_state else None
     new = distributed.from_main(bool(index) and not (index.name == known and files.is_complete(index)))
@@ -122,10 +124,10 @@ def save_checkpoint(
                     files.write_json(directory / STATE_FILE, asdict(state))
                     if (output / ARGUMENTS_FILE).exists():
                         shutil.copyfile(output / ARGUMENTS_FILE, directory / ARGUMENTS_FILE)
-            except (OSError, RuntimeError, SafetensorError) as error:  # libraries do not agree on a full disk
+            except (OSError, RuntimeError, SafetensorError) as error:  # a full disk raises any of these
                 before = checkpoints(output)
                 advice = f"continue from {before[-1]}" if before else "start again; no earlier checkpoint exists"
-                failure = f"checkpoint {path}: cannot be written ({one_line(error)}); make room and {advice}"
+                failure = f"checkpoint {path}: cannot be written ({one_line(error)}); free disk space and {advice}"
     if failure := distributed.from_main(failure):
         raise UserError(failure)
 
@@ -133,7 +135,7 @@ def save_checkpoint(
 def load_checkpoint(
     directory: Path, objective: Any, optimization: Optimization, state: RunState, live: LiveState | None
 ) -> None:
-    """Restore all but the model's weights, which the caller loaded from the same directory."""
+    """Restore everything but the model's weights, which the caller has loaded from the same directory."""
     try:
         tensors = torch.load(directory / TENSORS_FILE, map_location="cpu", mmap=True, weights_only=True)
         generators = tensors["random"]
@@ -150,18 +152,18 @@ def load_checkpoint(
             random.setstate(mine["python"])
         else:
             saved, now = len(generators), distributed.world_size()
-            log.info("%d processes saved %s, %d continue: dropout draws anew", saved, directory.name, now)
+            log.info("%d processes saved %s, %d continue: dropout masks will differ", saved, directory.name, now)
     except Exception as error:  # a damaged file raises nearly anything
         raise UserError(f"checkpoint {directory}: cannot be resumed ({one_line(error)})") from None
     log.info("continuing from %s, step %d", directory, state.step)
 
 
 def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
-    """Delete all but the newest `keep` checkpoints and the best one, and every index that none of these refers to."""
+    """Delete all checkpoints but the newest `keep` and the best one, and each index that none of these refers to."""
     if not distributed.is_main():
         return
     found = numbered(output, "checkpoint")
-    # Those of later steps go, too: the run does not continue them, and they would be taken for its newest.
+    # Checkpoints of later steps are deleted, too: another resume would take them for the newest of this run.
     kept = [number for number in found if number <= state.step][-keep:] if keep else []
     for number, path in found.items():
         if number not in kept and path.name != state.best_model_checkpoint:
@@ -174,9 +176,9 @@ def delete_old_checkpoints(output: Path, keep: int, state: RunState) -> None:
 
 
 def promote(source: Path, output: Path, whole: bool = True) -> None:
-    """Put a model's files at the top of the output directory, all together, in place of the model that stands there.
+    """Atomically replace the model at the top of the output directory by that in `source`.
 
-    If `source` is not the whole model, but its weights and configuration, what else there is of it stays.
+    Unless `whole`, `source` has only weights and configuration, and the model's other files stay.
     """
     paths = (path.relative_to(source) for path in source.rglob("*") if path.is_file())
     names = sorted(str(path) for path in paths if path.parts[0] not in NOT_MODEL_FILES)
@@ -184,12 +186,12 @@ def promote(source: Path, output: Path, whole: bool = True) -> None:
     try:
         named = map(str, files.read_json(output / MANIFEST, list))
         listed = {name for name in named if files.is_own_file(output, name)}
-    except UserError:  # it is not there
+    except UserError:  # there is no manifest
         listed = {path.name for path in output.glob("*") if MODEL_FILE.fullmatch(path.name) and not path.is_dir()}
     old = {name for name in listed if whole or MODEL_FILE.fullmatch(name)}
     with files.atomic_files(output, [*names, MANIFEST]) as places:
         for name in names:
             shutil.copyfile(source / name, places[name])
         files.write_json(places[MANIFEST], [*names, *(listed - old - set(names))])
-        for name in old - set(names):  # weights of another kind would be loaded beside these
+        for name in old - set(names):  # leftover weights would be loaded, too
             (output / name).unlink()

@@ -1,4 +1,4 @@
-"""What a run tells, and its best model so far: progress, log lines, `log.jsonl`, `trainer_state.json`, the tracker."""
+"""A run's progress, log lines, `log.jsonl`, `trainer_state.json` and tracker, and the choice of its best model."""
 
 import importlib
 import json
@@ -24,53 +24,53 @@ from rqa.training.arguments import LoopArguments
 log = logging.getLogger(__name__)
 
 STATE_FILE, LOG_FILE = "trainer_state.json", "log.jsonl"
-EVENTS = {"index_refreshed"}  # they happen between two steps; all other statistics are measured in every step
+EVENTS = {"index_refreshed"}  # statistics of events between two steps; all others are measured in every step
 
 Statistics = Mapping[str, float | Tensor]
 
 
 @dataclass
 class RunState:
-    """How far a run is. Small and readable: `trainer_state.json`."""
+    """The progress of a run, as saved in `trainer_state.json`."""
 
     step: int = 0  # optimizer steps done
-    examples: int = 0  # what these steps took from the stream; with the seed it fixes the next batch
+    examples: int = 0  # examples that these steps took from the stream; with the seed it fixes the next batch
     log_history: list[dict[str, float | None]] = field(default_factory=list)  # log lines and evaluations, oldest first
-    best_metric: float | None = None  # of the metric that chooses the best model
-    best_model_checkpoint: str | None = None  # the name of the checkpoint that reached it
-    live_state: str | None = None  # the name of the index, a directory beside the checkpoint
+    best_metric: float | None = None  # the best value of --metric_for_best_model
+    best_model_checkpoint: str | None = None  # the name of the checkpoint with that value
+    live_state: str | None = None  # the name of the index directory beside the checkpoint
     interrupted: bool = False
 
 
 def continues(checkpoint: Path, flags: LoopArguments) -> bool:
-    """Whether a checkpoint is of the run in the output directory, and not of another one that a new run starts from."""
+    """Whether a checkpoint belongs to the run in the output directory, so that the run itself continues."""
     return checkpoint.resolve().parent == Path(flags.output_dir).resolve()
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """How far a checkpoint's run was; an error if its `trainer_state.json` is not what a run writes."""
+    """The state in a checkpoint, validated."""
     try:
         state = replace(RunState(**read_json(checkpoint / STATE_FILE)), interrupted=False)
         counts = [state.step, state.examples, *(entry["step"] for entry in state.log_history)]
         good = [isinstance(state.log_history, list), re.fullmatch(r"index-\d+", state.live_state or "index-0")]
         good += [type(value) in (int, float, NoneType) for entry in state.log_history for value in entry.values()]
         if not all(good) or not all(type(count) is int and 0 <= count < 2**53 for count in counts):
-            raise ValueError(f"{STATE_FILE} is not what a run writes")
+            raise ValueError(f"{STATE_FILE} is damaged")
     except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"checkpoint {checkpoint}: cannot be resumed ({one_line(error)})") from None
     return state
 
 
 def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
-    """How far the run was; the best model is chosen again, from those in the output directory, by the new metric."""
-    # The best model of another directory is not there, and a value of another metric says nothing about the next one.
+    """The state to continue from; the present metric chooses the best model again, among checkpoints that exist."""
+    # A checkpoint may come from another directory, and its best value may be of another metric.
     saved = read_state(checkpoint)
     state = replace(saved, best_metric=None, best_model_checkpoint=None)
     here, output = continues(checkpoint, flags), Path(flags.output_dir)
     for entry in saved.log_history:
         state.step = entry["step"]
-        stands = flags.save_strategy == "no" or (here and is_complete(output / f"checkpoint-{state.step}"))
-        if stands and entry.get(metric_name(flags)) is not None:
+        exists = flags.save_strategy == "no" or (here and is_complete(output / f"checkpoint-{state.step}"))
+        if exists and entry.get(metric_name(flags)) is not None:
             remember_if_best(entry, state, flags)
     state.step = saved.step
     known = [(each.best_model_checkpoint, each.best_metric) for each in (state, saved)]
@@ -82,12 +82,12 @@ def resume_state(checkpoint: Path, flags: LoopArguments) -> RunState:
 
 
 def metric_name(flags: LoopArguments) -> str:
-    """What evaluation calls the metric that chooses the best model."""
+    """The name of --metric_for_best_model among an evaluation's metrics."""
     return "eval_" + (flags.metric_for_best_model or "").removeprefix("eval_")
 
 
 def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopArguments) -> bool:
-    """Whether these metrics are the best so far, and if so note them. Of equal models the later one is better."""
+    """Note these metrics if they are the best so far, or equal to the best. -> whether they are"""
     if (value := metrics.get(metric_name(flags))) is None:
         known = "choose one of " + ", ".join(sorted(metrics)) if metrics else "no question has gold passages"
         raise UserError(f"--metric_for_best_model {flags.metric_for_best_model}: is not measured; {known}")
@@ -102,31 +102,32 @@ def remember_if_best(metrics: Mapping[str, float], state: RunState, flags: LoopA
 
 
 class Journal:
-    """Writes what happens in a run, when it happens. Every process has one; the main process's speaks."""
+    """Writes a run's progress and metrics. Every process has one; only the main process writes."""
 
     def __init__(self, state: RunState, steps: int, flags: LoopArguments) -> None:
         self.state, self.flags, self.steps = state, flags, steps
         self.output = Path(flags.output_dir)
         self.track = start_tracker(flags)
-        # Since the last log line, and no part of the state: a resumed run's first log line covers its own steps.
-        self.loss, self.done = 0.0, 0  # summed over steps, and how many these are
-        self.statistics: list[Statistics] = []  # of each micro-batch; they stay on the device until the next log line
+        # Sums since the last log line. They are not saved: a resumed run's first log line covers its own steps.
+        self.loss, self.done = 0.0, 0  # loss, and number of steps
+        self.statistics: list[Statistics] = []  # of each micro-batch; on the device until the next log line
         main = distributed.is_main()
         self.bar = progress(total=steps, initial=state.step, desc="train", unit="step", disable=not main, leave=True)
-        if main:  # a killed run told of steps that are done again
+        if main:  # drops the entries of steps that a killed run did after its checkpoint
             write_jsonl(self.output / LOG_FILE, state.log_history)
         self.started, self.tokens = time.perf_counter(), 0
 
     def without_events(self, statistics: Mapping[str, float]) -> dict[str, float]:
-        """These statistics without the `EVENTS` among them, which become an entry of their own."""
+        """The statistics without `EVENTS`, which are logged as their own entry."""
         if events := {name: statistics[name] for name in EVENTS & statistics.keys()}:
             self._keep(events)
         return {name: value for name, value in statistics.items() if name not in EVENTS}
 
     def step_done(self, loss: float, tokens: float, statistics: Sequence[Statistics], norm: float, rate: float) -> None:
-        """Count one optimizer step of this process; after the first and every `logging_steps`, write a log line.
+        """Count an optimizer step of this process; log after the first, the last and every `logging_steps` steps.
 
-        `loss` is its loss sum over the weight of the whole step; of the micro-batches' `statistics` the mean is logged.
+        `loss` is its loss sum over the weight of the whole step. The log shows the mean of the micro-batches'
+        `statistics`.
         """
         self.loss, self.done = self.loss + loss, self.done + 1
         self.statistics += statistics
@@ -147,7 +148,7 @@ class Journal:
             self.record(entry)
 
     def record(self, metrics: Mapping[str, float]) -> None:
-        """An entry of the history and a log line. The clock starts anew: an evaluation is no part of the next steps."""
+        """Add an entry to the history, and log it. Restarts the clock of `tokens_per_second`."""
         self._keep(metrics)
         text = "  ".join(f"{name} {value:.4g}" for name, value in metrics.items())
         with tqdm.external_write_mode():
@@ -155,7 +156,7 @@ class Journal:
         self.started, self.tokens = time.perf_counter(), 0
 
     def _keep(self, metrics: Mapping[str, float]) -> None:
-        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # as JSON has it
+        finite = {name: value if math.isfinite(value) else None for name, value in metrics.items()}  # JSON has no NaN
         self.state.log_history.append({"step": self.state.step, **finite})
         if distributed.is_main():
             with (self.output / LOG_FILE).open("a", encoding="utf-8") as file:
@@ -169,7 +170,7 @@ class Journal:
 
 
 def start_tracker(flags: LoopArguments) -> Callable[[Mapping[str, float], int], object]:
-    """A function of (metrics, step); nothing is tracked but by the main process."""
+    """A function of (metrics, step) that logs to the tracker; it does nothing without one, or on other processes."""
     kind, name = flags.report_to, Path(flags.output_dir).name
     if kind == "none" or not distributed.is_main():
         return lambda metrics, step: None

@@ -1,7 +1,7 @@
-"""The training loop, the only one: it knows no algorithm.
+"""The training loop, which all algorithms share.
 
-An objective is a module whose `forward(batch)` returns the loss summed over the batch, and statistics. Batches state
-their `weight` beforehand, so that the loop can divide by the weight of the whole optimizer step: any split into
+An objective is a module whose `forward(batch)` returns the loss summed over the batch, and statistics. A batch has its
+`weight` before the forward pass, so that the loop can divide by the weight of the whole optimizer step: any split into
 micro-batches and processes gives the same gradient.
 """
 
@@ -31,20 +31,20 @@ log = logging.getLogger(__name__)
 class Batches:
     """The training data by optimizer step: `batches[step]` is this process's list of micro-batches.
 
-    The examples form one endless stream of permutations, the one of each epoch seeded by (seed, epoch). A step takes
-    the next `step_size` of them, dealt out over processes and micro-batches, so that all steps are full and all
-    processes run equally often. From its step and its position in the stream alone a resumed run sees the very same
-    batches; with another number of processes or batch size it goes on where the stream was left.
+    The examples form one endless stream: a permutation per epoch, seeded by (seed, epoch). Each step takes the next
+    `step_size` examples and deals them out over processes and micro-batches, so that all steps are full. A resumed run
+    gets the very same batches from its step and its position in the stream; with another number of processes or batch
+    size it continues at that position.
 
     `collate`: example indices -> one micro-batch, with `weight`, `num_tokens`, `indices` and `to(device)`.
-    `ahead`: whether a batch depends on the indices alone, so that a thread may make it during the step before.
+    `ahead`: whether a batch depends on the indices alone, so that a thread can prepare it during the previous step.
     """
 
     def __init__(self, size: int, collate: Callable[..., Any], flags: LoopArguments, ahead: bool = False) -> None:
         self.size, self.collate, self.flags, self.ahead = size, collate, flags, ahead
         examples = flags.per_device_train_batch_size * flags.gradient_accumulation_steps
         self.step_size = examples * distributed.world_size()
-        self.first_step = self.first_position = 0  # of a resumed run: the steps done, and what they took of the stream
+        self.first_step = self.first_position = 0  # of a resumed run: steps done, and examples that they took
 
     def __len__(self) -> int:
         if self.flags.max_steps > 0:
@@ -53,7 +53,7 @@ class Batches:
         return self.first_step + max(math.ceil(left / self.step_size), 0)
 
     def position(self, step: int) -> int:
-        """Examples that the steps before this one take from the stream."""
+        """Number of examples that the steps before this one take from the stream."""
         return self.first_position + (step - self.first_step) * self.step_size
 
     def __getitem__(self, step: int) -> list[Any]:
@@ -63,12 +63,12 @@ class Batches:
         return [self.collate(mine[start : start + width]) for start in range(0, len(mine), width)]
 
     def since(self, step: int) -> Iterator[list[Any]]:
-        """The micro-batches of this step and of all after it, made when they are asked for, or a step ahead."""
+        """The micro-batches of this step and of each later one, made on demand or one step ahead."""
         steps = range(step, len(self))
         return ahead(self.__getitem__, steps) if self.ahead else map(self.__getitem__, steps)
 
     def due(self, strategy: str, every: int, step: int) -> bool:
-        """Whether a strategy (no, steps, epoch) acts after this step."""
+        """Whether an action with this strategy (no, steps, epoch) is due after this step."""
         if strategy == "epoch":
             return self.position(step) // self.size > self.position(step - 1) // self.size
         return strategy == "steps" and step % every == 0
@@ -86,8 +86,8 @@ def train(
     before_step: Callable[[int], Mapping[str, float]] | None = None,  # steps done -> statistics; may be a LiveState
     evaluate: Callable[[int], dict[str, float]] | None = None,  # steps done -> metrics by name
     evaluate_first: bool = False,  # before the first step, too
-    checkpoint: Path | None = None,  # where to continue; the objective already holds its weights
-    eval_size: int = 0,  # questions that `evaluate` asks; the log names it if no step improved the model
+    checkpoint: Path | None = None,  # to continue from; the objective already has its weights
+    eval_size: int = 0,  # number of evaluation questions, for a warning if no step improved the model
 ) -> RunState:  # fmt: skip
     """Train the objective's parameters and leave the best model at the top of the output directory."""
     output = Path(flags.output_dir)
@@ -101,7 +101,7 @@ def train(
     if checkpoint:
         load_checkpoint(checkpoint, objective, optimization, state, live)
     if not checkpoint or not continues(checkpoint, flags):
-        delete_old_checkpoints(output, 0, state)  # those of a run that --overwrite_output_dir gave up
+        delete_old_checkpoints(output, 0, state)  # of the run that --overwrite_output_dir replaces
     feed = batches.since(state.step)
     journal = Journal(state, len(batches), flags)
     chooses = flags.load_best_model_at_end is not False
@@ -134,12 +134,12 @@ def train(
                     optimization.scaler.scale(loss * (averaged / weight)).backward()
                 losses.append(loss.detach())
                 statistics.append({**news, **values})
-            # Here the device is waited for, once; the optimizer keeps it busy while the next step is being queued.
+            # The only wait for the device in a step; the optimizer keeps it busy while the next step is queued.
             loss, norm = torch.stack([sum(losses), optimization.clip().to(losses[0])]).tolist()
             if not math.isfinite(loss):
                 pairs = zip(micro_batches, losses, strict=True)
-                guilty = [i for batch, part in pairs if not part.isfinite() for i in batch.indices]
-                raise UserError(f"step {state.step + 1}: the loss is not finite; it comes from the examples {guilty}")
+                bad = [i for batch, part in pairs if not part.isfinite() for i in batch.indices]
+                raise UserError(f"step {state.step + 1}: the loss is not finite; it comes from the examples {bad}")
             optimization.step(state.step, norm)
             state.step += 1
             state.examples = batches.position(state.step)
@@ -167,12 +167,12 @@ def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArgum
         if distributed.is_main():
             if best and not (problem := damage(best)):
                 if best.name == "checkpoint-0" and state.step:
-                    untrained = "best model: step 0, untrained; %s never improved (%d questions)"
-                    log.warning(untrained, metric_name(flags), eval_size)
+                    message = "best model: step 0, untrained; %s never improved (%d questions)"
+                    log.warning(message, metric_name(flags), eval_size)
                 promote(best, output)
             else:
                 if best:
-                    log.warning("%s, the best, cannot be used (%s): the last model takes its place", best, problem)
+                    log.warning("best model %s cannot be used (%s); the last model replaces it", best, problem)
                 with beside(output / "model") as directory:
                     objective.save_pretrained(directory)
                     promote(directory, output)

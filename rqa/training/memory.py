@@ -1,7 +1,7 @@
-"""What a training run needs of each device's memory, from its flags alone: `--estimate_memory true`.
+"""Memory that a training run needs on each device, estimated from its flags: `--estimate_memory true`.
 
-The model is built on PyTorch's meta device, without values, and run once: its parameters are counted, and what autograd
-keeps for the backward pass, whatever the architecture. Every text is as long as the flags allow.
+The model is built without values, on PyTorch's meta device, and run once, to measure its parameters and the tensors
+that autograd saves for the backward pass. Every text is assumed to be as long as the flags allow.
 """
 
 import inspect
@@ -17,8 +17,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rqa.models.loading import WARM_START, freeze_pooler, learned_positions, load_config, model_class, train_adapters
 from rqa.runtime import distributed
 
-FUSED_ATTENTION = "rqa_fused"  # keeps queries, keys, values and output, as every fused kernel does
-# Bytes of a trained parameter: its weight, master weight, gradients and moments (8 bits: a float32 scale for 256).
+FUSED_ATTENTION = "rqa_fused"  # saves queries, keys, values and output, as every fused kernel does
+# Bytes of a trained parameter: weight, master weight, gradients, moments (8 bits: with a float32 scale for each 256).
 FLOAT32, BF16, EIGHT_BITS = (4, 0, 4, 8), (2, 4, 4, 8), (2, 0, 2, 2 + 2 * 4 / 256)
 
 
@@ -30,19 +30,19 @@ transformers.AttentionInterface.register(FUSED_ATTENTION, _fused)
 
 
 def estimate(flags: Any, trains_retriever: bool) -> str:
-    """A table of GiB on each device, from a trainer's flags."""
+    """A table of GiB on each device for a trainer's flags."""
     about, terms = needs(flags, trains_retriever)
-    terms["in all, and 1 to 2 more for CUDA and its allocator"] = sum(terms.values())
+    terms["in total; add 1 to 2 for CUDA and its allocator"] = sum(terms.values())
     if torch.cuda.is_available():
         terms[torch.cuda.get_device_name()] = torch.cuda.get_device_properties(0).total_memory
     return "\n".join([about, *(f"{size / 2**30:8.2f}  {name}" for name, size in terms.items() if size)])
 
 
 def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
-    """What is trained on what, and bytes by what they hold."""
+    """A description of model and batch, and bytes by purpose."""
     model, width = _unloaded(flags.model_name_or_path, flags, trains_retriever), 2 if flags.bf16 else 4
     train_adapters(model, flags, flags.model_name_or_path)
-    freeze_pooler(model.to(model.dtype))  # adapters are float32 until training lowers them
+    freeze_pooler(model.to(model.dtype))  # training will lower the float32 adapters to this dtype, too
     whole, trained = model.num_parameters(), model.num_parameters(only_trainable=True)
     shard = flags.fsdp == "full_shard"
     processes = distributed.world_size() if shard else 1
@@ -51,7 +51,7 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
     terms = {name: size * trained / processes for name, size in zip(names, sizes, strict=True)}
     terms["weights"] += width * (whole - trained) / processes
     layers = [layer for layer in model.modules() if isinstance(layer, GradientCheckpointingLayer)]
-    if shard:  # a layer's gradients are gathered, too, and the next layer is fetched ahead
+    if shard:  # weights and gradients of two layers, since the next is prefetched
         counts = [sum(parameter.numel() for parameter in layer.parameters()) for layer in layers]
         terms["gathered layers"] = 2 * width * (whole - sum(counts) + 2 * max(counts, default=0))
     batch, terms["activations"] = _activations(model, len(layers), flags, trains_retriever)
@@ -66,7 +66,7 @@ def needs(flags: Any, trains_retriever: bool) -> tuple[str, dict[str, float]]:
 
 
 def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
-    """The model at `path` without values, in the dtype that it computes in; of its files only config.json is read."""
+    """The model at `path` without values, in the dtype that it computes in; only its config.json is read."""
     config = load_config(path.removeprefix(WARM_START), flags.trust_remote_code)
     if path.startswith(WARM_START):
         config = transformers.EncoderDecoderConfig.from_encoder_decoder_configs(config, config)
@@ -82,11 +82,11 @@ def _unloaded(path: str, flags: Any, is_retriever: bool) -> Any:
 
 
 def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) -> tuple[str, float]:
-    """What a micro-batch consists of, and the bytes that its forward pass keeps, with the gradient of its logits."""
+    """A description of a micro-batch, and the bytes that its forward pass saves, with the gradient of its logits."""
     given, B, answer = vars(flags).get, flags.per_device_train_batch_size, 0
     fusion = not trains_retriever and model.config.is_encoder_decoder
     if trains_retriever:
-        other = given("num_other_gold")  # of RERANK, whose texts are questions with passages
+        other = given("num_other_gold")  # RERANK only, whose texts are questions with passages
         hard = given("num_hard_negatives") or given("hard_neg_ratio")
         documents = given("num_docs") or given("n_context") or 1 + hard + (other or 0)
         longest = flags.max_passage_length if other is None else flags.max_pair_length
@@ -110,7 +110,7 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
     own = {weight.untyped_storage()._cdata for weight in (*model.parameters(), *model.buffers())}
     sizes = {storage._cdata: storage.nbytes() for storage in map(Tensor.untyped_storage, kept)}
     size = sum(nbytes for storage, nbytes in sizes.items() if storage not in own)
-    if flags.gradient_checkpointing and layers:  # each layer's input stays, and one layer at a time is computed again
+    if flags.gradient_checkpointing and layers:  # saves each layer's input, and recomputes one layer at a time
         size = size / layers + layers * rows * length * model.get_input_embeddings().weight[0].nbytes
     size += 2 * logits.nbytes + 8 * logits.numel()  # their softmax and its gradient are float32
     return f"{rows} x {length} tokens" + f", answers of {answer}" * bool(answer), size

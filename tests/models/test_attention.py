@@ -253,7 +253,7 @@ def test_what_would_change_scores_is_refused() -> None:
         with pytest.raises(NotImplementedError, match=argument):
             attend(random_inputs([3, 4], 2), [3, 4], causal=True, **{argument: 1.0})
     windowed = packed_mask(batch_size=1, q_length=7, kv_length=7, local_size=3, allow_is_causal_skip=False)
-    with pytest.raises(NotImplementedError, match="only its mask knows"):
+    with pytest.raises(NotImplementedError, match="only the mask defines"):
         attend(random_inputs([3, 4], 2), [3, 4], causal=True, mask=windowed)
     without_borders = {name: pack(SEQUENCES).inputs[name] for name in ("input_ids", "position_ids")}
     with pytest.raises(NotImplementedError, match="without cu_seq_lens_q"):

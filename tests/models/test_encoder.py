@@ -406,7 +406,7 @@ def test_a_projection_is_made_once_and_a_missing_one_is_named(projected: Encoder
     with pytest.raises(UserError, match=r"saved/2_Dense/config.json: the layer cannot be loaded"):
         load_encoder(str(tmp_path / "saved"))
     projected.freeze_passages()
-    with pytest.raises(UserError, match="--projection true: passages have an encoder of their own"):
+    with pytest.raises(UserError, match="--projection true: cannot change a separate passage encoder"):
         projected.project(D)
 
 
@@ -491,7 +491,7 @@ def test_an_instruction_becomes_the_text_before_a_question_in_the_checkpoint_s_o
         assert encoder.settings == EncoderSettings("mean", True, prefix, "", 64, 64)
     for flags, message in (
         ({"query_instruction": "{query}?"}, "query_instruction '{query}[?]': {query} must be at the end"),
-        ({"query_instruction": "find", "query_prefix": "q"}, "leave out --query_prefix"),
+        ({"query_instruction": "find", "query_prefix": "q"}, "remove --query_prefix"),
         ({"truncate_dim": 0}, "--truncate_dim 0: must be at least 1"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

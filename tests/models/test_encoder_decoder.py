@@ -193,7 +193,7 @@ def test_bfloat16_is_near_float32_and_float16_is_refused_for_t5_alone(case: Case
                  for name in ("float32", "bfloat16"))  # fmt: skip
     batch = wide.batch(case.sequences)
     assert float(low(batch)[0].detach()) == pytest.approx(float(wide(batch)[0].detach()), rel=0.02)
-    refused = pytest.raises(UserError, match="--fp16 true: T5's activations exceed")
+    refused = pytest.raises(UserError, match="--fp16 true: T5's activations overflow")
     for dtype in (torch.bfloat16, torch.float16):
         with refused if case.kind == "t5" and dtype is torch.float16 else nullcontext():
             load_encoder_decoder(case.path, type("Mixed", (FiDArguments,), {"precision": dtype})(**vars(FLAGS)))
@@ -205,7 +205,7 @@ def test_what_a_model_has_no_positions_for_is_cut_and_what_it_cannot_be_is_refus
     for path, limit in ((f"bert::{encoder_path}", 64), (bart_path, 128)):
         arguments = load_encoder_decoder(path, Flags())[1].arguments
         assert (arguments.max_encoder_seq_length, arguments.max_decoder_seq_length) == (limit, limit)
-        assert f"has positions for {limit} tokens" in caplog.text
+        assert f"is lowered to {limit} tokens" in caplog.text
     for path, flags, message in (
         (lm_path, FLAGS, "cannot be loaded"),
         (f"bert::{lm_path}", FLAGS, r"the tokenizer lacks \[CLS\]"),

@@ -180,8 +180,8 @@ UP = "model.layers.1.mlp.up_proj."
 FAULTS = {
     "a tensor is missing": ({}, UP + "weight", {}, f"1 of its tensors are missing, such as {UP}weight"),
     "a layer is missing": ({"num_hidden_layers": 3}, "", {}, "tensors are missing, such as model.layers.2"),
-    "a layer too many": ({"num_hidden_layers": 1}, "", {}, "not the model's, such as model.layers.1"),
-    "a bias too many": ({}, "", {UP + "bias": torch.ones(64)}, "1 of its tensors are not the model's"),
+    "a layer too many": ({"num_hidden_layers": 1}, "", {}, "unexpected, such as model.layers.1"),
+    "a bias too many": ({}, "", {UP + "bias": torch.ones(64)}, "1 of its tensors are unexpected"),
     "another width": ({"intermediate_size": 65}, "", {}, "of another shape, such as model.layers.0.mlp"),
     "no head": ({"tie_word_embeddings": False}, "lm_head.weight", {}, "missing, such as lm_head.weight"),
 }
@@ -276,7 +276,7 @@ def test_prompts_and_answers_keep_to_learned_positions(
     prompter = Prompter(tokenizer, PromptArguments(max_new_tokens=40))
     prompter.stop_ids = [0]
     reader = CausalLMReader(model, prompter)
-    assert "--max_seq_length 2048: GPT2LMHeadModel has positions for 96 tokens, and reads no more" in caplog.text
+    assert "--max_seq_length 2048: is lowered to 96 tokens, for which GPT2LMHeadModel has positions" in caplog.text
     pairs = [Pair(example, documents[0]) for example in examples[:3]]
     assert all(score < 0 for _, score in AnswerScorer(model, prompter, 512)(pairs))
     for answer in (reader.generate([[7] * length])[0] for length in (50, 90, 96)):
@@ -361,9 +361,9 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
 
     train_adapters(ours, LoraArguments(use_lora=True, lora_r=4), str(out))
     assert all(parameter.requires_grad == ("lora_" in name) for name, parameter in ours.named_parameters())
-    with pytest.raises(UserError, match="--lora_r 8: the adapter to train on has 4"):
+    with pytest.raises(UserError, match="--lora_r 8: the adapter has 4"):
         train_adapters(ours, LoraArguments(use_lora=True, lora_r=8), str(out))
-    with pytest.raises(UserError, match="is a LoRA adapter; train it on with --use_lora true"):
+    with pytest.raises(UserError, match="is a LoRA adapter; add --use_lora true"):
         train_adapters(ours, LoraArguments(), str(out))
 
 
@@ -412,7 +412,7 @@ def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch
 
     for flags, message in (
         ({"lora_r": 0}, "--lora_r 0: must be at least 1"), ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        ({"merge_lora_on_save": True}, "--merge_lora_on_save true: there is nothing to merge"),
+        ({"merge_lora_on_save": True}, "--merge_lora_on_save true: has no effect without"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):
             LoraArguments(**flags)

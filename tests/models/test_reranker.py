@@ -218,10 +218,10 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None]]] = {
     "default_prompt_name other": ("bert", edited(GENERAL, default_prompt_name="other")),
     "true_token_id is missing": ("yes or no", edited("1_LogitScore/config.json", true_token_id=None)),
     "out of bounds": ("yes or no", edited("1_LogitScore/config.json", false_token_id=10**6)),
-    "leaves out what has the role 'query'": (
+    "ignores messages of the role 'query'": (
         "yes or no", lambda path: (path / "chat_template.jinja").write_text("{{ messages[0]['content'] }}") and None
     ),
-    "is no reranker": ("bert", edited(GENERAL, model_type="SentenceTransformer")),
+    "is not a reranker": ("bert", edited(GENERAL, model_type="SentenceTransformer")),
 }  # fmt: skip
 
 
@@ -229,7 +229,7 @@ REFUSED: dict[str, tuple[str, Callable[[Path], None]]] = {
 def test_what_is_not_cross_encoder_s_is_refused_by_name(message: str, theirs: Callable[..., str]) -> None:
     kind, damage = REFUSED[message]
     damage(Path(path := theirs(kind)))
-    if message == "is no reranker":
+    if message == "is not a reranker":
         edited("config.json", architectures=["BertModel"])(Path(path))
     with pytest.raises(UserError, match=rf"^(model )?{re.escape(path)}[^\n]*{message}"):
         load_reranker(path)
@@ -248,9 +248,9 @@ def test_several_labels_an_unknown_head_too_many_tokens_and_a_new_head_for_adapt
 
     albert = theirs("albert")
     for path, flags, new, message in (
-        (two, {}, False, "gives 2 scores a pair"), (albert, {}, False, "its kind of head is not supported"),
+        (two, {}, False, "gives 2 scores per pair"), (albert, {}, False, "its kind of head is not supported"),
         (albert, {"max_pair_length": 65}, False, "--max_pair_length 65: .* at most 64 tokens"),
-        (encoder_path, {}, False, "is no reranker"), (lm_path, {}, False, "no tokens 'yes' and 'no'"),
+        (encoder_path, {}, False, "is not a reranker"), (lm_path, {}, False, "no tokens 'yes' and 'no'"),
         (encoder_path, {"use_lora": True}, True, "--use_lora true: the new head"),
     ):  # fmt: skip
         with pytest.raises(UserError, match=message):

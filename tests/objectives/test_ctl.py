@@ -153,5 +153,5 @@ def test_what_is_mined_is_the_window_of_the_retrievers_own_ranking_and_it_is_kep
         monkeypatch.setattr("rqa.runtime.distributed.rank", lambda rank=rank: rank)
         MinedNegatives([*asked, *asked[:3]], retriever, flags)()
     assert asks == [2, 2, 1, 2, 2, 0]
-    with pytest.raises(ValueError, match="mined negatives are of another training file"):
+    with pytest.raises(ValueError, match="mined negatives belong to another training file"):
         MinedNegatives(asked[1:], retriever, flags).load(tmp_path)

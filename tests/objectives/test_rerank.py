@@ -176,7 +176,7 @@ def test_negatives_that_the_reranker_ranks_first_are_there_again_after_a_kill_be
     fewer.write_text("".join(files["full_dataset_file_path"].read_text().splitlines(keepends=True)[1:]))
     own = {"full_dataset_file_path": fewer, "output_dir": half, "resume_from_checkpoint": "true"}
     train("train_rerank", **MINED, **UNTESTED, **own)
-    assert "index-6: its index is of other documents" in (half / "train.log").read_text()
+    assert "index-6: its index has other documents" in (half / "train.log").read_text()
 
 
 def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(

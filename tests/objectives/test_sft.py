@@ -62,4 +62,4 @@ def test_what_does_not_fit_is_left_out_and_a_prompt_that_is_cut_more_than_in_gen
         assert (sequence.ids[: sequence.answer_start] != generated) == (number == 2)
     left_out, cut_more = [record.getMessage() for record in caplog.records]
     assert left_out.startswith("train.jsonl:7: question and answer alone take")
-    assert cut_more == "1 prompts are cut more than in generation, since their answers exceed --max_new_tokens"
+    assert cut_more == "1 prompts are cut more than in generation: their answers are longer than --max_new_tokens"

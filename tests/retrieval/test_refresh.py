@@ -109,7 +109,7 @@ def test_frozen_passages_are_encoded_once_and_what_follows_a_refresh_still_runs(
     np.testing.assert_array_equal(table(retriever), fresh_table(retriever))
     with pytest.raises(UserError, match="--train_query_encoder_only true"):
         RefreshArguments().freeze_passages(retriever.encoder)
-    with pytest.raises(UserError, match="--train_query_encoder_only true: documents never change; leave out"):
+    with pytest.raises(UserError, match="--train_query_encoder_only true: passages are never encoded again; remove"):
         RefreshArguments(train_query_encoder_only=True, refresh_async=True)
 
 
@@ -276,7 +276,7 @@ def test_a_saved_index_of_other_documents_or_another_kind_is_made_anew(
     again = refresher_of(other)
     again.load(tmp_path)
     assert again.version is None
-    assert "its index is of other documents or another kind; encoding the documents anew" in caplog.text
+    assert "its index has other documents or another kind; encoding the documents again" in caplog.text
     assert again(7) == new()
     assert again.version == "index-7"
     if factory == "Flat":

@@ -130,9 +130,9 @@ def test_a_reranker_that_cannot_be_used_is_one_line_before_an_index_is_built(
     files: dict[str, Path], encoder_path: str, refused: Callable[..., None], tmp_path: Path
 ) -> None:
     for flags, message in {
-        f"--reranker {encoder_path}": f"model {encoder_path}: is no reranker; train one from it",
+        f"--reranker {encoder_path}": f"model {encoder_path}: is not a reranker; train one from it",
         "--reranker /nowhere": "model /nowhere: cannot be loaded: no such directory",
-        "--rerank_depth 9": "--rerank_depth 9: nothing is ranked anew; add --reranker",
+        "--rerank_depth 9": "--rerank_depth 9: has no effect without a reranker; add --reranker",
     }.items():
         line = ["--document_path", files["full_dataset_file_path"], *flags.split(), "--embedding_model", encoder_path]
         line += ["--index_path", tmp_path / "index", "--output_dir", tmp_path / "out"]

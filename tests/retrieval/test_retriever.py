@@ -115,7 +115,7 @@ def test_an_index_is_loaded_without_encoding_rebuilt_if_it_is_stale_or_damaged_a
                 retriever = opened(model, list(documents), path)
             assert encoded == [len(documents)] * stale
             assert [record.levelno for record in caplog.records] == [logging.WARNING] * stale + [logging.INFO]
-            assert ("settings, or is damaged: rebuilding it" in caplog.text) == stale
+            assert ("settings, or is damaged; rebuilding it" in caplog.text) == stale
         best = retriever.retrieve(QUESTIONS, 1).scores[:, 0]
         np.testing.assert_allclose(best, expected_scores(model, documents).max(axis=1), atol=1e-5)
     (path / "thesis.tex").write_text("mine")

@@ -223,7 +223,7 @@ def test_matrices_decay_and_vectors_do_not_and_new_layers_learn_at_their_own_rat
     decayed = run(replace(plan, weight_decay=0.5), Regression())
     torch.testing.assert_close(decayed.linear.weight, plain.weight - 0.05 * 0.5 * start.weight)
     assert torch.equal(decayed.linear.bias, plain.bias)
-    with pytest.raises(UserError, match="--new_layers crossattention: found in the name of no parameter"):
+    with pytest.raises(UserError, match="--new_layers crossattention: matches no trained parameter"):
         run(replace(plan, new_layers="crossattention"))
 
 
