@@ -26,10 +26,7 @@ def right_answers(row: dict[str, Any]) -> list[str]:
 
 
 def faithfulness(answer: str, passages: Sequence[str], size: int = 1) -> float:
-    """Share of the answer's n-grams, with their counts, that occur in the passages; 0 for an empty answer.
-
-    n is `size`.
-    """
+    """Share of the answer's n-grams (n is `size`) that occur as often in the passages; 0 if the answer has none."""
 
     def ngrams(text: str) -> Counter[tuple[str, ...]]:
         tokens = normalize_answer(text)

@@ -1,4 +1,4 @@
-"""The frame of every executable: allocator, log, progress, exit status, and signals that end work between two steps."""
+"""The frame of every executable: allocator, log, progress, exit status, and deferred signals."""
 
 import ctypes
 import logging
@@ -141,7 +141,7 @@ def release_threads() -> None:
 
 
 def log_to(path: str | None = None) -> None:
-    """Send the main process's messages of `rqa` to standard error, or append them to a file."""
+    """Send messages of `rqa` to standard error, or append them to a file; only errors, if not the main process."""
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", None if path else "%H:%M:%S"))
     handler.addFilter(_is_shown)
