@@ -60,7 +60,7 @@ def test_a_second_run_asks_the_reader_for_nothing_and_another_reader_for_all(
     output = train("train_dca", **UNTESTED)
     assert sum(len(pairs) for (pairs,) in reads) == 16 * 4  # each question's list once
     train("train_dca", **UNTESTED, output_dir=tmp_path / "again", max_steps=8, dataloader_num_workers=2)
-    assert "--dataloader_num_workers has no effect here: a thread makes" in capsys.readouterr().err
+    assert "--dataloader_num_workers has no effect here: a thread prepares" in capsys.readouterr().err
     assert sum(len(pairs) for (pairs,) in reads) == 16 * 4
     fid = train("train_fid", **UNTESTED, output_dir=tmp_path / "fid", max_steps=1)
     third = train("train_dca", **UNTESTED, output_dir=tmp_path / "third", reader_model_path=fid)

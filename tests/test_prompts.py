@@ -244,7 +244,7 @@ def test_a_prompt_template_replaces_the_instruction_and_a_bad_one_is_named_by_it
            b"\xff{passages}{question}": "not UTF-8"}  # fmt: skip
     for number, content in enumerate(bad):
         (tmp_path / str(number)).write_bytes(content)
-    for name, reason in [*enumerate(bad.values()), (".", "no regular file")]:
+    for name, reason in [*enumerate(bad.values()), (".", "not a regular file")]:
         with pytest.raises(UserError, match=rf"^--prompt_template {tmp_path / str(name)}: .*{reason}"):
             Prompter(tokenizer, arguments("prefix", prompt_template=str(tmp_path / str(name))))
 

@@ -155,7 +155,7 @@ def test_a_single_passage_is_refused(
 ) -> None:  # fmt: skip
     write_documents(tmp_path / "one.jsonl", documents[:1])
     assert run_executable(name, trainer_flags(name, document_path=tmp_path / "one.jsonl")) == 2
-    assert "one.jsonl: a single passage teaches nothing" in capsys.readouterr().err
+    assert "one.jsonl: has only one passage" in capsys.readouterr().err
 
 
 @pytest.fixture

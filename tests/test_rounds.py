@@ -77,7 +77,7 @@ def test_a_round_starts_from_the_one_before_and_nothing_is_done_or_encoded_twice
     assert capsys.readouterr().out == printed[printed.index(f"\n{record['ended']}") :]
     refused("holds rounds with another --seed; name another", "train_rounds", *line(seed=7))
     (out / "rounds.json").unlink()
-    refused("round-0: is there without its rounds.json", "train_rounds", *line())
+    refused("round-0: exists without its rounds.json", "train_rounds", *line())
 
 
 def test_fid_of_a_bert_has_no_answers_before_the_first_round_and_the_second_starts_from_it(
@@ -121,8 +121,8 @@ def test_training_ends_when_neither_score_gains(
 
 def test_sigterm_reaches_the_trainer_and_a_killed_one_goes_on(line: Line, steps: Steps, tmp_path: Path) -> None:
     reader, words = tmp_path / "out/round-1/reader", line(reader_flags=f"--max_steps 150 --save_steps 10 {SWR}")
-    killed = f"error: bin/train_swr ended with status 137; its message stands above, its log in {reader}/train.log"
-    for kills, status, message in ((False, 0, "interrupted; the same command goes on"), (True, 137, killed)):
+    killed = f"error: bin/train_swr ended with status 137; see its message above, and its log in {reader}/train.log"
+    for kills, status, message in ((False, 0, "interrupted; the same command continues"), (True, 137, killed)):
         command, seen = [sys.executable, BIN / "train_rounds", *words], checkpoints(reader)
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as ours:
             end = time.monotonic() + PATIENCE
@@ -142,14 +142,14 @@ def test_sigterm_reaches_the_trainer_and_a_killed_one_goes_on(line: Line, steps:
     ("own", "message"),
     [({"reader_flags": "--learning_rat 1"}, "--reader_flags: --learning_rat: unknown flag; did you mean --learning"),
      ({"retriever_flags": "--num_docs 1"}, "--retriever_flags: --num_docs 1: must be at least 2"),
-     ({"reader_flags": "--chat_format 'x"}, "--reader_flags: No closing quotation; mend its quotes"),
-     ({"reader_flags": "--output_dir x"}, "--reader_flags: --output_dir has no place here; leave it out"),
-     ({"reader_flags": "--gen_gpt4eval true --judge_api_key x"}, "--reader_flags: --judge_api_key has no place here"),
+     ({"reader_flags": "--chat_format 'x"}, "--reader_flags: No closing quotation; correct its quotes"),
+     ({"reader_flags": "--output_dir x"}, "--reader_flags: --output_dir cannot be set here; leave it out"),
+     ({"reader_flags": "--gen_gpt4eval true --judge_api_key x"}, "--reader_flags: --judge_api_key cannot be set here"),
      ({"embedding_model": "bm25"}, "--embedding_model bm25: cannot be trained; name an encoder"),
      ({"rounds": 0}, "--rounds 0: must be at least 1"),
      ({"train_file": "/nowhere"}, "/nowhere: no such file"),
      ({"launcher": "/nowhere/torchrun"}, "/nowhere/torchrun: No such file or directory"),
-     ({"model_name_or_path": "/nowhere"}, "bin/evaluate_rqa ended with status 2; its message stands above")],
+     ({"model_name_or_path": "/nowhere"}, "bin/evaluate_rqa ended with status 2; see its message above")],
 )  # fmt: skip
 def test_what_cannot_run_is_one_line_and_status_2(
     own: dict[str, object], message: str, line: Line, refused: Callable[..., None]

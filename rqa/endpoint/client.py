@@ -1,4 +1,4 @@
-"""Questions to any OpenAI-compatible server, many at once, each reply kept when it comes."""
+"""Client of any OpenAI-compatible server: many requests at once, each reply stored when it arrives."""
 
 import asyncio
 import json
@@ -24,19 +24,19 @@ log = logging.getLogger(__name__)
 
 PREFIX = "openai::"
 URL = re.compile(r"https?://([^\s/?#]*@)?([\w.-]+|\[[\da-fA-F:.]+\])(:\d+)?(/[^\s?#@]*)?")
-BYTES_PER_TOKEN = 3  # English prose has four to five, code and most other scripts about three: too early, not too late
-CHARACTERS_PER_TOKEN = 32  # at most, on average: what a server says beyond them was not asked for
-LONGEST_REPLY = 2**24  # bytes, unpacked
+BYTES_PER_TOKEN = 3  # English prose has 4 to 5, code and most other scripts about 3; estimates are rather too high
+CHARACTERS_PER_TOKEN = 32  # maximum average; text of a reply beyond it is dropped
+LONGEST_REPLY = 2**24  # bytes, decompressed
 TIMEOUT = 600.0  # seconds; a server on a CPU needs minutes for a long reply
-PAUSE = 1.0  # seconds before a reply that cannot be read is asked for again; twice as many each time
+PAUSE = 1.0  # seconds before an unreadable reply is asked for again; doubled each time
 ADVICE = {404: "no such model or path: check the model's name, and that the URL ends in /v1"}
 ADVICE |= dict.fromkeys((401, 403), "the key is refused: give its flag, or $OPENAI_API_KEY with $OPENAI_BASE_URL")
 ADVICE |= dict.fromkeys((301, 302, 303, 307, 308), "redirects are not followed: name their target if you trust it")
-ENDS = {401, 402, 429, 502, 503, 504}  # what no other question changes: the key, the quota, a server that is away
-FIRST = 5  # requests: where all of them are refused, so will be the others
-INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # of what newer models refuse
-QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a name, but no key of JSON, which may repeat the request
-CUT = ("length", "max_tokens", "model_length", "content_filter")  # why a reply ended before its end
+ENDS = {401, 402, 429, 502, 503, 504}  # statuses that other requests would get, too: wrong key, no quota, server down
+FIRST = 5  # requests: if all of the first are refused, the others are not sent
+INSTEAD = {"temperature": "", "max_tokens": "max_completion_tokens"}  # other names of settings that newer models refuse
+QUOTED = re.compile(r"""['"`](\w+)(?:['`]|"(?!\s*:))""")  # a quoted name, but not a JSON key, as in a quoted request
+CUT = ("length", "max_tokens", "model_length", "content_filter")  # finish reasons of cut replies
 UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError)
 
 
@@ -44,8 +44,8 @@ UNREADABLE = (LookupError, TypeError, ValueError, AttributeError, RecursionError
 class RequestArguments(Arguments):
     """Requests to OpenAI-compatible servers."""
 
-    endpoint_concurrency: int = flag(16, "Number of requests that are in flight at once.", rare=True)
-    endpoint_retries: int = flag(6, "Number of times that a failed request is sent again.", rare=True)
+    endpoint_concurrency: int = flag(16, "Maximum number of concurrent requests.", rare=True)
+    endpoint_retries: int = flag(6, "Maximum number of retries of a failed request.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("endpoint_concurrency", at_least=1)
@@ -62,14 +62,14 @@ class EndpointArguments(RequestArguments):
 
 class Job(NamedTuple):
     path: str
-    key: str  # under which what was found is kept
+    key: str  # key in the store
     body: dict[str, Any]
-    find: Callable[[Any], Any]  # what is kept of a reply
-    read: Callable[[Any], Any] = lambda found: found  # what is made of that
+    find: Callable[[Any], Any]  # extracts from a reply what is stored
+    read: Callable[[Any], Any] = lambda found: found  # makes the result from that
 
 
 class Refused(UserError):
-    """A request that the server does not answer as it should, however often it is sent."""
+    """An error for a request that the server does not answer properly, even after retries."""
 
 
 def is_endpoint(name: str) -> bool:
@@ -78,14 +78,14 @@ def is_endpoint(name: str) -> bool:
 
 
 class Endpoint:
-    """A model behind an OpenAI-compatible server, named as `is_endpoint` says.
+    """A model behind an OpenAI-compatible server, named `openai::http://host:port/v1`.
 
-    What the server replied is kept in `$RQA_CACHE/endpoint.sqlite` under its URL, the model, the text and the settings:
-    an interrupted run goes on where it stopped, and the same question is never paid twice.
+    Replies are stored in `$RQA_CACHE/endpoint.sqlite` by URL, model, text and settings, so that an interrupted run
+    continues where it stopped, and no request is paid for twice.
     """
 
     def __init__(self, spec: str, flags: EndpointArguments = EndpointArguments(), template: Any = None) -> None:
-        """`template` are variables of the server's chat template."""
+        """`template` holds variables of the server's chat template."""
         self._url, self.flags = spec.removeprefix(PREFIX).rstrip("/"), flags
         if not (url := URL.fullmatch(self._url)):
             spec = re.sub(r"(?s)[?#].*", "?...", spec, count=1)  # a query may hold a key
@@ -94,17 +94,17 @@ class Endpoint:
         self._options = {"chat_template_kwargs": template} if template else {}
         self._store = Store(cache_root() / "endpoint.sqlite")
         self._reached = self._served = False
-        self._names: dict[str, str] = {}  # that the server takes in place of ours
-        friends = "https://api.openai.com", without_credentials(os.environ.get("OPENAI_BASE_URL", ""))
-        known = self.base_url.split("/")[:3] in [friend.split("/")[:3] for friend in friends]  # others get no key
-        self._key = (flags.endpoint_api_key or (known and os.environ.get("OPENAI_API_KEY")) or "").strip()
+        self._names: dict[str, str] = {}  # settings that the server refuses -> their other names, "" to leave them out
+        trusted = "https://api.openai.com", without_credentials(os.environ.get("OPENAI_BASE_URL", ""))
+        is_trusted = self.base_url.split("/")[:3] in [each.split("/")[:3] for each in trusted]  # others get no key
+        self._key = (flags.endpoint_api_key or (is_trusted and os.environ.get("OPENAI_API_KEY")) or "").strip()
         self._secrets = [self._key, (url[1] or "")[:-1].rpartition(":")[2]]
         if not (self._key.isascii() and self._key.isprintable()):
-            raise UserError(f"{self.base_url}: its API key holds characters that no key has; copy the key again")
+            raise UserError(f"{self.base_url}: its API key has characters that no key has; copy the key again")
 
     @cached_property
     def model(self) -> str:
-        """The model's name, from the flag or from the server's list."""
+        """The model's name, from the flag or the server's list."""
         if self.flags.endpoint_model:
             return self.flags.endpoint_model
         job = Job("/models", "", {}, lambda reply: [str.strip(model["id"]) for model in reply["data"]])
@@ -115,10 +115,10 @@ class Endpoint:
         return names[0]
 
     def ask(self, conversations: Sequence[list[dict[str, str]]], max_tokens: int, desc: str = "ask") -> list[Answer]:
-        """The likeliest reply to each conversation, whose turns are `{"role", "content"}`. [Q] -> [Q]
+        """Reply at temperature 0 to each conversation, a list of turns `{"role", "content"}`. [Q] -> [Q]
 
-        Equal conversations are sent once: the first reply alone has a time, and none that an earlier run kept. One that
-        the server refuses gets an empty reply.
+        Equal conversations are sent once, and only the first reply has a time; stored replies have none. A conversation
+        that the server refuses gets an empty reply.
         """
         jobs, read = [], partial(read_reply, max_tokens)
         for turns in conversations:
@@ -129,10 +129,10 @@ class Endpoint:
         return [replace(reply or Answer("", 0), seconds=seconds) for reply, seconds in self._ask_all(jobs, desc)]
 
     def answer_logprobs(self, prompts: Sequence[str], answers: Sequence[str]) -> list[float | None]:
-        """The mean log-probability of each answer's tokens behind its prompt; None where it is refused. [Q] -> [Q]"""
+        """Mean log-probability of each answer's tokens after its prompt; None if the request is refused. [Q] -> [Q]"""
         jobs = []
         for prompt, answer in zip(map(clean_text, prompts), map(clean_text, answers), strict=True):
-            # No token is wanted, but many servers refuse to generate none.
+            # One token is generated and not used, since many servers refuse max_tokens 0.
             body = {"prompt": prompt + answer, "max_tokens": 1, "echo": True, "logprobs": 1, "temperature": 0}
             names, find = ("echo", prompt, answer), partial(self._mean, prompt, answer)
             jobs.append(self._job("/completions", names, body, find, _log_probability))
@@ -140,8 +140,8 @@ class Endpoint:
 
     def _mean(self, prompt: str, answer: str, reply: Any) -> float:
         if not (values := answer_tokens(reply, prompt, answer)):
-            needs = "scoring needs a completions API with echo and logprobs, such as vLLM's"
-            raise self._error(f"gives no log-probabilities of the prompt; {needs}")
+            hint = "scoring needs a completions API with echo and logprobs, such as vLLM's"
+            raise self._error(f"gives no log-probabilities of the prompt; {hint}")
         return sum(values) / len(values)
 
     def _job(self, path: str, names: tuple[str, ...], body: dict[str, Any], *how: Callable[[Any], Any]) -> Job:
@@ -149,11 +149,11 @@ class Endpoint:
         return Job(path, key, {"model": self.model} | body, *how)
 
     def _ask_all(self, jobs: Sequence[Job], desc: str) -> list[tuple[Any, float | None]]:
-        """What is made of the reply to each job, and its seconds; None if refused, or known before."""
-        kept, known = self._store.get({job.key for job in jobs}), {}
+        """The result of each job (None if it was refused), and its seconds (None if refused or stored before)."""
+        stored, known = self._store.get({job.key for job in jobs}), {}
         for job in jobs:
             with suppress(*UNREADABLE):
-                known[job.key] = job.read(kept[job.key])
+                known[job.key] = job.read(stored[job.key])
         if number := sum(job.key in known for job in jobs):
             log.info("%s: %d of %d replies were kept from an earlier run", self.base_url, number, len(jobs))
         missing = {job.key: job for job in jobs if job.key not in known}
@@ -183,16 +183,16 @@ class Endpoint:
         for key, error in list(refused.items())[:1]:
             turns = missing[key].body.get("messages") or [{"content": missing[key].body["prompt"]}]
             end = one_line(turns[-1]["content"][-99:])
-            told = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
-            log.warning(told, desc, len(refused), len(jobs), end, error)
+            message = "%s: %d of %d requests were refused, and their answers are empty; the first, ...%s: %s"
+            log.warning(message, desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
     def _run(self, work: Callable[[Any], Any]) -> Any:
-        import openai  # a second that a run without servers does not need
+        import openai  # takes a second, which runs without servers save
 
         class Client(openai.DefaultAsyncHttpxClient):
             async def send(self, request: Any, **options: Any) -> Any:
-                """One deadline for the whole of a reply, and a limit to its size."""
+                """Read the whole reply within one deadline, up to a maximum size."""
                 options["stream"], body = True, bytearray()
                 try:
                     async with asyncio.timeout(2 * TIMEOUT), aclosing(await super().send(request, **options)) as reply:
@@ -205,8 +205,8 @@ class Endpoint:
                 except Exception as error:
                     if type(error).__name__ != "DecodingError":
                         raise
-                    body[:] = f"its compression is broken: {error}".encode()  # a reply that cannot be read
-                # The body is unpacked, and what is no UTF-8 is no JSON.
+                    body[:] = f"its compression is broken: {error}".encode()  # becomes an unreadable reply
+                # The body is decompressed, and is always read as UTF-8, as JSON must be.
                 left_out = ("content-encoding", "content-type")
                 headers = [pair for pair in reply.headers.items() if pair[0] not in left_out]
                 if reply.status_code == 429 and b"insufficient_quota" in body:
@@ -218,10 +218,10 @@ class Endpoint:
                 base_url=self._url,
                 api_key=self._key or "none",
                 timeout=openai.Timeout(TIMEOUT, connect=5.0),
-                max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or when the server says
+                max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or as the server asks
                 http_client=Client(follow_redirects=False),
             ) as client:
-                if not self._reached:  # if nobody is there, say it now and not after many retries
+                if not self._reached:  # an absent server is reported now, not after many retries
                     with suppress(openai.APIStatusError):
                         await client.with_options(max_retries=1).get("/models", cast_to=str)
                     self._reached = True
@@ -235,20 +235,23 @@ class Endpoint:
             raise self._failure(error) if isinstance(error, openai.APIError) else error from None
 
     async def _send(self, send: Callable[..., Any], job: Job) -> Any:
-        """What is kept of the reply. The openai client repeats what fails; this, what brings an unreadable reply."""
+        """Send a request. -> the part of its reply to store
+
+        This repeats requests with unreadable replies; the openai client repeats those that fail.
+        """
         for attempt in range(self.flags.endpoint_retries + 1):
             reply = await self._send_adapted(send, job)
             try:
                 job.read(found := job.find(parse_json(reply.content)))
                 return found
             except UNREADABLE as error:
-                said = f"{one_line(error)}: {one_line(reply.text[:200]) or 'empty'}"
+                problem = f"{one_line(error)}: {one_line(reply.text[:200]) or 'empty'}"
                 if attempt < self.flags.endpoint_retries:
                     await asyncio.sleep(PAUSE * 2 ** min(attempt, 3))
-        raise self._error(f"not the reply of an OpenAI-compatible server ({said}), {_asked(attempt)}")
+        raise self._error(f"not the reply of an OpenAI-compatible server ({problem}), {_asked(attempt)}")
 
     async def _send_adapted(self, send: Callable[..., Any], job: Job) -> Any:
-        """The reply; a setting that the server refuses by name takes its other name, or is left out."""
+        """Send a request; a setting that the server refuses by name is renamed or left out, and all is sent again."""
         from openai import APIStatusError, HttpxBinaryResponseContent
 
         while True:
@@ -260,7 +263,7 @@ class Endpoint:
                 refusal = self._failure(error)
                 names = [error.param] if error.param else QUOTED.findall(str(refusal) * (error.status_code == 400))
                 named = next((name for name in INSTEAD if name in body and name in names), None)
-                if named is None or "context length" in str(refusal):  # too long a prompt; the limit is named, too
+                if named is None or "context length" in str(refusal):  # the prompt is too long
                     raise refusal from error
                 if named not in self._names:
                     log.warning("%s: refuses '%s', which is sent no more", self.base_url, named)
@@ -268,26 +271,27 @@ class Endpoint:
 
     def _failure(self, error: Any) -> Refused:
         asked = _asked(int(error.request.headers.get("x-stainless-retry-count", 0)))
-        cause = error.__cause__ or error  # of the HTTP library under openai, which has changed; its names have not
+        cause = error.__cause__ or error  # of the HTTP library under openai: only its names are stable
         if status := getattr(error, "status_code", 0):
-            said = error.body if isinstance(error.body, dict) else {"message": error.body}
-            said = next((said[name] for name in ("message", "detail") if isinstance(said.get(name), str)), "")
-            said = one_line(said or error.response.headers.get("location") or error.response.text or "no reason")
+            body = error.body if isinstance(error.body, dict) else {"message": error.body}
+            reason = next((body[name] for name in ("message", "detail") if isinstance(body.get(name), str)), "")
+            reason = one_line(reason or error.response.headers.get("location") or error.response.text or "no reason")
             advice = asked if status in (408, 409, 429) or status >= 500 else "the server refuses the request"
-            what = f"{status}, {said}; {advice if self._served and status not in ENDS else ADVICE.get(status, advice)}"
+            advice = advice if self._served and status not in ENDS else ADVICE.get(status, advice)
+            problem = f"{status}, {reason}; {advice}"
         elif "Timeout" in type(cause).__name__ and type(cause).__name__ != "ConnectTimeout":
-            what = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
-        elif type(error).__name__ == "APIError":  # in a stream that it had begun
-            what = f"broke off its reply: {one_line(error) or 'no reason'}"
+            problem = f"no answer within {TIMEOUT:g} seconds, {asked}; lower --endpoint_concurrency"
+        elif type(error).__name__ == "APIError":  # raised in the middle of a stream
+            problem = f"broke off its reply: {one_line(error) or 'no reason'}"
         else:
             reason = one_line(cause) or "connection lost"
-            what = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
-        return self._error(what)
+            problem = f"cannot be reached ({reason}), {asked}; is a server running at this URL?"
+        return self._error(problem)
 
-    def _error(self, what: str) -> Refused:
+    def _error(self, problem: str) -> Refused:
         for secret in filter(None, self._secrets):
-            what = what.replace(secret, "***")
-        return Refused(f"{self.base_url}: {what}")
+            problem = problem.replace(secret, "***")
+        return Refused(f"{self.base_url}: {problem}")
 
 
 def _asked(retries: int) -> str:
@@ -295,15 +299,15 @@ def _asked(retries: int) -> str:
 
 
 def chat_reply(reply: Any) -> list[Any]:
-    """What `read_reply` reads of a chat completion: its content, how many tokens it has, and why it ended."""
+    """The parts of a chat completion that `read_reply` needs: content, number of tokens, finish reason."""
     choice, usage = reply["choices"][0], reply.get("usage")
     tokens = usage.get("completion_tokens") if isinstance(usage, dict) else None
     return [choice["message"].get("content"), tokens, choice.get("finish_reason")]
 
 
 def read_reply(max_tokens: int, kept: Any) -> Answer:
-    """The reply, without thoughts, in what `chat_reply` found now or in an earlier run; or one of `UNREADABLE`."""
-    content, tokens, reason = [*kept, None][:3]  # older versions kept no reason
+    """The answer, without thoughts, from what `chat_reply` found now or in an earlier run; may raise `UNREADABLE`."""
+    content, tokens, reason = [*kept, None][:3]  # older versions stored no reason
     if isinstance(content, list):
         content = "".join(part["text"] for part in content if part["type"] == "text")
     text = without_thoughts("" if content is None else content)  # null when all tokens went into reasoning
@@ -314,50 +318,50 @@ def read_reply(max_tokens: int, kept: Any) -> Answer:
 
 
 def answer_tokens(reply: Any, prompt: str, answer: str) -> list[float]:
-    """The log-probabilities of the answer's tokens in a completion that echoes prompt + answer; none if it does not."""
+    """Log-probabilities of the answer's tokens in a completion that echoes prompt + answer; [] if it does not."""
     choice, text = reply["choices"][0], prompt + answer
     logprobs = choice.get("logprobs") or {}
     tokens, values, offsets = (logprobs.get(name) or [] for name in ("tokens", "token_logprobs", "text_offset"))
     if len(tokens) < 2 or len(choice["text"]) < len(text):
         return []
-    # A server may show, and count, a token that it puts before every text.
+    # A server may echo and count a token that it adds before every text.
     shown = ("" if prompt.startswith(tokens[0].strip()) else tokens[0][: offsets[1] - offsets[0]]) + text
     end, start = len(shown), len(shown) - len(answer)
-    generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may stand behind the answer
+    generated = (reply.get("usage") or {}).get("completion_tokens", 1)  # one token may follow the answer
     last = len(tokens) - (generated if generated and offsets[-generated] >= end else 0)
     rows = list(zip(tokens, values, offsets, [*offsets[1:], end], strict=True))[:last]
-    # The tokens tile the text; of a character in several tokens, each may be shown as U+FFFD.
+    # The tokens must tile the text; tokens that share a character may each be shown as U+FFFD.
     parts = [(token, shown[begin:stop]) for token, _, begin, stop in rows[1:]]
     tiled = all(token == part or ("\ufffd" in token and len(part) <= len(token)) for token, part in parts)
     edges = choice["text"].find(text), min(offsets), offsets[1]
     if not tiled or min(edges) < 0 or max(edges) > len(tokens[0]):
         raise ValueError("log-probabilities of another text")
-    rows = rows[values[0] is None :]  # nothing stands before the first token that could make it likely
+    rows = rows[values[0] is None :]  # the first token has no probability, since nothing precedes it
     return [_log_probability(value) for _, value, begin, stop in rows if begin >= start or stop > start]
 
 
 def _log_probability(value: Any) -> float:
-    """A number that can be one: servers write -9999 for minus infinity, and round."""
+    """The value if it can be a log-probability: servers write -9999 for minus infinity, and round above 0."""
     if type(value) not in (int, float) or not -1000 < value < 0.01:
-        raise ValueError(f"{value} is no log-probability")
+        raise ValueError(f"{value} is not a log-probability")
     return value
 
 
 def check_price(flag: str, price: Sequence[float]) -> None:
     if len(price) not in (0, 2) or min(price, default=0) < 0:
-        raise UserError(f"--{flag}: takes two numbers, dollars for a million tokens in and out")
+        raise UserError(f"--{flag}: takes two numbers, dollars per million tokens in and out")
 
 
 def cost(asked: str, conversations: Sequence[list[dict[str, str]]], reply_tokens: int, price: Sequence[float]) -> str:
-    """What asking will take at most, in tokens and, at a price for a million in and out, in dollars."""
+    """A line with the maximum cost in tokens and, at a price per million in and out, in dollars."""
     given = sum(len(EstimatedTokens().encode(turn["content"])) for turns in conversations for turn in turns)
     written = reply_tokens * len(conversations)
     dollars = f", at most ${(given * price[0] + written * price[1]) / 1e6:.2f}" if price else ""
-    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; replies that are kept cost nothing"
+    return f"{asked}, some {given:,} tokens in, at most {written:,} out{dollars}; stored replies cost nothing"
 
 
 class EstimatedTokens:
-    """Counts in place of a `Prompter`'s tokenizer: a token every three bytes of UTF-8."""
+    """A stand-in for a `Prompter`'s tokenizer that counts one token every three bytes of UTF-8."""
 
     chat_template = bos_token_id = None
     eos_token_id, eos_token = 0, ""
@@ -365,5 +369,5 @@ class EstimatedTokens:
     added_tokens_decoder: dict[int, str] = {}  # noqa: RUF012
 
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """As many ids as the text probably has tokens; they mean nothing."""
+        """Meaningless ids, as many as the text probably has tokens."""
         return [0] * -(-len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN)

@@ -1,4 +1,4 @@
-"""What clients of OpenAI's API send, checked field by field."""
+"""Requests of OpenAI's API, checked field by field."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -8,17 +8,17 @@ from rqa.prompts import DoesNotFit
 from rqa.runtime.errors import UserError, one_line
 
 ROLES = ("system", "developer", "user", "assistant")
-MOST = 4096  # texts or messages in a field
-LONGEST = 2**19  # characters of a conversation
-TURNS = 99  # the latest, which are read; as turns alternate, the first is a user's
-# What would change an answer and is not offered, and the values with which nobody asks for it.
+MOST = 4096  # maximum number of texts or messages in a field
+LONGEST = 2**19  # maximum characters of a conversation
+TURNS = 99  # number of latest turns that are used; since turns alternate, the first is a user's
+# Settings that would change an answer and are not supported -> values that are accepted, as they change nothing.
 UNSUPPORTED = {"n": [1], "tools": [[]], "functions": [[]], "logprobs": [False], "top_logprobs": [0], "audio": [],
                "logit_bias": [{}], "presence_penalty": [0], "frequency_penalty": [0], "modalities": [["text"]],
                "response_format": [{"type": "text"}]}  # fmt: skip
 
 
 class BadRequest(UserError):
-    """What is wrong with a request, and in which of its fields."""
+    """An error in a request, with the name of its field."""
 
     def __init__(self, message: str, param: str) -> None:
         super().__init__(message)
@@ -26,7 +26,7 @@ class BadRequest(UserError):
 
 
 class UnknownModel(BadRequest):
-    """A name that is no model's here."""
+    """The name of a model that is not served here."""
 
 
 def need(right: bool, param: str, expected: str) -> None:
@@ -35,14 +35,14 @@ def need(right: bool, param: str, expected: str) -> None:
 
 
 def number(body: dict[str, Any], name: str, kind: type, low: float, high: float) -> Any:
-    """A number within bounds; None where it is absent."""
+    """A number within bounds; None if absent."""
     fits = body.get(name) is None or (type(body[name]) in (int, kind) and low <= body[name] <= high)
     need(fits, name, f"{'an integer' if kind is int else 'a number'} from {low} to {high}")
     return body.get(name)
 
 
 def texts(body: dict[str, Any], name: str) -> list[str]:
-    """The text or texts in a field."""
+    """The text or list of texts in a field, as a list."""
     found = [body[name]] if isinstance(body.get(name), str) else body.get(name)
     fits = isinstance(found, list) and 0 < len(found) <= MOST and all(t and isinstance(t, str) for t in found)
     need(fits, name, f"a text, or a list of 1 to {MOST} texts; none may be empty")
@@ -50,14 +50,14 @@ def texts(body: dict[str, Any], name: str) -> list[str]:
 
 
 def known_model(body: dict[str, Any], name: str | None) -> None:
-    """Refuse a request for another model, or for one where there is none."""
+    """Refuse a request for another model than `name`, or for any if that is None."""
     if name is None or body.get("model") not in (None, name):
-        asked = f"model '{one_line(body['model'])}'" if body.get("model") else "such model"
-        raise UnknownModel(f"there is no {asked} here; /v1/models lists those that are", "model")
+        unknown = f"model '{one_line(body['model'])}'" if body.get("model") else "such model"
+        raise UnknownModel(f"there is no {unknown} here; /v1/models lists the models", "model")
 
 
 def conversation(messages: Any) -> tuple[Example, Example]:
-    """The question as it is searched with, and as it is read: instructions stand before the first turn of the user."""
+    """The question for the retriever, and for the reader: there instructions precede the user's first turn."""
     turns, instructions = list[Turn](), list[str]()
     need(isinstance(messages, list) and len(messages) <= MOST, "messages", f"a list of at most {MOST} messages")
     for place, message in enumerate(messages):
@@ -69,7 +69,7 @@ def conversation(messages: Any) -> tuple[Example, Example]:
         text = "\n".join(part["text"] for part in parts)
         if role in ROLES[:2]:
             instructions.append(text)
-        elif turns and turns[-1].speaker == role:  # chat templates want turns to alternate
+        elif turns and turns[-1].speaker == role:  # chat templates need turns that alternate
             turns[-1] = Turn(role, f"{turns[-1].message}\n\n{text}")
         else:
             turns.append(Turn(role, text))
@@ -86,7 +86,7 @@ def conversation(messages: Any) -> tuple[Example, Example]:
 
 @dataclass(frozen=True)
 class Settings:
-    """What a request says of its answer; None: as the server was started."""
+    """A request's settings of its answer; None means the server's own."""
 
     max_tokens: int | None = None
     temperature: float | None = None
@@ -104,25 +104,25 @@ class Settings:
 
 
 def settings(body: dict[str, Any]) -> Settings:
-    """What is asked for of an answer; what this server does not offer is refused."""
+    """Read a request's settings; those that this server does not support are refused."""
     for name, harmless in UNSUPPORTED.items():
-        need(body.get(name) in [None, *harmless], name, "left out: this server does not offer it")
+        need(body.get(name) in [None, *harmless], name, "left out: this server does not support it")
     tokens = number(body, "max_completion_tokens", int, 1, 2**31), number(body, "max_tokens", int, 1, 2**31)
     temperature, top_p = number(body, "temperature", float, 0, 2), number(body, "top_p", float, 0.01, 1)
     if temperature:
-        temperature = max(temperature, 0.01)  # logits divided by less may be infinite
+        temperature = max(temperature, 0.01)  # dividing by less may give infinite logits
     return Settings(tokens[0] or tokens[1], temperature, top_p, tuple(texts(body, "stop")) if body.get("stop") else ())
 
 
 class Question(NamedTuple):
-    """What a chat completion is asked for."""
+    """A request for a chat completion."""
 
-    searched: Example  # without instructions
-    read: Example
+    searched: Example  # for the retriever: without instructions
+    read: Example  # for the reader
     settings: Settings
-    k: int | None  # passages; None: as the server was started
+    k: int | None  # number of passages; None: the server's
     streams: bool
-    wants_usage: bool  # in a stream
+    wants_usage: bool  # whether a stream ends with the token counts
 
 
 def question(body: dict[str, Any]) -> Question:

@@ -1,4 +1,4 @@
-"""How likely a server's model finds answers, as RPG and EMDR2 ask a language model."""
+"""Likelihoods of answers under a server's language model, for RPG and EMDR2."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -11,9 +11,9 @@ from rqa.runtime.files import fingerprint
 
 
 class EndpointScorer:
-    """What `AnswerScorer` computes, from a server that returns the log-probabilities of a prompt.
+    """`AnswerScorer` for a server that returns the log-probabilities of a prompt.
 
-    The server tokenizes prompt and answer in one piece: where its tokenizer merges across their border, scores differ
+    The server tokenizes prompt and answer together: if its tokenizer merges text across their border, scores differ
     slightly from those of a local model.
     """
 
@@ -26,14 +26,14 @@ class EndpointScorer:
         scores = self.endpoint.answer_logprobs(*zip(*texts.values(), strict=True)) if texts else []
         known = dict(zip(texts, scores, strict=True))
         scored = {number: score for number, score in known.items() if score is not None}
-        for number in known.keys() - scored.keys():  # refused: as its others
-            near = [score for i, score in scored.items() if pairs[i].example is pairs[number].example]
-            known[number] = sum(near) / max(len(near), 1)
+        for number in known.keys() - scored.keys():  # a refused pair gets the mean score of the example's other pairs
+            others = [score for i, score in scored.items() if pairs[i].example is pairs[number].example]
+            known[number] = sum(others) / max(len(others), 1)
         return [(position, known.get(position) or 0.0) for position in range(len(pairs))]
 
 
 def remote_scorer(flags: Any) -> tuple[EndpointScorer, str]:
-    """The scorer at `--lm_model_path openai::URL` (`TeacherArguments`), and what tells its model from others."""
+    """The scorer at `--lm_model_path openai::URL` (of `TeacherArguments`), and its model's fingerprint."""
     endpoint, name = Endpoint(flags.lm_model_path, flags), flags.lm_tokenizer
     tokenizer = load_tokenizer(name, flags.trust_remote_code) if name else EstimatedTokens()
     scorer = EndpointScorer(endpoint, Prompter(tokenizer, flags.lm_prompt(tokenizer)))

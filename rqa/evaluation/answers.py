@@ -1,4 +1,4 @@
-"""Answers over what is retrieved, scored and timed; and, of a reader in training, the loss of the gold answers."""
+"""Evaluation of readers: answers over retrieved passages, scored and timed; in training also the gold answers' loss."""
 
 import logging
 from collections import Counter
@@ -28,10 +28,10 @@ def evaluate_answers(
     reader: LocalReader, examples: Sequence[Example], found: Sequence[Sequence[Document]], flags: EvaluationArguments,
     warm_up: bool = False,
 ) -> tuple[Scores, Rows]:  # fmt: skip
-    """Answer over the retrieved passages only, never the gold ones, and score; each process takes its share.
+    """Answer over the retrieved passages only, never the gold ones, and score; each process answers its share.
 
-    `reader` may be what answers and warms up like one; `warm_up` asks it for a short answer before, which is not timed.
-    -> metrics by name, and one row a question: what was asked, found, answered and scored
+    `reader` is anything that answers and warms up like a `LocalReader`; `warm_up` generates a short answer first, which
+    is not timed. -> metrics by name, and one row per question: the example, its passages, the answer and the scores
     """
     read = [list(documents[: flags.embedding_max_num_to_retrieve]) for documents in found]
     mine = distributed.share(range(len(examples)))
@@ -40,10 +40,10 @@ def evaluate_answers(
         reader.warm_up(examples[0], read[0])
     duration = seconds(lambda: part.extend(reader.answer([examples[i] for i in mine], [read[i] for i in mine])))
     answers, duration = distributed.gather(part), max(distributed.total_by_rank(duration))
-    replies = [answer for answer in answers if answer.num_tokens or answer.seconds is not None]  # to what was asked
+    replies = [answer for answer in answers if answer.num_tokens or answer.seconds is not None]  # of prompts that fit
     if few := sum(answer.cut or not answer.text for answer in replies):
-        cure = "raise --max_new_tokens (of an encoder-decoder --max_decoder_seq_length)"
-        log.warning("%d of %d replies were empty or cut; %s", few, len(replies), cure)
+        hint = "raise --max_new_tokens (of an encoder-decoder --max_decoder_seq_length)"
+        log.warning("%d of %d replies were empty or cut; %s", few, len(replies), hint)
     rows = retrieval_rows(found, examples, flags.recall_at)
     for row, answer, passages in zip(rows, answers, read, strict=True):
         row |= {"retrieved_docs": row["retrieved_docs"][: len(passages)], "generated_answer": answer.text}
@@ -59,8 +59,8 @@ def evaluate_answers(
 
 
 def answer_speed(answers: Sequence[Answer], duration: float) -> Scores:
-    """Throughput of answers given in `duration` seconds, and latencies, or of answers in batches a batch's seconds."""
-    # A question that did not fit, or an answer kept from an earlier run, took no time and does not count.
+    """Throughput of answers given in `duration` seconds, and latencies: of single answers, or else of batches."""
+    # Questions whose prompt did not fit, and answers kept from an earlier run, took no time and do not count.
     timed = [answer for answer in answers if answer.seconds is not None]
     if not timed:
         return {}
@@ -68,22 +68,22 @@ def answer_speed(answers: Sequence[Answer], duration: float) -> Scores:
     speed = {"questions_per_second": len(timed) / duration, "tokens_per_second": tokens / duration}
     if all(answer.batch_size == 1 for answer in timed):
         return speed | latencies([answer.seconds for answer in timed])
-    members = Counter((answer.seconds, answer.batch_size) for answer in timed)  # each knows the time of its whole batch
+    members = Counter((answer.seconds, answer.batch_size) for answer in timed)  # an answer's time is its batch's
     batches = [length for (length, size), count in members.items() for _ in range(count // size)]
     took = {f"batch_seconds_p{p}": float(np.percentile(batches, p)) for p in (50, 95)}
     return speed | took | {"questions_per_batch": len(timed) / len(batches)}
 
 
 class ReaderEvaluation:
-    """Measures a reader in training on one file; without a retriever only its loss, over the gold passages."""
+    """Evaluates a reader in training on one file; without a retriever only its loss, over the gold passages."""
 
     def __init__(self, retriever: PassageRetriever | None, examples: Sequence[Example], flags: Any) -> None:
-        """Find passages, once; `flags` has `EvaluationArguments` and the loop's `per_device_eval_batch_size`."""
+        """Retrieve once. `flags` are `EvaluationArguments` with the loop's `per_device_eval_batch_size`."""
         self.examples, self.flags = examples, flags
         self.found = find_passages(retriever, examples, flags) if retriever and examples else None
 
     def __call__(self, objective: nn.Module, reader: LocalReader, warm_up: bool = False) -> tuple[Scores, Rows]:
-        """As `evaluate_answers`, with the loss; objective and reader hold the same model."""
+        """`evaluate_answers` with the loss; objective and reader hold the same model."""
         if self.found is None:
             return {"loss": self.loss(objective, [list(example.gold_docs) for example in self.examples])}, []
         metrics, rows = evaluate_answers(reader, self.examples, self.found, self.flags, warm_up)

@@ -1,4 +1,4 @@
-"""What the executables of evaluation alone need: their flags, how fast a retriever is, and files for trec_eval."""
+"""Parts of the evaluation executables: their flags, a retriever's speed, and files for trec_eval."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,22 +17,22 @@ from rqa.runtime import distributed
 from rqa.runtime.files import atomic_file, fingerprint
 from rqa.runtime.flags import RESULTS, flag
 
-WARM_UP, TIMED_QUESTIONS = 3, 100  # asked one at a time
+WARM_UP, TIMED_QUESTIONS = 3, 100  # questions asked one at a time
 
 
 @dataclass(kw_only=True)
 class EvaluationDataArguments(DocumentArguments):
-    """What is evaluated, and on what."""
+    """What to evaluate, and on which data."""
 
     embedding_model: str = flag(
         help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
         also="embedding_model_name_or_path eval_embedding_model",
     )
     eval_data_path: str = flag(
-        help="Examples (JSONL) with gold passages; a reader's also need answers.", also="eval_file test_file"
+        help="Examples (JSONL) with gold passages; readers also need answers.", also="eval_file test_file"
     )
-    output_dir: str = flag(help="Directory that receives scores, predictions and report.")
-    max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0 takes all.")
+    output_dir: str = flag(help="Directory for scores, predictions and report.")
+    max_examples: int = flag(0, "Number of questions to evaluate on, a fixed subset; 0: all.")
 
     def check(self) -> None:
         self.check_bounds("max_examples", at_least=0)
@@ -40,39 +40,39 @@ class EvaluationDataArguments(DocumentArguments):
 
 
 def timed_retrieval(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> tuple[Hits, Scores]:
-    """The hits of all questions, asked at once, in questions a second; and the latency of single ones in milliseconds.
+    """Retrieve for all questions at once, and time it; time single questions, too. -> hits [Q, k], speed by metric name
 
-    With a reranker that is the sum of two stages, and theirs stand beside it. Every process calls this: they search an
-    index together, each asks its share of the questions, and all get everything. -> [Q, k]
+    Latencies of single questions are in milliseconds; with a reranker they are sums over two stages, which are also
+    reported apart. Every process calls this, retrieves for its share of the questions, and gets all hits.
     """
     queries = list(map(retrieval_query, examples))
-    alone = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
-    for query in alone[:WARM_UP]:
+    singles = [distributed.share([query]) for query in queries[:TIMED_QUESTIONS]]
+    for query in singles[:WARM_UP]:
         retriever.retrieve(query, k)
     if isinstance(retriever, RerankingRetriever):
         hits, depth = list[Hits](), max(k, retriever.depth)
-        first = [seconds(lambda q=query: hits.append(retriever.first.retrieve(q, depth))) for query in alone]
-        again = [seconds(partial(retriever.rerank, *asked, k)) for asked in zip(alone, hits, strict=True)]
-        single = {"": np.add(first, again), "first_stage_": first, "reranking_": again}
+        first = [seconds(lambda q=query: hits.append(retriever.first.retrieve(q, depth))) for query in singles]
+        second = [seconds(partial(retriever.rerank, *pair, k)) for pair in zip(singles, hits, strict=True)]
+        durations = {"": np.add(first, second), "first_stage_": first, "reranking_": second}
     else:
-        single = {"": [seconds(partial(retriever.retrieve, query, k)) for query in alone]}
+        durations = {"": [seconds(partial(retriever.retrieve, query, k)) for query in singles]}
     found: list[Hits] = []
-    together = seconds(lambda: found.append(retriever.retrieve(distributed.share(queries), k)))
-    speed = {stage + name: value for stage, took in single.items() for name, value in latencies(took).items()}
-    speed["questions_per_second"] = len(queries) / together
+    duration = seconds(lambda: found.append(retriever.retrieve(distributed.share(queries), k)))
+    speed = {stage + name: value for stage, each in durations.items() for name, value in latencies(each).items()}
+    speed["questions_per_second"] = len(queries) / duration
     return found[0].gathered(), {f"retr/{name}": value for name, value in speed.items()}
 
 
 def document_name(document: Document) -> str:
-    """A name without spaces; two documents have the same one when they are the same."""
+    """A name without spaces, the same for equal documents."""
     return fingerprint(*document.key)[:16]
 
 
 def write_run(path: str | Path, hits: Hits, documents: Sequence[Document], tag: str = "rqa") -> None:
     """Write `question Q0 document rank score tag` lines; questions are numbered from 1, in the order of the hits.
 
-    trec_eval sorts by score, in single precision, and ties by name. So that it ranks as we do, a score that is not
-    below the one before it is written as the next smaller number.
+    trec_eval sorts by score in single precision, then by name. To keep our ranking, a score that is not below the one
+    before it is written as the next smaller number.
     """
     with atomic_file(path) as temporary, temporary.open("w", encoding="utf-8") as file:
         for question, (ids, scores) in enumerate(zip(hits.ids, hits.scores.astype(np.float32), strict=True), start=1):

@@ -1,4 +1,4 @@
-"""A language model as judge: does an answer say what the reference says?"""
+"""A language model as judge of whether answers agree with their references."""
 
 import json
 import logging
@@ -46,7 +46,7 @@ class JudgeArguments(RequestArguments):
     judge_base_url: str = flag("https://api.openai.com/v1", "URL of the judge's OpenAI-compatible server.", rare=True)
     judge_api_key: str | None = flag(None, "API key. Default for OpenAI: $OPENAI_API_KEY.", rare=True, secret=True)
     judge_max_examples: int = flag(0, "Number of answers to judge, a fixed subset; 0: all.", rare=True)
-    judge_price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out.", rare=True)
+    judge_price: list[float] = flag([], "Dollars per million input tokens, and per million output tokens.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("judge_max_examples", at_least=0)
@@ -56,21 +56,21 @@ class JudgeArguments(RequestArguments):
 def judge_results(
     directory: str | Path, scores: Scores, rows: Rows, flags: JudgeArguments, write_arguments: bool = False
 ) -> tuple[Scores, str]:
-    """Write the results, and again with verdicts if asked for: a judge that fails costs none. -> scores, their table"""
+    """Write the results, then again with the judge's verdicts: if the judge fails, they are kept. -> scores, a table"""
     rest = (flags if write_arguments else None, bleu_rate(rows))
     table = write_results(directory, scores, rows, *rest)
     if not flags.gen_gpt4eval:
         return scores, table
     if not rows:
-        raise UserError("--gen_gpt4eval true: there are no answers to judge; name a retriever, so that some are given")
+        raise UserError("--gen_gpt4eval true: there are no answers to judge; name a retriever, which answers need")
     scores = scores | {f"test_{name}": value for name, value in judge_answers(rows, flags).items()}
     return scores, write_results(directory, scores, rows, *rest)
 
 
 def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
-    """The shares of right and partly right answers among those whose verdict can be read, and how many cannot.
+    """Shares of correct and partially correct answers among readable verdicts, and the number of unreadable ones.
 
-    A judged row receives `gpt4eval`, and under `scores` what counts for the means.
+    Each judged row receives its verdict as `gpt4eval`, and 0 or 1 for each share under `scores`.
     """
     chosen = subset(rows, flags.judge_max_examples)
     verdicts = distributed.from_main(_ask(chosen, flags) if distributed.is_main() else [])
@@ -86,7 +86,7 @@ def judge_answers(rows: Rows, flags: JudgeArguments) -> Scores:
 
 
 def parse_verdict(reply: str) -> dict[str, str] | None:
-    """The verdict in the reply, and its reason; None if there is none, or two that differ, as in a quotation."""
+    """The verdict in a reply and its reason; None without a verdict, or with two that differ, as in a quotation."""
     fields = [(name, json.loads(text, strict=False)) for name, text in FIELD.findall(reply)]
     verdicts = {text.strip().lower() for name, text in fields if name == "verdict"}
     if len(verdicts) != 1 or not verdicts <= set(VERDICTS):
@@ -95,7 +95,7 @@ def parse_verdict(reply: str) -> dict[str, str] | None:
 
 
 def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
-    """A verdict on each row, at temperature 0; what cannot be read is asked for again, and in the end None."""
+    """Ask for a verdict on each row at temperature 0; unreadable ones are asked for again, and become None at last."""
     server = {"endpoint_model": flags.judge_model, "endpoint_api_key": flags.judge_api_key}
     server |= {name: getattr(flags, name) for name in vars(RequestArguments())}
     endpoint = Endpoint(PREFIX + flags.judge_base_url, EndpointArguments(**server))
@@ -116,8 +116,8 @@ def _ask(rows: Rows, flags: JudgeArguments) -> list[dict[str, str] | None]:
             turns = waiting.pop(number)
             verdicts[number] = parse_verdict(reply.text)
             if not verdicts[number] and reply.text:
-                said = {"role": "assistant", "content": reply.text}
-                waiting[number] = [*turns, said, {"role": "user", "content": AGAIN}]
+                turn = {"role": "assistant", "content": reply.text}
+                waiting[number] = [*turns, turn, {"role": "user", "content": AGAIN}]
     if None in verdicts:
         log.warning("%s: %d of %d verdicts cannot be read", flags.judge_model, verdicts.count(None), len(rows))
     return verdicts

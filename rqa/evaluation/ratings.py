@@ -1,4 +1,4 @@
-"""What people prefer of two systems: asking them, blind; wins and their intervals, and how far the raters agree."""
+"""Blind ratings of two systems by people: asking for them, wins with intervals, and the raters' agreement."""
 
 import json
 from datetime import UTC, datetime
@@ -15,20 +15,20 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import append_line, fingerprint, read_jsonl
 
 CHOICES = {"A": "A wins", "B": "B wins", "tie": "tie", "both_bad": "both bad"}
-ASKED = ("question", "chat_history", "gold_answer")  # what a rater sees beside the answers
+SHOWN = ("question", "chat_history", "gold_answer")  # what a rater sees beside the answers
 
 Row = dict[str, Any]
 Ratings = dict[int, tuple[Row, dict[str, str]]]  # number -> the first line that rates it, and each rater's choice
 
 
-def rated(row: Row) -> int:
-    """A number for what a line is about: whatever it says beside rater, choice and time, such as both answers."""
-    about = {name: value for name, value in row.items() if name not in ("rater", "choice", "time")}
-    return int(fingerprint(json.dumps(about, sort_keys=True))[:12], 16)  # a float64, as browsers have, holds it
+def item_number(row: Row) -> int:
+    """The number of the item that a line rates: a hash of all its fields but rater, choice and time."""
+    item = {name: value for name, value in row.items() if name not in ("rater", "choice", "time")}
+    return int(fingerprint(json.dumps(item, sort_keys=True))[:12], 16)  # 48 bits, exact in a browser's float64
 
 
 def read_ratings(path: str | Path) -> Ratings:
-    """The ratings of two systems by people; the last choice of a rater for a question counts."""
+    """Read people's ratings of two systems; a rater's last choice for a question counts."""
     ratings: Ratings = {}
     systems = None
     for line, row in read_jsonl(path):
@@ -38,43 +38,43 @@ def read_ratings(path: str | Path) -> Ratings:
         parse_example(row, where)
         if str(row.get("choice")) not in CHOICES:
             raise UserError(f"{where}: field 'choice' must be one of {', '.join(CHOICES)}")
-        found = f"A: {row['A']}, B: {row['B']}"
-        if found != (systems := systems or found):
-            raise UserError(f"{where}: rates {found}; lines before rate {systems}; put them into separate files")
-        ratings.setdefault(rated(row), (row, {}))[1][row["rater"].strip()] = row["choice"]
+        named = f"A: {row['A']}, B: {row['B']}"
+        if named != (systems := systems or named):
+            raise UserError(f"{where}: rates {named}, but earlier lines rate {systems}; use a file for each pair")
+        ratings.setdefault(item_number(row), (row, {}))[1][row["rater"].strip()] = row["choice"]
     return ratings
 
 
 class Comparison:
-    """The questions of two evaluated runs, in a random order for all, and who has rated which, as the file says."""
+    """The questions of two evaluated runs, in one random order for all raters, and the ratings given so far."""
 
     def __init__(self, first: str, second: str, path: str) -> None:
         self.path, items = path, {}
         for a, b in pair(read_predictions(first), read_predictions(second)):
-            asked, sides = parse_example(a, first)[0].to_json(), {"A": shown(a, first), "B": shown(b, second)}
-            row = {name: asked.get(name) for name in ASKED} | {"A": first, "B": second}
+            example, sides = parse_example(a, first)[0].to_json(), {"A": shown(a, first), "B": shown(b, second)}
+            row = {name: example.get(name) for name in SHOWN} | {"A": first, "B": second}
             row |= {f"answer_{name}": side["answer"] for name, side in sides.items()}
-            items[rated(row)] = row, sides
+            items[item_number(row)] = row, sides
         self.items = dict(sorted(items.items()))
-        with open(path, "ab"):  # where nothing can be written, this fails, and not the first rating
+        with open(path, "ab"):  # fails now, not at the first rating, if the file cannot be written
             self.ratings = {number: raters for number, (_, raters) in read_ratings(path).items()}
         if not self.ratings.keys() <= items.keys():
-            raise UserError(f"--ratings_path {path}: holds ratings of other systems or answers; name another file")
+            raise UserError(f"--ratings_path {path}: has ratings of other systems or answers; name another file")
 
     def next(self, rater: Any) -> dict[str, Any]:
-        """How far a rater is, and the first question that is left, whose sides do not say which system they are."""
+        """A rater's progress and next question; its two sides do not reveal which system they are."""
         need(isinstance(rater, str) and min(rater.strip(), default="") >= " ", "rater", "a name")
         left = [number for number in self.items if rater.strip() not in self.ratings.get(number, ())]
         progress = {"done": len(self.items) - len(left), "total": len(self.items), "item": None}
         if left:
             (row, sides), (first, second) = self.items[left[0]], _order(rater.strip(), left[0])
-            about = {"number": left[0], "left": sides[first], "right": sides[second]}
-            progress["item"] = about | {name: row[name] for name in ASKED}
+            item = {"number": left[0], "left": sides[first], "right": sides[second]}
+            progress["item"] = item | {name: row[name] for name in SHOWN}
         return progress
 
     def rate(self, body: dict[str, Any]) -> dict[str, Any]:
-        """Keep a rater's choice, which replaces an earlier one. -> what is next"""
-        self.next(rater := body.get("rater", ""))  # refuses what is no name
+        """Save a rater's choice, which replaces an earlier one. -> progress and next question"""
+        self.next(rater := body.get("rater", ""))  # refuses an invalid name
         number: Any = body.get("number")
         need(type(number) is int and number in self.items, "number", "that of a question")
         rater, row = rater.strip(), self.items[number][0]
@@ -88,32 +88,32 @@ class Comparison:
 
 
 def _order(rater: str, number: int) -> str:
-    """The systems on the left and on the right: random for each question and rater, the same at every call."""
+    """The systems on the left and on the right, random for each question and rater, but the same at every call."""
     return "AB" if fingerprint(rater, str(number)) < "8" else "BA"
 
 
 def count_choices(ratings: Ratings) -> np.ndarray:
-    """How many raters made each of the CHOICES. -> [N, 4]"""
+    """The number of raters of each question who made each of the CHOICES. -> [N, 4]"""
     chosen = [list(raters.values()) for _, raters in ratings.values()]
     return np.array([[choices.count(choice) for choice in CHOICES] for choices in chosen])
 
 
 def preference(counts: np.ndarray) -> Difference:
-    """The share of wins of A and of B; a question counts once, however many rated it. Counts [N, 4]"""
+    """Shares of wins of A and of B; a question counts once, however many raters it has. Counts [N, 4]"""
     wins = counts[:, :2] / counts.sum(axis=1, keepdims=True)  # [N, 2]
     gaps = wins[:, 1] - wins[:, 0]
-    low, high = mean_intervals((gaps[:, None] + 1) / 2)[0] * 2 - 1  # as shares, which are never certain
-    if not (decided := int(np.count_nonzero(gaps))):  # ties alone are no certainty, either
+    low, high = mean_intervals((gaps[:, None] + 1) / 2)[0] * 2 - 1  # as rates, whose interval always has a width
+    if not (decided := int(np.count_nonzero(gaps))):  # with ties only, too, the interval needs a width
         high = mean_intervals(gaps[:, None])[0][1]
         low = -high
     return Difference("share of wins", *wins.mean(axis=0).tolist(), low, high, len(gaps), decided, "have a winner")
 
 
 def agreement(counts: np.ndarray) -> tuple[float, float]:
-    """How often two raters of a question choose alike, and Krippendorff's alpha for nominal data.
+    """Share of pairs of raters of a question that agree, and Krippendorff's alpha for nominal data.
 
-    Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C: observers may miss units. Both are NaN
-    without a question of two raters, alpha also where all choices are the same. Counts [N, C]
+    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", section C (observers may miss units). Both
+    are NaN if no question has two raters, alpha also if all choices are the same. Counts [N, C]
     """
     raters = counts.sum(axis=1)  # [N]
     counts, raters = counts[raters > 1], raters[raters > 1]
@@ -125,7 +125,7 @@ def agreement(counts: np.ndarray) -> tuple[float, float]:
 
 
 def ratings_table(counts: np.ndarray) -> str:
-    """Every choice, the wins and the raters' agreement in a table to paste. Counts [N, 4]"""
+    """Markdown table of the choices, the wins and the raters' agreement. Counts [N, 4]"""
     shares = counts / counts.sum(axis=1, keepdims=True)  # [N, 4]
     wins, won = preference(counts), counts[counts[:, :2].any(axis=1), :2]  # [W, 2]
     rates = [*zip(CHOICES.values(), shares.T, counts.sum(axis=0), strict=True)]

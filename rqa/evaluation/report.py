@@ -20,13 +20,13 @@ from rqa.runtime.files import atomic_file, read_json, read_jsonl
 
 SCORES, DETAILS, ARGUMENTS = "score.json", "score_details.json", "all_args.json"
 PREDICTIONS, REPORT = "test-predictions.jsonl", "report.html"
-EXAMPLES = 200  # questions that a page holds
-RIGHT = 0.5  # a question is right from this score on
+EXAMPLES = 200  # maximum number of questions on a page
+RIGHT = 0.5  # a question counts as right from this score on
 DECISIVE = ("gen/f1", "retr/recall@4", "retr/recall@1")
 TILES = {"gen/f1": "Token F1", "gen/rougeL": "ROUGE-L", "gen/exact_match": "Exact match",
          "retr/recall@1": "Recall@1", "retr/recall@4": "Recall@4", "retr/mrr@10": "MRR@10"}  # fmt: skip
-MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model", "reranker")  # below the title
-CHARTS = {  # title -> names of its lines, of which a run has some
+MODELS = ("model_name_or_path", "qa_model_name_or_path", "embedding_model", "reranker")  # shown below the title
+CHARTS = {  # title -> names of its lines; a run has some of them
     "Loss": ("loss", "eval_loss"),
     "Recall on the eval file": ("eval_retr/recall@1", "eval_retr/recall@4", "eval_retr/recall@10"),
     "Ranking on the eval file": ("eval_retr/mrr@10", "eval_retr/ndcg@10", "eval_retr/map@10"),
@@ -38,8 +38,8 @@ CHARTS = {  # title -> names of its lines, of which a run has some
 LEGEND = {"loss": "training", "eval_loss": "eval file"}
 
 NAMES = ("line-0", "line-1", "line-2", "line-3", "muted", "rule", "good")  # the page's colours
-COLOURS = {name: f"#fade{number:02x}" for number, name in enumerate(NAMES)}  # that stand for them until the end
-MARKS = {  # kind -> bottom and top as shares of the height, and style; many of a kind are short strokes
+COLOURS = {name: f"#fade{number:02x}" for number, name in enumerate(NAMES)}  # placeholders, replaced by CSS variables
+MARKS = {  # kind -> bottom and top as shares of the height, and style; frequent kinds are short strokes
     "best": (0.0, 1.0, {"color": COLOURS["good"], "linestyle": "--", "linewidth": 1}),
     "saved": (0.0, 0.05, {"color": COLOURS["muted"]}),
     "refreshed": (0.95, 1.0, {"color": COLOURS["line-3"]}),
@@ -49,9 +49,9 @@ Line = Sequence[tuple[float, float]]
 
 
 def write_report(directory: str | Path, written: Mapping[str, Path] | None = None) -> None:
-    """Write `report.html` from whatever result files the directory holds, by the main process.
+    """Write `report.html` from the result files that the directory has, in the main process.
 
-    `written` says where those files are, and the page goes, that are on their way into the directory.
+    `written` maps the names of files that are not yet in the directory, and of the page, to their temporary paths.
     """
     directory = Path(directory)
     if not distributed.is_main():
@@ -92,17 +92,17 @@ def write_report(directory: str | Path, written: Mapping[str, Path] | None = Non
 
 
 def other_figures(scores: Mapping[str, float], rates: Mapping[str, Any]) -> dict[str, float]:
-    """The scores that are no rates with intervals, by our names: LocalRQA's have two slashes, ours have not."""
+    """The scores without intervals, under our names only; LocalRQA's names have two slashes."""
     return {name: value for name, value in scores.items() if name not in rates and name.count("/") < 2}
 
 
 def figure(value: float) -> str:
-    """Four digits, or all before the point: 0.02075, 761.7, 698,512."""
+    """A number with four digits, or all digits before the point: 0.02075, 761.7, 698,512."""
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
 
 
 def _charts(history: Sequence[Mapping[str, Any]], marks: Mapping[str, Sequence[float]]) -> list[dict[str, Any]]:
-    """A title, an SVG and the names and last values of its lines, for each chart that has something to show."""
+    """The title, SVG, and names and last values of the lines of each chart that has data."""
     known = {name for names in CHARTS.values() for name in names} | {"step", "index_refreshed"}
     own = dict.fromkeys(n for entry in history for n in entry if n not in known and not n.startswith("eval_"))
     charts = []
@@ -119,9 +119,9 @@ def _line(history: Sequence[Mapping[str, Any]], name: str) -> Line:
 
 
 def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] | None = None) -> str:
-    """Lines of (step, value) pairs as one SVG element, or nothing without a finite value; steps are marked by kind.
+    """Draw lines of (step, value) pairs as an SVG element, "" without finite values; `marks` are steps by kind.
 
-    The n-th line has the colour that the page's style sheet calls `--line-n`; the others are those of `NAMES`.
+    The n-th line has the colour `--line-n` of the page's style sheet; the other colours are those of `NAMES`.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -135,7 +135,7 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         canvas = Figure((4.2, 2.3), layout="constrained")  # inches; the page scales them
         axes = canvas.subplots()
         for number, (name, line) in enumerate(drawn.items()):
-            marker = "o" if len(line) < 40 else ""  # more would hide the line
+            marker = "o" if len(line) < 40 else ""  # more markers would hide the line
             axes.plot(*np.array(line).reshape(-1, 2).T, color=COLOURS[f"line-{number}"], marker=marker, ms=3, gid=name)
         for kind, places in (marks or {}).items():
             low, high, style = MARKS[kind]
@@ -147,17 +147,17 @@ def line_chart(lines: Mapping[str, Line], marks: Mapping[str, Sequence[float]] |
         axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
         text = io.StringIO()
-        unwanted = dict.fromkeys(("Creator", "Date", "Format", "Type"))  # metadata that Matplotlib would write
-        canvas.savefig(text, format="svg", transparent=True, metadata=unwanted)
+        no_metadata = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        canvas.savefig(text, format="svg", transparent=True, metadata=no_metadata)
     svg = f'<svg role="img" aria-label="{escape(", ".join(lines))} by step" {text.getvalue().partition("<svg ")[2]}'
     for name, colour in COLOURS.items():
         svg = svg.replace(colour, f"var(--{name})")
     chart = re.sub(r"\W", "_", next(iter(lines)))
-    return re.sub(r'(?<= id=")|(?<="#)|(?<=url\(#)', f"{chart}-", svg)  # a page holds several charts, and an id once
+    return re.sub(r'(?<= id=")|(?<="#)|(?<=url\(#)', f"{chart}-", svg)  # makes ids unique on a page of several charts
 
 
 def _example(row: dict[str, Any]) -> dict[str, Any]:
-    """A row with what the page shows of it, beside what it holds."""
+    """A row of predictions, with the fields that the page shows added."""
     found, gold = (
         {document.key: document for document in (parse_document(value, PREDICTIONS) for value in row.get(name, []))}
         for name in ("retrieved_docs", "gold_docs")

@@ -1,4 +1,4 @@
-"""How well a retriever finds the gold documents: rates between 0 and 1."""
+"""Retrieval metrics: how well a retriever finds the gold documents, as rates between 0 and 1."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +20,8 @@ LOCALRQA_NAMES |= {f"gen/{kind}": f"gen/rouge/avg_{kind}_ans" for kind in ("roug
 class EvaluationArguments(Arguments):
     """How a system is evaluated."""
 
-    embedding_max_num_to_retrieve: int = flag(3, "Number of passages that are retrieved for a question and read.")
-    recall_at: list[int] = flag([1, 4, 10], "Values of k for which Recall@k is reported.", rare=True)
+    embedding_max_num_to_retrieve: int = flag(3, "Number of passages to retrieve and read for a question.")
+    recall_at: list[int] = flag([1, 4, 10], "Values of k in Recall@k.", rare=True)
 
     def check(self) -> None:
         self.check_bounds("embedding_max_num_to_retrieve", at_least=0)
@@ -29,24 +29,32 @@ class EvaluationArguments(Arguments):
 
     @property
     def depth(self) -> int:
-        """Documents of a ranking: as deep as any metric looks, MRR@10 and so on, and as the reader reads."""
+        """Length of a ranking, enough for every metric (MRR@10 and others need 10) and for the reader."""
         return max(10, self.embedding_max_num_to_retrieve, *self.recall_at)
 
 
 def find_passages(
     retriever: PassageRetriever, examples: Sequence[Example], flags: EvaluationArguments
 ) -> list[list[Document]]:
-    """What the retriever finds for each question, best first, as deep as any metric looks. [Q] lists"""
+    """The best `flags.depth` passages for each question, best first. [Q] lists"""
     return retriever.documents_of(retriever.retrieve_shared(list(map(retrieval_query, examples)), flags.depth))
 
 
-def score_ranking(ranking: Sequence[T], gold: Mapping[T, float], cutoffs: Sequence[int], depth: int = 10) -> Scores:
-    """The scores of one ranking that can be averaged over questions; recall is 1 if ALL gold is among the first k.
+def evaluate_retrieval(
+    retriever: PassageRetriever, examples: Sequence[Example], flags: EvaluationArguments
+) -> tuple[Scores, Rows]:
+    """Retrieve for every question. -> mean scores by name, and a row for each question"""
+    rows = retrieval_rows(find_passages(retriever, examples, flags), examples, flags.recall_at)
+    return mean_scores(rows), rows
 
-    NDCG weighs gold documents by their gains (Järvelin & Kekäläinen 2002). MAP divides by all gold documents, also
-    those that are not found (trec_eval's `map_cut`).
+
+def score_ranking(ranking: Sequence[T], gold: Mapping[T, float], cutoffs: Sequence[int], depth: int = 10) -> Scores:
+    """Scores of one ranking, to be averaged over questions. Recall is 1 if ALL gold documents are in the first k.
+
+    NDCG weights gold documents by their gains (Järvelin & Kekäläinen 2002). MAP divides by the number of all gold
+    documents, including those not found (trec_eval's `map_cut`).
     """
-    ranks = sorted(ranking.index(document) + 1 for document in gold if document in ranking[:depth])  # each counts once
+    ranks = sorted(ranking.index(document) + 1 for document in gold if document in ranking[:depth])
     gain = sum(gold[ranking[rank - 1]] / math.log2(rank + 1) for rank in ranks)
     ideal = enumerate(sorted(gold.values(), reverse=True)[:depth], start=1)
     return {
@@ -58,9 +66,9 @@ def score_ranking(ranking: Sequence[T], gold: Mapping[T, float], cutoffs: Sequen
 
 
 def retrieval_rows(found: Sequence[Sequence[Document]], examples: Sequence[Example], cutoffs: Sequence[int]) -> Rows:
-    """One row a question: what was asked and found, and its `scores`: `retr/recall@4` and so on, none without gold.
+    """One row per question: the example, the documents found, and `scores` such as `retr/recall@4` (none without gold).
 
-    `found` holds at least max(cutoffs, 10) documents a question, best first.
+    `found` holds at least max(cutoffs, 10) documents per question, best first.
     """
     rows = []
     for documents, example in zip(found, examples, strict=True):
@@ -73,9 +81,9 @@ def retrieval_rows(found: Sequence[Sequence[Document]], examples: Sequence[Examp
 
 
 def mean_scores(rows: Rows) -> Scores:
-    """The mean of each of the rows' `scores` over the questions that have it, by our name and by LocalRQA's.
+    """Mean of each score over the questions that have it, under our name and under LocalRQA's.
 
-    Recall@4 is `retr/recall@4` and `retr/document_recall/recall4`. ROUGE is of word stems here, of whole words there.
+    Recall@4 is `retr/recall@4` and `retr/document_recall/recall4`. ROUGE compares word stems; LocalRQA's, whole words.
     """
     names = dict.fromkeys(name for row in rows for name in row["scores"])
     columns = {name: [row["scores"][name] for row in rows if name in row["scores"]] for name in names}

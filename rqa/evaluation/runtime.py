@@ -1,4 +1,4 @@
-"""How long work takes, how much memory, and on which machine."""
+"""Time, memory and machine of an evaluation."""
 
 import os
 import platform
@@ -20,7 +20,7 @@ PACKAGES = (torch, transformers, faiss, np)
 
 
 def seconds(work: Callable[[], Any]) -> float:
-    """The seconds that `work` takes, until the GPU has finished it, too."""
+    """Seconds that `work` takes, until the GPU has finished, too."""
     finish = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
     finish()
     started = time.perf_counter()
@@ -30,13 +30,13 @@ def seconds(work: Callable[[], Any]) -> float:
 
 
 def latencies(durations: Sequence[float]) -> dict[str, float]:
-    """Percentiles of durations in seconds, in milliseconds: `latency_p50_ms` and so on."""
+    """Percentiles in milliseconds of durations in seconds: `latency_p50_ms` and so on."""
     return {f"latency_p{p}_ms": float(np.percentile(np.asarray(durations) * 1000, p)) for p in (50, 95, 99)}
 
 
 def peak_memory() -> dict[str, float]:
-    """The most memory that this process held so far, in GiB: of the host and, with one, of the GPU."""
-    unit = 2**30 if sys.platform == "darwin" else 2**20  # bytes there, KiB elsewhere
+    """Peak memory of this process so far in GiB, of the host and, if there is one, of the GPU."""
+    unit = 2**30 if sys.platform == "darwin" else 2**20  # macOS counts bytes, Linux KiB
     peak = {"host": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit}
     if torch.cuda.is_available():
         peak["gpu"] = torch.cuda.max_memory_allocated() / 2**30
@@ -44,7 +44,7 @@ def peak_memory() -> dict[str, float]:
 
 
 def machine() -> dict[str, Any]:
-    try:  # `platform.processor` is empty or only the architecture on Linux
+    try:  # on Linux `platform.processor` is empty or only the architecture
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         cpu = next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):

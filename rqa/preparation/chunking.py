@@ -1,4 +1,4 @@
-"""From files to a document database: read, cut into passages, freed of duplicates, counted."""
+"""From files to a document database: texts are read, cut into passages, deduplicated and counted."""
 
 import re
 import sqlite3
@@ -22,17 +22,17 @@ from rqa.runtime.flags import Arguments, flag
 Span = tuple[int, int]  # begin and end, in characters
 
 LEVELS = ["heading", "paragraph", "line", "sentence", "word"]
-BATCH_CHARACTERS = 1_000_000  # of the texts that are tokenised in one call, about
-LONGEST_UNKNOWN = 8  # characters that one token for an unknown word may stand for
-NAMED = 20  # skipped texts, and files of other kinds, that the summary names
+BATCH_CHARACTERS = 1_000_000  # tokenised in one call, approximately
+LONGEST_UNKNOWN = 8  # a token that stands for more characters than its own plus these counts once per character
+LISTED = 20  # maximum number of skipped texts, and of files of other kinds, listed in the summary
 
-_CUTS = {  # a piece ends where one of these does
+_CUTS = {  # a piece ends where a match ends
     "paragraph": re.compile(r"(?<!\n)(?=\n[ \t\r]*\n)"),
     "line": re.compile(r"(?<!\n)(?=\n)"),
     "sentence": re.compile(r"[.!?\u2026][\"'\u201d\u2019)\]]*(?=\s)|[\u3002\uff01\uff1f]"),
     "word": re.compile(r"(?<!\s)(?=\s)"),
 }
-# What readers see as one character: linear and of bounded length, unlike regex's own \X.
+# A grapheme, which readers see as one character; unlike regex's \X it takes linear time and has a bounded length.
 _GRAPHEME = regex.compile(r"(?s)\p{RI}{2}|.(?:[\p{GCB=EX}\p{GCB=SM}\p{GCB=V}\p{GCB=T}]|\u200d.){0,31}")
 _FENCE = re.compile(r"^(```|~~~).*?(?:^\1|\Z)", re.MULTILINE | re.DOTALL)
 
@@ -41,10 +41,10 @@ _FENCE = re.compile(r"^(```|~~~).*?(?:^\1|\Z)", re.MULTILINE | re.DOTALL)
 class ChunkArguments(Arguments):
     """How long passages are, and where they may be cut."""
 
-    chunk_size: int = flag(400, "Tokens of a passage, at most.")
-    chunk_overlap: int = flag(50, "Tokens that the next passage repeats, at most: whole lines, sentences or words.")
-    split_at: list[str] = flag(LEVELS, "Places to cut at; a weaker one only where a piece is still too long.", LEVELS)
-    count_special_tokens: bool = flag(False, "Whether each piece and joint counts special tokens, as in LocalRQA.")
+    chunk_size: int = flag(400, "Maximum tokens of a passage.")
+    chunk_overlap: int = flag(50, "Maximum tokens that the next passage repeats, in whole lines, sentences or words.")
+    split_at: list[str] = flag(LEVELS, "Places to cut at; weaker ones are used where a piece is too long.", LEVELS)
+    count_special_tokens: bool = flag(False, "Whether each piece and each join counts special tokens, as in LocalRQA.")
 
     def check(self) -> None:
         self.check_bounds("chunk_size", at_least=1)
@@ -52,19 +52,19 @@ class ChunkArguments(Arguments):
 
 
 class Chunker:
-    """Cuts texts into passages; tokens are counted where they stand in the text.
+    """Cuts texts into passages by the tokens of the whole text.
 
-    A tokenizer that joins a word with the space before it may give a passage, which starts without one, a token more.
+    A passage, tokenised by itself, may have one token more if the tokenizer joins words with the space before them.
     """
 
     def __init__(self, tokenizer: Tokenizer, flags: ChunkArguments) -> None:
-        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # the caller's keeps its truncation and padding
+        self.tokenizer = Tokenizer.from_str(tokenizer.to_str())  # a copy; the caller's keeps its settings
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
         self.flags = flags
         self.charge = self.tokenizer.num_special_tokens_to_add(False) if flags.count_special_tokens else 0
         if self.charge >= flags.chunk_size:
-            raise UserError(f"--chunk_size {flags.chunk_size}: the tokenizer's special tokens alone take as much")
+            raise UserError(f"--chunk_size {flags.chunk_size}: the tokenizer's special tokens fill it; raise it")
 
     def passages(self, sources: Iterable[Source]) -> Iterator[tuple[Source, list[Document]]]:
         """Yield each text with its passages, in order; a blank text has none."""
@@ -77,7 +77,7 @@ class Chunker:
                 yield source, self._passages(source, _spans(source.text, encoding))
 
     def _passages(self, source: Source, tokens: Sequence[Span]) -> list[Document]:
-        # A comment in fenced code is no heading.
+        # A comment in fenced code is not a heading.
         prose = _FENCE.sub(lambda fence: " " * len(fence[0]), source.text) if source.markdown else ""
         headings = list(HEADING.finditer(prose))
         positions = [heading.start() for heading in headings]
@@ -92,7 +92,7 @@ class Chunker:
 
 
 class _Cutter:
-    """One text: split at the strongest place that occurs, what is too long split again, neighbours joined again."""
+    """Cuts one text: splits at the strongest level that occurs, splits long pieces again, joins short neighbours."""
 
     def __init__(self, text: str, tokens: Sequence[Span], headings: Sequence[int], chunker: Chunker) -> None:
         self.text, self.headings, self.charge = text, headings, chunker.charge
@@ -102,12 +102,12 @@ class _Cutter:
         self.levels = [level for level in LEVELS if level in chunker.flags.split_at]
 
     def split(self, begin: int, end: int, depth: int = 0) -> Iterator[Span]:
-        """The passages of a stretch that was cut at the first `depth` levels."""
+        """Yield the passages of a stretch that was cut at the first `depth` levels."""
         cuts: list[int] = []
         while not cuts and depth < len(self.levels):
             cuts = self._cuts(self.levels[depth], begin, end)
             depth += 1
-        # What has no place to cut, as a word longer than a passage, is cut between tokens.
+        # A stretch without such places, such as a word longer than a passage, is cut between tokens.
         cuts = cuts or sorted(set(self.starts[bisect_right(self.starts, begin) : bisect_left(self.starts, end)]))
         fitting: list[Span] = []
         for piece in pairwise([begin, *cuts, end]):
@@ -129,7 +129,7 @@ class _Cutter:
         return bisect_left(self.starts, end) - bisect_right(self.ends, begin) + self.charge
 
     def _join(self, pieces: Iterable[Span]) -> Iterator[Span]:
-        """As many neighbours as fit; the last ones, as far as the overlap reaches, open the next passage, too."""
+        """Join as many neighbours as fit; the last ones, up to the overlap, also begin the next passage."""
         window: deque[tuple[int, int, int]] = deque()
         total = 0
         for begin, end in pieces:
@@ -145,17 +145,18 @@ class _Cutter:
 
 
 def _spans(text: str, encoding: Encoding) -> list[Span]:
-    """Where the tokens stand; a long stretch that they do not spell, as an unknown word, counts a token a character.
+    """The spans of the tokens in the text. A long stretch without its own tokens counts one token per character.
 
-    It can be cut between what readers see as characters: an emoji of several stays whole.
+    Such a stretch, for example an unknown word, is cut between graphemes, so that an emoji of several characters stays
+    whole.
     """
     spans: list[Span] = []
     reached = 0
     for token, span in zip([*encoding.tokens, ""], [*encoding.offsets, (len(text), len(text))], strict=True):
         for (begin, end), spelt in (((reached, span[0]), 0), (span, len(token))):
             if end - begin > LONGEST_UNKNOWN + spelt and not text[begin:end].isspace():
-                for seen in _GRAPHEME.finditer(text, begin, end):
-                    spans += [seen.span()] * len(seen[0])
+                for grapheme in _GRAPHEME.finditer(text, begin, end):
+                    spans += [grapheme.span()] * len(grapheme[0])
             elif spelt:
                 spans.append((begin, end))
         reached = max(reached, span[1])
@@ -163,34 +164,34 @@ def _spans(text: str, encoding: Encoding) -> list[Span]:
 
 
 class Seen:
-    """A set of texts, kept as hashes in a temporary database that spills to the disk and vanishes with the process."""
+    """A set of texts, kept as hashes in a temporary SQLite database, which is deleted when the process ends."""
 
     def __init__(self) -> None:
-        self._database = sqlite3.connect("")  # "": a temporary file, unlinked by SQLite
+        self._database = sqlite3.connect("")  # "": a temporary file that SQLite unlinks
         self._database.execute("CREATE TABLE seen (hash BLOB PRIMARY KEY) WITHOUT ROWID")
         self._database.execute("PRAGMA journal_mode = OFF")
 
     def add(self, *parts: str) -> bool:
-        """Remember a text, in parts whose boundaries count; False if it was there already."""
+        """Add a text, given in parts whose boundaries count. -> whether it is new"""
         half = bytes.fromhex(fingerprint(*parts))[:16]
         return self._database.execute("INSERT OR IGNORE INTO seen VALUES (?)", (half,)).rowcount == 1
 
 
 @dataclass
 class Collection:
-    """Passages of files, and what became of them once `passages` has run to its end."""
+    """Passages of files, with counts that are complete once `passages` is exhausted."""
 
     paths: Sequence[str | Path]
     chunker: Chunker
-    texts: int = 0  # that gave passages
+    texts: int = 0  # texts with passages
     characters: int = 0  # of these texts
     documents: int = 0
-    duplicates: int = 0  # of a passage with the same title and words; left out
-    skipped: list[str] = field(default_factory=list)  # texts that gave nothing: the place and the reason
-    others: list[str] = field(default_factory=list)  # files of a folder whose ending says that they cannot be read
+    duplicates: int = 0  # passages left out, since one with the same title and words came before
+    skipped: list[str] = field(default_factory=list)  # texts without passages: place and reason
+    others: list[str] = field(default_factory=list)  # files in folders, of kinds that cannot be read
 
     def passages(self) -> Iterator[Document]:
-        """Yield each passage once. Memory does not grow with their number."""
+        """Yield each distinct passage; memory does not grow with their number."""
         seen = Seen()
         for source, passages in self.chunker.passages(self._sources()):
             if not passages:
@@ -231,6 +232,6 @@ class Collection:
         if self.others:
             left_out[f"{len(self.others)} files of other kinds"] = self.others
         for what, places in left_out.items():
-            lines += [f"{what} left out", *(f"  {place}" for place in places[:NAMED])]
-            lines += [f"  and {len(places) - NAMED} more"] * (len(places) > NAMED)
+            lines += [f"{what} left out", *(f"  {place}" for place in places[:LISTED])]
+            lines += [f"  and {len(places) - LISTED} more"] * (len(places) > LISTED)
         return "\n".join(lines)

@@ -1,4 +1,4 @@
-"""From another layout to ours and back, a row in memory at a time."""
+"""Conversion of other layouts to ours and back, with one row in memory at a time."""
 
 import json
 import re
@@ -19,7 +19,7 @@ from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
 
-JUDGED = {  # folders: a corpus, and for each split the questions and which passages are relevant to them
+JUDGED = {  # folders with a corpus, and for each split questions and relevance judgements
     "beir": ("corpus.jsonl", "queries.jsonl", "qrels/*.tsv"),
     "msmarco_passages": ("collection.tsv", "queries.*.tsv", "qrels.*.tsv"),
 }
@@ -30,8 +30,8 @@ WRITABLE = sorted([*LAYOUTS, "beir"])
 def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: str = "") -> Counter[str]:
     """Convert files to `documents.jsonl` and, for each split, `SPLIT_w_qa.jsonl`, or `SPLIT_w_q.jsonl` without answers.
 
-    Unanswerable questions get `no_answer` as their answer; without it they are left out. Returns counts of all that.
-    People's ratings ("feedback") become both files, and no documents.
+    Unanswerable questions get `no_answer` as their answer, or are left out if it is empty. People's ratings
+    ("feedback") become both files and no documents. -> counts by what is counted
     """
     ending = "_w_qa" if layout in LAYOUTS and LAYOUTS[layout].answers else "_w_q" if layout != "feedback" else ""
     counts: Counter[str] = Counter()
@@ -61,10 +61,10 @@ def read_layout(layout: str, paths: Sequence[Path], directory: Path, no_answer: 
 def write_layout(
     layout: str, directory: Path, documents: Path | None, splits: dict[str, Path], no_answer: str = ""
 ) -> Counter[str]:
-    """Write a database, for layouts that have one, and files of examples. Returns how many rows each file has."""
+    """Write the database, in layouts that have one, and the examples. -> the number of rows by file"""
     if layout == "beir":
         if documents is None:
-            raise UserError("--document_path: BEIR needs the whole corpus; name it")
+            raise UserError("--document_path: missing; beir needs the whole corpus")
         return _write_beir(directory, documents, splits)
     chosen = LAYOUTS[layout]
     with _writing(directory, chosen.around) as (write, counts):
@@ -74,7 +74,7 @@ def write_layout(
         for split, path in splits.items():
             name = f"{split}.jsonl" if chosen.around == JSONL else f"{split}.json"
             examples = iterate_examples(path)
-            if no_answer:  # the gold answer of what is unanswerable
+            if no_answer:  # the gold answer of unanswerable questions
                 examples = (replace(e, gold_answer="") if e.gold_answer == no_answer else e for e in examples)
             write(name)
             for row in progress(chosen.write(examples), desc=name, unit="row"):
@@ -84,7 +84,7 @@ def write_layout(
 
 @contextmanager
 def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[Callable[..., None], Counter[str]]]:
-    """A function that adds rows to a file by name, and how many each file has. All files are kept, or none."""
+    """Yield a function that appends rows to a named file, and the files' row counts. All files are kept, or none."""
     before, between, behind = around
     counts: Counter[str] = Counter()
     files: dict[str, IO[str]] = {}
@@ -109,16 +109,17 @@ def _writing(directory: Path, around: Sequence[str] = JSONL) -> Iterator[tuple[C
 def _read_rows(layout: str, paths: Sequence[Path]) -> Iterator[tuple[str, Document | Example | str]]:
     stems = [path.name.removesuffix(".gz").rpartition(".")[0] or path.name for path in paths]
     if twice := [stem for stem in stems if stems.count(stem) > 1]:
-        raise UserError(f"--input_path: two files are called {twice[0]}, which names the split")
+        raise UserError(f"--input_path: two files are called {twice[0]}, which names the split; rename one")
     for stem, path in zip(stems, paths, strict=True):
         if layout == "feedback":
             yield from read_feedback(path, stem)
-        for row in read_rows(path, LAYOUTS[layout].key) if layout in LAYOUTS else ():
-            yield from ((stem, item) for item in LAYOUTS[layout].read(row))
+        else:
+            for row in read_rows(path, LAYOUTS[layout].key):
+                yield from ((stem, item) for item in LAYOUTS[layout].read(row))
 
 
 def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Document | Example | str]]:
-    """Every passage of a folder's corpus, then the questions of each split that have a relevant one."""
+    """Yield all passages of a folder's corpus, then each split's questions that have a relevant passage."""
     corpus, queries, qrels = JUDGED[layout]
     before, behind = qrels.split("*")
     for folder in folders:
@@ -139,15 +140,15 @@ def _read_judged(layout: str, folders: Sequence[Path]) -> Iterator[tuple[str, Do
         for split, relevant in judged.items():
             absent = sum(name not in passages for gains in relevant.values() for name in gains)
             yield from [("", f"judgements of {split} without a finite score or a passage with text left out")] * absent
-            asked, total = 0, len(relevant)
+            kept, total = 0, len(relevant)
             for query, _, question in _read_texts(folder / queries.replace("*", split)):
                 gains = relevant.pop(query, {}) if question.strip() else {}
                 if gold := tuple(passages[name].graded(gain) for name, gain in gains.items() if name in passages):
                     yield split, Example(question, gold, where=str(files[split]))
-                    asked += 1
-            if not asked:
-                raise UserError(f"{files[split]}: has no score above 0 of a passage with text; mend or remove it")
-            yield from [("", f"judged questions of {split} left out")] * (total - asked)
+                    kept += 1
+            if not kept:
+                raise UserError(f"{files[split]}: has no score above 0 for a passage with text; correct or remove it")
+            yield from [("", f"judged questions of {split} left out")] * (total - kept)
 
 
 def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
@@ -165,7 +166,7 @@ def _read_texts(path: Path) -> Iterator[tuple[str, str, str]]:
 
 
 def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
-    """The relevant passages of each query with their gains: query, passage, score below a header, or TREC's columns."""
+    """Read the gains of each query's relevant passages, from columns query, passage, score, or from TREC's qrels."""
     relevant: defaultdict[str, dict[str, float]] = defaultdict(dict)
     for where, fields in read_table(path):
         fields = fields if len(fields) > 1 else fields[0].split()
@@ -174,7 +175,7 @@ def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
         query, passage, score = fields[0], fields[-2], fields[-1].strip()
         try:
             gain = float(re.sub(r"^$|.*\d_.*", "nan", score))
-            if not gain <= 0:  # what is no finite number is kept under a name that no passage has
+            if not gain <= 0:  # NaN and infinity get a name that no passage has, and are counted as left out
                 relevant[query][passage if gain < float("inf") else f"{passage}\t"] = gain
         except ValueError:
             if not where.endswith(":1"):  # the header
@@ -183,9 +184,9 @@ def _read_judgements(path: Path) -> dict[str, dict[str, float]]:
 
 
 def _write_beir(directory: Path, documents: Path, splits: dict[str, Path]) -> Counter[str]:
-    """A passage is called by its source, and where that is taken by source#number."""
-    asked = (example for path in splits.values() for example in iterate_examples(path))
-    names: dict[tuple[str, str], str] = {document.key: "" for example in asked for document in example.gold_docs}
+    """Write BEIR's files; a passage's `_id` is its source, or source#number if that is taken."""
+    examples = (example for path in splits.values() for example in iterate_examples(path))
+    names: dict[tuple[str, str], str] = {document.key: "" for example in examples for document in example.gold_docs}
     taken = Seen()
     with _writing(directory) as (write, counts):
         for number, document in enumerate(progress(iterate_documents(documents), desc="corpus.jsonl", unit="passage")):

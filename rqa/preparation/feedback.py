@@ -1,4 +1,4 @@
-"""What people say of a server's answers: kept as rqa's examples, from which training files are made."""
+"""People's ratings of a server's answers, kept as examples, from which training files are made."""
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
@@ -15,13 +15,13 @@ from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import append_line, read_jsonl
 
-MARKS = ("clicked", "helpful", "rejected")  # what a person did with a passage, or thinks of it
+MARKS = ("clicked", "helpful", "rejected")  # marks that a person gives a passage
 
 
 class Rating(NamedTuple):
-    """What somebody said of one answer."""
+    """A person's rating of one answer."""
 
-    asked: Example
+    example: Example
     answer: str
     up: bool
     correction: str  # "" for none
@@ -30,26 +30,26 @@ class Rating(NamedTuple):
 
 
 def parse_rating(values: dict[str, Any], where: str) -> Rating:
-    """Check a decoded row of a feedback file; `where` is file and line, for the error."""
-    row, asked = Row(values, where), parse_example(values, where)[0]
+    """Check a row of a feedback file; `where` names file and line in errors."""
+    row, example = Row(values, where), parse_example(values, where)[0]
     for name in ("question", "generated_answer"):
         if not row.text(name).strip():
             raise row.wrong(name, "a text that is not blank")
     if row.text("rating") not in ("1", "-1"):
         raise row.wrong("rating", "1 or -1")
     up, correction, passages = row.text("rating") == "1", row.text("corrected_answer", "").strip(), []
-    for document, shown in zip(asked.ctxs, row.rows("ctxs"), strict=True):
-        marks = [shown.values.get(name) or False for name in ("rejected", "helpful", "clicked", "cited")]
-        if not all(isinstance(mark, bool) for mark in marks):  # a text such as "no" would count as yes
+    for document, context in zip(example.ctxs, row.rows("ctxs"), strict=True):
+        marks = [context.values.get(name) or False for name in ("rejected", "helpful", "clicked", "cited")]
+        if not all(isinstance(mark, bool) for mark in marks):  # a string such as "no" would count as true
             raise row.wrong("ctxs", "passages whose rejected, helpful, clicked and cited are true or false")
         rejected, helpful, clicked, cited = marks
         if rejected or helpful or (clicked and up) or (cited and (up or correction)):
             passages.append((not rejected, document))
-    return Rating(asked, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
+    return Rating(example, row.text("generated_answer").strip(), up, correction, row.text("time", ""), passages)
 
 
 class Feedback:
-    """A file of ratings, one a line, and the database that holds the rated passages."""
+    """A file of ratings, one per line, and the database of the rated passages."""
 
     def __init__(self, path: str | Path, documents: Sequence[Document]) -> None:
         self.path, self.documents = Path(path), documents
@@ -59,15 +59,15 @@ class Feedback:
             raise UserError(f"--feedback_path {path}: {error.strerror}; name a file to write ratings to") from None
 
     def save(self, body: dict[str, Any]) -> None:
-        """Add a rating; it says which passages its correction cites, or else its answer."""
+        """Append a rating, with the passages that its correction cites, or else its answer."""
         sent, time = Row(body, "feedback"), datetime.now(UTC).isoformat(timespec="milliseconds")
         row = {name: body.get(name) for name in ("question", "chat_history", "rating", "corrected_answer")}
         try:
             rating = parse_rating(row | {"generated_answer": body.get("answer"), "time": time}, "feedback")
             ids, model = {name: sent.texts(name) for name in ("passages", *MARKS)}, sent.text("model", "")
         except UserError as error:
-            said = str(error).replace("generated_", "")
-            raise BadRequest(said, said.split("'")[1]) from None
+            message = str(error).replace("generated_", "")
+            raise BadRequest(message, message.split("'")[1]) from None
         shown = {name: known for name in ids["passages"] if (known := passage_of(self.documents, name))}
         if unknown := [name for listed in ids.values() for name in listed if name not in shown]:
             raise BadRequest(f"'passages' lacks {unknown[0][:80]!r}, or the database does; ask again", "passages")
@@ -77,25 +77,25 @@ class Feedback:
             document.to_json() | {"id": name, "cited": number in cited} | {mark: name in ids[mark] for mark in MARKS}
             for number, (name, document) in enumerate(shown.items(), start=1)
         ]
-        row = {"question": rating.asked.question, "chat_history": rating.asked.to_json()["chat_history"]}
+        row = {"question": rating.example.question, "chat_history": rating.example.to_json()["chat_history"]}
         row |= {"ctxs": contexts, "generated_answer": rating.answer, "rating": 1 if rating.up else -1}
         append_line(self.path, row | {"corrected_answer": correction or None, "model": model, "time": time})
 
 
 def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
-    """Yield examples of `STEM_w_qa` (for readers) and `STEM_w_q` (for retrievers); beside "", what is to be counted.
+    """Yield examples with their file, `STEM_w_qa` (for readers) or `STEM_w_q` (for retrievers), and counts with "".
 
-    Of several ratings of an answer, or judgements of a passage for one question, the latest holds.
+    The latest rating of an answer counts, as does the latest judgement of a passage for a question.
     """
     groups: defaultdict[str, list[Rating]] = defaultdict(list)
     for line, row in read_jsonl(path):
         rating = parse_rating(row, f"{path}:{line}")
-        groups[normalize(retrieval_query(rating.asked))].append(rating)
+        groups[normalize(retrieval_query(rating.example))].append(rating)
     for ratings in groups.values():
         ratings.sort(key=lambda rating: rating.time)
         latest = {rating.answer: rating for rating in ratings}
         kept = [rating for rating in ratings if latest[rating.answer] is rating]
-        worth: dict[str, int] = {}  # 2: somebody wrote this answer, 1: it was rated up, 0: down; the latest comes last
+        worth: dict[str, int] = {}  # answer -> 2: a correction, 1: rated up, 0: rated down; the latest comes last
         judged: defaultdict[tuple[str, str], list[tuple[bool, Document]]] = defaultdict(list)
         for rating in kept:
             for text, value in ((rating.answer, int(rating.up)), (rating.correction, 2)):
@@ -105,7 +105,7 @@ def read_feedback(path: Path, stem: str) -> Iterator[tuple[str, Example | str]]:
                 judged[document.key].append((is_gold, document))
         answers = sorted((text for text in reversed(worth) if text and worth[text]), key=lambda text: -worth[text])
         gold, negative = (tuple(d for *_, (last, d) in judged.values() if last == is_gold) for is_gold in (True, False))
-        example = Example(kept[-1].asked.question, gold, chat_history=kept[-1].asked.chat_history)
+        example = Example(kept[-1].example.question, gold, chat_history=kept[-1].example.chat_history)
         verdicts = {(rating.answer, rating.up, rating.correction) for rating in ratings}
         counts = {
             "ratings": len(ratings),

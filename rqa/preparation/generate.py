@@ -1,4 +1,4 @@
-"""Training data from a document database: passages sampled and split, questions asked about them, answers given."""
+"""Training data from a document database: passages are sampled and split, a model writes questions and answers."""
 
 import json
 import logging
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 Conversation = list[dict[str, str]]
 
-FIRST, AT_ONCE = 10, 64  # conversations whose replies are judged together: at first, and then at least
-KEPT_AT_ONCE = 32  # conversations between two writes of the store: what an interruption costs at most
-LOOP = 64  # characters, or tokens, that end a reply and stand in it before: small models say the same for ever
-SHOWN = 3  # replies that are left out
+FIRST, AT_ONCE = 10, 64  # conversations in the first batch, and at least in later ones
+KEPT_AT_ONCE = 32  # conversations between two writes of the store, the most that an interruption costs
+LOOP = 64  # characters or tokens: a reply whose end of this length occurred before is a loop, as small models make
+SHOWN = 3  # rejected replies that are logged
 
 ASK_QUESTIONS = """\
 Here is a passage of a larger collection.
@@ -56,12 +56,12 @@ passage". If the passage does not answer the question, reply with the words NO A
 
 Question: {question}"""
 
-FEWEST_WORDS = 3  # of a question; what is shorter asks for nothing in particular
+FEWEST_WORDS = 3  # of a question; shorter ones are not specific
 _MARK = re.compile(r"^[\s\-*\u2022>#]*(?:(?:Q|Question)?\s*\d*\s*[.):]\s)?", re.IGNORECASE)
 # Small models write 'The answer to the question: What ...?'.
 _LABEL = re.compile(r"^.*\bquestion\s*\d*:[\s*]*", re.IGNORECASE)
-_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # no reader of a question or an answer sees one
-_QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # also full-width and Arabic
+_UNSEEN = re.compile(r"\b(?:the|this) passage\b", re.IGNORECASE)  # people who ask do not see the passage
+_QUESTION_END = re.compile(r"[?\uff1f\u061f]$")  # ASCII, full-width and Arabic
 
 
 @dataclass(kw_only=True)
@@ -69,10 +69,10 @@ class GeneratorArguments(LoadingArguments, EndpointArguments, ChatTemplateArgume
     """The language model that writes, and its price."""
 
     model_name_or_path: str = flag(help="Model that writes: a directory, a hub name, or openai::http://host:port/v1.")
-    max_new_tokens: int = flag(256, "Tokens of a reply, at most.")
-    prompt_template: str | None = flag(None, "Text file that replaces the prompt and keeps its placeholders.")
-    price: list[float] = flag([], "Prices in dollars of a million tokens in and a million out, for the estimate.")
-    estimate_only: bool = flag(False, "Whether to log what it would cost and stop.")
+    max_new_tokens: int = flag(256, "Maximum tokens of a reply.")
+    prompt_template: str | None = flag(None, "Text file that replaces the prompt, with the same placeholders.")
+    price: list[float] = flag([], "Dollars per million input tokens, and per million output tokens, to estimate costs.")
+    estimate_only: bool = flag(False, "Whether to log the estimated cost and stop.")
 
     def check(self) -> None:
         self.check_bounds("max_new_tokens", at_least=1)
@@ -81,18 +81,18 @@ class GeneratorArguments(LoadingArguments, EndpointArguments, ChatTemplateArgume
 
 @dataclass(kw_only=True)
 class SampleArguments(Arguments):
-    """Passages to ask about, and their splits."""
+    """Sampled passages, and their splits."""
 
     num_train_passages: int = flag(1000, "Number of passages in the training split.")
     num_eval_passages: int = flag(100, "Number of passages in the evaluation split.")
     num_test_passages: int = flag(100, "Number of passages in the test split.")
-    split_by: str = flag("passage", "What no two splits share: a passage, or a source.", ["passage", "source"])
-    min_passage_words: int = flag(20, "Words of a passage, at least; shorter ones are not asked about.")
-    seed: int = flag(42, "Seed that decides which passages are chosen.")
+    split_by: str = flag("passage", "Unit that no two splits share.", ["passage", "source"])
+    min_passage_words: int = flag(20, "Minimum words of a passage; shorter ones are not asked about.")
+    seed: int = flag(42, "Seed of the choice of passages.")
 
     def check(self) -> None:
         if min(self.sizes.values()) < 0 or not any(self.sizes.values()):
-            raise UserError("--num_train_passages, --num_eval_passages, --num_test_passages: ask for some passages")
+            raise UserError("--num_train_passages, --num_eval_passages, --num_test_passages: set one or more, above 0")
 
     @property
     def sizes(self) -> dict[str, int]:
@@ -100,42 +100,42 @@ class SampleArguments(Arguments):
 
 
 def parse_questions(reply: str, number: int) -> list[str]:
-    """The first lines that end in a question mark and do not speak of the passage, none twice; or a ValueError."""
-    # Numbers, bullets, quotes and whatever leads to "question:" are taken off.
+    """The first `number` distinct lines that end in a question mark and do not mention the passage, or a ValueError."""
+    # Numbers, bullets, quotes and any text up to "question:" are removed.
     lines = (_LABEL.sub("", _MARK.sub("", line, count=1)) for line in reply.splitlines())
     lines = (line.strip().strip('*"\u201c\u201d ') for line in lines)
     lines = [line for line in lines if len(words(line)) >= FEWEST_WORDS and _QUESTION_END.search(line)]
     questions = list(dict.fromkeys(line for line in lines if not _UNSEEN.search(line)))
     if not questions:
-        raise ValueError("speaks of the passage" if lines else "holds no question")
+        raise ValueError("mentions the passage" if lines else "holds no question")
     return questions[:number]
 
 
 def parse_answer(reply: str, question: str) -> str:
-    """The answer on one line; a ValueError where there is none, or it speaks of the passage, or is the question."""
+    """The answer on one line; a ValueError if it is missing, mentions the passage, or repeats the question."""
     answer = " ".join(re.sub(r"^\s*answer\s*:", "", reply, flags=re.IGNORECASE).split())
-    said = words(answer)
-    if not said or said == words(question) or said[:2] == ["no", "answer"]:
+    answer_words = words(answer)
+    if not answer_words or answer_words == words(question) or answer_words[:2] == ["no", "answer"]:
         raise ValueError("holds no answer")
     if _UNSEEN.search(answer):
-        raise ValueError("speaks of the passage")
+        raise ValueError("mentions the passage")
     return answer
 
 
 class LocalGenerator:
-    """A decoder in this process, or a copy of it in each of several; its own chat template is used."""
+    """A decoder with its own chat template, loaded by every process."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, flags: GeneratorArguments) -> None:
-        self.tokenizer, most, variables = tokenizer, flags.max_new_tokens, flags.chat_template_kwargs
-        prompt = PromptArguments(chat_format="template", max_new_tokens=most, chat_template_kwargs=variables)
+        self.tokenizer, limit, variables = tokenizer, flags.max_new_tokens, flags.chat_template_kwargs
+        prompt = PromptArguments(chat_format="template", max_new_tokens=limit, chat_template_kwargs=variables)
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
         self.reader.loop = LOOP
-        self._limit = (getattr(model.config, "max_position_embeddings", None) or 10**9) - most
+        self._longest = (getattr(model.config, "max_position_embeddings", None) or 10**9) - limit
         self._store = Store(cache_root() / "generated.sqlite")
-        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{most} {LOOP} {variables}")
+        self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{limit} {LOOP} {variables}")
 
     def generate(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
-        """Each reply, greedily, and whether it is cut; what an earlier run was told is not asked again. [Q] -> [Q]"""
+        """Each greedy reply, and whether it is cut; replies of earlier runs are reused. [Q] -> [Q]"""
         keys = [fingerprint(self._identity, json.dumps(turns)) for turns in conversations]
         waiting = dict(zip(keys, conversations, strict=True))
         kept = distributed.from_main(self._store.get(waiting))
@@ -148,20 +148,20 @@ class LocalGenerator:
         return [(text, cut) for text, cut in (kept[key] for key in keys)]
 
     def _reply(self, conversations: Sequence[Conversation]) -> list[tuple[str, bool]]:
-        """Each process replies to its share; a conversation longer than the model can read gets an empty reply."""
+        """Generate a share of the replies in each process, and gather all; a prompt that is too long gets ""."""
         prompter = self.reader.prompter
-        said = ([turn | {"content": prompter.as_text(turn["content"])} for turn in turns] for turns in conversations)
-        texts = map(prompter.apply_template, distributed.share(list(said)))
+        safe = ([turn | {"content": prompter.as_text(turn["content"])} for turn in turns] for turns in conversations)
+        texts = map(prompter.apply_template, distributed.share(list(safe)))
         prompts = [self.tokenizer.encode(text, add_special_tokens=False) for text in texts]
-        if longer := sum(len(prompt) > self._limit for prompt in prompts):
-            log.warning("%d passages are longer than the model can read; nothing is made of them", longer)
-        prompts = [prompt if len(prompt) <= self._limit else [] for prompt in prompts]
+        if longer := sum(len(prompt) > self._longest for prompt in prompts):
+            log.warning("%d passages are longer than the model can read and are left out", longer)
+        prompts = [prompt if len(prompt) <= self._longest else [] for prompt in prompts]
         answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
         return distributed.gather([(answer.text, answer.cut) for answer in answers])
 
 
 def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], list[tuple[str, bool]]]:
-    """`LocalGenerator.generate`, or the like for a server, of the model that the flags name."""
+    """The function that generates replies with the model that the flags name, here or behind a server."""
     name = flags.model_name_or_path
     if is_endpoint(name):
         endpoint = Endpoint(name, flags, flags.template_options)
@@ -173,7 +173,7 @@ def _writer(flags: GeneratorArguments) -> Callable[[Sequence[Conversation]], lis
         return ask
     tokenizer = load_tokenizer(name, flags.trust_remote_code)
     if not tokenizer.chat_template:
-        raise UserError(f"--model_name_or_path {name}: has no chat template; name a model tuned to instructions")
+        raise UserError(f"--model_name_or_path {name}: has no chat template; name an instruction-tuned model")
     return LocalGenerator(load_causal_lm(name, flags), tokenizer, flags).generate
 
 
@@ -181,9 +181,10 @@ def generate(
     conversations: Sequence[Conversation], flags: GeneratorArguments, wanted: str, accepted: Path,
     read: Callable[[int, str], list[Example]],
 ) -> list[list[Example]]:  # fmt: skip
-    """What `read` makes of each conversation's number and reply; its ValueError says why that is nothing. [Q] -> [Q]
+    """Generate a reply to each conversation, and parse it by `read(number, reply)` into examples. [Q] -> [Q]
 
-    What is made so far stands in the file `accepted`, which the caller removes.
+    A ValueError of `read` says why a reply is left out. The examples so far are in the file `accepted`, which the
+    caller deletes.
     """
     write, made, rejected, unfinished = _writer(flags), [], 0, 0
     while (done := len(made)) < len(conversations):
@@ -192,7 +193,7 @@ def generate(
             repeats = text.count(text[-LOOP:]) > 1
             unfinished += not text or (cut and not repeats)
             try:
-                whole = text.rpartition("\n")[0] if cut or repeats else text  # without the last line, which is not
+                whole = text.rpartition("\n")[0] if cut or repeats else text  # drops the unfinished last line
                 made.append(read(len(made), whole))
             except ValueError as error:
                 made.append([])
@@ -213,15 +214,15 @@ def generate(
 
 
 def asked_once(made: Sequence[list[Example]]) -> list[list[Example]]:
-    """The questions that were written about one passage alone; others name nothing that tells passages apart."""
+    """The questions written about one passage only; those about several do not tell passages apart."""
     frequency = Counter(normalize(draft.question) for drafts in made for draft in drafts)
     return [[draft for draft in drafts if frequency[normalize(draft.question)] == 1] for drafts in made]
 
 
-def dealt(made: Iterable[list[Example]], asked: Mapping[Any, Sequence[Any]]) -> dict[Any, list[Example]]:
-    """What was made of each conversation, by the name of the split or file that it was about."""
+def divide(made: Iterable[list[Example]], asked: Mapping[Any, Sequence[Any]]) -> dict[Any, list[Example]]:
+    """The examples of all conversations, divided among the splits or files that were asked about, in their order."""
     each = iter(made)
-    return {name: [example for _ in found for example in next(each)] for name, found in asked.items()}
+    return {name: [example for _ in items for example in next(each)] for name, items in asked.items()}
 
 
 def conversation(template: str, **fields: str) -> Conversation:
@@ -229,17 +230,17 @@ def conversation(template: str, **fields: str) -> Conversation:
 
 
 def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> dict[str, list[Document]]:
-    """Passages of each split, in the database's order; no text, or no source, is in two of them."""
-    distinct = np.sort(np.unique(normalized_of(documents), return_index=True)[1])  # positions of the T texts. [T]
+    """Passages of each split, in the database's order; no two splits share a text, or a source."""
+    distinct = np.sort(np.unique(normalized_of(documents), return_index=True)[1])  # positions of distinct texts. [T]
     groups = np.arange(len(distinct))
     if flags.split_by == "source":
         sources = (repr(documents[number].metadata.get("source", number)) for number in distinct.tolist())
         groups = np.unique(prints((source,) for source in sources), return_inverse=True)[1]
     shuffled = np.random.default_rng(flags.seed).permutation(len(distinct))[groups]
-    # Only passages that may be chosen are read: a database can be much larger than its sample.
+    # Passages are read lazily: a database can be much larger than the sample.
     drawn = ((shuffled[at], int(distinct[at])) for at in np.argsort(shuffled, kind="stable"))
     long_enough = (at for at in drawn if len(words(documents[at[1]].page_content)) >= flags.min_passage_words)
-    each_group = ([number for _, number in found] for _, found in groupby(long_enough, itemgetter(0)))
+    each_group = ([number for _, number in group] for _, group in groupby(long_enough, itemgetter(0)))
     chosen: dict[str, list[Document]] = {}
     read = 0
     for split, size in flags.sizes.items():
@@ -256,10 +257,10 @@ def sample_passages(documents: Sequence[Document], flags: SampleArguments) -> di
 
 
 def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int) -> list[Example]:
-    """The examples whose passage, or one of the same text, is among the k that the retriever finds.
+    """Keep the examples whose passage, or one with the same text, is among the k that the retriever finds.
 
-    What no retriever brings back from the whole database is a question that many passages answer, or none (Alberti et
-    al. 2019 keep questions by the answer; Dai et al. 2023, Promptagator, by the passage).
+    A question that does not retrieve its passage from the database fits many passages, or none (Alberti et al. 2019
+    keep questions by the answer; Dai et al. 2023, Promptagator, by the passage).
     """
     if not examples:
         return []
@@ -270,7 +271,7 @@ def round_trip(retriever: PassageRetriever, examples: Sequence[Example], k: int)
 
 
 def question_rows(examples: Iterable[Example]) -> Iterable[dict[str, Any]]:
-    """LocalRQA's rows: a passage a line, with its `questions`."""
+    """LocalRQA's rows: one per passage, with its `questions`."""
     rows: dict[tuple[str, str], dict[str, Any]] = {}
     for example in examples:
         row = rows.setdefault(example.gold_docs[0].key, example.to_json() | {"questions": []})

@@ -1,4 +1,4 @@
-"""Every layout by its name: which fields it has and what they hold, for reading and for writing alike."""
+"""Layouts of data sets by name: their fields and what these hold, for both reading and writing."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -11,39 +11,39 @@ from rqa.preparation.reading import Row
 
 JSONL, ARRAY = ("", "\n", "\n"), ("[\n", ",\n", "\n]\n")
 BLANK = "blank passages left out"
-LISTS = ("gold_docs", "hard_neg_docs", "ctxs", "others")  # of passages, in the order in which they join the database
+LISTS = ("gold_docs", "hard_neg_docs", "ctxs", "others")  # lists of passages, in the order they join the database
 
 
 def passage(text: str, source: str, title: str) -> Document | None:
-    """A passage; one whose text is blank is its title, and one that has neither is none."""
+    """A passage with this text, or with its title if the text is blank; None if both are."""
     content = text if text.strip() else title
     return Document(content, {"source": source, "title": title}) if content.strip() else None
 
 
 @dataclass(frozen=True)
 class Layout:
-    """One layout: the path of each field, in the order in which they are written, and what it holds.
+    """One layout: what the field at each path holds, in the order of writing.
 
-    In a row: `number` and `name` (its position, as a number and as a string), `question`, `answer` (the gold one),
-    `answers`, and passages: `gold_docs`, `hard_neg_docs`, `ctxs`, and `others`, which join the database and are not
-    written. In a passage: `source`, `title`, `text`, `contents` (title and text as FlashRAG joins them), `score`, and
-    `gold` or `selected` (true or 1: it is gold). Anything else is a constant.
+    A row's fields hold `number` or `name` (its position, as a number or a string), `question`, `answer` (the gold one),
+    `answers`, or passages: `gold_docs`, `hard_neg_docs`, `ctxs`, or `others`, which join the database and are not
+    written. A passage's fields hold `source`, `title`, `text`, `contents` (title and text as FlashRAG joins them),
+    `score`, `gold` (true if gold) or `selected` (1 if gold). Anything else is a constant.
     """
 
     row: dict[str, Any] = field(default_factory=dict)
     passage: dict[str, Any] = field(default_factory=dict)  # empty: a passage is a string
     answers: bool = True  # whether questions have answers
-    no_answer: str = ""  # the answer of unanswerable questions; empty: they have none
-    corpus: bool = False  # whether a row without a question is a passage, and corpus.jsonl holds such rows
-    key: str = ""  # the field that holds the rows, where a file is one JSON object
-    around: tuple[str, str, str] = JSONL  # what stands before, between and behind the rows
+    no_answer: str = ""  # the answer of unanswerable questions; "": they have an empty list
+    corpus: bool = False  # whether rows without a question are passages, and corpus.jsonl holds such rows
+    key: str = ""  # the field of the rows, if a file is one JSON object
+    around: tuple[str, str, str] = JSONL  # text before, between and after the rows
 
     @cached_property
     def paths(self) -> dict[str, str]:
         return {held: path for path, held in (*self.row.items(), *self.passage.items()) if isinstance(held, str)}
 
     def read(self, row: Row) -> Iterator[Document | Example | str]:
-        """The passages of a row (`BLANK` for a blank one), then its question. An unanswerable one has the answer ""."""
+        """Yield a row's passages (`BLANK` for blank ones), then its question, with the answer "" if unanswerable."""
         paths = self.paths
         if self.corpus and row.find(paths["question"])[1] is None:
             yield self._read_passage(row) or BLANK
@@ -91,7 +91,7 @@ class Layout:
             yield _filled(self.row, held)
 
     def write_passage(self, document: Document, gold: bool = False, score: float = 0.0) -> Any:
-        """A passage in a row, or a row of the corpus."""
+        """A passage as part of a row, or as a row of the corpus."""
         if not self.passage:
             return document.fmt_content
         title, text = str(document.metadata.get("title") or ""), document.page_content
@@ -100,7 +100,7 @@ class Layout:
 
 
 def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
-    """An object with a value at each path; None has no place."""
+    """A JSON object with a value at each path; None values are left out."""
     filled: dict[str, Any] = {}
     for path, what in fields.items():
         *above, name = (part.partition("|")[0] for part in path.split("."))
@@ -114,12 +114,12 @@ def _filled(fields: dict[str, Any], held: dict[str, Any]) -> dict[str, Any]:
 
 
 def all_answers(example: Example) -> list[str]:
-    """The answers of an example; none of an unanswerable one."""
+    """The answers of an example; [] if it is unanswerable."""
     return [answer for answer in (example.gold_answer, *example.other_answers) if answer]
 
 
 class SQuAD(Layout):
-    """A row is an article: paragraphs, and the questions about each. Or it is one question, as `datasets` has it."""
+    """SQuAD: a row is an article (paragraphs and the questions about each), or one question as in `datasets`."""
 
     def read(self, row: Row) -> Iterator[Document | Example | str]:
         title = row.text("title", default="")
@@ -135,9 +135,9 @@ class SQuAD(Layout):
                 yield Example(question, (document,), first, other_answers=tuple(others), where=row.where)
 
     def write(self, examples: Iterable[Example]) -> Iterator[dict[str, Any]]:
-        """Neighbouring questions about one passage and one title stand together; one without a passage has no place.
+        """Group neighbouring questions by title and passage; questions without a gold passage are left out.
 
-        An answer that the passage does not hold word for word, unlike SQuAD's own, starts at -1.
+        An answer that does not occur word for word in the passage, unlike SQuAD's own, starts at -1.
         """
         asked = ((example.gold_docs[0], example) for example in examples if example.gold_docs)
         numbered = ((document, number, example) for number, (document, example) in enumerate(asked))

@@ -1,4 +1,4 @@
-"""Hard negatives mined beforehand, for a whole file of questions."""
+"""Hard negatives mined before training, for a whole file of questions."""
 
 from collections.abc import Sequence
 from itertools import zip_longest
@@ -15,9 +15,9 @@ QUERIES_AT_ONCE = 256
 
 
 def mine(chooser: NegativeChooser, rankings: Sequence[Hits], count: int) -> list[list[int]]:
-    """The hard negatives of each question, `count` at most, taken in turn from each retriever's ranking, none twice.
+    """Choose at most `count` hard negatives for each question, from the rankings in turn, each text once.
 
-    They are positions in the database. Rankings are those of all questions, `chooser.depth` deep or more. [Q, k] each
+    Each ranking holds all questions and is at least `chooser.depth` deep [Q, k]. -> positions in the database
     """
     found = []
     for number in progress(range(len(rankings[0].ids)), desc="choose negatives", unit="q"):
@@ -30,7 +30,7 @@ def mine(chooser: NegativeChooser, rankings: Sequence[Hits], count: int) -> list
 
 
 def rank(retriever: PassageRetriever, queries: Sequence[str], k: int) -> Hits:
-    """The k best documents for each question of the file; every process calls it, and ranks for its share. -> [Q, k]"""
+    """The k best documents for each question; every process calls this and ranks its share. -> [Q, k]"""
     size = QUERIES_AT_ONCE * distributed.world_size()
     parts = progress(range(0, len(queries), size), desc="search", unit="batch")
     found = [retriever.retrieve_shared(queries[first : first + size], k) for first in parts]

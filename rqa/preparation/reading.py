@@ -1,4 +1,4 @@
-"""Other projects' files row by row, whatever their size: JSONL, JSON arrays, tab-separated values, gzipped or not."""
+"""Reading other projects' files of any size row by row: JSONL, JSON arrays, tab-separated values, gzipped or not."""
 
 import json
 import re
@@ -13,16 +13,16 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import read_jsonl, reading
 from rqa.runtime.text import LONGEST, finite, parse_json
 
-START = 1 << 20  # characters read at once; the first ones tell an array from lines
-_BETWEEN = re.compile(r"\[\s*|\}\s*(?:,\s*|(?=\]))|")  # empty where a comma is missing
+START = 1 << 20  # characters read at once; the first ones distinguish arrays from JSONL
+_BETWEEN = re.compile(r"\[\s*|\}\s*(?:,\s*|(?=\]))|")  # matches nothing where a comma is missing
 _DECODER = json.JSONDecoder()
 
 
 @dataclass(frozen=True)
 class Row:
-    """A JSON object and where it stands, so that an error can name the place and the field.
+    """A JSON object and its place, so that an error can name the place and the field.
 
-    Fields are named by paths: `Answer.Value` is a field inside another, `id|docid` the first of two that is there.
+    Fields are named by paths: `Answer.Value` is a field of an inner object, `id|docid` the first of two that exists.
     """
 
     values: dict[str, Any]
@@ -43,7 +43,7 @@ class Row:
         return name, value
 
     def text(self, path: str, default: str | None = None) -> str:
-        """A string or a number; without a default it must be there."""
+        """A string or a number, as text; without a default it is required."""
         name, value = self.find(path)
         if isinstance(value, str | int | float):
             return str(value)
@@ -60,7 +60,7 @@ class Row:
             raise self.wrong(path, "a number") from None
 
     def texts(self, path: str) -> list[str]:
-        """A list of strings, none twice; one string counts as a list, a missing field as an empty one."""
+        """A list of distinct strings; a single string counts as a list, a missing field as an empty list."""
         value = self.find(path)[1]
         value = [] if value is None else [value] if isinstance(value, str) else value
         if not isinstance(value, list) or not all(isinstance(text, str) for text in value):
@@ -68,7 +68,7 @@ class Row:
         return list(dict.fromkeys(value))
 
     def rows(self, path: str) -> list["Row"]:
-        """A list of objects; an object of equally long lists, as Parquet files give it, is turned into one."""
+        """A list of objects; an object of equally long lists, as read from Parquet files, is converted to one."""
         name, value = self.find(path)
         value = value or []
         columns = list(value.values()) if isinstance(value, dict) else []
@@ -95,7 +95,7 @@ def read_rows(path: Path, key: str = "") -> Iterator[Row]:
                     return
                 end = _DECODER.raw_decode(text, start)[1]
                 row = parse_json(text[start:end])
-            except (ValueError, RecursionError) as error:  # unless the item goes on in what was not read yet
+            except (ValueError, RecursionError) as error:  # is an error unless the item continues in unread text
                 if len(text) - at < LONGEST and (more := file.read(max(START, len(text) - at))):
                     text, at = text[at:] + more, 0
                     continue
@@ -110,6 +110,6 @@ def read_table(path: Path) -> Iterator[tuple[str, list[str]]]:
     with reading(path) as unpacked, TextIOWrapper(unpacked, "utf-8-sig") as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), ""), start=1):
             if len(line) > LONGEST:
-                raise UserError(f"{path}:{number}: is longer than {LONGEST >> 20} million characters")
+                raise UserError(f"{path}:{number}: is longer than {LONGEST >> 20} million characters; split the line")
             if line.strip():
                 yield f"{path}:{number}", line.rstrip("\n").split("\t")

@@ -1,4 +1,4 @@
-"""What passages are cut from: text, Markdown, HTML and PDF files, and JSONL, as source, title and text."""
+"""Sources of passages: text, Markdown, HTML, PDF and JSONL files, read as source, title and text."""
 
 import io
 import logging
@@ -18,8 +18,8 @@ from rqa.runtime.text import clean_text
 
 HEADING = re.compile(r"^#{1,6}[ \t]++(\S(?:.{0,248}?[^ \t\r\n])??)(?:[ \t]++#*+)?+[ \t\r]*+$", re.MULTILINE)
 _TITLE = re.compile(rf"\A\s*(?=#[ \t]){HEADING.pattern}", re.MULTILINE)
-LONGEST_TITLE = 250  # characters, as of a heading; every passage repeats it
-_NO_TEXT = re.compile(  # control characters, white space beyond a hundredth, embedded images
+LONGEST_TITLE = 250  # characters, as in headings; every passage repeats the title
+_NO_TEXT = re.compile(  # control characters, white space after the first 100 characters of it, embedded images
     r"[\x00-\x08\x0b\x0e-\x1f\x7f]|\s(?<=\s{101})\s*(?=\s)"
     r"|data:[\w.+-]{1,60}/[\w.+-]{1,90}(?:;[\w.=+-]{1,90})*,[\w+/=%.*~-]{50,}(?:\s[\w+/=%-]{40,})*",
     re.ASCII,
@@ -29,11 +29,11 @@ _SPLIT_WORD = regex.compile(r"(?<=\p{Ll})[-\u2010][ \t]*\n[ \t]*(?=\p{Ll})|\u00a
 
 @dataclass(frozen=True)
 class Source:
-    source: str  # a path or an address
-    title: str  # the text's own, else its file's name
+    source: str  # a path or a URL
+    title: str  # the text's own title, or its file's name
     text: str
-    where: str  # file, and line of a JSONL file, for messages
-    metadata: dict[str, Any] = field(default_factory=dict)  # whatever else the file had; passages inherit it
+    where: str  # file (and line, for JSONL) for messages
+    metadata: dict[str, Any] = field(default_factory=dict)  # other fields of the file, which passages inherit
     markdown: bool = True  # whether a line that begins with # is a heading
 
 
@@ -42,7 +42,7 @@ class Unreadable(Exception):
 
 
 def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
-    """The file, or a folder's files in order: those that can be read, and those of other kinds; no hidden ones."""
+    """The file, or a folder's files in order without hidden ones. -> readable files, files of other kinds"""
     path = Path(path)
     if not path.is_dir() and not path.is_file():
         raise UserError(f"{path}: no such file or folder")
@@ -52,8 +52,8 @@ def find_files(path: str | Path) -> tuple[list[Path], list[Path]]:
         found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(path).parts)]
     files = [file for file in found if _ending(file)]
     if not files:
-        wrong = "holds no file that ends" if path.is_dir() else "cannot be read; write files that end"
-        raise UserError(f"{path}: {wrong} in {', '.join(READERS)}")
+        problem = "holds no file that ends" if path.is_dir() else "cannot be read; name files that end"
+        raise UserError(f"{path}: {problem} in {', '.join(READERS)}")
     return files, [file for file in found if not _ending(file)]
 
 
@@ -62,9 +62,9 @@ def _ending(file: Path) -> str:
 
 
 def read_sources(file: Path, name: str) -> Iterator[Source]:
-    """The texts of one file, which passages call `name`. A JSONL file has one a line, and any other file one."""
+    """Yield the texts of one file, whose source is `name`: one per line of JSONL, one of any other file."""
     if not file.is_file():  # a pipe may never end
-        raise Unreadable("is no regular file")
+        raise Unreadable("is not a regular file")
     try:
         for source in READERS[_ending(file)](file, clean_text(name)):
             yield replace(source, title=clean_text(source.title), text=_NO_TEXT.sub("", clean_text(source.text)))
@@ -72,7 +72,7 @@ def read_sources(file: Path, name: str) -> Iterator[Source]:
         raise
     except ModuleNotFoundError as error:
         raise UserError(f'{file}: reading it needs {error.name}; pip install "rqa[documents]"') from None
-    except Exception as error:  # a damaged PDF raises nearly anything
+    except Exception as error:  # damaged PDFs raise all kinds of exceptions
         kind = "UTF-8 text" if isinstance(error, UnicodeDecodeError) else f"a readable {file.suffix[1:].upper()}"
         raise Unreadable(f"not {kind} ({one_line(error) or type(error).__name__})") from None
 
@@ -87,11 +87,11 @@ def _read_text(file: Path, name: str) -> Iterator[Source]:
 def _read_html(file: Path, name: str) -> Iterator[Source]:
     import trafilatura
 
-    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # what it cannot read is said here
+    logging.getLogger("trafilatura").setLevel(logging.CRITICAL)  # unreadable files are reported by the caller
     page = trafilatura.load_html(file.read_bytes())
     found = [] if page is None else page.xpath("(//title)[1] | (//h1)[1]")
     titles = list(filter(None, (" ".join(each.text_content().split()) for each in found))) or [file.stem]
-    title = min(filter(titles[0].startswith, titles), key=len)  # the heading "Arlen" of a page called "Arlen | Guide"
+    title = min(filter(titles[0].startswith, titles), key=len)  # heading "Arlen" rather than title "Arlen | Guide"
     text = trafilatura.extract(page, output_format="markdown", favor_recall=True, include_comments=False)
     yield Source(name, title[:LONGEST_TITLE], text or "", str(file))
 

@@ -1,4 +1,4 @@
-"""What a data set is like: counts, lengths, gold passages that the database lacks, leaks between splits, duplicates."""
+"""Checks of a data set: counts, lengths, gold passages missing from the database, leaks between splits, duplicates."""
 
 from array import array
 from collections import Counter, defaultdict
@@ -18,16 +18,16 @@ from rqa.runtime.cli import progress
 
 @dataclass
 class Split:
-    """One file of examples; questions are normalised, and passages stand by their keys."""
+    """Counts of one file of examples."""
 
-    questions: Counter[str] = field(default_factory=Counter)  # how often each is asked
-    gold: Counter[tuple[str, str]] = field(default_factory=Counter)  # how many questions have each passage
-    gold_counts: Counter[int] = field(default_factory=Counter)  # how many questions have so many gold passages
+    questions: Counter[str] = field(default_factory=Counter)  # normalised question -> how often it is asked
+    gold: Counter[tuple[str, str]] = field(default_factory=Counter)  # key of a gold passage -> number of its questions
+    gold_counts: Counter[int] = field(default_factory=Counter)  # number of gold passages -> number of such questions
     answers: int = 0
 
 
 def validate(document_path: Path | None, paths: dict[str, Path], tokenizer: Tokenizer | None) -> Iterator[str]:
-    """Yield what there is to say about files, line by line; the database streams. Without a tokenizer words count."""
+    """Yield a report on the files, line by line; the database streams. Without a tokenizer, lengths are in words."""
     lengths = _Lengths(tokenizer)
     splits = {name: _read_split(path, lengths, name) for name, path in paths.items()}
     found: set[tuple[str, str]] = set()
@@ -70,7 +70,7 @@ def _read_split(path: Path, lengths: "_Lengths", name: str) -> Split:
 
 
 class _Lengths:
-    """How long the texts of each kind are; only numbers are kept."""
+    """Lengths of the texts of each kind."""
 
     def __init__(self, tokenizer: Tokenizer | None) -> None:
         self.tokenizer = tokenizer and Tokenizer.from_str(tokenizer.to_str())
@@ -84,7 +84,7 @@ class _Lengths:
         self._lengths[kind].append(len(tokens))
 
     def table(self) -> Iterator[str]:
-        """One line a kind: mean, median, 95th percentile and maximum."""
+        """Yield one line per kind of text: mean, median, 95th percentile and maximum."""
         unit = "tokens" if self.tokenizer else "words"
         yield f"{unit:<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
         for kind, lengths in self._lengths.items():

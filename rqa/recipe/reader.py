@@ -18,42 +18,41 @@ from rqa.training.loop import Batches
 
 @dataclass(kw_only=True)
 class ReaderTraining(TrainingArguments, RetrieverArguments, JudgeArguments):
-    """What runs that train a reader read from the command line."""
+    """Flags of runs that train a reader."""
 
 
 class ReaderRun(Run):
     """A run that trains a reader; its retriever is frozen."""
 
-    flags: Any  # ReaderTraining, and what the objective's `load` and `reader` read
+    flags: Any  # ReaderTraining and the flags that the objective's `load` and `reader` use
 
     def __init__(self, flags: Any, objective: type) -> None:
-        """`objective` is the class of what is trained: `AnswerLikelihood` or `FiDLikelihood`."""
+        """`objective` is the class to train: `AnswerLikelihood` or `FiDLikelihood`."""
         retrieves = bool(flags.embedding_model) or flags.retriever == "bm25"
-        searching = "--reranker" if flags.reranker else "--retriever hybrid" if flags.retriever == "hybrid" else ""
-        if not retrieves and searching:
-            raise UserError(f"{searching}: name the encoder that finds passages, too (--embedding_model)")
+        if not retrieves and (flags.reranker or flags.retriever == "hybrid"):
+            name = "--reranker" if flags.reranker else "--retriever hybrid"
+            raise UserError(f"{name}: needs an encoder that finds passages; set --embedding_model")
         if not retrieves and flags.gen_gpt4eval:
-            cure = "name one, or --retriever bm25"
-            raise UserError(f"--gen_gpt4eval true: there are no answers without a retriever; {cure}")
+            hint = "set --embedding_model or --retriever bm25"
+            raise UserError(f"--gen_gpt4eval true: no answers are generated without a retriever; {hint}")
         super().__init__(flags, "loss", train_answers=True, eval_answers=True)
         self.objective = objective.load(self.source, flags)
         self.model = self.objective.model
         train_adapters(self.model, flags, self.source)
         if self.model.config.is_encoder_decoder:
             freeze_pooler(self.model.get_encoder())
-        asked = (flags, flags.embedding_model, self.documents, self.eval)
-        self.retriever = open_retriever(*asked) if retrieves else None
+        self.retriever = open_retriever(flags, flags.embedding_model, self.documents, self.eval) if retrieves else None
 
     def finish(self, passages: Sequence[Sequence[Document]]) -> Scores:
-        """Train on prompts with these passages, evaluate, test."""
+        """Train on prompts with these passages, then test. -> scores on the test file"""
         self.on_eval = ReaderEvaluation(self.retriever, self.eval, self.flags)
         self.on_test = ReaderEvaluation(self.retriever, self.test, self.flags)
-        self.retriever = None  # all is found; its models would fill the device
+        self.retriever = None  # every search is done; this frees its models' memory
         sequences = encode_examples(self.objective.prompter, self.train, passages)
-        kept = list(sequences)
+        fitting = list(sequences)  # numbers of the examples that fit
 
         def collate(indices: Sequence[int]) -> Any:
-            numbers = [kept[i] for i in indices]
+            numbers = [fitting[i] for i in indices]
             return self.objective.batch([sequences[number] for number in numbers], numbers)
 
         return self.train_and_test(self.objective, Batches(len(sequences), collate, self.flags, ahead=True))

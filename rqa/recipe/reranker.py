@@ -1,4 +1,4 @@
-"""Training a reranker of what a frozen first stage finds."""
+"""Training a reranker over a frozen first-stage retriever."""
 
 import logging
 from collections.abc import Sequence
@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 from rqa.data import Example
 from rqa.documents import gold_places
 from rqa.endpoint.client import is_endpoint
-from rqa.evaluation.retrieval import find_passages, mean_scores, retrieval_rows
+from rqa.evaluation.retrieval import evaluate_retrieval
 from rqa.models.layout import GENERAL_FILE
 from rqa.models.loading import load_config, train_adapters
 from rqa.models.reranker import WEIGHT, load_reranker
@@ -21,7 +21,6 @@ from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.reranking import USUAL_SHARE, RerankingRetriever
-from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
@@ -34,7 +33,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(kw_only=True)
 class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, RetrieverArguments):
-    """What a run that trains a reranker reads from the command line."""
+    """Flags of runs that train a reranker."""
 
     retriever: str = flag("bm25", "First stage of --negatives_from file.", ["dense", "bm25", "hybrid"], rare=True)
     embedding_model: str | None = flag(
@@ -45,25 +44,25 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     def __post_init__(self) -> None:
         first = {"file": self.retriever, "both": "hybrid"}.get(self.negatives_from, self.negatives_from)
         if self.retriever not in (first, RerankerTraining.retriever):
-            raise UserError(f"--retriever {self.retriever}: --negatives_from names the first stage; leave one out")
+            raise UserError(f"--retriever {self.retriever}: --negatives_from sets another first stage; leave one out")
         self.retriever = first
         super().__post_init__()
 
     def check(self) -> None:
         if (self.retriever == "bm25") == bool(self.embedding_model):
-            raise UserError("--embedding_model: goes with --negatives_from dense or both, and only with them")
+            raise UserError("--embedding_model: set it with --negatives_from dense or both, and only then")
         lacking = {} if self.mine_negatives else {"refresh_step": "--mine_negatives true"}
         lacking |= {} if self.lm_model_path else {"lm_temperature": "--teacher"}
         if self.negatives_from == "file":
             ranked = ["mine_negatives", *(item.name for item in fields(NegativeArguments))]
-            lacking |= dict.fromkeys(ranked, "a ranking: --negatives_from bm25, dense or both")
+            lacking |= dict.fromkeys(ranked, "--negatives_from bm25, dense or both")
         for name, needed in lacking.items():
             if getattr(self, name) != getattr(RerankerTraining, name):
                 raise UserError(f"--{name}: has no effect without {needed}")
 
 
-class MinedAgain(Refresher):
-    """On schedule, negatives are what the reranker now ranks first; there is no index to refresh."""
+class NegativesRefresher(Refresher):
+    """Chooses hard negatives anew on schedule, by the reranker's current ranking. It refreshes no index."""
 
     def __call__(self, step: int) -> dict[str, float]:
         if self.due(step):
@@ -73,7 +72,7 @@ class MinedAgain(Refresher):
 
 
 class RerankerRun(Run):
-    """A run that trains a reranker; it is measured by how it orders what the first stage finds."""
+    """A run that trains a reranker, evaluated by how it ranks the first stage's passages."""
 
     flags: RerankerTraining
     trains_retriever = True
@@ -81,10 +80,10 @@ class RerankerRun(Run):
     def __init__(self, flags: RerankerTraining) -> None:
         path = flags.lm_model_path
         local = path and not is_endpoint(path) and not is_reranker(path)
-        self.reads = bool(local and load_config(path, flags.trust_remote_code).is_encoder_decoder)  # a FiD reader
-        answers = bool(path) and not is_reranker(path) and not self.reads
+        self.fid_teacher = bool(local and load_config(path, flags.trust_remote_code).is_encoder_decoder)
+        answers = bool(path) and not is_reranker(path) and not self.fid_teacher
         super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
-        flags.ignore("per_device_eval_batch_size", "pairs are scored by tokens, not by number")
+        flags.ignore("per_device_eval_batch_size", "pairs are batched by their number of tokens")
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model
         kinds = " ".join(load_config(flags.model_name_or_path, flags.trust_remote_code).architectures or [])
@@ -94,54 +93,50 @@ class RerankerRun(Run):
         search = flags if flags.reranker else replace(flags, **alone)
         self.first = open_retriever(search, flags.embedding_model or "bm25", self.documents, self.eval)
         self.reranker.weight = USUAL_SHARE if flags.rerank_weight is None else flags.rerank_weight
-        self.judged = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, self.reranker.weight)
+        self.reranked = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, self.reranker.weight)
 
     def finish(self) -> Scores:
-        """Mine, train, evaluate, test."""
+        """Mine negatives, train, and test. -> scores on the test file"""
         flags, teacher = self.flags, None
         mined = None if flags.negatives_from == "file" else MinedNegatives(self.train, self.first, flags)
-        again = MinedAgain(self.judged, flags, mined) if mined and flags.mine_negatives else None
+        refresher = NegativesRefresher(self.reranked, flags, mined) if mined and flags.mine_negatives else None
         if flags.lm_model_path:
-            teacher = reader_teacher(flags.lm_model_path, flags) if self.reads else open_teacher(flags)
-        lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.reads)
+            teacher = reader_teacher(flags.lm_model_path, flags) if self.fid_teacher else open_teacher(flags)
+        lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.fid_teacher)
         if mined:
             mined()
-        if alone := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
-            told = f"{alone} of {len(self.train)} questions have no two passages to rank, and teach nothing"
-            if alone == len(self.train):
-                raise UserError(f"--negatives_from {flags.negatives_from}: {told}; choose another one or other ranks")
-            log.warning(told)
+        if short := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
+            problem = f"{short} of {len(self.train)} questions have fewer than two passages to rank and train nothing"
+            if short == len(self.train):
+                hint = "choose other negatives or ranks"
+                raise UserError(f"--negatives_from {flags.negatives_from}: {problem}; {hint}")
+            log.warning(problem)
         batches = Batches(len(self.train), lists, flags, ahead=lists.ahead)
-        return self.train_and_test(ListwiseReranking(self.reranker, 3 if self.has_new_head else 1), batches, again)
+        return self.train_and_test(ListwiseReranking(self.reranker, 3 if self.has_new_head else 1), batches, refresher)
 
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
-        return self._score(self.eval, alone=step == 0)
+        return self._score(self.eval, compare=step == 0)
 
     def settle(self) -> None:
-        """Give the best model its share of the sum, which it keeps: the one that the eval file's questions choose."""
+        """Choose the reranker's share of the final score on the eval questions, and save it with the best model."""
         best = load_reranker(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.reranker, best.state_dict())
-        chosen_by = [example for example in self.eval if example.gold_docs]
-        if self.flags.rerank_weight is None and chosen_by:
-            self.judged.choose_weight(list(map(retrieval_query, chosen_by)), gold_places(chosen_by, self.documents))
-            log.info("--rerank_weight %.2f: chosen by %d questions", self.judged.weight, len(chosen_by))
+        examples = [example for example in self.eval if example.gold_docs]
+        if self.flags.rerank_weight is None and examples:
+            self.reranked.choose_weight(list(map(retrieval_query, examples)), gold_places(examples, self.documents))
+            log.info("--rerank_weight %.2f: chosen by %d questions", self.reranked.weight, len(examples))
             if distributed.is_main():
-                write_json(self.output / GENERAL_FILE, best.general | {WEIGHT: self.judged.weight})
+                write_json(self.output / GENERAL_FILE, best.general | {WEIGHT: self.reranked.weight})
 
     def score_test(self) -> tuple[Scores, Rows]:
-        return self._score(self.test, alone=True)
+        return self._score(self.test, compare=True)
 
-    def _score(self, examples: Sequence[Example], alone: bool) -> tuple[Scores, Rows]:
-        """Scores of what the reranker orders; `alone`: the log says, too, how good the first stage's own order is."""
-
-        def measured(retriever: PassageRetriever) -> tuple[Scores, Rows]:
-            rows = retrieval_rows(find_passages(retriever, examples, self.flags), examples, self.flags.recall_at)
-            return mean_scores(rows), rows
-
-        scores, rows = measured(self.judged)
-        if alone:
-            before, _ = measured(self.first)
+    def _score(self, examples: Sequence[Example], compare: bool) -> tuple[Scores, Rows]:
+        """Scores of the reranked passages; `compare` also logs those of the first stage alone."""
+        scores, rows = evaluate_retrieval(self.reranked, examples, self.flags)
+        if compare:
+            before, _ = evaluate_retrieval(self.first, examples, self.flags)
             log.info("first stage alone  %s", "  ".join(f"{name} {value:.4g}" for name, value in before.items()))
             if examples is self.test and scores.get("retr/mrr@10", 0) < before.get("retr/mrr@10", 0):
-                log.warning("this order is worse than the first stage's; lower --rerank_weight, or add questions")
+                log.warning("reranking lowers MRR@10 on the test file; lower --rerank_weight, or add questions")
         return scores, rows

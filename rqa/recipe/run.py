@@ -1,4 +1,4 @@
-"""A training run, from files to scores: what all trainers share. Here core and surroundings meet."""
+"""A training run, from files to scores: the part that all trainers share, where core and surroundings meet."""
 
 import logging
 from abc import ABC, abstractmethod
@@ -27,8 +27,8 @@ from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
-ABOUT_THE_START = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}
-FEW_QUESTIONS = 30  # fewer cannot choose a model
+MAY_CHANGE = {"output_dir", "overwrite_output_dir", "resume_from_checkpoint"}  # when a run is resumed
+FEW_QUESTIONS = 30  # fewer are too few to choose a model
 
 
 @dataclass(kw_only=True)
@@ -37,19 +37,19 @@ class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
 
     model_name_or_path: str = flag(help="Model to train: a directory or a hub name.")
     train_file: str = flag(help="Training examples, JSONL.")
-    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL; fewer than 30 questions cannot.")
+    eval_file: str | None = flag(None, "Examples that choose the best model, JSONL; 30 questions or more are needed.")
     test_file: str | None = flag(None, "Examples for the final scores, JSONL.")
     warmup_ratio: float = flag(0.1, "Share of all steps in which the learning rate rises from 0 to its peak.")
 
 
 class Run(ABC):
-    """A run that has begun: processes joined, seed set, every file read, the output directory open.
+    """A started run: processes have joined, the seed is set, all files are read, the output directory is open.
 
-    The best model is chosen by `metric`, unless the user says another. `train_answers`: whether training examples must
-    have answers; `eval_answers`: whether those of the other files must.
+    `metric` chooses the best model unless the user sets another one. `train_answers`: whether training examples need
+    answers; `eval_answers`: whether eval and test examples do.
     """
 
-    model: PreTrainedModel  # what is trained, and may carry adapters
+    model: PreTrainedModel  # the trained model, which may have adapters
     trains_retriever = False
 
     def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
@@ -58,7 +58,7 @@ class Run(ABC):
             if distributed.is_main():
                 print(estimate(flags, self.trains_retriever))
             raise SystemExit
-        flags.ignore("dataloader_num_workers", "a thread makes batches a step ahead where they depend on no other step")
+        flags.ignore("dataloader_num_workers", "a thread prepares batches a step ahead where it can")
         self.flags = flags
         self.output = Path(flags.output_dir)
         flags.metric_for_best_model = flags.metric_for_best_model or metric
@@ -74,29 +74,29 @@ class Run(ABC):
             self._open_output()
         distributed.barrier()
         if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no":
-            if flags.load_best_model_at_end is None:  # a loss is a mean over many tokens, and may choose
+            if flags.load_best_model_at_end is None:  # a loss may choose: it is a mean over many tokens
                 flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
             how = "choose the best model, but by chance" if flags.load_best_model_at_end else "cannot choose a model"
             log.warning("%s: %d questions %s; %d are needed", flags.eval_file, len(self.eval), how, FEW_QUESTIONS)
 
     @abstractmethod
     def score_eval(self, step: int) -> tuple[Scores, Rows]:
-        """Scores by name on the eval file after so many steps, and a row for each question."""
+        """Scores by name on the eval file after `step` steps, and a row for each question."""
 
     @abstractmethod
     def score_test(self) -> tuple[Scores, Rows]:
-        """The same of the best model on the test file; called once, after training."""
+        """Scores and rows of the best model on the test file; called once, after training."""
 
-    def settle(self) -> None:  # noqa: B027 (most trainers leave nothing)
-        """What is left to decide once the best model stands in the output directory."""
+    def settle(self) -> None:  # noqa: B027 (most trainers need none)
+        """Decide what depends on the best model, once that is in the output directory."""
 
     def publish(self, scores: Scores, rows: Rows) -> Scores:
-        """Write the test file's scores and rows."""
+        """Write the scores and rows of the test file. -> the scores, perhaps with more"""
         write_results(self.output, scores, rows)
         return scores
 
     def train_and_test(self, objective: nn.Module, batches: Batches, before_step: Any = None) -> Scores:
-        """Train, choose the best model by the eval file. -> its test file's scores; none if a signal ended the run"""
+        """Train, then test the best model. -> scores on the test file; none if a signal ended the run"""
 
         def evaluate(step: int) -> Scores:
             scores, rows = self.score_eval(step)
@@ -104,9 +104,9 @@ class Run(ABC):
                 write_jsonl(self.output / f"step-{step}-eval-predictions.jsonl", rows)
             return {f"eval_{name}": value for name, value in scores.items()}
 
-        measured = self.eval and self.flags.eval_strategy != "no"
+        evaluates = self.eval and self.flags.eval_strategy != "no"
         state = train(
-            objective, batches, self.flags, before_step, evaluate if measured else None,
+            objective, batches, self.flags, before_step, evaluate if evaluates else None,
             evaluate_first=self.trains_retriever, checkpoint=self.checkpoint, eval_size=len(self.eval),
         )  # fmt: skip
         if state.interrupted or not self.test:
@@ -126,7 +126,7 @@ class Run(ABC):
         return scores
 
     def _open_output(self) -> None:
-        """Make the output directory, keep the flags in it and log to it; say which differ from the checkpoint's."""
+        """Make the output directory, save the flags and log there; warn of flags that differ from the checkpoint's."""
         now, saved = self.flags.to_json(), self.checkpoint / ARGUMENTS_FILE if self.checkpoint else None
         self.output.mkdir(parents=True, exist_ok=True)
         claim(self.output)
@@ -136,6 +136,6 @@ class Run(ABC):
         write_json(self.output / ARGUMENTS_FILE, now)
         log_to(str(self.output / "train.log"))
         then = read_json(saved) if saved and saved.exists() else {}
-        changed = [name for name in now if name in then and name not in ABOUT_THE_START and now[name] != then[name]]
-        if told := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
-            log.warning("flags differ from those of %s: %s; the command line wins", self.checkpoint, told)
+        changed = [name for name in now if name in then and name not in MAY_CHANGE and now[name] != then[name]]
+        if changes := ", ".join(f"--{name} {now[name]} (was {then[name]})" for name in changed):
+            log.warning("flags differ from those of %s: %s; the command line wins", self.checkpoint, changes)

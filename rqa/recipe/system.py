@@ -1,4 +1,4 @@
-"""A trained system: whichever reader is named, ready to answer over what a retriever finds."""
+"""A trained system: a retriever, and a reader of any kind that answers over the passages it finds."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -20,35 +20,38 @@ from rqa.runtime.flags import flag
 
 @dataclass(kw_only=True)
 class ReaderArguments(FiDPromptArguments, DecoderArguments, EndpointArguments):
-    """How a reader of any kind is asked."""
+    """Prompt and generation flags of all kinds of readers."""
 
 
 class EndpointReader:
-    """Answers questions over passages by chat: every reader's instruction, `max_seq_length` in estimated tokens."""
+    """A reader behind a server, asked by chat with the local readers' instruction.
+
+    `max_seq_length` counts estimated tokens.
+    """
 
     def __init__(self, endpoint: Endpoint, prompt: PromptArguments) -> None:
         self.endpoint = endpoint
         self.prompter = Prompter(EstimatedTokens(), replace(prompt, chat_format="prefix"))
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
-        """One answer at temperature 0 for each question; one that does not fit gets an empty answer. [Q] -> [Q]"""
-        asked = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
-        replies = self.endpoint.ask(list(asked.values()), self.prompter.arguments.max_new_tokens, desc="generate")
-        answers = dict(zip(asked, replies, strict=True))
+        """Answer each question at temperature 0; one whose prompt is too long gets an empty answer. [Q] -> [Q]"""
+        prompts = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
+        replies = self.endpoint.ask(list(prompts.values()), self.prompter.arguments.max_new_tokens, desc="generate")
+        answers = dict(zip(prompts, replies, strict=True))
         return [answers.get(number, Answer("", 0)) for number in range(len(examples))]
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
-        """Nothing: a server is asked no question twice, and may have to be paid."""
+        """Do nothing: a request to a server may cost money."""
 
 
 Reader = CausalLMReader | FiDReader | EndpointReader
 
 
 def load_reader(path: str, flags: ReaderArguments = ReaderArguments()) -> Reader:
-    """The reader at `path`, ready to answer: a directory, a hub name, or `openai::http://host:port/v1`."""
+    """Load a reader from a directory, a hub name, or `openai::http://host:port/v1`."""
     if is_endpoint(path):
         if any(getattr(flags, name) != getattr(GenerationArguments, name) for name in vars(GenerationArguments())):
-            raise UserError("--num_beams, --do_sample: a server is asked for its likeliest answer; leave them out")
+            raise UserError("--num_beams, --do_sample: servers are asked at temperature 0; leave them out")
         return EndpointReader(Endpoint(path, flags, flags.template_options), flags)
     if load_config(path, flags.trust_remote_code).is_encoder_decoder:
         model, prompter = load_encoder_decoder(path, flags)
@@ -65,23 +68,23 @@ def answer(question: str, retriever: PassageRetriever, reader: Reader, k: int = 
 
 @dataclass(kw_only=True)
 class SystemArguments(DocumentArguments, ReaderArguments, RetrieverArguments):
-    """What finds passages, and what answers."""
+    """The retriever and the reader."""
 
     embedding_model: str = flag(
         help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
         also="embedding_model_name_or_path eval_embedding_model",
     )
     qa_model_name_or_path: str | None = flag(
-        None, "Reader: a directory, a hub name, or openai::http://host:port/v1. Default: none; passages are found only."
+        None, "Reader: a directory, a hub name, or openai::http://host:port/v1. Default: none, only passages are shown."
     )
-    embedding_max_num_to_retrieve: int = flag(3, "Number of passages that are retrieved for a question and read.")
+    embedding_max_num_to_retrieve: int = flag(3, "Number of passages to retrieve and read for a question.")
 
     def check(self) -> None:
         self.check_bounds("embedding_max_num_to_retrieve", at_least=1)
 
 
 def open_system(flags: SystemArguments) -> tuple[PassageRetriever, Reader | None]:
-    """The retriever and the reader that the flags name, ready to be asked."""
+    """Load the retriever and the reader that the flags name."""
     distributed.start()
     documents = read_documents(flags.document_path)
     reader = load_reader(flags.qa_model_name_or_path, flags) if flags.qa_model_name_or_path else None

@@ -1,4 +1,4 @@
-"""Around every executable: allocator, log, progress, exit status, and signals that end work between two steps."""
+"""The frame of every executable: allocator, log, progress, exit status, and deferred signals."""
 
 import ctypes
 import logging
@@ -25,30 +25,32 @@ log = logging.getLogger(__name__)
 
 M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # glibc's malloc.h
 THEIR_SETTINGS = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
-SECONDS_BETWEEN_LINES = 30  # of progress, where there is no terminal
-# What a terminal obeys, what turns the direction of text, and halves of characters, which no encoding has.
+SECONDS_BETWEEN_LINES = 30  # between progress lines in a log
+# Control characters, characters that change the direction of text, and lone surrogates, which cannot be encoded.
 UNPRINTABLE = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
 
 
 def run(main: Callable[[], Any]) -> None:
     """Run an executable's main function and exit.
 
-    Status 0, or 2 with one line for a `UserError` or a full or unwritable disk; 1 with one line if another process of
-    the run is gone; as a signal ends it, if nobody reads its output; anything else is our mistake, with its traceback.
+    The status is 0; 2, with a one-line message, after a `UserError` or when a disk is full or cannot be written; 1,
+    with a one-line message, when another process of the run has died; 141 when nobody reads the output any more; 130
+    after Ctrl-C. Any other exception is a bug of ours and keeps its traceback.
     """
     tune_allocator()
-    quiet = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_DISABLE_PROGRESS_BARS": "1"}
-    # oneDNN keeps 1,024 products of different shapes, in bf16 on a CPU 0.6 MiB each; packed batches never repeat one.
-    quiet["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"
-    os.environ |= {name: value for name, value in quiet.items() if name not in os.environ}
+    defaults = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
+    defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+    # oneDNN caches 1,024 kernels by shape, each 0.6 MiB in bf16 on a CPU; packed batches never repeat a shape.
+    defaults["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"
+    os.environ |= {name: value for name, value in defaults.items() if name not in os.environ}
     logger = logging.getLogger("rqa")
     logger.handlers, logger.propagate = [], False
     logger.setLevel(logging.INFO)
-    logging.raiseExceptions = False  # a log line that a full disk refuses is no reason for a traceback
+    logging.raiseExceptions = False  # no traceback when a full disk refuses a log line
     log_to()
     if sys.stdout:
-        with suppress(AttributeError):  # in a notebook, say
-            sys.stdout.reconfigure(errors="backslashreplace")  # as standard error: what it cannot encode is no mistake
+        with suppress(AttributeError):  # a notebook's output cannot be reconfigured
+            sys.stdout.reconfigure(errors="backslashreplace")  # escapes what it cannot encode, as standard error does
         write = sys.stdout.write
         sys.stdout.write = lambda text: write(printable(text))
     try:
@@ -57,18 +59,18 @@ def run(main: Callable[[], Any]) -> None:
         return
     except UserError as error:
         status, message = 2, str(error)
-    except BrokenPipeError:  # nobody reads its output any more, as behind `| head`
+    except BrokenPipeError:  # nobody reads the output any more, as in `| head`
         status, message = 128 + signal.SIGPIPE, ""
     except OSError as error:
         if not error.strerror or (error.filename is None and error.errno not in (ENOSPC, EDQUOT, EIO)):
             raise
         status, message = 2, f"{error.filename or 'standard output'}: {error.strerror}"
     except RuntimeError as error:
-        # gloo raises plain RuntimeErrors, NCCL those of its own
+        # gloo raises plain RuntimeErrors, NCCL its own subclasses
         is_nccl = type(error).__name__ in ("DistBackendError", "DistNetworkError")
         if int(os.environ.get("WORLD_SIZE", 1)) == 1 or not (is_nccl or "gloo/transport" in str(error)):
             raise
-        message = "another process of this run has ended, and so does this one; --resume_from_checkpoint true goes on"
+        message = "another process of this run has ended, so this one ends; continue with --resume_from_checkpoint true"
         status = 1
     except KeyboardInterrupt:
         sys.exit(130)
@@ -76,35 +78,42 @@ def run(main: Callable[[], Any]) -> None:
         print(f"error: {printable(message)}\n" if message else "", end="", file=sys.stderr)
     try:
         print(end="", flush=True)
-    except OSError:  # it would fail once more when Python ends
+    except OSError:  # Python's own flush at exit would fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.exit(status)
 
 
-def told(executable: Path, words: Sequence[str], flags: Mapping[str, object], launcher: str = "") -> list[str]:
-    """The line that runs an executable of this toolkit, printed as one to paste; `launcher` takes Python's place."""
+def print_command(executable: Path, words: Sequence[str], flags: Mapping[str, object], launcher: str = "") -> list[str]:
+    """Print the command that runs an executable of this toolkit. -> its words, for `subprocess`
+
+    `launcher`, such as torchrun and its flags, replaces the Python interpreter.
+    """
     start, rest = shlex.split(launcher), [*words, *as_words(flags)]
     print("\n$ " + shlex.join([*start, os.path.relpath(executable), *rest]), flush=True)
     return [*(start or [sys.executable]), str(executable), *rest]
 
 
 def as_words(flags: Mapping[str, object]) -> list[str]:
-    """Flags as a command line has them."""
-    values = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in flags.items()}
-    return [word for name, value in values.items() for word in (f"--{name}", value)]
+    """Flags as the words of a command line."""
+    return [word for name, value in flags.items() for word in (f"--{name}", as_word(value))]
+
+
+def as_word(value: object) -> str:
+    """A flag's value as a word of a command line."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def printable(text: str) -> str:
-    """Text that a terminal shows and does not obey: `\\x1b` is written out."""
-    return UNPRINTABLE.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+    """Text with what a terminal would interpret escaped, such as `\\x1b`."""
+    return UNPRINTABLE.sub(lambda match: match[0].encode("unicode_escape").decode(), text)
 
 
 def tune_allocator() -> None:
-    """Have large blocks come from the heap, and the heap keep what is freed. Call it before the first large allocation.
+    """Make glibc's malloc take large blocks from the heap, and keep freed memory. Call it before large allocations.
 
-    It does nothing without glibc, and nothing where the user has chosen an allocator (`LD_PRELOAD`) or its settings
-    (`MALLOC_*`, `GLIBC_TUNABLES`). Source: mallopt(3). On CUDA, segments that grow leave no gaps between batches of
-    different lengths; `PYTORCH_*ALLOC_CONF` says otherwise. Source: "Memory management" in PyTorch's CUDA notes.
+    Without glibc, or where the user has set an allocator (`LD_PRELOAD`) or its options (`MALLOC_*`, `GLIBC_TUNABLES`),
+    malloc stays as it is. Source: mallopt(3). On CUDA, expandable segments avoid gaps between batches of different
+    lengths, unless `PYTORCH_*ALLOC_CONF` is set. Source: "Memory management" in PyTorch's CUDA notes.
     """
     if not any(name.startswith("PYTORCH_") and name.endswith("ALLOC_CONF") for name in os.environ):
         os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
@@ -112,27 +121,27 @@ def tune_allocator() -> None:
         return
     libc = ctypes.CDLL(None)
     libc.mallopt(M_MMAP_MAX, 0)
-    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never
+    libc.mallopt(M_TRIM_THRESHOLD, -1)  # never trim
 
 
 def trim_heap() -> None:
-    """Give back to the system what `tune_allocator` has the heap keep, where long work leaves it in pieces."""
+    """Return the heap's free memory to the system, after long work that fragments it; see `tune_allocator`."""
     if platform.libc_ver()[0] == "glibc":
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def release_threads() -> None:
-    """End the threads that OpenMP keeps for the calling one; they come back when they are needed.
+    """End the OpenMP threads of the calling thread; OpenMP starts them again when they are needed.
 
-    GNU's OpenMP has waiting threads sleep instead of spin while a process has more threads than cores, idle ones
-    included: beside those of another thread, SmolLM2-135M took 63 ms a token instead of 45 (2 cores).
+    While a process has more threads than cores, idle ones included, GNU OpenMP's waiting threads sleep instead of
+    spinning: with a second pool alive, SmolLM2-135M took 63 ms per token instead of 45 (2 cores).
     """
-    with suppress(OSError, AttributeError):  # without GNU's OpenMP
+    with suppress(OSError, AttributeError):  # not GNU's OpenMP
         ctypes.CDLL("libgomp.so.1", mode=os.RTLD_NOLOAD).omp_pause_resource_all(2)  # omp_pause_hard
 
 
 def log_to(path: str | None = None) -> None:
-    """Send messages of `rqa`, from the main process, to standard error or, appended, to a file."""
+    """Send messages of `rqa` to standard error, or append them to a file; only errors, if not the main process."""
     handler = logging.FileHandler(path, encoding="utf-8") if path else logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(message)s", None if path else "%H:%M:%S"))
     handler.addFilter(_is_shown)
@@ -145,14 +154,14 @@ def _is_shown(record: logging.LogRecord) -> bool:
 
 
 def progress(items: Iterable[Any] | None = None, *, disable: bool = False, leave: bool = False, **options: Any) -> tqdm:
-    """tqdm with tqdm's arguments: a bar on a terminal, elsewhere a log line every half minute."""
+    """A tqdm bar on a terminal, with tqdm's arguments; elsewhere a log line every 30 seconds."""
     kind = tqdm if sys.stderr.isatty() else _ProgressLines
     options |= {"disable": True} if disable else {}  # otherwise $TQDM_DISABLE decides
     return kind(items, leave=leave, **options)
 
 
 class _ProgressLines(tqdm):
-    """A bar without its carriage returns, which make a file of them unreadable."""
+    """A bar that writes log lines, since carriage returns make a log file unreadable."""
 
     def __init__(self, iterable: Iterable[Any] | None, **options: Any) -> None:
         self.started = self.last_line = time.monotonic()
@@ -171,7 +180,7 @@ class _ProgressLines(tqdm):
 
 @contextmanager
 def deferred_signals() -> Iterator[list[int]]:
-    """Collect SIGTERM and SIGINT inside the block; a second one of a kind acts as it would have without us."""
+    """Collect SIGTERM and SIGINT inside the block; a second signal of the same kind has its default effect."""
     received: list[int] = []
 
     def receive(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""One process or many: rank, device and precision, sums over processes, work shared out and gathered."""
+"""One process or many: rank, device and precision, sums over processes, work divided and gathered."""
 
 import atexit
 import logging
@@ -21,13 +21,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-ROWS_AT_ONCE = 2**16  # of an array that is gathered; NCCL takes them through the GPU's memory
-LONGEST_WAIT = timedelta(hours=6)  # for one process that loads, saves or judges alone; torchrun notices a dead one
+ROWS_AT_ONCE = 2**16  # of a gathered array; NCCL moves them through GPU memory
+LONGEST_WAIT = timedelta(hours=6)  # for a process that loads, saves or judges alone; torchrun notices dead processes
 
 
 def start(deterministic: bool = False) -> None:
-    """Join the process group when started by torchrun; choose this process's device and, if asked, its algorithms."""
-    if deterministic:  # without `warn_only`, with which flash attention's backward pass stays as it is
+    """Join the process group if torchrun started this process; choose its device and, if set, deterministic kernels."""
+    if deterministic:  # not `warn_only`: flash attention's backward pass would stay non-deterministic
         os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:8", "FLASH_ATTENTION_DETERMINISTIC": "1"}
         torch.use_deterministic_algorithms(True)
     if device().type == "cuda":
@@ -45,11 +45,11 @@ def device() -> torch.device:
 
 @cache
 def compute_dtype(bf16: bool, fp16: bool) -> torch.dtype:
-    """The dtype that matrix products run in; float32, with a warning, where bf16 is emulated: 8 times slower."""
+    """The dtype of matrix products; float32, with a warning, where bf16 would be emulated and 8 times slower."""
     if bf16 and fp16:
-        raise UserError("--bf16 true and --fp16 true exclude each other; choose one")
+        raise UserError("--bf16 true: conflicts with --fp16 true; choose one")
     if fp16 and device().type == "cpu":
-        raise UserError("--fp16 true needs a CUDA device; use --bf16 true or neither")
+        raise UserError("--fp16 true: needs a CUDA device; use --bf16 true or leave it out")
     if bf16 and not has_bf16():
         kind = device().type.upper()
         log.warning("--bf16 true: this %s has no bf16 instructions; computing in float32, which is faster here", kind)
@@ -68,13 +68,13 @@ def cpu_has_bf16() -> bool:
 
 
 def autocast(dtype: torch.dtype) -> AbstractContextManager:
-    """Autocast to float16. Nothing for other formats: what computes in bfloat16 has weights in it."""
+    """Autocast to float16. It does nothing for other dtypes: models that compute in bfloat16 have bfloat16 weights."""
     return torch.autocast(device().type, torch.float16, enabled=dtype is torch.float16)
 
 
 @contextmanager
 def tf32() -> Iterator[None]:
-    """Inside, CUDA multiplies float32 matrices with 10 bits of mantissa, many times faster."""
+    """Let CUDA multiply float32 matrices with a 10-bit mantissa inside the block, many times faster."""
     torch.set_float32_matmul_precision("high" if device().type == "cuda" else "highest")
     try:
         yield
@@ -101,7 +101,7 @@ def barrier() -> None:
 
 @contextmanager
 def in_turn() -> Iterator[None]:
-    """Let the processes of a node do something one after another, such as holding a whole model in its memory."""
+    """Run the block in one process of a node after another, for work such as holding a whole model in memory."""
     local_rank, size = int(os.environ.get("LOCAL_RANK", 0)), int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     for _ in range(local_rank):
         barrier()
@@ -113,7 +113,7 @@ def in_turn() -> Iterator[None]:
 
 
 def total(values: Sequence[float]) -> list[float]:
-    """Each value summed over all processes."""
+    """Sum each value over all processes."""
     if world_size() == 1:
         return list(values)
     tensor = torch.tensor(values, dtype=torch.float64, device=device())
@@ -127,12 +127,12 @@ def total_by_rank(value: float) -> list[float]:
 
 
 def share(items: Sequence[T]) -> list[T]:
-    """This process's part of the items: every world_size-th, from its rank on."""
+    """This process's share of the items: every world_size-th one, starting at its rank."""
     return list(items[rank() :: world_size()])
 
 
 def gather(part: Sequence[T]) -> list[T]:
-    """The items that `share` dealt out, each exactly once and in their first order, on every process."""
+    """Gather on every process the items that `share` divided, in their original order."""
     if world_size() == 1:
         return list(part)
     parts: list[list[T]] = [[] for _ in range(world_size())]
@@ -141,7 +141,7 @@ def gather(part: Sequence[T]) -> list[T]:
 
 
 def gather_array(part: np.ndarray) -> np.ndarray:
-    """`gather` for the rows of an array, without an object for each. [n, ...] -> [N, ...]"""
+    """`gather` for the rows of an array, without a Python object per row. [n, ...] -> [N, ...]"""
     if world_size() == 1:
         return part
     sizes = [int(size) for size in total_by_rank(len(part))]
@@ -169,7 +169,7 @@ def from_process(number: int, value: T) -> T:
 
 
 def gather_rows(rows: torch.Tensor) -> torch.Tensor:
-    """The rows of all processes, in order of rank, each with gradient to its process. [N, ...] -> [sum N, ...]"""
+    """Gather the rows of all processes in order of rank; gradients flow back to them. [N, ...] -> [sum N, ...]"""
     if world_size() == 1:
         return rows
     sizes = [int(size) for size in total_by_rank(len(rows))]

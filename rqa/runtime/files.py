@@ -1,4 +1,4 @@
-"""Files that are whole or absent: atomic writes, checksums, JSON; and a store of what was expensive to compute."""
+"""Files that are complete or absent: atomic writes, checksums, JSON; and a store of expensive results."""
 
 import fcntl
 import gzip
@@ -26,38 +26,38 @@ from rqa.runtime.text import LONGEST, parse_json
 log = logging.getLogger(__name__)
 
 COMPLETION_MARK = "COMPLETE"
-DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # where /dev/stdout is, whatever file it may mean
-OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # what is being written, or, with its name, what makes room for that
-SECONDS_TO_LOCK = 1  # the longest time that passes before what is being written is locked
-BIG, ENDS = 2**28, 2**20  # bytes of an index that is checked as a whole, and of each end of a larger one
+DEVICES = {Path("/dev"), Path("/dev/fd"), Path("/proc/self/fd")}  # /dev/stdout and the like, even if it is a file
+OURS = re.compile(r"\.rqa-[0-9a-f]{32}(?:-(.+))?")  # a file being written, or an old directory with its former name
+SECONDS_TO_LOCK = 1  # a new temporary file is locked within this time
+BIG, ENDS = 2**28, 2**20  # bytes: of larger index files only the size and both ends are checked
 SECONDS_TO_WAIT = 60  # for another process's transaction
 
 
 def cache_root() -> Path:
-    """Where what may be reused between runs lives: `$RQA_CACHE`, by default `~/.cache/rqa`."""
+    """The directory of files that runs share: `$RQA_CACHE`, by default `~/.cache/rqa`."""
     return Path(os.environ.get("RQA_CACHE") or Path.home() / ".cache" / "rqa").expanduser()
 
 
 @contextmanager
 def atomic_file(path: str | Path) -> Iterator[Path]:
-    """Yield a path to write; on success its content is `path`'s. See `atomic_files`."""
+    """Yield a path to write; on success it is renamed to `path`. See `atomic_files`."""
     with atomic_files(Path(path).parent, [Path(path).name]) as places:
         yield places[Path(path).name]
 
 
 @contextmanager
 def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Path]]:
-    """Yield a path to write for each name; on success all are synced, and take their places together.
+    """Yield a path to write for each name; on success all files are synced, then renamed together.
 
-    The first one never stands beside the former others: it goes before they come, and comes last. Links are followed,
-    and modes kept. What is no regular file, such as a pipe or /dev/stdout, is written directly.
+    The first file is never seen beside older versions of the others: it is deleted before they are replaced, and
+    renamed last. Links are followed, and modes kept. Pipes, /dev/stdout and the like are written directly.
     """
     with ExitStack() as stack:
         places = {name: stack.enter_context(_place(directory / name)) for name in names}
         yield {name: written for name, (written, _) in places.items()}
         renamed = [(written, target) for written, target in places.values() if target]
         for written, target in renamed:
-            if os.path.lexists(target):  # a loop of links raises an error
+            if os.path.lexists(target):  # so that a loop of links raises an error
                 shutil.copymode(target, written)
             _sync(written)
         if len(renamed) > 1:
@@ -68,10 +68,10 @@ def atomic_files(directory: Path, names: Iterable[str]) -> Iterator[dict[str, Pa
 
 @contextmanager
 def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
-    """Where to write, and which path gets that, if any."""
+    """The path to write, and the path to rename it to afterwards, if any."""
     if path.parent in DEVICES or OURS.fullmatch(path.name) or (path.exists() and not path.is_file()):
         yield path, None
-        with suppress(OSError):  # what is printed from now on comes behind it, where standard output is a file
+        with suppress(OSError):  # where standard output is a file, later prints must follow what was written
             os.lseek(1, 0, os.SEEK_END)
     else:
         target = Path(os.path.realpath(path))
@@ -82,10 +82,10 @@ def _place(path: Path) -> Iterator[tuple[Path, Path | None]]:
 
 @contextmanager
 def atomic_directory(path: str | Path) -> Iterator[Path]:
-    """Yield an empty temporary directory; on success it is marked complete (with checksums), synced, and is `path`."""
+    """Yield an empty temporary directory; on success it gets its files' checksums, is synced, and becomes `path`."""
     path = Path(os.path.realpath(path))
     if os.path.lexists(path) and not path.is_dir():
-        raise UserError(f"{path}: is no directory; name one, or a path where nothing is")
+        raise UserError(f"{path}: is not a directory; name a directory or a path that does not exist")
     with beside(path) as temporary:
         yield temporary
         files = sorted(child for child in temporary.rglob("*") if child.is_file())
@@ -103,7 +103,7 @@ def atomic_directory(path: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Path]:
-    """Make a directory, or a file, with an unforeseeable name beside `path`; it goes afterwards, unless renamed."""
+    """Make a temporary directory (or file) with a random name beside `path`; it is deleted unless renamed."""
     temporary = path.with_name(f".rqa-{uuid4().hex}")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -112,7 +112,7 @@ def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Pa
         with _locked(temporary):
             yield temporary
         _sync(path.parent)
-    except OSError as error:  # a full disk does not say which file it refused; the user needs to know
+    except OSError as error:  # the error of a full disk does not name the file, which the user needs to know
         if error.errno and error.filename in (None, str(temporary)):
             error.filename = str(path)
         raise
@@ -122,7 +122,7 @@ def beside(path: Path, make: Callable[[Path], None] = Path.mkdir) -> Iterator[Pa
 
 @contextmanager
 def _locked(path: Path) -> Iterator[bool]:
-    """Hold the lock of a file or directory, which a kill releases, too. -> whether it was free, and can be locked"""
+    """Lock a file or directory; even a killed process releases the lock. -> whether it was free and can be locked"""
     descriptor, free = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), False
     try:
         with suppress(OSError):  # some network file systems have no locks
@@ -135,7 +135,7 @@ def _locked(path: Path) -> Iterator[bool]:
 
 @contextmanager
 def alone(path: str | Path) -> Iterator[None]:
-    """Wait for any other process that is inside with this path. The lock is a file in the cache, and stays there."""
+    """Let only one process at a time use this path; others wait. The lock is a file that remains in the cache."""
     lock = cache_root() / "locks" / fingerprint(os.path.realpath(path))
     lock.parent.mkdir(parents=True, exist_ok=True)
     with lock.open("w") as file:
@@ -150,16 +150,16 @@ def alone(path: str | Path) -> Iterator[None]:
 
 @cache
 def claim(directory: Path) -> None:
-    """Keep a directory for this process until it ends; refuse if another one keeps it."""
+    """Lock a directory for this process until it ends; refuse one that another process has locked."""
     with suppress(OSError):
         try:
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output_dir {directory}: another run is writing there; name another one") from None
+            raise UserError(f"--output_dir {directory}: another run is writing there; name another directory") from None
 
 
 def remove_leftovers(directory: str | Path) -> None:
-    """Delete what killed writers left, and give back its name to a directory that was making room for another."""
+    """Delete the temporary files of killed writers; a directory that its writer had moved aside gets its name back."""
     for path in Path(directory).glob(".rqa-*"):
         ours = OURS.fullmatch(path.name)
         with suppress(OSError):
@@ -173,7 +173,7 @@ def remove_leftovers(directory: str | Path) -> None:
 
 
 def _sync(path: Path) -> None:
-    """Flush a file or directory to the disk, so that a rename after it never precedes its content."""
+    """Flush a file or directory to the disk, so that no later rename reaches the disk before the content."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -182,25 +182,25 @@ def _sync(path: Path) -> None:
 
 
 def is_complete(directory: str | Path) -> bool:
-    """Whether `atomic_directory` finished this directory; cheap, its files are not read."""
+    """Whether `atomic_directory` finished this directory; cheap, since its files are not read."""
     return is_own_file(directory, COMPLETION_MARK)
 
 
 def is_own_file(directory: str | Path, name: str) -> bool:
-    """Whether this relative name is that of a regular file in the directory, without links on the way."""
+    """Whether this relative path is a regular file inside the directory, reached without links."""
     path = f"{os.path.realpath(directory)}/{name}"
     return os.path.isfile(path) and os.path.realpath(path) == path
 
 
 def damage(directory: str | Path) -> str | None:
-    """What is wrong with a directory that `atomic_directory` should have written; None if every file is as it was."""
+    """What is wrong with a directory that `atomic_directory` wrote; None if every file has its checksum."""
     directory = Path(directory)
     if not is_complete(directory):
         return "it is incomplete" if directory.is_dir() else "no such directory"
     try:
         for name, expected in (read_json(directory / COMPLETION_MARK) or {COMPLETION_MARK: ""}).items():  # {}: damage
             if not is_own_file(directory, name):
-                return f"{name} is no regular file in it"
+                return f"{name} is not a regular file in it"
             if _sha256(directory / name) != expected:
                 return f"{name} is damaged"
     except (UserError, OSError, ValueError) as error:
@@ -210,7 +210,7 @@ def damage(directory: str | Path) -> str | None:
 
 
 def _sha256(path: Path) -> str:
-    """Of a file; of an index that would take seconds to read, of its size, its first and its last MiB."""
+    """Checksum of a file; of a large index, which would take seconds to read, only of its size and both ends."""
     with path.open("rb") as file:
         size = path.stat().st_size
         if size <= BIG or path.suffix not in (".faiss", ".npy", ""):
@@ -227,16 +227,16 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Write one JSON object a line, atomically; packed if the path ends in `.gz`."""
-    packed = gzip.open if str(path).endswith(".gz") else open
-    with atomic_file(path) as temporary, packed(temporary, "wt", encoding="utf-8") as file:
+    """Write one JSON object per line, atomically; gzipped if the path ends in `.gz`."""
+    open_file = gzip.open if str(path).endswith(".gz") else open
+    with atomic_file(path) as temporary, open_file(temporary, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def append_line(path: str | Path, row: dict[str, Any]) -> None:
-    """Add one JSON object to the end of a file, as a line that is synced; if that fails, the file is as it was.
+    """Append one JSON object to a file as a line, and sync it; if that fails, the file is unchanged.
 
-    The file is made if absent. Threads and processes take turns. What a crash left without a line's end gets one.
+    The file is made if absent. Threads and processes take turns. A last line that a crash cut off is ended first.
     """
     line = json.dumps(row, ensure_ascii=False).encode() + b"\n"
     descriptor = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
@@ -247,7 +247,7 @@ def append_line(path: str | Path, row: dict[str, Any]) -> None:
         try:
             if size and os.pread(descriptor, 1, size - 1) != b"\n":
                 line = b"\n" + line
-            while line:  # a disk that is nearly full takes a part
+            while line:  # a nearly full disk may take only part of it
                 line = line[os.write(descriptor, line) :]
             os.fsync(descriptor)
         except BaseException:
@@ -255,7 +255,7 @@ def append_line(path: str | Path, row: dict[str, Any]) -> None:
             raise
         if not size:
             _sync(Path(path).parent)
-    except OSError as error:  # it does not say which file was refused
+    except OSError as error:  # it does not name the file
         error.filename = error.filename or str(path)
         raise
     finally:
@@ -272,13 +272,13 @@ def read_json(path: str | Path, kind: type = dict) -> Any:
 
 
 def read_jsonl(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield `(line number, object)` for each line that is not blank; of a `.gz`, too."""
+    """Yield `(line number, object)` for each line that is not blank, of a plain or a `.gz` file."""
     return ((number, row) for number, _, _, row in jsonl_rows(path, path))
 
 
 def jsonl_rows(content: str | Path, path: str | Path) -> Iterator[tuple[int, int, int, dict[str, Any]]]:
-    """Yield `(line number, its first byte, its bytes, object)` for each line that is not blank; errors name `path`."""
-    mended, end = False, 0
+    """Yield `(line number, byte offset, bytes, object)` for each line that is not blank; errors name `path`."""
+    warned, end = False, 0
     with reading(content) as file:
         for number, line in enumerate(iter(partial(file.readline, LONGEST + 1), b""), start=1):
             end += len(line)
@@ -287,22 +287,22 @@ def jsonl_rows(content: str | Path, path: str | Path) -> Iterator[tuple[int, int
                     continue
                 row = parse_json(line)
             except UnicodeDecodeError as error:
-                cure = "convert the file to UTF-8"
-                raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); {cure}") from None
+                hint = "convert the file to UTF-8"
+                raise UserError(f"{path}:{number}: not UTF-8 text ({error.reason}); {hint}") from None
             except ValueError as error:
                 reason = getattr(error, "msg", None) or str(error)
                 raise UserError(f"{path}:{number}: not valid JSON ({reason}); write one JSON object a line") from None
-            if not mended and (mended := b"\\ud" in line.lower() and "\ufffd" in json.dumps(row, ensure_ascii=False)):
-                log.warning("%s:%d: holds half a character; U+FFFD takes its place here and further on", path, number)
+            if not warned and (warned := b"\\ud" in line.lower() and "\ufffd" in json.dumps(row, ensure_ascii=False)):
+                log.warning("%s:%d: has a lone surrogate; U+FFFD replaces it and any later one", path, number)
             yield number, end - len(line), len(line), row
 
 
 @contextmanager
 def reading(path: str | Path) -> Iterator[BufferedIOBase]:
-    """An open file, unpacked if it is gzipped; one line for what is wrong with it."""
+    """Open a file for reading, gzipped or not; errors become UserErrors."""
     try:
-        if not Path(path).is_file() and Path(path).exists():  # a pipe may never end, nor a device
-            raise UserError(f"{path}: is no regular file")
+        if not Path(path).is_file() and Path(path).exists():  # a pipe or a device may never end
+            raise UserError(f"{path}: is not a regular file")
         with gzip.open(path) if str(path).endswith(".gz") else open(path, "rb") as file:
             yield file
     except FileNotFoundError:
@@ -310,13 +310,13 @@ def reading(path: str | Path) -> Iterator[BufferedIOBase]:
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text ({error.reason}); convert the file to UTF-8") from None
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path}: not a whole gzip file ({error})") from None
+        raise UserError(f"{path}: not a complete gzip file ({error})") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def fingerprint(*parts: str | bytes, more: Iterable[bytes] = ()) -> str:
-    """A sha256 over the parts, each preceded by its length so that boundaries count; `more` come one at a time."""
+    """A sha256 of the parts, each preceded by its length so that boundaries count; `more` may be a long iterator."""
     digest = hashlib.sha256()
     for part in chain(parts, more):
         data = part.encode("utf-8", "surrogatepass") if isinstance(part, str) else part
@@ -325,9 +325,9 @@ def fingerprint(*parts: str | bytes, more: Iterable[bytes] = ()) -> str:
 
 
 class Store:
-    """JSON values by key, in one SQLite file, which is made if absent.
+    """JSON values by key in an SQLite file, which is made if absent.
 
-    Each `put` is one transaction: it is kept whole or not at all, whatever kills the process. Several processes may
+    Each `put` is one transaction: all of it is kept or nothing, even if the process is killed. Several processes may
     use one file. The journal is SQLite's default, since its write-ahead log does not work on network file systems.
     """
 
@@ -339,14 +339,14 @@ class Store:
             self._database.execute("CREATE TABLE IF NOT EXISTS kept (key TEXT PRIMARY KEY, value TEXT) WITHOUT ROWID")
 
     def get(self, keys: Iterable[str]) -> dict[str, Any]:
-        """The values of those keys that are kept."""
+        """The stored values of these keys; unknown keys are left out."""
         query = "SELECT key, value FROM kept WHERE key IN (SELECT value FROM json_each(?))"
         with self._one_line_for_errors():
-            found = self._database.execute(query, [json.dumps(list(keys))])  # a statement each would lock the file each
-            return {key: json.loads(value) for key, value in found}
+            rows = self._database.execute(query, [json.dumps(list(keys))])  # one statement locks the file only once
+            return {key: json.loads(value) for key, value in rows}
 
     def put(self, values: Mapping[str, Any]) -> None:
-        """Keep all these values, or on an error none; a key's older value is replaced."""
+        """Store all these values, or none if there is an error; older values of the same keys are replaced."""
         rows = [(key, json.dumps(value)) for key, value in values.items()]
         with self._one_line_for_errors(), self._database:
             self._database.executemany("INSERT OR REPLACE INTO kept VALUES (?, ?)", rows)
@@ -356,5 +356,5 @@ class Store:
         try:
             yield
         except (sqlite3.Error, OSError, ValueError) as error:
-            cure = "free its disk, delete the file if it is damaged, or set another $RQA_CACHE"
-            raise UserError(f"{self.path}: nothing can be kept there ({error}); {cure}") from None
+            hint = "free disk space, delete the file if it is damaged, or set another $RQA_CACHE"
+            raise UserError(f"{self.path}: cannot be used as a cache ({error}); {hint}") from None

@@ -1,4 +1,4 @@
-"""How a module runs: gradient checkpointing, then compile, then FSDP2, in that order; and what runs beside it."""
+"""Preparing a module to train: gradient checkpointing, compilation and FSDP2, in that order; sharded weights."""
 
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -23,15 +23,15 @@ T = TypeVar("T")
 
 
 class WholePass(nn.Module):
-    """A module that FSDP2 divides as one root: `forward` and these methods are whole passes through its models."""
+    """A module that FSDP2 shards as one root: `forward` and `whole_passes` are full passes through its models."""
 
     whole_passes: tuple[str, ...] = ()
 
 
 def parallelize(module: nn.Module, checkpointing: bool, compile: bool, shard: bool, dtype: torch.dtype) -> None:
-    """Move a module to its device and prepare it for training, on every process with the main process's weights.
+    """Move a module to its device and prepare it for training; every process gets the main process's weights.
 
-    `shard`: FSDP2: parameters, gradients and optimizer state are divided among processes. Parameters are gathered in
+    `shard` divides parameters, gradients and optimizer state among the processes (FSDP2): parameters are gathered in
     `dtype`, gradients reduced in float32. Otherwise each process has all of them.
     """
     device = distributed.device()
@@ -41,9 +41,9 @@ def parallelize(module: nn.Module, checkpointing: bool, compile: bool, shard: bo
     for model in module.modules():
         trained = isinstance(model, PreTrainedModel) and any(p.requires_grad for p in model.parameters())
         if checkpointing and trained and model.supports_gradient_checkpointing:
-            newer = getattr(model, "activation_checkpointing_enable", None)  # than transformers 5.17
+            newer = getattr(model, "activation_checkpointing_enable", None)  # its name after transformers 5.17
             (newer or model.gradient_checkpointing_enable)({"use_reentrant": False})
-    for layer in _layers(module) if compile else []:  # one graph serves them all, and lies inside their sharding
+    for layer in _layers(module) if compile else []:  # all layers share one graph, compiled inside their sharding
         if any(parameter.requires_grad for parameter in layer.parameters()):
             layer.compile(dynamic=True)
     if distributed.world_size() > 1:
@@ -54,20 +54,20 @@ def parallelize(module: nn.Module, checkpointing: bool, compile: bool, shard: bo
 
 
 def _shard(module: nn.Module, dtype: torch.dtype) -> None:
-    """Layer by layer, then what is left of each model; each is a root, as evaluation calls them by themselves."""
+    """Shard each layer, then the rest of each model; models are roots because evaluation calls them by themselves."""
     half = dtype in (torch.bfloat16, torch.float16)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32) if half else MixedPrecisionPolicy()
     mesh = dist.init_device_mesh(distributed.device().type, (distributed.world_size(),))
-    log.info("FSDP2: %d layers and what is around them, divided among %d processes", len(_layers(module)), mesh.size())
+    log.info("FSDP2: %d layers and the rest of the model, sharded over %d processes", len(_layers(module)), mesh.size())
     for part in [*_layers(module), *_roots(module)]:
-        # Gathered again in the backward pass, so that outside of forward and backward everything is sharded.
+        # The backward pass gathers parameters again, so that everything is sharded outside of forward and backward.
         fully_shard(part, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
         for name in part.whole_passes if isinstance(part, WholePass) else ():
             register_fsdp_forward_method(part, name)
 
 
 def _roots(module: nn.Module) -> list[nn.Module]:
-    """The models, and outside of them whatever else owns parameters, such as a projection."""
+    """The models, and outside of them other modules with parameters of their own, such as a projection."""
     owns = any(True for _ in module.parameters(recurse=False))
     if isinstance(module, PreTrainedModel | WholePass) or owns:
         return [module]
@@ -75,18 +75,18 @@ def _roots(module: nn.Module) -> list[nn.Module]:
 
 
 def _layers(module: nn.Module) -> list[nn.Module]:
-    """The repeated layers of decoders, encoders and both together: the children of each outermost `ModuleList`."""
+    """The repeated layers of encoders and decoders: the children of each outermost `ModuleList`."""
     if isinstance(module, nn.ModuleList):
         return list(module)
     return [layer for child in module.children() for layer in _layers(child)]
 
 
 def sum_gradients(weights: Iterable[nn.Parameter]) -> None:
-    """Add up the gradients of all processes, once a step. FSDP2 has done so: whole ones take the memory it saves."""
+    """Sum the gradients of unsharded weights over all processes, once a step; FSDP2 sums the sharded ones."""
     if distributed.world_size() == 1:
         return
     whole = [weight for weight in weights if not isinstance(weight, DTensor)]
-    for weight in whole:  # a process whose part of the step does not touch a weight takes part, too
+    for weight in whole:  # every process takes part, even if its batches did not use a weight
         weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad
     for work in filter(None, [dist.all_reduce(weight.grad, async_op=True) for weight in whole]):
         work.wait()
@@ -98,9 +98,9 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def in_step(module: nn.Module, batches: Sequence[T], filler: T) -> Iterator[T]:
-    """The batches of this process, then as many fillers as the longest list of any process needs.
+    """Yield this process's batches, and for a sharded module fillers, until the process with the most is done.
 
-    A sharded module runs forward on all processes or on none; any other gets its batches and no filler.
+    A sharded module's forward pass needs all processes; other modules get no fillers.
     """
     longest = max(distributed.total_by_rank(len(batches))) if is_sharded(module) else len(batches)
     yield from batches
@@ -108,16 +108,16 @@ def in_step(module: nn.Module, batches: Sequence[T], filler: T) -> Iterator[T]:
 
 
 def ahead(make: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """What `map` yields, each made by a thread while the one before it is used."""
+    """`map`, but a thread makes each result while the previous one is used."""
     with ThreadPoolExecutor(1) as thread:
-        made: Iterator[Any] = chain((thread.submit(make, item) for item in items), [None])
-        for now, _ in pairwise(made):  # the next one is begun before this one is waited for
-            yield now.result()
+        futures: Iterator[Any] = chain((thread.submit(make, item) for item in items), [None])
+        for future, _ in pairwise(futures):  # submits the next one before it waits for this one
+            yield future.result()
 
 
 @contextmanager
 def whole_weights(module: nn.Module) -> Iterator[None]:
-    """Inside, `state_dict` of a sharded module and of its parts holds whole tensors, in CPU memory.
+    """Let `state_dict` of a sharded module and of its parts return whole tensors in CPU memory, inside the block.
 
     Every process enters; only the main process gets the tensors, one copy of them. Tied weights stay tied.
     """
@@ -137,27 +137,27 @@ def whole_weights(module: nn.Module) -> Iterator[None]:
 
 
 def assembled(tensor: Tensor) -> Tensor:
-    """A tensor put together from its parts, if it is divided; then every process calls this."""
+    """The whole of a tensor that may be sharded; if it is, every process must call this."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def whole_on_main(tensor: Tensor) -> Tensor:
-    """The same in CPU memory of the main process; empty on the others."""
+    """The whole tensor in CPU memory of the main process, an empty one on the others; every process calls this."""
     whole = assembled(tensor)
     return whole.cpu() if distributed.is_main() else torch.empty(0)
 
 
 def load_whole_weights(module: nn.Module, weights: Mapping[str, Tensor]) -> None:
-    """`module.load_state_dict` of the main process's weights; those of the others only tell shapes."""
+    """`module.load_state_dict` with the main process's weights; of the other processes' only the shapes are used."""
     present = module.state_dict()
     module.load_state_dict({name: divided_like(present[name], value, source=0) for name, value in weights.items()})
 
 
 def divided_like(like: Tensor, value: Tensor, source: int | None = None) -> Tensor:
-    """A whole tensor, placed as another one and, unless it is a scalar, divided as that is; the value is `source`'s."""
+    """A whole tensor on the device of `like` and, unless it is a scalar, sharded like it; the value is `source`'s."""
     value = value.to(like.device)
     if isinstance(like, DTensor) and value.ndim:
         return distribute_tensor(value, like.device_mesh, like.placements, src_data_rank=source)
-    if source is not None and distributed.world_size() > 1:  # None: each process has the same value
+    if source is not None and distributed.world_size() > 1:  # None: all processes have the same value
         dist.broadcast(value, src=source)
     return value

@@ -1,4 +1,4 @@
-"""Text and JSON from outside: checked and mended once, where they enter."""
+"""Text and JSON from outside: checked and repaired once, where they enter."""
 
 import json
 import math
@@ -11,40 +11,40 @@ from typing import Any
 
 import regex
 
-LONGEST = 2**28  # bytes of a JSON file, or of a line
-DEEPEST = 100  # levels of JSON: what is deeper breaks whatever walks through it by recursion
+LONGEST = 2**28  # maximum bytes of a JSON file, or of a line
+DEEPEST = 100  # maximum levels of JSON; deeper values would exceed Python's recursion limit
 _ASCII = re.compile(r"[\t\n\r -~]*").fullmatch
 _SIGNS = "".join(chr(code) * 2 for code in range(33, 127))
 _BETWEEN_SIGNS = regex.compile(r"^[\p{P}\p{S}].|.[\p{P}\p{S}]$").search
 _ALIKE = str.maketrans("‘’ʻʼ´“”„‐‑–−", "'" * 5 + '"' * 3 + "-" * 4)
-_ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # they part words without a space
+_ALIKE |= str.maketrans({"—": " - ", "，": ", ", "、": ", "})  # these separate words without a space
 _INVISIBLE = regex.compile(r"\p{Default_Ignorable_Code_Point}+")
 _PUNCTUATION = regex.compile(r"[\p{P}\p{Sc}\p{Sk}\p{Sm}]+")  # in ASCII, `string.punctuation`
 _UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Hangul}\p{Tibetan}\p{Line_Break=SA}]"  # SA: Thai, Lao, Khmer, ...
 _CHARACTER = rf"[{_UNSPACED}&&[\p{{L}}\p{{N}}]][\p{{M}}ー]*"
 _PAIR = regex.compile(_CHARACTER * 2, regex.V1)
-_WORD = regex.compile(rf"[\w--{_UNSPACED}]+|{_CHARACTER}|\p{{So}}\p{{M}}*", regex.V1)  # its \w holds marks, too
-_ASCII_WORD = re.compile(r"\w+")  # the same there, in a fifth of the time
-# Marks of thoughts: those of most models, Magistral's, and gpt-oss's channels, of which the final one is the answer.
+_WORD = regex.compile(rf"[\w--{_UNSPACED}]+|{_CHARACTER}|\p{{So}}\p{{M}}*", regex.V1)  # regex's \w includes marks
+_ASCII_WORD = re.compile(r"\w+")  # the same for ASCII text, five times as fast
+# Marks around reasoning: those of most models, Magistral's, and gpt-oss's channels (the final one is the answer).
 _THOUGHTS_BEGIN = re.compile(r"<think(?:ing)?>|\[think\]|<\|channel\|>", re.IGNORECASE)
 _THOUGHTS_END = re.compile(r"</think(?:ing)?>|\[/think\]|<\|channel\|>final(?:<\|message\|>)?", re.IGNORECASE)
 _APART = regex.compile(rf"{_CHARACTER}|[\p{{P}}--\p{{ASCII}}]", regex.V1)
 
 
 def clean_text(text: str) -> str:
-    """Text that UTF-8 can carry: both halves of a character are joined, and one alone becomes U+FFFD."""
+    """Text that UTF-8 can encode: surrogate pairs are joined, and a lone surrogate becomes U+FFFD."""
     return text if text.isascii() else text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def plain(text: str) -> str:
-    """Text in NFKC, with ASCII's quotes and dashes and without what is invisible, such as soft hyphens."""
+    """Text in NFKC, with ASCII quotes and dashes, and without invisible characters such as soft hyphens."""
     return text if text.isascii() else unicodedata.normalize("NFKC", _INVISIBLE.sub("", text.translate(_ALIKE)))
 
 
 def words(text: str, joined: bool = False, pairs: bool = False) -> list[str]:
-    """What is compared of a text, in any script: its words in one case, or characters where no spaces part the words.
+    """The words of a text for comparisons, case-folded; single characters in scripts without spaces between words.
 
-    `joined` makes one word of "U.S." and of "don't"; `pairs` adds each two characters that follow one another.
+    `joined` makes one word of "U.S." and of "don't"; `pairs` adds all pairs of adjacent characters of such scripts.
     """
     text = plain(text).casefold()
     found = (_ASCII_WORD if text.isascii() else _WORD).findall(_PUNCTUATION.sub("", text) if joined else text)
@@ -52,40 +52,40 @@ def words(text: str, joined: bool = False, pairs: bool = False) -> list[str]:
 
 
 def spaced(text: str) -> str:
-    """Plain text with spaces around what tokenizers of English leave together; that of ASCII is as it was."""
+    """Plain text with spaces around words that English tokenizers would not separate; ASCII text is unchanged."""
     return text if text.isascii() else _APART.sub(r" \g<0> ", plain(text))
 
 
 def without_thoughts(reply: str) -> str:
-    """What a reply says behind the last end of thoughts, which a prompt may have begun; "" where others begin there."""
-    said = _THOUGHTS_END.split(reply)[-1].strip()
-    return "" if _THOUGHTS_BEGIN.search(said) else said
+    """The part of a reply after its last end-of-thoughts mark; "" if that part begins to think again."""
+    answer = _THOUGHTS_END.split(reply)[-1].strip()
+    return "" if _THOUGHTS_BEGIN.search(answer) else answer
 
 
 def added(text: str, shown: str) -> str:
-    """What a growing reply says beyond what was shown of it: all, where that was thoughts, whose end came at last.
+    """The part of a growing reply that is new, given what was shown; all of it if thoughts were shown before.
 
-    Decoders that mend spaces may change the last letters: these stay as they were shown.
+    Decoders that correct spaces may change the last letters shown; those stay as they are.
     """
     return text[len(shown) :] if text.startswith(shown[: len(shown) // 2]) else text
 
 
 def as_text(tokenizer: Any) -> Callable[[str], str]:
-    """What keeps text from outside text: a space breaks control tokens of this tokenizer, or replaces a character.
+    """A function that keeps text free of this tokenizer's control tokens: a space breaks them, or replaces a character.
 
     Control tokens are the special ones, and added ones between signs, such as `<think>`; added words stay whole.
     """
     normalizer = getattr(getattr(tokenizer, "backend_tokenizer", None), "normalizer", None)
-    forms = [str, normalizer.normalize_str] if normalizer else [str]  # some are found in lower case, or after NFKC
+    forms = [str, normalizer.normalize_str] if normalizer else [str]  # tokens may match in lower case, or after NFKC
     added = ((token, each.content.strip(), each.special) for token, each in tokenizer.added_tokens_decoder.items())
     control = {token: name for token, name, special in added if name and (special or _BETWEEN_SIGNS(name))}
     names = {form(name) for name in control.values() for form in forms} - {"", *string.punctuation}  # "!" may pad
     begins = re.compile("|".join(sorted({re.escape(name[:3]) for name in names})), re.IGNORECASE).search
     keeps_ascii = forms[-1](_SIGNS).lower().endswith(_SIGNS.lower())
 
-    def mended(text: str) -> str:
+    def sanitized(text: str) -> str:
         if keeps_ascii and _ASCII(text) and not begins(text):
-            return text  # normalizing costs a fifth of tokenizing
+            return text  # saves normalizing, which costs a fifth of tokenizing
         for form in forms:
             seen = broken = form(text)
             if begins(seen) and not control.keys().isdisjoint(tokenizer.encode(text, add_special_tokens=False)):
@@ -94,14 +94,13 @@ def as_text(tokenizer: Any) -> Callable[[str], str]:
                 text = text if broken == seen else broken
         return text
 
-    return mended if control else str
+    return sanitized if control else str
 
 
 def parse_json(text: str | bytes, kind: type = dict) -> Any:
     """The value of this kind in JSON from outside; a ValueError says what is wrong with it.
 
-    Its numbers are finite (NaN, which JSON has not, counts as null), its text is clean, and it is not nested too deeply
-    to be walked through.
+    Numbers are finite (NaN and infinities, which are not JSON, become null), text is clean, and nesting is limited.
     """
     if len(text) > LONGEST:
         raise ValueError(f"longer than {LONGEST >> 20} MiB")
@@ -126,9 +125,9 @@ def _depth(value: Any) -> int:
 
 
 def finite(kind: type, text: str) -> Any:
-    """The number of this kind in a text; a ValueError for NaN, infinities and what no float holds."""
+    """The number of this kind in a text; a ValueError for NaN, infinities and numbers too large for a float."""
     if not math.isfinite(float(text)):
-        raise ValueError(f"{text[:20]} is no finite number")
+        raise ValueError(f"{text[:20]} is not a finite number")
     return kind(text)
 
 

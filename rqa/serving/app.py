@@ -49,28 +49,28 @@ ERRORS: dict[type[Exception], tuple[int, str | None]] = {
 
 
 def refusal(error: Exception) -> JSONResponse:
-    """An error as OpenAI's clients read it; a mistake of ours is logged, and a client told no more than that."""
+    """An error in OpenAI's format; an internal one is logged, and the client learns nothing about it."""
     status, code = ERRORS.get(type(error), (getattr(error, "status_code", 500), None))
     if status == 500:
         log.error("a request failed", exc_info=error)
-    said = "internal error" if status == 500 else getattr(error, "detail", None) or str(error)
+    message = "internal error" if status == 500 else getattr(error, "detail", None) or str(error)
     kind = "server_error" if status >= 500 else "rate_limit_error" if status == 429 else "invalid_request_error"
-    told = {"message": said, "type": kind, "param": getattr(error, "param", None), "code": code}
+    body = {"message": message, "type": kind, "param": getattr(error, "param", None), "code": code}
     headers = {"Retry-After": "1"} if status == 429 else getattr(error, "headers", None)
-    return JSONResponse({"error": told}, status, headers)
+    return JSONResponse({"error": body}, status, headers)
 
 
 class App:
-    """Around every request: the API key, one form of errors, and counts."""
+    """The ASGI application: it checks the API key of every request, formats errors, and counts requests."""
 
     def __init__(self, routes: list[Route], metrics: Metrics, key: str = "", hosts: Sequence[str] = ()) -> None:
-        """`hosts`: the names that it answers to, if not to all."""
+        """`hosts` are the accepted names of the server; empty: all."""
         self.router, self.metrics, self.key, self.hosts = Router(routes, redirect_slashes=False), metrics, key, hosts
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        status, scope = 0, {**scope, "app": self}  # with an app, the router raises what it does not find
+        status, scope = 0, {**scope, "app": self}  # with an "app", the router raises an exception for unknown paths
 
-        async def noting(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status
             status = message.get("status", status)
             await send(message)
@@ -78,35 +78,35 @@ class App:
         try:
             if scope["path"] != "/health":
                 self.admit(Request(scope))
-            await self.router(scope, receive, noting)
+            await self.router(scope, receive, send_and_note)
         except Exception as error:
             response = refusal(error)
             if not status:
-                await response(scope, receive, noting)
+                await response(scope, receive, send_and_note)
         handler = getattr(scope.get("endpoint"), "__name__", "none")
         self.metrics[f'rqa_requests_total{{handler="{handler}",status="{status}"}}'] += 1
 
     def admit(self, request: Request) -> None:
-        """Refuse a request without the key: a Bearer's, or the password of Basic, for which browsers ask their user."""
-        if self.hosts and request.url.hostname not in self.hosts:  # a site that gave this machine's address a name
+        """Refuse a request without the key, as a Bearer token or as the password of Basic, which browsers ask for."""
+        if self.hosts and request.url.hostname not in self.hosts:  # DNS rebinding: another site's name for this machine
             raise HTTPException(421, "Host: not a name of this server; start it with --public_url or --api_key")
         kind, _, given = request.headers.get("authorization", "").encode("latin-1").partition(b" ")
         if kind.lower() == b"basic":
             with suppress(ValueError):
                 given = base64.b64decode(given).partition(b":")[2]
         if self.key and not hmac.compare_digest(given.strip(), self.key.encode()):
-            wanted = 'Basic realm="rqa"' if "text/html" in request.headers.get("accept", "") else "Bearer"
-            told = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
-            raise HTTPException(401, told, {"WWW-Authenticate": wanted})
+            scheme = 'Basic realm="rqa"' if "text/html" in request.headers.get("accept", "") else "Bearer"
+            problem = "the API key is missing or wrong; send 'Authorization: Bearer KEY'"
+            raise HTTPException(401, problem, {"WWW-Authenticate": scheme})
 
 
 async def body_of(request: Request) -> dict[str, Any]:
-    """The JSON object that is sent, of a type that a form of another site cannot send."""
+    """The JSON object in a request, with a content type that another site's form cannot send."""
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise HTTPException(415, "Content-Type must be application/json")
     body = bytearray()
     try:
-        async with asyncio.timeout(SLOWEST_BODY):  # or it would keep a server from its end
+        async with asyncio.timeout(SLOWEST_BODY):  # an endless body would keep a server from stopping
             async for part in request.stream():
                 body += part
                 if len(body) > LONGEST_BODY:
@@ -120,16 +120,16 @@ async def body_of(request: Request) -> dict[str, Any]:
 
 @dataclass
 class Api:
-    """Handlers of requests; without a reader's or an encoder's name there is none."""
+    """The handlers of requests. A name that is None means that there is no reader, or no encoder."""
 
     engine: Engine
     feedback: Feedback
-    k: int = 3  # passages of an answer
+    k: int = 3  # number of passages for an answer
     reader_name: str | None = None
     encoder_name: str | None = None
     encoder: Any = None
     sources_in_text: bool = False
-    public_url: str | None = None  # of links; by default what the request says
+    public_url: str | None = None  # base of links; None: the request's own
 
     def routes(self) -> list[Route]:
         gets = {"/v1/models": self.models, "/passages/{name}": self.passage, "/metrics": self.metrics}
@@ -145,9 +145,9 @@ class Api:
         chunks = self.answer(asked, base)
         about = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time()), "model": self.reader_name}
         if asked.streams:
-            first = await anext(chunks)  # what is refused until now has its own status
+            first = await anext(chunks)  # errors up to here get an HTTP status of their own
             events = self.events(about | {"object": "chat.completion.chunk"}, first, chunks, asked.wants_usage)
-            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would wait for the end
+            headers = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}  # nginx would buffer the stream
             return StreamingResponse(events, media_type="text/event-stream", headers=headers)
         whole, message, ended = about | {"object": "chat.completion"}, {"content": ""}, None
         async with aclosing(chunks):
@@ -161,7 +161,7 @@ class Api:
         return JSONResponse(whole | {"choices": [{"index": 0, "message": message, "finish_reason": ended}]})
 
     async def answer(self, asked: Question, base: str) -> AsyncIterator[dict[str, Any]]:
-        """The chunks of an answer, without what each of them says; the last one has no choice, but the usage."""
+        """Yield the chunks of an answer, without their common fields; the last one has the usage and no choice."""
 
         def chunk(delta: dict[str, Any], ended: str | None = None, **more: Any) -> dict[str, Any]:
             return {"choices": [{"index": 0, "delta": delta, "finish_reason": ended}]} | more
@@ -169,7 +169,7 @@ class Api:
         with self.engine.admitted():
             began = time.perf_counter()
             (found,) = await self.engine.search([retrieval_query(asked.searched)], asked.k or self.k)
-            retrieved, documents, said, shown = time.perf_counter(), [each.document for each in found], "", ""
+            retrieved, documents, text, shown = time.perf_counter(), [each.document for each in found], "", ""
             links = [{"score": each.score, "rank": each.rank, "url": f"{base}/passages/{each.id}"} for each in found]
             passages = [described(each.id, each.document) | link for each, link in zip(found, links, strict=True)]
             sources = {"citations": [link["url"] for link in links], "rqa": {"passages": passages}}
@@ -177,10 +177,10 @@ class Api:
                 reply = await anext(replies)
                 yield chunk({"role": "assistant", "content": ""}, **sources)
                 async for reply in replies:
-                    delta = added(reply.text, said) if asked.streams else ""
-                    said, shown = reply.text, shown + delta
+                    delta = added(reply.text, text) if asked.streams else ""
+                    text, shown = reply.text, shown + delta
                     yield chunk({"content": delta})
-        if not asked.streams:  # thoughts that end without having begun were shown by then
+        if not asked.streams:  # the final text lacks thoughts whose begin was not marked; deltas might have them
             yield chunk({"content": (shown := reply.text)})
         if self.sources_in_text and passages:
             lines = [f"[{each['rank']}] {one_line(each['title'])}: {each['url']}" for each in passages]
@@ -202,7 +202,7 @@ class Api:
     async def events(
         self, about: dict[str, Any], first: dict[str, Any], chunks: AsyncIterator[dict[str, Any]], usage: bool
     ) -> AsyncIterator[str]:
-        """Chunks as server-sent events; the last one is an error, if it comes to that."""
+        """Yield chunks as server-sent events; an exception becomes the last event."""
         try:
             async with aclosing(chunks):
                 yield f"data: {json.dumps(about | first)}\n\n"
@@ -232,7 +232,7 @@ class Api:
         return JSONResponse({"object": "list", "data": data, "model": self.encoder_name, "usage": usage})
 
     async def retrieve(self, request: Request) -> Response:
-        """What Search-R1's retrieval server answers: the first line of a document's `contents` is its title."""
+        """Answer like Search-R1's retrieval server: the first line of a document's `contents` is its title."""
         body = await body_of(request)
         queries = texts(body, "query" if "query" in body else "queries")
         k = number(body, "topk", int, 1, MOST_PASSAGES // len(queries)) or self.k
@@ -261,7 +261,7 @@ class Api:
         return JSONResponse({"object": "list", "data": data})
 
     async def rate(self, request: Request) -> Response:
-        await asyncio.to_thread(self.feedback.save, await body_of(request))  # a disk may be slow, or the file locked
+        await asyncio.to_thread(self.feedback.save, await body_of(request))  # the disk may be slow, the file locked
         return JSONResponse({"status": "saved"})
 
     async def metrics(self, request: Request) -> Response:
@@ -271,13 +271,13 @@ class Api:
 
 
 def described(name: str, document: Document) -> dict[str, Any]:
-    """A passage as JSON has it."""
+    """A passage as a JSON object."""
     title, source = (str(document.metadata.get(field) or "") for field in ("title", "source"))
     return {"id": name, "title": title or source or name, "source": source, "text": document.page_content}
 
 
 def page_routes(mode: str) -> list[Route]:
-    """The page, in the mode that it shall have, and whether the server lives."""
+    """Routes of the page, in its mode ("chat" or "compare"), and of the health check."""
     text = Path(__file__).with_name("page.html").read_text(encoding="utf-8")
     text = text.replace('<body data-mode="chat">', f'<body data-mode="{mode}">', 1)
     script = text.partition("<script>")[2].partition("</script>")[0]
@@ -293,7 +293,7 @@ def page_routes(mode: str) -> list[Route]:
 
 
 def comparison_routes(comparison: Comparison) -> list[Route]:
-    """The page that compares two systems, and what it asks for."""
+    """Routes of the page that compares two systems, and of its requests."""
 
     async def upcoming(request: Request) -> Response:
         return JSONResponse(comparison.next(request.query_params.get("rater")))

@@ -1,4 +1,4 @@
-"""A retriever and a reader behind one process: what arrives together is searched and answered together."""
+"""The serving engine: one retriever and one reader, which process concurrent requests in batches."""
 
 import asyncio
 import copy
@@ -20,15 +20,15 @@ from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime.cli import release_threads
 from rqa.serving.metrics import Metrics
 
-AT_ONCE = 256  # questions of one search
+AT_ONCE = 256  # maximum size of a batch
 
 
 class Busy(Exception):
-    """More requests are here than may wait."""
+    """The error when too many requests run or wait."""
 
 
 class Found(NamedTuple):
-    """A passage that was found for a question."""
+    """A passage found for a question."""
 
     rank: int  # from 1
     score: float
@@ -38,30 +38,30 @@ class Found(NamedTuple):
 
 @dataclass(frozen=True)
 class Reply:
-    """An answer as far as it has come."""
+    """An answer so far."""
 
     text: str = ""
     prompt_tokens: int = 0
     tokens: int = 0
-    ended: str | None = None  # "stop", or "length" where it was cut
+    ended: str | None = None  # finish reason: "stop", or "length" if it was cut
 
 
 class Batched:
-    """Work for a thread of its own: whatever waits when it is free, and is alike by `key`, is done at once."""
+    """A thread that works in batches: when it is free, it takes the waiting items that have the first one's `key`."""
 
     def __init__(self, work: Callable[[list[Any]], Sequence[Any]], key: Callable[[Any], Any], wait: float = 0) -> None:
-        self.work, self.key, self.wait = work, key, wait  # seconds that the first one waits for others
+        self.work, self.key, self.wait = work, key, wait  # `wait`: seconds that the first item waits for others
         self.thread = ThreadPoolExecutor(1)
-        self.waiting: list[tuple[Any, Future[Any], float]] = []  # and since when
+        self.waiting: list[tuple[Any, Future[Any], float]] = []  # item, result, time of arrival
 
     def __call__(self, item: Any) -> asyncio.Future[Any]:
         future = Future[Any]()
         self.waiting.append((item, future, time.monotonic()))
-        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)  # after all that is asked for now
+        asyncio.get_running_loop().call_soon(self.thread.submit, self._run)  # after other items of this moment
         return asyncio.wrap_future(future)
 
     def _run(self) -> None:
-        if not self.waiting:  # they were done with others
+        if not self.waiting:  # an earlier batch took them
             return
         first, _, since = self.waiting[0]
         time.sleep(max(since + self.wait - time.monotonic(), 0))
@@ -79,42 +79,42 @@ class Batched:
         except Exception as error:
             if len(batch) == 1:
                 return batch[0][1].set_exception(error)
-            for pair in batch:  # one of them may be to blame: the others are not lost
+            for pair in batch:  # one by one: only the items that cause the error fail
                 self._do([pair])
 
 
 @dataclass(eq=False)
 class _Job:
-    """An answer that is being generated, and where it goes."""
+    """An answer in progress, and the function that receives it."""
 
     prompt: Any
     settings: Settings
     show: Callable[[Reply], None]
     limit: int
     prompt_tokens: int
-    shown: int = 0  # tokens, which are shown once, even if its batch is done again
-    left: bool = False  # whether nobody waits for it any more
+    shown: int = 0  # number of tokens shown, so that none is shown again if the batch is repeated
+    left: bool = False  # whether the client has gone
 
 
 class Engine:
-    """Searches and answers for many at once, each with what it would have got alone. `reader` may be None."""
+    """Searches and answers many requests at once; each gets the same result as alone. `reader` may be None."""
 
     def __init__(self, retriever: PassageRetriever, reader: Any, max_queue: int = 64, wait: float = 0.02) -> None:
-        """`wait` is how many seconds the first question of a batch waits for others."""
+        """`wait`: seconds that the first question of a batch waits for others."""
         self.retriever, self.reader, self.max_queue, self.metrics = retriever, reader, max_queue, Metrics()
         self._searching = Batched(self._search, lambda item: item[1])
         self._generating = Batched(self._generate, lambda job: job.settings.sampling, wait)
-        self.running = 0  # requests
-        release_threads()  # of the thread that loaded the models
+        self.running = 0  # number of admitted requests
+        release_threads()  # those of the thread that loaded the models
 
     @property
     def waiting(self) -> int:
-        """Questions and prompts that no batch has taken."""
+        """Number of questions and prompts that wait for a batch."""
         return len(self._searching.waiting) + len(self._generating.waiting)
 
     @contextmanager
     def admitted(self) -> Iterator[None]:
-        """Around a request: `Busy` if too many are here."""
+        """Count a request as running inside the block; `Busy` if there are too many."""
         if self.running >= self.max_queue:
             raise Busy("Too many requests are waiting; try again in a moment")
         self.running += 1
@@ -128,7 +128,7 @@ class Engine:
         return list(await asyncio.gather(*(self._searching((question, k)) for question in questions)))
 
     async def in_turn(self, work: Callable[..., Any], *arguments: Any) -> Any:
-        """What this returns, in the thread of the retriever, whose encoder and tokenizer it may use."""
+        """Run a function in the retriever's thread, where it may use the encoder and the tokenizer."""
 
         def released() -> Any:
             try:
@@ -151,9 +151,10 @@ class Engine:
     async def reply(
         self, example: Example, passages: Sequence[Document], settings: Settings = Settings()
     ) -> AsyncIterator[Reply]:
-        """The answer as it grows, empty once it is accepted, at last with why it ended; `DoesNotFit` if no prompt does.
+        """Yield the growing answer: empty when it is accepted, at last with its finish reason. May raise `DoesNotFit`.
 
-        Close it (`aclosing`) when nobody waits for it any more. A text that a stop string may begin in is held back.
+        Close it (`aclosing`) when the client has gone. The last characters are held back, as they may begin a stop
+        string.
         """
         answering = self._local if isinstance(self.reader, LocalReader) else self._remote
         began, first = time.perf_counter(), True
@@ -219,7 +220,7 @@ class Engine:
                 if job.shown < len(ids) < job.limit and not job.left:
                     job.shown = len(ids)
                     text = reader.prompter.decode(ids)
-                    if not text.endswith("\ufffd"):  # half a character, perhaps
+                    if not text.endswith("\ufffd"):  # perhaps an incomplete character
                         job.show(Reply(text, job.prompt_tokens, len(ids)))
             return [job.left or len(ids) >= job.limit for job, ids in zip(batch, rows, strict=True)]
 
@@ -229,5 +230,5 @@ class Engine:
         for job, ids in zip(batch, made, strict=True):
             if NOT_FINITE in ids:
                 raise not_finite(reader.model, "answer", "a question")
-            said, ended = ids[: job.limit], "length" if len(ids) >= job.limit else "stop"
-            job.show(Reply(reader.prompter.decode(said), job.prompt_tokens, len(said), ended))
+            kept, ended = ids[: job.limit], "length" if len(ids) >= job.limit else "stop"
+            job.show(Reply(reader.prompter.decode(kept), job.prompt_tokens, len(kept), ended))

@@ -1,4 +1,4 @@
-"""What a server counts and times, in the text format of Prometheus."""
+"""Counters and timings of a server, in the text format of Prometheus."""
 
 import re
 from collections import Counter
@@ -9,7 +9,7 @@ FAMILY = re.compile(r"(\w+?)(_(bucket|sum|count))?(\{.*)?")
 
 
 class Metrics(Counter[str]):
-    """Counters by `name_total{label="value"}`, as Prometheus writes them, and histograms of seconds."""
+    """Counters by Prometheus's name, such as `name_total{label="value"}`, and histograms of seconds."""
 
     def observe(self, name: str, seconds: float) -> None:
         for bound in BOUNDS:
@@ -18,7 +18,7 @@ class Metrics(Counter[str]):
         self[f"{name}_sum"] += seconds  # type: ignore[assignment]
 
     def text(self, gauges: Mapping[str, float]) -> str:
-        """Everything so far, and these values of now."""
+        """All counters and histograms, and the current values of these gauges."""
         families: dict[str, list[str]] = {}
         for series, value in {**self, **gauges}.items():
             name, kind = FAMILY.fullmatch(series).expand(r"\1 \3").split(" ")  # type: ignore[union-attr]

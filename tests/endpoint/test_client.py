@@ -181,7 +181,7 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
     for host in ("999.1.1.1", "a..b", "x" * 99 + ".de", "host:80000"):
         with pytest.raises(UserError, match=r"not a server's URL|cannot be reached"):
             Endpoint(f"openai::http://{host}/v1").ask(say("a"), 7)
-    with pytest.raises(UserError, match=r"^http://host/v1: its API key holds characters that no key has; copy"):
+    with pytest.raises(UserError, match=r"^http://host/v1: its API key has characters that no key has; copy"):
         Endpoint("openai::http://user:word@host/v1", EndpointArguments(endpoint_api_key="schlüssel"))
     with pytest.raises(UserError, match="--endpoint_concurrency 0: must be at least 1"):
         EndpointArguments(endpoint_concurrency=0)

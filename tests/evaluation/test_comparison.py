@@ -51,15 +51,15 @@ def test_the_interval_of_bleu_is_that_of_sacrebleus_bootstrap() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "changed", "telling"),
+    ("low", "high", "changed", "significant"),
     [(0.01, 0.2, 6, True), (-0.2, -0.01, 40, True), (-0.01, 0.2, 40, False), (0.01, 0.2, 5, False), (0, 0, 1, False)],
 )
 def test_a_difference_tells_when_it_excludes_0_and_enough_questions_changed(
-    low: float, high: float, changed: int, telling: bool
+    low: float, high: float, changed: int, significant: bool
 ) -> None:
     found = Difference("f1", 0.5, 0.6, low, high, 50, changed)
-    verdict = "this is more than chance" if telling else "this cannot be told from chance"
-    assert (found.telling, verdict in found.sentence()) == (telling, True)
+    verdict = "this is significant" if significant else "this is not significant"
+    assert (found.significant, verdict in found.sentence()) == (significant, True)
 
 
 def row(question: str, **scores: float) -> dict[str, Any]:
@@ -93,7 +93,7 @@ def test_differences_are_those_of_the_means_and_of_bleu_over_the_whole_corpus() 
     assert [f1.first, f1.second, f1.questions, f1.changed] == pytest.approx([*scores.mean(axis=1), 20, 20])
     assert f1.low < f1.second - f1.first < f1.high
     theirs = sacrebleu.BLEU().corpus_score(texts[:1] * 20, [["An answer."] * 20]).score
-    assert [total.first, total.second, total.telling] == pytest.approx([theirs / 100, 1, True])
+    assert [total.first, total.second, total.significant] == pytest.approx([theirs / 100, 1, True])
 
 
 def test_questions_that_changed_side_are_listed() -> None:
@@ -147,7 +147,7 @@ def test_retrievers_are_evaluated_by_sources_or_texts_on_a_machine_that_is_named
     assert "16 gold passages are not in the database" in capsys.readouterr().err
     assert run_line("compare_runs", tmp_path / "dense", tmp_path / "bm25", "--show", 1) == 0
     said = capsys.readouterr().out
-    assert said.rstrip().endswith("this is more than chance.")
+    assert said.rstrip().endswith("this is significant.")
     assert "gained by B in retr/recall@1:" in said
     assert 1 <= said.count("\n- ") <= 2
     assert run_line("compare_runs", tmp_path / "dense", tmp_path / "dense", "--metric", "retr/mrr@10") == 0
@@ -175,12 +175,12 @@ def test_what_cannot_be_compared_is_one_line(
     for line, message in {
         "one": "name two runs, as in compare_runs A B; found 1",
         "absent absent": "absent: no such file",
-        "old old": "old:1: has no 'question' with 'scores'; evaluate the run again",
-        "score good": "score:1: has no 'question' with 'scores'",
-        "answer good": "answer:1: has no 'question' with 'scores'",
+        "old old": "old:1: not a question with 'scores'; evaluate the run again",
+        "score good": "score:1: not a question with 'scores'",
+        "answer good": "answer:1: not a question with 'scores'",
         "gold good": "gold:1: field 'gold_answer' must be a string",
         "empty empty": "empty: holds no predictions",
-        "good other": "the runs answer different questions: 1 only in A",
+        "good other": "the runs answer different questions, 1 only in A",
         "good good --metric gen/f2": "--metric gen/f2: not in both runs; choose one of f1",
     }.items():
         refused(message, "compare_runs", *line.split())

@@ -77,7 +77,7 @@ def test_a_question_of_many_raters_counts_as_much_as_that_of_one() -> None:
 @pytest.mark.parametrize("wins", [5, 6])
 def test_wins_of_one_system_alone_are_no_certainty_and_tell_where_a_sign_test_does(wins: int) -> None:
     found = preference(np.array([[0, 1, 0, 0]] * wins))
-    assert found.telling == (stats.binomtest(wins, wins).pvalue < 0.05)
+    assert found.significant == (stats.binomtest(wins, wins).pvalue < 0.05)
     assert found.low == pytest.approx(2 * stats.binomtest(wins, wins).proportion_ci(method="exact").low - 1)
 
 
@@ -109,13 +109,13 @@ def test_a_file_of_ratings_is_told_by_wins_agreement_and_questions(
         == 0
     )
     said, warned = capsys.readouterr()
-    assert "--metric has no effect here: people's choices decide" in warned
+    assert "--metric has no effect here: people's ratings decide" in warned
     assert "A: out/a\nB: out/b\nquestions rated: 10 by Ann, 3 by Bo\n" in said
     for row in ("A wins | 0.050 |", "both bad | 0.050 |", "B wins, of all wins | 0.944 |", "B wins - A wins | +0.750 |",
                 "two raters agree | 0.333 | | 6 | 3 |", "Krippendorff's alpha | -0.111 | | 6 | 3 |"):  # fmt: skip
         assert f"| {row}" in said
     assert "8 won by B:\n- q0\n\n0 lost by B\n" in said
-    assert said.endswith("10 questions, 8 of them have a winner): this is more than chance.\n")
+    assert said.endswith("10 questions, 8 of them have a winner): this is significant.\n")
 
 
 def test_ratings_that_cannot_be_read_are_one_line(
@@ -129,7 +129,7 @@ def test_ratings_that_cannot_be_read_are_one_line(
         "r.jsonl:1: field 'rater' must be a non-empty string": [good | {"rater": " "}],
         "r.jsonl:1: field 'B' must be a non-empty string": [good | {"B": None}],
         "r.jsonl:1: field 'chat_history' must be a list": [good | {"chat_history": "hi"}],
-        "r.jsonl:2: rates A: out/a, B: out/c; lines before rate A: out/a, B: out/b": [good, good | {"B": "out/c"}],
+        "r.jsonl:2: rates A: out/a, B: out/c, but earlier lines rate A: out/a, B: out/b": [good, good | {"B": "out/c"}],
     }.items():
         write(Path("r.jsonl"), rows)
         refused(message, "compare_runs", "--ratings", "r.jsonl")
@@ -220,7 +220,7 @@ def test_a_rating_that_says_something_else_is_refused_and_not_kept(
 
 def test_ratings_of_other_answers_or_systems_are_not_mixed(runs: tuple[str, str, str]) -> None:
     rate(Comparison(*runs), "Ann", prefers_b, times=1)
-    with pytest.raises(UserError, match=r"--ratings_path ratings.jsonl: holds ratings of other systems or answers"):
+    with pytest.raises(UserError, match=r"--ratings_path ratings.jsonl: has ratings of other systems or answers"):
         Comparison(runs[1], runs[0], runs[2])
     Path(runs[0]).write_text(Path(runs[0]).read_text().replace("a says", "a says again"))
     with pytest.raises(UserError, match="of other systems or answers; name another file"):

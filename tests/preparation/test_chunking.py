@@ -148,5 +148,5 @@ def test_batches_change_nothing(monkeypatch: pytest.MonkeyPatch, documents: list
 
 
 def test_special_tokens_that_fill_a_passage_alone_are_refused() -> None:
-    with pytest.raises(UserError, match="--chunk_size 2: the tokenizer's special tokens alone take as much"):
+    with pytest.raises(UserError, match="--chunk_size 2: the tokenizer's special tokens fill it"):
         cut("text", chunk_size=2, chunk_overlap=0, count_special_tokens=True)

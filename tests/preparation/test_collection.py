@@ -87,7 +87,7 @@ def test_a_folder_of_all_kinds_becomes_one_database_the_same_each_time(
     assert other.metadata["lang"] == "en"
     printed = capsys.readouterr().out
     for line in ("7 passages of 8 texts", "1 duplicates and 7 empty or unreadable texts left out",
-                 "pipe.txt: is no regular file",
+                 "pipe.txt: is not a regular file",
                  "locked.pdf: not a readable PDF", "broken.pdf: not a readable PDF", "latin.txt: not UTF-8 text",
                  "empty.txt: holds no text", "scan.pdf: holds no text", "rows.jsonl:2: holds no text",
                  f"1 files of other kinds left out\n  {folder}/image.png"):  # fmt: skip
@@ -103,7 +103,7 @@ def test_a_folder_of_all_kinds_becomes_one_database_the_same_each_time(
         ("a.jsonl", '{"text": "x"}\n{"text": 3}', "a.jsonl:2: field 'text' must be a string"),
         ("a.jsonl", '{"text": "x"}\n{"text"', "a.jsonl:2: not valid JSON"),
         ("a.jsonl", '{"text": "x", "title": 1}', "a.jsonl:1: field 'title' must be a string"),
-        ("a.docx", "x", "a.docx: cannot be read; write files that end in .txt, .md"),
+        ("a.docx", "x", "a.docx: cannot be read; name files that end in .txt, .md"),
         ("a.txt", " ", "a.txt: holds no text; no passage to write"),
         ("a.pdf", "x", "a.pdf: not a readable PDF"),
     ],

@@ -289,15 +289,15 @@ def test_a_row_is_read_before_the_next_one_is_there(tmp_path: Path) -> None:
         ("nq_open", "a.jsonl", '{"question": "q", "answer": [1]}', "a.jsonl:1: field 'answer' must be a list of str"),
         ("nq_open", "a.jsonl", "\n", "a.jsonl: holds no rows"),
         ("nq_open", "a.jsonl", '{"question": "q"}', "a.jsonl: holds no rows to write; 1 unanswerable questions left"),
-        ("nq_open", "a.jsonl.gz", "no", "a.jsonl.gz: not a whole gzip file"),
+        ("nq_open", "a.jsonl.gz", "no", "a.jsonl.gz: not a complete gzip file"),
         ("tevatron", "a.jsonl", '{"docid": 1, "text": ""}', "holds no rows to write; 1 blank passages left out"),
         ("msmarco", "a.jsonl", '{"query": "q", "passages": {"a": [1], "b": 2}}', "a.jsonl:1: field 'passages' must be"),
         ("triviaqa", "a.json", '{"Data": [{"Question": "q"}]}', "a.json: item 1: field 'Answer' must be an object"),
         ("squad", "a.json", '{"data": [{"paragraphs": [{}]}]}', "item 1: paragraphs[0]: field 'context' is missing"),
         ("beir", "qrels/test.tsv", "a\tb\tc\ntest-0\td1\tx", "test.tsv:2: score 'x' is not a number"),
         ("beir", "qrels/test.tsv", "test-0", "test.tsv:1: expected query, passage and score, found 1 columns"),
-        ("beir", "qrels/test.tsv", "test-0\td1\t0", "test.tsv: has no score above 0 of a passage"),
-        ("beir", "queries.jsonl", '{"_id": "test-0", "text": null}', "has no score above 0 of a passage with text"),
+        ("beir", "qrels/test.tsv", "test-0\td1\t0", "test.tsv: has no score above 0 for a passage"),
+        ("beir", "queries.jsonl", '{"_id": "test-0", "text": null}', "has no score above 0 for a passage with text"),
     ],
 )  # fmt: skip
 def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
@@ -319,7 +319,7 @@ def test_flags_that_say_too_little_are_refused(refused: Callable[..., None]) -> 
         "--from_format dpr --output_dir x": "--input_path",
         "--from_format dpr --input_path x": "--output_dir",
         "--to_format dpr --output_dir x": "--train_file, --eval_file, --test_file",
-        "--to_format beir --output_dir x --train_file /nowhere": "--document_path: BEIR needs",
+        "--to_format beir --output_dir x --train_file /nowhere": "--document_path: missing; beir needs",
         "--from_format dpr --input_path /a/x.json /b/x.json --output_dir x": "two files are called x",
     }.items():
         refused(message, "convert_dataset", *line.split())

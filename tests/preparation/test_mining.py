@@ -75,7 +75,7 @@ def test_bad_input_is_one_line(
     monkeypatch.chdir(tmp_path)
     line = [part for flag, value in flags.items() for part in (f"--{flag}", value)]
     for change, message in {
-        "--retriever dense": "--embedding_model: goes with",
+        "--retriever dense": "--embedding_model: set it with",
         "--num_negatives 0": "--num_negatives 0: must be at least 1",
         "--negatives_from_rank 9 --negatives_to_rank 8": "--negatives_to_rank 8",
         "--train_file bare.jsonl": "bare.jsonl:1: field 'gold_docs' is empty",

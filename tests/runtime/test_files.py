@@ -66,7 +66,7 @@ def test_a_link_leads_to_its_file_which_keeps_its_mode_and_a_pipe_stays_a_pipe(t
     assert list(read_jsonl(tmp_path / "packed.jsonl.gz")) == [(1, {"a": 1})]
     (tmp_path / "loop").symlink_to("loop")
     for place in (pipe, tmp_path / "loop"):
-        with pytest.raises(UserError, match=f"{place.name}: is no directory"), atomic_directory(place):
+        with pytest.raises(UserError, match=f"{place.name}: is not a directory"), atomic_directory(place):
             pass
     with pytest.raises(OSError, match=r"Too many levels of symbolic links: .*/loop'"):
         write_json(tmp_path / "loop", {})

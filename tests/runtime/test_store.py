@@ -14,7 +14,7 @@ from fakes import full_disk
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import Store
 
-REFUSED = r"s\.sqlite: nothing can be kept there"
+REFUSED = r"s\.sqlite: cannot be used as a cache"
 
 
 def test_what_was_put_comes_back_and_outlives_the_store_and_the_latest_value_counts(tmp_path: Path) -> None:
