@@ -167,6 +167,8 @@ def read_data(folder: str, output: Path) -> dict[str, str]:
         parts = defaultdict(list)
         for example in read_examples(paths["train"]):  # questions about the same passage stay together
             parts["train" if int(fingerprint(*example.gold_docs[0].key), 16) % 8 else "eval"].append(example)
+        if len(parts) < 2:
+            raise SystemExit(f"error: {paths['train']}: has too few passages to keep some for the choice of a model")
         paths = {name: output / "data" / f"{name}_w_qa.jsonl" for name in parts} | {"test": paths["eval"]}
         for name, part in parts.items():
             write_examples(paths[name], part)
@@ -228,6 +230,9 @@ class Cell:
         write_json(self.place / "cell.json", mark)
         for command in self.commands[len(mark["steps"]) :]:
             seconds, peak = run_command(self.line(command), self.place / "log.txt")
+            state = self.place / "trainer_state.json"
+            if state.exists() and read_json(state).get("interrupted"):
+                raise UserError("a trainer was interrupted; the same command continues")
             mark["steps"].append({"command": command, "seconds": seconds, "peak_gib": peak})
             write_json(self.place / "cell.json", mark)
         rows = [] if self.system == "reranker" else [row["scores"] for row in read_predictions(self.place)]
@@ -340,9 +345,9 @@ def print_markdown(name: str, rows: Sequence[dict[str, Any]]) -> None:
     for system in dict.fromkeys(row["system"] for row in rows):
         lines.append([system])
         for row in (known.get((system, data)) for data in sets):
-            least, most = row["difference_intervals"][name] if row else (0, 0)
+            ends = least, most = row["difference_intervals"][name] if row else (0, 0)
             bold = "**" * (least > 0 or most < 0)
-            gap = f" {bold}{row['difference'][name]:+.3f}{bold} ({least:+.3f} to {most:+.3f})" if row and most else ""
+            gap = f" {bold}{row['difference'][name]:+.3f}{bold} ({least:+.3f} to {most:+.3f})" if any(ends) else ""
             lines[-1].append(f"{row['scores'][name]:.3f}{gap}" if row else "")
     print("\n".join(f"| {' | '.join(line)} |" for line in lines))
 

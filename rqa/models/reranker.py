@@ -36,7 +36,7 @@ READING_FILE, YES_OR_NO = "sentence_bert_config.json", "1_LogitScore"
 TASKS = {"Transformer": "sequence-classification", "Transformer LogitScore": "text-generation"}
 MODULES = "sentence_transformers.cross_encoder.modules."
 ROLES, ANSWERS = ("query", "document"), ("true_token_id", "false_token_id")
-WEIGHT = "rerank_weight"  # our field in GENERAL_FILE, which sentence-transformers ignores
+WEIGHT, FIRST_STAGE = "rerank_weight", "first_stage"  # our fields in GENERAL_FILE; sentence-transformers ignores them
 NEW_LAYERS = r"(^|\.)(classifier|score|pre_classifier|pooler|head)\."
 PROBES = [("how old is he", "he is 9"), ("who", "he is 9"), ("how old is he", "salt")]
 # A decoder's prompt in Qwen3-Reranker's words; it precedes the chat template that renders the messages.

@@ -77,6 +77,8 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     def check(self) -> None:
         self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
         self.check_bounds("temperature", above=0)
+        if self.num_hard_negatives is not None and self.hard_neg_ratio:
+            raise UserError("--hard_neg_ratio: contradicts --num_hard_negatives; remove one")
         if self.num_hard_negatives is None:
             self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
         count = self.num_hard_negatives or self.hard_neg_ratio
@@ -87,7 +89,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
         if self.mine_negatives and count > room:
             given = f"--negatives_to_rank {self.negatives_to_rank}"
             raise UserError(f"{given}: leaves only {room} hard negatives per question; raise it")
-        window = [item.name for item in fields(NegativeArguments)] + ["refresh_async", "negatives_from"]
+        window = [item.name for item in fields(NegativeArguments)] + ["refresh_step", "refresh_async", "negatives_from"]
         stray = [name for name in window if getattr(self, name) != getattr(CTLArguments, name)]
         if stray and not self.mine_negatives:
             raise UserError(f"--{stray[0]}: has no effect without --mine_negatives true; remove it")
@@ -130,9 +132,9 @@ class Contrasts:
         for example in examples:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
-        known, rows = numbered(documents, [(*example.gold_docs, *example.hard_neg_docs) for example in examples])
-        self._gold = [row[: len(example.gold_docs)] for row, example in zip(rows, examples, strict=True)]
-        self._hard = [row[len(example.gold_docs) :] for row, example in zip(rows, examples, strict=True)]
+        known, self._gold, self._own, self._hard = gold_and_hard(examples, documents)
+        if not (mined or any(self._hard)) and (flags.num_hard_negatives or flags.hard_neg_ratio):
+            log.warning("no question has hard_neg_docs: all negatives are other questions' gold passages")
         self.encoder, self.mined, self.flags, self.seed = encoder, mined, flags, seed
         self.ahead = not mined  # mined negatives change between steps
         self._queries = Tokens(encoder.tokenize_queries, lambda number: retrieval_query(examples[number]))
@@ -140,8 +142,7 @@ class Contrasts:
 
     def __call__(self, indices: Sequence[int]) -> ContrastiveBatch:
         chance, size = random.Random(f"{self.seed}-{indices}"), self.flags.chunk_size
-        gold = [self._gold[i] for i in indices]
-        targets = [chance.choice(numbers) for numbers in gold]
+        targets = [chance.choice(self._gold[i]) for i in indices]
         pools, count = [self._hard[i] for i in indices], self.flags.num_hard_negatives
         if self.mined:
             pools = [list(dict.fromkeys([*pool, *self.mined[i]])) for pool, i in zip(pools, indices, strict=True)]
@@ -154,7 +155,7 @@ class Contrasts:
             passages=in_chunks(self.encoder.passage_side, self._passages(documents), size),
             documents=torch.tensor(documents),
             targets=torch.tensor(targets),
-            gold=pad_sequence([torch.tensor(row) for row in gold], batch_first=True, padding_value=-1),
+            gold=pad_sequence([torch.tensor([*self._own[i]]) for i in indices], batch_first=True, padding_value=-1),
             indices=indices,
         )
 
@@ -204,6 +205,26 @@ class NegativeChooser:
         self.counts["searches that found a gold passage"] += bool(gold_score > -np.inf)
         self.counts["passages left out by their score"] += len(window) - len(chosen)
         return chosen
+
+
+def gold_and_hard(
+    examples: Sequence[Example], documents: Sequence[Document], reads_hard: bool = True
+) -> tuple[Any, list[list[int]], list[set[int]], list[list[int]]]:
+    """The documents, with those appended that only the examples have, and the positions there of passages by example.
+
+    These are its gold passages, all gold passages of its question, and its `hard_neg_docs`. Passages of equal text get
+    one position, so a passage with the text of a gold one is no hard negative.
+    """
+    given = [example.gold_docs for example in examples] + [e.hard_neg_docs if reads_hard else () for e in examples]
+    known, rows = numbered(documents, given)
+    texts, first = iter(normalized_of(list(chain(*given))).tolist()), dict[Any, int]()
+    rows = [list(dict.fromkeys(first.setdefault(next(texts), number) for number in row)) for row in rows]
+    gold, hard = rows[: len(examples)], rows[len(examples) :]
+    own = of_equal_questions(examples, gold)
+    hard = [[number for number in row if number not in barred] for row, barred in zip(hard, own, strict=True)]
+    if left_out := sum(map(len, given[len(examples) :])) - sum(map(len, hard)):
+        log.warning("%d passages of hard_neg_docs are left out: they are gold, or duplicates", left_out)
+    return known, gold, own, hard
 
 
 def of_equal_questions(examples: Sequence[Example], rows: Sequence[Sequence[Any]]) -> list[set[Any]]:

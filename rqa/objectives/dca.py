@@ -65,7 +65,7 @@ def find_contexts(
     known, contexts = numbered(documents, [example.ctxs[: flags.n_context] for example in examples])
     bare = [number for number, row in enumerate(contexts) if not row]
     if bare:
-        retriever = open_retriever(flags, model, documents)
+        retriever = open_retriever(flags, model, documents, examples)
         hits = retriever.retrieve_once([retrieval_query(examples[number]) for number in bare], flags.n_context)
         for number, ids in zip(bare, hits.ids.tolist(), strict=True):
             contexts[number] = [position for position in ids if position >= 0]

@@ -8,18 +8,15 @@ import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from rqa.data import Document, Example
-from rqa.documents import normalized_of
 from rqa.models.encoder_decoder import EncoderDecoderArguments
 from rqa.models.reranker import Reranker
-from rqa.objectives.ctl import MinedNegatives, NegativeArguments, of_equal_questions
-from rqa.objectives.encoding import numbered
+from rqa.objectives.ctl import MinedNegatives, NegativeArguments, gold_and_hard
 from rqa.objectives.losses import distillation
 from rqa.objectives.teacher import DistilledArguments, score_lists
 from rqa.packing import Batch, TokenBatch
@@ -106,18 +103,10 @@ class Lists:
         self, examples: Sequence[Example], documents: Sequence[Document], reranker: Reranker,
         mined: MinedNegatives | None, flags: RerankArguments, seed: int, teacher: Any = None, together: bool = False,
     ) -> None:  # fmt: skip
-        given = [example.gold_docs for example in examples] + [example.hard_neg_docs for example in examples]
-        known, rows = numbered(documents, given)
-        texts, first = iter(normalized_of(list(chain(*given))).tolist()), {}  # equal texts get the first one's number
-        rows = [list(dict.fromkeys(first.setdefault(next(texts), number) for number in row)) for row in rows]
-        self._gold, hard = rows[: len(examples)], rows[len(examples) :]
+        known, self._gold, self._own, hard = gold_and_hard(examples, documents, reads_hard=not mined)
         for example in examples:
             if not example.gold_docs and not teacher:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; give a gold passage, or --teacher")
-        self._own = of_equal_questions(examples, self._gold)
-        hard = [[number for number in row if number not in own] for row, own in zip(hard, self._own, strict=True)]
-        if not mined and (left_out := sum(map(len, given[len(examples) :])) - sum(map(len, hard))):
-            log.warning("%d passages of hard_neg_docs are left out: they are gold, or duplicates", left_out)
         self._golds = [] if teacher else sorted(set().union(*self._own))
         self.examples, self.documents, self.reranker, self.teacher = examples, known, reranker, teacher
         self.hard, self.flags, self.seed, self.together = mined or hard, flags, seed, together

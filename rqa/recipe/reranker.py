@@ -10,7 +10,7 @@ from rqa.endpoint.client import is_endpoint
 from rqa.evaluation.retrieval import evaluate_retrieval
 from rqa.models.layout import GENERAL_FILE
 from rqa.models.loading import load_config, train_adapters
-from rqa.models.reranker import WEIGHT, load_reranker
+from rqa.models.reranker import FIRST_STAGE, WEIGHT, load_reranker
 from rqa.objectives.ctl import MinedNegatives, NegativeArguments
 from rqa.objectives.dca import reader_teacher
 from rqa.objectives.rerank import Lists, ListwiseReranking, RerankArguments
@@ -126,7 +126,8 @@ class RerankerRun(Run):
             self.reranked.choose_weight(list(map(retrieval_query, examples)), gold_places(examples, self.documents))
             log.info("--rerank_weight %.2f: chosen by %d questions", self.reranked.weight, len(examples))
             if distributed.is_main():
-                write_json(self.output / GENERAL_FILE, best.general | {WEIGHT: self.reranked.weight})
+                chosen = {WEIGHT: self.reranked.weight, FIRST_STAGE: self.flags.retriever}
+                write_json(self.output / GENERAL_FILE, best.general | chosen)
 
     def score_test(self) -> tuple[Scores, Rows]:
         return self._score(self.test, compare=True)

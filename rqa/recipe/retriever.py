@@ -105,8 +105,10 @@ class RetrieverRun(Run):
         numbers = random.sample(range(len(self.documents)), min(DISTRACTORS_TRIED, len(self.documents)))
         documents += [self.documents[number] for number in numbers]
         pool = list({document.key: document for document in documents}.values())
-        own, scores = self.encoder.settings.max_passage_length, {}
-        for length in sorted({own, *(length for length in LENGTHS_TRIED if length <= positions_of(self.model))}):
+        own, tokenizer, scores = self.encoder.settings.max_passage_length, self.encoder.tokenizer, {}
+        longest = min(positions_of(self.model), max(own, tokenizer.model_max_length))
+        prefix = len(tokenizer(self.encoder.settings.passage_prefix)["input_ids"])
+        for length in sorted({own, *(length for length in LENGTHS_TRIED if prefix < length <= longest)}):
             retriever = Retriever(self.encoder.cutting(length), pool).open()
             scores[length] = evaluate_retrieval(retriever, examples, self.flags)[0]["retr/mrr@10"]
             if scores[length] < max(scores.values()):

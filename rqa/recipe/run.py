@@ -70,12 +70,13 @@ class Run(ABC):
         held_out = [with_known_gold(examples, self.documents) for examples in held_out]
         self.train = with_known_gold(read_examples(flags.train_file, train_answers), self.documents)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
+        few = 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no"
+        if few and flags.load_best_model_at_end is None:  # a loss may choose: it is a mean over many tokens
+            flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
         if distributed.is_main():
             self._open_output()
         distributed.barrier()
-        if 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no":
-            if flags.load_best_model_at_end is None:  # a loss may choose: it is a mean over many tokens
-                flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
+        if few:
             how = "choose the best model, but by chance" if flags.load_best_model_at_end else "cannot choose a model"
             log.warning("%s: %d questions %s; %d are needed", flags.eval_file, len(self.eval), how, FEW_QUESTIONS)
 

@@ -74,8 +74,9 @@ def open_retriever(
         raise UserError("--retriever hybrid: needs an encoder besides BM25; give one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
         raise UserError("--filter: does not apply to BM25; use --retriever dense and an encoder")
-    reranked = reranking(flags)  # first: an unusable reranker is refused before an index is built
-    if "bm25" in (flags.retriever, embedding_model):
+    first_stage = "bm25" if embedding_model == "bm25" else flags.retriever
+    reranked = reranking(flags, first_stage)  # first: an unusable reranker is refused before an index is built
+    if first_stage == "bm25":
         flags.ignore("truncate_dim", "BM25 has no embeddings")
         return reranked(LexicalRetriever(documents))
     if embedding_model is None:
@@ -90,7 +91,9 @@ def open_retriever(
         return reranked(dense)
     weight = USUAL if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
-    if flags.fusion == "weighted" and flags.fusion_weight is None and chosen_by:
+    if flags.fusion == "weighted" and flags.fusion_weight is None and not chosen_by:
+        log.info("--fusion_weight %.2f: the default; --fusion_eval_path chooses it on questions", weight)
+    elif flags.fusion == "weighted" and flags.fusion_weight is None:
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold_places(chosen_by, documents), flags.fusion_normalization)
         log.info("--fusion_weight %.2f: chosen by %d questions", hybrid.weight, len(chosen_by))

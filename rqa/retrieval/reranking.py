@@ -1,11 +1,12 @@
 """The second stage of retrieval: a cross-encoder reranks the passages of another retriever."""
 
+import logging
 from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass
 
 import numpy as np
 
-from rqa.models.reranker import Reranker, RerankerArguments, load_reranker
+from rqa.models.reranker import FIRST_STAGE, Reranker, RerankerArguments, load_reranker
 from rqa.retrieval.fusion import choose_weight, weighted_sum
 from rqa.retrieval.retriever import Hits, PassageRetriever
 from rqa.runtime import distributed
@@ -13,6 +14,8 @@ from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.flags import flag
+
+log = logging.getLogger(__name__)
 
 PAIRS_AT_ONCE = 2**14  # bounds the memory of token ids
 USUAL_SHARE = 0.5  # default weight of a reranker trained on a few hundred questions
@@ -77,8 +80,11 @@ class RerankingRetriever(PassageRetriever):
         return fingerprint("reranked", self.first.identity(), *settings)
 
 
-def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], PassageRetriever]:
-    """A function that adds the reranker of the flags, if any, to a retriever; the model is loaded now."""
+def reranking(flags: RerankingArguments, first_stage: str) -> Callable[[PassageRetriever], PassageRetriever]:
+    """A function that adds the reranker of the flags, if any, to a retriever; the model is loaded now.
+
+    `first_stage` is the kind of that retriever, as in --retriever.
+    """
     if flags.reranker is None:
         for name in ("rerank_depth", "rerank_weight", "max_pair_length"):
             if getattr(flags, name) != getattr(RerankingArguments, name):
@@ -86,4 +92,8 @@ def reranking(flags: RerankingArguments) -> Callable[[PassageRetriever], Passage
         return lambda first: first
     reranker = load_reranker(flags.reranker, flags)
     weight = reranker.weight if flags.rerank_weight is None else flags.rerank_weight
+    if flags.rerank_weight is None and weight < 1:
+        log.info("--rerank_weight %.2f: was chosen by bin/train_rerank", weight)
+        if (stage := reranker.general.get(FIRST_STAGE, first_stage)) != first_stage:
+            log.warning("--rerank_weight %.2f: was chosen with --retriever %s, not %s", weight, stage, first_stage)
     return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, weight)

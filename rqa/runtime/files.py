@@ -155,7 +155,9 @@ def claim(directory: Path) -> None:
         try:
             fcntl.flock(os.open(directory, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise UserError(f"--output_dir {directory}: another run is writing there; name another directory") from None
+            raise UserError(
+                f"--output_dir {directory}: another run is writing there; wait for its end, or name another"
+            ) from None
 
 
 def remove_leftovers(directory: str | Path) -> None:

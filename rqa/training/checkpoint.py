@@ -140,7 +140,8 @@ def load_checkpoint(
         tensors = torch.load(directory / TENSORS_FILE, map_location="cpu", mmap=True, weights_only=True)
         generators = tensors["random"]
         optimization.load_state_dict(tensors["optimization"])
-        getattr(objective, "measured", {}).update(tensors.get("measured", {}))
+        for name, value in tensors.get("measured", {}).items():
+            objective.measured.setdefault(name, value)  # a flag wins
         if live and state.live_state:
             live.load(directory.parent / state.live_state)
             state.live_state = live.version

@@ -107,7 +107,7 @@ def train(
     chooses = flags.load_best_model_at_end is not False
     eval_steps = flags.eval_steps or (min(math.ceil(len(batches) / 4), 100) if chooses else len(batches))
     objective.train()
-    measure, save = evaluate_first and state.step == 0, False
+    measure, save = evaluate_first and not state.log_history, False
     with deferred_signals() as signals, journal.bar:
         while True:
             if evaluate and measure:
@@ -163,6 +163,10 @@ def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArgum
     """Put the best model, or the last, at the top of the output directory."""
     wanted = flags.load_best_model_at_end is not False and state.best_model_checkpoint
     best = output / wanted if wanted else None
+    values = [entry[name] for entry in state.log_history if (name := metric_name(flags)) in entry]
+    chooses = bool(values) and flags.load_best_model_at_end is not False
+    if chooses and flags.save_strategy == "no" and values[-1] != state.best_metric:
+        log.warning("--save_strategy no: keeps the last model, although %s was better before", metric_name(flags))
     with whole_weights(objective):
         if distributed.is_main():
             if best and not (problem := damage(best)):

@@ -138,7 +138,7 @@ def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
         assert last.weight == weight
     expected = [reciprocal(example, last.weight) for example in examples[20:]]
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
-    (used,) = {reranking(RerankingArguments(reranker=str(output)))(first).weight}
+    (used,) = {reranking(RerankingArguments(reranker=str(output)), "bm25")(first).weight}
     assert used == last.weight
 
 

@@ -307,7 +307,7 @@ def test_bf16_lowers_models_where_the_hardware_has_it_and_updates_float32_weight
     flags: LoopArguments, has_bf16: Callable[[bool], None]
 ) -> None:
     plan = replace(flags, bf16=True, max_steps=2, lr_scheduler_type="constant", max_grad_norm=0.0, learning_rate=1e-3)
-    with pytest.raises(UserError, match="exclude each other"):
+    with pytest.raises(UserError, match="conflicts with --fp16"):
         run(replace(flags, bf16=True, fp16=True))
     has_bf16(False)
     wide = run(plan, InModel())
