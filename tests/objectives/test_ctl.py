@@ -14,7 +14,15 @@ from hypothesis import strategies as st
 from rqa.data import Document, Example, Turn
 from rqa.models.encoder import Encoder
 from rqa.objectives import ctl
-from rqa.objectives.ctl import Contrastive, ContrastiveBatch, MinedNegatives, NegativeArguments, NegativeChooser
+from rqa.objectives.ctl import (
+    Contrastive,
+    ContrastiveBatch,
+    Contrasts,
+    CTLArguments,
+    MinedNegatives,
+    NegativeArguments,
+    NegativeChooser,
+)
 from rqa.objectives.encoding import embed_chunks, in_chunks
 from rqa.prompts import retrieval_query
 from rqa.retrieval.retriever import Hits, Retriever
@@ -111,6 +119,21 @@ def test_a_passage_that_is_gold_for_the_same_question_elsewhere_is_no_negative(d
     copy = Document(documents[0].page_content.upper() + "\n", {"source": "copy"})
     chooser = NegativeChooser(asked, [*documents[:4], copy], NegativeArguments())
     assert [chooser(n, range(5), [5.0, 4, 3, 2, 1]) for n in range(3)] == [[2, 3], [0, 1, 2], [2, 3]]
+
+
+def test_a_hard_negative_of_the_file_has_no_gold_text_and_stands_once(
+    encoder: Encoder, documents: list[Document], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever its source; gold texts of the same question in another line count, too."""
+    copies = [replace(document, metadata={"source": "copy"}) for document in documents[:3]]
+    asked = [Example("Who?", (documents[0],), hard_neg_docs=(copies[0], copies[1], documents[2], copies[2])),
+             Example("who?", (documents[1],))]  # fmt: skip
+    collate = Contrasts(asked, documents, encoder, None, CTLArguments(num_hard_negatives=9), 0)
+    batch = collate([0])
+    assert (batch.documents.tolist(), batch.gold.tolist()) == ([0, 2], [[0, 1]])
+    assert "3 passages of hard_neg_docs are left out" in caplog.text
+    Contrasts(asked[1:], documents, encoder, None, CTLArguments(), 0)
+    assert "no question has hard_neg_docs" in caplog.text
 
 
 @pytest.mark.parametrize("share", [None, 0.999])

@@ -106,8 +106,9 @@ def test_no_gold_passage_is_a_negative_and_one_of_them_leads_each_list(
 
 @pytest.mark.parametrize("weight", [1.0, None])
 def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
-    weight: float | None, train: Train, documents: list[Document], examples: list[Example]
-) -> None:
+    weight: float | None, train: Train, documents: list[Document], examples: list[Example],
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
     """Its test score is that of the saved model on all passages, ranked here."""
     output = train("train_rerank", learning_rate=3e-3, lr_scheduler_type="constant", max_steps=40, eval_steps=20,
                    per_device_train_batch_size=8, save_strategy="no", rerank_depth=24, rerank_weight=weight,
@@ -138,8 +139,9 @@ def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
         assert last.weight == weight
     expected = [reciprocal(example, last.weight) for example in examples[20:]]
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
-    (used,) = {reranking(RerankingArguments(reranker=str(output)), "bm25")(first).weight}
-    assert used == last.weight
+    used = [reranking(RerankingArguments(reranker=str(output)), stage)(first).weight for stage in ("bm25", "dense")]
+    assert used == [last.weight] * 2
+    assert ("was chosen with --retriever bm25, not dense" in capsys.readouterr().err) == (weight is None)
 
 
 def test_questions_that_teach_nothing_are_counted_and_harm_nothing(

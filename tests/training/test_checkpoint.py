@@ -77,6 +77,30 @@ def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_continues_to_t
     assert damage(newest) is None
 
 
+def test_what_was_measured_is_continued_with_unless_a_flag_says_otherwise(flags: LoopArguments) -> None:
+    first = Regression()
+    first.measured = {"temperature": 2.0}
+    run(replace(flags, max_steps=2), first)
+    for given, used in (({}, 2.0), ({"temperature": 7.0}, 7.0)):
+        again = Regression()
+        again.measured = given
+        run(replace(flags, max_steps=3, resume_from_checkpoint="true"), again)
+        assert again.measured == {"temperature": used}
+
+
+def test_step_0_is_evaluated_once_and_a_better_model_that_was_not_saved_is_said(
+    flags: LoopArguments, caplog: pytest.LogCaptureFixture
+) -> None:
+    losses = {"evaluate": lambda step: {"eval_loss": float(step)}, "evaluate_first": True}
+    run(replace(flags, max_steps=2, save_strategy="no"), **losses)
+    assert "keeps the last model, although eval_loss was better before" in caplog.text
+    state = run(replace(flags, max_steps=2, overwrite_output_dir=True), **losses).state
+    assert state.best_model_checkpoint == "checkpoint-0"
+    first = str(Path(flags.output_dir) / "checkpoint-0")
+    again = run(replace(flags, max_steps=2, resume_from_checkpoint=first), **losses).state
+    assert [entry["step"] for entry in again.log_history if "eval_loss" in entry].count(0) == 1
+
+
 def test_a_run_is_not_overwritten_unless_asked_and_its_past_never_replaces_the_newest(flags: LoopArguments) -> None:
     """And where no checkpoint is good nothing is deleted: the user decides."""
     run(flags)
