@@ -218,7 +218,7 @@ REFUSED: list[tuple[str, dict[str, Any], str, dict[str, Any]]] = [  # what is re
     ("reading", {"modality_config": {"message": {}}}, "modality_config message .* is not", {}),
     ("reading", {"processing_kwargs": {"text": {}}}, "processing_kwargs .* is not", {}),
     *(("2_Dense", {name: value}, message, {}) for name, value, message in (
-        ("use_residual", True, "use_residual True is not"), ("in_features", 31, "in_features 31: 32 dimensions"),
+        ("use_residual", True, "use_residual True is not"), ("in_features", 31, "in_features 31: must be 32"),
         ("module_input_name", "token_embeddings", "module_input_name token_embeddings is not"),
         ("activation_function", "os.abort", "activation_function os.abort is not"))),
     ("own", {"pooling_type": "none"}, "pooling none is not", {"pooling_type": "cls"}),

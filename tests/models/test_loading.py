@@ -237,7 +237,7 @@ def test_a_checkpoint_with_checksums_is_compared_with_them(damaged: Path, tmp_pa
 
 
 def test_each_token_that_a_text_may_hold_has_an_embedding(damaged: Path) -> None:
-    tokenizer, message = load_tokenizer(str(damaged)), "its tokenizer has {} tokens, its embedding {}; take"
+    tokenizer, message = load_tokenizer(str(damaged)), "its tokenizer has {} tokens, its embedding {}; use"
     rows = len(tokenizer)
     tokenizer.add_tokens([AddedToken("<image>", special=True)])  # Gemma 3 has one that its text models lack
     tokenizer.save_pretrained(damaged)

@@ -224,4 +224,4 @@ def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
         assert texts([long]) == [""]
         assert texts([*some[:2], long, *some[2:]]) == [*alone[:2], "", *alone[2:]]
     (message,) = {record.getMessage() for record in caplog.records if record.name.startswith("rqa")}
-    assert re.match("test.jsonl:9: .*unanswered", message)
+    assert re.match("test.jsonl:9: .*it gets an empty answer", message)
