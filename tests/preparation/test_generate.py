@@ -184,7 +184,7 @@ def test_bad_input_is_one_line_and_writes_nothing(
         ({"input_path": data / "train_w_qa.jsonl"}, "none of its 16 questions is answered"),
         ({"input_path": tmp_path / "bare.jsonl"}, "bare.jsonl:1: field 'gold_docs' is empty"),
         ({"input_path": [data / "train_w_qa.jsonl"] * 2}, "train_w_qa_w_qa.jsonl would be written twice"),
-        ({"input_path": both, "output_dir": tmp_path}, "bare_w_qa.jsonl is --input_path, too"),
+        ({"input_path": both, "output_dir": tmp_path}, "bare_w_qa.jsonl, which --input_path reads"),
         ({"input_path": data / "eval_w_qa.jsonl", "model_name_or_path": encoder_path}, "has no chat template"),
     ):
         told = generate("answers" if "input_path" in change else "questions", 2, **change)
