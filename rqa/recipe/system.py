@@ -35,7 +35,7 @@ class EndpointReader:
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
         """Answer each question at temperature 0; one whose prompt is too long gets an empty answer. [Q] -> [Q]"""
-        prompts = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it is left unanswered")
+        prompts = fitting(self.prompter.messages, zip(examples, passages, strict=True), "it gets an empty answer")
         replies = self.endpoint.ask(list(prompts.values()), self.prompter.arguments.max_new_tokens, desc="generate")
         answers = dict(zip(prompts, replies, strict=True))
         return [answers.get(number, Answer("", 0)) for number in range(len(examples))]
