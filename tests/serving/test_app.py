@@ -535,7 +535,7 @@ def test_a_name_makes_no_reader(data: Path, tmp_path: Path) -> None:
 def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_path: Path) -> None:
     refused("--document_path: missing", "serve")
     for given in ([tmp_path], [tmp_path, tmp_path / "..", tmp_path], [tmp_path, tmp_path / "out" / ".."]):
-        refused("takes two directories", "serve", "--compare", *given)
+        refused("takes two different directories", "serve", "--compare", *given)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         found = "--document_path", data / "documents.jsonl", "--embedding_model", "bm25"
