@@ -124,20 +124,21 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
 
 @pytest.mark.parametrize(
     ("place", "most", "flags"),
-    [(60, 128, {}), (140, 256, {}), (140, 64, {"max_passage_length": 64}), (140, 64, {"index_path": "index"})],
+    [(60, 128, {}), (140, 256, {}), (140, 64, {"max_passage_length": 64}), (140, 512, {"index_path": "index"})],
 )
 def test_passages_are_cut_where_training_questions_find_them(
     place: int, most: int, flags: dict[str, object], train: Train, wordpiece: Any, saved: Callable[..., str],
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """A passage repeats its question behind so many letters, and before others; the checkpoint's length is 64."""
+    """A passage repeats its question behind so many letters, and before others; the checkpoint's length is 512."""
+    monkeypatch.setattr(wordpiece, "model_max_length", 512)
     config = BertConfig(vocab_size=len(wordpiece), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
                         num_attention_heads=4)  # fmt: skip
     path = saved("long", 3, BertModel, config, wordpiece)
     chance, (documents, examples) = random.Random(0), ([], [])
     for number in range(40):
         question = chance.choices("abcdefgh", k=5)
-        letters = [*("z" * place), *question * 12, *chance.choices("abcdefgh", k=400 if place < 64 else 0)]
+        letters = [*("z" * place), *question * 12, *chance.choices("abcdefgh", k=400)]
         documents.append(Document(" ".join(letters), {"source": str(number)}))
         examples.append(Example(" ".join(question), (documents[-1],)))
     monkeypatch.chdir(tmp_path)
