@@ -237,7 +237,7 @@ class Cell:
             write_json(self.place / "cell.json", mark)
         rows = [] if self.system == "reranker" else [row["scores"] for row in read_predictions(self.place)]
         names = next((names.values() for systems, names in METRICS if self.system in systems), ())
-        scores = {name: [round(row[name], 4) for row in rows if row] for name in names}
+        scores = {name: " ".join(f"{row[name]:.4g}" for row in rows if row) for name in names}
         for pattern in ("checkpoint-*", "index-*", "model/checkpoint-*"):  # many times as large as the rest
             for leftover in self.place.glob(pattern):
                 shutil.rmtree(leftover)
@@ -283,7 +283,9 @@ def rows_of(cells: Sequence[Cell], metrics: dict[str, str]) -> Iterator[dict[str
     first: dict[int, np.ndarray] = {}  # scores by seed
     for system in dict.fromkeys(cell.name for cell in cells):
         done = [cell for cell in cells if cell.name == system and cell.mark.get("finished")]
-        values = {cell.seed: np.array([*cell.mark["scores"].values()]).T for cell in done}  # [n, M] each
+        values = {
+            cell.seed: np.array([text.split() for text in cell.mark["scores"].values()], float).T for cell in done
+        }
         first = first or values
         if not (shared := values.keys() & first.keys()):
             continue
