@@ -71,6 +71,11 @@ def bleu(statistics: Sequence[int]) -> float:
     return sacrebleu.BLEU.compute_bleu(counts, totals, length, reference, smooth_method="exp").score / 100
 
 
+def corpus_bleu(answers: Sequence[str], references: Sequence[str]) -> float:
+    """sacreBLEU / 100 of all answers together."""
+    return bleu(np.sum([bleu_statistics(*pair) for pair in zip(answers, references, strict=True)], axis=0))
+
+
 def answer_statistics(rows: Rows) -> list[list[int]]:
     """BLEU statistics of each generated answer that has a reference. [n, 10]"""
     both = [row for row in rows if "generated_answer" in row and "gold_answer" in row]

@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
 from rqa.evaluation.executables import document_name, write_qrels, write_run
-from rqa.evaluation.metrics import answer_statistics, bleu, faithfulness, right_answers, score_answer
+from rqa.evaluation.metrics import answer_statistics, bleu, corpus_bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
@@ -28,12 +28,6 @@ PAIRS = [
     ("copper copper copper copper", "copper"),
     ("Cities trading coppers", "City trade copper"),
 ]
-
-
-def corpus_bleu(answers: list[str], references: list[str]) -> float:
-    pairs = zip(answers, references, strict=True)
-    rows = [{"generated_answer": answer, "gold_answer": reference} for answer, reference in pairs]
-    return bleu(np.sum(answer_statistics(rows), axis=0))
 
 
 def test_f1_and_exact_match_of_what_squad_normalises_worked_out_by_hand() -> None:
