@@ -20,7 +20,7 @@ from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever
 from rqa.retrieval.refresh import Refresher
-from rqa.retrieval.reranking import USUAL_SHARE, RerankingRetriever
+from rqa.retrieval.reranking import USUAL_SHARE, RerankingRetriever, first_stage
 from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import write_json
@@ -91,6 +91,7 @@ class RerankerRun(Run):
         train_adapters(self.model, flags, self.source)
         alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)
+        self.stage = first_stage(flags.retriever, flags.embedding_model)
         self.first = open_retriever(search, flags.embedding_model or "bm25", self.documents, self.eval)
         self.reranker.weight = USUAL_SHARE if flags.rerank_weight is None else flags.rerank_weight
         self.reranked = RerankingRetriever(self.first, self.reranker, flags.rerank_depth, self.reranker.weight)
@@ -126,7 +127,7 @@ class RerankerRun(Run):
             self.reranked.choose_weight(list(map(retrieval_query, examples)), gold_places(examples, self.documents))
             log.info("--rerank_weight %.2f: chosen by %d questions", self.reranked.weight, len(examples))
             if distributed.is_main():
-                chosen = {WEIGHT: self.reranked.weight, FIRST_STAGE: self.flags.retriever}
+                chosen = {WEIGHT: self.reranked.weight, FIRST_STAGE: self.stage}
                 write_json(self.output / GENERAL_FILE, best.general | chosen)
 
     def score_test(self) -> tuple[Scores, Rows]:

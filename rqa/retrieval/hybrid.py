@@ -18,7 +18,7 @@ from rqa.prompts import retrieval_query
 from rqa.retrieval.fusion import USUAL, choose_weight, reciprocal_rank_fusion, weighted_sum
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.ranking import best
-from rqa.retrieval.reranking import RerankingArguments, reranking
+from rqa.retrieval.reranking import RerankingArguments, first_stage, reranking
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
@@ -74,9 +74,9 @@ def open_retriever(
         raise UserError("--retriever hybrid: needs an encoder besides BM25; give one instead of bm25")
     if flags.filter and (flags.retriever != "dense" or embedding_model == "bm25"):
         raise UserError("--filter: does not apply to BM25; use --retriever dense and an encoder")
-    first_stage = "bm25" if embedding_model == "bm25" else flags.retriever
-    reranked = reranking(flags, first_stage)  # first: an unusable reranker is refused before an index is built
-    if first_stage == "bm25":
+    stage = first_stage(flags.retriever, embedding_model)
+    reranked = reranking(flags, stage)  # first: an unusable reranker is refused before an index is built
+    if stage == "bm25":
         flags.ignore("truncate_dim", "BM25 has no embeddings")
         return reranked(LexicalRetriever(documents))
     if embedding_model is None:

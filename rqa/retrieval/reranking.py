@@ -80,10 +80,15 @@ class RerankingRetriever(PassageRetriever):
         return fingerprint("reranked", self.first.identity(), *settings)
 
 
-def reranking(flags: RerankingArguments, first_stage: str) -> Callable[[PassageRetriever], PassageRetriever]:
+def first_stage(retriever: str, embedding_model: str | None) -> str:
+    """The name of a first stage, by which a reranker remembers where its weight was chosen."""
+    return "bm25" if "bm25" in (retriever, embedding_model) else f"{retriever} {embedding_model}"
+
+
+def reranking(flags: RerankingArguments, stage: str) -> Callable[[PassageRetriever], PassageRetriever]:
     """A function that adds the reranker of the flags, if any, to a retriever; the model is loaded now.
 
-    `first_stage` is the kind of that retriever, as in --retriever.
+    `stage` is the name of that retriever.
     """
     if flags.reranker is None:
         for name in ("rerank_depth", "rerank_weight", "max_pair_length"):
@@ -94,6 +99,8 @@ def reranking(flags: RerankingArguments, first_stage: str) -> Callable[[PassageR
     weight = reranker.weight if flags.rerank_weight is None else flags.rerank_weight
     if flags.rerank_weight is None and weight < 1:
         log.info("--rerank_weight %.2f: was chosen by bin/train_rerank", weight)
-        if (stage := reranker.general.get(FIRST_STAGE, first_stage)) != first_stage:
-            log.warning("--rerank_weight %.2f: was chosen with --retriever %s, not %s", weight, stage, first_stage)
+        if (known := reranker.general.get(FIRST_STAGE, stage)) != stage:
+            log.warning(
+                "--rerank_weight %.2f: was chosen behind %s, not behind %s; it may not suit", weight, known, stage
+            )
     return lambda first: RerankingRetriever(first, reranker, flags.rerank_depth, weight)

@@ -141,7 +141,7 @@ def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
     assert scores(output)["test_retr/mrr@10"] == pytest.approx(np.mean(expected))
     used = [reranking(RerankingArguments(reranker=str(output)), stage)(first).weight for stage in ("bm25", "dense")]
     assert used == [last.weight] * 2
-    assert ("was chosen with --retriever bm25, not dense" in capsys.readouterr().err) == (weight is None)
+    assert ("was chosen behind bm25, not behind dense" in capsys.readouterr().err) == (weight is None)
 
 
 def test_questions_that_teach_nothing_are_counted_and_harm_nothing(
