@@ -57,6 +57,16 @@ def steps(run_line: Callable[..., int], monkeypatch: pytest.MonkeyPatch) -> Step
     return run
 
 
+def test_the_questions_that_choose_a_hybrid_s_weight_in_training_choose_it_in_evaluation(
+    line: Line, steps: Steps, files: dict[str, Path], tmp_path: Path
+) -> None:
+    hybrid = f"{READER} {SWR} --retriever hybrid"
+    ran = steps(line(reader_flags=hybrid))
+    assert {flags.fusion_eval_path for name, flags in ran if name == "evaluate_rqa"} == {str(files["eval_file"])}
+    ran = steps(line(reader_flags=f"{hybrid} --fusion_weight 0.5", output_dir=tmp_path / "fixed"))
+    assert {flags.fusion_eval_path for name, flags in ran if name == "evaluate_rqa"} == {None}
+
+
 def test_a_round_starts_from_the_one_before_and_nothing_is_done_or_encoded_twice(
     line: Line, steps: Steps, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     refused: Callable[..., None],

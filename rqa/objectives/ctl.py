@@ -132,8 +132,9 @@ class Contrasts:
         for example in examples:
             if not example.gold_docs:
                 raise UserError(f"{example.where}: field 'gold_docs' is empty; CTL needs a gold passage")
-        known, self._gold, self._own, self._hard = gold_and_hard(examples, documents)
-        if not (mined or any(self._hard)) and (flags.num_hard_negatives or flags.hard_neg_ratio):
+        wanted = bool(flags.num_hard_negatives or flags.hard_neg_ratio)
+        known, self._gold, self._own, self._hard = gold_and_hard(examples, documents, reads_hard=wanted)
+        if wanted and not (mined or any(self._hard)):
             log.warning("no question has hard_neg_docs: all negatives are other questions' gold passages")
         self.encoder, self.mined, self.flags, self.seed = encoder, mined, flags, seed
         self.ahead = not mined  # mined negatives change between steps
@@ -208,7 +209,7 @@ class NegativeChooser:
 
 
 def gold_and_hard(
-    examples: Sequence[Example], documents: Sequence[Document], reads_hard: bool = True
+    examples: Sequence[Example], documents: Sequence[Document], reads_hard: bool
 ) -> tuple[Any, list[list[int]], list[set[int]], list[list[int]]]:
     """The documents, with those appended that only the examples have, and the positions there of passages by example.
 

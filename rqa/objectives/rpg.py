@@ -91,7 +91,7 @@ class ListObjective(EncoderObjective):
         present = batch.teacher.isfinite()
         if not self.measured:
             self.measured["temperature"] = spread(logits[0].detach(), present)
-            log.info("--retrieve_temperature %.3g: the standard deviation of scores", self.measured["temperature"])
+            log.info("--retrieve_temperature %.3g: is the standard deviation of scores", self.measured["temperature"])
         return (logits / self.measured["temperature"]).masked_fill(~present, float("-inf"))
 
     def forward(self, batch: ListBatch) -> tuple[Tensor, dict[str, Tensor | float]]:

@@ -116,7 +116,7 @@ class RetrieverRun(Run):
         best = max(scores, key=lambda length: (scores[length], length == own))
         self.encoder.settings = replace(self.encoder.settings, max_passage_length=best)
         tried = ", ".join(f"{length}: {score:.3f}" for length, score in scores.items())
-        log.info("--max_passage_length %d: best for %d training questions (MRR@10: %s)", best, len(examples), tried)
+        log.info("--max_passage_length %d: is best for %d training questions (MRR@10: %s)", best, len(examples), tried)
 
     def _score(self, examples: Sequence[Example], index_path: str | None, indexed: bool = False) -> tuple[Scores, Rows]:
         indexed |= self.encoder.passage_encoder is not None  # frozen passages are encoded once

@@ -92,7 +92,7 @@ def open_retriever(
     weight = USUAL if flags.fusion_weight is None else flags.fusion_weight
     hybrid = HybridRetriever(dense, LexicalRetriever(documents), flags.fusion, weight, flags.fusion_normalization)
     if flags.fusion == "weighted" and flags.fusion_weight is None and not chosen_by:
-        log.info("--fusion_weight %.2f: the default; --fusion_eval_path chooses it on questions", weight)
+        log.info("--fusion_weight %.2f: is the default; --fusion_eval_path chooses it on questions", weight)
     elif flags.fusion == "weighted" and flags.fusion_weight is None:
         candidates = hybrid.candidates([retrieval_query(example) for example in chosen_by])
         hybrid.weight = choose_weight(*candidates, gold_places(chosen_by, documents), flags.fusion_normalization)

@@ -121,7 +121,7 @@ def test_a_passage_that_is_gold_for_the_same_question_elsewhere_is_no_negative(d
     assert [chooser(n, range(5), [5.0, 4, 3, 2, 1]) for n in range(3)] == [[2, 3], [0, 1, 2], [2, 3]]
 
 
-def test_a_hard_negative_of_the_file_has_no_gold_text_and_stands_once(
+def test_a_hard_negative_of_the_file_has_no_gold_text_and_counts_once(
     encoder: Encoder, documents: list[Document], caplog: pytest.LogCaptureFixture
 ) -> None:
     """Whatever its source; gold texts of the same question in another line count, too."""

@@ -177,7 +177,7 @@ def test_each_flag_opens_its_retriever(opened: Open, tmp_path: Path, caplog: pyt
     assert not (tmp_path / "index").exists()
     assert isinstance(opened(), Retriever)
     assert opened(retriever="hybrid").weight == hybrid.USUAL
-    assert "--fusion_weight 0.75: the default" in caplog.text
+    assert "--fusion_weight 0.75: is the default" in caplog.text
     both = opened(retriever="hybrid", fusion_weight=0.25, fusion_normalization="z")
     assert isinstance(both, HybridRetriever)
     assert (both.fusion, both.weight, both.normalization) == ("weighted", 0.25, "z")
