@@ -20,7 +20,6 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -108,8 +107,6 @@ def sft(section: Section) -> None:
         section.check(about, sft_ours, section, shape, size, gradient_checkpointing=checkpointing)
     about = {"system": "transformers, padded, sdpa, bf16 weights", "peer": True, "shape": "1B", "batch": micro}
     section.check({**about, "checkpointing": False}, sft_theirs, section, "1B", micro)
-    about = {"system": "trl, padding-free", "peer": True, "shape": "1B", "batch": micro}
-    section.check({**about, "checkpointing": False}, sft_trl)
 
 
 def sequences(section: Section) -> tuple[list[list[int]], int]:
@@ -125,11 +122,8 @@ def sft_figures(watch: Watch, config: Any, seen: list[list[int]], answer: int, l
 
 
 def sft_ours(section: Section, shape: str, size: int, warm_up: int = 3, **flags: Any) -> Line:
-    if "optim" in flags:
-        if not any(field.name == "optim" for field in fields(LoopArguments)):
-            raise Skip("this version has no --optim")
-        if not (section.cuda and importlib.util.find_spec("torchao")):
-            raise Skip("needs CUDA and torchao")
+    if "optim" in flags and not (section.cuda and importlib.util.find_spec("torchao")):
+        raise Skip("needs CUDA and torchao")
     rows, answer = sequences(section)
     model = llama(section, shape, PACKED_ATTENTION, torch.bfloat16 if "optim" in flags else torch.float32)
     prompter = SimpleNamespace(stop_ids=[2], tokenizer=None, arguments=PromptArguments())
@@ -160,11 +154,6 @@ def sft_theirs(section: Section, shape: str, size: int) -> Line:
 
     loss = train_theirs(model, loss_of, len(rows), size, watch)
     return sft_figures(watch, model.config, seen, answer, loss)
-
-
-def sft_trl() -> Line:
-    installed = importlib.util.find_spec("trl") and importlib.util.find_spec("datasets")
-    raise Skip("benchmarks/train_throughput.py measures it" if installed else "trl or datasets is not installed")
 
 
 def ctl(section: Section) -> None:
@@ -220,9 +209,8 @@ def ctl_theirs(section: Section, path: str, size: int, dtype: str | None) -> Lin
             batch = model.tokenizer.pad(rows, return_tensors="pt").to(section.device)
             embedded.append(model(dict(batch))["sentence_embedding"])
         targets = torch.arange(len(indices), device=section.device)
-        return cross_entropy(
-            embedded[0].float() @ embedded[1].float().T / 0.05, targets
-        )  # MultipleNegativesRankingLoss
+        similarities = embedded[0].float() @ embedded[1].float().T / 0.05
+        return cross_entropy(similarities, targets)  # MultipleNegativesRankingLoss
 
     with torch.autocast(section.device.type, torch.bfloat16, enabled=not dtype):
         loss = train_theirs(model, loss_of, 4 * size, size, watch)

@@ -7,7 +7,6 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import fields
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -23,7 +22,6 @@ from rqa.documents import write_documents
 from rqa.models.attention import PACKED_ATTENTION, packed_attention
 from rqa.models.loading import batching_is_exact, hidden_states
 from rqa.packing import pack
-from rqa.training.arguments import LoopArguments
 
 CPU = "float32 on the CPU"
 
@@ -182,7 +180,6 @@ def trainers(section: Section) -> None:
 def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]]:
     """List each trainer's runs by name and kind, with further flags; the runs on the CPU are the reference."""
     bf16, few = {"bf16": "true"}, ("sft", "ctl", "rpg", "fid")
-    same_bits = any(field.name == "deterministic" for field in fields(LoopArguments))
     for name in lines:
         if not section.tiny or " " not in name:
             yield (name, CPU), {}
@@ -191,7 +188,7 @@ def jobs(section: Section, lines: Line) -> Iterator[tuple[tuple[str, str], Line]
     for name in ("ctl",) if section.tiny else lines:
         yield (name, "bf16"), bf16
     for name in ("sft",) if section.tiny else few:
-        yield (name, "resumed"), {**bf16, "deterministic": "true"} if same_bits else bf16
+        yield (name, "resumed"), {**bf16, "deterministic": "true"}
     yield ("sft", "lora"), {**bf16, "use_lora": "true", "gradient_checkpointing": "true"}
     yield ("rpg", "async refresh"), {**bf16, "refresh_async": "true"}
     if section.tiny:
