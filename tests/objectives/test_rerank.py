@@ -132,7 +132,8 @@ def test_train_rerank_learns_and_saves_what_it_measured_and_its_share_of_a_sum(
         return 1 / rank if rank <= 10 else 0.0
 
     if weight is None:  # BM25 alone is right, so any share of the reranker above the usual one is worse
-        means = {share: np.mean([reciprocal(e, share) for e in examples[16:20]]) for share in (USUAL_SHARE, last.weight)}
+        shares = (USUAL_SHARE, last.weight)
+        means = {share: np.mean([reciprocal(e, share) for e in examples[16:20]]) for share in shares}
         assert last.weight <= USUAL_SHARE
         assert means[last.weight] >= means[USUAL_SHARE]
         assert f"--rerank_weight {last.weight:.2f}: chosen by 4 questions" in told
