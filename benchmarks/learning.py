@@ -335,8 +335,10 @@ def report(given: argparse.Namespace, cells: Sequence[Cell]) -> None:
     if given.html:
         write_page(given.html, tables, text.getvalue() + machines)
     print(text.getvalue() + machines + "\n")
+    order = [cell.name for cell in cells]
+    ordered = sorted(every, key=lambda row: order.index(row["system"]))
     for name in ("MRR@10", "ROUGE-L"):
-        print_markdown(name, [row for row in every if name in row["scores"]])
+        print_markdown(name, [row for row in ordered if name in row["scores"]])
     print_result(__file__, given, every)
 
 

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -233,6 +234,20 @@ def test_settings_for_no_command_and_others_for_a_cell_that_is_there_are_refused
     learn("--only", "CTL")
     with pytest.raises(SystemExit, match="seed-0/CTL: made of other data, models or settings"):
         learn("--only", "CTL", "--settings", "train_ctl: --temperature 0.1")
+
+
+def test_the_table_of_the_kept_cells_stands_in_the_readme_as_its_command_draws_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    readme = (learning.HERE / "README.md").read_text()
+    start = readme.index("python benchmarks/learning.py --output_dir benchmarks/results")
+    command = shlex.split(readme[start : readme.index("```", start)].replace("\\\n", ""))
+    monkeypatch.setattr(sys, "argv", command[1:])
+    monkeypatch.chdir(learning.HERE.parent)
+    learning.main()
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    assert len(lines) == 2 + len(command[command.index("--only") + 1 :])
+    assert "\n".join(lines) in readme
 
 
 def test_questions_that_choose_share_no_passage_with_training_where_a_data_set_has_two_files(
