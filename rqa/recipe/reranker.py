@@ -30,7 +30,7 @@ from rqa.training.loop import Batches
 
 log = logging.getLogger(__name__)
 
-ENOUGH = 500  # questions for a new head: 668 of pydocs helped, 171 of perl did not
+ENOUGH = 500  # questions for a new head: 668 of pydocs were enough, 171 of perl were not
 
 
 @dataclass(kw_only=True)
