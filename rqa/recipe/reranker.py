@@ -90,6 +90,9 @@ class RerankerRun(Run):
         self.model = self.reranker.model
         kinds = " ".join(load_config(flags.model_name_or_path, flags.trust_remote_code).architectures or [])
         self.has_new_head = "ForSequenceClassification" not in kinds and not self.reranker.answers
+        if self.has_new_head and len(self.train) < ENOUGH:
+            hint = "a published reranker as --model_name_or_path needs fewer"
+            log.warning("%d questions are few for a new head; %s", len(self.train), hint)
         train_adapters(self.model, flags, self.source)
         alone = {name: getattr(RerankerTraining, name) for name in ("rerank_depth", "rerank_weight", "max_pair_length")}
         search = flags if flags.reranker else replace(flags, **alone)
@@ -108,9 +111,6 @@ class RerankerRun(Run):
         lists = Lists(self.train, self.documents, self.reranker, mined, flags, flags.seed, teacher, self.fid_teacher)
         if mined:
             mined()
-        if self.has_new_head and len(self.train) < ENOUGH:
-            hint = "a published reranker as --model_name_or_path needs fewer"
-            log.warning("%d questions are few for a new head; %s", len(self.train), hint)
         if short := sum(len(row) < 2 for row in lists.chosen(range(len(self.train)))):
             problem = f"{short} of {len(self.train)} questions have fewer than two passages to rank and train nothing"
             if short == len(self.train):
