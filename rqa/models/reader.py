@@ -5,6 +5,7 @@ import itertools
 import logging
 import math
 import time
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -200,7 +201,9 @@ def in_graph(step: Callable[[], None]) -> Callable[[], None]:
     stream, mode, graph = torch.cuda.current_stream(), torch.cuda.get_sync_debug_mode(), torch.cuda.CUDAGraph()
     try:
         # Raise for device syncs before the capture: a failed capture breaks the random generator.
-        torch.cuda.set_sync_debug_mode("error")
+        with warnings.catch_warnings():  # torch warns that this mode is a prototype
+            warnings.simplefilter("ignore")
+            torch.cuda.set_sync_debug_mode("error")
         step()
         torch.cuda.set_sync_debug_mode(mode)
         with torch.cuda.graph(graph, capture_error_mode="thread_local"):  # other threads may use the device

@@ -18,7 +18,10 @@ class SwRArguments(Arguments):
         help="Frozen retriever: a directory or a hub name; bm25 needs no model.",
         also="embedding_model_name_or_path eval_embedding_model",
     )
-    gold_position: str = flag("random", "Position of the gold passages in the prompt.", ["first", "random"])
+    gold_position: str = flag(
+        "ranked", "Place of gold passages in the prompt; ranked: where the retriever finds them, else anywhere.",
+        ["ranked", "random", "first"],
+    )  # fmt: skip
     drop_gold_prob: float = flag(0.0, "Share of training questions whose prompt omits the gold passages (RAFT).")
 
     def check(self) -> None:
@@ -44,4 +47,7 @@ def mix(example: Example, retrieved: Sequence[Document], limit: int, flags: SwRA
     passages = [*gold.values(), *others.values()][:limit]
     if flags.gold_position == "random":
         chance.shuffle(passages)
+    elif flags.gold_position == "ranked":  # as in the prompts of evaluation
+        ranks = {key: rank for rank, key in enumerate(dict.fromkeys(document.key for document in retrieved))}
+        passages.sort(key=lambda document: ranks.get(document.key, chance.uniform(-1, len(retrieved))))
     return passages

@@ -54,7 +54,14 @@ def test_a_random_position_permutes_the_same_passages(limit: int) -> None:
     assert {order.index(0) for order in orders} == set(range(len(first)))
 
 
-@pytest.mark.parametrize("position", ["first", "random"])
+def test_a_ranked_position_is_that_of_the_retriever_and_anywhere_if_it_finds_none() -> None:
+    """As in evaluation: what the retriever finds keeps its order, with the gold passages it misses in between."""
+    orders = {tuple(numbers(mix(EXAMPLE, RETRIEVED, 9, flags("ranked"), str(seed)))) for seed in range(60)}
+    assert {tuple(number for number in order if number) for order in orders} == {(5, 1, 6, 7)}  # 0 is not found
+    assert {order.index(0) for order in orders} == {0, 1, 2, 3, 4}
+
+
+@pytest.mark.parametrize("position", ["first", "random", "ranked"])
 @pytest.mark.parametrize("probability", [0.0, 0.25, 1.0])
 def test_gold_is_dropped_as_often_as_asked_and_then_wholly(probability: float, position: str) -> None:
     retrieved = list(RETRIEVED)
@@ -66,7 +73,7 @@ def test_gold_is_dropped_as_often_as_asked_and_then_wholly(probability: float, p
     assert numbers(mix(Example("Why?"), RETRIEVED, 2, flags(position, 1.0), "1")) == [5, 1]  # there is no gold
 
 
-@pytest.mark.parametrize("position", ["first", "random"])
+@pytest.mark.parametrize("position", ["first", "random", "ranked"])
 def test_seed_and_number_decide_an_examples_mix(
     position: str, examples: list[Example], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
