@@ -1,11 +1,8 @@
 """train_ctl and train_rpg as a user runs them."""
 
-import random
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from fakes import texts_in
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
 from trainers import Flags, Run, Train, calls, history, scores, written
-from transformers import BertConfig, BertModel
 
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.documents import write_documents
@@ -120,33 +116,6 @@ def test_each_column_of_an_rpg_batch_is_one_document_with_its_own_score(
         ranking = [documents[i] for i in (-(encoder.embed([query]) @ encoder.embed(texts).T)[0]).argsort()[:5]]
         gold = example.gold_docs[0]
         assert shown == (ranking if gold in ranking else [*ranking[:4], gold])
-
-
-@pytest.mark.parametrize(
-    ("place", "most", "flags"),
-    [(60, 128, {}), (140, 256, {}), (140, 64, {"max_passage_length": 64}), (140, 512, {"index_path": "index"})],
-)
-def test_passages_are_cut_where_training_questions_find_them(
-    place: int, most: int, flags: dict[str, object], train: Train, wordpiece: Any, saved: Callable[..., str],
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """A passage repeats its question behind so many letters, and before others; the checkpoint's length is 512."""
-    monkeypatch.setattr(wordpiece, "model_max_length", 512)
-    config = BertConfig(vocab_size=len(wordpiece), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
-                        num_attention_heads=4)  # fmt: skip
-    path = saved("long", 3, BertModel, config, wordpiece)
-    chance, (documents, examples) = random.Random(0), ([], [])
-    for number in range(40):
-        question = chance.choices("abcdefgh", k=5)
-        letters = [*("z" * place), *question * 12, *chance.choices("abcdefgh", k=400)]
-        documents.append(Document(" ".join(letters), {"source": str(number)}))
-        examples.append(Example(" ".join(question), (documents[-1],)))
-    monkeypatch.chdir(tmp_path)
-    write_documents(tmp_path / "long.jsonl", documents)
-    write_examples(tmp_path / "short.jsonl", examples)
-    output = train("train_ctl", model_name_or_path=path, max_steps=1, **UNTESTED, **flags,
-                   document_path=tmp_path / "long.jsonl", train_file=tmp_path / "short.jsonl")  # fmt: skip
-    assert load_encoder(str(output)).settings.max_passage_length == most
 
 
 @pytest.mark.parametrize("name", ["train_ctl", "train_rpg"])

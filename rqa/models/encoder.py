@@ -4,7 +4,6 @@ import copy
 import json
 import logging
 import math
-import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -55,11 +54,7 @@ class EncoderArguments(LoadingArguments):
     )
     truncate_dim: int | None = flag(None, "Number of leading dimensions of embeddings to keep. Default: all.")
     max_query_length: int | None = flag(None, "Tokens of a question, at most. Default: the checkpoint's.", rare=True)
-    max_passage_length: int | None = flag(
-        None,
-        "Tokens of a passage, at most. Default: the checkpoint's; training without --index_path chooses it.",
-        rare=True,
-    )
+    max_passage_length: int | None = flag(None, "Tokens of a passage, at most. Default: the checkpoint's.", rare=True)
     max_batch_tokens: int | None = flag(
         None, "Tokens encoded at once without gradient. Default: 16384 on a CPU, 131072 on CUDA.", rare=True
     )
@@ -113,13 +108,6 @@ class Encoder(nn.Module):
         """Encode passages with a frozen copy of the present encoder from now on, unless they have one."""
         if not self.passage_encoder:
             self.passage_encoder = copy.deepcopy(self).requires_grad_(False).eval()
-
-    def cutting(self, most: int) -> "Encoder":
-        """A copy that shares the model, but cuts passages to `most` tokens without a warning."""
-        other = copy.copy(self)
-        other.settings = replace(self.settings, max_passage_length=most)
-        other._counts = {"passage": [0, 0, sys.maxsize]}
-        return other
 
     def train(self, mode: bool = True) -> "Encoder":
         """Set the mode of all but a frozen passage encoder, which stays in eval mode."""

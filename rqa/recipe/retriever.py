@@ -3,8 +3,7 @@
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
-from random import Random
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from torch import nn
@@ -13,11 +12,11 @@ from rqa.data import Example
 from rqa.endpoint.client import EndpointArguments, is_endpoint
 from rqa.endpoint.scorer import remote_scorer
 from rqa.evaluation.retrieval import evaluate_retrieval
-from rqa.models.encoder import EncoderArguments, load_encoder, positions_of
+from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import freeze_pooler, train_adapters
 from rqa.models.reranker import RerankerArguments
 from rqa.objectives.teacher import LanguageModelArguments, Teacher, is_reranker, local_scorer, reranker_scorer
-from rqa.recipe.run import FEW_QUESTIONS, Rows, Run, Scores, TrainingArguments
+from rqa.recipe.run import Rows, Run, Scores, TrainingArguments
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.refresh import Refresher
 from rqa.retrieval.retriever import Retriever
@@ -27,9 +26,6 @@ from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
 
 log = logging.getLogger(__name__)
-
-LENGTHS_TRIED = (128, 256, 512)  # passage lengths in tokens, besides the checkpoint's own
-QUESTIONS_TRIED, DISTRACTORS_TRIED = 200, 300
 
 
 @dataclass(kw_only=True)
@@ -54,8 +50,6 @@ class RetrieverRun(Run):
         flags.ignore("per_device_eval_batch_size", "questions are batched by their number of tokens")
         self.encoder = load_encoder(self.source, flags, flags.trained_dtype)
         self.model = self.encoder.backbone
-        if not (flags.max_passage_length or flags.index_path or self.checkpoint or self.encoder.passage_encoder):
-            self._choose_length()
         self.retriever = Retriever(self.encoder, self.documents, flags)
         self.evaluated = Retriever(self.encoder, self.documents, flags)  # so that evaluation leaves training as it is
         self.refresher: Refresher | None = None
@@ -91,32 +85,6 @@ class RetrieverRun(Run):
         best = load_encoder(self.flags.output_dir, self.flags, main_only=True)
         load_whole_weights(self.encoder, best.state_dict())
         return self._score(self.test, None, indexed=self.encoder.fingerprint() == last)  # by the last evaluation
-
-    def _choose_length(self) -> None:
-        """Choose the passage length with the best MRR@10 on training questions, before any training.
-
-        Lengths grow until MRR@10 falls: longer passages take more time, and many encoders were trained on short ones.
-        """
-        examples, random = [example for example in self.train if example.gold_docs], Random(0)
-        if len(examples) < FEW_QUESTIONS:
-            return
-        examples = random.sample(examples, min(QUESTIONS_TRIED, len(examples)))
-        documents = [document for example in examples for document in example.gold_docs]
-        numbers = random.sample(range(len(self.documents)), min(DISTRACTORS_TRIED, len(self.documents)))
-        documents += [self.documents[number] for number in numbers]
-        pool = list({document.key: document for document in documents}.values())
-        own, tokenizer, scores = self.encoder.settings.max_passage_length, self.encoder.tokenizer, {}
-        longest = min(positions_of(self.model), max(own, tokenizer.model_max_length))
-        prefix = len(tokenizer(self.encoder.settings.passage_prefix)["input_ids"])
-        for length in sorted({own, *(length for length in LENGTHS_TRIED if prefix < length <= longest)}):
-            retriever = Retriever(self.encoder.cutting(length), pool).open()
-            scores[length] = evaluate_retrieval(retriever, examples, self.flags)[0]["retr/mrr@10"]
-            if scores[length] < max(scores.values()):
-                break
-        best = max(scores, key=lambda length: (scores[length], length == own))
-        self.encoder.settings = replace(self.encoder.settings, max_passage_length=best)
-        tried = ", ".join(f"{length}: {score:.3f}" for length, score in scores.items())
-        log.info("--max_passage_length %d: is best for %d training questions (MRR@10: %s)", best, len(examples), tried)
 
     def _score(self, examples: Sequence[Example], index_path: str | None, indexed: bool = False) -> tuple[Scores, Rows]:
         indexed |= self.encoder.passage_encoder is not None  # frozen passages are encoded once
