@@ -9,11 +9,11 @@
 A data set is a folder with documents.jsonl (or .pkl) and train, eval and test_w_qa.jsonl. If there is no test file, the
 eval file is used for the test, and an eighth of the training questions as the eval file. A cell is one system with one
 seed on one data set. Commands of bin/ make it in OUTPUT/DATA/seed-N/SYSTEM/, where its run stays for bin/compare_runs;
-its cell.json holds the scores of all questions and is enough for a table. After a kill, finished cells are kept and a
-trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags to commands or systems; all other
-flags have their defaults. No weight is chosen on the test file: the weight of hybrid search is chosen on training
-questions for an untrained encoder and on eval questions for a trained one, and train_rerank chooses the reranker's
-weight on eval questions.
+its cell.json holds the scores of all questions and is enough for a table. `--jobs 15` makes 15 cells at a time. After a
+kill, finished cells are kept and a trainer continues from its checkpoint. `--settings "PATTERN,...: FLAGS"` adds flags
+to commands or systems; all other flags have their defaults. No weight is chosen on the test file: the weight of hybrid
+search is chosen on training questions for an untrained encoder and on eval questions for a trained one, and
+train_rerank chooses the reranker's weight on eval questions.
 
 Scores are means over seeds, followed by the difference from the first row of `--only` and its 95 % interval, from a
 paired bootstrap over questions and seeds together. Minutes and memory include all that a row needs, also evaluation.
@@ -29,9 +29,11 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from fnmatch import fnmatch
@@ -110,9 +112,13 @@ TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emd
         "train_fid: --max_encoder_seq_length 64 --max_decoder_seq_length 8"]  # fmt: skip
 
 
+LOCKS: dict[Path, threading.Lock] = {}  # by a cell's directory, for `--jobs`
+RUNNING: list[subprocess.Popen] = []
+
+
 def main() -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: sys.exit(130))  # which also ends the running command
+        signal.signal(number, end)
     parser = new_parser(__doc__)
     add = parser.add_argument
     add("--data", nargs="+", default=["pydocs"], help="NAME=FOLDER, FOLDER or pydocs")
@@ -133,6 +139,7 @@ def main() -> None:
     add("--tiny", action="store_true", help="a few steps of each trainer")
     add("--draw", action="store_true", help="run nothing")
     add("--html", metavar="FILE", help="page with the intervals")
+    add("--jobs", type=int, default=1, help="cells made at a time, on a large GPU; their minutes then say little")
     given = parser.parse_args()
     given.settings = TINY * given.tiny + given.settings
     for setting in given.settings:
@@ -145,16 +152,25 @@ def main() -> None:
         given.embedding_model = given.embedding_model or str(fetch_model(MINILM))
         given.qa_model_name_or_path = given.qa_model_name_or_path or str(fetch_model(SMOLLM2))
         files = {data: read_data(folder, Path(given.output_dir) / data) for data, folder in folders.items()}
-    given.data, failed = list(folders), []
+    given.data = list(folders)
     cells = [Cell(given, files[data], data, *which) for data in files for which in product(given.seeds, given.only)]
-    for cell in [] if given.draw else cells:
-        try:
-            cell.make()
-        except (subprocess.CalledProcessError, UserError) as error:  # go on with the other cells
-            failed.append(f"{cell.place}: {error}")
+    todo = [] if given.draw else cells
+    if given.jobs > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", str(max((os.cpu_count() or 1) // given.jobs, 1)))
+        with ThreadPoolExecutor(given.jobs) as pool:
+            problems = [*pool.map(Cell.problem, todo)]
+    else:
+        problems = [cell.problem() for cell in todo]
     report(given, cells)
-    if failed:
-        sys.exit("\n".join(["error: not made:", *failed]))
+    if any(problems):
+        sys.exit("\n".join(["error: not made:", *filter(None, problems)]))
+
+
+def end(*_: object) -> None:
+    """End the running commands and this one: trainers save a checkpoint, and the same command continues."""
+    for process in RUNNING:
+        process.terminate()
+    sys.exit(130)
 
 
 def read_data(folder: str, output: Path) -> dict[str, str]:
@@ -217,8 +233,19 @@ class Cell:
         """The commands that were run so far, and their durations; empty at first."""
         return read_json(self.place / "cell.json") if (self.place / "cell.json").exists() else {}
 
+    def problem(self) -> str | None:
+        """Make this cell. -> what failed, so that the other cells can be made"""
+        try:
+            self.make()
+        except (subprocess.CalledProcessError, UserError) as error:
+            return f"{self.place}: {error}"
+
     def make(self, is_needed: bool = False) -> None:
         """Run the missing commands of this cell and of the cells that it needs; those must also have their models."""
+        with LOCKS.setdefault(self.place, threading.Lock()):
+            self._make(is_needed)
+
+    def _make(self, is_needed: bool) -> None:
         if (mark := self.mark).get("finished"):
             if not is_needed or (self.place / "log.txt").exists():
                 return
@@ -267,12 +294,10 @@ def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
     with log.open("a", encoding="utf-8") as file:
         print("\n$", shlex.join(line), file=file, flush=True)
         with subprocess.Popen([sys.executable, *line], stdout=file, stderr=subprocess.STDOUT) as running:
-            try:
-                _, status, usage = os.wait4(running.pid, 0)
-            except BaseException:
-                running.terminate()  # a trainer saves a checkpoint and ends
-                raise
+            RUNNING.append(running)
+            _, status, usage = os.wait4(running.pid, 0)
             running.returncode = os.waitstatus_to_exitcode(status)
+            RUNNING.remove(running)
     if running.returncode:
         raise subprocess.CalledProcessError(running.returncode, f"the last of {log}")
     return time.monotonic() - began, usage.ru_maxrss / 2**20

@@ -8,6 +8,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
@@ -32,6 +33,7 @@ import rqa
 from rqa.data import read_examples
 from rqa.evaluation.runtime import seconds
 from rqa.recipe.system import ReaderArguments
+from rqa.runtime.files import write_jsonl
 
 
 class Pipe(list):
@@ -221,6 +223,30 @@ def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) ->
     failure = subprocess.CalledProcessError(1, "")
     ran, rows = learn("--only", "BM25", "DCA", "SFT", failing="train_fid", failure=failure)
     assert (ran, list(rows)) == (["evaluate_retriever", "train_fid", "train_sft"], ["BM25", "SFT"])
+
+
+def test_cells_are_made_at_a_time_and_what_they_share_once(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of two tests ends only when the other one has begun; both need CTL."""
+    ran, both = [], threading.Barrier(2, timeout=60)
+
+    def command(line: list[str], log: Path) -> tuple[float, float]:
+        ran.append(Path(line[0]).name)
+        if ran[-1] == "evaluate_retriever":
+            both.wait()
+        scores = {f"retr/{name}": 1.0 for name in ("recall@1", "recall@4", "mrr@10")}
+        write_jsonl(log.parent / "test-predictions.jsonl", [{"question": "Why?", "scores": scores}])
+        log.touch()
+        return 1.0, 1.0
+
+    monkeypatch.setattr(learning, "run_command", command)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    line = f"--embedding_model e --qa_model_name_or_path l --output_dir {tmp_path}/out --data cities={data} --seeds 0 "
+    line += "--jobs 2 --only 'trained + BM25' 'trained + reranker'"
+    monkeypatch.setattr(sys, "argv", ["learning.py", *shlex.split(line)])
+    learning.main()
+    assert sorted(ran) == ["evaluate_retriever", "evaluate_retriever", "train_ctl", "train_rerank"]
 
 
 def test_another_trained_retriever_can_stand_behind_a_reader(learn: Learn) -> None:
