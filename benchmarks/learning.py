@@ -111,9 +111,10 @@ TINY = ["train_*,sentence_transformers,trl: --max_steps 2", "train_rpg,train_emd
         "train_dca: --n_context 4 --max_encoder_seq_length 64", "train_s*,trl,evaluate_rqa: --max_new_tokens 8",
         "train_fid: --max_encoder_seq_length 64 --max_decoder_seq_length 8"]  # fmt: skip
 
-
-LOCKS: dict[Path, threading.Lock] = {}  # by a cell's directory, for `--jobs`
+# For `--jobs`:
+LOCKS: dict[Path, threading.Lock] = {}  # by a cell's directory
 RUNNING: list[subprocess.Popen] = []
+ENDED = threading.Event()
 
 
 def main() -> None:
@@ -168,7 +169,8 @@ def main() -> None:
 
 def end(*_: object) -> None:
     """End the running commands and this one: trainers save a checkpoint, and the same command continues."""
-    for process in RUNNING:
+    ENDED.set()
+    for process in [*RUNNING]:
         process.terminate()
     sys.exit(130)
 
@@ -290,6 +292,8 @@ class Cell:
 
 def run_command(line: Sequence[str], log: Path) -> tuple[float, float]:
     """Run a Python script with its output in a file. -> seconds, and the peak GiB of it, or of this process"""
+    if ENDED.is_set():  # while another thread's command ended well
+        sys.exit(130)
     began = time.monotonic()
     with log.open("a", encoding="utf-8") as file:
         print("\n$", shlex.join(line), file=file, flush=True)

@@ -249,6 +249,17 @@ def test_cells_are_made_at_a_time_and_what_they_share_once(
     assert sorted(ran) == ["evaluate_retriever", "evaluate_retriever", "train_ctl", "train_rerank"]
 
 
+def test_after_a_signal_no_other_command_starts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning, "ENDED", threading.Event())
+    script = tmp_path / "script.py"
+    script.write_text("print('said')")
+    learning.run_command([str(script)], tmp_path / "log.txt")
+    for start in (learning.end, lambda: learning.run_command([str(script)], tmp_path / "log.txt")):
+        with pytest.raises(SystemExit, match="130"):
+            start()
+    assert (tmp_path / "log.txt").read_text().count("said") == 1
+
+
 def test_another_trained_retriever_can_stand_behind_a_reader(learn: Learn) -> None:
     ran, rows = learn("--only", "SwR over trained", "--trained", "RPG")
     assert (ran, list(rows)) == (["train_rpg", "train_swr"], ["SwR over RPG"])
