@@ -3,12 +3,13 @@
 
     python benchmarks/all.py --model_name_or_path M --embedding_model E                             # pydocs
     python benchmarks/all.py ... --data_dir D           # has documents.pkl, {train,eval}_w_qa.jsonl
+    python benchmarks/all.py ... --short            # smaller sizes, and all but `learning`: two hours on two cores
     python benchmarks/all.py ... --only limits rpg_step                             # keeps the other results
     python benchmarks/all.py --draw                                                 # only README.md and the plots
 
 M is a causal language model and E a BERT-like encoder; the default is the quickstart's two models, from PyPI. Each
 result is written to results/<machine>.json as soon as its benchmark ends; every machine has a file of its own. Run
-nothing else meanwhile; on two cores this takes hours. Needs `pip install -e ".[bench,quickstart]"`.
+nothing else meanwhile; on two cores this takes days, most of them for `learning`. Needs `pip install -e ".[bench,quickstart]"`.
 """
 
 import argparse
@@ -47,6 +48,22 @@ BENCHMARKS = {  # name -> flags; {M}, {E}: models; a data file's flag gets its p
     "index_refresh": "--model_name_or_path {E} --train_file --eval_file --document_path",
     "learning": "--embedding_model {E} --qa_model_name_or_path {M} --data --output_dir {O} --precision {P}",
 }
+SHORT = {  # name -> flags that make it short
+    "limits": "",
+    "train_throughput": "--steps 3",
+    "retriever_training": "--steps 3",
+    "reranking": "--questions 8",
+    "rpg_step": "--steps 3",
+    "fusion_in_decoder": "--steps 3",
+    "evaluation_runtime": "--max_examples 64",
+    "serving": "--questions 16 --clients 1 8",
+    "retrieval_latency": "--sizes 100000 --seconds 1",
+    "data_preparation": "",
+    "indexing": (
+        "--only build speed peers search --sizes 10000 100000 --encoded 2000 --factories Flat auto bm25 milvus"
+    ),
+    "index_refresh": "--steps 20 --every 10 --only 1 3 4",
+}
 FILES = {
     "--train_file": "train_w_qa.jsonl",
     "--eval_file": "eval_w_qa.jsonl",
@@ -62,11 +79,13 @@ def main() -> None:
     parser.add_argument("--embedding_model", help="a BERT-like encoder")
     parser.add_argument("--data_dir", help="a corpus with its questions; by default that of pydocs.corpus")
     parser.add_argument("--precision", choices=["bf16", "float32"], default="float32")
-    parser.add_argument("--only", nargs="*", choices=list(BENCHMARKS), default=list(BENCHMARKS))
+    parser.add_argument("--only", nargs="*", choices=list(BENCHMARKS))
+    parser.add_argument("--short", action="store_true", help="smaller sizes; without --only, all but `learning`")
     parser.add_argument("--flags", default="", help="further flags for each of them, in one string")
     parser.add_argument("--draw", action="store_true", help="run nothing")
     arguments = parser.parse_args()
-    for name in [] if arguments.draw else arguments.only:
+    names = arguments.only or list(SHORT if arguments.short else BENCHMARKS)
+    for name in [] if arguments.draw else names:
         keep(name, run(name, arguments))
     draw()
 
@@ -85,7 +104,7 @@ def run(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
             line.append(flag.format(**models))
         elif arguments.data_dir:
             line += [flag, str(Path(arguments.data_dir) / FILES[flag])]
-    line += shlex.split(arguments.flags)
+    line += shlex.split(f"{SHORT.get(name, '') if arguments.short else ''} {arguments.flags}")
     print(f"{name} ...", file=sys.stderr, flush=True)
     command = [sys.executable, str(HERE / f"{name}.py"), *line]
     *table, result = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()
