@@ -9,7 +9,8 @@
 
 M is a causal language model and E a BERT-like encoder; the default is the quickstart's two models, from PyPI. Each
 result is written to results/<machine>.json as soon as its benchmark ends; every machine has a file of its own. Run
-nothing else meanwhile; on two cores this takes days, most of them for `learning`. Needs `pip install -e ".[bench,quickstart]"`.
+nothing else meanwhile; on two cores this takes days, most of them for `learning`. Needs
+`pip install -e ".[bench,quickstart,milvus]" milvus-lite "transformers[serving]"`.
 """
 
 import argparse
