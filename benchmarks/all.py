@@ -52,18 +52,16 @@ BENCHMARKS = {  # name -> flags; {M}, {E}: models; a data file's flag gets its p
 SHORT = {  # name -> flags that make it short
     "limits": "",
     "train_throughput": "--steps 3",
-    "retriever_training": "--steps 3",
-    "reranking": "--questions 8",
-    "rpg_step": "--steps 3",
-    "fusion_in_decoder": "--steps 3",
-    "evaluation_runtime": "--max_examples 64",
+    "retriever_training": "--steps 3 --batch_size 32",
+    "reranking": "--questions 4 --batch_size 4",
+    "rpg_step": "--steps 3 --num_docs 8",
+    "fusion_in_decoder": "--steps 3 --batch_size 1",
+    "evaluation_runtime": "--max_examples 32",
     "serving": "--questions 16 --clients 1 8",
     "retrieval_latency": "--sizes 100000 --seconds 1",
     "data_preparation": "",
-    "indexing": (
-        "--only build speed peers search --sizes 10000 100000 --encoded 2000 --factories Flat auto bm25 milvus"
-    ),
-    "index_refresh": "--steps 20 --every 10 --only 1 3 4",
+    "indexing": "--only build speed peers search --sizes 10000 100000 --encoded 2000 --factories Flat auto",
+    "index_refresh": "--steps 20 --every 10 --only 1 3",
 }
 FILES = {
     "--train_file": "train_w_qa.jsonl",

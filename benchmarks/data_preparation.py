@@ -20,11 +20,12 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from harness import compare, new_parser, peak_gib, print_result, print_table, times
+from harness import compare, new_parser, print_result, print_table, times
 from pydocs.corpus import QUICKSTART, build_corpus
 from transformers import AutoTokenizer
 
 from rqa.data import Document, Example
+from rqa.evaluation.runtime import peak_memory
 from rqa.objectives.ctl import NegativeArguments, NegativeChooser
 from rqa.preparation.chunking import ChunkArguments, Chunker
 from rqa.preparation.mine import mine, rank
@@ -125,7 +126,7 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
     vocabulary = [f"w{number}" for number in range(WORDS)]
     texts = [" ".join(chance.choices(vocabulary, cum_weights=weights, k=100)) for _ in range(passages)]
     documents = [Document(text, {"source": str(number)}) for number, text in enumerate(texts)]
-    gold = chance.sample(documents, queries)
+    gold = chance.sample(documents, min(queries, passages))
     examples = [Example(" ".join(chance.sample(document.page_content.split(), 10)), (document,)) for document in gold]
     started = time.perf_counter()
     chooser = NegativeChooser(examples, documents, NegativeArguments())
@@ -135,11 +136,11 @@ def measure_mining(passages: int, queries: int) -> dict[str, Any]:
     found = mine(chooser, [hits], 8)
     return {
         "passages": passages,
-        "queries": queries,
+        "queries": len(examples),
         "seconds": time.perf_counter() - started,
         "seconds_ranking": ranked - started,
         "negatives": sum(map(len, found)),
-        "peak_gib": peak_gib(),
+        "peak_gib": peak_memory()["host"],
     }
 
 

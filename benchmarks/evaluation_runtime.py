@@ -12,16 +12,14 @@ which are the same for all.
 
 import argparse
 import statistics
-from collections.abc import Sequence
 from typing import Any
 
 import torch
-import numpy as np
 from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
 from rqa.evaluation.answers import evaluate_answers
-from rqa.evaluation.metrics import bleu, bleu_statistics, score_answer
+from rqa.evaluation.metrics import corpus_bleu, score_answer
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages
 from rqa.evaluation.runtime import seconds
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
@@ -43,10 +41,10 @@ def main() -> None:
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios, and one JSON line."""
-    first, answers = rows[0], rows[0]["answers"]
-    compare(rows, lambda _: first, "questions_per_second")
+    ours, answers = next((row for row in rows if row["system"] == "rqa"), None), rows[0]["answers"]
+    compare(rows, lambda _: ours, "questions_per_second")
     for row in rows:
-        row["same_answers"] = same(row.pop("answers"), answers)
+        row["same_answers"] = statistics.mean(a == b for a, b in zip(row.pop("answers"), answers, strict=True))
     print_table(
         ["system", "retrieve s", "generate s", "score s", "total s", "same answers", "peak GiB", "rqa is"],
         [
@@ -58,11 +56,6 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print_result(__file__, arguments, rows)
 
 
-def same(ours: Sequence[str], theirs: Sequence[str]) -> float:
-    """The share of equal answers."""
-    return statistics.mean(a == b for a, b in zip(ours, theirs, strict=True))
-
-
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the seconds of each part, and return the answers, too."""
     from transformers import AutoModelForCausalLM
@@ -72,7 +65,8 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     from rqa.models.reader import CausalLMReader
     from rqa.runtime.distributed import device
 
-    documents, examples = read(arguments)
+    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path, answers=True)
+    examples = examples[: arguments.max_examples or None]
     flags = PromptArguments(
         chat_format="template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
     )
@@ -95,11 +89,6 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "questions_per_second": len(examples) / total,
         "answers": answers,
     }
-
-
-def read(arguments: argparse.Namespace) -> tuple[list[Document], list[Example]]:
-    documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path, answers=True)
-    return documents, examples[: arguments.max_examples or None]
 
 
 def run_rqa(
@@ -155,10 +144,10 @@ def run_transformers(
             answers.extend(text.strip() for text in tokenizer.batch_decode(new, skip_special_tokens=True))
 
     def score() -> None:
-        pairs = [(answer, example.gold_answer) for example, answer in zip(examples, answers, strict=True)]
-        for pair in pairs:
+        gold = [example.gold_answer for example in examples]
+        for pair in zip(answers, gold, strict=True):
             score_answer(*pair)
-        bleu(np.sum([bleu_statistics(*pair) for pair in pairs], axis=0))
+        corpus_bleu(answers, gold)
 
     took["retrieve"], took["generate"], took["score"] = seconds(retrieve), seconds(generate), seconds(score)
 

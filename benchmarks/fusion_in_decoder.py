@@ -13,6 +13,7 @@ generate 50 tokens over padded passages. All systems work on the same questions,
 
 import argparse
 from collections.abc import Sequence
+from itertools import cycle
 from typing import Any
 
 import torch
@@ -88,7 +89,7 @@ def questions(arguments: argparse.Namespace) -> list[Question]:
     """Give each question equally many passages: its gold ones, then any others, since speed does not depend on them."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
     chosen = examples[: arguments.batch_size * (arguments.steps + arguments.warmup)]
-    others = iter(documents * (1 + len(chosen) * arguments.n_context // len(documents)))
+    others = cycle(documents)
     return [
         (example, [*gold, *(next(others) for _ in range(arguments.n_context - len(gold)))])
         for example in chosen

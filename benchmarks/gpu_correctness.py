@@ -26,13 +26,9 @@ from rqa.packing import pack
 CPU = "float32 on the CPU"
 
 
-def dtypes(section: Section) -> list[Any]:
-    return [torch.float32, torch.bfloat16, *([torch.float16] if section.cuda else [])]
-
-
 def kernels(section: Section) -> None:
     """Compare packed attention with float64, and models on packed rows with the same models on single sequences."""
-    for dtype in dtypes(section):
+    for dtype in [torch.float32, torch.bfloat16, *([torch.float16] if section.cuda else [])]:
         section.check({"check": "attention against float64", "dtype": dtype}, attention, section, dtype)
         section.check({"check": "packing of models", "dtype": dtype}, packing, section, dtype)
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 import psutil
 from packaging.requirements import Requirement
 
-from rqa.evaluation.runtime import machine, seconds
+from rqa.evaluation.runtime import machine, peak_memory, seconds
 from rqa.runtime.cli import tune_allocator
 from rqa.runtime.distributed import device
 
@@ -74,7 +73,7 @@ def run_benchmark(
         if arguments.setting != "default":
             tune_allocator()
         row = {"system": arguments.system, "setting": arguments.setting, **measure(arguments)}
-        print(json.dumps({**row, "peak_gib": peak_gib()}))
+        print(json.dumps({**row, "peak_gib": peak_memory()["host"]}))
         return
     with TemporaryDirectory() as arguments.directory:
         prepare(arguments)
@@ -113,20 +112,18 @@ def read_corpus(
     from pydocs.corpus import QUICKSTART, build_corpus
 
     from rqa.data import read_examples
-    from rqa.documents import read_documents
+    from rqa.documents import read_documents, with_known_gold
 
     if bool(document_path) != bool(train_file or eval_file):
         raise SystemExit("error: --document_path and the file of its questions are given together")
     if document_path:
-        train, held_out = (read_examples(path, answers) if path else [] for path in (train_file, eval_file))
-        return read_documents(document_path), train, held_out
+        documents = read_documents(document_path)
+        train, held_out = (
+            with_known_gold(read_examples(path, answers), documents) if path else [] for path in (train_file, eval_file)
+        )
+        return documents, train, held_out
     corpus = build_corpus(QUICKSTART)
     return corpus.documents, corpus.train, corpus.test
-
-
-def peak_gib() -> float:
-    """Peak memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def measure_command(line: Sequence[Any], processes: int = 1) -> Row:

@@ -26,18 +26,17 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
-from harness import new_parser, peak_gib, print_result, print_table, read_corpus, run_alone
+from harness import new_parser, print_result, print_table, read_corpus, run_alone
 
 from rqa.data import Document, Example, write_examples
 from rqa.documents import write_documents
-from rqa.evaluation.results import mean_intervals
-from rqa.evaluation.retrieval import retrieval_rows
+from rqa.evaluation.results import with_intervals
+from rqa.evaluation.retrieval import EvaluationArguments, evaluate_retrieval
+from rqa.evaluation.runtime import peak_memory
 from rqa.models.encoder import load_encoder
-from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import BackgroundEncoding, Refresher
 from rqa.retrieval.retriever import Retriever
 
-METRIC = "retr/recall@4"
 BIN = Path(__file__).resolve().parents[1] / "bin"
 
 
@@ -60,7 +59,8 @@ def main() -> None:
         print(json.dumps(measure(arguments)))
         return
     only = vars(arguments).pop("only")
-    documents, train, held_out = read_inputs(arguments)
+    documents, train, held_out = read_corpus(arguments.document_path, arguments.train_file, arguments.eval_file)
+    train, held_out = train[: arguments.max_train], held_out[: arguments.max_eval]
     with TemporaryDirectory() as directory:
         arguments.directory = directory
         write_documents(Path(directory) / "documents.jsonl", documents)
@@ -91,12 +91,6 @@ def parse() -> argparse.Namespace:
     if arguments.algorithm == "rpg" and not arguments.lm_model_path:
         parser.error("--algorithm rpg: needs --lm_model_path")
     return arguments
-
-
-def read_inputs(arguments: argparse.Namespace) -> tuple[Sequence[Document], list[Example], list[Example]]:
-    """Read documents, training questions, and the questions to measure on."""
-    documents, train, held_out = read_corpus(arguments.document_path, arguments.train_file, arguments.eval_file)
-    return documents, list(train[: arguments.max_train]), list(held_out[: arguments.max_eval])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -130,7 +124,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
         "share": sum(waited) / seconds,
         "background_seconds": sum(background),
         "staleness": float(np.mean([staleness for _, _, staleness in calls])),
-        "peak_gib": peak_gib(),
+        "peak_gib": peak_memory()["host"],
     }
 
 
@@ -157,19 +151,13 @@ def run_executable(arguments: argparse.Namespace) -> None:
 def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]) -> dict[str, Any]:
     """Measure the Recall@4 of an encoder over a new index, with its interval."""
     retriever = Retriever(load_encoder(path), documents).open()
-    found = retriever.documents_of(retriever.retrieve([retrieval_query(example) for example in examples], 10))
-    rows = retrieval_rows(found, examples, (4,))
-    values = np.array([[row["scores"][METRIC]] for row in rows if row["scores"]])  # [n, 1]
-    (interval,) = mean_intervals(values).round(4).tolist()
-    return {"recall@4": float(values.mean()), "interval": interval, "n": len(values)}
+    _, rows = evaluate_retrieval(retriever, examples, EvaluationArguments(recall_at=[4]))
+    rate = with_intervals(rows)["test_retr/recall@4"]
+    return {"recall@4": rate["value"], "interval": [rate["low"], rate["high"]], "n": rate["n"]}
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table, and one JSON line."""
-
-    def cell(row: dict[str, Any], name: str, form: str) -> str:
-        return format(row[name], form) if name in row else ""
-
     header = ("", "s/step", "s/refresh", "share", "in background", "staleness", "peak GiB", "recall@4")
     columns = (("seconds_per_step", ".3f"), ("seconds_per_refresh", ".2f"), ("share", ".1%"),
                ("background_seconds", ".1f"), ("staleness", ".1f"), ("peak_gib", ".1f"))  # fmt: skip
@@ -178,7 +166,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         [
             (
                 row["way"],
-                *(cell(row, *column) for column in columns),
+                *(format(row[name], form) if name in row else "" for name, form in columns),
                 "{:.3f} ({:.2f}-{:.2f})".format(row["recall@4"], *row["interval"]),
             )
             for row in rows

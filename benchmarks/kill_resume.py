@@ -42,6 +42,7 @@ from rqa.retrieval import retriever as indexing
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
+from rqa.training.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
 PHASES = {
@@ -157,7 +158,8 @@ class Trial:
         """Write what the run finds in its output directory."""
 
     def after_kill(self, steps: list[int], output: Path) -> None:
-        self.most_lost = max(self.most_lost, steps[-1] - newest_step(output))
+        newest = max((int(path.name.split("-")[1]) for path in checkpoints(output)), default=0)
+        self.most_lost = max(self.most_lost, steps[-1] - newest)
 
     def result(self, output: Path) -> Any:
         return hashlib.sha256((output / "model.safetensors").read_bytes()).hexdigest()
@@ -217,12 +219,6 @@ class IndexTrial(Trial):
         ours, theirs = self.result(output), self.expected
         equal = [np.allclose(ours[name], theirs[name], atol=1e-5) for name in ("ids", "scores")]
         return ours["fresh"] and theirs["fresh"] and all(equal)
-
-
-def newest_step(output: Path) -> int:
-    from rqa.training.checkpoint import checkpoints
-
-    return max((int(path.name.split("-")[1]) for path in checkpoints(output)), default=0)
 
 
 def report(runs: list[Trial]) -> None:
@@ -295,7 +291,7 @@ def child(plan: dict[str, Any], executable: str, line: list[str]) -> None:
     watcher.watch(Refresher, "_refresh", "refreshing")
     watcher.watch(Teacher, "__call__", "filling the teacher cache")
     watcher.watch(ReaderEvaluation, "__call__", "evaluating")
-    watcher.watch(retriever, "find_passages", "evaluating")
+    watcher.watch(retriever, "evaluate_retrieval", "evaluating")
     if executable == "build_index":
         watch_indexing(watcher, "milvus::" in " ".join(line))
     position = Batches.position

@@ -223,13 +223,6 @@ class Bench:
             for gold in [example.gold_docs[:passages]]
         ]
 
-    def inference(self, work: Callable[[], Any]) -> Callable[[], None]:
-        def run() -> None:
-            with torch.no_grad():
-                work()
-
-        return run
-
     def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
         """Make a training step as the loop does it."""
         loop = LoopArguments(output_dir=self.arguments.directory, bf16=self.flags.bf16, learning_rate=1e-6)
@@ -297,18 +290,18 @@ def dca_scoring(bench: Bench) -> Work:
     model, prompter = load_encoder_decoder(f"bert::{bench.arguments.embedding_model}", flags)
     scorer = CrossAttentionScorer(model, prompter, 4)
     pairs = [Pair(e, document, tuple(passages)) for e, passages in bench.contexts(4, 5) for document in passages]
-    return Work(bench.inference(lambda: list(scorer(pairs))), (len(pairs), "passages"))
+    return Work(lambda: list(scorer(pairs)), (len(pairs), "passages"))
 
 
 def document_encoding(bench: Bench) -> Work:
     retriever = bench.retriever()
     passages = retriever.encoder.tokenize_passages([document.fmt_content for document in retriever.documents])
-    return Work(bench.inference(lambda: retriever.encoder.embed(passages)), (sum(map(len, passages)), "tokens"))
+    return Work(lambda: retriever.encoder.embed(passages), (sum(map(len, passages)), "tokens"))
 
 
 def refresh(bench: Bench) -> Work:
     retriever = bench.retriever()
-    return Work(bench.inference(retriever.refresh), (len(retriever.documents), "documents"))
+    return Work(retriever.refresh, (len(retriever.documents), "documents"))
 
 
 def search(bench: Bench, size: int = 200_000, questions: int = 64) -> Work:
@@ -337,7 +330,7 @@ def generation(bench: Bench) -> Work:
     prompter = Prompter(load_tokenizer(bench.arguments.model_name_or_path), PromptArguments())
     reader = CausalLMReader(model, prompter)
     prompts = [prompter.encode(*context).ids for context in bench.contexts(8, 1)]
-    return Work(bench.inference(lambda: reader.generate(prompts, 32)), (len(prompts), "answers"))
+    return Work(lambda: reader.generate(prompts, 32), (len(prompts), "answers"))
 
 
 PATHS: dict[str, Callable[[Bench], Work]] = {

@@ -173,8 +173,8 @@ def train_product(arguments: argparse.Namespace, lists: Lists) -> tuple[float, C
     ]
     bf16, path = arguments.precision == "bf16", f"{arguments.directory}/reranker"
     reranker = load_reranker(path, RerankerArguments(max_pair_length=arguments.max_length, bf16=bf16), torch.float32)
-    flags = RerankArguments(negatives_from="file", num_hard_negatives=arguments.negatives)
-    flags.num_other_gold = 0  # as in the peer's lists
+    # without other questions' gold passages, as in the peer's lists
+    flags = RerankArguments(negatives_from="file", num_hard_negatives=arguments.negatives, num_other_gold=0)
     collate, clock = Collate(examples, [], reranker, None, flags, seed=0), Clock()
 
     def batch(indices: Sequence[int]) -> RerankBatch:

@@ -56,11 +56,7 @@ def main() -> None:
 
 
 def prepare(arguments: argparse.Namespace) -> None:
-    Path(arguments.directory, "triples.json").write_text(json.dumps(make_triples(arguments)), encoding="utf-8")
-
-
-def make_triples(arguments: argparse.Namespace) -> list[Triple]:
-    """Make a batch of triples in which no passage comes twice, so that all systems have the same negatives."""
+    """Write a batch of triples in which no passage comes twice, so that all systems have the same negatives."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
@@ -72,7 +68,8 @@ def make_triples(arguments: argparse.Namespace) -> list[Triple]:
     def text(number: int) -> str:  # short passages continue with their neighbours, to have full length
         return "\n".join(document.fmt_content for document in documents[number : number + 8])[:4000]
 
-    return [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
+    triples = [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
+    Path(arguments.directory, "triples.json").write_text(json.dumps(triples), encoding="utf-8")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -22,13 +22,9 @@ from harness import Clock, new_parser, print_result, print_table, read_corpus, r
 from rqa.data import Document, Example
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer
-from rqa.objectives.rpg import (
-    ListObjective,
-    RetrievedCandidates,
-    ScoredCandidates,
-)
+from rqa.objectives.rpg import LikelihoodArguments, ListObjective, RetrievedCandidates, ScoredCandidates
 from rqa.prompts import Prompter
-from rqa.recipe.retriever import TeacherArguments, open_teacher
+from rqa.recipe.retriever import open_teacher
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.distributed import device
 
@@ -70,9 +66,9 @@ def rqa_steps(
     arguments: argparse.Namespace, retriever: Retriever, examples: Sequence[Example], depth: int
 ) -> dict[str, list[float]]:
     """Run rqa's own loop: one epoch with an empty teacher cache, and one with all scores cached."""
-    encoder, bf16 = retriever.encoder, arguments.precision == "bf16"
+    encoder, bf16, path = retriever.encoder, arguments.precision == "bf16", arguments.lm_model_path
     os.environ["RQA_CACHE"] = f"{arguments.directory}/cache of {depth}"  # no scores from an earlier run
-    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth)
+    lm = LikelihoodArguments(lm_model_path=path, text_maxlength=MAX_LENGTH, bf16=bf16, num_docs=depth)
     teacher = open_teacher(lm)
     choose = RetrievedCandidates(examples, retriever, lm)
     collate = ScoredCandidates(examples, retriever.documents, encoder, choose, teacher, TEMPERATURE)
@@ -92,7 +88,7 @@ def usual_steps(
     encoder, flags = retriever.encoder, LoadingArguments(bf16=arguments.precision == "bf16")
     backbone = encoder.backbone.train()
     tokenizer = load_tokenizer(arguments.lm_model_path)
-    lm = TeacherArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
+    lm = LikelihoodArguments(lm_model_path=arguments.lm_model_path, text_maxlength=MAX_LENGTH)
     prompter = Prompter(tokenizer, lm.lm_prompt(tokenizer))
     model = load_causal_lm(arguments.lm_model_path, dtype=flags.precision).eval()
     optimizer = torch.optim.AdamW(backbone.parameters(), lr=0.0)

@@ -53,17 +53,13 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    Path(arguments.directory, "sequences.json").write_text(json.dumps(make_sequences(arguments)), encoding="utf-8")
-
-
 def read_sequences(arguments: argparse.Namespace) -> Sequences:
     text = Path(arguments.directory, "sequences.json").read_text(encoding="utf-8")
     return [(ids, start) for ids, start in json.loads(text)]
 
 
-def make_sequences(arguments: argparse.Namespace) -> Sequences:
-    """Make two sequences for each step, the same for every system."""
+def prepare(arguments: argparse.Namespace) -> None:
+    """Write two sequences for each step, the same for every system."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.swr import SwRArguments, gold_and_retrieved
@@ -79,7 +75,7 @@ def make_sequences(arguments: argparse.Namespace) -> Sequences:
     for example, passages in zip(examples, gold_and_retrieved(examples, retriever, PASSAGES, flags, 0), strict=True):
         sequence = prompter.encode(example, passages, example.gold_answer)
         sequences.append((sequence.ids, sequence.answer_start))
-    return sequences
+    Path(arguments.directory, "sequences.json").write_text(json.dumps(sequences), encoding="utf-8")
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def gold_places(examples: Sequence[Example], documents: Sequence[Document]) -> l
 
 def prints(texts: Iterable[Sequence[str]]) -> Prints:
     """A fingerprint of each sequence of texts. [N]"""
-    return np.fromiter((_print(*each) for each in texts), PRINT)
+    return np.fromiter((bytes.fromhex(fingerprint(*each)[:32]) for each in texts), PRINT)
 
 
 def _prints_of(kind: str, documents: Sequence[Document]) -> Prints:
@@ -146,10 +146,6 @@ def _prints_of(kind: str, documents: Sequence[Document]) -> Prints:
 
 
 keys_of, passages_of, normalized_of = (partial(_prints_of, kind) for kind in PARTS)
-
-
-def _print(*parts: str) -> bytes:
-    return bytes.fromhex(fingerprint(*parts)[:32])
 
 
 def _header(table: Path) -> dict[str, Any]:

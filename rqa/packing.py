@@ -18,8 +18,6 @@ from torch.utils._pytree import tree_map
 
 from rqa.prompts import TokenSequence
 
-IGNORED = -100  # the label of a position without loss
-
 
 class Batch:
     """Base of frozen dataclasses that move to a device with all their tensors and nested batches."""

@@ -111,18 +111,24 @@ def half_a_reply() -> Response:
 
 
 @contextmanager
-def serve() -> Iterator[OpenAIServer]:
-    """Serve on a free port of loopback, from a thread."""
-    ours = OpenAIServer()
-    app = Starlette(routes=[Route("/v1/{path:path}", ours.answer, methods=["GET", "POST"])])
+def serving(app: Any) -> Iterator[str]:
+    """Serve an application on a free port of loopback, from a thread; its URL."""
     server = uvicorn.Server(uvicorn.Config(app, "127.0.0.1", 0, log_level="critical", lifespan="off"))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     while not server.started:
         time.sleep(0.01)
-    ours.url = f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}/v1"
     try:
-        yield ours
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
     finally:
         server.should_exit = server.force_exit = True
         thread.join(10)
+
+
+@contextmanager
+def serve() -> Iterator[OpenAIServer]:
+    """Serve one of these."""
+    ours = OpenAIServer()
+    with serving(Starlette(routes=[Route("/v1/{path:path}", ours.answer, methods=["GET", "POST"])])) as url:
+        ours.url = f"{url}/v1"
+        yield ours

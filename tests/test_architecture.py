@@ -67,7 +67,7 @@ def test_no_import_goes_round_in_a_circle_and_no_executable_imports_another() ->
 
 
 def test_torch_is_imported_before_faiss() -> None:
-    """The other way round each has an OpenMP of its own, and searches take ten times as long (retrieval/index.py)."""
+    """The other way round each has an OpenMP of its own, and searches take ten times as long."""
     texts = [path.read_text(encoding="utf-8") for path in [*FILES, *(ROOT / "benchmarks").glob("*.py")]]
     found = [text for text in texts if "\nimport faiss" in text]
     assert found

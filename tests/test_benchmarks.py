@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -12,12 +13,15 @@ import threading
 import time
 from argparse import Namespace
 from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext, redirect_stdout, suppress
 from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
+import harness
 import learning
 import numpy as np
 import pytest
@@ -33,6 +37,7 @@ import rqa
 from rqa.data import read_examples
 from rqa.evaluation.runtime import seconds
 from rqa.recipe.system import ReaderArguments
+from rqa.retrieval.refresh import BackgroundEncoding, Refresher
 from rqa.runtime.files import write_jsonl
 
 
@@ -241,7 +246,6 @@ def test_cells_are_made_at_a_time_and_what_they_share_once(
         return 1.0, 1.0
 
     monkeypatch.setattr(learning, "run_command", command)
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
     line = f"--embedding_model e --qa_model_name_or_path l --output_dir {tmp_path}/out --data cities={data} --seeds 0 "
     line += "--jobs 2 --only 'trained + BM25' 'trained + reranker'"
     monkeypatch.setattr(sys, "argv", ["learning.py", *shlex.split(line)])
@@ -347,3 +351,44 @@ def test_a_server_s_clients_get_the_answers_that_its_reader_gives_alone(
     for clients, row in enumerate(map(json.loads, (tmp_path / "rows.jsonl").open()), start=1):
         assert (row["clients"], row["answers"]) == (clients, alone)
         assert 0 < row["first_p50"] < row["whole_p95"] < 4 / row["rate"]
+
+
+TOY = {  # benchmark -> flags of a run that takes seconds
+    "evaluation_runtime": "--qa_model_name_or_path {lm} --embedding_model {encoder} --eval_data_path {test_file} "
+    "--max_examples 2 --max_new_tokens 4 --max_seq_length 256",
+    "fusion_in_decoder": "--tokenizer {encoder} --size tiny --n_context 2 --steps 1 --train_file {train_file}",
+    "index_refresh": "--model_name_or_path {encoder} --steps 3 --every 1 --only 1 3 --batch_size 4 "
+    "--train_file {train_file} --eval_file {test_file}",
+    "limits": "--model_name_or_path {lm} --embedding_model {encoder} --documents 16 --steps 1 "
+    "--train_file {train_file} --only 'SFT step' 'RPG step, cold' 'DCA scoring' refresh generation",
+    "retrieval_latency": "--embedding_model {encoder} --sizes 99 --factories Flat --seconds 0.01 --only rqa search "
+    "--eval_data_path {test_file}",
+    "retriever_training": "--model_name_or_path {encoder} --batch_size 4 --max_length 48 --steps 1 --only rqa "
+    "--train_file {train_file}",
+    "rpg_step": "--model_name_or_path {encoder} --lm_model_path {lm} --num_docs 2 --steps 1 --train_file {train_file}",
+    "train_throughput": "--model_name_or_path {lm} --embedding_model {encoder} --steps 1 --only rqa "
+    "--train_file {train_file}",
+}
+
+
+@pytest.mark.parametrize("name", TOY)
+def test_a_benchmark_measures_toy_models(
+    name: str, files: dict[str, Path], lm_path: str, encoder_path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each system runs in this process instead of its own."""
+
+    def run(line: list[str], **_: Any) -> SimpleNamespace:
+        monkeypatch.setattr(sys, "argv", line[1:])
+        with redirect_stdout(StringIO()) as printed:
+            runpy.run_path(line[1], run_name="__main__")
+        return SimpleNamespace(stdout=printed.getvalue())
+
+    monkeypatch.setattr(harness, "subprocess", SimpleNamespace(run=run, PIPE=None))
+    for owner, method in ((Refresher, "__call__"), (BackgroundEncoding, "finished")):  # index_refresh replaces them
+        monkeypatch.setattr(owner, method, getattr(owner, method))
+    flags = shlex.split(TOY[name].format(lm=lm_path, encoder=encoder_path, **files))
+    path = str(learning.HERE / f"{name}.py")
+    printed = run([sys.executable, path, "--document_path", str(files["full_dataset_file_path"]), *flags]).stdout
+    *table, result = printed.splitlines()
+    assert len(table) > 2
+    assert json.loads(result)["rows"]

@@ -174,6 +174,8 @@ REFUSED = {  # by the parser
     "evaluate_rqa --embedding_max_num_to_retrieve -1": "--embedding_max_num_to_retrieve -1: must be at least 0",
     "evaluate_rqa --judge_max_examples -1": "--judge_max_examples -1: must be at least 0",
     "evaluate_rqa --judge_price 1": "--judge_price: takes two numbers",
+    "compare_runs --show -1": "--show -1: must be at least 0",
+    "mine_negatives --index_path milvus::w.db/all --filter x==1": "--filter: does not apply to BM25; use --retriever",
     "chunk_documents --chunk_size 0": "--chunk_size 0: must be at least 1",
     "chunk_documents --chunk_size 5 --chunk_overlap 5": "--chunk_overlap 5: must be at least 0 and less than 5",
     "train_fid --new_layers x": "--new_layers: belongs with --new_layers_learning_rate",
@@ -190,6 +192,18 @@ def test_the_parser_refuses_in_one_line(line: str) -> None:
     name, *flags = shlex.split(line)
     with pytest.raises(UserError, match=re.escape(REFUSED[line])):
         parsed(name, flags)
+
+
+SETTLED = ["ctl", "ctl --hard_neg_ratio 0.5", "ctl --mine_negatives false", "dca --with_score true", "emdr", "fid",
+           "rerank --negatives_from both --embedding_model E", "rpg", "sft", "swr"]  # fmt: skip
+
+
+@pytest.mark.parametrize("line", SETTLED)
+def test_the_flags_that_a_run_saves_start_the_same_run(line: str, tmp_path: Path) -> None:
+    name, *words = f"train_{line}".split()
+    saved = parsed(name, words).to_json()
+    (tmp_path / "all_args.json").write_text(json.dumps(saved))
+    assert parse(*flags_of(name), [f"{tmp_path}/all_args.json"]).to_json() == saved
 
 
 @pytest.mark.parametrize(

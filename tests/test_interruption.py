@@ -5,7 +5,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,9 +25,9 @@ def endless(trainer_flags: Callable[..., Flags]) -> Flags:
     return trainer_flags("train_sft", eval_file=None, test_file=None, max_steps=10_000_000, save_steps=20)
 
 
-def wait_for_checkpoint(output: Path) -> None:
+def wait_for_checkpoint(output: Path, seen: Sequence[Path] = ()) -> None:
     end = time.monotonic() + PATIENCE
-    while not checkpoints(output):
+    while checkpoints(output) == [*seen]:
         assert time.monotonic() < end, "no checkpoint"
         time.sleep(0.1)
 

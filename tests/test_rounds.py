@@ -6,13 +6,12 @@ import shlex
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from test_interruption import PATIENCE
+from test_interruption import wait_for_checkpoint
 from trainers import BIN, calls, parsed, written
 
 from rqa.retrieval.retriever import Retriever
@@ -135,10 +134,7 @@ def test_sigterm_reaches_the_trainer_and_a_killed_one_goes_on(line: Line, steps:
     for kills, status, message in ((False, 0, "interrupted; the same command continues"), (True, 137, killed)):
         command, seen = [sys.executable, BIN / "train_rounds", *words], checkpoints(reader)
         with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as ours:
-            end = time.monotonic() + PATIENCE
-            while checkpoints(reader) == seen:
-                assert time.monotonic() < end, "no checkpoint"
-                time.sleep(0.05)
+            wait_for_checkpoint(reader, seen)
             child = int(Path(f"/proc/{ours.pid}/task/{ours.pid}/children").read_text())
             os.kill(child if kills else ours.pid, signal.SIGKILL if kills else signal.SIGTERM)
             _, errors = ours.communicate()

@@ -263,12 +263,6 @@ def pool(kind: str, hidden: Tensor, batch: TokenBatch, seen: Tensor | None = Non
     return sums.index_add(0, owners, states) / total[:, None]
 
 
-def positions_of(backbone: PreTrainedModel) -> float:
-    """The longest sequence that a backbone reads, by its position tables and configuration; infinite if unknown."""
-    stated = max(getattr(backbone.config, "max_position_embeddings", None) or 0, 0) or math.inf  # XLNet's is -1
-    return min(loading.learned_positions(backbone), stated)
-
-
 def load_encoder(
     path: str,
     flags: EncoderArguments = EncoderArguments(dtype="float32"),
@@ -278,7 +272,7 @@ def load_encoder(
     """Load a `transformers` or `sentence-transformers` checkpoint in eval mode; flags override its settings."""
     tokenizer = load_tokenizer(path, flags.trust_remote_code)
     backbone = load_model(AutoModel, path, flags, dtype, main_only)
-    positions = positions_of(backbone)
+    positions = loading.positions_of(backbone)
     limit = min(tokenizer.model_max_length, 512 if positions == math.inf else int(positions))
     stored = layout.read_layout(path, limit, flags)
     names = vars(EncoderSettings()).keys()
@@ -299,7 +293,10 @@ def load_encoder(
         most, prefix = getattr(settings, f"max_{kind}_length"), getattr(settings, f"{kind}_prefix")
         if prefix and len(tokenizer(prefix)["input_ids"]) >= most:
             raise UserError(f"--{kind}_prefix {prefix!r:.50}: fills all {most} tokens of --max_{kind}_length")
-    if stored.get("do_lower_case") and (core := tokenizer.backend_tokenizer):
+    if stored.get("do_lower_case"):
+        core = getattr(tokenizer, "backend_tokenizer", None)
+        if core is None:
+            raise UserError(f"{path}: 'do_lower_case' needs a fast tokenizer; save one beside the model")
         core.normalizer = normalizers.Sequence([normalizers.Lowercase(), *filter(None, [core.normalizer])])
 
     def encoder(backbone: PreTrainedModel, folder: str = "", passages: Encoder | None = None) -> Encoder:

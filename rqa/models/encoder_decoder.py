@@ -24,7 +24,7 @@ from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
 from rqa.models.reader import GenerationArguments, LocalReader, Watch, generate, until_end
-from rqa.packing import IGNORED, Batch, Collate, TokenBatch, pack, token_budget_batches
+from rqa.packing import Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
@@ -35,6 +35,7 @@ NEW_LAYERS = "crossattention|predictions|lm_head"  # new parameters of a warm st
 FASTER = 7  # factor of their learning rate; at this rate for all, the encoder's states would collapse
 NEAR_ZERO = 0.1
 RECORDING_ATTENTION = "rqa_recording"
+IGNORED = -100  # the label of a position without loss
 OVERFLOWING = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 FID_TEMPLATE = "question: {question} context: {passage}"
 LEAST_FULL = 0.8  # shortest sequence of a padded batch, as a share of its longest

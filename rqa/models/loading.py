@@ -59,11 +59,6 @@ class LoadingArguments(Arguments):
         """The dtype of matrix products."""
         return distributed.compute_dtype(distributed.has_bf16() if self.bf16 is None else self.bf16, fp16=False)
 
-    @property
-    def trained_dtype(self) -> torch.dtype:
-        """The dtype to load a trained model in, even if training computes in a lower one."""
-        return torch.float32
-
 
 FLOAT32 = LoadingArguments(dtype="float32")
 
@@ -296,6 +291,12 @@ def learned_positions(model: nn.Module) -> float:
     before = [getattr(table, "offset", 0 if table.padding_idx is None else table.padding_idx + 1) for table in tables]
     fixed = [len(table) for name, table in model.named_buffers() if re.search(r"embed_positions$|pos_encoding$", name)]
     return min([table.num_embeddings - n for table, n in zip(tables, before, strict=True)] + fixed, default=math.inf)
+
+
+def positions_of(model: nn.Module, unknown: float = math.inf) -> float:
+    """The longest sequence that a model reads, by its position tables and configuration; `unknown` if neither says."""
+    stated = max(getattr(model.config, "max_position_embeddings", None) or unknown, 0) or math.inf  # XLNet's is -1
+    return min(learned_positions(model), stated)
 
 
 def within_positions(model: nn.Module, flags: Any, name: str) -> Any:

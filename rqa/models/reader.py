@@ -23,7 +23,7 @@ from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
 from rqa.packing import AnswerBatch, pack, pad, token_budget_batches
 from rqa.prompts import fitting
-from rqa.runtime import cli
+from rqa.runtime import cli, distributed
 from rqa.runtime.errors import UserError, one_line
 from rqa.runtime.flags import Arguments, flag
 from rqa.runtime.parallelize import in_step, is_sharded
@@ -133,25 +133,23 @@ class LocalReader(ABC):
     ) -> list[list[int]]:
         """Token ids of the answers to one batch of prompts, without stop tokens. [B] -> [B]"""
 
-    def answer(
-        self, examples: Sequence[Example], passages: Sequence[Sequence[Document]], progress: bool = True
-    ) -> list[Answer]:
+    def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
         """An answer for each question; a question that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
         fitted = fitting(self.encode, zip(examples, passages, strict=True), "it gets an empty answer")
-        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], progress, examples)
+        return self.answer_prompts([fitted.get(number) for number in range(len(examples))], examples)
 
     def warm_up(self, example: Example, passages: Sequence[Document]) -> None:
         """Generate a few tokens, so that later latencies do not include the first batch's set-up."""
         if fitted := fitting(self.encode, [(example, passages)], "it gets an empty answer"):
             self.generate([fitted[0]], 4)  # tokens
 
-    def answer_prompts(self, prompts: Sequence[Any], progress: bool, asking: Sequence[Example] = ()) -> list[Answer]:
+    def answer_prompts(self, prompts: Sequence[Any], asking: Sequence[Example] = ()) -> list[Answer]:
         """An answer for each prompt, empty if the prompt is None; batches have similar lengths. [Q] -> [Q]"""
         answers = [Answer("", 0)] * len(prompts)
         present = [index for index, prompt in enumerate(prompts) if prompt]
         costs = [self.cost(prompts[index]) for index in present]
         batches = token_budget_batches(costs, self.flags.generation_batch_tokens, padded=True)
-        with cli.progress(total=len(present), desc="generate", unit="q", disable=not progress) as bar:
+        with cli.progress(total=len(present), desc="generate", unit="q", disable=not distributed.is_main()) as bar:
             for chosen in in_step(self.model, batches, filler=[]):
                 batch = [present[place] for place in chosen]
                 started = time.perf_counter()

@@ -2,7 +2,6 @@
 
 import json
 import logging
-import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -237,9 +236,8 @@ def load_reranker(
     model = load_model(kind, path, flags, dtype, main_only, **options)
     if not answers and model.config.num_labels != 1:
         raise UserError(f"model {path}: gives {model.config.num_labels} scores per pair; use a model that gives one")
-    stated_most = max(getattr(model.config, "max_position_embeddings", None) or 512, 0) or math.inf  # XLNet's is -1
-    positions = min(loading.learned_positions(model), stated_most)
-    length = int(min(reading.get("max_seq_length") or tokenizer.model_max_length, positions))
+    stored = reading.get("max_seq_length") or tokenizer.model_max_length
+    length = int(min(stored, loading.positions_of(model, unknown=512)))
     max_length = flags.max_pair_length or length
     if max_length > length:
         raise UserError(f"--max_pair_length {max_length}: {path} takes at most {length} tokens")

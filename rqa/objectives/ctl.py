@@ -77,7 +77,7 @@ class CTLArguments(RefreshArguments, NegativeArguments, ChunkArguments):
     def check(self) -> None:
         self.check_bounds("hard_neg_ratio", "num_hard_negatives", at_least=0)
         self.check_bounds("temperature", above=0)
-        if self.num_hard_negatives is not None and self.hard_neg_ratio:
+        if self.num_hard_negatives and self.hard_neg_ratio:
             raise UserError("--hard_neg_ratio: contradicts --num_hard_negatives; remove one")
         if self.num_hard_negatives is None:
             self.num_hard_negatives = 0 if self.hard_neg_ratio else 2
@@ -257,11 +257,10 @@ class MinedNegatives:
 
     def __call__(self) -> None:
         """Mine negatives for all questions with the present index; each process mines its share."""
-        found = []
+        self._found = []
         for start in range(0, len(self._queries), QUERIES_AT_ONCE):  # every process must call `retrieve` equally often
             part = distributed.share(range(len(self._queries))[start : start + QUERIES_AT_ONCE])
-            found += distributed.gather(self._mine(part))
-        self._found = found
+            self._found += distributed.gather(self._mine(part))
         log.info("hard negatives mined for %d of %d questions", sum(map(bool, self._found)), len(self._found))
 
     def _mine(self, part: Sequence[int]) -> list[list[int]]:

@@ -4,7 +4,6 @@ It ranks a question's gold passage against hard negatives, from the data file or
 against other questions' gold passages. With a teacher it learns the teacher's distribution over the whole list.
 """
 
-import logging
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,8 +23,6 @@ from rqa.prompts import retrieval_query
 from rqa.retrieval.refresh import schedule
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)

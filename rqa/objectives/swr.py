@@ -32,7 +32,7 @@ def gold_and_retrieved(
     examples: Sequence[Example], retriever: PassageRetriever, k: int, flags: SwRArguments, seed: int
 ) -> list[list[Document]]:
     """The gold and retrieved passages of each training prompt, at most `k` + 1."""
-    hits = retriever.retrieve_once([retrieval_query(example) for example in examples], k)
+    hits = retriever.retrieve_once([retrieval_query(example) for example in examples], max(k, 1))
     pairs = zip(examples, retriever.documents_of(hits), strict=True)
     return [mix(example, found, k + 1, flags, f"{seed}-{number}") for number, (example, found) in enumerate(pairs)]
 

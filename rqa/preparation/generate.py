@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from rqa.data import Document, Example, normalize
 from rqa.documents import normalized_of, prints
 from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
-from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint
+from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint, positions_of
 from rqa.models.reader import CausalLMReader
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
 from rqa.retrieval.retriever import PassageRetriever
@@ -130,7 +130,7 @@ class LocalGenerator:
         prompt = PromptArguments(chat_format="template", max_new_tokens=limit, chat_template_kwargs=variables)
         self.reader = CausalLMReader(model, Prompter(tokenizer, prompt))
         self.reader.loop = LOOP
-        self._longest = (getattr(model.config, "max_position_embeddings", None) or 10**9) - limit
+        self._longest = positions_of(model) - limit
         self._store = Store(cache_root() / "generated.sqlite")
         self._identity = fingerprint(model_fingerprint(model, tokenizer), f"{limit} {LOOP} {variables}")
 
@@ -156,7 +156,7 @@ class LocalGenerator:
         if longer := sum(len(prompt) > self._longest for prompt in prompts):
             log.warning("%d passages are longer than the model can read and are left out", longer)
         prompts = [prompt if len(prompt) <= self._longest else [] for prompt in prompts]
-        answers = self.reader.answer_prompts(prompts, progress=distributed.is_main())
+        answers = self.reader.answer_prompts(prompts)
         return distributed.gather([(answer.text, answer.cut) for answer in answers])
 
 

@@ -4,11 +4,12 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import combinations
 from pathlib import Path
 
 import numpy as np
-from tokenizers import Tokenizer
+from transformers import PreTrainedTokenizerBase
 
 from rqa.data import iterate_examples, normalize
 from rqa.documents import iterate_documents
@@ -26,7 +27,9 @@ class Split:
     answers: int = 0
 
 
-def validate(document_path: Path | None, paths: dict[str, Path], tokenizer: Tokenizer | None) -> Iterator[str]:
+def validate(
+    document_path: Path | None, paths: dict[str, Path], tokenizer: PreTrainedTokenizerBase | None
+) -> Iterator[str]:
     """Yield a report on the files, line by line; the database streams. Without a tokenizer, lengths are in words."""
     lengths = _Lengths(tokenizer)
     splits = {name: _read_split(path, lengths, name) for name, path in paths.items()}
@@ -72,21 +75,17 @@ def _read_split(path: Path, lengths: "_Lengths", name: str) -> Split:
 class _Lengths:
     """Lengths of the texts of each kind."""
 
-    def __init__(self, tokenizer: Tokenizer | None) -> None:
-        self.tokenizer = tokenizer and Tokenizer.from_str(tokenizer.to_str())
-        if self.tokenizer:
-            self.tokenizer.no_truncation()
-            self.tokenizer.no_padding()
+    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.unit = "tokens" if tokenizer else "words"
+        self.split = partial(tokenizer.encode, add_special_tokens=False, verbose=False) if tokenizer else str.split
         self._lengths: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
 
     def add(self, kind: str, text: str) -> None:
-        tokens = self.tokenizer.encode(text, add_special_tokens=False) if self.tokenizer else text.split()
-        self._lengths[kind].append(len(tokens))
+        self._lengths[kind].append(len(self.split(text)))
 
     def table(self) -> Iterator[str]:
         """Yield one line per kind of text: mean, median, 95th percentile and maximum."""
-        unit = "tokens" if self.tokenizer else "words"
-        yield f"{unit:<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
+        yield f"{self.unit:<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
         for kind, lengths in self._lengths.items():
             values = [float(np.mean(lengths)), *np.percentile(lengths, [50, 95, 100]).tolist()]
             yield f"{kind:<22}" + "".join(f"{value:>{8 + (i == 3)}.0f}" for i, value in enumerate(values))

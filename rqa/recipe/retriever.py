@@ -1,6 +1,5 @@
 """Training an encoder: the part that all algorithms for retrievers share."""
 
-import logging
 from collections.abc import Callable, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
@@ -24,8 +23,6 @@ from rqa.runtime.errors import UserError
 from rqa.runtime.files import fingerprint
 from rqa.runtime.parallelize import load_whole_weights
 from rqa.training.loop import Batches
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)

@@ -1,6 +1,5 @@
 """The interface of every index over passage embeddings, and the flags of all of them."""
 
-import logging
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -13,8 +12,6 @@ from rqa.data import Document
 from rqa.documents import Prints
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import Arguments, flag
-
-log = logging.getLogger(__name__)
 
 ENGINE = "milvus::"
 ENGINE_PATH = re.compile(r"milvus::(https?://[^/]+(/\w+)?|.*\.db)/[A-Za-z_]\w*", re.ASCII)

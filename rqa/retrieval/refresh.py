@@ -75,7 +75,6 @@ class Refresher:
     def __init__(self, retriever: PassageRetriever, flags: Any, then: Any = None) -> None:
         self.retriever, self.flags, self.then = retriever, flags, then
         self.made_at = 0  # the step whose weights made the index; if frozen, the step of the last call of `then`
-        self.refreshes = 0
         self._begun_at = 0  # the step whose weights encode in the background
         self.due = schedule(flags.refresh_step)
         self._work: BackgroundEncoding | None = None
@@ -83,8 +82,8 @@ class Refresher:
 
     def __call__(self, step: int) -> dict[str, float]:
         """Refresh if it is due after `step` optimizer steps, or if nothing is indexed yet. -> statistics"""
-        refreshes, frozen = self.refreshes, self.retriever.encoder.passage_encoder is not None
-        if not len(self.retriever.index):
+        index, frozen = self.retriever.index, self.retriever.encoder.passage_encoder is not None
+        if not len(index):
             self._refresh(step)
         elif step == 0 or (frozen and self.then and self.due(step)):  # an index from disk, or frozen passages
             self._follow(step)
@@ -95,7 +94,7 @@ class Refresher:
         if frozen:
             return {}
         news = {"index_staleness": float(step - self.made_at)}
-        return news | ({"index_refreshed": 1.0} if self.refreshes > refreshes else {})
+        return news | ({} if self.retriever.index is index else {"index_refreshed": 1.0})
 
     @property
     def version(self) -> str | None:
@@ -146,7 +145,6 @@ class Refresher:
         started = time.perf_counter()
         self.retriever.refresh()
         log.info("step %d  documents encoded in %.1f s", step, time.perf_counter() - started)
-        self.refreshes += 1
         self._begun_at = step
         self._follow(step)
 
@@ -156,7 +154,6 @@ class Refresher:
             work, self._work = self._work, None
             self.retriever.replace(work.embeddings)
             log.info("step %d  index of step %d swapped in after %.1f s", step, self._begun_at, work.seconds)
-            self.refreshes += 1
             self._follow(self._begun_at)
         if not self._work and any(map(self.due, range(self._begun_at + 1, step + 1))):
             self._work, self._begun_at = BackgroundEncoding(self.retriever), step

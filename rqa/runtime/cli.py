@@ -38,11 +38,11 @@ def run(main: Callable[[], Any]) -> None:
     after Ctrl-C. Any other exception is a bug of ours and keeps its traceback.
     """
     tune_allocator()
-    defaults = {"TOKENIZERS_PARALLELISM": "true", "TRANSFORMERS_VERBOSITY": "error"}
-    defaults["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     # oneDNN caches 1,024 kernels by shape, each 0.6 MiB in bf16 on a CPU; packed batches never repeat a shape.
-    defaults["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] = "128"
+    defaults = {"TOKENIZERS_PARALLELISM": "true", "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128"}
     os.environ |= {name: value for name, value in defaults.items() if name not in os.environ}
+    if "TRANSFORMERS_VERBOSITY" not in os.environ:  # which transformers read when it was imported
+        logging.getLogger("transformers").setLevel(logging.ERROR)
     logger = logging.getLogger("rqa")
     logger.handlers, logger.propagate = [], False
     logger.setLevel(logging.INFO)

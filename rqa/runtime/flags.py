@@ -31,10 +31,7 @@ METAVARS = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
 REFUSED = {
     "deepspeed": "not supported; rqa shards with PyTorch's FSDP2: use --fsdp full_shard",
     "load_in_4bit": "not supported, as it needs bitsandbytes; use --use_lora true --bf16 true",
-    "refresh_fraction": "was removed; --refresh_async true costs less and is as accurate",
-    "endpoint_timeout": "was removed; a reply may take ten minutes",
     "eval_on_start": "was removed; a retriever is always evaluated before its first step",
-    "negatives_margin": "was removed; use --negatives_max_share 0.95",
 }
 
 

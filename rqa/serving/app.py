@@ -299,7 +299,7 @@ def comparison_routes(comparison: Comparison) -> list[Route]:
         return JSONResponse(comparison.next(request.query_params.get("rater")))
 
     async def rate(request: Request) -> Response:
-        return JSONResponse(comparison.rate(await body_of(request)))
+        return JSONResponse(await asyncio.to_thread(comparison.rate, await body_of(request)))
 
     routes = [Route("/compare/next", upcoming), Route("/compare/rate", rate, methods=["POST"])]
     return [*routes, *page_routes("compare")]

@@ -124,6 +124,7 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
 
     @property
     def trained_dtype(self) -> torch.dtype:
+        """The dtype to load the trained model in, even if training computes in a lower one."""
         only_bf16 = (self.use_lora or self.optim == "adamw_8bit") and self.precision is torch.bfloat16
         return torch.bfloat16 if only_bf16 else torch.float32
 

@@ -161,11 +161,10 @@ def train(
 
 def finish(output: Path, objective: nn.Module, state: RunState, flags: LoopArguments, eval_size: int) -> None:
     """Put the best model, or the last, at the top of the output directory."""
-    wanted = flags.load_best_model_at_end is not False and state.best_model_checkpoint
-    best = output / wanted if wanted else None
+    chooses = flags.load_best_model_at_end is not False
+    best = output / state.best_model_checkpoint if chooses and state.best_model_checkpoint else None
     values = [entry[name] for entry in state.log_history if (name := metric_name(flags)) in entry]
-    chooses = bool(values) and flags.load_best_model_at_end is not False
-    if chooses and flags.save_strategy == "no" and values[-1] != state.best_metric:
+    if chooses and values and flags.save_strategy == "no" and values[-1] != state.best_metric:
         log.warning("--save_strategy no: keeps the last model, although %s was better before", metric_name(flags))
     with whole_weights(objective):
         if distributed.is_main():

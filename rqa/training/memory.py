@@ -14,7 +14,15 @@ from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rqa.models.loading import WARM_START, freeze_pooler, learned_positions, load_config, model_class, train_adapters
+from rqa.models.loading import (
+    WARM_START,
+    freeze_pooler,
+    learned_positions,
+    load_config,
+    model_class,
+    positions_of,
+    train_adapters,
+)
 from rqa.runtime import distributed
 
 FUSED_ATTENTION = "rqa_fused"  # saves queries, keys, values and output, as every fused kernel does
@@ -90,7 +98,7 @@ def _activations(model: Any, layers: int, flags: Any, trains_retriever: bool) ->
         hard = given("num_hard_negatives") or given("hard_neg_ratio")
         documents = given("num_docs") or given("n_context") or 1 + hard + (other or 0)
         longest = flags.max_passage_length if other is None else flags.max_pair_length
-        length = longest or min(getattr(model.config, "max_position_embeddings", 512), 512)
+        length = longest or min(positions_of(model, unknown=512), 512)
         rows = min(int(B * documents), given("chunk_size") or 2**32)
     elif fusion:
         rows, length = B * (flags.embedding_max_num_to_retrieve + 1), flags.max_encoder_seq_length

@@ -187,9 +187,7 @@ def test_settings_without_sense_are_named(server: OpenAIServer) -> None:
         EndpointArguments(endpoint_concurrency=0)
 
 
-def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer, request: pytest.FixtureRequest) -> None:
-    handler = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
-    request.addfinalizer(lambda: signal.signal(signal.SIGINT, handler))
+def test_ctrl_c_loses_the_requests_in_flight_and_no_other(server: OpenAIServer) -> None:
     interrupted = threading.Event()
 
     def too_late() -> Response:

@@ -10,6 +10,7 @@ import torch
 import pytest
 from openai_server import OpenAIServer, error
 from safetensors.torch import load_file
+from trainers import Run
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, Turn
@@ -20,8 +21,6 @@ from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments
 from rqa.recipe.system import EndpointReader
-
-Run = Callable[[str, dict[str, object]], int]
 
 
 def reader(server: OpenAIServer, **prompt: Any) -> EndpointReader:

@@ -298,7 +298,6 @@ FAMILIES = {name: GROUPED | options for names, options in GROUPS for name in nam
 def test_every_family_of_decoders_is_packed_or_padded_and_generates_as_its_own_attention(
     name: str, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
     config = getattr(transformers, f"{name}TextConfig" if name == "Gemma3" else f"{name}Config")(**FAMILIES[name])
     head = "LMHeadModel" if name == "GPT2" else "ForCausalLM"
     theirs = getattr(transformers, name + head)._from_config(config, attn_implementation="eager").eval()
@@ -327,7 +326,6 @@ OWN = {"embedding_size": 16, "input_embedding_size": 16, "output_embedding_size"
 def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
     name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
     options = GROUPED | NARROW | OWN
     config = getattr(transformers, f"{name}Config")(**options)
     kind = "EncoderModel" if name.endswith("T5") else "Model"
@@ -346,7 +344,6 @@ def test_every_family_of_encoders_is_packed_or_padded_as_its_own_attention(
 def test_a_model_whose_results_change_with_padding_is_named_once(
     name: str, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
-    torch.manual_seed(0)
     config = getattr(transformers, f"{name}Config")(**SIZES | OWN)
     getattr(transformers, f"{name}Model")(config).save_pretrained(tmp_path)
     choose_collate(load_model(AutoModel, str(tmp_path)))

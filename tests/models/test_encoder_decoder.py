@@ -142,7 +142,7 @@ def test_an_answer_that_is_not_finite_is_refused_by_model_and_question(
     for flags in ({}, {"num_beams": 2}, {"do_sample": True}):
         asked = re.escape(repr(examples[0].question[:60]))
         with pytest.raises(UserError, match=f"model .*{case.path.removeprefix('bert::')}: the answer of {asked}"):
-            case.reader(**flags).answer(examples[:1], [documents[:2]], progress=False)
+            case.reader(**flags).answer(examples[:1], [documents[:2]])
 
 
 def test_sampling_draws_and_with_a_narrow_nucleus_is_greedy(case: Case) -> None:
@@ -159,10 +159,10 @@ def test_passages_are_encoded_once_and_questions_answered_in_their_order(
     case.model.get_encoder().register_forward_hook(
         lambda module, args, kwargs, output: tokens.append(kwargs["input_ids"].numel()), with_kwargs=True
     )
-    answers = [answer.text for answer in reader.answer(*zip(*pairs, strict=True), progress=False)]
+    answers = [answer.text for answer in reader.answer(*zip(*pairs, strict=True))]
     lengths = [len(ids) for pair in pairs for ids in case.objective.prompter.encode(*pair).passages]
     assert sum(lengths) <= sum(tokens) <= 1.25 * sum(lengths)
-    assert [reader.answer([example], [read], progress=False)[0].text for example, read in pairs] == answers
+    assert [reader.answer([example], [read])[0].text for example, read in pairs] == answers
 
 
 def test_gradient_checkpointing_recomputes_encoder_and_decoder_and_changes_no_gradient(case: Case) -> None:

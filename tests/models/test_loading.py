@@ -21,7 +21,7 @@ from conftest import SMALL
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from trainers import Train
+from trainers import Run, Train
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.models import attention
@@ -141,7 +141,6 @@ def test_a_damaged_checkpoint_is_one_line_that_names_it(name: str, content: byte
 def test_a_hub_name_without_a_hub_is_one_line_that_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(socket, "getaddrinfo", lambda *args, **options: asked.append(args))
     for load in (load_causal_lm, load_tokenizer):
         assert "no such directory, and no model hub can be reached" in refusal(load, "nobody/no-such-model")
@@ -316,7 +315,6 @@ def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_path
     assert len({before, *found}) == 1 + len(found)
 
 
-Run = Callable[[str, dict[str, object]], int]
 TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 4,
             "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2}  # fmt: skip
 

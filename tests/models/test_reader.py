@@ -129,7 +129,6 @@ def test_a_step_that_cannot_be_captured_is_made_without_a_graph(
 
 def test_tokens_are_sampled_as_often_as_temperature_and_top_p_say() -> None:
     logits, draws = torch.tensor([[0.0, 2.0, 1.0, 0.5, -1.0, 1.9]]), 20000
-    torch.manual_seed(0)
     for temperature, top_p in ((1.0, 1.0), (2.0, 0.7), (0.5, 0.9)):
         flags = GenerationArguments(do_sample=True, temperature=temperature, top_p=top_p)
         drawn = flags.next_tokens(logits.expand(draws, -1)).bincount(minlength=6) / draws
@@ -176,17 +175,17 @@ def test_an_answer_from_numbers_that_are_not_finite_is_refused_by_model_and_ques
 
     reader.model.lm_head.register_forward_hook(spoil)
     late, value = 0, 0.0
-    assert len(reader.answer(case.examples, case.passages, progress=False)) == 6
+    assert len(reader.answer(case.examples, case.passages)) == 6
     for late, value in ((1, math.nan), (5, math.nan), (2, math.inf)):  # noqa: B007
         steps[0] = 0
         with pytest.raises(UserError, match=f"model {reader.model.name_or_path}: the answer of .* is not finite"):
-            reader.answer(case.examples, case.passages, progress=False)
+            reader.answer(case.examples, case.passages)
 
 
 def test_an_answer_is_cut_that_has_all_tokens_it_may_have_and_no_end(case: Case) -> None:
-    whole, answers = case.expected, case.reader.answer(case.examples, case.passages, progress=False)
+    whole, answers = case.expected, case.reader.answer(case.examples, case.passages)
     case.reader.prompter.stop_ids = [case.greedy(case.prompts[0])[3]]
-    answers += case.reader.answer(case.examples[:1], case.passages[:1], progress=False)
+    answers += case.reader.answer(case.examples[:1], case.passages[:1])
     assert [answer.cut for answer in answers] == [*(len(ids) == NEW_TOKENS for ids in whole), False]
     assert {answer.cut for answer in answers} == {True, False}
 
@@ -202,13 +201,13 @@ def test_answers_come_back_in_the_order_asked_from_batches_as_large_as_allowed(
     for budget, sizes in ((1, {1}), (300, {1, 2, 3}), (16384, {6})):
         reader.flags = GenerationArguments(generation_batch_tokens=budget)
         asked.clear()
-        answers = reader.answer([case.examples[i] for i in order], [case.passages[i] for i in order], progress=False)
+        answers = reader.answer([case.examples[i] for i in order], [case.passages[i] for i in order])
         assert [answer.text for answer in answers] == [texts[i] for i in order]
         assert {answer.batch_size for answer in answers} == {len(prompts) for prompts in asked} == sizes
         assert all(answer.seconds > 0 for answer in answers)
         for prompts in asked:  # padding counts
             assert len(prompts) == 1 or len(prompts) * (max(map(len, prompts)) + NEW_TOKENS) <= budget
-    assert reader.answer([], [], progress=False) == []
+    assert reader.answer([], []) == []
 
 
 def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
@@ -217,7 +216,7 @@ def test_a_question_that_does_not_fit_is_logged_and_gets_an_empty_answer(
     long, some = Example("Why is that so? " * 200, where="test.jsonl:9"), case.examples
 
     def texts(asked: list[Example]) -> list[str]:
-        return [answer.text for answer in case.reader.answer(asked, [case.passages[1]] * len(asked), progress=False)]
+        return [answer.text for answer in case.reader.answer(asked, [case.passages[1]] * len(asked))]
 
     alone = texts(some)
     with caplog.at_level(logging.WARNING, logger="rqa"):

@@ -1,7 +1,6 @@
 """SwR's mix of gold and retrieved passages."""
 
 from collections.abc import Sequence
-from pathlib import Path
 
 import pytest
 
@@ -75,10 +74,9 @@ def test_gold_is_dropped_as_often_as_asked_and_then_wholly(probability: float, p
 
 @pytest.mark.parametrize("position", ["first", "random", "ranked"])
 def test_seed_and_number_decide_an_examples_mix(
-    position: str, examples: list[Example], documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    position: str, examples: list[Example], documents: list[Document]
 ) -> None:
     """Each prompt holds at most k + 1 passages: an example's gold, and what the retriever ranks best."""
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path))
     retriever = LexicalRetriever(documents)
     first, again, other, fewer = (
         gold_and_retrieved(asked, retriever, 4, flags(position, 0.5), seed)
@@ -86,6 +84,8 @@ def test_seed_and_number_decide_an_examples_mix(
     )
     assert first == again != other
     assert first[:9] == fewer
+    none = gold_and_retrieved(examples, retriever, 0, flags(position, 0.5), 1)
+    assert max(map(len, none)) == 1
     kept = [example.gold_docs[0] in passages for example, passages in zip(examples, first, strict=True)]
     assert 0 < sum(kept) < len(kept)  # one seed decides otherwise for each
     for example, passages in zip(examples, first, strict=True):

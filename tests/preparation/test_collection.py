@@ -10,13 +10,12 @@ from pathlib import Path
 import pytest
 from pypdf import PdfWriter
 from pypdf.generic import DecodedStreamObject, DictionaryObject, NameObject
+from trainers import Run
 
 from rqa.documents import read_documents
 from rqa.preparation.chunking import Seen
 from rqa.preparation.sources import read_sources
 from rqa.runtime.errors import UserError
-
-Run = Callable[[str, dict[str, object]], int]
 
 HTML = """<html><head><title>Arlen | Guide</title></head><body><nav><a href="/">Home</a> <a href="/x">Shop</a></nav>
 <article><h1>Arlen</h1><p>Arlen is a town by the sea, and its harbour is known for the copper that is sold there.</p>

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from trainers import Run
 
 from rqa.data import Document, Example, read_examples, write_examples
 from rqa.documents import read_documents
@@ -17,8 +18,6 @@ from rqa.preparation.mine import mine
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.reranking import RerankingRetriever
 from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever
-
-Run = Callable[[str, dict[str, object]], int]
 
 
 def test_two_rankings_are_taken_in_turn_and_no_text_twice(documents: list[Document]) -> None:

@@ -31,7 +31,7 @@ def test_the_quickstart_trains_compares_and_answers(
         assert f"\n{label}" in printed
     monkeypatch.setattr("os.execv", lambda _, line: subprocess.run(line, check=True))
     quickstart["become"]("ask", ["What does fft return?"], quickstart["trained"](tmp_path))
-    assert capfd.readouterr().out.count("\n[") == quickstart["PASSAGES"]
+    assert capfd.readouterr().out.count("\n[") == quickstart["PROMPT"]["embedding_max_num_to_retrieve"]
 
 
 def test_it_serves_what_it_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

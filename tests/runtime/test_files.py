@@ -2,7 +2,6 @@
 
 import json
 import os
-import resource
 import signal
 import stat
 import threading
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakes import full_disk
 
 from rqa.evaluation.results import write_results
 from rqa.runtime.errors import UserError
@@ -212,15 +212,9 @@ def test_lines_of_several_processes_are_whole_and_a_crash_s_half_line_spoils_non
 def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     path = tmp_path / "lines.jsonl"
     append_line(path, {"first": 1})
-    before, (soft, hard) = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:  # a file may grow by 10 bytes: the kernel writes a part, and refuses the rest
-        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 10, hard))
-        with pytest.raises(OSError, match=r"lines.jsonl"):
-            append_line(path, {"second": "x" * 100})
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    before = path.read_bytes()
+    with full_disk(len(before) + 10), pytest.raises(OSError, match=r"lines.jsonl"):  # a part of the line is written
+        append_line(path, {"second": "x" * 100})
     assert path.read_bytes() == before
     append_line(path, {"third": 3})
     assert [row for _, row in read_jsonl(path)] == [{"first": 1}, {"third": 3}]

@@ -1,16 +1,12 @@
 """A served system with a tiny reader, over real sockets."""
 
-import socket
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
-import uvicorn
-from openai_server import OpenAIServer
+from openai_server import OpenAIServer, serving
 
 from rqa.data import Document
 from rqa.models.encoder import load_encoder
@@ -40,22 +36,6 @@ def remote(api: Api, server: OpenAIServer) -> Api:
     """The same with a reader behind another server, which says what a test wants."""
     api.engine.reader = load_reader(f"openai::{server.url}")
     return api
-
-
-@contextmanager
-def serving(app: Any) -> Iterator[str]:
-    """Serve from a thread; the URL."""
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, lifespan="off"))
-    thread = threading.Thread(target=server.run, args=([listener],), daemon=True)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
-    finally:
-        server.should_exit = server.force_exit = True
-        thread.join(10)
 
 
 @pytest.fixture

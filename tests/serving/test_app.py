@@ -540,5 +540,6 @@ def test_what_bin_serve_refuses(refused: Callable[..., None], data: Path, tmp_pa
         port = taken.getsockname()[1]
         found = "--document_path", data / "documents.jsonl", "--embedding_model", "bm25"
         refused(f"--port {port}: Address already in use", "serve", *found, "--port", port)
+    refused("--host a..b --port 8000: encoding with 'idna' codec failed", "serve", *found, "--host", "a..b")
     refused("--api_key: is empty", "serve", *found, "--api_key", " ")
     refused("--public_url name.com: not a URL", "serve", *found, "--public_url", "name.com")

@@ -1,7 +1,7 @@
 """What an engine answers to many at once against its reader and retriever asked alone."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from typing import Any
 
@@ -27,10 +27,6 @@ async def replies(stream: AsyncIterator[Reply]) -> list[Reply]:
     return [reply async for reply in stream]
 
 
-def run(work: Coroutine[Any, Any, Any]) -> Any:
-    return asyncio.run(work)
-
-
 def test_what_arrives_together_is_answered_as_alone(engine: Engine, examples: list[Example]) -> None:
     async def ask(example: Example, limit: int) -> tuple[list[Reply], list[str]]:
         (found,) = await engine.search([example.question], 3)
@@ -41,7 +37,7 @@ def test_what_arrives_together_is_answered_as_alone(engine: Engine, examples: li
         return await asyncio.gather(*(ask(example, 4 + i % 9) for i, example in enumerate(examples)))
 
     reader, retriever = engine.reader, engine.retriever
-    for i, (example, (got, ids)) in enumerate(zip(examples, run(together()), strict=True)):
+    for i, (example, (got, ids)) in enumerate(zip(examples, asyncio.run(together()), strict=True)):
         hits = retriever.retrieve([example.question], 3)
         (passages,) = retriever.documents_of(hits)
         assert ids == [passage_id(n, retriever.documents[n]) for n in hits.ids[0].tolist() if n >= 0]
@@ -69,9 +65,9 @@ def test_who_leaves_stops_the_generation(engine: Engine, examples: list[Example]
     engine.reader.most = engine.reader.loop = 200  # of 256 positions
     engine.reader.prompter.stop_ids, engine.reader.prompter.end_token = [10**6], 1  # which no reader here says
     engine.reader.__class__ = type("Counted", (type(engine.reader),), {"generate": counted})
-    run(replies(engine.reply(examples[0], [])))
+    asyncio.run(replies(engine.reply(examples[0], [])))
     assert (whole := len(steps)) > 190
-    run(leave())
+    asyncio.run(leave())
     assert len(steps) - whole < 100
 
 
@@ -87,7 +83,7 @@ def test_one_bad_question_costs_the_others_nothing(engine: Engine, examples: lis
 
     retrieve = engine.retriever.retrieve
     engine.retriever.retrieve = search
-    first, bad, second = run(ask())
+    first, bad, second = asyncio.run(ask())
     assert [len(first[0]), len(second[0])] == [2, 2]
     assert isinstance(bad, ValueError)
 
@@ -103,16 +99,16 @@ def test_a_batch_that_is_done_again_shows_nothing_twice(engine: Engine, examples
         return await asyncio.gather(*(replies(engine.reply(example, [])) for example in examples[:2]))
 
     engine.reader.__class__ = type("Failing", (type(engine.reader),), {"generate": fails_together})
-    for got in run(ask()):
+    for got in asyncio.run(ask()):
         texts = [reply.text for reply in got]
         assert texts == sorted(texts, key=len)
         assert got[-1].ended
 
 
 def test_a_stop_string_is_never_shown(engine: Engine, examples: list[Example]) -> None:
-    whole = run(replies(engine.reply(examples[0], [])))[-1].text
+    whole = asyncio.run(replies(engine.reply(examples[0], [])))[-1].text
     stop = whole[len(whole) // 2 :][:3]
-    got = run(replies(engine.reply(examples[0], [], Settings(stop=(stop,)))))
+    got = asyncio.run(replies(engine.reply(examples[0], [], Settings(stop=(stop,)))))
     assert got[-1] == Reply(whole.partition(stop)[0], got[-1].prompt_tokens, got[-1].tokens, "stop")
     assert all(stop[:1] not in reply.text[len(got[-1].text) :] for reply in got)
 
@@ -132,7 +128,7 @@ def test_requests_sample_as_they_ask_and_only_those_that_are_alike_share_a_batch
         await asyncio.gather(*(replies(engine.reply(examples[0], [], each)) for each in settings))
 
     engine._answer = watched
-    run(ask())
+    asyncio.run(ask())
     asked = [(flags.do_sample, flags.temperature, flags.top_p, size) for flags, size in seen]
     assert asked == [(False, 1.0, 1.0, 2), (True, 0.5, 1.0, 1), (True, 0.5, 0.9, 1)]
 
