@@ -21,22 +21,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rqa.data import (
-    Document,
-    Example,
-    Turn,
-    read_examples,
-    write_examples,
-)  # fmt: skip
-from rqa.documents import (
-    Places,
-    keys_of,
-    normalized_of,
-    passages_of,
-    read_documents,
-    with_known_gold,
-    write_documents,
-)
+from rqa.data import Document, Example, Turn, read_examples, write_examples
+from rqa.documents import Places, keys_of, normalized_of, passages_of, read_documents, with_known_gold, write_documents
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import atomic_file
 

@@ -17,6 +17,7 @@ from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
 from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime.cli import as_words
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import parse
 
@@ -274,6 +275,17 @@ NOWHERE = "model /nowhere: cannot be loaded: no such directory"
         ("fid", {"max_encoder_seq_length": 5}, "--max_encoder_seq_length or --max_decoder_seq_length: no example fits"),
         ("fid", {"model_name_or_path": "bert::/nowhere"}, NOWHERE),
         ("fid", {"fp16": "true"}, "--fp16 true: needs a CUDA device"),
+        ("ctl", {"full_dataset_file_path": _lines(*GOLD)}, "bad.jsonl: has only one passage"),
+        ("rerank", {"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives: has no effect without"),
+        ("rerank", {"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share: has no effect"),
+        ("rerank", {"refresh_step": 5}, "--refresh_step: has no effect without"),
+        ("rerank", {"lm_temperature": 5}, "--lm_temperature: has no effect without --teacher"),
+        ("rerank", {"lm_tokenizer": "t"}, "--lm_tokenizer: a local model has its own"),
+        ("rerank", {"embedding_model": "e"}, "--embedding_model: set it with --negatives_from dense or both"),
+        ("rerank", {"negatives_from": "both"}, "--embedding_model: set it with --negatives_from dense or both"),
+        ("rerank", {"retriever": "hybrid"}, "--retriever hybrid: --negatives_from sets another first"),
+        ("rerank", {"lm_model_path": "reranker::/nowhere"}, NOWHERE),
+        ("rerank", {"metric_for_best_model": "loss"}, "--metric_for_best_model loss: is not measured"),
     ],
 )  # fmt: skip
 def test_what_an_executable_cannot_use_is_one_line_and_status_2(
@@ -284,8 +296,7 @@ def test_what_an_executable_cannot_use_is_one_line_and_status_2(
         if not own[flag].startswith("/"):
             (tmp_path / "bad.jsonl").write_text(own[flag])
             own = own | {flag: tmp_path / "bad.jsonl"}
-    line = (part for flag, value in trainer_flags(f"train_{name}", **own).items() for part in (f"--{flag}", value))
-    refused(message, f"train_{name}", *line)
+    refused(message, f"train_{name}", *as_words(trainer_flags(f"train_{name}", **own)))
     assert not (tmp_path / "out" / ("" if message.startswith("/nowhere") else "model.safetensors")).exists()
 
 

@@ -66,14 +66,8 @@ def paths(
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
         rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
         write_examples(root / f"{name}.jsonl", rows)
-    paths = {
-        "ROOT": root,
-        "LM": lm_path,
-        "ENCODER": encoder,
-        "FID": fid,
-        "RERANKER": reranker_path,
-        "DOCUMENTS": data / "documents.jsonl",
-    }
+    paths = {"ROOT": root, "LM": lm_path, "ENCODER": encoder, "FID": fid, "RERANKER": reranker_path,
+             "DOCUMENTS": data / "documents.jsonl"}  # fmt: skip
     return {name: str(path) for name, path in paths.items()}
 
 

@@ -14,16 +14,12 @@ from rqa.endpoint.streaming import stream
 Parts = list[tuple[str, int, int, str | None]]
 
 
-@pytest.fixture
-def ask(server: OpenAIServer) -> Callable[..., Parts]:
-    def ask(question: str = "What is it?", **options: object) -> Parts:
-        async def collect() -> Parts:
-            return [part async for part in stream(endpoint, [{"role": "user", "content": question}], 20, options)]
+def ask(server: OpenAIServer, question: str = "What is it?", **options: object) -> Parts:
+    async def collect() -> Parts:
+        endpoint = Endpoint(PREFIX + server.url, EndpointArguments(endpoint_api_key="a-secret"))
+        return [part async for part in stream(endpoint, [{"role": "user", "content": question}], 20, options)]
 
-        return asyncio.run(collect())
-
-    endpoint = Endpoint(PREFIX + server.url, EndpointArguments(endpoint_api_key="a-secret"))
-    return ask
+    return asyncio.run(collect())
 
 
 def events(*values: Json) -> Callable[[], StreamingResponse]:
@@ -34,40 +30,38 @@ def delta(text: str | None, ended: str | None = None) -> Json:
     return {"choices": [{"delta": {"content": text}, "finish_reason": ended}]}
 
 
-def test_the_text_grows_to_what_the_server_says(ask: Callable[..., Parts], server: OpenAIServer) -> None:
+def test_the_text_grows_to_what_the_server_says(server: OpenAIServer) -> None:
     server.say = lambda messages: f"You said {messages[-1]['content']}"
     texts = ["", "You", "You said", "You said Hello", "You said Hello"]
-    assert [(text, ended) for text, _, _, ended in ask("Hello", temperature=0.5)] == [
+    assert [(text, ended) for text, _, _, ended in ask(server, "Hello", temperature=0.5)] == [
         *((text, None) for text in texts[:-1]), (texts[-1], "stop")
     ]  # fmt: skip
-    assert ask("Hello")[-1][1:3] == (7, 3)
+    assert ask(server, "Hello")[-1][1:3] == (7, 3)
     (body, _) = server.of("chat/completions")
     assert (body["temperature"], body["max_tokens"], body["model"]) == (0.5, 20, "tiny")
 
 
 @pytest.mark.parametrize(("reason", "ended"), [("stop", "stop"), ("length", "length"), ("content_filter", "length")])
-def test_why_it_ended_and_tokens_of_a_server_that_counts_none(
-    ask: Callable[..., Parts], server: OpenAIServer, reason: str, ended: str
-) -> None:
+def test_why_it_ended_and_tokens_of_a_server_that_counts_none(server: OpenAIServer, reason: str, ended: str) -> None:
     server.faults = [events(delta("a"), delta("b", reason))]
-    assert ask()[-1] == ("ab", 0, 2, ended)
+    assert ask(server)[-1] == ("ab", 0, 2, ended)
 
 
-def test_thoughts_are_not_shown_nor_half_a_mark_of_them(ask: Callable[..., Parts], server: OpenAIServer) -> None:
+def test_thoughts_are_not_shown_nor_half_a_mark_of_them(server: OpenAIServer) -> None:
     server.faults = [events(*map(delta, ["<th", "ink>", "Hm", "</thi", "nk>", "It is", " it."]), delta(None, "stop"))]
-    assert {text for text, *_ in ask()} == {"", "It is", "It is it."}
+    assert {text for text, *_ in ask(server)} == {"", "It is", "It is it."}
 
 
-def test_a_reply_without_end_is_cut(ask: Callable[..., Parts], server: OpenAIServer) -> None:
+def test_a_reply_without_end_is_cut(server: OpenAIServer) -> None:
     server.say = lambda messages: "word " * 10_000
-    text, *_, ended = ask()[-1]
+    text, *_, ended = ask(server)[-1]
     assert ended == "length"
     assert len(text) < 20 * 32 + 10
 
 
-def test_a_setting_that_a_server_refuses_takes_its_other_name(ask: Callable[..., Parts], server: OpenAIServer) -> None:
+def test_a_setting_that_a_server_refuses_takes_its_other_name(server: OpenAIServer) -> None:
     server.faults = [lambda: error(400, "Unsupported parameter", param="max_tokens")]
-    assert ask()[-1][-1] == "stop"
+    assert ask(server)[-1][-1] == "stop"
     assert [body.get("max_completion_tokens") for body in server.of("chat/completions")] == [None, 20]
 
 
@@ -82,11 +76,11 @@ def test_a_setting_that_a_server_refuses_takes_its_other_name(ask: Callable[...,
     ],
 )
 def test_what_a_broken_stream_is_told_as(
-    ask: Callable[..., Parts], server: OpenAIServer, fault: Callable[[], StreamingResponse], message: str
+    server: OpenAIServer, fault: Callable[[], StreamingResponse], message: str
 ) -> None:
     server.faults = [fault]
     with pytest.raises(Refused, match=server.url) as caught:
-        ask()
+        ask(server)
     assert message in str(caught.value)
 
 

@@ -17,6 +17,7 @@ from rqa.data import Document, Example, Turn
 from rqa.endpoint.requests import BadRequest
 from rqa.evaluation.ratings import Comparison, agreement, preference, ratings_table, read_ratings
 from rqa.runtime.errors import UserError
+from rqa.runtime.files import write_jsonl
 
 UNITS = st.lists(st.lists(st.sampled_from("abcd"), max_size=5), min_size=1, max_size=12)
 
@@ -55,10 +56,6 @@ def test_agreement_is_that_of_all_pairs_of_raters_counted_one_by_one(units: list
     assert found == pytest.approx((alike, 1 - (1 - alike) / apart if apart else np.nan), nan_ok=True)
 
 
-def test_alpha_of_raters_who_agree_by_chance_is_0() -> None:
-    assert agreement(np.array([[2, 0], [1, 1]])) == (0.5, 0)
-
-
 def test_the_wins_and_their_interval_are_those_of_scipys_bootstrap_over_questions() -> None:
     counts = np.random.default_rng(0).multinomial(3, (0.2, 0.5, 0.2, 0.1), 60)
     found, gaps = preference(counts), (counts[:, 1] - counts[:, 0]) / 3
@@ -93,21 +90,14 @@ def line(rater: str, question: str, choice: Any, **others: Any) -> dict[str, Any
     return about | {"A": "out/a", "B": "out/b", "time": "2026-11-27T12:00:00+00:00"} | others
 
 
-def write(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def test_a_file_of_ratings_is_told_by_wins_agreement_and_questions(
     tmp_path: Path, run_line: Callable[..., int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = [line("Ann", f"q{number}", "B" if number < 8 else "tie") for number in range(10)]
     rows += [line("Bo", f"q{number}", "B") for number in (0, 9)] + [line("Bo", "q1", "A"), line("Ann", "q9", "A")]
     rows += [line("Bo", "q1", "both_bad", time="later")]  # replaces the earlier one, as does Ann's
-    assert (
-        run_line("compare_runs", "--ratings", write(tmp_path / "ratings.jsonl", rows), "--show", 1, "--metric", "x")
-        == 0
-    )
+    write_jsonl(tmp_path / "ratings.jsonl", rows)
+    assert run_line("compare_runs", "--ratings", tmp_path / "ratings.jsonl", "--show", 1, "--metric", "x") == 0
     said, warned = capsys.readouterr()
     assert "--metric has no effect here: people's ratings decide" in warned
     assert "A: out/a\nB: out/b\nquestions rated: 10 by Ann, 3 by Bo\n" in said
@@ -131,7 +121,7 @@ def test_ratings_that_cannot_be_read_are_one_line(
         "r.jsonl:1: field 'chat_history' must be a list": [good | {"chat_history": "hi"}],
         "r.jsonl:2: rates A: out/a, B: out/c, but earlier lines rate A: out/a, B: out/b": [good, good | {"B": "out/c"}],
     }.items():
-        write(Path("r.jsonl"), rows)
+        write_jsonl("r.jsonl", rows)
         refused(message, "compare_runs", "--ratings", "r.jsonl")
     refused("--ratings r.jsonl: names both runs itself; leave out x", "compare_runs", "x", "--ratings", "r.jsonl")
 
@@ -148,8 +138,7 @@ def runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, str, str
     """Two prediction files of 40 questions, whose answers say whose they are, and where ratings go."""
     monkeypatch.chdir(tmp_path)
     for name in "ab":
-        rows = [row(f"q{number}", f"{name} says {number}") for number in range(40)]
-        Path(f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        write_jsonl(f"{name}.jsonl", [row(f"q{number}", f"{name} says {number}") for number in range(40)])
     return "a.jsonl", "b.jsonl", "ratings.jsonl"
 
 

@@ -5,6 +5,7 @@ from dataclasses import replace
 import torch
 import pytest
 from torch import nn
+from fakes import Lengths
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import PreTrainedTokenizerBase, masking_utils
 
@@ -24,15 +25,6 @@ from rqa.packing import Batch, pad
 from rqa.prompts import PromptArguments, Prompter
 
 NO_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA")
-
-
-class Teacher:
-    """Knows the longer document to be the better one."""
-
-    hit_rate = 1.0
-
-    def __call__(self, pairs: list) -> list[float]:
-        return [float(len(pair.document.page_content)) for pair in pairs]
 
 
 @pytest.fixture(params=["sft and swr", "sft padded", "fid t5", "fid bert", "ctl", "ctl chunks", "ctl cls padded",
@@ -65,7 +57,7 @@ def step(
         reranker, flags = load_reranker(encoder_path, new_head=True), RerankArguments(negatives_from="file")
         return ListwiseReranking(reranker), Lists(examples, documents, reranker, None, flags, seed=1)(range(4))
     chosen = [[0, 1, 2], [3], [], [5, 0]]
-    batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Teacher(), chunk_size=size)(range(4))
+    batch = ScoredCandidates(examples, documents, encoder, lambda _: chosen, Lengths(), chunk_size=size)(range(4))
     return ListObjective(encoder, 0.1, marginal_nll if name == "emdr" else distillation), batch
 
 

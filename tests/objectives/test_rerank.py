@@ -1,7 +1,6 @@
 """RERANK: the loss over lists, who is in them, who judges them, and runs of train_rerank as a user makes them."""
 
 import shutil
-from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ from typing import Any
 import torch
 import numpy as np
 import pytest
-from fakes import gradients
-from trainers import Flags, Train, calls, history, scores, written
+from fakes import Lengths, gradients
+from trainers import Train, calls, history, scores, written
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.reranker import Reranker, load_reranker
@@ -23,15 +22,6 @@ from rqa.runtime.errors import UserError
 TEACHERS = ((CrossAttentionScorer, "__call__"), (Reranker, "score"))
 UNTESTED = {"eval_file": None, "test_file": None}
 TEMPERATURE = 0.5
-
-
-class Lengths:
-    """A teacher that can be computed by hand: the shorter, the better."""
-
-    hit_rate = 0.25
-
-    def __call__(self, pairs: Sequence[Any]) -> list[float]:
-        return [-len(pair.document.page_content) / 10 for pair in pairs]
 
 
 @pytest.fixture
@@ -205,28 +195,6 @@ def test_a_reranker_and_a_reader_teach_without_answers_and_are_asked_once(
         train(f"train_{trainer}", **taught, **own, lm_model_path=f"reranker::{reader}", output_dir=output)
         assert new is None or sum(len(pairs) for (pairs,) in asked[1]) == new
     assert set(history(output, "teacher_hit_rate")) == {1}
-
-
-@pytest.mark.parametrize(
-    ("own", "message"),
-    [
-        ({"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives: has no effect without"),
-        ({"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share: has no effect without"),
-        ({"refresh_step": 5}, "--refresh_step: has no effect without"),
-        ({"lm_temperature": 5}, "--lm_temperature: has no effect without --teacher"),
-        ({"lm_tokenizer": "t"}, "--lm_tokenizer: a local model has its own"),
-        ({"embedding_model": "e"}, "--embedding_model: set it with --negatives_from dense or both, and only then"),
-        ({"negatives_from": "both"}, "--embedding_model: set it with --negatives_from dense or both, and only then"),
-        ({"retriever": "hybrid"}, "--retriever hybrid: --negatives_from sets another first"),
-        ({"lm_model_path": "reranker::/nowhere"}, "model /nowhere: cannot be loaded: no such directory"),
-        ({"metric_for_best_model": "loss"}, "--metric_for_best_model loss: is not measured"),
-    ],
-)
-def test_what_means_nothing_is_refused_in_one_line(
-    own: dict[str, object], message: str, trainer_flags: Flags, refused: Callable[..., None]
-) -> None:
-    line = (part for flag, value in trainer_flags("train_rerank", **own).items() for part in (f"--{flag}", value))
-    refused(message, "train_rerank", *line)
 
 
 def test_adapters_are_trained_tested_and_merged(

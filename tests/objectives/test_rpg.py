@@ -1,16 +1,14 @@
 """RPG: candidates in columns, one document for retriever and teacher; and only the retriever learns."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 import numpy as np
 import pytest
-from fakes import gradients
+from fakes import Lengths, gradients, texts_in
 from transformers import PreTrainedTokenizerBase
 
 from rqa.data import Document, Example
@@ -18,14 +16,11 @@ from rqa.endpoint.client import EstimatedTokens
 from rqa.models.encoder import Encoder
 from rqa.objectives import rpg
 from rqa.objectives.encoding import in_chunks
-from rqa.objectives.losses import distillation
 from rqa.objectives.rpg import LikelihoodArguments, ListBatch, ListObjective, ScoredCandidates
-from rqa.objectives.teacher import Pair, Teacher
 from rqa.retrieval.retriever import Hits, Retriever
 
 TEMPERATURE = 0.1
 ABSENT = float("-inf")
-DIRECTIONS = ["teacher_to_student", "student_to_teacher"]
 
 
 @pytest.mark.parametrize("given", [None, 0.7])
@@ -81,23 +76,12 @@ def test_the_gold_passage_replaces_the_last_one_if_it_is_missing(
     assert asked == [2]  # all questions at once
 
 
-def score(pairs: Sequence[Pair]) -> Iterable[tuple[int, float]]:
-    """A score that tells question and document: by lengths, last pair first."""
-    yield from reversed([(n, -len(p.document.page_content) - 1 / len(p.example.question)) for n, p in enumerate(pairs)])
-
-
-@pytest.fixture
-def teacher(tmp_path: Path) -> Teacher:
-    return Teacher(score, "lengths", tmp_path / "scores.sqlite")
-
-
-@pytest.mark.parametrize("direction", DIRECTIONS)
 def test_a_question_without_documents_contributes_zero_and_counts_and_leaves_the_others_alone(
-    direction: str, encoder: Encoder, teacher: Teacher, documents: list[Document], examples: list[Example]
+    encoder: Encoder, documents: list[Document], examples: list[Example]
 ) -> None:
     chosen: dict[int, list[int]] = {0: [3, 1, 2], 5: []}
-    collate = ScoredCandidates(examples, documents, encoder, lambda rows: [chosen[i] for i in rows], teacher, 10.0)
-    objective = ListObjective(encoder, TEMPERATURE, partial(distillation, direction=direction))
+    collate = ScoredCandidates(examples, documents, encoder, lambda rows: [chosen[i] for i in rows], Lengths(), 10.0)
+    objective = ListObjective(encoder, TEMPERATURE)
     ours, alone = (gradients(objective, collate(indices)) for indices in ([0, 5], [0]))
     torch.testing.assert_close(ours, alone, rtol=1e-3, atol=1e-6)
     nothing, found = gradients(objective, collate([5, 5]))
@@ -107,46 +91,20 @@ def test_a_question_without_documents_contributes_zero_and_counts_and_leaves_the
 
 
 @pytest.fixture
-def texts(encoder: Encoder, examples: list[Example], documents: list[Document]) -> list[list[list[int]]]:
-    """Token ids of three questions and six passages."""
-    queries = encoder.tokenize_queries([example.question for example in examples[:3]])
-    return [queries, encoder.tokenize_passages([document.fmt_content for document in documents[:6]])]
-
-
-@pytest.fixture
-def batch(encoder: Encoder, texts: list[list[list[int]]]) -> ListBatch:
+def batch(encoder: Encoder, examples: list[Example], documents: list[Document]) -> ListBatch:
     """Three questions with four documents of six, the last question with two."""
+    queries = encoder.tokenize_queries([example.question for example in examples[:3]])
+    passages = encoder.tokenize_passages([document.fmt_content for document in documents[:6]])
     return ListBatch(
-        *(in_chunks(encoder, part) for part in texts),
+        *(in_chunks(encoder, part) for part in (queries, passages)),
         columns=torch.tensor([[0, 1, 2, 3], [5, 4, 1, 0], [2, 3, 0, 0]]),
         teacher=torch.tensor([[-1.0, -9.0, -3.0, -4.0], [-2.0, -2.5, -7.0, -1.5], [-3.0, -6.0, ABSENT, ABSENT]]),
         indices=[0, 1, 2],
     )
 
 
-def test_the_gradient_reaches_the_whole_encoder_and_is_the_same_for_other_numbers_columns_and_chunks(
-    encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
-) -> None:
-    objective = ListObjective(encoder, TEMPERATURE)
-    expected = gradients(objective, batch)
-    found = expected[1]
-    assert all("pooler" in name for name in {name for name, _ in objective.named_parameters()} - found.keys())
-    assert all(gradient.abs().sum() > 0 for name, gradient in found.items() if "key.bias" not in name)
-    order, columns = torch.tensor([3, 5, 0, 1, 4, 2]), torch.tensor([2, 0, 3, 1])
-    queries, shuffled = (in_chunks(encoder, part, 2) for part in (texts[0], [texts[1][i] for i in order]))
-    moved = order.argsort()[batch.columns][:, columns]
-    permuted = replace(batch, queries=queries, passages=shuffled, columns=moved, teacher=batch.teacher[:, columns])
-    elsewhere = batch.columns.clone()
-    elsewhere[2, 2:] = 5  # a column without document may name any passage
-    for same in (permuted, replace(batch, columns=elsewhere)):
-        ours = gradients(objective, same)
-        torch.testing.assert_close(ours, expected, rtol=1e-3, atol=1e-5)
-    misaligned, _ = gradients(objective, replace(batch, columns=batch.columns[:, [1, 0, 2, 3]]))
-    assert abs(misaligned - expected[0]) > 1e-2
-
-
 @pytest.mark.parametrize("bf16", [False, True])
-def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_the_naive_divergence(
+def test_similarities_are_the_scores_by_which_the_index_ranks(
     bf16: bool, encoder: Encoder, batch: ListBatch, examples: list[Example], documents: list[Document]
 ) -> None:
     retriever = Retriever(encoder, documents)
@@ -154,27 +112,19 @@ def test_similarities_are_the_scores_by_which_the_index_ranks_and_the_loss_is_th
         retriever.refresh()
         hits = retriever.retrieve([example.question for example in examples[:3]], len(documents))
         similarity = ListObjective(encoder, TEMPERATURE).logits(batch)[0].detach() * TEMPERATURE
-        ways = [partial(distillation, direction=direction) for direction in DIRECTIONS]
-        losses = [float(ListObjective(encoder, TEMPERATURE, way)(batch)[0].detach()) for way in ways]
-    expected = np.zeros(2)
     for row, columns in enumerate(batch.columns.tolist()):
         present = [k for k in range(4) if batch.teacher[row, k] > ABSENT]
         ranked = dict(zip(hits.ids[row].tolist(), hits.scores[row].tolist(), strict=True))
-        scores = np.array([ranked[columns[k]] for k in present])
+        scores = [ranked[columns[k]] for k in present]
         # In bf16 the embeddings of differently packed rows differ by rounding; products are exact either way.
         assert similarity[row, present].tolist() == pytest.approx(scores, abs=1e-3 if bf16 else 1e-6)
-        logits = batch.teacher[row, present].double().numpy(), scores / TEMPERATURE
-        p, q = (np.exp(x) / np.exp(x).sum() for x in logits)
-        expected += np.array([(p * np.log(p / q)).sum(), (q * np.log(q / p)).sum()])
-    assert losses == pytest.approx(expected, rel=2e-2 if bf16 else 1e-4)
+    assert similarity[batch.teacher.isneginf()].isneginf().all()
 
 
-def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(
-    encoder: Encoder, batch: ListBatch, texts: list[list[list[int]]]
-) -> None:
+def test_statistics_tell_the_agreement_and_the_teachers_hit_rate(encoder: Encoder, batch: ListBatch) -> None:
     objective = ListObjective(encoder, TEMPERATURE)
-    similarity = torch.from_numpy(encoder.embed(texts[0]) @ encoder.embed(texts[1]).T)
-    ranking = similarity.gather(1, batch.columns)
+    queries, passages = (encoder.embed(texts_in(part)) for part in (batch.queries, batch.passages))
+    ranking = torch.from_numpy(queries @ passages.T).gather(1, batch.columns)
     ranking[2, 2:] = ABSENT
     assert objective(replace(batch, teacher=ranking))[1]["agreement"] == 1
     ranking[0] = -ranking[0]

@@ -37,12 +37,8 @@ def convert(folder: Path, *rows: Rating) -> tuple[dict[str, int], list[Example],
     timed = [{"time": f"2026-01-{day:02}"} | row for day, row in enumerate(rows, start=1)]
     (folder / "feedback.jsonl").write_text("".join(json.dumps(row) + "\n" for row in timed))
     counts = read_layout("feedback", [folder / "feedback.jsonl"], folder / "data")
-    return counts, *(
-        list(iterate_examples(folder / f"data/feedback_{kind}.jsonl"))
-        if (folder / f"data/feedback_{kind}.jsonl").exists()
-        else []
-        for kind in ("w_qa", "w_q")
-    )
+    paths = (folder / f"data/feedback_{kind}.jsonl" for kind in ("w_qa", "w_q"))
+    return counts, *(list(iterate_examples(path)) if path.exists() else [] for path in paths)
 
 
 ANSWERS: list[tuple[list[Rating], list[str]]] = [  # the gold answer, then the others

@@ -189,11 +189,8 @@ def test_each_failure_of_a_server_is_one_line_without_credentials(
     server.start()
     places = [f"milvus::http://me:secret@127.0.0.1:{port}/wiki" for port in ports]
     (tmp_path / "text.db").write_text("a file")
-    index, others, start = (
-        build(path, PASSAGES, "stamp", filter_fields=["year"]),
-        path.replace("wiki", "o"),
-        time.time(),
-    )
+    index, start = build(path, PASSAGES, "stamp", filter_fields=["year"]), time.time()
+    others = path.replace("wiki", "o")
     index._client.create_collection("o", 8)
     index.build("encoder1", 8, True)
     for failing, told in [

@@ -76,24 +76,6 @@ def test_a_malformed_schedule_names_the_flag(schedule: str) -> None:
         RefreshArguments(refresh_step=schedule)
 
 
-def test_a_refresh_indexes_what_a_new_index_would_hold_without_dropout_and_training_goes_on(
-    retriever: Retriever, examples: list[Example]
-) -> None:
-    retriever.encoder.train()
-    refresher, found = refresher_of(retriever), []
-    for step in (0, 9, 10):  # at step 9 none is due
-        refresher(step)
-        found.append(retriever.retrieve([example.question for example in examples], 8))
-        if step < 9:
-            change_weights(retriever.encoder)
-    np.testing.assert_array_equal(table(retriever), fresh_table(retriever))
-    before, stale, after = found
-    assert (before.ids != after.ids).any()
-    assert np.abs(stale.scores - after.scores).max() > 1e-3
-    assert all(module.training for module in retriever.encoder.modules())
-    assert all(parameter.grad is None for parameter in retriever.encoder.parameters())
-
-
 def test_frozen_passages_are_encoded_once_and_what_follows_a_refresh_still_runs(retriever: Retriever) -> None:
     seen: list[int] = []
     refresher = refresher_of(retriever, "2", then=lambda: seen.append(1), train_query_encoder_only=True)

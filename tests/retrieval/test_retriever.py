@@ -264,7 +264,7 @@ def test_an_interrupted_build_goes_on_where_it_was(
     encoded.clear()
     with pytest.raises(KeyboardInterrupt):
         opened(encoder, documents, path, update=update)
-    assert len(opened(encoder, documents[:4], path).documents) == 4 if update else not path.exists()
+    assert len(opened(encoder, documents[:4], path).index) == 4 if update else not path.exists()
     monkeypatch.setattr(Encoder, "embed", embed)
     encoded.clear()
     retriever = opened(encoder, documents, path, update=update)

@@ -60,23 +60,6 @@ class Drift:
         self.version, self.bias = directory.name, load_file(directory / "bias.safetensors")["bias"]
 
 
-def test_a_damaged_checkpoint_is_named_once_and_the_one_before_it_continues_to_the_very_same_weights(
-    flags: LoopArguments, caplog: pytest.LogCaptureFixture
-) -> None:
-    """Whatever the damage: see test_fuzz.py."""
-    whole, newest = run(flags), Path(flags.output_dir) / "checkpoint-6"
-    flip_a_bit(newest / "w.safetensors")
-    with pytest.raises(UserError, match="checkpoint-6: is not a complete checkpoint"):
-        run(replace(flags, resume_from_checkpoint=str(newest)))
-    caplog.clear()
-    resumed = run(replace(flags, resume_from_checkpoint="true", save_total_limit=1))
-    assert sum("checkpoint-6 cannot be used" in line for line in warnings_of(caplog)) == 1
-    assert same_weights(resumed, whole)
-    assert len(resumed.seen) == 2 * 4
-    assert names(flags.output_dir) == ["checkpoint-6"]
-    assert damage(newest) is None
-
-
 def test_what_was_measured_is_continued_with_unless_a_flag_says_otherwise(flags: LoopArguments) -> None:
     first = Regression()
     first.measured = {"temperature": 2.0}
@@ -258,18 +241,25 @@ def test_an_index_is_saved_once_shared_by_checkpoints_restored_and_deleted_with_
     assert names(tmp_path / "other", "index-*") == ["index-5"]
 
 
-@pytest.mark.parametrize("harm", [shutil.rmtree, lambda path: flip_a_bit(path / "bias.safetensors")])
-def test_a_checkpoint_whose_index_is_gone_or_damaged_is_passed_over_as_a_damaged_one(
-    harm: Callable[[Path], object], flags: LoopArguments, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize(
+    ("part", "harm"),
+    [("index-5", shutil.rmtree), ("index-5", lambda path: flip_a_bit(path / "bias.safetensors")),
+     ("checkpoint-6", lambda path: flip_a_bit(path / "w.safetensors"))],
+)  # fmt: skip
+def test_a_damaged_checkpoint_or_index_is_named_once_and_the_one_before_it_continues_to_the_very_same_weights(
+    part: str, harm: Callable[[Path], object], flags: LoopArguments, caplog: pytest.LogCaptureFixture
 ) -> None:
-    whole, resumed = Drift(), Drift()
+    """Whatever the damage: see test_fuzz.py."""
+    whole, resumed, output = Drift(), Drift(), Path(flags.output_dir)
     trained = run(flags, before_step=whole)
-    output = Path(flags.output_dir)
-    harm(output / "index-5")
-    assert same_weights(run(replace(flags, resume_from_checkpoint="true"), before_step=resumed), trained)
-    assert any("checkpoint-6 cannot be used (index-5, which it needs: " in line for line in warnings_of(caplog))
-    assert resumed.calls == whole.calls[4:]
-    assert (resumed.saved, damage(output / "index-5")) == (["index-5"], None)
-    harm(output / "index-5")
+    harm(output / part)
     with pytest.raises(UserError, match="checkpoint-6: is not a complete checkpoint"):
         run(replace(flags, resume_from_checkpoint=str(output / "checkpoint-6")), before_step=Drift())
+    caplog.clear()
+    again = replace(flags, resume_from_checkpoint="true", save_total_limit=1)
+    assert same_weights(run(again, before_step=resumed), trained)
+    reason = "index-5, which it needs: " if part == "index-5" else ""
+    assert sum(f"checkpoint-6 cannot be used ({reason}" in line for line in warnings_of(caplog)) == 1
+    assert resumed.calls == whole.calls[4:]
+    assert (names(output), resumed.saved) == (["checkpoint-6"], ["index-5"])
+    assert damage(output / "index-5") is damage(output / "checkpoint-6") is None

@@ -29,7 +29,7 @@ def size(tensors: Any) -> int:
 
 @pytest.mark.parametrize("line", [[], ["--bf16=true"], ["--bf16=true", "--use_lora=true"]])
 def test_weights_gradients_and_moments_are_counted_to_the_byte(
-    line: list[str], lm_path: str, monkeypatch: pytest.MonkeyPatch, has_bf16: Callable[[bool], None]
+    line: list[str], lm_path: str, has_bf16: Callable[[bool], None]
 ) -> None:
     has_bf16(True)
     flags = parsed("train_sft", [*BATCH, f"--model_name_or_path={lm_path}", *line])
