@@ -3,7 +3,7 @@
 
     python benchmarks/all.py --model_name_or_path M --embedding_model E                             # pydocs
     python benchmarks/all.py ... --data_dir D           # has documents.pkl, {train,eval}_w_qa.jsonl
-    python benchmarks/all.py ... --short            # smaller sizes, and all but `learning`: two hours on two cores
+    python benchmarks/all.py ... --short            # smaller sizes, all but `learning`: 2.5 hours on two cores
     python benchmarks/all.py ... --only limits rpg_step                             # keeps the other results
     python benchmarks/all.py --draw                                                 # only README.md and the plots
 
@@ -53,14 +53,14 @@ SHORT = {  # name -> flags that make it short
     "limits": "",
     "train_throughput": "--steps 3",
     "retriever_training": "--steps 3 --batch_size 32",
-    "reranking": "--questions 4 --batch_size 4",
+    "reranking": "--questions 8",
     "rpg_step": "--steps 3 --num_docs 8",
     "fusion_in_decoder": "--steps 3 --batch_size 1",
     "evaluation_runtime": "--max_examples 32",
-    "serving": "--questions 16 --clients 1 8",
+    "serving": "--questions 16",
     "retrieval_latency": "--sizes 100000 --seconds 1",
     "data_preparation": "",
-    "indexing": "--only build speed peers search --sizes 10000 100000 --encoded 2000 --factories Flat auto",
+    "indexing": "--only build speed peers search --sizes 10000 100000 --encoded 3000",
     "index_refresh": "--steps 20 --every 10 --only 1 3",
 }
 FILES = {

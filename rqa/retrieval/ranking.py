@@ -14,8 +14,9 @@ def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray,
 
     Number -1 means none, and comes last.
     """
-    room = (0, 0), (0, max(k - numbers.shape[1], 0))
-    scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
+    if (missing := k - numbers.shape[1]) > 0:
+        room = (0, 0), (0, missing)
+        scores, numbers = np.pad(scores, room), np.pad(numbers, room, constant_values=-1)
     scores = np.where(numbers >= 0, scores, -np.inf)
     order = np.lexsort((numbers, -scores), axis=-1)[:, :k]
     return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(numbers, order, 1)
