@@ -32,7 +32,8 @@ def gold_and_retrieved(
     examples: Sequence[Example], retriever: PassageRetriever, k: int, flags: SwRArguments, seed: int
 ) -> list[list[Document]]:
     """The gold and retrieved passages of each training prompt, at most `k` + 1."""
-    hits = retriever.retrieve_once([retrieval_query(example) for example in examples], max(k, 1))  # no index searches for 0
+    # No index searches for 0 passages.
+    hits = retriever.retrieve_once([retrieval_query(example) for example in examples], max(k, 1))
     pairs = zip(examples, retriever.documents_of(hits), strict=True)
     return [mix(example, found[:k], k + 1, flags, f"{seed}-{number}") for number, (example, found) in enumerate(pairs)]
 
