@@ -5,6 +5,7 @@
 computed here, on the CPU, since reading values from a GPU would stall Python.
 """
 
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -15,6 +16,7 @@ import torch
 import numpy as np
 from torch import Tensor
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedModel
 
 from rqa.prompts import TokenSequence
 
@@ -112,6 +114,16 @@ def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: 
     answers = [sequence.ids[sequence.answer_start :] for sequence in sequences]
     owners = torch.arange(len(answers)).repeat_interleave(torch.tensor(list(map(len, answers))))
     return AnswerBatch(tokens, positions, _joined(answers), owners, columns, column_of, tuple(indices))
+
+
+def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
+    """A decoder's logits of the answer tokens; the output layer runs on no other positions. -> [N, V]"""
+    inputs = batch.tokens.inputs
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
+    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
+    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
+    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]
 
 
 def token_budget_batches(

@@ -10,8 +10,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from rqa.models.encoder_decoder import FiDSequence, fid_batch
 from rqa.models.loading import load_causal_lm
-from rqa.models.reader import answer_logits
-from rqa.packing import Collate, answer_batch, pack, pad, token_budget_batches
+from rqa.packing import Collate, answer_batch, answer_logits, pack, pad, token_budget_batches
 from rqa.prompts import TokenSequence
 
 SEQUENCES = [[5, 6, 7], [8], [9, 10, 11, 12, 13], [14, 15]]

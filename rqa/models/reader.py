@@ -1,4 +1,4 @@
-"""Readers in this process: generation of answers, and the logits of given answers."""
+"""Readers in this process: generation of answers."""
 
 import inspect
 import itertools
@@ -21,7 +21,7 @@ from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
-from rqa.packing import AnswerBatch, pack, pad, token_budget_batches
+from rqa.packing import pack, pad, token_budget_batches
 from rqa.prompts import fitting
 from rqa.runtime import cli, distributed
 from rqa.runtime.errors import UserError, one_line
@@ -162,16 +162,6 @@ class LocalReader(ABC):
                     answers[index] = Answer(text, len(ids), seconds, len(batch), cut)
                 bar.update(len(batch))
         return answers
-
-
-def answer_logits(model: PreTrainedModel, batch: AnswerBatch) -> Tensor:
-    """A decoder's logits of the answer tokens; the output layer runs on no other positions. -> [N, V]"""
-    inputs = batch.tokens.inputs
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        return model(**inputs, use_cache=False).logits.flatten(0, 1)[batch.positions]
-    logits = model(**inputs, use_cache=False, logits_to_keep=batch.columns).logits  # [B, C, V], or [1, N, V]
-    rows = batch.positions // inputs["input_ids"].shape[1]  # [N]
-    return logits[0] if len(logits) == 1 else logits[rows, batch.column_of]
 
 
 def read_prompts(

@@ -12,9 +12,9 @@ from transformers import PreTrainedModel
 
 from rqa.data import Document, Example
 from rqa.models.loading import LoadingArguments, choose_collate, load_causal_lm, load_tokenizer, within_positions
-from rqa.models.reader import CausalLMReader, GenerationArguments, answer_logits
+from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.objectives.losses import answer_nll
-from rqa.packing import AnswerBatch, answer_batch
+from rqa.packing import AnswerBatch, answer_batch, answer_logits
 from rqa.prompts import PromptArguments, Prompter, TokenSequence, fitting
 from rqa.runtime.errors import UserError
 from rqa.runtime.flags import flag

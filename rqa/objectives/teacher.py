@@ -14,10 +14,9 @@ from rqa import prompts
 from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.loading import LoadingArguments, choose_collate, evaluating
-from rqa.models.reader import answer_logits
 from rqa.models.reranker import load_reranker
 from rqa.objectives.losses import answer_nll
-from rqa.packing import answer_batch, pack, token_budget_batches
+from rqa.packing import answer_batch, answer_logits, pack, token_budget_batches
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, TokenSequence
 from rqa.runtime.cli import progress
 from rqa.runtime.files import Store, cache_root, fingerprint

@@ -18,8 +18,8 @@ from transformers import AutoModel, DynamicCache, PreTrainedConfig, PreTrainedMo
 from rqa.models import attention
 from rqa.models.attention import PACKED_ATTENTION, packed_attention, packed_mask
 from rqa.models.loading import choose_collate, hidden_states, load_causal_lm, load_model
-from rqa.models.reader import CausalLMReader, answer_logits, read_prompts
-from rqa.packing import answer_batch, pack
+from rqa.models.reader import CausalLMReader, read_prompts
+from rqa.packing import answer_batch, answer_logits, pack
 from rqa.prompts import TokenSequence
 from rqa.runtime.errors import UserError
 from rqa.runtime.parallelize import parallelize
