@@ -1,4 +1,4 @@
-"""LocalRQA's files: passages, and questions with their gold passages and, for readers, their gold answers."""
+"""Passages, questions and answers, and LocalRQA's files of passages and questions."""
 
 import logging
 import random
@@ -118,6 +118,17 @@ class Example:
             "ctxs": contexts or None,
         }
         return {name: value for name, value in row.items() if value is not None}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A generated answer, with its number of tokens and latency."""
+
+    text: str
+    num_tokens: int
+    seconds: float | None = None  # of its batch; None: not generated, since it did not fit or was cached
+    batch_size: int = 1  # questions in that batch; `seconds` is a user's latency only if this is 1
+    cut: bool = False  # whether the answer reached the limit of new tokens
 
 
 def read_examples(path: str | Path, answers: bool = False) -> list[Example]:

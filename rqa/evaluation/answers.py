@@ -9,13 +9,13 @@ import torch
 import numpy as np
 from torch import nn
 
-from rqa.data import Document, Example
+from rqa.data import Answer, Document, Example
 from rqa.evaluation.metrics import answer_statistics, bleu, faithfulness, right_answers, score_answer
 from rqa.evaluation.results import Rows, Scores
 from rqa.evaluation.retrieval import EvaluationArguments, find_passages, mean_scores, retrieval_rows
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.models.loading import evaluating
-from rqa.models.reader import Answer, LocalReader
+from rqa.models.reader import LocalReader
 from rqa.objectives.sft import encode_examples
 from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed

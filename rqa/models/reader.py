@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import GenerationConfig, LogitsProcessorList, PreTrainedModel, StoppingCriteriaList, TopPLogitsWarper
 
-from rqa.data import Document, Example
+from rqa.data import Answer, Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
 from rqa.models.loading import attention_of, batching_is_exact, evaluating, hidden_states, not_finite
@@ -98,17 +98,6 @@ def generate(
         return new.masked_fill(torch.stack(spoiled).any(0).view(len(new), -1).any(1, keepdim=True), NOT_FINITE)
     finally:
         model.generation_config = theirs
-
-
-@dataclass(frozen=True)
-class Answer:
-    """A generated answer, with its number of tokens and latency."""
-
-    text: str
-    num_tokens: int
-    seconds: float | None = None  # of its batch; None: not generated, since it did not fit or was cached
-    batch_size: int = 1  # questions in that batch; `seconds` is a user's latency only if this is 1
-    cut: bool = False  # whether the answer reached the limit of new tokens
 
 
 class LocalReader(ABC):

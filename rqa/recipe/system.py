@@ -3,12 +3,12 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from rqa.data import Document, DocumentArguments, Example
+from rqa.data import Answer, Document, DocumentArguments, Example
 from rqa.documents import read_documents
 from rqa.endpoint.client import Endpoint, EndpointArguments, EstimatedTokens, is_endpoint
 from rqa.models.encoder_decoder import FiD, FiDPromptArguments, FiDReader, load_encoder_decoder
 from rqa.models.loading import load_causal_lm, load_config, load_tokenizer
-from rqa.models.reader import Answer, CausalLMReader, GenerationArguments
+from rqa.models.reader import CausalLMReader, GenerationArguments
 from rqa.objectives.sft import DecoderArguments
 from rqa.prompts import PromptArguments, Prompter, fitting
 from rqa.retrieval.hybrid import RetrieverArguments, open_retriever

@@ -24,9 +24,9 @@ from hypothesis import strategies as st
 from openai_server import OpenAIServer, error, half_a_reply, serve
 from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response, StreamingResponse
 
+from rqa.data import Answer
 from rqa.endpoint.client import UNREADABLE, Endpoint, EndpointArguments, answer_tokens, chat_reply, read_reply
 from rqa.evaluation.judge import parse_verdict
-from rqa.models.reader import Answer
 from rqa.runtime.errors import UserError
 from rqa.runtime.text import parse_json
 

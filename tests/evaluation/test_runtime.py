@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rqa.data import Document, Example
+from rqa.data import Answer, Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.comparison import compare
@@ -16,7 +16,7 @@ from rqa.evaluation.executables import timed_retrieval
 from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDReader
-from rqa.models.reader import Answer, CausalLMReader
+from rqa.models.reader import CausalLMReader
 from rqa.recipe.system import ReaderArguments, load_reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.retrieval.reranking import RerankingRetriever
