@@ -15,7 +15,7 @@ from typing import Any, Self
 import torch
 import numpy as np
 from torch import Tensor
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 from transformers import PreTrainedModel
 
 from rqa.prompts import TokenSequence
@@ -34,6 +34,11 @@ class Batch:
 
         return replace(self, **tree_map(moved, vars(self)))
 
+    @property
+    def num_tokens(self) -> int:
+        """Number of real tokens in all nested batches, the unit of throughput."""
+        return sum(part.num_tokens for part in tree_leaves(vars(self)) if isinstance(part, Batch))
+
 
 @dataclass(frozen=True)
 class TokenBatch(Batch):
@@ -44,6 +49,10 @@ class TokenBatch(Batch):
     lengths: Tensor  # real tokens of each sequence. [B]
     rows: Tensor  # the rows of real tokens, one sequence after the other. [T]
     owners: Tensor  # the sequence of each of these tokens. [T]
+
+    @property
+    def num_tokens(self) -> int:
+        return len(self.rows)
 
     def real(self, output: Tensor) -> Tensor:
         """The output rows of real tokens. [rows, D] -> [T, D]"""
@@ -98,11 +107,6 @@ class AnswerBatch(Batch):
     def weight(self) -> int:
         """Number of target tokens; the loss sum is divided by the total over micro-batches and processes."""
         return self.targets.numel()
-
-    @property
-    def num_tokens(self) -> int:
-        """Number of real tokens, the unit of throughput."""
-        return len(self.tokens.rows)
 
 
 def answer_batch(sequences: Sequence[TokenSequence], collate: Collate, indices: Sequence[int] = ()) -> AnswerBatch:

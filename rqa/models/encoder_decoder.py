@@ -132,7 +132,7 @@ class FiDBatch(Batch):
     @property
     def num_tokens(self) -> int:
         """Number of real tokens of passages and answers."""
-        return len(self.places) + self.weight
+        return super().num_tokens + self.weight
 
 
 def fid_batch(

@@ -102,10 +102,6 @@ class EncoderBatch(Batch):
         """Number of questions."""
         return len(self.queries.places)
 
-    @property
-    def num_tokens(self) -> int:
-        return sum(len(part.rows) for part in (*self.queries.parts, *self.passages.parts))
-
 
 class EncoderObjective(nn.Module):
     """Base of the objectives that train an encoder; each algorithm adds its `forward`.

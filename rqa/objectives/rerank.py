@@ -66,10 +66,6 @@ class RerankBatch(Batch):
     def weight(self) -> int:
         return len(self.teacher)
 
-    @property
-    def num_tokens(self) -> int:
-        return len(self.pairs.rows)
-
 
 class ListwiseReranking(nn.Module):
     """KL divergence between a teacher's softmax over a question's passages and the reranker's."""
