@@ -22,8 +22,8 @@ from transformers.modeling_outputs import BaseModelOutput
 from rqa.data import Document, Example
 from rqa.models import loading
 from rqa.models.attention import PACKED_ATTENTION
-from rqa.models.loading import WARM_START, LoadingArguments, evaluating, hidden_states, load_model, load_tokenizer
-from rqa.models.reader import GenerationArguments, LocalReader, Watch, generate, until_end
+from rqa.models.loading import WARM_START, LoadingArguments, hidden_states, load_model, load_tokenizer
+from rqa.models.reader import GenerationArguments, LocalReader, Watch, generate
 from rqa.packing import Batch, Collate, TokenBatch, pack, token_budget_batches
 from rqa.prompts import DoesNotFit, cut, cut_history, cut_passages, fill, read_template, retrieval_query
 from rqa.runtime.errors import UserError
@@ -84,6 +84,7 @@ class FiDPrompter:
         self.end_token = tokenizer.sep_token_id if end is None else end  # at the end of every answer
         if self.end_token is None:
             raise UserError("--model_name_or_path: the tokenizer has neither an end token nor a separator")
+        self.stop_ids = [self.end_token]
 
     def encode(self, example: Example, passages: Sequence[Document], answer: str | None = None) -> FiDSequence:
         """Token ids of each passage's prompt, or of the question alone without passages; and of the answer if given."""
@@ -232,7 +233,6 @@ class FiD(WholePass):
         output = self.model(**encode_passages(self.model, batch), decoder_input_ids=decoder_input_ids, use_cache=False)
         return output.logits.flatten(0, 1)[batch.positions], batch.labels.flatten()[batch.positions]
 
-    @torch.no_grad()
     def generate(self, batch: FiDBatch, config: transformers.GenerationConfig, watch: Watch | None = None) -> Tensor:
         """Generated tokens, without the start token; passages are encoded once. -> [B, new]"""
         synced = is_sharded(self.model)  # sharded processes must keep stepping until all are done
@@ -244,22 +244,17 @@ class FiDReader(LocalReader):
     """Answers questions over passages with an encoder-decoder."""
 
     def __init__(self, fid: FiD, prompter: FiDPrompter, flags: GenerationArguments) -> None:
-        filler = FiDSequence([[prompter.end_token]], [])
+        filler = FiDSequence([prompter.stop_ids], [])
         super().__init__(fid, prompter, flags, filler, prompter.arguments.max_decoder_seq_length)
 
     def cost(self, prompt: FiDSequence) -> int:
         return sum(map(len, prompt.passages))
 
-    @torch.compiler.set_stance("force_eager")  # as in `CausalLMReader`
-    def generate(
-        self, prompts: Sequence[FiDSequence], max_new_tokens: int | None = None, watch: Watch | None = None
-    ) -> list[list[int]]:
-        fid, end = self.model, self.prompter.end_token
-        config = self.flags.config(max_new_tokens or self.most, [end], decoder_start_token_id=start_token(fid.model))
-        with evaluating(fid):
-            batch = fid_batch(prompts, fid.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
-            answers = fid.generate(batch, config, watch).tolist()
-        return [until_end(ids, [end]) for ids in answers]
+    def new_tokens(self, prompts: Sequence[FiDSequence], most: int, watch: Watch | None) -> list[list[int]]:
+        fid, start = self.model, start_token(self.model.model)
+        config = self.flags.config(most, self.prompter.stop_ids, decoder_start_token_id=start)
+        batch = fid_batch(prompts, fid.collate, max_tokens=self.flags.generation_batch_tokens).to(fid.model.device)
+        return fid.generate(batch, config, watch).tolist()
 
 
 _record: ContextVar[Callable[[Tensor, Tensor], None] | None] = ContextVar("record", default=None)

@@ -117,10 +117,18 @@ class LocalReader(ABC):
         """Tokens that a prompt adds to a batch."""
 
     @abstractmethod
+    def new_tokens(self, prompts: Sequence[Any], most: int, watch: Watch | None) -> list[list[int]]:
+        """At most `most` tokens after each prompt of a batch; what follows a stop token does not count. [B] -> [B]"""
+
+    @torch.no_grad()
+    @torch.compiler.set_stance("force_eager")  # else each layer, with its own cache, would be compiled separately
     def generate(
         self, prompts: Sequence[Any], max_new_tokens: int | None = None, watch: Watch | None = None
     ) -> list[list[int]]:
         """Token ids of the answers to one batch of prompts, without stop tokens. [B] -> [B]"""
+        with evaluating(self.model):
+            answers = self.new_tokens(prompts, max_new_tokens or self.most, watch)
+        return [until_end(ids, self.prompter.stop_ids) for ids in answers]
 
     def answer(self, examples: Sequence[Example], passages: Sequence[Sequence[Document]]) -> list[Answer]:
         """An answer for each question; a question that does not fit is logged and gets an empty answer. [Q] -> [Q]"""
@@ -222,29 +230,19 @@ class CausalLMReader(LocalReader):
             return None
         return math.inf if window is None or kinds == {"full_attention"} else window
 
-    @torch.no_grad()
-    @torch.compiler.set_stance("force_eager")  # else each layer, with its own cache, would be compiled separately
-    def generate(
-        self, prompts: Sequence[list[int]], max_new_tokens: int | None = None, watch: Watch | None = None
-    ) -> list[list[int]]:
-        stop, most = self.prompter.stop_ids, max_new_tokens or self.most
+    def new_tokens(self, prompts: Sequence[list[int]], most: int, watch: Watch | None) -> list[list[int]]:
         most = int(min(most, self.positions + 1 - max(map(len, prompts))))  # the last token needs no position
         synced = is_sharded(self.model)  # sharded processes must keep stepping until all are done
-        with evaluating(self.model):
-            if not synced and self.flags.num_beams == 1 and self._reach is not None:
-                answers = self._decode(prompts, most, stop, self._reach, watch)
-            else:
-                flipped = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
-                inputs = {name: value.flip(1) for name, value in flipped.items()}  # padded on the left
-                start, config = inputs["input_ids"].shape[1], self.flags.config(most, stop)
-                answers = generate(self.model, config, start, watch, **inputs, synced_gpus=synced).tolist()  # [B, new]
-        return [until_end(ids, stop) for ids in answers]
+        if not synced and self.flags.num_beams == 1 and self._reach is not None:
+            return self._decode(prompts, most, self._reach, watch)
+        flipped = pad([prompt[::-1] for prompt in prompts]).to(self.model.device).inputs
+        inputs = {name: value.flip(1) for name, value in flipped.items()}  # padded on the left
+        start, config = inputs["input_ids"].shape[1], self.flags.config(most, self.prompter.stop_ids)
+        return generate(self.model, config, start, watch, **inputs, synced_gpus=synced).tolist()  # [B, new]
 
-    def _decode(
-        self, prompts: Sequence[list[int]], most: int, stop: Sequence[int], reach: float, watch: Watch | None = None
-    ) -> list[list[int]]:
+    def _decode(self, prompts: Sequence[list[int]], most: int, reach: float, watch: Watch | None) -> list[list[int]]:
         """New tokens without beam search, -1 where generation stopped before. -> [B, most]"""
-        longest = max(map(len, prompts))
+        longest, stop = max(map(len, prompts)), self.prompter.stop_ids
         length = -(-(longest + most) // 16) * 16  # CUDA's attention would copy masks of other widths in each layer
         logits, states = read_prompts(self.model, prompts, length)
         tokens = torch.full((len(prompts), length), -1, device=logits.device)  # in the same columns as keys
