@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from rqa.data import Document, Example
+from rqa.documents import gold_places
 from rqa.models.encoder import Encoder
-from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks, numbered
+from rqa.objectives.encoding import ChunkArguments, EncoderBatch, EncoderObjective, Tokens, in_chunks
 from rqa.objectives.losses import boost_gold, distillation
 from rqa.objectives.teacher import DistilledArguments, LanguageModelArguments, score_lists
 from rqa.prompts import retrieval_query
@@ -119,8 +120,7 @@ class RetrievedCandidates:
 
     def __init__(self, examples: Sequence[Example], retriever: Retriever, flags: LikelihoodArguments) -> None:
         self.examples, self.retriever, self.flags = examples, retriever, flags
-        _, gold = numbered(retriever.documents, [example.gold_docs for example in examples])
-        self._gold = [[number for number in row if number < len(retriever.documents)] for row in gold]
+        self._gold = gold_places(examples, retriever.documents)
 
     def __call__(self, indices: Sequence[int]) -> list[list[int]]:
         """Positions in the database, at most K for each example. [B] lists"""
@@ -130,12 +130,10 @@ class RetrievedCandidates:
         return list(map(self._with_gold, indices, rows)) if self.flags.include_gold else rows
 
     def _with_gold(self, example: int, retrieved: list[int]) -> list[int]:
-        K = self.flags.num_docs
-        gold = dict.fromkeys(self._gold[example])
-        missing = [number for number in gold if number not in retrieved]
+        K, gold = self.flags.num_docs, self._gold[example]
         others = [number for number in retrieved if number not in gold]
         dropped = set(others[max(K - len(gold), 0) :])
-        return ([number for number in retrieved if number not in dropped] + missing)[:K]
+        return ([number for number in retrieved if number not in dropped] + sorted(gold.difference(retrieved)))[:K]
 
 
 class ScoredCandidates:
