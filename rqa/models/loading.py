@@ -60,13 +60,10 @@ class LoadingArguments(Arguments):
         return distributed.compute_dtype(distributed.has_bf16() if self.bf16 is None else self.bf16, fp16=False)
 
 
-FLOAT32 = LoadingArguments(dtype="float32")
-
-
 def load_model(
     auto_class: Any,
     path: str,
-    flags: LoadingArguments = FLOAT32,
+    flags: LoadingArguments = LoadingArguments(dtype="float32"),
     dtype: torch.dtype | None = None,  # None: as for frozen models
     main_only: bool = False,
     new_layers: str = "",  # a pattern: names of tensors that the checkpoint may lack
