@@ -1,7 +1,4 @@
-"""Prompts: history, question and passages as token ids, cut in the same way in training and generation.
-
-`Prompter` builds a decoder's sequence; `FiDPrompter` builds one prompt per passage for fusion-in-decoder.
-"""
+"""Prompts: history, question and passages as token ids, cut in the same way in training and generation."""
 
 import logging
 import re
@@ -165,9 +162,8 @@ class Prompter:
 
     length_flag = "--max_seq_length"  # the flag to raise when examples do not fit
 
-    def __init__(self, tokenizer: Any, arguments: PromptArguments | None = None) -> None:
-        self.tokenizer = tokenizer
-        self.arguments = arguments or PromptArguments()
+    def __init__(self, tokenizer: Any, arguments: PromptArguments = PromptArguments()) -> None:
+        self.tokenizer, self.arguments = tokenizer, arguments
         self.instruction = read_template(self.arguments.prompt_template, INSTRUCTION)
         self.as_text, self._options = as_text(tokenizer), self.arguments.template_options
         start = tokenizer.encode("", add_special_tokens=True)[:1]

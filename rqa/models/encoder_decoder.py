@@ -74,9 +74,9 @@ class FiDPrompter:
     length_flag = "--max_encoder_seq_length or --max_decoder_seq_length"
 
     def __init__(
-        self, tokenizer: Any, arguments: EncoderDecoderArguments | None = None, start_token: int | None = None
+        self, tokenizer: Any, arguments: EncoderDecoderArguments = FiDPromptArguments(), start_token: int | None = None
     ) -> None:
-        self.tokenizer, self.arguments = tokenizer, arguments or FiDPromptArguments()
+        self.tokenizer, self.arguments = tokenizer, arguments
         self.as_text = as_text(tokenizer)
         self.start_token = start_token  # removed from answers, since the decoder adds it
         self.template = read_template(self.arguments.prompt_template, FID_TEMPLATE)
