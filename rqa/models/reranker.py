@@ -62,10 +62,7 @@ class RerankerArguments(LoadingArguments):
 
 
 class Reranker(WholePass):
-    """Maps token ids of pairs to one score each; a greater score means a better passage.
-
-    Scores are logits, as in `CrossEncoder.predict` before its activation function.
-    """
+    """Maps token ids of pairs to one score each, a logit; a greater score means a better passage."""
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_length: int,

@@ -1,7 +1,4 @@
-"""FiD: the likelihood of the answer by a decoder that attends to all passages (Izacard & Grave 2020).
-
-`swr.py` chooses the passages of each question.
-"""
+"""FiD: the likelihood of the answer by a decoder that attends to all passages (Izacard & Grave 2020)."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
