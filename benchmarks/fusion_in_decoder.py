@@ -21,13 +21,11 @@ from harness import (
     Clock,
     compare,
     new_parser,
+    print_rates,
     print_result,
-    print_table,
-    rate_cells,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
 )
 from transformers import T5Config, T5ForConditionalGeneration
@@ -207,10 +205,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios, and one JSON line."""
     ours = {row["system"].partition(": ")[2]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
-    print_table(
-        ["", "allocator", "passages/s", "median", "spread", "peak GiB", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row), times(row)] for row in rows],
-    )
+    print_rates(["", "allocator", "passages/s"], rows)
     tokenizer = load_tokenizer(arguments.tokenizer)
     texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)

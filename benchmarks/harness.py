@@ -256,12 +256,6 @@ def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = 
             row["rqa_is"] = product[rate] / row[rate]
 
 
-def rate_cells(row: Row, digits: int = 2) -> list[str]:
-    """Cells of a row made by `summary`: rate, median, spread, and peak memory in GiB."""
-    figures = [f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"])]
-    return [*figures[:2], "-".join(figures[2:]), f"{row['peak_gib']:.1f}"]
-
-
 def times(row: Row) -> str:
     """Last cell of a peer's row: how many times as fast rqa is."""
     return f"{row['rqa_is']:.2f}x" if "rqa_is" in row else ""
@@ -291,6 +285,18 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for first, *others in cells:
         figures = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         print("  ".join([first.ljust(widths[0]), *figures]))
+
+
+def print_rates(first: Sequence[str], rows: Sequence[Row], digits: int = 2, **more: str) -> None:
+    """Print rows made by `summary`; `first` are the first three titles, `more` formats of further fields by name."""
+    cells = []
+    for row in rows:
+        rate, median, *ends = (f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"]))
+        others = [format(row[name], form) for name, form in more.items()]
+        peak = f"{row['peak_gib']:.1f}"
+        cells.append([row["system"], row["setting"], rate, median, "-".join(ends), peak, *others, times(row)])
+    titles = [name.replace("_", " ") for name in more]
+    print_table([*first, "median", "spread", "peak GiB", *titles, "rqa is"], cells)
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

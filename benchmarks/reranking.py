@@ -26,13 +26,11 @@ from harness import (
     Clock,
     compare,
     new_parser,
+    print_rates,
     print_result,
-    print_table,
-    rate_cells,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
 )
 
@@ -102,17 +100,9 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows}
     compare(rows, lambda row: ours.get("rqa" if row["system"] == PREDICT else "rqa training"))
-    scored = [row for row in rows if "gap" in row]
-    trained = [row for row in rows if "first_loss" in row]
-    for found, name, format in ((scored, "gap", "{:.1e}"), (trained, "first_loss", "{:.4f}")):
-        if found:
-            print_table(
-                ["", "settings", "pairs/s", "median", "spread", "peak GiB", name.replace("_", " "), "rqa is"],
-                [
-                    [row["system"], row["setting"], *rate_cells(row, 1), format.format(row[name]), times(row)]
-                    for row in found
-                ],
-            )
+    for name, form in (("gap", ".1e"), ("first_loss", ".4f")):
+        if found := [row for row in rows if name in row]:
+            print_rates(["", "settings", "pairs/s"], found, 1, **{name: form})
     print_result(__file__, arguments, rows)
 
 

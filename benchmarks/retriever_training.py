@@ -25,13 +25,11 @@ from harness import (
     Clock,
     compare,
     new_parser,
+    print_rates,
     print_result,
-    print_table,
-    rate_cells,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
 )
 
@@ -168,10 +166,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
-    print_table(
-        ["", "settings", "questions/s", "median", "spread", "peak GiB", "first loss", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row), f"{row['first_loss']:.4f}", times(row)] for row in rows],
-    )
+    print_rates(["", "settings", "questions/s"], rows, first_loss=".4f")
     print_result(__file__, arguments, rows)
 
 

@@ -24,13 +24,11 @@ from harness import (
     compare,
     matmul_rate,
     new_parser,
+    print_rates,
     print_result,
-    print_table,
-    rate_cells,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
 )
 
@@ -188,10 +186,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     ours = next((row for row in rows if row["system"] == "rqa"), None)
     compare(rows, lambda _: ours)
     more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rates}
-    print_table(
-        ["", "allocator", "tokens/s", "median", "spread", "peak GiB", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row, 0), times(row)] for row in rows],
-    )
+    print_rates(["", "allocator", "tokens/s"], rows, digits=0)
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
         used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
