@@ -234,6 +234,22 @@ def train_rqa(
         train(objective, batches, flags, before_step=clock.tick, evaluate=last_moment)
 
 
+def peer_settings(arguments: argparse.Namespace, batch_size: int, steps: int) -> dict[str, Any]:
+    """Settings of `transformers.Trainer`, and of trainers built on it: nothing is saved, evaluated or shown."""
+    return {
+        "output_dir": f"{arguments.directory}/{arguments.system} {arguments.setting}",
+        "per_device_train_batch_size": batch_size,
+        "max_steps": steps,
+        "bf16": arguments.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),  # otherwise the Trainer refuses bf16
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+    }
+
+
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
     """Rate over all steps, and median and spread of single steps."""
     rates = [units / seconds for units, seconds in steps]

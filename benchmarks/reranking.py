@@ -26,6 +26,7 @@ from harness import (
     Clock,
     compare,
     new_parser,
+    peer_settings,
     print_rates,
     print_result,
     read_corpus,
@@ -201,17 +202,7 @@ def train_sentence_transformers(arguments: argparse.Namespace, lists: Lists) -> 
     clock.units = [sum(map(len, docs))] * steps
     trainer = CrossEncoderTrainer(
         model,
-        CrossEncoderTrainingArguments(
-            f"{arguments.directory}/trainer-{arguments.setting}",
-            per_device_train_batch_size=len(lists),
-            max_steps=steps,
-            bf16=arguments.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        CrossEncoderTrainingArguments(**peer_settings(arguments, len(lists), steps)),
         train_dataset=Dataset.from_dict({"query": queries, "docs": docs, "labels": labels}),
         loss=objective,
         callbacks=[clock.callback()],

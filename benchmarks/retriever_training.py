@@ -25,6 +25,7 @@ from harness import (
     Clock,
     compare,
     new_parser,
+    peer_settings,
     print_rates,
     print_result,
     read_corpus,
@@ -135,17 +136,7 @@ def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Tri
     columns = dict(zip(("anchor", "positive", "negative"), zip(*triples, strict=True), strict=True))
     trainer = SentenceTransformerTrainer(
         model,
-        SentenceTransformerTrainingArguments(
-            f"{arguments.directory}/{arguments.system}",
-            per_device_train_batch_size=len(triples),
-            max_steps=steps,
-            bf16=arguments.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
+        SentenceTransformerTrainingArguments(**peer_settings(arguments, len(triples), steps)),
         train_dataset=Dataset.from_dict({name: list(texts) for name, texts in columns.items()}),
         loss=objective,
         callbacks=[clock.callback()],

@@ -24,6 +24,7 @@ from harness import (
     compare,
     matmul_rate,
     new_parser,
+    peer_settings,
     print_rates,
     print_result,
     read_corpus,
@@ -116,7 +117,7 @@ def train_trainer(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
 
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
-        TrainingArguments(**peer_settings(arguments, sequences)),
+        TrainingArguments(**peer_settings(arguments, 2, len(sequences) // 2)),
         data_collator=collate,
         train_dataset=[{"input_ids": ids} for ids, _ in sequences],
         callbacks=[clock.callback()],
@@ -135,7 +136,7 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     rows = [
         {"input_ids": ids, "completion_mask": [int(i >= start) for i in range(len(ids))]} for ids, start in sequences
     ]
-    settings = peer_settings(arguments, sequences)
+    settings = peer_settings(arguments, 2, len(sequences) // 2)
     if packed:  # one row of packed sequences is the batch
         settings |= {"per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1}
     trainer = SFTTrainer(
@@ -160,21 +161,6 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     trainer.data_collator = counting
     trainer.train()
     return clock
-
-
-def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[str, Any]:
-    return {
-        "output_dir": f"{arguments.directory}/{arguments.system}",
-        "per_device_train_batch_size": 2,
-        "max_steps": len(sequences) // 2,
-        "bf16": arguments.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),  # otherwise the Trainer refuses bf16
-        "optim": "adamw_torch_fused",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 10**6,
-    }
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
