@@ -40,9 +40,8 @@ from gpu_sections import (
     measured,
     save_encoder,
     text,
-    training_flops,
 )
-from harness import matmul_rate
+from harness import matmul_rate, training_flops
 from torch.nn.functional import cross_entropy
 
 from rqa.data import Document, Example

@@ -315,6 +315,15 @@ def print_rates(first: Sequence[str], rows: Sequence[Row], digits: int = 2, **mo
     print_table([*first, "median", "spread", "peak GiB", *titles, "rqa is"], cells)
 
 
+def training_flops(config: Any, lengths: Sequence[int], outputs: int = 0) -> float:
+    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens."""
+    width, layers, decoder = config.hidden_size, config.num_hidden_layers, config.model_type != "bert"
+    keys = width * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
+    weights = 2 * width * width + 2 * width * keys + (3 if decoder else 2) * width * config.intermediate_size
+    attention = (6 if decoder else 12) * layers * width * sum(length**2 for length in lengths)
+    return 6 * layers * weights * sum(lengths) + attention + 6 * outputs * width * config.vocab_size
+
+
 def matmul_rate(dtype: torch.dtype) -> float:
     """GFLOP/s of a large matrix product on the device in use, as the median of several measurements."""
     size, times = (8192, 20) if device().type == "cuda" else (1536, 1)

@@ -31,6 +31,7 @@ from harness import (
     run_benchmark,
     summary,
     train_rqa,
+    training_flops,
 )
 
 PASSAGES = 3
@@ -165,6 +166,8 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios at equal settings, and one JSON line."""
+    from transformers import AutoConfig
+
     from rqa.runtime.distributed import cpu_has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
@@ -176,23 +179,12 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
         used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
-        share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        per_token = training_flops(config, lengths) / sum(lengths)  # without the output layer
+        share = ours["rate"] * per_token / 1e9 / rates[used]
         more["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
     print_result(__file__, arguments, rows, **more)
-
-
-def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:
-    """Operations a token, forward and backward, of layers and causal attention; without the output layer."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head = width // config.num_attention_heads
-    keys = config.num_key_value_heads * head
-    weights = layers * (2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size)
-    mean_context = sum(length**2 for length in lengths) / sum(lengths)
-    return 6 * weights + 6 * layers * width * mean_context
 
 
 if __name__ == "__main__":
