@@ -168,7 +168,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     """Print a table with the ratios at equal settings, and one JSON line."""
     from transformers import AutoConfig
 
-    from rqa.runtime.distributed import cpu_has_bf16
+    from rqa.runtime.distributed import has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
     lengths = [len(ids) for ids, _ in read_sequences(arguments)]
@@ -178,7 +178,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     print_rates(["", "allocator", "tokens/s"], rows, digits=0)
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
-        used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
+        used = "bf16" if arguments.precision == "bf16" and has_bf16() else "float32"
         config = AutoConfig.from_pretrained(arguments.model_name_or_path)
         per_token = training_flops(config, lengths) / sum(lengths)  # without the output layer
         share = ours["rate"] * per_token / 1e9 / rates[used]
