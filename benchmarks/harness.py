@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import Distribution, requires, version
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -124,6 +125,13 @@ def read_corpus(
         return documents, train, held_out
     corpus = build_corpus(QUICKSTART)
     return corpus.documents, corpus.train, corpus.test
+
+
+def with_passages(examples: Sequence[Any], documents: Iterable[Any], number: int) -> list[tuple[Any, list[Any]]]:
+    """Each example with so many passages: its gold ones, then any others, on which speed does not depend."""
+    others, golds = cycle(documents), [example.gold_docs[:number] for example in examples]
+    filled = [[*gold, *islice(others, number - len(gold))] for gold in golds]
+    return list(zip(examples, filled, strict=True))
 
 
 def measure_command(line: Sequence[Any], processes: int = 1) -> Row:

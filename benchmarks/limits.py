@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import matmul_rate, new_parser, print_result, print_table, read_corpus, run_benchmark
+from harness import matmul_rate, new_parser, print_result, print_table, read_corpus, run_benchmark, with_passages
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -215,13 +215,7 @@ class Bench:
         return Retriever(self.encoder(trained), list(self.documents[: self.arguments.documents]))
 
     def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
-        """Questions, each with its gold passages and others, equally many for each."""
-        others = iter(self.documents)
-        return [
-            (example, [*gold, *(next(others) for _ in range(passages - len(gold)))])
-            for example in self.examples[:questions]
-            for gold in [example.gold_docs[:passages]]
-        ]
+        return with_passages(self.examples[:questions], self.documents, passages)
 
     def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
         """Make a training step as the loop does it."""
