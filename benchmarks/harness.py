@@ -60,7 +60,7 @@ def run_benchmark(
     systems: Mapping[str, Iterable[Any]],
     measure: Callable[[argparse.Namespace], Row],
     report: Callable[[argparse.Namespace, list[Row]], None],
-    prepare: Callable[[argparse.Namespace], None] = lambda arguments: None,
+    prepare: Callable[[argparse.Namespace], Any] = lambda arguments: None,
 ) -> None:
     """Main function of a benchmark: run each system with each of its settings in its own process, then report.
 
@@ -68,7 +68,7 @@ def run_benchmark(
         systems: Name -> settings. `default` leaves the allocator unchanged; every other setting changes it as rqa's
             executables do.
         measure: Measures one system, in its process.
-        prepare: Runs first; it can leave files in `arguments.directory`.
+        prepare: Runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`.
     """
     if arguments.system:
         if arguments.setting != "default":
@@ -77,7 +77,7 @@ def run_benchmark(
         print(json.dumps({**row, "peak_gib": peak_memory()["host"]}))
         return
     with TemporaryDirectory() as arguments.directory:
-        prepare(arguments)
+        Path(arguments.directory, "prepared.json").write_text(json.dumps(prepare(arguments)), encoding="utf-8")
         rows = [
             run_alone(script, arguments, system=system, setting=str(setting))
             for system, settings in systems.items()
@@ -85,6 +85,11 @@ def run_benchmark(
             for setting in settings
         ]
         report(arguments, rows)
+
+
+def prepared(arguments: argparse.Namespace) -> Any:
+    """What `prepare` returned, read in another process."""
+    return json.loads(Path(arguments.directory, "prepared.json").read_text(encoding="utf-8"))
 
 
 def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:

@@ -15,7 +15,6 @@ Scores must be equal, and so must the loss of the first batch without any dropou
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,6 +26,7 @@ from harness import (
     compare,
     new_parser,
     peer_settings,
+    prepared,
     print_rates,
     print_result,
     read_corpus,
@@ -66,8 +66,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write one checkpoint for all systems, and the lists to score and to train on."""
+def prepare(arguments: argparse.Namespace) -> dict[str, Lists]:
+    """Write one checkpoint for all systems. -> the lists to score and to train on"""
     torch.manual_seed(0)  # seeds a new head
     reranker = load_reranker(arguments.model_name_or_path, RerankerArguments(dtype="float32"), new_head=True)
     reranker.save_pretrained(Path(arguments.directory, "reranker"))
@@ -84,12 +84,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         others = [passage for passage in passages if passage not in example.gold_docs][: arguments.negatives]
         lists["score"].append((question, [passage.fmt_content for passage in passages[: arguments.passages]]))
         lists["train"].append((question, [passage.fmt_content for passage in (example.gold_docs[0], *others)]))
-    lists["train"] = lists["train"][: arguments.batch_size]
-    Path(arguments.directory, "lists.json").write_text(json.dumps(lists), encoding="utf-8")
+    return lists | {"train": lists["train"][: arguments.batch_size]}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    lists = json.loads(Path(arguments.directory, "lists.json").read_text(encoding="utf-8"))
+    lists = prepared(arguments)
     if arguments.system in ("rqa", PREDICT):
         return score(arguments, lists["score"])
     train = train_product if arguments.system == "rqa training" else train_sentence_transformers

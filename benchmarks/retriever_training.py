@@ -13,11 +13,9 @@ dropout, the loss of the first batch must be the same for all. Needs `pip instal
 """
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from harness import (
     compare,
     new_parser,
     peer_settings,
+    prepared,
     print_rates,
     print_result,
     read_corpus,
@@ -54,8 +53,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write a batch of triples in which no passage comes twice, so that all systems have the same negatives."""
+def prepare(arguments: argparse.Namespace) -> list[Triple]:
+    """A batch of triples in which no passage comes twice, so that all systems have the same negatives."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
@@ -67,15 +66,13 @@ def prepare(arguments: argparse.Namespace) -> None:
     def text(number: int) -> str:  # short passages continue with their neighbours, to have full length
         return "\n".join(document.fmt_content for document in documents[number : number + 8])[:4000]
 
-    triples = [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
-    Path(arguments.directory, "triples.json").write_text(json.dumps(triples), encoding="utf-8")
+    return [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure questions a second of each step, and the loss of the first batch."""
-    texts = Path(arguments.directory, "triples.json").read_text(encoding="utf-8")
     train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
-    loss, clock = train(arguments, [tuple(triple) for triple in json.loads(texts)])
+    loss, clock = train(arguments, prepared(arguments))
     return {"first_loss": loss, **summary(clock.steps(skip=arguments.warmup))}
 
 

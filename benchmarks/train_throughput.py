@@ -12,10 +12,8 @@ padding-free or packed, with the loss on the completion only. Needs `pip install
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,6 +23,7 @@ from harness import (
     matmul_rate,
     new_parser,
     peer_settings,
+    prepared,
     print_rates,
     print_result,
     read_corpus,
@@ -53,13 +52,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def read_sequences(arguments: argparse.Namespace) -> Sequences:
-    text = Path(arguments.directory, "sequences.json").read_text(encoding="utf-8")
-    return [(ids, start) for ids, start in json.loads(text)]
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write two sequences for each step, the same for every system."""
+def prepare(arguments: argparse.Namespace) -> Sequences:
+    """Two sequences for each step, the same for every system."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.swr import SwRArguments, gold_and_retrieved
@@ -75,13 +69,13 @@ def prepare(arguments: argparse.Namespace) -> None:
     for example, passages in zip(examples, gold_and_retrieved(examples, retriever, PASSAGES, flags, 0), strict=True):
         sequence = prompter.encode(example, passages, example.gold_answer)
         sequences.append((sequence.ids, sequence.answer_start))
-    Path(arguments.directory, "sequences.json").write_text(json.dumps(sequences), encoding="utf-8")
+    return sequences
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure the tokens a second of each step."""
     train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
-    return summary(train(arguments, read_sequences(arguments)).steps(skip=arguments.warmup))
+    return summary(train(arguments, prepared(arguments)).steps(skip=arguments.warmup))
 
 
 def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
@@ -171,7 +165,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     from rqa.runtime.distributed import has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
-    lengths = [len(ids) for ids, _ in read_sequences(arguments)]
+    lengths = [len(ids) for ids, _ in prepared(arguments)]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
     compare(rows, lambda _: ours)
     more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rates}
