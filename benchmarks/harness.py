@@ -31,11 +31,8 @@ def new_parser(
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags that benchmarks share.
 
-    Args:
-        questions: Names of the flags for files of questions, if the benchmark reads a corpus.
-        systems: Names that `--only` accepts; the hidden flags of `run_benchmark` are added with it.
-        precision: Whether to add `--precision`.
-        steps: Default number of measured steps; 0: the benchmark has no `--steps`.
+    `questions` are the flags for files of questions, if the benchmark reads a corpus. `systems` are what `--only`
+    accepts; the hidden flags of `run_benchmark` are added with it. `steps` is the default of `--steps`; 0: none.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if questions:
@@ -64,11 +61,8 @@ def run_benchmark(
 ) -> None:
     """Main function of a benchmark: run each system with each of its settings in its own process, then report.
 
-    Args:
-        systems: Name -> settings. `default` leaves the allocator unchanged; every other setting changes it as rqa's
-            executables do.
-        measure: Measures one system, in its process.
-        prepare: Runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`.
+    The setting `default` leaves the allocator unchanged; every other one changes it as rqa's executables do. `prepare`
+    runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`.
     """
     if arguments.system:
         if arguments.setting != "default":
@@ -110,11 +104,7 @@ def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:
 def read_corpus(
     document_path: str | None, train_file: str | None = None, eval_file: str | None = None, answers: bool = False
 ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs.
-
-    Args:
-        answers: Whether the questions must have answers.
-    """
+    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs."""
     from pydocs.corpus import QUICKSTART, build_corpus
 
     from rqa.data import read_examples
@@ -142,9 +132,8 @@ def with_passages(examples: Sequence[Any], documents: Iterable[Any], number: int
 def measure_command(line: Sequence[Any], processes: int = 1) -> Row:
     """Run a Python command to its end, with torchrun if there are several processes.
 
-    Returns:
-        `seconds`; `peak`, the peak GiB of its processes, summed; `own`, the same without the pages of mapped files; and
-        the fields of its last line, if that is JSON.
+    -> `seconds`; `peak`, the peak GiB of its processes, summed; `own`, the same without the pages of mapped files; and
+    the fields of its last line, if that is JSON.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, line)]
@@ -218,13 +207,7 @@ def train_rqa(
     clock: Clock,
     learning_rate: float = 5e-5,
 ) -> None:
-    """Train with rqa's own loop and time every step; nothing is saved or evaluated.
-
-    Args:
-        examples: Number of training examples.
-        batch: Makes a micro-batch from the numbers of its examples.
-        steps: Optimizer steps.
-    """
+    """Train with rqa's own loop and time every step; nothing is saved. `batch` makes a batch of examples."""
     from rqa.training.arguments import LoopArguments
     from rqa.training.loop import Batches, train
 
@@ -274,11 +257,7 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = "rate") -> None:
-    """Add to every peer's row how many times as fast rqa is.
-
-    Args:
-        ours: Finds rqa's row for a peer's row; rqa's own rows are not changed.
-    """
+    """Add to every peer's row how many times as fast rqa is; `ours` finds rqa's row for it."""
     for row in rows:
         product = ours(row)
         if product is not None and not row["system"].startswith("rqa"):

@@ -112,11 +112,7 @@ class Trial:
         return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
 
     def run(self, output: Path, plan: dict[str, Any]) -> dict[str, Any]:
-        """Run one process to its end. -> what it recorded
-
-        Raises:
-            SystemExit: The process failed without a kill.
-        """
+        """Run one process to its end, or exit if it fails without a kill. -> what it recorded"""
         notes = output.with_suffix(".json")
         notes.unlink(missing_ok=True)
         environment = {**os.environ, "RQA_CACHE": str(output.with_suffix(".cache")), "HF_HUB_OFFLINE": "1"}

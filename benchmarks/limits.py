@@ -76,17 +76,11 @@ class Rates:
 
 @dataclass
 class Work:
-    """One hot path, ready to run.
+    """One hot path, ready to run."""
 
-    Attributes:
-        run: Does the work once.
-        units: Amount of work, and its unit.
-        floor: Least seconds of work other than the recorded products.
-    """
-
-    run: Callable[[], Any]
-    units: tuple[int, str]
-    floor: Callable[[Rates], float] = lambda rates: 0.0
+    run: Callable[[], Any]  # does the work once
+    units: tuple[int, str]  # amount of work, and its unit
+    floor: Callable[[Rates], float] = lambda rates: 0.0  # least seconds of work other than the recorded products
 
 
 class Products(TorchDispatchMode):
