@@ -30,8 +30,7 @@ from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import added, parse_json
-from rqa.serving.engine import Busy, Engine
-from rqa.serving.metrics import Metrics
+from rqa.serving.engine import Busy, Engine, Metrics
 
 log = logging.getLogger(__name__)
 
