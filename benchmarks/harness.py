@@ -197,6 +197,14 @@ class Clock:
         return Recorder()
 
 
+def loop_flags(directory: str, batch_size: int, steps: int, **flags: Any) -> Any:
+    """Flags of rqa's loop, with which it saves and evaluates nothing."""
+    from rqa.training.arguments import LoopArguments
+
+    sizes = {"per_device_train_batch_size": batch_size, "max_steps": steps, "metric_for_best_model": "loss"}
+    return LoopArguments(output_dir=directory, save_strategy="no", eval_strategy="no", **sizes, **flags)
+
+
 def train_rqa(
     objective: torch.nn.Module,
     examples: int,
@@ -208,7 +216,6 @@ def train_rqa(
     learning_rate: float = 5e-5,
 ) -> None:
     """Train with rqa's own loop and time every step; nothing is saved. `batch` makes a batch of examples."""
-    from rqa.training.arguments import LoopArguments
     from rqa.training.loop import Batches, train
 
     def last_moment(_: int) -> dict[str, float]:  # the loop calls this after its last step
@@ -216,16 +223,7 @@ def train_rqa(
         return {"eval_loss": 0.0}
 
     with TemporaryDirectory() as directory:
-        flags = LoopArguments(
-            output_dir=directory,
-            per_device_train_batch_size=batch_size,
-            max_steps=steps,
-            learning_rate=learning_rate,
-            bf16=bf16,
-            save_strategy="no",
-            eval_strategy="no",
-            metric_for_best_model="loss",
-        )
+        flags = loop_flags(directory, batch_size, steps, learning_rate=learning_rate, bf16=bf16)
         batches = Batches(examples, batch, flags)
         train(objective, batches, flags, before_step=clock.tick, evaluate=last_moment)
 
