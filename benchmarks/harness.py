@@ -244,6 +244,17 @@ def peer_settings(arguments: argparse.Namespace, batch_size: int, steps: int) ->
     }
 
 
+def train_peer(
+    trainer: Any, settings: Any, arguments: argparse.Namespace, batch_size: int, units: int, model: Any, **more: Any
+) -> Clock:
+    """Train with a trainer of sentence-transformers and the class of its settings, with so many units a step."""
+    clock, steps = Clock(), arguments.warmup + arguments.steps
+    clock.units = [units] * steps
+    chosen = settings(**peer_settings(arguments, batch_size, steps))
+    trainer(model, chosen, **more, callbacks=[clock.callback()]).train()
+    return clock
+
+
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
     """Rate over all steps, and median and spread of single steps."""
     rates = [units / seconds for units, seconds in steps]

@@ -25,13 +25,13 @@ from harness import (
     Clock,
     compare,
     new_parser,
-    peer_settings,
     prepared,
     print_rates,
     print_result,
     read_corpus,
     run_benchmark,
     summary,
+    train_peer,
     train_rqa,
 )
 
@@ -197,17 +197,9 @@ def train_sentence_transformers(arguments: argparse.Namespace, lists: Lists) -> 
     with torch.no_grad():
         loss = float(objective.eval()([queries, docs], [torch.tensor(row) for row in labels]))
     objective.train()
-    clock, steps = Clock(), arguments.warmup + arguments.steps
-    clock.units = [sum(map(len, docs))] * steps
-    trainer = CrossEncoderTrainer(
-        model,
-        CrossEncoderTrainingArguments(**peer_settings(arguments, len(lists), steps)),
-        train_dataset=Dataset.from_dict({"query": queries, "docs": docs, "labels": labels}),
-        loss=objective,
-        callbacks=[clock.callback()],
-    )
-    trainer.train()
-    return loss, clock
+    data, pairs = Dataset.from_dict({"query": queries, "docs": docs, "labels": labels}), sum(map(len, docs))
+    how = CrossEncoderTrainer, CrossEncoderTrainingArguments
+    return loss, train_peer(*how, arguments, len(lists), pairs, model, train_dataset=data, loss=objective)
 
 
 if __name__ == "__main__":

@@ -23,13 +23,13 @@ from harness import (
     Clock,
     compare,
     new_parser,
-    peer_settings,
     prepared,
     print_rates,
     print_result,
     read_corpus,
     run_benchmark,
     summary,
+    train_peer,
     train_rqa,
 )
 
@@ -127,19 +127,11 @@ def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Tri
         objective = CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
     else:
         objective = MultipleNegativesRankingLoss(model)
-    loss = first_loss(model, triples)
-    clock, steps = Clock(), arguments.warmup + arguments.steps
-    clock.units = [len(triples)] * steps
+    loss, size = first_loss(model, triples), len(triples)
     columns = dict(zip(("anchor", "positive", "negative"), zip(*triples, strict=True), strict=True))
-    trainer = SentenceTransformerTrainer(
-        model,
-        SentenceTransformerTrainingArguments(**peer_settings(arguments, len(triples), steps)),
-        train_dataset=Dataset.from_dict({name: list(texts) for name, texts in columns.items()}),
-        loss=objective,
-        callbacks=[clock.callback()],
-    )
-    trainer.train()
-    return loss, clock
+    data = Dataset.from_dict({name: list(texts) for name, texts in columns.items()})
+    how = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    return loss, train_peer(*how, arguments, size, size, model, train_dataset=data, loss=objective)
 
 
 def first_loss(model: Any, triples: list[Triple]) -> float:
