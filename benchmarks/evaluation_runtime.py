@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
+from harness import compare, new_parser, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
 from rqa.evaluation.answers import evaluate_answers
@@ -41,7 +41,6 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours, answers = next((row for row in rows if row["system"] == "rqa"), None), rows[0]["answers"]
     compare(rows, lambda _: ours, "questions_per_second")
     for row in rows:
@@ -54,7 +53,6 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-    print_result(__file__, arguments, rows)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

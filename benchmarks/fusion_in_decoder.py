@@ -21,7 +21,6 @@ from harness import (
     compare,
     new_parser,
     print_rates,
-    print_result,
     read_corpus,
     run_benchmark,
     summary,
@@ -182,8 +181,7 @@ def autocast(arguments: argparse.Namespace, model: T5ForConditionalGeneration) -
     return torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     ours = {row["system"].partition(": ")[2]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
     print_rates(["", "allocator", "passages/s"], rows)
@@ -191,7 +189,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
     texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)
     print(f"passages have {tokens:.0f} tokens on average")
-    print_result(__file__, arguments, rows, mean_length=tokens)
+    return {"mean_length": tokens}
 
 
 if __name__ == "__main__":

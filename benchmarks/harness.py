@@ -56,13 +56,14 @@ def run_benchmark(
     arguments: argparse.Namespace,
     systems: Mapping[str, Iterable[Any]],
     measure: Callable[[argparse.Namespace], Row],
-    report: Callable[[argparse.Namespace, list[Row]], None],
+    report: Callable[[argparse.Namespace, list[Row]], Row | None],
     prepare: Callable[[argparse.Namespace], Any] = lambda arguments: None,
 ) -> None:
     """Main function of a benchmark: run each system with each of its settings in its own process, then report.
 
     The setting `default` leaves the allocator unchanged; every other one changes it as rqa's executables do. `prepare`
-    runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`.
+    runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`. `report` prints a table; it
+    may return further fields of the benchmark's last line, which is JSON, or other `rows`.
     """
     if arguments.system:
         if arguments.setting != "default":
@@ -78,7 +79,7 @@ def run_benchmark(
             if not arguments.only or system in arguments.only
             for setting in settings
         ]
-        report(arguments, rows)
+        print_result(script, arguments, **{"rows": rows, **(report(arguments, rows) or {})})
 
 
 def prepared(arguments: argparse.Namespace) -> Any:

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import matmul_rate, new_parser, print_result, print_table, read_corpus, run_benchmark, with_passages
+from harness import matmul_rate, new_parser, print_table, read_corpus, run_benchmark, with_passages
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -125,7 +125,6 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table, and one JSON line."""
     print_table(
         ["", "of", "GFLOP", "GB", "limit s", "takes s", "spread", "of limit", "products", "element-wise", "moves",
          "optimizer", "Python"],
@@ -136,7 +135,6 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-    print_result(__file__, arguments, rows)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:

@@ -27,7 +27,6 @@ from harness import (
     new_parser,
     prepared,
     print_rates,
-    print_result,
     read_corpus,
     run_benchmark,
     summary,
@@ -97,13 +96,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows}
     compare(rows, lambda row: ours.get("rqa" if row["system"] == PREDICT else "rqa training"))
     for name, form in (("gap", ".1e"), ("first_loss", ".4f")):
         if found := [row for row in rows if name in row]:
             print_rates(["", "settings", "pairs/s"], found, 1, **{name: form})
-    print_result(__file__, arguments, rows)
 
 
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype:

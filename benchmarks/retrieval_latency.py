@@ -26,7 +26,7 @@ from typing import Any
 import torch
 import faiss
 import numpy as np
-from harness import compare, new_parser, prepared, print_result, print_table, read_corpus, run_benchmark, times
+from harness import compare, new_parser, prepared, print_table, read_corpus, run_benchmark, times
 
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.retrieval.faiss_index import FAISS_BLAS_THRESHOLD
@@ -68,15 +68,14 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"indexes": search(arguments)} if arguments.system == "search" else whole(arguments)
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print two tables, and one JSON line."""
+def report(_: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     systems = [row for row in rows if row["system"] != "search"]
     indexes = [index for row in rows if row["system"] == "search" for index in row["indexes"]]
     if systems:
         report_whole(systems)
     if indexes:
         report_search(indexes)
-    print_result(__file__, arguments, [*systems, *indexes])
+    return {"rows": [*systems, *indexes]}
 
 
 # ---------------------------------------------------------------- from text to passages

@@ -25,7 +25,6 @@ from harness import (
     new_parser,
     prepared,
     print_rates,
-    print_result,
     read_corpus,
     run_benchmark,
     summary,
@@ -143,11 +142,9 @@ def first_loss(model: Any, triples: list[Triple]) -> float:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
     print_rates(["", "settings", "questions/s"], rows, first_loss=".4f")
-    print_result(__file__, arguments, rows)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,6 @@ from harness import (
     peer_settings,
     prepared,
     print_rates,
-    print_result,
     read_corpus,
     run_benchmark,
     summary,
@@ -158,8 +157,7 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     return clock
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios at equal settings, and one JSON line."""
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     from transformers import AutoConfig
 
     from rqa.runtime.distributed import has_bf16
@@ -178,7 +176,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         share = ours["rate"] * per_token / 1e9 / rates[used]
         more["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
-    print_result(__file__, arguments, rows, **more)
+    return more
 
 
 if __name__ == "__main__":
