@@ -60,7 +60,6 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the passages a second of each step."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(arguments.tokenizer)
     config = T5Config(
@@ -130,7 +129,6 @@ def padded_training(arguments: argparse.Namespace, model: T5ForConditionalGenera
 
 
 def rqa_scoring(arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter) -> Step:
-    """Score with rqa's own scorer."""
     from rqa.objectives.dca import CrossAttentionScorer
     from rqa.objectives.teacher import Pair
 

@@ -313,8 +313,6 @@ def compiled(section: Section) -> None:
 
 
 def machine(section: Section) -> None:
-    """Describe the machine that everything is measured on."""
-
     def figures() -> Line:
         memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30) if section.cuda else None
         rate = float(f"{matmul_rate(torch.bfloat16) / 1e3:.3g}")

@@ -138,7 +138,6 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure limit, seconds and shares of one path."""
     bench = Bench(arguments)
     path = PATHS[arguments.system](bench)
     path.run()  # warm-up

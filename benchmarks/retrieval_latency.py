@@ -201,7 +201,6 @@ def faiss_as_shipped() -> Iterator[None]:
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every index on every synthetic corpus."""
     rows = []
     for size in arguments.sizes:
         vectors, questions = synthetic(size), synthetic(max(BATCHES), seed=1)

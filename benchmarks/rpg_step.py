@@ -56,7 +56,6 @@ def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the seconds of each step."""
     documents, examples = read_inputs(arguments)
     steps = rqa_steps if arguments.system == "rqa" else usual_steps
     return {"seconds": steps(arguments, open_retriever(arguments, documents), examples, int(arguments.setting))}

@@ -189,7 +189,6 @@ async def ask_all(
 
 
 async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
-    """Yield the pieces of a streamed answer."""
     if reply.is_error:
         sys.exit(f"error: {(await reply.aread()).decode()}")
     async for line in reply.aiter_lines():
@@ -203,7 +202,6 @@ async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
 
 
 def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {(row["precision"], row["clients"]): row for row in rows if row["system"] == "rqa"}
     compare(rows, lambda row: ours.get((row["precision"], row["clients"])))
     for row in rows:

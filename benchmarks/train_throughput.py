@@ -72,7 +72,6 @@ def prepare(arguments: argparse.Namespace) -> Sequences:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the tokens a second of each step."""
     train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
     return summary(train(arguments, prepared(arguments)).steps(skip=arguments.warmup))
 

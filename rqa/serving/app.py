@@ -270,7 +270,6 @@ class Api:
 
 
 def described(name: str, document: Document) -> dict[str, Any]:
-    """A passage as a JSON object."""
     title, source = (str(document.metadata.get(field) or "") for field in ("title", "source"))
     return {"id": name, "title": title or source or name, "source": source, "text": document.page_content}
 
