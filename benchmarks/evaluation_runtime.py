@@ -12,10 +12,11 @@ which are the same for all.
 
 import argparse
 import statistics
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
+from harness import compare, new_parser, print_table, read_corpus, run_benchmark, times
 
 from rqa.data import Document, Example
 from rqa.evaluation.answers import evaluate_answers
@@ -40,7 +41,6 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours, answers = next((row for row in rows if row["system"] == "rqa"), None), rows[0]["answers"]
     compare(rows, lambda _: ours, "questions_per_second")
     for row in rows:
@@ -53,7 +53,6 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-    print_result(__file__, arguments, rows)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -67,59 +66,45 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
     documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path, answers=True)
     examples = examples[: arguments.max_examples or None]
-    flags = PromptArguments(
-        chat_format="template", max_seq_length=arguments.max_seq_length, max_new_tokens=arguments.max_new_tokens
-    )
-    prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), flags)
+    lengths = {"max_seq_length": arguments.max_seq_length, "max_new_tokens": arguments.max_new_tokens}
+    prompt = PromptArguments(chat_format="template", **lengths)
+    prompter = Prompter(load_tokenizer(arguments.qa_model_name_or_path), prompt)
     loading = EncoderArguments(bf16=arguments.precision == "bf16")
     retriever = Retriever(load_encoder(arguments.embedding_model, loading), documents)
-    batch, took, answers = SYSTEMS[arguments.system], {}, []
     retriever.open(f"{arguments.directory}/index")
-    if batch:
+    if size := SYSTEMS[arguments.system]:
         path, dtype = arguments.qa_model_name_or_path, loading.precision
         model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype).to(device())
-        run_transformers(model, prompter, retriever, examples, batch, took, answers)
+        took, answers = run_transformers(model, prompter, retriever, examples, size)
     else:
         reader = CausalLMReader(load_causal_lm(arguments.qa_model_name_or_path, loading), prompter)
-        run_rqa(reader, retriever, examples, took, answers)
+        took, answers = run_rqa(reader, retriever, examples)
     total = sum(took.values())
-    return {
-        **took,
-        "total": total,
-        "questions_per_second": len(examples) / total,
-        "answers": answers,
-    }
+    return {**took, "total": total, "questions_per_second": len(examples) / total, "answers": answers}
 
 
-def run_rqa(
-    reader: Any, retriever: Retriever, examples: list[Example], took: dict[str, float], answers: list[str]
-) -> None:
-    """Run rqa's own evaluation."""
+def run_rqa(reader: Any, retriever: Retriever, examples: Sequence[Example]) -> tuple[dict[str, float], list[str]]:
+    """Run rqa's own evaluation. -> the seconds of its parts, and the answers"""
     evaluation = EvaluationArguments(embedding_max_num_to_retrieve=PASSAGES)
     found: list[list[Document]] = []
     results: list[Any] = []
-    took["retrieve"] = seconds(lambda: found.extend(find_passages(retriever, examples, evaluation)))
+    took = {"retrieve": seconds(lambda: found.extend(find_passages(retriever, examples, evaluation)))}
     whole = seconds(lambda: results.extend(evaluate_answers(reader, examples, found, evaluation)))
     metrics, rows = results
     took["generate"] = len(examples) / metrics["gen/questions_per_second"]
     took["score"] = whole - took["generate"]
-    answers += [row["generated_answer"] for row in rows]
+    return took, [row["generated_answer"] for row in rows]
 
 
 def run_transformers(
-    model: Any,
-    prompter: Prompter,
-    retriever: Retriever,
-    examples: list[Example],
-    size: int,
-    took: dict[str, float],
-    answers: list[str],
-) -> None:
+    model: Any, prompter: Prompter, retriever: Retriever, examples: Sequence[Example], size: int
+) -> tuple[dict[str, float], list[str]]:
     """Run `model.generate` on padded batches in file order, with the same prompts, then score one by one."""
     tokenizer = prompter.tokenizer
     tokenizer.padding_side = "left"
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     found: list[list[Document]] = []
+    answers: list[str] = []
 
     def retrieve() -> None:
         for start in range(0, len(examples), size):
@@ -149,7 +134,7 @@ def run_transformers(
             score_answer(*pair)
         corpus_bleu(answers, gold)
 
-    took["retrieve"], took["generate"], took["score"] = seconds(retrieve), seconds(generate), seconds(score)
+    return {work.__name__: seconds(work) for work in (retrieve, generate, score)}, answers
 
 
 if __name__ == "__main__":

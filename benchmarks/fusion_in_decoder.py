@@ -12,8 +12,7 @@ generate 50 tokens over padded passages. All systems work on the same questions,
 """
 
 import argparse
-from collections.abc import Sequence
-from itertools import cycle
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,18 +20,17 @@ from harness import (
     Clock,
     compare,
     new_parser,
-    print_result,
-    print_table,
-    rate_cells,
+    print_rates,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
+    with_passages,
 )
 from transformers import T5Config, T5ForConditionalGeneration
 
 from rqa.data import Document, Example
+from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDPromptArguments, FiDPrompter, FiDSequence
 from rqa.models.loading import load_tokenizer
 
@@ -49,6 +47,7 @@ SIZES = {
     "tiny": {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4},
 }
 Question = tuple[Example, list[Document]]
+Step = Callable[[list[Question]], None]  # works on a batch
 
 
 def main() -> None:
@@ -61,7 +60,6 @@ def main() -> None:
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the passages a second of each step."""
     torch.manual_seed(0)
     tokenizer = load_tokenizer(arguments.tokenizer)
     config = T5Config(
@@ -75,26 +73,23 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     prompter = FiDPrompter(
         tokenizer, FiDPromptArguments(max_encoder_seq_length=PADDED_LENGTH), config.decoder_start_token_id
     )
-    work = {
-        "rqa: training": train_product,
-        "padded: training": train_padded,
-        "rqa: scoring": score_rqa,
-        "padded and generating: scoring": score_padded,
-    }[arguments.system]
-    clock = work(arguments, model, prompter, questions(arguments))
-    return summary(clock.steps(skip=arguments.warmup))
+    rows = questions(arguments)
+    if arguments.system == "rqa: training":
+        return summary(train_product(arguments, model, prompter, rows).steps(skip=arguments.warmup))
+    step = {
+        "padded: training": padded_training,
+        "rqa: scoring": rqa_scoring,
+        "padded and generating: scoring": padded_scoring,
+    }[arguments.system](arguments, model, prompter)
+    batches = [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
+    steps = [(arguments.n_context * len(batch), seconds(lambda batch=batch: step(batch))) for batch in batches]
+    return summary(steps[arguments.warmup :])
 
 
 def questions(arguments: argparse.Namespace) -> list[Question]:
-    """Give each question equally many passages: its gold ones, then any others, since speed does not depend on them."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file, answers=True)
-    chosen = examples[: arguments.batch_size * (arguments.steps + arguments.warmup)]
-    others = cycle(documents)
-    return [
-        (example, [*gold, *(next(others) for _ in range(arguments.n_context - len(gold)))])
-        for example in chosen
-        for gold in [example.gold_docs[: arguments.n_context]]
-    ]
+    asked = examples[: arguments.batch_size * (arguments.steps + arguments.warmup)]
+    return with_passages(asked, documents, arguments.n_context)
 
 
 def train_product(
@@ -115,13 +110,11 @@ def train_product(
     return clock
 
 
-def train_padded(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
-) -> Clock:
+def padded_training(arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter) -> Step:
     """Train with every passage padded to one length; a question's states lie side by side, padding included."""
-    optimizer, clock = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True), Clock()
-    clock.tick()
-    for batch in batches(arguments, rows):
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5, fused=True)
+
+    def step(batch: list[Question]) -> None:
         sequences = [prompter.encode(example, passages, example.gold_answer) for example, passages in batch]
         labels = torch.nn.utils.rnn.pad_sequence(
             [torch.tensor(sequence.answer) for sequence in sequences], batch_first=True, padding_value=-100
@@ -131,53 +124,36 @@ def train_padded(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        clock.units.append(arguments.n_context * len(batch))
-        clock.tick()
-    return clock
+
+    return step
 
 
-def score_rqa(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
-) -> Clock:
-    """Score with rqa's own scorer."""
+def rqa_scoring(arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter) -> Step:
     from rqa.objectives.dca import CrossAttentionScorer
     from rqa.objectives.teacher import Pair
 
-    scorer, clock = CrossAttentionScorer(model, prompter, arguments.batch_size), Clock()
-    clock.tick()
-    for batch in batches(arguments, rows):
+    scorer = CrossAttentionScorer(model, prompter, arguments.batch_size)
+
+    def step(batch: list[Question]) -> None:
+        pairs = [Pair(example, document, tuple(passages)) for example, passages in batch for document in passages]
         with autocast(arguments, model):
-            list(
-                scorer(
-                    [Pair(example, document, tuple(passages)) for example, passages in batch for document in passages]
-                )
-            )
-        clock.units.append(arguments.n_context * len(batch))
-        clock.tick()
-    return clock
+            list(scorer(pairs))
+
+    return step
 
 
-@torch.no_grad()
-def score_padded(
-    arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter, rows: list[Question]
-) -> Clock:
+def padded_scoring(arguments: argparse.Namespace, model: T5ForConditionalGeneration, prompter: FiDPrompter) -> Step:
     """Generate an answer, as the reference does; reading scores from the first step would add next to nothing."""
     model.eval()
-    clock = Clock()
-    clock.tick()
-    for batch in batches(arguments, rows):
+    length = {"min_new_tokens": GENERATED, "max_new_tokens": GENERATED}
+
+    @torch.no_grad()
+    def step(batch: list[Question]) -> None:
         inputs = [prompter.encode(example, passages) for example, passages in batch]
         with autocast(arguments, model):
-            model.generate(
-                **encode_padded(model, inputs), min_new_tokens=GENERATED, max_new_tokens=GENERATED, do_sample=False
-            )
-        clock.units.append(arguments.n_context * len(batch))
-        clock.tick()
-    return clock
+            model.generate(**encode_padded(model, inputs), **length, do_sample=False)
 
-
-def batches(arguments: argparse.Namespace, rows: list[Question]) -> list[list[Question]]:
-    return [rows[start : start + arguments.batch_size] for start in range(0, len(rows), arguments.batch_size)]
+    return step
 
 
 def encode_padded(model: T5ForConditionalGeneration, sequences: list[FiDSequence]) -> dict[str, Any]:
@@ -203,19 +179,15 @@ def autocast(arguments: argparse.Namespace, model: T5ForConditionalGeneration) -
     return torch.autocast(model.device.type, torch.bfloat16, enabled=arguments.precision == "bf16")
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     ours = {row["system"].partition(": ")[2]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get(row["system"].partition(": ")[2]))
-    print_table(
-        ["", "allocator", "passages/s", "median", "spread", "peak GiB", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row), times(row)] for row in rows],
-    )
+    print_rates(["", "allocator", "passages/s"], rows)
     tokenizer = load_tokenizer(arguments.tokenizer)
     texts = [document.fmt_content for _, passages in questions(arguments) for document in passages]
     tokens = sum(map(len, tokenizer(texts)["input_ids"])) / len(texts)
     print(f"passages have {tokens:.0f} tokens on average")
-    print_result(__file__, arguments, rows, mean_length=tokens)
+    return {"mean_length": tokens}
 
 
 if __name__ == "__main__":

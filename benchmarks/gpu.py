@@ -40,9 +40,8 @@ from gpu_sections import (
     measured,
     save_encoder,
     text,
-    training_flops,
 )
-from harness import matmul_rate
+from harness import loop_flags, matmul_rate, training_flops
 from torch.nn.functional import cross_entropy
 
 from rqa.data import Document, Example
@@ -58,7 +57,6 @@ from rqa.prompts import PromptArguments, TokenSequence
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.runtime.cli import tune_allocator
-from rqa.training.arguments import LoopArguments
 from rqa.training.loop import Batches, train
 
 LIMITS = {"kernels": 60, "trainers": 120, "sft": 60, "ctl": 60, "encode": 45, "generate": 60, "search": 60,
@@ -66,17 +64,11 @@ LIMITS = {"kernels": 60, "trainers": 120, "sft": 60, "ctl": 60, "encode": 45, "g
 TOGETHER = {"kernels", "trainers"}  # share the device, because nothing is timed in them
 
 
-def loop_flags(directory: str, size: int, steps: int, **flags: Any) -> Any:
-    return LoopArguments(output_dir=directory, per_device_train_batch_size=size, max_steps=steps, save_strategy="no",
-                         eval_strategy="no", metric_for_best_model="loss", logging_steps=1000,
-                         **{"bf16": True, **flags})  # fmt: skip
-
-
 def train_ours(objective: Any, collate: Callable, examples: int, size: int, watch: Watch, **flags: Any) -> float:
     """Train with rqa's own loop and save nothing. -> the mean loss"""
     objective.save_pretrained = lambda directory: None
     with TemporaryDirectory() as directory:
-        loop = loop_flags(directory, size, watch.steps, **flags)
+        loop = loop_flags(directory, size, watch.steps, bf16=True, logging_steps=1000, **flags)
         batches = Batches(examples, collate, loop)
         batches.ahead = True
         train(objective, batches, loop, before_step=watch)
@@ -321,8 +313,6 @@ def compiled(section: Section) -> None:
 
 
 def machine(section: Section) -> None:
-    """Describe the machine that everything is measured on."""
-
     def figures() -> Line:
         memory = round(torch.cuda.get_device_properties(0).total_memory / 2**30) if section.cuda else None
         rate = float(f"{matmul_rate(torch.bfloat16) / 1e3:.3g}")

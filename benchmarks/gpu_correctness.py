@@ -22,6 +22,7 @@ from rqa.documents import write_documents
 from rqa.models.attention import PACKED_ATTENTION, packed_attention
 from rqa.models.loading import batching_is_exact, hidden_states
 from rqa.packing import pack
+from rqa.runtime.cli import as_words
 
 CPU = "float32 on the CPU"
 
@@ -159,10 +160,9 @@ def trainers(section: Section) -> None:
         def run(name: str, output: Path, own: Line, on_cpu: bool = False) -> list[float]:
             executable, line = lines[name]
             flags = {**common, **line, **own, "output_dir": output}
-            arguments = [str(part) for flag, value in flags.items() for part in (f"--{flag}", value)]
             environment = {"RQA_CACHE": f"{output}.cache"} | ({"CUDA_VISIBLE_DEVICES": ""} if on_cpu else {})
             told: list[str] = []
-            given = (executable, arguments, environment, f"{output}.log")
+            given = (executable, as_words(flags), environment, f"{output}.log")
             ended = launch(section.context, run_executable, section.left() - 3, given, told.append)
             if problem := ended or told[0]:
                 raise RuntimeError(problem)

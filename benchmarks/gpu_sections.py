@@ -199,15 +199,6 @@ def save_encoder(section: Section, path: str) -> None:
     Encoder(model, tokenizer("[CLS] $A [SEP]"), settings).save_pretrained(path)
 
 
-def training_flops(config: Any, lengths: Sequence[int], outputs: int) -> float:
-    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens."""
-    width, layers, decoder = config.hidden_size, config.num_hidden_layers, outputs > 0
-    keys = width * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
-    weights = 2 * width * width + 2 * width * keys + (3 if decoder else 2) * width * config.intermediate_size
-    attention = (6 if decoder else 12) * layers * width * sum(length**2 for length in lengths)
-    return 6 * layers * weights * sum(lengths) + attention + 6 * outputs * width * config.vocab_size
-
-
 class Watch:
     """A training loop's `before_step` that times steps, then counts one step's syncs and measures another's busy time.
 

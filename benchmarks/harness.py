@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from importlib.metadata import Distribution, requires, version
+from itertools import cycle, islice
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -30,11 +31,8 @@ def new_parser(
 ) -> argparse.ArgumentParser:
     """Make a parser with the flags that benchmarks share.
 
-    Args:
-        questions: Names of the flags for files of questions, if the benchmark reads a corpus.
-        systems: Names that `--only` accepts; the hidden flags of `run_benchmark` are added with it.
-        precision: Whether to add `--precision`.
-        steps: Default number of measured steps; 0: the benchmark has no `--steps`.
+    `questions` are the flags for files of questions, if the benchmark reads a corpus. `systems` are what `--only`
+    accepts; the hidden flags of `run_benchmark` are added with it. `steps` is the default of `--steps`; 0: none.
     """
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     if questions:
@@ -58,16 +56,14 @@ def run_benchmark(
     arguments: argparse.Namespace,
     systems: Mapping[str, Iterable[Any]],
     measure: Callable[[argparse.Namespace], Row],
-    report: Callable[[argparse.Namespace, list[Row]], None],
-    prepare: Callable[[argparse.Namespace], None] = lambda arguments: None,
+    report: Callable[[argparse.Namespace, list[Row]], Row | None],
+    prepare: Callable[[argparse.Namespace], Any] = lambda arguments: None,
 ) -> None:
     """Main function of a benchmark: run each system with each of its settings in its own process, then report.
 
-    Args:
-        systems: Name -> settings. `default` leaves the allocator unchanged; every other setting changes it as rqa's
-            executables do.
-        measure: Measures one system, in its process.
-        prepare: Runs first; it can leave files in `arguments.directory`.
+    The setting `default` leaves the allocator unchanged; every other one changes it as rqa's executables do. `prepare`
+    runs first; it can leave files in `arguments.directory`, and return JSON for `prepared`. `report` prints a table; it
+    may return further fields of the benchmark's last line, which is JSON, or other `rows`.
     """
     if arguments.system:
         if arguments.setting != "default":
@@ -76,14 +72,19 @@ def run_benchmark(
         print(json.dumps({**row, "peak_gib": peak_memory()["host"]}))
         return
     with TemporaryDirectory() as arguments.directory:
-        prepare(arguments)
+        Path(arguments.directory, "prepared.json").write_text(json.dumps(prepare(arguments)), encoding="utf-8")
         rows = [
             run_alone(script, arguments, system=system, setting=str(setting))
             for system, settings in systems.items()
             if not arguments.only or system in arguments.only
             for setting in settings
         ]
-        report(arguments, rows)
+        print_result(script, arguments, **{"rows": rows, **(report(arguments, rows) or {})})
+
+
+def prepared(arguments: argparse.Namespace) -> Any:
+    """What `prepare` returned, read in another process."""
+    return json.loads(Path(arguments.directory, "prepared.json").read_text(encoding="utf-8"))
 
 
 def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:
@@ -104,11 +105,7 @@ def run_alone(script: str, arguments: argparse.Namespace, **hidden: str) -> Row:
 def read_corpus(
     document_path: str | None, train_file: str | None = None, eval_file: str | None = None, answers: bool = False
 ) -> tuple[Sequence[Any], Sequence[Any], Sequence[Any]]:
-    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs.
-
-    Args:
-        answers: Whether the questions must have answers.
-    """
+    """Documents, training questions and questions to measure on: of these files, or without any those of pydocs."""
     from pydocs.corpus import QUICKSTART, build_corpus
 
     from rqa.data import read_examples
@@ -126,12 +123,18 @@ def read_corpus(
     return corpus.documents, corpus.train, corpus.test
 
 
+def with_passages(examples: Sequence[Any], documents: Iterable[Any], number: int) -> list[tuple[Any, list[Any]]]:
+    """Each example with so many passages: its gold ones, then any others, on which speed does not depend."""
+    others, golds = cycle(documents), [example.gold_docs[:number] for example in examples]
+    filled = [[*gold, *islice(others, number - len(gold))] for gold in golds]
+    return list(zip(examples, filled, strict=True))
+
+
 def measure_command(line: Sequence[Any], processes: int = 1) -> Row:
     """Run a Python command to its end, with torchrun if there are several processes.
 
-    Returns:
-        `seconds`; `peak`, the peak GiB of its processes, summed; `own`, the same without the pages of mapped files; and
-        the fields of its last line, if that is JSON.
+    -> `seconds`; `peak`, the peak GiB of its processes, summed; `own`, the same without the pages of mapped files; and
+    the fields of its last line, if that is JSON.
     """
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     command = [sys.executable, *(torchrun if processes > 1 else []), *map(str, line)]
@@ -195,6 +198,14 @@ class Clock:
         return Recorder()
 
 
+def loop_flags(directory: str, batch_size: int, steps: int, **flags: Any) -> Any:
+    """Flags of rqa's loop, with which it saves and evaluates nothing."""
+    from rqa.training.arguments import LoopArguments
+
+    sizes = {"per_device_train_batch_size": batch_size, "max_steps": steps, "metric_for_best_model": "loss"}
+    return LoopArguments(output_dir=directory, save_strategy="no", eval_strategy="no", **sizes, **flags)
+
+
 def train_rqa(
     objective: torch.nn.Module,
     examples: int,
@@ -205,14 +216,7 @@ def train_rqa(
     clock: Clock,
     learning_rate: float = 5e-5,
 ) -> None:
-    """Train with rqa's own loop and time every step; nothing is saved or evaluated.
-
-    Args:
-        examples: Number of training examples.
-        batch: Makes a micro-batch from the numbers of its examples.
-        steps: Optimizer steps.
-    """
-    from rqa.training.arguments import LoopArguments
+    """Train with rqa's own loop and time every step; nothing is saved. `batch` makes a batch of examples."""
     from rqa.training.loop import Batches, train
 
     def last_moment(_: int) -> dict[str, float]:  # the loop calls this after its last step
@@ -220,18 +224,36 @@ def train_rqa(
         return {"eval_loss": 0.0}
 
     with TemporaryDirectory() as directory:
-        flags = LoopArguments(
-            output_dir=directory,
-            per_device_train_batch_size=batch_size,
-            max_steps=steps,
-            learning_rate=learning_rate,
-            bf16=bf16,
-            save_strategy="no",
-            eval_strategy="no",
-            metric_for_best_model="loss",
-        )
+        flags = loop_flags(directory, batch_size, steps, learning_rate=learning_rate, bf16=bf16)
         batches = Batches(examples, batch, flags)
         train(objective, batches, flags, before_step=clock.tick, evaluate=last_moment)
+
+
+def peer_settings(arguments: argparse.Namespace, batch_size: int, steps: int) -> dict[str, Any]:
+    """Settings of `transformers.Trainer`, and of trainers built on it: nothing is saved, evaluated or shown."""
+    return {
+        "output_dir": f"{arguments.directory}/{arguments.system} {arguments.setting}",
+        "per_device_train_batch_size": batch_size,
+        "max_steps": steps,
+        "bf16": arguments.precision == "bf16",
+        "use_cpu": not torch.cuda.is_available(),  # otherwise the Trainer refuses bf16
+        "optim": "adamw_torch_fused",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "logging_steps": 10**6,
+    }
+
+
+def train_peer(
+    trainer: Any, settings: Any, arguments: argparse.Namespace, batch_size: int, units: int, model: Any, **more: Any
+) -> Clock:
+    """Train with a trainer of sentence-transformers and the class of its settings, with so many units a step."""
+    clock, steps = Clock(), arguments.warmup + arguments.steps
+    clock.units = [units] * steps
+    chosen = settings(**peer_settings(arguments, batch_size, steps))
+    trainer(model, chosen, **more, callbacks=[clock.callback()]).train()
+    return clock
 
 
 def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
@@ -245,21 +267,11 @@ def summary(steps: Sequence[tuple[int, float]]) -> dict[str, Any]:
 
 
 def compare(rows: Sequence[Row], ours: Callable[[Row], Row | None], rate: str = "rate") -> None:
-    """Add to every peer's row how many times as fast rqa is.
-
-    Args:
-        ours: Finds rqa's row for a peer's row; rqa's own rows are not changed.
-    """
+    """Add to every peer's row how many times as fast rqa is; `ours` finds rqa's row for it."""
     for row in rows:
         product = ours(row)
         if product is not None and not row["system"].startswith("rqa"):
             row["rqa_is"] = product[rate] / row[rate]
-
-
-def rate_cells(row: Row, digits: int = 2) -> list[str]:
-    """Cells of a row made by `summary`: rate, median, spread, and peak memory in GiB."""
-    figures = [f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"])]
-    return [*figures[:2], "-".join(figures[2:]), f"{row['peak_gib']:.1f}"]
 
 
 def times(row: Row) -> str:
@@ -291,6 +303,27 @@ def print_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     for first, *others in cells:
         figures = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         print("  ".join([first.ljust(widths[0]), *figures]))
+
+
+def print_rates(first: Sequence[str], rows: Sequence[Row], digits: int = 2, **more: str) -> None:
+    """Print rows made by `summary`; `first` are the first three titles, `more` formats of further fields by name."""
+    cells = []
+    for row in rows:
+        rate, median, *ends = (f"{figure:.{digits}f}" for figure in (row["rate"], row["median"], *row["spread"]))
+        others = [format(row[name], form) for name, form in more.items()]
+        peak = f"{row['peak_gib']:.1f}"
+        cells.append([row["system"], row["setting"], rate, median, "-".join(ends), peak, *others, times(row)])
+    titles = [name.replace("_", " ") for name in more]
+    print_table([*first, "median", "spread", "peak GiB", *titles, "rqa is"], cells)
+
+
+def training_flops(config: Any, lengths: Sequence[int], outputs: int = 0) -> float:
+    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens."""
+    width, layers, decoder = config.hidden_size, config.num_hidden_layers, config.model_type != "bert"
+    keys = width * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
+    weights = 2 * width * width + 2 * width * keys + (3 if decoder else 2) * width * config.intermediate_size
+    attention = (6 if decoder else 12) * layers * width * sum(length**2 for length in lengths)
+    return 6 * layers * weights * sum(lengths) + attention + 6 * outputs * width * config.vocab_size
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

@@ -41,7 +41,6 @@ BIN = Path(__file__).resolve().parents[1] / "bin"
 
 
 def ways(arguments: argparse.Namespace) -> dict[str, list[str]]:
-    """Names of all ways, and their flags."""
     every, steps = arguments.every, arguments.steps
     often, seldom = ["--refresh_step", str(every)], f"0-{steps // 3}:{every},{steps // 3}-{steps}:{4 * every}"
     return {
@@ -157,7 +156,6 @@ def recall(path: str, documents: Sequence[Document], examples: Sequence[Example]
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table, and one JSON line."""
     header = ("", "s/step", "s/refresh", "share", "in background", "staleness", "peak GiB", "recall@4")
     columns = (("seconds_per_step", ".3f"), ("seconds_per_refresh", ".2f"), ("share", ".1%"),
                ("background_seconds", ".1f"), ("staleness", ".1f"), ("peak_gib", ".1f"))  # fmt: skip

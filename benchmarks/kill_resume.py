@@ -42,6 +42,7 @@ from rqa.retrieval import retriever as indexing
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime.cli import as_words
 from rqa.training.checkpoint import checkpoints
 
 ROOT = Path(__file__).parents[1]
@@ -109,14 +110,10 @@ class Trial:
             **FLAGS,
             **OWN[self.name],
         }
-        return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+        return as_words(values)
 
     def run(self, output: Path, plan: dict[str, Any]) -> dict[str, Any]:
-        """Run one process to its end. -> what it recorded
-
-        Raises:
-            SystemExit: The process failed without a kill.
-        """
+        """Run one process to its end, or exit if it fails without a kill. -> what it recorded"""
         notes = output.with_suffix(".json")
         notes.unlink(missing_ok=True)
         environment = {**os.environ, "RQA_CACHE": str(output.with_suffix(".cache")), "HF_HUB_OFFLINE": "1"}
@@ -190,9 +187,9 @@ class IndexTrial(Trial):
             "document_path": self.directory / f"{'former' if output.name == 'former' else 'present'}.jsonl",
             "index_path": f"milvus::{output}/passages.db/passages" if "milvus" in self.name else output / "index",
             "dtype": "float32",  # other batches change a float32 score by less than 1e-5
-            "update": str(self.updated and "run-" in output.name).lower(),
+            "update": self.updated and "run-" in output.name,
         }
-        return [str(part) for name, value in values.items() for part in (f"--{name}", value)]
+        return as_words(values)
 
     def measure(self) -> None:
         super().measure()

@@ -274,7 +274,6 @@ class Cell:
         write_json(self.place / "cell.json", mark)
 
     def line(self, command: str) -> list[str]:
-        """Make the command line of a command."""
         name, *flags = shlex.split(command)
         values = {"E": self.given.embedding_model, "L": self.given.qa_model_name_or_path, **self.files}
         values |= {"own": str(self.place), **{need.system: str(need.place) for need in self.needs}}

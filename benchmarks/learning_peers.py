@@ -10,9 +10,9 @@ the epoch with the best MRR@10 on the eval file. trl runs SFTTrainer on train_sf
 completion only, and keeps the epoch with the lowest loss on the eval file. Both continue from their last checkpoint.
 """
 
+import runpy
 import sys
 from contextlib import redirect_stdout
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,11 +23,8 @@ from transformers.trainer_utils import get_last_checkpoint
 from rqa.data import read_examples
 from rqa.documents import read_documents, with_known_gold
 from rqa.models.loading import load_tokenizer
-from rqa.objectives.ctl import CTLArguments
-from rqa.objectives.sft import SFTArguments, encode_examples
+from rqa.objectives.sft import encode_examples
 from rqa.prompts import Prompter, retrieval_query
-from rqa.recipe.reader import ReaderTraining
-from rqa.recipe.retriever import RetrieverTraining
 from rqa.recipe.run import TrainingArguments
 from rqa.runtime.cli import run
 from rqa.runtime.flags import parse
@@ -36,19 +33,15 @@ SAME_NAMES = ("output_dir", "learning_rate", "num_train_epochs", "max_steps", "p
               "gradient_accumulation_steps", "lr_scheduler_type", "weight_decay", "max_grad_norm", "seed")  # fmt: skip
 
 
-@dataclass(kw_only=True)
-class PairFlags(CTLArguments, RetrieverTraining):
-    """Flags of train_ctl."""
-
-
-@dataclass(kw_only=True)
-class PromptFlags(SFTArguments, ReaderTraining):
-    """Flags of train_sft."""
-
-
 def main() -> None:
     with redirect_stdout(sys.stderr):
         {"sentence_transformers": train_encoder, "trl": train_decoder}[sys.argv.pop(1)]()
+
+
+def flags_of(trainer: str) -> Any:
+    """Parse the command line as this executable of bin/ does."""
+    path = Path(__file__).resolve().parents[1] / "bin" / trainer
+    return parse(runpy.run_path(str(path), run_name="flags")["Flags"], __doc__)
 
 
 def settings_of(flags: TrainingArguments) -> dict[str, Any]:
@@ -72,7 +65,7 @@ def train_encoder() -> None:
     from sentence_transformers.evaluation import InformationRetrievalEvaluator
     from sentence_transformers.losses import CachedMultipleNegativesRankingLoss
 
-    flags = parse(PairFlags, __doc__)
+    flags = flags_of("train_ctl")
     documents = read_documents(flags.document_path)
     train, held_out = (with_known_gold(read_examples(path), documents) for path in (flags.train_file, flags.eval_file))
     corpus = {document.key: document.fmt_content for document in documents}
@@ -99,7 +92,7 @@ def train_decoder() -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
-    flags = parse(PromptFlags, __doc__)
+    flags = flags_of("train_sft")
     documents, prompter = read_documents(flags.document_path), Prompter(load_tokenizer(flags.model_name_or_path), flags)
     data = {}
     for name, path in (("train_dataset", flags.train_file), ("eval_dataset", flags.eval_file)):

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import matmul_rate, new_parser, print_result, print_table, read_corpus, run_benchmark
+from harness import matmul_rate, new_parser, print_table, read_corpus, run_benchmark, with_passages
 from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -76,17 +76,11 @@ class Rates:
 
 @dataclass
 class Work:
-    """One hot path, ready to run.
+    """One hot path, ready to run."""
 
-    Attributes:
-        run: Does the work once.
-        units: Amount of work, and its unit.
-        floor: Least seconds of work other than the recorded products.
-    """
-
-    run: Callable[[], Any]
-    units: tuple[int, str]
-    floor: Callable[[Rates], float] = lambda rates: 0.0
+    run: Callable[[], Any]  # does the work once
+    units: tuple[int, str]  # amount of work, and its unit
+    floor: Callable[[Rates], float] = lambda rates: 0.0  # least seconds of work other than the recorded products
 
 
 class Products(TorchDispatchMode):
@@ -131,7 +125,6 @@ def main() -> None:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table, and one JSON line."""
     print_table(
         ["", "of", "GFLOP", "GB", "limit s", "takes s", "spread", "of limit", "products", "element-wise", "moves",
          "optimizer", "Python"],
@@ -142,11 +135,9 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
             for row in rows
         ],
     )  # fmt: skip
-    print_result(__file__, arguments, rows)
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure limit, seconds and shares of one path."""
     bench = Bench(arguments)
     path = PATHS[arguments.system](bench)
     path.run()  # warm-up
@@ -215,13 +206,7 @@ class Bench:
         return Retriever(self.encoder(trained), list(self.documents[: self.arguments.documents]))
 
     def contexts(self, questions: int, passages: int) -> list[tuple[Example, list[Document]]]:
-        """Questions, each with its gold passages and others, equally many for each."""
-        others = iter(self.documents)
-        return [
-            (example, [*gold, *(next(others) for _ in range(passages - len(gold)))])
-            for example in self.examples[:questions]
-            for gold in [example.gold_docs[:passages]]
-        ]
+        return with_passages(self.examples[:questions], self.documents, passages)
 
     def training(self, objective: torch.nn.Module, batch: Callable[[], Any]) -> Callable[[], None]:
         """Make a training step as the loop does it."""

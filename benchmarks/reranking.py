@@ -15,7 +15,6 @@ Scores must be equal, and so must the loss of the first batch without any dropou
 """
 
 import argparse
-import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,13 +25,12 @@ from harness import (
     Clock,
     compare,
     new_parser,
-    print_result,
-    print_table,
-    rate_cells,
+    prepared,
+    print_rates,
     read_corpus,
     run_benchmark,
     summary,
-    times,
+    train_peer,
     train_rqa,
 )
 
@@ -67,8 +65,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write one checkpoint for all systems, and the lists to score and to train on."""
+def prepare(arguments: argparse.Namespace) -> dict[str, Lists]:
+    """Write one checkpoint for all systems. -> the lists to score and to train on"""
     torch.manual_seed(0)  # seeds a new head
     reranker = load_reranker(arguments.model_name_or_path, RerankerArguments(dtype="float32"), new_head=True)
     reranker.save_pretrained(Path(arguments.directory, "reranker"))
@@ -85,12 +83,11 @@ def prepare(arguments: argparse.Namespace) -> None:
         others = [passage for passage in passages if passage not in example.gold_docs][: arguments.negatives]
         lists["score"].append((question, [passage.fmt_content for passage in passages[: arguments.passages]]))
         lists["train"].append((question, [passage.fmt_content for passage in (example.gold_docs[0], *others)]))
-    lists["train"] = lists["train"][: arguments.batch_size]
-    Path(arguments.directory, "lists.json").write_text(json.dumps(lists), encoding="utf-8")
+    return lists | {"train": lists["train"][: arguments.batch_size]}
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    lists = json.loads(Path(arguments.directory, "lists.json").read_text(encoding="utf-8"))
+    lists = prepared(arguments)
     if arguments.system in ("rqa", PREDICT):
         return score(arguments, lists["score"])
     train = train_product if arguments.system == "rqa training" else train_sentence_transformers
@@ -99,21 +96,11 @@ def measure(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows}
     compare(rows, lambda row: ours.get("rqa" if row["system"] == PREDICT else "rqa training"))
-    scored = [row for row in rows if "gap" in row]
-    trained = [row for row in rows if "first_loss" in row]
-    for found, name, format in ((scored, "gap", "{:.1e}"), (trained, "first_loss", "{:.4f}")):
-        if found:
-            print_table(
-                ["", "settings", "pairs/s", "median", "spread", "peak GiB", name.replace("_", " "), "rqa is"],
-                [
-                    [row["system"], row["setting"], *rate_cells(row, 1), format.format(row[name]), times(row)]
-                    for row in found
-                ],
-            )
-    print_result(__file__, arguments, rows)
+    for name, form in (("gap", ".1e"), ("first_loss", ".4f")):
+        if found := [row for row in rows if name in row]:
+            print_rates(["", "settings", "pairs/s"], found, 1, **{name: form})
 
 
 def dtype_of(arguments: argparse.Namespace) -> torch.dtype:
@@ -207,27 +194,9 @@ def train_sentence_transformers(arguments: argparse.Namespace, lists: Lists) -> 
     with torch.no_grad():
         loss = float(objective.eval()([queries, docs], [torch.tensor(row) for row in labels]))
     objective.train()
-    clock, steps = Clock(), arguments.warmup + arguments.steps
-    clock.units = [sum(map(len, docs))] * steps
-    trainer = CrossEncoderTrainer(
-        model,
-        CrossEncoderTrainingArguments(
-            f"{arguments.directory}/trainer-{arguments.setting}",
-            per_device_train_batch_size=len(lists),
-            max_steps=steps,
-            bf16=arguments.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({"query": queries, "docs": docs, "labels": labels}),
-        loss=objective,
-        callbacks=[clock.callback()],
-    )
-    trainer.train()
-    return loss, clock
+    data, pairs = Dataset.from_dict({"query": queries, "docs": docs, "labels": labels}), sum(map(len, docs))
+    how = CrossEncoderTrainer, CrossEncoderTrainingArguments
+    return loss, train_peer(*how, arguments, len(lists), pairs, model, train_dataset=data, loss=objective)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ exact neighbours that are found. Needs
 
 import argparse
 import itertools
-import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 import faiss
 import numpy as np
-from harness import compare, new_parser, print_result, print_table, read_corpus, run_benchmark, times
+from harness import compare, new_parser, prepared, print_table, read_corpus, run_benchmark, times
 
 from rqa.evaluation.runtime import latencies, seconds
 from rqa.retrieval.faiss_index import FAISS_BLAS_THRESHOLD
@@ -57,31 +56,26 @@ def main() -> None:
     run_benchmark(__file__, arguments, SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write passages and questions, the same for every system; the search alone needs none."""
+def prepare(arguments: argparse.Namespace) -> tuple[list[str], list[str]] | None:
+    """Passages and questions, the same for every system; the search alone needs none."""
     if arguments.only == ["search"]:
-        return
+        return None
     documents, _, examples = read_corpus(arguments.document_path, eval_file=arguments.eval_data_path)
-    texts = {
-        "documents": [document.fmt_content for document in documents],
-        "questions": [example.question for example in examples],
-    }
-    Path(arguments.directory, "texts.json").write_text(json.dumps(texts), encoding="utf-8")
+    return [document.fmt_content for document in documents], [example.question for example in examples]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     return {"indexes": search(arguments)} if arguments.system == "search" else whole(arguments)
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print two tables, and one JSON line."""
+def report(_: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     systems = [row for row in rows if row["system"] != "search"]
     indexes = [index for row in rows if row["system"] == "search" for index in row["indexes"]]
     if systems:
         report_whole(systems)
     if indexes:
         report_search(indexes)
-    print_result(__file__, arguments, [*systems, *indexes])
+    return {"rows": [*systems, *indexes]}
 
 
 # ---------------------------------------------------------------- from text to passages
@@ -89,9 +83,8 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
 
 def whole(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure latency and throughput of one system at every batch size, divided into encoding and search."""
-    texts = json.loads(Path(arguments.directory, "texts.json").read_text(encoding="utf-8"))
     build = open_rqa if arguments.system == "rqa" else open_sentence_transformers
-    documents, questions = texts["documents"], texts["questions"]
+    documents, questions = prepared(arguments)
     encode, find, document_seconds = build(arguments, documents)
     found = find(encode(questions[:64]))
     return {
@@ -208,7 +201,6 @@ def faiss_as_shipped() -> Iterator[None]:
 
 
 def search(arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Measure every index on every synthetic corpus."""
     rows = []
     for size in arguments.sizes:
         vectors, questions = synthetic(size), synthetic(max(BATCHES), seed=1)

@@ -13,11 +13,9 @@ dropout, the loss of the first batch must be the same for all. Needs `pip instal
 """
 
 import argparse
-import json
 import random
 from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -25,13 +23,12 @@ from harness import (
     Clock,
     compare,
     new_parser,
-    print_result,
-    print_table,
-    rate_cells,
+    prepared,
+    print_rates,
     read_corpus,
     run_benchmark,
     summary,
-    times,
+    train_peer,
     train_rqa,
 )
 
@@ -55,8 +52,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write a batch of triples in which no passage comes twice, so that all systems have the same negatives."""
+def prepare(arguments: argparse.Namespace) -> list[Triple]:
+    """A batch of triples in which no passage comes twice, so that all systems have the same negatives."""
     documents, examples, _ = read_corpus(arguments.document_path, arguments.train_file)
     numbers = {document.key: number for number, document in enumerate(documents)}
     first = {numbers[example.gold_docs[0].key]: example for example in reversed(examples) if example.gold_docs}
@@ -68,15 +65,13 @@ def prepare(arguments: argparse.Namespace) -> None:
     def text(number: int) -> str:  # short passages continue with their neighbours, to have full length
         return "\n".join(document.fmt_content for document in documents[number : number + 8])[:4000]
 
-    triples = [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
-    Path(arguments.directory, "triples.json").write_text(json.dumps(triples), encoding="utf-8")
+    return [(first[gold].question, text(gold), text(other)) for gold, other in zip(chosen, others, strict=True)]
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Measure questions a second of each step, and the loss of the first batch."""
-    texts = Path(arguments.directory, "triples.json").read_text(encoding="utf-8")
     train = train_product if arguments.system.startswith("rqa") else train_sentence_transformers
-    loss, clock = train(arguments, [tuple(triple) for triple in json.loads(texts)])
+    loss, clock = train(arguments, prepared(arguments))
     return {"first_loss": loss, **summary(clock.steps(skip=arguments.warmup))}
 
 
@@ -131,29 +126,11 @@ def train_sentence_transformers(arguments: argparse.Namespace, triples: list[Tri
         objective = CachedMultipleNegativesRankingLoss(model, mini_batch_size=CHUNK)
     else:
         objective = MultipleNegativesRankingLoss(model)
-    loss = first_loss(model, triples)
-    clock, steps = Clock(), arguments.warmup + arguments.steps
-    clock.units = [len(triples)] * steps
+    loss, size = first_loss(model, triples), len(triples)
     columns = dict(zip(("anchor", "positive", "negative"), zip(*triples, strict=True), strict=True))
-    trainer = SentenceTransformerTrainer(
-        model,
-        SentenceTransformerTrainingArguments(
-            f"{arguments.directory}/{arguments.system}",
-            per_device_train_batch_size=len(triples),
-            max_steps=steps,
-            bf16=arguments.precision == "bf16",
-            use_cpu=not torch.cuda.is_available(),
-            optim="adamw_torch_fused",
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-        ),
-        train_dataset=Dataset.from_dict({name: list(texts) for name, texts in columns.items()}),
-        loss=objective,
-        callbacks=[clock.callback()],
-    )
-    trainer.train()
-    return loss, clock
+    data = Dataset.from_dict({name: list(texts) for name, texts in columns.items()})
+    how = SentenceTransformerTrainer, SentenceTransformerTrainingArguments
+    return loss, train_peer(*how, arguments, size, size, model, train_dataset=data, loss=objective)
 
 
 def first_loss(model: Any, triples: list[Triple]) -> float:
@@ -165,14 +142,9 @@ def first_loss(model: Any, triples: list[Triple]) -> float:
 
 
 def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {row["system"]: row for row in rows if row["system"].startswith("rqa")}
     compare(rows, lambda row: ours.get("rqa in chunks" if row["system"].endswith("cached") else "rqa"))
-    print_table(
-        ["", "settings", "questions/s", "median", "spread", "peak GiB", "first loss", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row), f"{row['first_loss']:.4f}", times(row)] for row in rows],
-    )
-    print_result(__file__, arguments, rows)
+    print_rates(["", "settings", "questions/s"], rows, first_loss=".4f")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from harness import Clock, new_parser, print_result, print_table, read_corpus, run_benchmark, times, train_rqa
+from harness import Clock, new_parser, print_table, read_corpus, run_benchmark, times, train_rqa
 
 from rqa.data import Document, Example
 from rqa.models.encoder import load_encoder
@@ -56,7 +56,6 @@ def open_retriever(arguments: argparse.Namespace, documents: Sequence[Document])
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the seconds of each step."""
     documents, examples = read_inputs(arguments)
     steps = rqa_steps if arguments.system == "rqa" else usual_steps
     return {"seconds": steps(arguments, open_retriever(arguments, documents), examples, int(arguments.setting))}
@@ -128,8 +127,7 @@ def usual_steps(
     return {"the usual way": [seconds for _, seconds in clock.steps(skip=arguments.warmup)]}
 
 
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios, and one JSON line."""
+def report(_: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
     rows = [
         {"system": name, "num_docs": int(row["setting"]), "seconds": seconds, "peak_gib": row["peak_gib"]}
         for row in sorted(rows, key=lambda row: int(row["setting"]))
@@ -146,7 +144,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
         return row["system"], str(row["num_docs"]), f"{median:.2f}", spread, f"{row['peak_gib']:.1f}", times(row)
 
     print_table(["", "documents", "s a step", "spread", "peak GiB", "as fast"], [cells(row) for row in rows])
-    print_result(__file__, arguments, rows)
+    return {"rows": rows}
 
 
 if __name__ == "__main__":

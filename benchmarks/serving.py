@@ -41,6 +41,7 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.models.loading import load_tokenizer
 from rqa.prompts import PromptArguments, Prompter, retrieval_query
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime.cli import as_words
 
 BIN = Path(__file__).parents[1] / "bin"
 PASSAGES, WARM_UP, STARTING = 3, 2, 300  # passages; untimed questions; seconds to start
@@ -136,8 +137,7 @@ def listening(system: str, arguments: argparse.Namespace) -> Iterator[tuple[subp
             "port": port,
             **PROMPT,
         }
-        line, environment = [sys.executable, BIN / "serve"], {}
-        line += [part for name, value in flags.items() for part in (f"--{name}", value)]
+        line, environment = [sys.executable, BIN / "serve", *as_words(flags)], {}
     else:
         line, environment = [Path(sys.executable).with_name("transformers"), "serve", model, "--port", port], ALLOCATOR
         line += ["--device", "auto", "--dtype", "bfloat16" if bf16 else "float32"]
@@ -189,7 +189,6 @@ async def ask_all(
 
 
 async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
-    """Yield the pieces of a streamed answer."""
     if reply.is_error:
         sys.exit(f"error: {(await reply.aread()).decode()}")
     async for line in reply.aiter_lines():
@@ -203,7 +202,6 @@ async def pieces(reply: httpx.Response) -> AsyncIterator[str]:
 
 
 def report(arguments: argparse.Namespace, rows: list[Row]) -> None:
-    """Print a table with the ratios, and one JSON line."""
     ours = {(row["precision"], row["clients"]): row for row in rows if row["system"] == "rqa"}
     compare(rows, lambda row: ours.get((row["precision"], row["clients"])))
     for row in rows:

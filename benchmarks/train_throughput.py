@@ -12,10 +12,8 @@ padding-free or packed, with the loss on the completion only. Needs `pip install
 """
 
 import argparse
-import json
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,14 +22,14 @@ from harness import (
     compare,
     matmul_rate,
     new_parser,
-    print_result,
-    print_table,
-    rate_cells,
+    peer_settings,
+    prepared,
+    print_rates,
     read_corpus,
     run_benchmark,
     summary,
-    times,
     train_rqa,
+    training_flops,
 )
 
 PASSAGES = 3
@@ -53,13 +51,8 @@ def main() -> None:
     run_benchmark(__file__, parser.parse_args(), SYSTEMS, measure, report, prepare)
 
 
-def read_sequences(arguments: argparse.Namespace) -> Sequences:
-    text = Path(arguments.directory, "sequences.json").read_text(encoding="utf-8")
-    return [(ids, start) for ids, start in json.loads(text)]
-
-
-def prepare(arguments: argparse.Namespace) -> None:
-    """Write two sequences for each step, the same for every system."""
+def prepare(arguments: argparse.Namespace) -> Sequences:
+    """Two sequences for each step, the same for every system."""
     from rqa.models.encoder import load_encoder
     from rqa.models.loading import load_tokenizer
     from rqa.objectives.swr import SwRArguments, gold_and_retrieved
@@ -75,13 +68,12 @@ def prepare(arguments: argparse.Namespace) -> None:
     for example, passages in zip(examples, gold_and_retrieved(examples, retriever, PASSAGES, flags, 0), strict=True):
         sequence = prompter.encode(example, passages, example.gold_answer)
         sequences.append((sequence.ids, sequence.answer_start))
-    Path(arguments.directory, "sequences.json").write_text(json.dumps(sequences), encoding="utf-8")
+    return sequences
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Measure the tokens a second of each step."""
     train = {"rqa": train_product, "Trainer": train_trainer}.get(arguments.system, train_trl)
-    return summary(train(arguments, read_sequences(arguments)).steps(skip=arguments.warmup))
+    return summary(train(arguments, prepared(arguments)).steps(skip=arguments.warmup))
 
 
 def train_product(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
@@ -118,7 +110,7 @@ def train_trainer(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
 
     trainer = Trainer(
         AutoModelForCausalLM.from_pretrained(arguments.model_name_or_path, dtype=torch.float32),
-        TrainingArguments(**peer_settings(arguments, sequences)),
+        TrainingArguments(**peer_settings(arguments, 2, len(sequences) // 2)),
         data_collator=collate,
         train_dataset=[{"input_ids": ids} for ids, _ in sequences],
         callbacks=[clock.callback()],
@@ -137,7 +129,7 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     rows = [
         {"input_ids": ids, "completion_mask": [int(i >= start) for i in range(len(ids))]} for ids, start in sequences
     ]
-    settings = peer_settings(arguments, sequences)
+    settings = peer_settings(arguments, 2, len(sequences) // 2)
     if packed:  # one row of packed sequences is the batch
         settings |= {"per_device_train_batch_size": 1, "max_steps": -1, "num_train_epochs": 1}
     trainer = SFTTrainer(
@@ -164,54 +156,26 @@ def train_trl(arguments: argparse.Namespace, sequences: Sequences) -> Clock:
     return clock
 
 
-def peer_settings(arguments: argparse.Namespace, sequences: Sequences) -> dict[str, Any]:
-    return {
-        "output_dir": f"{arguments.directory}/{arguments.system}",
-        "per_device_train_batch_size": 2,
-        "max_steps": len(sequences) // 2,
-        "bf16": arguments.precision == "bf16",
-        "use_cpu": not torch.cuda.is_available(),  # otherwise the Trainer refuses bf16
-        "optim": "adamw_torch_fused",
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "logging_steps": 10**6,
-    }
+def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    from transformers import AutoConfig
 
-
-def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
-    """Print a table with the ratios at equal settings, and one JSON line."""
-    from rqa.runtime.distributed import cpu_has_bf16
+    from rqa.runtime.distributed import has_bf16
 
     rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
-    lengths = [len(ids) for ids, _ in read_sequences(arguments)]
+    lengths = [len(ids) for ids, _ in prepared(arguments)]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
     compare(rows, lambda _: ours)
     more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rates}
-    print_table(
-        ["", "allocator", "tokens/s", "median", "spread", "peak GiB", "rqa is"],
-        [[row["system"], row["setting"], *rate_cells(row, 0), times(row)] for row in rows],
-    )
+    print_rates(["", "allocator", "tokens/s"], rows, digits=0)
     print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
     if ours:
-        used = "bf16" if arguments.precision == "bf16" and cpu_has_bf16() else "float32"
-        share = ours["rate"] * flops_per_token(arguments, lengths) / 1e9 / rates[used]
+        used = "bf16" if arguments.precision == "bf16" and has_bf16() else "float32"
+        config = AutoConfig.from_pretrained(arguments.model_name_or_path)
+        per_token = training_flops(config, lengths) / sum(lengths)  # without the output layer
+        share = ours["rate"] * per_token / 1e9 / rates[used]
         more["share_of_matmul_rate"] = share
         print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
-    print_result(__file__, arguments, rows, **more)
-
-
-def flops_per_token(arguments: argparse.Namespace, lengths: list[int]) -> float:
-    """Operations a token, forward and backward, of layers and causal attention; without the output layer."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-    width, layers = config.hidden_size, config.num_hidden_layers
-    head = width // config.num_attention_heads
-    keys = config.num_key_value_heads * head
-    weights = layers * (2 * width * width + 2 * width * keys + 3 * width * config.intermediate_size)
-    mean_context = sum(length**2 for length in lengths) / sum(lengths)
-    return 6 * weights + 6 * layers * width * mean_context
+    return more
 
 
 if __name__ == "__main__":

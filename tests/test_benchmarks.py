@@ -25,8 +25,8 @@ import learning
 import numpy as np
 import pytest
 import serving
-from gpu_sections import Section, launch, llama, training_flops
-from harness import matmul_rate, measure_command
+from gpu_sections import Section, launch, llama
+from harness import matmul_rate, measure_command, training_flops
 from learning import intervals
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import BertConfig, BertModel

@@ -80,10 +80,8 @@ class Corpus:
 def build_corpus(packages: Sequence[str] = PACKAGES, chunk_tokens: int = 128, seed: int = 0) -> Corpus:
     """Make passages and questions from the docstrings of installed packages; the same versions give the same corpus.
 
-    Args:
-        packages: Modules to import. Each gives its own public functions and classes; list submodules separately.
-        chunk_tokens: Maximum tokens of a passage, by `count_tokens`.
-        seed: Decides which facts are asked about, in which words, and the split.
+    `packages` are modules to import; each gives its own functions and classes, so submodules are listed separately. A
+    passage has at most `chunk_tokens`. `seed` decides which facts are asked about, in which words, and the split.
     """
     pages, homes = collect_pages(packages)
     if not pages:

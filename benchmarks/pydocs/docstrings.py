@@ -55,19 +55,12 @@ _MARKUP = (
 
 @dataclass(frozen=True)
 class Block:
-    """A part of a docstring that stays in one passage: a paragraph, or one entry of a section.
+    """A part of a docstring that stays in one passage: a paragraph, or one entry of a section."""
 
-    Attributes:
-        section: "parameters", "returns", "raises", "see also", another heading in lower case, or `PROSE`.
-        name: The entry's name, or several separated by commas; empty for a paragraph.
-        kind: The entry's type; empty if it has none.
-        description: The text of the paragraph or entry, on one line.
-    """
-
-    section: str
-    name: str
-    kind: str
-    description: str
+    section: str  # "parameters", "returns", "raises", "see also", another heading in lower case, or `PROSE`
+    name: str  # the entry's name, or several separated by commas; empty for a paragraph
+    kind: str  # the entry's type; empty if it has none
+    description: str  # the text of the paragraph or entry, on one line
 
     @property
     def text(self) -> str:
@@ -78,9 +71,7 @@ class Block:
 def parse(docstring: str, names: Collection[str] = ()) -> list[Block]:
     """Split a docstring into blocks, in order; code, doctests and formulas are left out.
 
-    Args:
-        docstring: The raw docstring, indented or not.
-        names: Names of the object. Leading lines that only repeat its signature are left out.
+    `names` are those of the object: leading lines that only repeat its signature are left out.
     """
     text = re.sub(r"```.*?(```|\Z)", "", inspect.cleandoc(docstring), flags=re.DOTALL)
     lines = _without_signature(_without_directives(text.splitlines()), names)

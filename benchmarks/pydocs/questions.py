@@ -102,11 +102,7 @@ def _answer(description: str) -> str:
 
 
 def _paraphrases(pages: Sequence[Page], homes: dict[str, str]) -> dict[str, list[str]]:
-    """Descriptions of a page in the "See Also" sections of other pages, without words that reveal its name.
-
-    Args:
-        homes: Name of the page for each name of an object.
-    """
+    """Descriptions of a page in the "See Also" sections of other pages, without words that reveal its name."""
     about = {page.name: page for page in pages}
     tasks: defaultdict[str, list[str]] = defaultdict(list)
     for page in pages:

@@ -187,6 +187,13 @@ class Endpoint:
             log.warning(message, desc, len(refused), len(jobs), end, error)
         return [(known.get(job.key), seconds.pop(job.key, None)) for job in jobs]
 
+    def connect(self, http: type, retries: int) -> Any:
+        """An openai client over such an HTTP client; it retries after 0.5, 1, 2 ... 8 s, or as the server asks."""
+        from openai import AsyncOpenAI, Timeout
+
+        given = {"timeout": Timeout(TIMEOUT, connect=5.0), "http_client": http(follow_redirects=False)}
+        return AsyncOpenAI(base_url=self._url, api_key=self._key or "none", max_retries=retries, **given)
+
     def _run(self, work: Callable[[Any], Any]) -> Any:
         import openai  # takes a second, which runs without servers save
 
@@ -214,13 +221,7 @@ class Endpoint:
                 return type(reply)(reply.status_code, headers=headers, content=bytes(body), request=request)
 
         async def run() -> Any:
-            async with openai.AsyncOpenAI(
-                base_url=self._url,
-                api_key=self._key or "none",
-                timeout=openai.Timeout(TIMEOUT, connect=5.0),
-                max_retries=self.flags.endpoint_retries,  # after 0.5, 1, 2 ... 8 s, or as the server asks
-                http_client=Client(follow_redirects=False),
-            ) as client:
+            async with self.connect(Client, self.flags.endpoint_retries) as client:
                 if not self._reached:  # an absent server is reported now, not after many retries
                     with suppress(openai.APIStatusError):
                         await client.with_options(max_retries=1).get("/models", cast_to=str)

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from functools import cache
 from typing import Any
 
-from rqa.endpoint.client import CHARACTERS_PER_TOKEN, CUT, TIMEOUT, UNREADABLE, Endpoint, Job
+from rqa.endpoint.client import CHARACTERS_PER_TOKEN, CUT, UNREADABLE, Endpoint, Job
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import clean_text, without_thoughts
 
@@ -15,10 +15,9 @@ HALF_A_MARK = re.compile(r"\s*[<\[][^>\]]{0,12}")  # a text that may become a ma
 
 @cache
 def _client(endpoint: Endpoint, _: asyncio.AbstractEventLoop) -> Any:
-    from openai import AsyncOpenAI, DefaultAsyncHttpxClient, Timeout
+    from openai import DefaultAsyncHttpxClient
 
-    http = {"timeout": Timeout(TIMEOUT, connect=5.0), "http_client": DefaultAsyncHttpxClient(follow_redirects=False)}
-    return AsyncOpenAI(base_url=endpoint._url, api_key=endpoint._key or "none", max_retries=2, **http)
+    return endpoint.connect(DefaultAsyncHttpxClient, 2)
 
 
 async def stream(

@@ -190,8 +190,9 @@ def _write_beir(directory: Path, documents: Path, splits: dict[str, Path]) -> Co
     taken = Seen()
     with _writing(directory) as (write, counts):
         for number, document in enumerate(progress(iterate_documents(documents), desc="corpus.jsonl", unit="passage")):
-            source, text = document.key
-            name = source if source and taken.add(source) else f"{source}#{number}"
+            name, text = document.key
+            while not (name and taken.add(name)):
+                name = f"{name}#{number}"
             if names.get(document.key) == "":
                 names[document.key] = name
             title = document.metadata.get("title") or ""

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rqa.data import Document, Example, normalize
 from rqa.documents import normalized_of, prints
-from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, is_endpoint
+from rqa.endpoint.client import Endpoint, EndpointArguments, check_price, cost, is_endpoint
 from rqa.models.loading import LoadingArguments, load_causal_lm, load_tokenizer, model_fingerprint, positions_of
 from rqa.models.reader import CausalLMReader
 from rqa.prompts import ChatTemplateArguments, PromptArguments, Prompter, fill, retrieval_query
@@ -184,8 +184,11 @@ def generate(
     """Generate a reply to each conversation, and parse it by `read(number, reply)` into examples. [Q] -> [Q]
 
     A ValueError of `read` says why a reply is left out. The examples so far are in the file `accepted`, which the
-    caller deletes.
+    caller deletes. With `--estimate_only true`, the process ends after the cost is logged.
     """
+    log.info("%s", cost(f"{len(conversations)} replies", conversations, flags.max_new_tokens, flags.price))
+    if flags.estimate_only:
+        raise SystemExit
     write, made, rejected, unfinished = _writer(flags), [], 0, 0
     while (done := len(made)) < len(conversations):
         started = time.monotonic()

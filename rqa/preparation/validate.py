@@ -2,7 +2,7 @@
 
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import combinations
@@ -31,9 +31,14 @@ def validate(
     document_path: Path | None, paths: dict[str, Path], tokenizer: PreTrainedTokenizerBase | None
 ) -> Iterator[str]:
     """Yield a report on the files, line by line; the database streams. Without a tokenizer, lengths are in words."""
-    lengths = _Lengths(tokenizer)
-    splits = {name: _read_split(path, lengths, name) for name, path in paths.items()}
-    found: set[tuple[str, str]] = set()
+    parts = partial(tokenizer.encode, add_special_tokens=False, verbose=False) if tokenizer else str.split
+    lengths: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))  # by kind of text
+
+    def measure(kind: str, text: str) -> None:
+        lengths[kind].append(len(parts(text)))
+
+    splits = {name: _read_split(path, measure, name) for name, path in paths.items()}
+    known: set[tuple[str, str]] = set()  # gold passages in the database
     if document_path:
         wanted = set().union(*(split.gold for split in splits.values()))
         passages, repeated, seen = 0, 0, Seen()
@@ -41,8 +46,8 @@ def validate(
             passages += 1
             repeated += not seen.add(normalize(document.page_content))
             if document.key in wanted:
-                found.add(document.key)
-            lengths.add("passages", document.page_content)
+                known.add(document.key)
+            measure("passages", document.page_content)
         yield f"{document_path}: {passages} passages, {repeated} with the words of an earlier one"
     for name, split in splits.items():
         total = split.questions.total()
@@ -51,41 +56,25 @@ def validate(
         yield f"{name}: {with_gold} questions with a gold passage, {several} of them with several"
         if document_path and split.gold:
             gold = split.gold.total()
-            inside = sum(count for key, count in split.gold.items() if key in found)
+            inside = sum(count for key, count in split.gold.items() if key in known)
             yield f"{name}: {inside} of {gold} gold passages ({inside / gold:.1%}) are in the database"
     for (one, first), (other, second) in combinations(splits.items(), 2):
         questions, golds = len(first.questions.keys() & second.questions), len(first.gold.keys() & second.gold)
         yield f"{one} and {other}: {questions} questions and {golds} gold passages are in both"
-    yield from lengths.table()
+    yield f"{'tokens' if tokenizer else 'words':<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
+    for kind, found in lengths.items():
+        values = [float(np.mean(found)), *np.percentile(found, [50, 95, 100]).tolist()]
+        yield f"{kind:<22}" + "".join(f"{value:>{8 + (i == 3)}.0f}" for i, value in enumerate(values))
 
 
-def _read_split(path: Path, lengths: "_Lengths", name: str) -> Split:
+def _read_split(path: Path, measure: Callable[[str, str], None], name: str) -> Split:
     split = Split()
     for example in progress(iterate_examples(path), desc=path.name, unit="question"):
         split.questions[normalize(example.question)] += 1
         split.gold.update({document.key for document in example.gold_docs})
         split.gold_counts[len(example.gold_docs)] += 1
-        lengths.add(f"questions of {name}", example.question)
+        measure(f"questions of {name}", example.question)
         if example.gold_answer is not None:
             split.answers += 1
-            lengths.add(f"answers of {name}", example.gold_answer)
+            measure(f"answers of {name}", example.gold_answer)
     return split
-
-
-class _Lengths:
-    """Lengths of the texts of each kind."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase | None) -> None:
-        self.unit = "tokens" if tokenizer else "words"
-        self.split = partial(tokenizer.encode, add_special_tokens=False, verbose=False) if tokenizer else str.split
-        self._lengths: defaultdict[str, array[int]] = defaultdict(lambda: array("q"))
-
-    def add(self, kind: str, text: str) -> None:
-        self._lengths[kind].append(len(self.split(text)))
-
-    def table(self) -> Iterator[str]:
-        """Yield one line per kind of text: mean, median, 95th percentile and maximum."""
-        yield f"{self.unit:<22}{'mean':>8}{'median':>8}{'95 %':>8}{'longest':>9}"
-        for kind, lengths in self._lengths.items():
-            values = [float(np.mean(lengths)), *np.percentile(lengths, [50, 95, 100]).tolist()]
-            yield f"{kind:<22}" + "".join(f"{value:>{8 + (i == 3)}.0f}" for i, value in enumerate(values))

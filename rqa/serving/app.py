@@ -30,8 +30,7 @@ from rqa.prompts import DoesNotFit, retrieval_query
 from rqa.retrieval.citations import cite, passage_of
 from rqa.runtime.errors import one_line
 from rqa.runtime.text import added, parse_json
-from rqa.serving.engine import Busy, Engine
-from rqa.serving.metrics import Metrics
+from rqa.serving.engine import Busy, Engine, Metrics
 
 log = logging.getLogger(__name__)
 
@@ -271,7 +270,6 @@ class Api:
 
 
 def described(name: str, document: Document) -> dict[str, Any]:
-    """A passage as a JSON object."""
     title, source = (str(document.metadata.get(field) or "") for field in ("title", "source"))
     return {"id": name, "title": title or source or name, "source": source, "text": document.page_content}
 

@@ -230,11 +230,13 @@ def test_judgements_that_dangle_are_left_out_and_counted_and_grades_are_gains(tm
 
 
 def test_passages_of_one_source_get_names_of_their_own(tmp_path: Path) -> None:
-    rows = [{"page_content": text, "metadata": {"source": "guide"}} for text in ("one", "two")]
+    named = (("one", "guide"), ("two", "guide"), ("three", "guide#1"))
+    rows = [{"page_content": text, "metadata": {"source": source}} for text, source in named]
     (tmp_path / "documents.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (tmp_path / "test.jsonl").write_text(json.dumps({"question": "q", "gold_docs": [rows[1]]}))
     write_layout("beir", tmp_path / "b", tmp_path / "documents.jsonl", {"test": tmp_path / "test.jsonl"})
-    assert [json.loads(line)["_id"] for line in (tmp_path / "b/corpus.jsonl").open()] == ["guide", "guide#1"]
+    names = [json.loads(line)["_id"] for line in (tmp_path / "b/corpus.jsonl").open()]
+    assert names == ["guide", "guide#1", "guide#1#2"]
     assert (tmp_path / "b/qrels/test.tsv").read_text().splitlines()[1] == "test-0\tguide#1\t1"
 
 

@@ -32,7 +32,7 @@ from rqa.models.reader import CausalLMReader
 from rqa.retrieval.citations import passage_id
 from rqa.runtime.text import added
 from rqa.serving.app import Api, App, comparison_routes
-from rqa.serving.metrics import Metrics
+from rqa.serving.engine import Metrics
 
 ROOT = Path(__file__).parents[2]
 ASKED: Any = [{"role": "user", "content": "What does Arlen trade in?"}]

@@ -16,8 +16,7 @@ from rqa.preparation.feedback import Feedback
 from rqa.recipe.system import Reader
 from rqa.retrieval.hybrid import LexicalRetriever
 from rqa.serving.app import Api, App, comparison_routes
-from rqa.serving.engine import Engine
-from rqa.serving.metrics import Metrics
+from rqa.serving.engine import Engine, Metrics
 
 webdriver = pytest.importorskip("selenium.webdriver")
 if not (CHROMIUM := shutil.which("chromium")) or not (DRIVER := shutil.which("chromedriver")):
