@@ -403,17 +403,11 @@ def test_a_decoder_is_trained_as_an_encoder_and_sentence_transformers_loads_it_a
     assert any((weight - base[name]).abs().max() > 1e-6 for name, weight in ours.backbone.state_dict().items())
 
 
-def test_what_cannot_be_is_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_adapters_of_no_module_and_without_peft_are_refused(lm_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def train(*targets: str) -> None:
         flags = {"lora_target_modules": [*targets]} if targets else {}
         train_adapters(load_causal_lm(lm_path), LoraArguments(use_lora=True, **flags), lm_path)
 
-    for flags, message in (
-        ({"lora_r": 0}, "--lora_r 0: must be at least 1"), ({"lora_dropout": 1.0}, "--lora_dropout 1.0"),
-        ({"merge_lora_on_save": True}, "--merge_lora_on_save true: has no effect without"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            LoraArguments(**flags)
     train("q_proj", "nowhere")
     with pytest.raises(UserError, match="--lora_target_modules nowhere"):
         train("nowhere")
