@@ -1,13 +1,12 @@
 """train_fid as a user runs it."""
 
-import json
 from pathlib import Path
 
 import pytest
-from trainers import Run, Train, calls, history, scores, written
+from trainers import Run, Train, history, scores, written
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
-from rqa.models.encoder_decoder import NEW_LAYERS, FiDPrompter
+from rqa.models.encoder_decoder import NEW_LAYERS
 
 LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beams": 2}
 
@@ -35,18 +34,3 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
     assert run_executable("evaluate_rqa", evaluation) == 0
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@4"):
         assert scores(again)[name] == scores(tmp_path / "evaluated")[name] == found[name]
-
-
-def test_training_reads_gold_and_retrieved_passages_and_evaluation_only_retrieved_ones(
-    train: Train, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    shown = calls(monkeypatch, FiDPrompter, "encode")
-    output = train("train_fid", max_steps=1, eval_strategy="no", embedding_max_num_to_retrieve=2)
-    for example, passages, _ in shown[:16]:
-        keys = [passage.key for passage in passages]
-        assert example.gold_docs[0].key in keys
-        assert len(set(keys)) == len(keys) in (2, 3)
-    rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
-    found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
-    _, *tested = [given[1] for given in shown if len(given) == 2]  # the first warms up
-    assert [[passage.page_content for passage in passages] for passages in tested] == found
