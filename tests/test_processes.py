@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from torch import Tensor
 from divided_index import FACTORIES, search_all
+from fakes import edit
 from openai_server import serve
 from safetensors.torch import load_file
 from trainers import TORCHRUN, Run, history, scores
@@ -59,10 +60,8 @@ def paths(
     root = tmp_path_factory.mktemp("processes")
     encoder, fid = (shutil.copytree(path, root / Path(path).name) for path in (encoder_path, t5_path))
     load_reranker(encoder_path, new_head=True).save_pretrained(root / "reranker")
-    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate")
-    for config in (encoder / "config.json", fid / "config.json", root / "reranker" / "config.json"):
-        values = json.loads(config.read_text())
-        config.write_text(json.dumps(values | dict.fromkeys(values.keys() & dropout, 0.0)))
+    for path in (encoder, fid, root / "reranker"):
+        edit(path / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout_rate=0.0)
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
         rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
         write_examples(root / f"{name}.jsonl", rows)

@@ -18,6 +18,7 @@ import pytest
 import transformers
 from torch import nn
 from conftest import SMALL
+from fakes import edit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
@@ -156,17 +157,11 @@ def test_neither_pickled_weights_nor_a_checkpoint_s_own_code_run_unasked(damaged
     (pickled / "model.safetensors").unlink()
     torch.save({"weights": Payload()}, pickled / "pytorch_model.bin")
     refusal(load_causal_lm, pickled)
-    config = json.loads((damaged / "config.json").read_text())
-    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}}
-    (damaged / "config.json").write_text(json.dumps(config))
+    code = {"AutoConfig": "code.C", "AutoModelForCausalLM": "code.M"}
+    edit(damaged / "config.json", model_type="custom", auto_map=code)
     (damaged / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
     refusal(load_causal_lm, damaged)
     assert not (tmp_path / "ran").exists()
-
-
-def edit(path: Path, name: str, **values: object) -> None:
-    """Change a JSON file of a checkpoint."""
-    (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | values))
 
 
 def drop(path: Path, *names: str, **more: torch.Tensor) -> None:
@@ -189,7 +184,7 @@ FAULTS = {
 @pytest.mark.parametrize("fault", FAULTS)
 def test_a_checkpoint_holds_just_the_tensors_of_its_model(fault: str, damaged: Path) -> None:
     config, name, more, message = FAULTS[fault]
-    edit(damaged, "config.json", **config)
+    edit(damaged / "config.json", **config)
     drop(damaged / "model.safetensors", name, **more)
     assert message in refusal(load_causal_lm, damaged)
 
@@ -204,7 +199,7 @@ def test_an_adapter_and_the_model_below_it_are_whole(damaged: Path, tmp_path: Pa
     missing = "1 of its tensors are missing, such as model.layers.1."
     assert missing + "self_attn.q_proj.lora_B" in refusal(load_causal_lm, adapter)
     (adapter / "adapter_model.safetensors").write_bytes(weights)
-    edit(adapter, "adapter_config.json", r=4)
+    edit(adapter / "adapter_config.json", r=4)
     assert "of another shape, such as model.layers.0" in refusal(load_causal_lm, adapter)
     drop(damaged / "model.safetensors", UP + "weight")
     assert missing + "mlp.up_proj" in refusal(load_causal_lm, adapter)
@@ -294,12 +289,12 @@ def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_path
 
     before, config = of(), (damaged / "config.json").read_text()
     assert before == of(lm_path) == of(dtype=torch.bfloat16)
-    edit(damaged, "config.json", transformers_version="4.1", architectures=None, dtype="bfloat16")
+    edit(damaged / "config.json", transformers_version="4.1", architectures=None, dtype="bfloat16")
     assert of() == before
     found = []
     for name, value in CHANGES:
         (damaged / "config.json").write_text(config)
-        edit(damaged, "config.json", **{name: value})
+        edit(damaged / "config.json", **{name: value})
         found.append(of())
     (damaged / "config.json").write_text(config)
     live = load_causal_lm(str(damaged))
@@ -307,7 +302,7 @@ def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_path
     for alpha in (32, 16):
         live.save_pretrained(tmp_path / "adapter")
         load_tokenizer(str(damaged)).save_pretrained(tmp_path / "adapter")
-        edit(tmp_path / "adapter", "adapter_config.json", lora_alpha=alpha)
+        edit(tmp_path / "adapter" / "adapter_config.json", lora_alpha=alpha)
         found.append(of(tmp_path / "adapter"))
     assert found[-2] == model_fingerprint(live, load_tokenizer(str(damaged)))
     (damaged / "chat_template.jinja").write_text("{{ messages }}")
@@ -384,7 +379,7 @@ ADAPTED = {"use_lora": "true", "merge_lora_on_save": "true", "bf16": "true", "gr
 
 @pytest.mark.parametrize(
     ("name", "own"),
-    [("train_ctl", ADAPTED), ("train_rpg", {}), ("train_dca", {"projection": "true"}), ("train_emdr", {})],
+    [("train_ctl", ADAPTED), ("train_rpg", {}), ("train_dca", {"projection": "true"})],  # EMDR2 is loaded as RPG
 )
 def test_a_decoder_is_trained_as_an_encoder_and_sentence_transformers_loads_it_adapters_merged(
     name: str, own: dict[str, object], train: Train, t5_path: str, saved: Any
