@@ -19,7 +19,7 @@ import transformers
 from hypothesis import HealthCheck, Phase, settings
 from openai_server import OpenAIServer, serve
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from trainers import Flags, Run, Train
+from trainers import Flags, Run, Train, scores
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data import Document, Example, write_examples
@@ -139,6 +139,19 @@ def train(trainer_flags: Flags, run_executable: Run) -> Train:
         flags = trainer_flags(name, **own)
         assert run_executable(name, flags) == 0
         return Path(str(flags["output_dir"]))
+
+    return run
+
+
+@pytest.fixture
+def evaluate(run_executable: Run, files: dict[str, Path], tmp_path: Path) -> Callable[..., dict[str, float]]:
+    """Run `evaluate_rqa` on a reader and the test file; its scores."""
+
+    def run(reader: Path, **own: object) -> dict[str, float]:
+        named = {"document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"]}
+        output = {"qa_model_name_or_path": reader, "output_dir": tmp_path / "evaluated"}
+        assert run_executable("evaluate_rqa", named | output | own) == 0
+        return scores(tmp_path / "evaluated")
 
     return run
 

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import BIN, EXECUTABLES, Flags, Run, Train, calls, flags_of, history, parsed, scores, written
+from trainers import BIN, EXECUTABLES, Flags, Train, calls, flags_of, history, parsed, scores, written
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
+from rqa.models.encoder_decoder import FiDPrompter
 from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.cli import as_words
@@ -66,16 +67,17 @@ def test_swr_from_a_json_file_leaves_all_that_the_architecture_promises_and_resu
     assert [scores(half)[name] for name in quality] == [found[name] for name in quality]
 
 
-def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_new_run_leaves_none_of_the_old_scores(
-    train: Train, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], encoder_path: str
+@pytest.mark.parametrize(("name", "prompter"), [("train_swr", Prompter), ("train_fid", FiDPrompter)])
+def test_a_reader_trains_on_passages_of_the_whole_database_and_is_evaluated_without_gold(
+    name: str, prompter: type, train: Train, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], encoder_path: str
 ) -> None:
-    shown = calls(monkeypatch, Prompter, "encode")
-    output = train("train_swr", embedding_max_num_to_retrieve=3, max_steps=1, eval_strategy="no")
+    shown = calls(monkeypatch, prompter, "encode")
+    output = train(name, embedding_max_num_to_retrieve=3, max_steps=1, eval_strategy="no")
     training = [(example, [passage.key for passage in passages]) for example, passages, _ in shown[:16]]
     gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
     assert {key for _, keys in training for key in keys} - gold_of_split
     assert len({keys.index(example.gold_docs[0].key) for example, keys in training}) > 1  # it is anywhere
-    assert all(len(keys) <= 4 for _, keys in training)
+    assert all(example.gold_docs[0].key in keys and len({*keys}) == len(keys) in (3, 4) for example, keys in training)
     _, *tested = [(given[0].question, given[1]) for given in shown if len(given) == 2]  # the first warms up
     rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
@@ -84,6 +86,10 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_
     expected = retriever.documents_of(retriever.retrieve([question for question, _ in tested], 3))
     assert [passages for _, passages in tested] == expected
 
+
+def test_a_new_run_leaves_none_of_the_old_scores(train: Train) -> None:
+    output = train("train_swr", max_steps=1, eval_strategy="no")
+    assert (output / "score.json").exists()
     train("train_swr", max_steps=1, eval_file=None, test_file=None, overwrite_output_dir="true")
     assert not (output / "score.json").exists()
     assert not (output / "test-predictions.jsonl").exists()
@@ -92,18 +98,14 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_
 
 
 def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
-    train: Train, files: dict[str, Path], run_executable: Run, tmp_path: Path
+    train: Train, evaluate: Callable[..., dict[str, float]]
 ) -> None:
     output = train("train_swr", embedding_model="bm25", max_steps=30, learning_rate=1e-2, eval_steps=30,
                    save_strategy="no")  # fmt: skip
     losses = history(output, "loss")
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert history(output, "eval_loss")[-1] < 0.7 * losses[0]
-    evaluation = {"qa_model_name_or_path": output, "embedding_model": "bm25", "test_file": files["test_file"],
-                  "document_path": files["full_dataset_file_path"], "output_dir": tmp_path / "again",
-                  "max_new_tokens": 8, "max_seq_length": 256}  # fmt: skip
-    assert run_executable("evaluate_rqa", evaluation) == 0
-    first, second = scores(output), scores(tmp_path / "again")
+    first, second = scores(output), evaluate(output, embedding_model="bm25", max_new_tokens=8, max_seq_length=256)
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@1"):
         assert first[name] == second[name]
     assert first["test_gen/f1"] > 0

@@ -1,9 +1,10 @@
 """train_fid as a user runs it."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from trainers import Run, Train, history, scores, written
+from trainers import Train, history, scores, written
 from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.models.encoder_decoder import NEW_LAYERS
@@ -12,7 +13,7 @@ LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beam
 
 
 def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
-    train: Train, files: dict[str, Path], encoder_path: str, run_executable: Run, tmp_path: Path
+    train: Train, evaluate: Callable[..., dict[str, float]], encoder_path: str, tmp_path: Path
 ) -> None:
     output = train("train_fid", **LENGTHS, max_steps=24, learning_rate=3e-3, eval_steps=12,
                    gradient_checkpointing="true", gradient_accumulation_steps=2)  # fmt: skip
@@ -28,9 +29,6 @@ def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
     again = train("train_fid", **LENGTHS, model_name_or_path=output, output_dir=tmp_path / "again", max_steps=1,
                   learning_rate=0, eval_strategy="no")  # fmt: skip
     assert scores(again)["test_loss"] == pytest.approx(found["test_loss"], rel=1e-5)
-    evaluation = {"qa_model_name_or_path": output, "embedding_model_name_or_path": encoder_path, **LENGTHS,
-                  "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"],
-                  "output_dir": tmp_path / "evaluated"}  # fmt: skip
-    assert run_executable("evaluate_rqa", evaluation) == 0
+    evaluated = evaluate(output, embedding_model=encoder_path, **LENGTHS)
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@4"):
-        assert scores(again)[name] == scores(tmp_path / "evaluated")[name] == found[name]
+        assert scores(again)[name] == evaluated[name] == found[name]

@@ -1,6 +1,5 @@
 """What a checkpoint that cannot be loaded says; adapters: trained, saved in peft's layout, loaded, merged, resumed."""
 
-import json
 import math
 import os
 import re
@@ -22,7 +21,7 @@ from fakes import edit
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sentence_transformers import SentenceTransformer
-from trainers import Run, Train
+from trainers import Train, scores
 from transformers import AddedToken, AutoModel, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.models import attention
@@ -310,8 +309,7 @@ def test_a_fingerprint_changes_with_all_that_decides_an_output_and_not_with_path
     assert len({before, *found}) == 1 + len(found)
 
 
-TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "max_steps": 4,
-            "eval_steps": 2, "save_steps": 2, "per_device_train_batch_size": 2}  # fmt: skip
+TRAINING = {"use_lora": "true", "lora_r": 4, "lora_dropout": 0.1, "learning_rate": 1e-2, "save_steps": 2}
 
 
 @torch.no_grad()
@@ -320,12 +318,10 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
 
 
 def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_on_request(
-    files: dict[str, Path], lm_path: str, encoder_path: str, run_executable: Run, tmp_path: Path
+    train: Train, evaluate: Callable[..., dict[str, float]], lm_path: str, encoder_path: str, tmp_path: Path
 ) -> None:
-    out, half, lengths = tmp_path / "out", tmp_path / "half", {"max_new_tokens": 4, "max_seq_length": 256}
-    flags = {**files, **TRAINING, **lengths, "model_name_or_path": lm_path, "embedding_model": encoder_path}
-    flags |= {"gradient_checkpointing": "true", "save_total_limit": 4}
-    assert run_executable("train_swr", {**flags, "output_dir": out}) == 0
+    flags = TRAINING | {"gradient_checkpointing": "true", "max_new_tokens": 4, "save_total_limit": 4}
+    out, half = train("train_swr", **flags, eval_steps=2), tmp_path / "half"
     for path in (out, out / "checkpoint-2"):
         assert not (path / "model.safetensors").exists()
         assert all("lora_" in name for name in load_file(path / "adapter_model.safetensors"))
@@ -334,16 +330,12 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
     assert not load_config(str(out)).is_encoder_decoder
     torch.testing.assert_close(logits(ours), logits(theirs))
     assert (logits(ours) - logits(base)).abs().max() > 1e-2
-    again = {"qa_model_name_or_path": out, "embedding_model_name_or_path": encoder_path, "dtype": "float32", **lengths,
-             "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"],
-             "output_dir": tmp_path / "again"}  # fmt: skip
-    assert run_executable("evaluate_rqa", again) == 0
-    scores = [json.loads((path / "score.json").read_text())["test_gen/f1"] for path in (out, tmp_path / "again")]
-    assert scores[0] == scores[1]
+    evaluation = {"embedding_model": encoder_path, "dtype": "float32", "max_new_tokens": 4, "max_seq_length": 256}
+    assert evaluate(out, **evaluation)["test_gen/f1"] == scores(out)["test_gen/f1"]
 
     shutil.copytree(out / "checkpoint-2", half / "checkpoint-2")
-    rest = {**flags, "output_dir": half, "resume_from_checkpoint": "true", "load_best_model_at_end": "false"}
-    assert run_executable("train_swr", {**rest, "merge_lora_on_save": "true"}) == 0
+    train("train_swr", **flags, output_dir=half, resume_from_checkpoint="true", load_best_model_at_end="false",
+          merge_lora_on_save="true")  # fmt: skip
     whole, resumed = (load_file(path / "checkpoint-4/adapter_model.safetensors") for path in (out, half))
     assert whole.keys() == resumed.keys()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
@@ -360,15 +352,11 @@ def test_a_reader_keeps_its_base_and_its_adapters_are_peft_s_resumed_and_merged_
         train_adapters(ours, LoraArguments(), str(out))
 
 
-def test_a_retriever_with_adapters_is_loaded_as_an_encoder(
-    files: dict[str, Path], run_executable: Run, encoder_path: str, tmp_path: Path
-) -> None:
-    own = {"model_name_or_path": encoder_path, "query_prefix": "query: ", "output_dir": tmp_path}
-    own["load_best_model_at_end"] = "false"  # by chance that is the one before training
-    assert run_executable("train_ctl", {**files, **TRAINING, **own}) == 0
-    encoder, base = load_encoder(str(tmp_path)), load_encoder(encoder_path)
+def test_a_retriever_with_adapters_is_loaded_as_an_encoder(train: Train, encoder_path: str) -> None:
+    output = train("train_ctl", **TRAINING, query_prefix="query: ", load_best_model_at_end="false")
+    encoder, base = load_encoder(str(output)), load_encoder(encoder_path)
     assert encoder.settings.query_prefix == "query: "
-    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder_path), tmp_path)
+    theirs = PeftModel.from_pretrained(AutoModel.from_pretrained(encoder_path), output)
     torch.testing.assert_close(logits(encoder.backbone), logits(theirs), rtol=1e-4, atol=1e-5)
     assert (logits(encoder.backbone) - logits(base.backbone)).abs().max() > 1e-3
 
