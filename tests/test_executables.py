@@ -87,16 +87,6 @@ def test_a_reader_trains_on_passages_of_the_whole_database_and_is_evaluated_with
     assert [passages for _, passages in tested] == expected
 
 
-def test_a_new_run_leaves_none_of_the_old_scores(train: Train) -> None:
-    output = train("train_swr", max_steps=1, eval_strategy="no")
-    assert (output / "score.json").exists()
-    train("train_swr", max_steps=1, eval_file=None, test_file=None, overwrite_output_dir="true")
-    assert not (output / "score.json").exists()
-    assert not (output / "test-predictions.jsonl").exists()
-    assert len((output / "log.jsonl").read_text().splitlines()) == 1
-    assert "Training" in (output / "report.html").read_text()
-
-
 def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
     train: Train, evaluate: Callable[..., dict[str, float]]
 ) -> None:
@@ -122,10 +112,20 @@ def test_a_compiled_model_trains_alike(train: Train, tmp_path: Path) -> None:
         assert history(compiled, name) == pytest.approx(history(plain, name), rel=1e-4)
 
 
-def test_train_sft_with_and_without_a_retriever_for_evaluation(train: Train, encoder_path: str, tmp_path: Path) -> None:
-    assert list(scores(train("train_sft", chat_format="template", max_steps=1))) == ["test_loss"]
-    output = train("train_sft", eval_embedding_model=encoder_path, max_steps=1, output_dir=tmp_path / "with")
+def test_sft_is_evaluated_with_and_without_a_retriever_and_a_new_run_leaves_none_of_the_old_scores(
+    train: Train, encoder_path: str
+) -> None:
+    output = train("train_sft", eval_embedding_model=encoder_path, max_steps=1)
     assert "test_gen/rougeL" in scores(output)
+    assert (output / "test-predictions.jsonl").exists()
+    again = {"max_steps": 1, "overwrite_output_dir": "true"}
+    train("train_sft", **again, chat_format="template")
+    assert list(scores(output)) == ["test_loss"]
+    assert not (output / "test-predictions.jsonl").exists()
+    train("train_sft", **again, eval_file=None, test_file=None)
+    assert not (output / "score.json").exists()
+    assert len((output / "log.jsonl").read_text().splitlines()) == 1
+    assert "Training" in (output / "report.html").read_text()
 
 
 REFUSED = {  # by the parser
