@@ -34,8 +34,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The files that take longest, longest first: with `--dist loadfile` no worker is left with one of them at the end.
-LONGEST = ["test_processes", "test_retriever_training", "test_rounds", "test_interruption", "test_executables",
-           "test_quickstart", "test_distilled_training", "test_fid_training", "test_architecture"]  # fmt: skip
+LONGEST = ["test_processes", "test_retriever_training", "test_rounds", "test_executables", "test_quickstart",
+           "test_distilled_training", "test_architecture"]  # fmt: skip
 
 settings.register_profile(
     "default", max_examples=25, deadline=10_000, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],

@@ -10,7 +10,7 @@ import pytest
 from fakes import texts_in
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import Flags, Train, calls, history, scores, written
+from trainers import UNTESTED, Flags, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
@@ -20,8 +20,6 @@ from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.runtime.cli import as_words
-
-UNTESTED = {"eval_file": None, "test_file": None}
 
 
 def weights(output: Path) -> bytes:
