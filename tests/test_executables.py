@@ -121,9 +121,9 @@ def test_sft_is_evaluated_with_and_without_a_retriever_and_a_new_run_leaves_none
     again = {"max_steps": 1, "overwrite_output_dir": "true"}
     train("train_sft", **again, chat_format="template")
     assert list(scores(output)) == ["test_loss"]
-    assert not (output / "test-predictions.jsonl").exists()
     train("train_sft", **again, eval_file=None, test_file=None)
     assert not (output / "score.json").exists()
+    assert not (output / "test-predictions.jsonl").exists()
     assert len((output / "log.jsonl").read_text().splitlines()) == 1
     assert "Training" in (output / "report.html").read_text()
 
