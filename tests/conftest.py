@@ -19,7 +19,7 @@ import transformers
 from hypothesis import HealthCheck, Phase, settings
 from openai_server import OpenAIServer, serve
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
-from trainers import Flags, Run, Train
+from trainers import Flags, Run, Train, scores
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rqa.data import Document, Example, write_examples
@@ -34,8 +34,8 @@ CHAT_TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 # The files that take longest, longest first: with `--dist loadfile` no worker is left with one of them at the end.
-LONGEST = ["test_processes", "test_retriever_training", "test_rounds", "test_interruption", "test_executables",
-           "test_quickstart", "test_distilled_training", "test_fid_training", "test_architecture"]  # fmt: skip
+LONGEST = ["test_processes", "test_retriever_training", "test_rounds", "test_executables", "test_quickstart",
+           "test_distilled_training", "test_architecture"]  # fmt: skip
 
 settings.register_profile(
     "default", max_examples=25, deadline=10_000, derandomize=True, database=None, phases=[Phase.generate, Phase.shrink],
@@ -139,6 +139,19 @@ def train(trainer_flags: Flags, run_executable: Run) -> Train:
         flags = trainer_flags(name, **own)
         assert run_executable(name, flags) == 0
         return Path(str(flags["output_dir"]))
+
+    return run
+
+
+@pytest.fixture
+def evaluate(run_executable: Run, files: dict[str, Path], tmp_path: Path) -> Callable[..., dict[str, float]]:
+    """Run `evaluate_rqa` on a reader and the test file; its scores."""
+
+    def run(reader: Path, **own: object) -> dict[str, float]:
+        named = {"document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"]}
+        output = {"qa_model_name_or_path": reader, "output_dir": tmp_path / "evaluated"}
+        assert run_executable("evaluate_rqa", named | output | own) == 0
+        return scores(tmp_path / "evaluated")
 
     return run
 

@@ -1,5 +1,6 @@
-"""An objective small enough to compute by hand, a run of it as a recipe makes one, and a full disk."""
+"""An objective small enough to compute by hand, a run of it as a recipe makes one, edited files, and a full disk."""
 
+import json
 import math
 import resource
 import signal
@@ -119,6 +120,11 @@ def gradients(objective: nn.Module, batch: Any) -> tuple[Tensor, dict[str, Tenso
     assert all(map(math.isfinite, statistics.values()))
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in objective.named_parameters() if p.grad is not None}
+
+
+def edit(file: Path, **values: object) -> None:
+    """Change values in a JSON file."""
+    file.write_text(json.dumps(json.loads(file.read_text()) | values))
 
 
 @contextmanager

@@ -387,13 +387,10 @@ def test_documents_and_examples_are_read_back_as_they_were_written(
 
 
 def test_a_failed_write_leaves_the_old_file_and_nothing_else(tmp_path: Path, documents: list[Document]) -> None:
-    path, before = tmp_path / "documents.jsonl", b""
-    for written in (False, True):
-        with pytest.raises(TypeError):
-            write_documents(path, [*documents, Document("text", {"source": object()})])
-        assert path.exists() == written
-        if not written:
-            write_documents(path, documents[:2])
-            before = path.read_bytes()
+    path = tmp_path / "documents.jsonl"
+    write_documents(path, documents[:2])
+    before = path.read_bytes()
+    with pytest.raises(TypeError):
+        write_documents(path, [*documents, Document("text", {"source": object()})])
     assert path.read_bytes() == before
     assert [entry.name for entry in tmp_path.iterdir()] == ["documents.jsonl"]

@@ -1,28 +1,26 @@
-"""train_dca and train_emdr as a user runs them; a reader of train_fid teaches the retriever."""
+"""train_dca, train_emdr and train_fid as a user runs them; a reader of train_fid teaches the retriever."""
 
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import faiss
 import numpy as np
 import pytest
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import Run, Train, calls, history, scores, written
+from trainers import UNTESTED, Train, calls, history, scores, written
+from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
+from rqa.models.encoder_decoder import NEW_LAYERS
 from rqa.objectives.dca import CrossAttentionScorer, DCAArguments, find_contexts
 
-UNTESTED = {"eval_file": None, "test_file": None}
 PROJECTION = "2_Dense/model.safetensors"
 
 
-def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
-    train: Train, files: dict[str, Path], run_executable: Run, documents: list[Document],
-    tmp_path: Path,
-) -> None:  # fmt: skip
+def test_the_projection_trains_is_saved_and_resumed(train: Train, documents: list[Document], tmp_path: Path) -> None:
     flags = {"projection": "true", "indexing_dimension": 12, "reader_temperature": 0.01, "max_steps": 30,
              "learning_rate": 3e-3, "save_steps": 1, "save_total_limit": 40, "attention_score": "value_norm",
              "reader_batch_size": 3, "boost_gold": "true", "matryoshka_dims": [12, 6],
@@ -45,11 +43,6 @@ def test_the_projection_trains_is_saved_resumed_and_used_by_the_index(
     found = ours.embed(ours.tokenize_passages(texts))
     theirs = SentenceTransformer(str(output), device="cpu").encode(texts, show_progress_bar=False)
     np.testing.assert_allclose(found, theirs, atol=1e-5)
-    build = {"embedding_model_name_or_path": output, "document_path": files["full_dataset_file_path"],
-             "index_path": tmp_path / "index", "dtype": "float32"}  # fmt: skip
-    assert run_executable("build_index", build) == 0
-    index = faiss.read_index(str(tmp_path / "index/index.faiss"))
-    np.testing.assert_allclose(index.reconstruct_n(0, len(documents)), found, atol=1e-5)
     assert "test_retr/recall@4" in scores(output)
 
 
@@ -102,3 +95,28 @@ def test_emdr_asks_for_what_rpg_asked_already(train: Train, tmp_path: Path) -> N
     loss = history(output, "loss")
     assert np.mean(loss[-4:]) < np.mean(loss[:4])
     assert "test_retr/recall@4" in scores(output)
+
+
+LENGTHS = {"max_encoder_seq_length": 64, "max_decoder_seq_length": 16, "num_beams": 2}
+
+
+def test_training_lowers_the_loss_and_writes_a_plain_checkpoint(
+    train: Train, evaluate: Callable[..., dict[str, float]], encoder_path: str, tmp_path: Path
+) -> None:
+    output = train("train_fid", **LENGTHS, max_steps=24, learning_rate=3e-3, eval_steps=12,
+                   gradient_checkpointing="true", gradient_accumulation_steps=2)  # fmt: skip
+    losses, found = history(output, "loss"), scores(output)
+    assert min(history(output, "eval_loss")) < 0.7 * losses[0]
+    assert {"test_loss", "test_retr/recall@4", "test_gen/rougeL"} <= set(found)
+    arguments = written(output, "all_args.json")
+    assert (arguments["new_layers"], arguments["new_layers_learning_rate"]) == (NEW_LAYERS, pytest.approx(0.021))
+    model, tokenizer = AutoModelForSeq2SeqLM.from_pretrained(output), AutoTokenizer.from_pretrained(output)
+    assert model.generation_config.decoder_start_token_id == tokenizer.cls_token_id
+    assert model.generation_config.eos_token_id == tokenizer.sep_token_id
+    assert model.generate(**tokenizer("What?", return_tensors="pt"), max_new_tokens=4).shape[1] > 1
+    again = train("train_fid", **LENGTHS, model_name_or_path=output, output_dir=tmp_path / "again", max_steps=1,
+                  learning_rate=0, eval_strategy="no")  # fmt: skip
+    assert scores(again)["test_loss"] == pytest.approx(found["test_loss"], rel=1e-5)
+    evaluated = evaluate(output, embedding_model=encoder_path, **LENGTHS)
+    for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@4"):
+        assert scores(again)[name] == evaluated[name] == found[name]

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import BIN, EXECUTABLES, Flags, Run, Train, calls, flags_of, history, parsed, scores, written
+from trainers import BIN, EXECUTABLES, Flags, Train, calls, flags_of, history, parsed, scores, written
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rqa.documents import read_documents
 from rqa.models.encoder import load_encoder
+from rqa.models.encoder_decoder import FiDPrompter
 from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.cli import as_words
@@ -66,16 +67,17 @@ def test_swr_from_a_json_file_leaves_all_that_the_architecture_promises_and_resu
     assert [scores(half)[name] for name in quality] == [found[name] for name in quality]
 
 
-def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_new_run_leaves_none_of_the_old_scores(
-    train: Train, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], encoder_path: str
+@pytest.mark.parametrize(("name", "prompter"), [("train_swr", Prompter), ("train_fid", FiDPrompter)])
+def test_a_reader_trains_on_passages_of_the_whole_database_and_is_evaluated_without_gold(
+    name: str, prompter: type, train: Train, monkeypatch: pytest.MonkeyPatch, files: dict[str, Path], encoder_path: str
 ) -> None:
-    shown = calls(monkeypatch, Prompter, "encode")
-    output = train("train_swr", embedding_max_num_to_retrieve=3, max_steps=1, eval_strategy="no")
+    shown = calls(monkeypatch, prompter, "encode")
+    output = train(name, embedding_max_num_to_retrieve=3, max_steps=1, eval_strategy="no")
     training = [(example, [passage.key for passage in passages]) for example, passages, _ in shown[:16]]
     gold_of_split = {document.key for example, _ in training for document in example.gold_docs}
     assert {key for _, keys in training for key in keys} - gold_of_split
     assert len({keys.index(example.gold_docs[0].key) for example, keys in training}) > 1  # it is anywhere
-    assert all(len(keys) <= 4 for _, keys in training)
+    assert all(example.gold_docs[0].key in keys and len({*keys}) == len(keys) in (3, 4) for example, keys in training)
     _, *tested = [(given[0].question, given[1]) for given in shown if len(given) == 2]  # the first warms up
     rows = [json.loads(line) for line in (output / "test-predictions.jsonl").open()]
     found = [[row["page_content"] for row in line["retrieved_docs"]] for line in rows]
@@ -84,26 +86,16 @@ def test_swr_retrieves_from_the_whole_database_and_evaluates_without_gold_and_a_
     expected = retriever.documents_of(retriever.retrieve([question for question, _ in tested], 3))
     assert [passages for _, passages in tested] == expected
 
-    train("train_swr", max_steps=1, eval_file=None, test_file=None, overwrite_output_dir="true")
-    assert not (output / "score.json").exists()
-    assert not (output / "test-predictions.jsonl").exists()
-    assert len((output / "log.jsonl").read_text().splitlines()) == 1
-    assert "Training" in (output / "report.html").read_text()
-
 
 def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
-    train: Train, files: dict[str, Path], run_executable: Run, tmp_path: Path
+    train: Train, evaluate: Callable[..., dict[str, float]]
 ) -> None:
     output = train("train_swr", embedding_model="bm25", max_steps=30, learning_rate=1e-2, eval_steps=30,
                    save_strategy="no")  # fmt: skip
     losses = history(output, "loss")
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert history(output, "eval_loss")[-1] < 0.7 * losses[0]
-    evaluation = {"qa_model_name_or_path": output, "embedding_model": "bm25", "test_file": files["test_file"],
-                  "document_path": files["full_dataset_file_path"], "output_dir": tmp_path / "again",
-                  "max_new_tokens": 8, "max_seq_length": 256}  # fmt: skip
-    assert run_executable("evaluate_rqa", evaluation) == 0
-    first, second = scores(output), scores(tmp_path / "again")
+    first, second = scores(output), evaluate(output, embedding_model="bm25", max_new_tokens=8, max_seq_length=256)
     for name in ("test_gen/rougeL", "test_gen/f1", "test_retr/recall@1"):
         assert first[name] == second[name]
     assert first["test_gen/f1"] > 0
@@ -120,10 +112,20 @@ def test_a_compiled_model_trains_alike(train: Train, tmp_path: Path) -> None:
         assert history(compiled, name) == pytest.approx(history(plain, name), rel=1e-4)
 
 
-def test_train_sft_with_and_without_a_retriever_for_evaluation(train: Train, encoder_path: str, tmp_path: Path) -> None:
-    assert list(scores(train("train_sft", chat_format="template", max_steps=1))) == ["test_loss"]
-    output = train("train_sft", eval_embedding_model=encoder_path, max_steps=1, output_dir=tmp_path / "with")
+def test_sft_is_evaluated_with_and_without_a_retriever_and_a_new_run_leaves_none_of_the_old_scores(
+    train: Train, encoder_path: str
+) -> None:
+    output = train("train_sft", eval_embedding_model=encoder_path, max_steps=1)
     assert "test_gen/rougeL" in scores(output)
+    assert (output / "test-predictions.jsonl").exists()
+    again = {"max_steps": 1, "overwrite_output_dir": "true"}
+    train("train_sft", **again, chat_format="template")
+    assert list(scores(output)) == ["test_loss"]
+    train("train_sft", **again, eval_file=None, test_file=None)
+    assert not (output / "score.json").exists()
+    assert not (output / "test-predictions.jsonl").exists()
+    assert len((output / "log.jsonl").read_text().splitlines()) == 1
+    assert "Training" in (output / "report.html").read_text()
 
 
 REFUSED = {  # by the parser
@@ -142,6 +144,13 @@ REFUSED = {  # by the parser
     "train_swr --warmup_ratio 1.5": "--warmup_ratio 1.5: must be at least 0 and at most 1",
     "train_swr --adam_beta1 1": "--adam_beta1 1.0: must be at least 0 and less than 1",
     "train_swr --optim adamw_8bit": "--optim adamw_8bit: needs unsharded bf16 weights; add --bf16 true",
+    "train_swr --num_beams 0": "--num_beams 0: must be at least 1",
+    "train_swr --temperature 0": "--temperature 0.0: must be above 0",
+    "train_swr --top_p 1.5": "--top_p 1.5: must be above 0 and at most 1",
+    "train_swr --generation_batch_tokens 0": "--generation_batch_tokens 0: must be at least 1",
+    "train_swr --lora_r 0": "--lora_r 0: must be at least 1",
+    "train_swr --lora_dropout 1": "--lora_dropout 1.0: must be at least 0 and less than 1",
+    "train_swr --merge_lora_on_save true": "--merge_lora_on_save true: has no effect without --use_lora true",
     "train_swr --recall_at 4 0": "--recall_at 0: must be at least 1",
     "train_swr --drop_gold_prob 7": "--drop_gold_prob 7.0: must be at least 0 and at most 1",
     "train_ctl --temperature 0": "--temperature 0.0: must be above 0",
@@ -155,6 +164,12 @@ REFUSED = {  # by the parser
     "train_ctl --mine_negatives false --negatives_from_rank 2": "--negatives_from_rank: has no effect without",
     "train_ctl --mine_negatives true --num_hard_negatives 16 --negatives_from_rank 6":
         "--negatives_to_rank 20: leaves only 15 hard negatives per question",
+    "train_ctl --max_batch_tokens 0": "--max_batch_tokens 0: must be at least 1",
+    "train_ctl --truncate_dim 0": "--truncate_dim 0: must be at least 1",
+    "train_ctl --query_instruction {query}?": "--query_instruction '{query}?': {query} must be at the end, once",
+    "train_ctl --query_instruction i --query_prefix q": "--query_instruction: replaces the query prefix; remove",
+    "train_ctl --matryoshka_dims 16 0": "--matryoshka_dims 0: must be at least 1",
+    "train_ctl --matryoshka_dims 8 16 8": "--matryoshka_dims 8: is given twice; remove one",
     "train_ctl --index_path Milvus::wiki.db/all": "--index_path Milvus::wiki.db/all: not an index in Milvus",
     "train_rpg --num_docs 1": "--num_docs 1: must be at least 2",
     "train_rpg --lm_temperature 0": "--lm_temperature 0.0: must be above 0",
@@ -171,6 +186,14 @@ REFUSED = {  # by the parser
     "train_dca --with_score true --max_encoder_seq_length 1": "--max_encoder_seq_length 1: must be at least 2",
     "train_fid --max_seq_length 64": "--max_seq_length: unknown flag; did you mean --max_",
     "train_fid --top_p 0.5": "--temperature and --top_p need --do_sample true",
+    "train_rerank --negatives_from file --mine_negatives true": "--mine_negatives: has no effect without",
+    "train_rerank --negatives_from file --negatives_max_share 0.9": "--negatives_max_share: has no effect without",
+    "train_rerank --refresh_step 5": "--refresh_step: has no effect without",
+    "train_rerank --lm_temperature 5": "--lm_temperature: has no effect without --teacher",
+    "train_rerank --lm_tokenizer t": "--lm_tokenizer: a local model has its own",
+    "train_rerank --embedding_model e": "--embedding_model: set it with --negatives_from dense or both",
+    "train_rerank --negatives_from both": "--embedding_model: set it with --negatives_from dense or both",
+    "train_rerank --retriever hybrid": "--retriever hybrid: --negatives_from sets another first",
     "evaluate_rqa --max_examples -7": "--max_examples -7: must be at least 0",
     "evaluate_rqa --embedding_max_num_to_retrieve -1": "--embedding_max_num_to_retrieve -1: must be at least 0",
     "evaluate_rqa --judge_max_examples -1": "--judge_max_examples -1: must be at least 0",
@@ -276,14 +299,6 @@ NOWHERE = "model /nowhere: cannot be loaded: no such directory"
         ("fid", {"model_name_or_path": "bert::/nowhere"}, NOWHERE),
         ("fid", {"fp16": "true"}, "--fp16 true: needs a CUDA device"),
         ("ctl", {"full_dataset_file_path": _lines(*GOLD)}, "bad.jsonl: has only one passage"),
-        ("rerank", {"negatives_from": "file", "mine_negatives": "true"}, "--mine_negatives: has no effect without"),
-        ("rerank", {"negatives_from": "file", "negatives_max_share": 0.9}, "--negatives_max_share: has no effect"),
-        ("rerank", {"refresh_step": 5}, "--refresh_step: has no effect without"),
-        ("rerank", {"lm_temperature": 5}, "--lm_temperature: has no effect without --teacher"),
-        ("rerank", {"lm_tokenizer": "t"}, "--lm_tokenizer: a local model has its own"),
-        ("rerank", {"embedding_model": "e"}, "--embedding_model: set it with --negatives_from dense or both"),
-        ("rerank", {"negatives_from": "both"}, "--embedding_model: set it with --negatives_from dense or both"),
-        ("rerank", {"retriever": "hybrid"}, "--retriever hybrid: --negatives_from sets another first"),
         ("rerank", {"lm_model_path": "reranker::/nowhere"}, NOWHERE),
         ("rerank", {"metric_for_best_model": "loss"}, "--metric_for_best_model loss: is not measured"),
     ],

@@ -80,9 +80,8 @@ def test_a_fid_batch_puts_each_passages_tokens_in_its_questions_row(collate: Col
 
 
 @packed_and_padded
-def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_in_any_order(
-    collate: Collate, lm_path: str
-) -> None:
+@torch.no_grad()
+def test_the_answers_logits_are_those_of_the_sequences_one_by_one_in_any_order(collate: Collate, lm_path: str) -> None:
     ours = load_causal_lm(lm_path, dtype=torch.float64).eval()
     theirs = AutoModelForCausalLM.from_pretrained(lm_path, dtype=torch.float64, attn_implementation="sdpa").eval()
     alone = [[TokenSequence([3, 4], 1)], [TokenSequence(list(range(3, 33)), 20)]]
@@ -91,11 +90,6 @@ def test_the_answers_logits_and_gradients_are_those_of_the_sequences_one_by_one_
             logits, expected = answer_logits(ours, answer_batch(turned, collate)), naive_rows(theirs, turned)
             assert logits.shape == expected.shape
             torch.testing.assert_close(logits, expected, rtol=0, atol=1e-10)
-    for rows in (logits, expected):
-        targets = torch.tensor([token for sequence in turned for token in sequence.ids[sequence.answer_start :]])
-        torch.nn.functional.cross_entropy(rows, targets, reduction="sum").backward()
-    for (name, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(mine.grad, other.grad, rtol=1e-8, atol=1e-10, msg=lambda m, n=name: f"{n}: {m}")
 
 
 @pytest.mark.parametrize("padded", [False, True])

@@ -1,9 +1,13 @@
-"""Two processes do what one does: all trainers with DDP, seven with FSDP2, evaluation on. One torchrun runs all."""
+"""Two processes do what one does: all trainers with DDP, seven with FSDP2, evaluation on. One torchrun runs all.
+
+And they end together, by real signals.
+"""
 
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,15 +19,19 @@ import numpy as np
 import pytest
 from torch import Tensor
 from divided_index import FACTORIES, search_all
+from fakes import edit
 from openai_server import serve
 from safetensors.torch import load_file
-from trainers import TORCHRUN, Run, history, scores
+from trainers import BIN, TORCHRUN, Flags, Run, history, scores, wait_for_checkpoint
 
 from rqa.data import Example, write_examples
 from rqa.documents import read_documents, write_documents
 from rqa.models.encoder import load_encoder
 from rqa.models.reranker import load_reranker
 from rqa.retrieval.retriever import Retriever
+from rqa.runtime.cli import as_words
+from rqa.runtime.files import damage
+from rqa.training.checkpoint import checkpoints
 
 HERE = Path(__file__).parent
 TRAINERS = {
@@ -59,10 +67,8 @@ def paths(
     root = tmp_path_factory.mktemp("processes")
     encoder, fid = (shutil.copytree(path, root / Path(path).name) for path in (encoder_path, t5_path))
     load_reranker(encoder_path, new_head=True).save_pretrained(root / "reranker")
-    dropout = ("hidden_dropout_prob", "attention_probs_dropout_prob", "dropout_rate")
-    for config in (encoder / "config.json", fid / "config.json", root / "reranker" / "config.json"):
-        values = json.loads(config.read_text())
-        config.write_text(json.dumps(values | dict.fromkeys(values.keys() & dropout, 0.0)))
+    for path in (encoder, fid, root / "reranker"):
+        edit(path / "config.json", hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, dropout_rate=0.0)
     for name, part in (("train", examples[:15]), ("eval", examples[15:18]), ("test", examples[19:])):
         rows = [replace(example, hard_neg_docs=examples[n].gold_docs) for n, example in enumerate(part)]
         write_examples(root / f"{name}.jsonl", rows)
@@ -248,3 +254,31 @@ def test_a_sharded_run_resumes_sharded_and_on_one_process(
     state = torch.load(alone / "checkpoint-4" / "training_state.pt", weights_only=True)["optimization"]["optimizer"]
     shapes = {name.removeprefix("model."): values["exp_avg"].shape for name, values in state.items()}
     assert shapes == {name.removeprefix("./"): weight.shape for name, weight in expected.items()}
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="finds the workers in /proc")
+@pytest.mark.parametrize("killed", [True, False], ids=["one process is killed", "torchrun is asked to stop"])
+def test_all_processes_end_within_a_minute_with_a_message_and_a_good_checkpoint(
+    killed: bool, trainer_flags: Flags, tmp_path: Path
+) -> None:
+    """A run that would go on for days; one process alone: test_loop.py and test_rounds.py."""
+    flags = trainer_flags("train_sft", eval_file=None, test_file=None, max_steps=10_000_000, save_steps=20)
+    line = [*TORCHRUN, str(BIN / "train_sft"), *as_words(flags)]
+    with subprocess.Popen(line, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_checkpoint(tmp_path / "out")
+            children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            workers = [int(child) for child in children if b"train_sft" in Path(f"/proc/{child}/cmdline").read_bytes()]
+            os.kill(workers[0] if killed else process.pid, signal.SIGKILL if killed else signal.SIGTERM)
+            _, errors = process.communicate(timeout=60)
+        finally:
+            process.kill()
+    assert process.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in workers)
+    newest = checkpoints(tmp_path / "out")[-1]
+    assert damage(newest) is None
+    if killed:
+        assert "error: another process of this run has ended" in errors
+        assert "Signal 9 (SIGKILL)" in errors
+    else:
+        assert f"interrupted after step {newest.name.removeprefix('checkpoint-')};" in errors

@@ -141,12 +141,13 @@ def test_at_every_length_a_training_sequence_is_the_generation_prompt_and_the_an
         assert f"\n\nQuestion: {TALKED.question}" in text
         assert text.startswith("USER: " if chat_format == "prefix" else "<|im_start|>user\n")
         turns = [turn.message in text for turn in asked.chat_history]
-        assert turns == sorted(turns), "an older turn outlived a newer one"
+        assert turns in ([], [True] * 4, [False] * 2 + [True] * 2, [False] * 4), "a pair was cut, or not the oldest"
         shown.append((sum(turns), passage_characters(text, passages)))
         if 0 < shown[-1][1] < sum(len(passage.fmt_content) for passage in passages):  # all the room is used
             assert sequence.answer_start > length - 24 - len(passages) * longest_word
     assert sequence.ids == whole.ids
     assert [turns for turns, _ in shown] == sorted(turns for turns, _ in shown)
+    assert {turns for turns, _ in shown} == ({0, 2, 4} if with_history else {0})
     assert shown[0] == (0, 0)
     assert shown[-1] == (len(asked.chat_history), sum(len(p.fmt_content) for p in passages))
     for (turns, before), (more_turns, after) in itertools.pairwise(shown):
@@ -154,19 +155,6 @@ def test_at_every_length_a_training_sequence_is_the_generation_prompt_and_the_an
     needed = len(alone.ids)
     with pytest.raises(DoesNotFit, match=rf"^train\.jsonl:7: .* {needed} tokens.*--max_seq_length {needed - 1}"):
         Prompter(tokenizer, arguments(chat_format, max_seq_length=needed - 1)).encode(asked, passages, ANSWER)
-
-
-def test_cutting_the_history_never_leaves_an_answer_without_its_question(
-    tokenizer: Tokenizer, documents: list[Document]
-) -> None:
-    strict = clone(tokenizer, ALTERNATING + tokenizer.chat_template)
-    whole = len(Prompter(strict, arguments("template")).encode(TALKED, []).ids)
-    texts = set()
-    for length in range(whole + 24, 60, -2):
-        prompter = Prompter(strict, arguments("template", max_seq_length=length))
-        text = strict.decode(prompter.encode(TALKED, documents[:1]).ids)
-        texts.add(tuple(turn.message in text for turn in HISTORY))
-    assert texts == {(True,) * 4, (False, False, True, True), (False,) * 4}
 
 
 def test_what_does_not_fit_is_said_once_with_its_consequence_and_the_rest_is_numbered() -> None:

@@ -10,19 +10,16 @@ import pytest
 from fakes import texts_in
 from safetensors.torch import load_file
 from sentence_transformers import SentenceTransformer
-from trainers import Flags, Train, calls, history, scores, written
+from trainers import UNTESTED, Flags, Train, calls, history, scores, written
 
-from rqa.data import Document, Example, read_examples, write_examples
+from rqa.data import Document, Example, write_examples
 from rqa.models.encoder import load_encoder
 from rqa.models.loading import load_causal_lm, load_tokenizer
-from rqa.objectives.ctl import Contrastive
 from rqa.objectives.rpg import ListObjective
 from rqa.objectives.teacher import AnswerScorer, Pair
 from rqa.prompts import PromptArguments, Prompter
 from rqa.recipe.retriever import TeacherArguments, open_teacher
 from rqa.runtime.cli import as_words
-
-UNTESTED = {"eval_file": None, "test_file": None}
 
 
 def weights(output: Path) -> bytes:
@@ -126,41 +123,6 @@ def hard(examples: list[Example], documents: list[Document], tmp_path: Path) -> 
     rows = [replace(e, hard_neg_docs=(documents[(i + 3) % 24], stranger)) for i, e in enumerate(examples[:16])]
     write_examples(tmp_path / "hard.jsonl", rows)
     return {"train_file": tmp_path / "hard.jsonl", "max_steps": 2}
-
-
-def test_a_ctl_batch_holds_golds_and_the_negatives_asked_for_which_make_the_contrast_harder(
-    train: Train, hard: dict[str, object], documents: list[Document], encoder_path: str, tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    """Before the first update the model is the same: more documents to tell the positive from, a greater loss."""
-    batches = calls(monkeypatch, Contrastive, "forward")
-    encoder, asked = load_encoder(encoder_path), read_examples(str(hard["train_file"]))
-    known = [*documents, asked[0].hard_neg_docs[1]]
-    texts = encoder.tokenize_passages([document.fmt_content for document in known])
-    loss, none, files = {}, {"num_hard_negatives": 0}, {"mine_negatives": "false"}
-    half, two, mined = {**files, "hard_neg_ratio": 0.5}, files, {"index_path": tmp_path / "index"}
-    for name, most, own in (("none", 0, none), ("half", 2, half), ("two", 8, two), ("mined", 8, mined)):
-        output = train("train_ctl", **hard | own, **UNTESTED, output_dir=tmp_path / name, seed=3)
-        loss[name] = history(output, "loss")[0]
-        assert len(batches) == 2
-        for (batch,) in batches:
-            passages, queries = texts_in(batch.passages), texts_in(batch.queries)
-            shown = {int(n): known[texts.index(ids)] for n, ids in zip(batch.documents, passages, strict=True)}
-            assert len(shown) == len(passages)
-            golds, allowed = [], documents if name == "mined" else []
-            for row, index in enumerate(batch.indices):
-                assert queries[row] == encoder.tokenize_queries([asked[index].question])[0]
-                assert shown[int(batch.targets[row])] in asked[index].gold_docs
-                assert [shown[int(n)] for n in batch.gold[row] if n >= 0] == list(asked[index].gold_docs)
-                golds += asked[index].gold_docs
-                allowed = [*allowed, *asked[index].hard_neg_docs]
-            negatives = [document for document in shown.values() if document not in golds]
-            assert all(document in allowed for document in negatives)
-            assert min(most, 1) <= len(negatives) <= most
-        batches.clear()
-    assert loss["none"] < min(loss["half"], loss["mined"])
-    assert loss["half"] < loss["two"]
-    assert (tmp_path / "index" / "index.json").exists()
 
 
 MINING = {"mine_negatives": "true", "num_hard_negatives": 2, "refresh_step": 1}

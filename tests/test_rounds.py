@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_interruption import wait_for_checkpoint
-from trainers import BIN, calls, parsed, written
+from trainers import BIN, calls, parsed, wait_for_checkpoint, written
 
 from rqa.retrieval.retriever import Retriever
 from rqa.training.checkpoint import checkpoints

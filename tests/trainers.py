@@ -3,7 +3,8 @@
 import json
 import runpy
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import MISSING, fields
 from functools import cache
 from pathlib import Path
@@ -12,12 +13,14 @@ from typing import Any
 import pytest
 
 from rqa.runtime.flags import Arguments, parse
+from rqa.training.checkpoint import checkpoints
 
 Train = Callable[..., Path]
 Flags = Callable[..., dict[str, object]]
 Run = Callable[[str, dict[str, object]], int]
 BIN = Path(__file__).parents[1] / "bin"
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+UNTESTED = {"eval_file": None, "test_file": None}
 EXECUTABLES = sorted(path.name for path in BIN.iterdir() if path.is_file())
 
 
@@ -61,3 +64,10 @@ def calls(monkeypatch: pytest.MonkeyPatch, kind: type, method: str) -> list[tupl
     original = getattr(kind, method)
     monkeypatch.setattr(kind, method, lambda self, *given: seen.append(given) or original(self, *given))
     return seen
+
+
+def wait_for_checkpoint(output: Path, seen: Sequence[Path] = ()) -> None:
+    end = time.monotonic() + 90  # seconds, on a busy machine
+    while checkpoints(output) == [*seen]:
+        assert time.monotonic() < end, "no checkpoint"
+        time.sleep(0.1)

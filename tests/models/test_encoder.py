@@ -21,8 +21,6 @@ from transformers import AutoTokenizer, BertConfig, BertModel, PreTrainedTokeniz
 
 from rqa.data import Document
 from rqa.models.encoder import Encoder, EncoderArguments, EncoderSettings, load_encoder
-from rqa.objectives.ctl import Contrastive, ContrastiveBatch
-from rqa.objectives.encoding import in_chunks
 from rqa.packing import pack, pad
 from rqa.runtime.errors import UserError
 
@@ -52,12 +50,12 @@ def frozen(encoder_path: str) -> Encoder:
     return encoder
 
 
-def embed_queries(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
-    return encoder.embed(encoder.tokenize_queries(texts), **options)
+def embed_queries(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    return encoder.embed(encoder.tokenize_queries(texts))
 
 
-def embed_passages(encoder: Encoder, texts: list[str], **options: Any) -> np.ndarray:
-    return encoder.passage_side.embed(encoder.tokenize_passages(texts), **options)
+def embed_passages(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    return encoder.passage_side.embed(encoder.tokenize_passages(texts))
 
 
 @pytest.mark.parametrize(
@@ -306,8 +304,6 @@ def test_flags_override_the_checkpoint(encoder: Encoder, encoder_path: str, tmp_
     with pytest.raises(UserError, match=r"--max_query_length 65: .* takes at most 64 tokens"):
         load_encoder(encoder_path, EncoderArguments(dtype="float32", max_query_length=65))
     assert load_encoder(encoder_path, EncoderArguments(max_batch_tokens=7)).max_batch_tokens == 7
-    with pytest.raises(UserError, match="--max_batch_tokens 0: must be at least 1"):
-        EncoderArguments(max_batch_tokens=0)
 
 
 def test_a_saved_length_above_512_is_kept_where_the_model_reads_it(
@@ -396,23 +392,14 @@ def test_passages_keep_the_initial_encoder_whose_folder_is_one_by_itself_and_is_
     assert SentenceTransformer(str(tmp_path), device="cpu").encode(["What?"]).shape == (1, 32)
 
 
-def test_the_gradient_reaches_questions_alone_and_passages_have_no_dropout(
-    frozen: Encoder, passages: list[str]
-) -> None:
+def test_a_frozen_passage_encoder_has_neither_gradient_nor_dropout_in_any_mode(frozen: Encoder) -> None:
+    """That it stays what it was through a run: test_retriever_training.py."""
     frozen.train()
     assert all(module.training for module in frozen.backbone.modules())
     assert not any(module.training for module in frozen.passage_side.modules())
-    queries, texts = frozen.tokenize_queries(QUERIES[:3]), frozen.tokenize_passages(passages[:3])
-    three = torch.arange(3)
-    for size in (0, 1):
-        batch = ContrastiveBatch(in_chunks(frozen, queries, size), in_chunks(frozen.passage_side, texts, size),
-                                 indices=range(3), documents=three, targets=three, gold=three[:, None])  # fmt: skip
-        frozen.zero_grad()
-        Contrastive(frozen, 0.05)(batch)[0].backward()
-        reached = {name.partition(".")[0] for name, p in frozen.named_parameters() if p.grad is not None}
-        assert reached == {"backbone"}
+    assert {name.partition(".")[0] for name, p in frozen.named_parameters() if p.requires_grad} == {"backbone"}
     frozen.eval()
-    frozen.embed(queries)
+    frozen.embed(frozen.tokenize_queries(QUERIES[:3]))
     assert not frozen.passage_side.training
 
 
@@ -457,13 +444,6 @@ def test_an_instruction_becomes_the_text_before_a_question_in_the_checkpoint_s_o
     ):  # fmt: skip
         encoder = load_encoder(at, EncoderArguments(dtype="float32", query_instruction=asked))
         assert encoder.settings == EncoderSettings("mean", True, prefix, "", 64, 64)
-    for flags, message in (
-        ({"query_instruction": "{query}?"}, "query_instruction '{query}[?]': {query} must be at the end"),
-        ({"query_instruction": "find", "query_prefix": "q"}, "remove --query_prefix"),
-        ({"truncate_dim": 0}, "--truncate_dim 0: must be at least 1"),
-    ):  # fmt: skip
-        with pytest.raises(UserError, match=message):
-            EncoderArguments(**flags)
     with pytest.raises(UserError, match=r"--truncate_dim 33: the embeddings of .* have 32 dimensions"):
         load_encoder(path, EncoderArguments(dtype="float32", truncate_dim=33))
 

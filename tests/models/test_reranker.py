@@ -1,7 +1,6 @@
 """Scores are `sentence_transformers.CrossEncoder`'s, whoever saved the model; what is not its is refused by name."""
 
 import copy
-import json
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ import pytest
 import transformers
 from torch import nn
 from conftest import CHAT_TEMPLATE, SMALL
+from fakes import edit
 from safetensors.torch import load_file, save_file
 from sentence_transformers import CrossEncoder
 from transformers import PreTrainedTokenizerBase
@@ -106,9 +106,8 @@ def test_a_checkpoint_of_transformers_alone_keeps_the_activation_that_its_config
     kind: str, activation: str | None, theirs: Callable[..., str], pairs: list[tuple[str, str]], tmp_path: Path
 ) -> None:
     path = Path(theirs(kind, plain=True))
-    config = json.loads((path / "config.json").read_text())
-    config |= {"sentence_transformers": {"activation_fn": activation}} if activation else {}
-    (path / "config.json").write_text(json.dumps(config))
+    if activation:
+        edit(path / "config.json", sentence_transformers={"activation_fn": activation})
     found = (reranker := load_reranker(str(path))).score(pairs)
     np.testing.assert_allclose(found, predicted(path, pairs), atol=1e-4)
     reranker.save_pretrained(tmp_path / "ours")
@@ -195,7 +194,7 @@ def test_adapters_of_a_decoder_are_loaded_here_and_there(
 
 
 def edited(name: str, **values: Any) -> Callable[[Path], None]:
-    return lambda path: (path / name).write_text(json.dumps(json.loads((path / name).read_text()) | values)) and None
+    return lambda path: edit(path / name, **values)
 
 
 def without(tensor: str) -> Callable[[Path], None]:
@@ -230,7 +229,7 @@ def test_what_is_not_cross_encoder_s_is_refused_by_name(message: str, theirs: Ca
     kind, damage = REFUSED[message]
     damage(Path(path := theirs(kind)))
     if message == "is not a reranker":
-        edited("config.json", architectures=["BertModel"])(Path(path))
+        edit(Path(path, "config.json"), architectures=["BertModel"])
     with pytest.raises(UserError, match=rf"^(model )?{re.escape(path)}[^\n]*{message}"):
         load_reranker(path)
 

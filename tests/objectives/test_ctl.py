@@ -7,7 +7,7 @@ import torch
 import numpy as np
 import pytest
 from torch import Tensor
-from fakes import gradients
+from fakes import gradients, texts_in
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -127,6 +127,31 @@ def test_a_hard_negative_of_the_file_has_no_gold_text_and_counts_once(
     assert "3 passages of hard_neg_docs are left out" in caplog.text
     Contrasts(asked[1:], documents, encoder, None, CTLArguments(), 0)
     assert "no question has hard_neg_docs" in caplog.text
+
+
+@pytest.mark.parametrize("mined", [False, True])
+@pytest.mark.parametrize(
+    ("own", "counts"), [({"num_hard_negatives": 0}, {0}), ({"hard_neg_ratio": 0.5}, {1, 2}), ({}, {5, 6, 7, 8})]
+)
+def test_a_batch_holds_a_gold_passage_of_each_question_and_the_negatives_asked_for(
+    own: dict[str, float], counts: set[int], mined: bool, encoder: Encoder, examples: list[Example],
+    documents: list[Document],
+) -> None:  # fmt: skip
+    """Two of the file's for each question, or mined ones beside; the last of the file's is not in the database."""
+    stranger, numbers, pools = Document("A market of nowhere."), [0, 2, 4, 6], {}
+    asked = [replace(e, hard_neg_docs=(documents[n + 3], stranger)) for n, e in enumerate(examples[:8])]
+    if mined:
+        pools = {number: [number + 10, number + 11] for number in numbers}
+    batch = Contrasts(asked, documents, encoder, pools or None, CTLArguments(**own), seed=1)(numbers)
+    texts = encoder.tokenize_passages([document.fmt_content for document in (*documents, stranger)])
+    assert texts_in(batch.queries) == encoder.tokenize_queries([asked[number].question for number in numbers])
+    assert texts_in(batch.passages) == [texts[number] for number in batch.documents]
+    assert (batch.targets.tolist(), batch.gold.tolist()) == (numbers, [[number] for number in numbers])
+    golds, negatives = batch.documents.tolist()[:4], batch.documents.tolist()[4:]
+    assert golds == numbers
+    assert len(negatives) == len({*negatives} - {*numbers}) in counts
+    assert {*negatives} <= {24, *(number + 3 for number in numbers), *(n for pool in pools.values() for n in pool)}
+    assert mined or own or {*negatives} == {24, 3, 5, 7, 9}
 
 
 @pytest.mark.parametrize("share", [None, 0.999])

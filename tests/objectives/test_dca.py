@@ -55,22 +55,6 @@ def test_every_pair_gets_its_own_score_whatever_is_read_at_once(
     assert [found[order.index(i)] for i in range(len(pairs))] == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_list_is_read_once_in_any_order_and_another_list_is_read_anew(
-    t5_path: str, examples: list[Example], documents: list[Document], tmp_path: Path
-) -> None:
-    read = []
-    reader = scorer(t5_path)
-    reader.model.get_decoder().register_forward_hook(lambda *_: read.append(1))
-    teacher = Teacher(reader, "reader", tmp_path / "scores.sqlite")
-    first = teacher(pairs_of(examples[:1], [documents[:3]]))
-    assert teacher(pairs_of(examples[:1], [documents[2::-1]])) == first[::-1]
-    again = Teacher(reader, "reader", tmp_path / "scores.sqlite")
-    assert again(pairs_of(examples[:1], [documents[:3]])) == first
-    assert len(read) == again.hit_rate == 1
-    again(pairs_of(examples[:1], [documents[:4]]))
-    assert len(read) == 2
-
-
 def test_a_question_that_does_not_fit_tells_no_passages_apart(
     t5_path: str, examples: list[Example], lists: list[list[Document]]
 ) -> None:

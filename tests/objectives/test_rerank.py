@@ -9,7 +9,7 @@ import torch
 import numpy as np
 import pytest
 from fakes import Lengths, gradients
-from trainers import Train, calls, history, scores, written
+from trainers import UNTESTED, Train, calls, history, scores, written
 
 from rqa.data import Document, Example, write_examples
 from rqa.models.reranker import Reranker, load_reranker
@@ -20,7 +20,6 @@ from rqa.retrieval.reranking import USUAL_SHARE, RerankingArguments, reranking
 from rqa.runtime.errors import UserError
 
 TEACHERS = ((CrossAttentionScorer, "__call__"), (Reranker, "score"))
-UNTESTED = {"eval_file": None, "test_file": None}
 TEMPERATURE = 0.5
 
 

@@ -151,15 +151,17 @@ def test_whatever_decides_a_score_makes_another_one_and_nothing_else_does(tmp_pa
     asked = [{}, {"question": "How?"}, {"gold_answer": "No."}, {"question": "Why?So.", "gold_answer": ""},
              {"chat_history": ()}, {"chat_history": (Turn("assistant", "Hm"),)}]  # fmt: skip
     others = [{"page_content": "b"}, {"metadata": {"source": "t"}}, {"formatted": "a"}]
-    decides = [(replace(EXAMPLE, **other), DOCUMENT, "lm") for other in asked]
-    decides += [(EXAMPLE, replace(DOCUMENT, **{"formatted": ""} | other), "lm") for other in others]
-    decides.append((EXAMPLE, DOCUMENT, "another lm"))
+    beside = (DOCUMENT, Document("b", {"source": "s"}))
+    pairs = [Pair(replace(EXAMPLE, **other), DOCUMENT) for other in asked]
+    pairs += [Pair(EXAMPLE, replace(DOCUMENT, **{"formatted": ""} | other)) for other in others]
+    pairs += [Pair(EXAMPLE, DOCUMENT, read) for read in (beside[:1], beside)]
     scorer = Lengths()
-    for number, (example, document, identity) in enumerate(decides, start=1):
-        Teacher(scorer, identity, tmp_path / "scores.sqlite")([Pair(example, document)])
+    for number, (identity, pair) in enumerate([*(("lm", pair) for pair in pairs), ("another lm", pairs[0])], start=1):
+        Teacher(scorer, identity, tmp_path / "scores.sqlite")([pair])
         assert len(scorer.asked) == number
     elsewhere = replace(EXAMPLE, where="train.jsonl:3", gold_docs=(DOCUMENT,), hard_neg_docs=(DOCUMENT,))
-    assert Teacher(Lengths(0), "lm", tmp_path / "scores.sqlite")([Pair(elsewhere, DOCUMENT)]) == [-1.0]
+    same = [Pair(elsewhere, DOCUMENT), Pair(EXAMPLE, DOCUMENT, beside[::-1])]  # read together in any order
+    assert Teacher(Lengths(0), "lm", tmp_path / "scores.sqlite")(same) == [-1.0, -1.0]
 
 
 def test_an_exception_loses_at_most_one_part_and_what_is_read_together_is_one_part(
