@@ -21,7 +21,7 @@ from rqa.runtime.files import beside, claim, read_json, write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
-from rqa.training.journal import continues
+from rqa.training.journal import continues, metric_name
 from rqa.training.loop import Batches, train
 from rqa.training.memory import estimate
 
@@ -73,7 +73,7 @@ class Run(ABC):
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
         few = 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no"
         if few and flags.load_best_model_at_end is None:  # a loss may choose: it is a mean over many tokens
-            flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
+            flags.load_best_model_at_end = metric_name(flags) == "eval_loss"
         if distributed.is_main():
             self._open_output()
         distributed.barrier()
