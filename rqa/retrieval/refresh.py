@@ -103,7 +103,6 @@ class Refresher:
         return f"index-{self.made_at}" if self._ready else None
 
     def collect(self) -> None:
-        """Gather on the main process the data that `save` writes; every process calls it."""
         if isinstance(index := self.retriever.index, FaissIndex):
             index.collect()
 
@@ -134,7 +133,6 @@ class Refresher:
             self.then.load(directory)
 
     def close(self) -> None:
-        """Stop encoding in the background."""
         if self._work:
             self._work.close()
             self._work = None
