@@ -91,7 +91,8 @@ def test_training_lowers_the_loss_and_the_saved_model_is_the_trained_one(
     train: Train, evaluate: Callable[..., dict[str, float]]
 ) -> None:
     output = train("train_swr", embedding_model="bm25", max_steps=30, learning_rate=1e-2, eval_steps=30,
-                   save_strategy="no")  # fmt: skip
+                   save_strategy="no", metric_for_best_model="eval_loss")  # fmt: skip
+    assert written(output, "all_args.json")["load_best_model_at_end"]  # a loss may choose, by either name
     losses = history(output, "loss")
     assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
     assert history(output, "eval_loss")[-1] < 0.7 * losses[0]

@@ -35,7 +35,7 @@ class ReaderRun(Run):
         if not retrieves and flags.gen_gpt4eval:
             hint = "set --embedding_model or --retriever bm25"
             raise UserError(f"--gen_gpt4eval true: no answers are generated without a retriever; {hint}")
-        super().__init__(flags, "loss", train_answers=True, eval_answers=True)
+        super().__init__(flags, answers=True)
         self.objective = objective.load(self.source, flags)
         self.model = self.objective.model
         train_adapters(self.model, flags, self.source)

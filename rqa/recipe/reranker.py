@@ -83,8 +83,7 @@ class RerankerRun(Run):
         path = flags.lm_model_path
         local = path and not is_endpoint(path) and not is_reranker(path)
         self.fid_teacher = bool(local and load_config(path, flags.trust_remote_code).is_encoder_decoder)
-        answers = bool(path) and not is_reranker(path) and not self.fid_teacher
-        super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
+        super().__init__(flags, answers=bool(path) and not is_reranker(path) and not self.fid_teacher)
         flags.ignore("per_device_eval_batch_size", "pairs are batched by their number of tokens")
         self.reranker = load_reranker(self.source, flags, flags.trained_dtype, main_only=True, new_head=True)
         self.model = self.reranker.model

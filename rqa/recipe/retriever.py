@@ -41,7 +41,7 @@ class RetrieverRun(Run):
     trains_retriever = True
 
     def __init__(self, flags: RetrieverTraining, answers: bool = False) -> None:
-        super().__init__(flags, "retr/mrr@10", train_answers=answers, eval_answers=False)
+        super().__init__(flags, answers)
         if len(self.documents) < 2:
             raise UserError(f"--document_path {flags.document_path}: has only one passage; training needs two or more")
         flags.ignore("per_device_eval_batch_size", "questions are batched by their number of tokens")

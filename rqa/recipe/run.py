@@ -21,9 +21,8 @@ from rqa.runtime.files import beside, claim, read_json, write_json, write_jsonl
 from rqa.runtime.flags import flag
 from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
-from rqa.training.journal import continues
+from rqa.training.journal import continues, metric_name
 from rqa.training.loop import Batches, train
-from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
@@ -45,34 +44,37 @@ class TrainingArguments(DocumentArguments, LoopArguments, EvaluationArguments):
 class Run(ABC):
     """A started run: processes have joined, the seed is set, all files are read, the output directory is open.
 
-    `metric` chooses the best model unless the user sets another one. `train_answers`: whether training examples need
-    answers; `eval_answers`: whether eval and test examples do.
+    `answers`: whether training examples need answers. Those of eval and test files need them unless they only score a
+    retriever.
     """
 
     model: PreTrainedModel  # the trained model, which may have adapters
     trains_retriever = False
 
-    def __init__(self, flags: TrainingArguments, metric: str, train_answers: bool, eval_answers: bool) -> None:
+    def __init__(self, flags: TrainingArguments, answers: bool) -> None:
         distributed.start(flags.deterministic)
         if flags.estimate_memory:
+            from rqa.training.memory import estimate  # nothing that trains needs it
+
             if distributed.is_main():
                 print(estimate(flags, self.trains_retriever))
             raise SystemExit
         flags.ignore("dataloader_num_workers", "a thread prepares batches a step ahead where it can")
         self.flags = flags
         self.output = Path(flags.output_dir)
-        flags.metric_for_best_model = flags.metric_for_best_model or metric
+        ranks = self.trains_retriever
+        flags.metric_for_best_model = flags.metric_for_best_model or ("retr/mrr@10" if ranks else "loss")
         self.checkpoint = distributed.from_main(checkpoint_to_resume(flags) if distributed.is_main() else None)
         self.source = str(self.checkpoint or flags.model_name_or_path)
         set_seed(flags.seed)
-        held_out = [read_examples(path, eval_answers) if path else [] for path in (flags.eval_file, flags.test_file)]
+        held_out = [read_examples(path, not ranks) if path else [] for path in (flags.eval_file, flags.test_file)]
         self.documents = read_documents(flags.document_path)
         held_out = [with_known_gold(examples, self.documents) for examples in held_out]
-        self.train = with_known_gold(read_examples(flags.train_file, train_answers), self.documents)
+        self.train = with_known_gold(read_examples(flags.train_file, answers), self.documents)
         self.eval, self.test = subset(held_out[0], flags.eval_max_examples, flags.seed), held_out[1]
         few = 0 < len(self.eval) < FEW_QUESTIONS and flags.eval_strategy != "no"
         if few and flags.load_best_model_at_end is None:  # a loss may choose: it is a mean over many tokens
-            flags.load_best_model_at_end = flags.metric_for_best_model == "loss"
+            flags.load_best_model_at_end = metric_name(flags) == "eval_loss"
         if distributed.is_main():
             self._open_output()
         distributed.barrier()

@@ -28,8 +28,6 @@ class Chunk(NamedTuple):
 
 
 class Made(NamedTuple):
-    """A new index."""
-
     index: faiss.Index
     numbers: np.ndarray  # the document position of each row. [n]
     kind: str  # its factory string

@@ -1,11 +1,10 @@
 """Fusion of two rankings, by ranks or by a weighted sum of scores."""
 
-from collections.abc import Sequence, Set
+from collections.abc import Iterator, Sequence, Set
 
 import numpy as np
 
-from rqa.retrieval.ranking import best
-from rqa.retrieval.retriever import Hits, stack
+from rqa.retrieval.ranking import Hits, best
 
 WEIGHTS = np.linspace(0, 1, 21)
 USUAL = 0.75  # default dense share: near the best for general sentence encoders on questions by people
@@ -14,7 +13,7 @@ USUAL = 0.75  # default dense share: near the best for general sentence encoders
 def reciprocal_rank_fusion(lists: Sequence[Hits], k: int) -> Hits:
     """The k documents with the greatest sum of 1 / (60 + rank) (Cormack et al. 2009). [Q, d] each -> [Q, k]"""
     values = [np.broadcast_to(1 / (60 + np.arange(1, hits.ids.shape[1] + 1)), hits.ids.shape) for hits in lists]
-    return _sum([hits.ids for hits in lists], values, k)
+    return best(_sums(lists, values), k)
 
 
 def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalization: str = "min_max") -> Hits:
@@ -24,7 +23,7 @@ def weighted_sum(dense: Hits, lexical: Hits, weight: float, k: int, normalizatio
     (`z`). A document that a list lacks gets the lowest score of that list. [Q, d] each -> [Q, k]
     """
     values = [share * _normalized(hits, normalization) for share, hits in ((weight, dense), (1 - weight, lexical))]
-    return _sum([dense.ids, lexical.ids], values, k)
+    return best(_sums((dense, lexical), values), k)
 
 
 def choose_weight(
@@ -59,11 +58,10 @@ def _normalized(hits: Hits, normalization: str) -> np.ndarray:
     return np.where(highest > lowest, (scores - lowest) / np.where(unit > 0, unit, 1), 1.0)
 
 
-def _sum(ids: Sequence[np.ndarray], values: Sequence[np.ndarray], k: int) -> Hits:
-    """The k documents with the greatest sum of values over the lists."""
-    rows = []
-    for row_ids, row_values in zip(np.concatenate(ids, axis=1), np.concatenate(values, axis=1), strict=True):
+def _sums(lists: Sequence[Hits], values: Sequence[np.ndarray]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each question's documents in any of the lists, and their sums of values: (sums, positions)."""
+    ids = np.concatenate([hits.ids for hits in lists], axis=1)
+    for row_ids, row_values in zip(ids, np.concatenate(values, axis=1), strict=True):
         found = row_ids >= 0
         documents, places = np.unique(row_ids[found], return_inverse=True)
-        rows.append(best(np.bincount(places, row_values[found], len(documents)), documents, k))
-    return stack(rows, k)
+        yield np.bincount(places, row_values[found], len(documents)), documents

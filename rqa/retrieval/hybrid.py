@@ -17,9 +17,9 @@ from rqa.models.encoder import EncoderArguments, load_encoder
 from rqa.prompts import retrieval_query
 from rqa.retrieval.fusion import USUAL, choose_weight, reciprocal_rank_fusion, weighted_sum
 from rqa.retrieval.index import IndexArguments
-from rqa.retrieval.ranking import best
+from rqa.retrieval.ranking import Hits, best
 from rqa.retrieval.reranking import RerankingArguments, first_stage, reranking
-from rqa.retrieval.retriever import Hits, PassageRetriever, Retriever, stack
+from rqa.retrieval.retriever import PassageRetriever, Retriever
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError
@@ -125,17 +125,18 @@ class LexicalRetriever(PassageRetriever):
         self._scores, self._owners, self._starts, self._words, self._columns = files
 
     def retrieve(self, questions: Sequence[str], k: int) -> Hits:
-        rows, k = [], min(k, len(self.documents))
-        for question in questions:
-            queried = prints((term,) for term in terms(question, ASKING))
-            places = np.searchsorted(self._words, queried).clip(max=len(self._words) - 1)
-            scores = np.zeros(len(self.documents), np.float32)  # [N]
-            for column in self._columns[places[self._words[places] == queried]]:
-                part = slice(*self._starts[column : column + 2])
-                scores[self._owners[part]] += self._scores[part]
-            found = np.flatnonzero(scores > 0)
-            rows.append(best(scores[found], found, k))
-        return stack(rows, k)
+        return best(map(self._found, questions), min(k, len(self.documents)))
+
+    def _found(self, question: str) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and positions of the documents that share a word with the question. -> [n], [n]"""
+        queried = prints((term,) for term in terms(question, ASKING))
+        places = np.searchsorted(self._words, queried).clip(max=len(self._words) - 1)
+        scores = np.zeros(len(self.documents), np.float32)  # [N]
+        for column in self._columns[places[self._words[places] == queried]]:
+            part = slice(*self._starts[column : column + 2])
+            scores[self._owners[part]] += self._scores[part]
+        found = np.flatnonzero(scores > 0)
+        return scores[found], found
 
     def identity(self) -> str:
         return self._identity

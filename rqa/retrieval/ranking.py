@@ -1,12 +1,27 @@
 """Top-k selection by inner product; equal scores are ordered by position in the database."""
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 import numpy as np
 from torch import Tensor
 
+from rqa.runtime import distributed
+
 QUERIES_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Hits:
+    """The documents found for Q questions, best first."""
+
+    ids: np.ndarray  # positions in the database, -1 where fewer than k were found. [Q, k]
+    scores: np.ndarray  # greater is better. [Q, k]
+
+    def gathered(self) -> "Hits":
+        """The hits of all questions, if each process has those of its `distributed.share`."""
+        return Hits(distributed.gather_array(self.ids), distributed.gather_array(self.scores))
 
 
 def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
@@ -22,13 +37,16 @@ def ranked(scores: np.ndarray, numbers: np.ndarray, k: int) -> tuple[np.ndarray,
     return np.take_along_axis(scores, order, 1).astype(np.float32), np.take_along_axis(numbers, order, 1)
 
 
-def best(scores: np.ndarray, ids: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-    """The ids and values of a question's k greatest scores; ties: lower id first. [N], [N] -> [k], [k]"""
-    if len(scores) > k:  # sort only candidates for the top k
-        kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
-        scores, ids = scores[kept], ids[kept]
-    scores, ids = ranked(scores[None], ids[None], k)
-    return ids[0], scores[0]
+def best(found: Iterable[tuple[np.ndarray, np.ndarray]], k: int) -> Hits:
+    """The k greatest of each question's scores, given with their ids; ties: lower id first. [n], [n] each -> [Q, k]"""
+    rows = [(np.empty((0, k), np.float32), np.empty((0, k), np.int64))]  # for no questions at all
+    for scores, ids in found:
+        if len(scores) > k:  # sort only candidates for the top k
+            kept = np.flatnonzero(scores >= np.partition(scores, len(scores) - k)[len(scores) - k])
+            scores, ids = scores[kept], ids[kept]
+        rows.append(ranked(scores[None], ids[None], k))
+    scores, ids = map(np.concatenate, zip(*rows, strict=True))
+    return Hits(ids, scores)
 
 
 def nearest(queries: np.ndarray, blocks: Iterable[Tensor], k: int) -> np.ndarray:

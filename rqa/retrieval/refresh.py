@@ -7,6 +7,7 @@ import re
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -102,7 +103,6 @@ class Refresher:
         return f"index-{self.made_at}" if self._ready else None
 
     def collect(self) -> None:
-        """Gather on the main process the data that `save` writes; every process calls it."""
         if isinstance(index := self.retriever.index, FaissIndex):
             index.collect()
 
@@ -133,7 +133,6 @@ class Refresher:
             self.then.load(directory)
 
     def close(self) -> None:
-        """Stop encoding in the background."""
         if self._work:
             self._work.close()
             self._work = None
@@ -152,7 +151,7 @@ class Refresher:
         """Swap in a finished index; begin the next if one is due, or fell due during the previous one."""
         if self._work and self._work.finished():
             work, self._work = self._work, None
-            self.retriever.replace(work.embeddings)
+            self.retriever.replace(work.embeddings.result())
             log.info("step %d  index of step %d swapped in after %.1f s", step, self._begun_at, work.seconds)
             self._follow(self._begun_at)
         if not self._work and any(map(self.due, range(self._begun_at + 1, step + 1))):
@@ -174,8 +173,6 @@ class BackgroundEncoding:
 
     def __init__(self, retriever: Retriever) -> None:
         self.seconds = 0.0
-        self.embeddings = np.empty(0)  # of this process's documents, once finished. float32 [n, D]
-        self._error: BaseException | None = None
         self._cancelled = threading.Event()
         self._retriever = retriever
         self._encoder = copy.deepcopy(retriever.encoder.passage_side).requires_grad_(False).eval()
@@ -183,15 +180,14 @@ class BackgroundEncoding:
         self._stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())  # which makes the copy
-        self._thread = threading.Thread(target=self._run, name="encode documents", daemon=True)
-        self._thread.start()
+        self.embeddings = ThreadPoolExecutor(1, "encode documents").submit(self._run)
 
     def finished(self) -> bool:
         """Whether every process is done; all call it at the same step. Raises the error of any thread."""
-        done = not self._thread.is_alive()
-        dones, failures = distributed.total([done, done and self._error is not None])
+        done = self.embeddings.done()
+        error = self.embeddings.exception() if done else None
+        dones, failures = distributed.total([done, error is not None])
         if failures:
-            error = self._error  # read before `close`, which causes an error in a running thread
             self.close()
             raise error or UserError("another process could not encode its documents; its log says why")
         return int(dones) == distributed.world_size()
@@ -199,16 +195,15 @@ class BackgroundEncoding:
     def close(self) -> None:
         """Stop before the next batch of documents, and wait for that."""
         self._cancelled.set()
-        self._thread.join()
+        wait([self.embeddings])
 
-    def _run(self) -> None:
+    def _run(self) -> np.ndarray:
+        """Embeddings of this process's documents. -> float32 [n, D]"""
         started = time.perf_counter()
-        try:
-            with torch.cuda.stream(self._stream):  # None: nothing changes
-                self.embeddings = self._retriever.encode(self._encoder, desc=None)
-        except BaseException as error:  # `finished` raises it in the main thread
-            self._error = error
+        with torch.cuda.stream(self._stream):  # None: nothing changes
+            embeddings = self._retriever.encode(self._encoder, desc=None)
         self.seconds = time.perf_counter() - started
+        return embeddings
 
     def _stop_if_cancelled(self, *_: object) -> None:
         if self._cancelled.is_set():

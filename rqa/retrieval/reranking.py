@@ -8,7 +8,8 @@ import numpy as np
 
 from rqa.models.reranker import FIRST_STAGE, Reranker, RerankerArguments, load_reranker
 from rqa.retrieval.fusion import choose_weight, weighted_sum
-from rqa.retrieval.retriever import Hits, PassageRetriever
+from rqa.retrieval.ranking import Hits
+from rqa.retrieval.retriever import PassageRetriever
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress
 from rqa.runtime.errors import UserError

@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 from array import array
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
@@ -17,6 +16,7 @@ from rqa.documents import passages_of
 from rqa.models.encoder import Encoder
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import ENGINE, Index, IndexArguments
+from rqa.retrieval.ranking import Hits
 from rqa.runtime import distributed
 from rqa.runtime.cli import progress, trim_heap
 from rqa.runtime.errors import UserError
@@ -26,18 +26,6 @@ from rqa.runtime.parallelize import ahead
 log = logging.getLogger(__name__)
 
 TEXTS_AT_ONCE = 10_000
-
-
-@dataclass(frozen=True)
-class Hits:
-    """The documents found for Q questions, best first."""
-
-    ids: np.ndarray  # positions in the database, -1 where fewer than k were found. [Q, k]
-    scores: np.ndarray  # greater is better. [Q, k]
-
-    def gathered(self) -> "Hits":
-        """The hits of all questions, if each process has those of its `distributed.share`."""
-        return Hits(distributed.gather_array(self.ids), distributed.gather_array(self.scores))
 
 
 class PassageRetriever(ABC):
@@ -186,9 +174,3 @@ def index_at(path: str, documents: Sequence[Document], flags: IndexArguments) ->
             raise UserError(f'--index_path {path}: needs {error.name}; pip install "rqa[milvus]"') from None
         return MilvusIndex(documents, flags, path)
     return FaissIndex(documents, flags, path)
-
-
-def stack(rows: Sequence[tuple[np.ndarray, np.ndarray]], k: int) -> Hits:
-    """The hits of Q questions from the results of `best` for each."""
-    ids, scores = zip(*rows, strict=True) if rows else ([], [])
-    return Hits(np.array(ids, dtype=np.int64).reshape(-1, k), np.array(scores, dtype=np.float32).reshape(-1, k))

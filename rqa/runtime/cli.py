@@ -94,12 +94,10 @@ def print_command(executable: Path, words: Sequence[str], flags: Mapping[str, ob
 
 
 def as_words(flags: Mapping[str, object]) -> list[str]:
-    """Flags as the words of a command line."""
     return [word for name, value in flags.items() for word in (f"--{name}", as_word(value))]
 
 
 def as_word(value: object) -> str:
-    """A flag's value as a word of a command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

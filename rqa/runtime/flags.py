@@ -159,7 +159,6 @@ class _Help(argparse.RawDescriptionHelpFormatter):
 
 
 def _from_json(path: str) -> list[str]:
-    """A JSON object of flags as a command line."""
     line: list[str] = []
     for name, value in read_json(path).items():
         parts = value if isinstance(value, list) else [value]

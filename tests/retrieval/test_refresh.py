@@ -112,7 +112,7 @@ def test_no_refresh_disturbs_the_random_stream(in_background: bool, retriever: R
 
 def wait(refresher: Refresher) -> None:
     """Until the documents in work are encoded."""
-    refresher._work._thread.join(timeout=60)
+    refresher._work.embeddings.exception(timeout=60)
 
 
 def test_an_index_made_in_the_background_has_its_first_weights(retriever: Retriever) -> None:
@@ -210,7 +210,7 @@ def test_closing_stops_the_work_before_its_next_batch(retriever: Retriever, monk
     work = refresher._work
     threading.Timer(0.1, closed.set).start()
     refresher.close()
-    assert not work._thread.is_alive()
+    assert work.embeddings.done()
     assert 1 <= len(forwards) < len(retriever.documents)
     refresher.close()  # nothing is left to close
 
