@@ -23,6 +23,7 @@ from rqa.training.arguments import LoopArguments
 from rqa.training.checkpoint import ARGUMENTS_FILE, checkpoint_to_resume, promote
 from rqa.training.journal import continues, metric_name
 from rqa.training.loop import Batches, train
+from rqa.training.memory import estimate
 
 log = logging.getLogger(__name__)
 
@@ -54,8 +55,6 @@ class Run(ABC):
     def __init__(self, flags: TrainingArguments, answers: bool) -> None:
         distributed.start(flags.deterministic)
         if flags.estimate_memory:
-            from rqa.training.memory import estimate  # nothing that trains needs it
-
             if distributed.is_main():
                 print(estimate(flags, self.trains_retriever))
             raise SystemExit
