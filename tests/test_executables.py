@@ -239,6 +239,7 @@ def test_the_flags_that_a_run_saves_start_the_same_run(line: str, tmp_path: Path
      "convert_dataset --to_format beir --train_file /t.jsonl --document_path d.jsonl --output_dir new/..",
      "train_ctl --model_name_or_path . --output_dir ../m/",
      "train_swr --reranker . --output_dir ../m/",
+     "train_ctl --index_path index-5 --output_dir .",
      "train_rpg --teacher reranker::. --output_dir ../m/",
      "train_fid --model_name_or_path bert::. --output_dir .",
      "chunk_documents --document_path d.jsonl --output_path new/../d.jsonl",
@@ -249,7 +250,7 @@ def test_the_flags_that_a_run_saves_start_the_same_run(line: str, tmp_path: Path
        for read in ("document_path score.json", "eval_file test-predictions.jsonl", "test_file d.jsonl"))],
 )  # fmt: skip
 def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m").mkdir()
+    (tmp_path / "m/index-5").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "m")
     Path("d.jsonl").touch()
     Path("link").symlink_to("d.jsonl")
