@@ -14,15 +14,9 @@ import sacrebleu
 from rouge_score.rouge_scorer import RougeScorer
 
 from rqa.data import Document, Example
+from rqa.evaluation.executables import document_name, write_qrels, write_run
 from rqa.evaluation.metrics import answer_statistics, bleu, corpus_bleu, faithfulness, right_answers, score_answer
-from rqa.evaluation.retrieval import (
-    document_name,
-    mean_scores,
-    retrieval_rows,
-    score_ranking,
-    write_qrels,
-    write_run,
-)
+from rqa.evaluation.retrieval import mean_scores, retrieval_rows, score_ranking
 from rqa.retrieval.retriever import Hits
 
 PAIRS = [

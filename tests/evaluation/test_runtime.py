@@ -12,7 +12,8 @@ from rqa.data import Answer, Document, Example
 from rqa.evaluation import runtime
 from rqa.evaluation.answers import evaluate_answers
 from rqa.evaluation.comparison import compare
-from rqa.evaluation.retrieval import EvaluationArguments, timed_retrieval
+from rqa.evaluation.executables import timed_retrieval
+from rqa.evaluation.retrieval import EvaluationArguments
 from rqa.evaluation.runtime import seconds
 from rqa.models.encoder_decoder import FiDReader
 from rqa.models.reader import CausalLMReader
