@@ -341,6 +341,7 @@ TOY = {  # benchmark -> flags of a run that takes seconds
 }
 
 
+@pytest.mark.usefixtures("run_line")  # which takes back what an executable does to the log
 @pytest.mark.parametrize("name", TOY)
 def test_a_benchmark_measures_toy_models(
     name: str, files: dict[str, Path], lm_path: str, encoder_path: str, monkeypatch: pytest.MonkeyPatch
