@@ -36,7 +36,7 @@ from rqa.data import read_examples
 from rqa.evaluation.runtime import seconds
 from rqa.recipe.system import ReaderArguments
 from rqa.retrieval.refresh import BackgroundEncoding, Refresher
-from rqa.runtime.files import write_jsonl
+from rqa.runtime.files import write_json, write_jsonl
 
 
 class Pipe(list):
@@ -143,27 +143,33 @@ def learn(
     data: Path, encoder_path: str, lm_path: str, run_line: Callable[..., int], tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 ) -> Learn:  # fmt: skip
-    """Run learning.py on the cities, its commands in this process. -> the commands, and the table's rows by name"""
+    """Run learning.py on the cities: its commands run in this process, or leave only what a table needs.
+
+    `meanwhile` is called as a command begins. -> the commands, and the table's rows by name
+    """
     models = ["--embedding_model", encoder_path, "--qa_model_name_or_path", lm_path]
     common = ["--data", f"cities={data}", "--output_dir", tmp_path / "out", "--tiny", "--seeds", 0, *models]
+    scores = dict.fromkeys((name for _, metrics in learning.METRICS for name in metrics.values()), 1.0)
 
-    def run(*line: object, failing: str = "", failure: BaseException | None = None) -> tuple[list[str], dict[str, Any]]:
+    def run(
+        *line: object, real: bool = False, meanwhile: Callable[[str], object] | None = None
+    ) -> tuple[list[str], dict[str, Any]]:
         ran: list[str] = []
 
-        def command(line: list[str], _: Path) -> tuple[float, float]:
+        def command(line: list[str], log: Path) -> tuple[float, float]:
             ran.append(Path(line[0]).name)
-            if failure and ran[-1] == failing:
-                raise failure
-            if failing == ran[-1]:  # a signal reached the trainer alone, which saves a checkpoint and ends well
-                state = Path(line[line.index("--output_dir") + 1]) / "trainer_state.json"
-                state.write_text('{"interrupted": true}')
-                return 60.0, 1.5
-            assert run_line(line[0], *line[1:]) == 0
+            said = meanwhile and meanwhile(ran[-1])
+            if real:
+                assert run_line(line[0], *line[1:]) == 0
+            else:
+                write_jsonl(log.parent / "test-predictions.jsonl", [{"question": "Why?", "scores": scores}])
+                write_json(log.parent / "trainer_state.json", {"interrupted": said == "interrupted"})
+            log.touch()
             return 60.0, 1.5
 
         monkeypatch.setattr(learning, "run_command", command)
         monkeypatch.setattr(sys, "argv", ["learning.py", *map(str, [*common, *line])])
-        with suppress(SystemExit) if failing else nullcontext():
+        with suppress(SystemExit) if meanwhile else nullcontext():
             learning.main()
         last = capsys.readouterr().out.rpartition("\n{")[2]
         return ran, {row["system"]: row for row in json.loads("{" + last)["rows"]} if '"rows"' in last else {}
@@ -175,7 +181,7 @@ def test_each_system_of_the_table_is_made_by_commands_and_scored_by_its_run(lear
     bench = all(map(find_spec, ("sentence_transformers", "trl", "datasets")))
     every = [*learning.RETRIEVERS, *learning.READERS, "RPG, each epoch", "reranker"]
     systems = [system for system in every if bench or system not in PEERS]
-    ran, rows = learn("--only", *systems, "--html", tmp_path / "page.html")
+    ran, rows = learn("--only", *systems, "--html", tmp_path / "page.html", real=True)
     assert {*ran} <= {"learning_peers.py", *os.listdir(learning.HERE.parent / "bin")}
     assert len(rows) == len(systems) - 1  # the reranker is in no table
     assert rows["DCA"]["minutes"] == 2  # its reader's, too
@@ -193,7 +199,7 @@ def test_each_system_of_the_table_is_made_by_commands_and_scored_by_its_run(lear
 def test_a_table_goes_on_where_it_was_ended_and_makes_nothing_twice(learn: Learn) -> None:
     systems = ["--only", "BM25", "CTL", "SFT", "SwR"]
     reached = ["evaluate_retriever", "train_ctl", "train_sft"]
-    assert learn(*systems, failing="train_sft", failure=SystemExit(130)) == (reached, {})
+    assert learn(*systems, meanwhile=lambda name: name == "train_sft" and sys.exit(130)) == (reached, {})
     ran, rows = learn(*systems)
     assert ran == ["train_sft", "train_swr"]
     assert [name for name, row in rows.items() if row["resumed"]] == ["SFT"]  # what it took before is not known
@@ -213,37 +219,24 @@ def test_a_table_needs_no_more_of_a_cell_than_its_scores_until_another_one_needs
 
 
 def test_a_cell_whose_trainer_was_interrupted_is_not_finished(learn: Learn) -> None:
-    assert list(learn("--only", "BM25", "CTL", failing="train_ctl")[1]) == ["BM25"]
+    """A signal may reach the trainer alone, which saves a checkpoint and ends well."""
+    interrupted = learn("--only", "BM25", "CTL", meanwhile=lambda name: "interrupted" * (name == "train_ctl"))
+    assert list(interrupted[1]) == ["BM25"]
     ran, rows = learn("--only", "BM25", "CTL")
     assert (ran, list(rows)) == (["train_ctl"], ["BM25", "CTL"])
 
 
 def test_a_command_that_fails_costs_only_the_cells_that_need_it(learn: Learn) -> None:
-    failure = subprocess.CalledProcessError(1, "")
-    ran, rows = learn("--only", "BM25", "DCA", "SFT", failing="train_fid", failure=failure)
+    fail = lambda name: name == "train_fid" and subprocess.run(["false"], check=True)  # noqa: E731
+    ran, rows = learn("--only", "BM25", "DCA", "SFT", meanwhile=fail)
     assert (ran, list(rows)) == (["evaluate_retriever", "train_fid", "train_sft"], ["BM25", "SFT"])
 
 
-def test_cells_are_made_at_a_time_and_what_they_share_once(
-    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cells_are_made_at_a_time_and_what_they_share_once(learn: Learn) -> None:
     """Each of two tests ends only when the other one has begun; both need CTL."""
-    ran, both = [], threading.Barrier(2, timeout=60)
-
-    def command(line: list[str], log: Path) -> tuple[float, float]:
-        ran.append(Path(line[0]).name)
-        if ran[-1] == "evaluate_retriever":
-            both.wait()
-        scores = {f"retr/{name}": 1.0 for name in ("recall@1", "recall@4", "mrr@10")}
-        write_jsonl(log.parent / "test-predictions.jsonl", [{"question": "Why?", "scores": scores}])
-        log.touch()
-        return 1.0, 1.0
-
-    monkeypatch.setattr(learning, "run_command", command)
-    line = f"--embedding_model e --qa_model_name_or_path l --output_dir {tmp_path}/out --data cities={data} --seeds 0 "
-    line += "--jobs 2 --only 'trained + BM25' 'trained + reranker'"
-    monkeypatch.setattr(sys, "argv", ["learning.py", *shlex.split(line)])
-    learning.main()
+    both = threading.Barrier(2, timeout=60)
+    wait = lambda name: name == "evaluate_retriever" and both.wait()  # noqa: E731
+    ran, _ = learn("--jobs", 2, "--only", "trained + BM25", "trained + reranker", meanwhile=wait)
     assert sorted(ran) == ["evaluate_retriever", "evaluate_retriever", "train_ctl", "train_rerank"]
 
 
@@ -348,6 +341,7 @@ TOY = {  # benchmark -> flags of a run that takes seconds
 }
 
 
+@pytest.mark.usefixtures("run_line")  # which takes back what an executable does to the log
 @pytest.mark.parametrize("name", TOY)
 def test_a_benchmark_measures_toy_models(
     name: str, files: dict[str, Path], lm_path: str, encoder_path: str, monkeypatch: pytest.MonkeyPatch

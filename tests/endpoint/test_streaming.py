@@ -2,7 +2,6 @@
 
 import asyncio
 from collections.abc import Callable
-from contextlib import aclosing
 
 import pytest
 from openai_server import Json, OpenAIServer, error, event
@@ -47,9 +46,18 @@ def test_why_it_ended_and_tokens_of_a_server_that_counts_none(server: OpenAIServ
     assert ask(server)[-1] == ("ab", 0, 2, ended)
 
 
-def test_thoughts_are_not_shown_nor_half_a_mark_of_them(server: OpenAIServer) -> None:
-    server.faults = [events(*map(delta, ["<th", "ink>", "Hm", "</thi", "nk>", "It is", " it."]), delta(None, "stop"))]
-    assert {text for text, *_ in ask(server)} == {"", "It is", "It is it."}
+@pytest.mark.parametrize(
+    ("parts", "seen"),
+    [
+        (["<th", "ink>", "Hm", "</thi", "nk>", "It is", " it."], {"", "It is", "It is it."}),
+        (["a\ud83d", "\ude00", "\udfff b"], {"", "a😀", "a😀\ufffd b"}),
+    ],
+)
+def test_neither_thoughts_nor_half_a_mark_or_a_character_are_shown(
+    server: OpenAIServer, parts: list[str], seen: set[str]
+) -> None:
+    server.faults = [events(*map(delta, parts), delta(None, "stop"))]
+    assert {text for text, *_ in ask(server)} == seen
 
 
 def test_a_reply_without_end_is_cut(server: OpenAIServer) -> None:
@@ -82,18 +90,3 @@ def test_what_a_broken_stream_is_told_as(
     with pytest.raises(Refused, match=server.url) as caught:
         ask(server)
     assert message in str(caught.value)
-
-
-def test_who_leaves_closes_the_connection(server: OpenAIServer) -> None:
-    async def leave() -> None:
-        async with aclosing(
-            stream(Endpoint(PREFIX + server.url), [{"role": "user", "content": "?"}], 999, {})
-        ) as parts:
-            async for text, *_ in parts:
-                if text:
-                    break
-        await asyncio.sleep(0.3)
-
-    server.pause, server.say = 0.01, lambda messages: "word " * 400
-    asyncio.run(leave())
-    assert 0 < server.streamed < 100

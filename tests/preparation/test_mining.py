@@ -39,9 +39,7 @@ def flags(data: Path, tmp_path: Path) -> dict[str, object]:
             "output_path": tmp_path / "mined.jsonl"}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("retriever", "reranks"), [("bm25", False), ("dense", False), ("both", False), ("bm25", True), ("both", True)]
-)
+@pytest.mark.parametrize(("retriever", "reranks"), [("bm25", False), ("dense", False), ("bm25", True), ("both", True)])
 def test_mined_examples_are_what_the_retriever_ranks_without_the_gold(
     retriever: str, reranks: bool, flags: dict[str, object], encoder_path: str, reranker_path: str,
     run_executable: Run, data: Path, capsys: pytest.CaptureFixture[str],

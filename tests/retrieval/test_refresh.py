@@ -91,8 +91,6 @@ def test_frozen_passages_are_encoded_once_and_what_follows_a_refresh_still_runs(
     np.testing.assert_array_equal(table(retriever), fresh_table(retriever))
     with pytest.raises(UserError, match="--train_query_encoder_only true"):
         RefreshArguments().freeze_passages(retriever.encoder)
-    with pytest.raises(UserError, match="--train_query_encoder_only true: passages are never encoded again; remove"):
-        RefreshArguments(train_query_encoder_only=True, refresh_async=True)
 
 
 @pytest.mark.parametrize("in_background", [False, True])

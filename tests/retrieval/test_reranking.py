@@ -101,17 +101,15 @@ def test_whatever_decides_what_is_found_makes_another_identity(opened: Open, rer
     assert len({retriever.identity() for retriever in [made, *others]}) == 6
 
 
-def test_evaluations_tell_the_times_of_both_stages_apart(
-    files: dict[str, Path], reranker_path: str, lm_path: str, run_executable: Run, tmp_path: Path
+def test_an_evaluation_tells_the_times_of_both_stages_apart(
+    files: dict[str, Path], reranker_path: str, run_executable: Run, tmp_path: Path
 ) -> None:
-    reader = {"qa_model_name_or_path": lm_path, "max_new_tokens": 4, "max_seq_length": 256}
+    flags = {"embedding_model": "bm25", "reranker": reranker_path, "output_dir": tmp_path,
+             "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"]}  # fmt: skip
+    assert run_executable("evaluate_retriever", flags) == 0
     figures = {f"{stage}latency_p{p}_ms" for stage in ("", "first_stage_", "reranking_") for p in (50, 95, 99)}
-    for name, own in (("evaluate_retriever", {}), ("evaluate_rqa", reader)):
-        flags = {"embedding_model": "bm25", "reranker": reranker_path, "output_dir": tmp_path / name,
-                 "document_path": files["full_dataset_file_path"], "eval_data_path": files["test_file"]}  # fmt: skip
-        assert run_executable(name, flags | own) == 0
-        assert {f"test_retr/{figure}" for figure in figures} <= scores(tmp_path / name).keys()
-    assert {line.split()[-1] for line in (tmp_path / "evaluate_retriever/run.trec").open()} == {"bm25-reranked"}
+    assert {f"test_retr/{figure}" for figure in figures} <= scores(tmp_path).keys()
+    assert {line.split()[-1] for line in (tmp_path / "run.trec").open()} == {"bm25-reranked"}
 
 
 @pytest.mark.parametrize(("trainer", "times"), [("sft", 2), ("swr", 3), ("fid", 3), ("dca", 1)])

@@ -1,7 +1,6 @@
 """The retriever: when an index is built, when it is used again, and what is found."""
 
 import logging
-import math
 from dataclasses import replace
 from pathlib import Path
 from threading import Thread
@@ -18,7 +17,6 @@ from rqa.retrieval import retriever as retriever_module
 from rqa.retrieval.faiss_index import FaissIndex
 from rqa.retrieval.index import IndexArguments
 from rqa.retrieval.retriever import Hits, Retriever
-from rqa.runtime import distributed
 from rqa.runtime.errors import UserError
 from rqa.runtime.files import alone
 
@@ -63,36 +61,12 @@ def test_retrieving_ranks_the_formatted_documents_by_inner_product_with_the_enco
     assert all(module.training for module in encoder.modules())
 
 
-@pytest.mark.parametrize("size", [0, 1, 7, 8])
-def test_the_rows_of_all_processes_are_put_together_as_they_were_dealt_out(
-    size: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    whole, calls = np.random.default_rng(size).normal(size=(size, 2)).astype(np.float32), []
-    shares = [whole[rank::3] for rank in range(3)]
-    assert distributed.gather_array(whole) is whole  # by a process alone
-
-    def all_gather(parts: list[np.ndarray], part: np.ndarray) -> None:
-        start = 2 * len(calls)
-        calls.append(np.testing.assert_array_equal(part, shares[1][start : start + 2]))
-        parts[:] = [share[start : start + 2] for share in shares]
-
-    monkeypatch.setattr(distributed, "ROWS_AT_ONCE", 2)
-    monkeypatch.setattr(distributed, "world_size", lambda: 3)
-    monkeypatch.setattr(distributed, "total_by_rank", lambda _: list(map(float, map(len, shares))))
-    monkeypatch.setattr(distributed.dist, "all_gather_object", all_gather)
-    np.testing.assert_array_equal(distributed.gather_array(shares[1]), whole)
-    assert len(calls) == math.ceil(len(shares[0]) / 2)
-
-
-def test_more_than_the_database_holds_is_all_of_it_and_an_index_in_memory_writes_nothing(
+def test_an_index_in_memory_writes_nothing_and_what_was_not_found_is_no_document(
     encoder: Encoder, documents: list[Document], tmp_path: Path
 ) -> None:
     retriever = opened(encoder, documents[:3])
-    hits = retriever.retrieve(QUESTIONS, 10)
+    retriever.retrieve(QUESTIONS, 10)
     assert not list(tmp_path.iterdir())
-    for row in retriever.documents_of(hits):
-        assert sorted(document.key for document in row) == sorted(document.key for document in documents[:3])
-    assert retriever.retrieve_once(QUESTIONS, 10).ids.tolist() == hits.ids.tolist()
     some = Hits(np.array([[2, 0, 1], [1, -1, -1], [-1, -1, -1]]), np.zeros((3, 3)))
     assert retriever.documents_of(some) == [[documents[2], documents[0], documents[1]], [documents[1]], []]
 
@@ -152,41 +126,30 @@ def test_whatever_decides_the_index_or_what_is_found_in_it_makes_another_fingerp
         assert identity not in identities
 
 
-def test_retrieving_once_reads_from_the_disk_the_second_time(
+def test_what_is_retrieved_once_is_read_from_the_disk_and_anew_for_other_questions_encoders_or_damaged_files(
     encoder: Encoder, encoder_path: str, documents: list[Document], encoded: list[int], tmp_path: Path
 ) -> None:
-    """And encodes again if what was written is damaged."""
-    retrievers = [Retriever(each, documents) for each in (encoder, load_encoder(encoder_path))]
-    for retriever in retrievers:
-        retriever.refresh()
-    encoded.clear()
-    first, second = (retriever.retrieve_once(QUESTIONS, 3) for retriever in retrievers)
-    assert encoded == [len(QUESTIONS)]
-    (mark,) = (tmp_path / "cache").rglob("COMPLETE")
-    mark.unlink()
-    (mark.parent / "hits.npz").write_bytes(b"")
-    third = retrievers[0].retrieve_once(QUESTIONS, 3)
-    assert encoded == [len(QUESTIONS)] * 2
-    expected = retrievers[0].retrieve(QUESTIONS, 3)
-    for hits in (first, second, third):
+    def check(questions: list[str], k: int, model: Encoder = encoder, read: bool = False) -> None:
+        retriever = opened(model, documents)
+        expected = retriever.retrieve(questions, k)
+        encoded.clear()
+        hits = retriever.retrieve_once(questions, k)
+        assert encoded == [len(questions)] * (not read)
         np.testing.assert_array_equal(hits.ids, expected.ids)
         np.testing.assert_array_equal(hits.scores, expected.scores)
 
-
-def test_what_was_retrieved_once_serves_no_other_questions_and_no_other_encoder(
-    encoder: Encoder, documents: list[Document], encoded: list[int]
-) -> None:
     asked = ["a b", "c", *QUESTIONS]
-    opened(encoder, documents).retrieve_once(asked, 3)
-    others = [([*asked[:-1], asked[-1] + "?"], 3), (asked[::-1], 3), (["a", "b c", *QUESTIONS], 3), (asked, 4)]
-    for questions, k in [*others, (asked, 3)]:
-        if (questions, k) == (asked, 3):
-            change_weights(encoder)
-        retriever = opened(encoder, documents)
-        encoded.clear()
-        hits = retriever.retrieve_once(questions, k)
-        assert encoded == [len(questions)]
-        np.testing.assert_array_equal(hits.ids, retriever.retrieve(questions, k).ids)
+    check(asked, 3)
+    check(asked, 3, load_encoder(encoder_path), read=True)
+    (mark,) = (tmp_path / "cache").rglob("COMPLETE")
+    mark.unlink()
+    (mark.parent / "hits.npz").write_bytes(b"")
+    check(asked, 3)
+    check(asked, 4)
+    for questions in ([*asked[:-1], "?"], asked[::-1], ["a", "b c", *QUESTIONS]):
+        check(questions, 3)
+    change_weights(encoder)
+    check(asked, 3)
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

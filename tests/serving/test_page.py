@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from trainers import Train
 
-from rqa.data import Document, Example, read_examples
+from rqa.data import Document, Example
 from rqa.evaluation.ratings import Comparison, read_ratings
 from rqa.preparation.feedback import Feedback
 from rqa.recipe.system import Reader
@@ -114,9 +113,7 @@ def test_an_answer_is_seen_while_it_is_written_and_then_cites_what_it_shares_wit
     assert (page.text(".on"), last.text) == ("I hope that this was of use to you.", "2")
 
 
-def test_a_correction_can_be_trained_from(
-    page: Browser, tmp_path: Path, run_line: Callable[..., int], train: Train, documents: list[Document]
-) -> None:
+def test_a_rating_a_helpful_passage_and_a_correction_are_kept(page: Browser, tmp_path: Path) -> None:
     page.ask("What does Arlen trade in?")
     page.click(".cite")
     page.click("#helpful")
@@ -131,12 +128,6 @@ def test_a_correction_can_be_trained_from(
     assert (row["question"], row["generated_answer"]) == ("What does Arlen trade in?", ANSWER)
     assert (row["rating"], row["corrected_answer"], row["model"]) == (-1, "Arlen trades in copper.", "tiny")
     assert [(shown["clicked"], shown["helpful"]) for shown in row["ctxs"]] == [(True, True), (False,) * 2, (False,) * 2]
-    flags = ("--from_format", "feedback", "--input_path", path, "--output_dir", tmp_path / "data")
-    assert run_line("convert_dataset", *flags) == 0
-    (converted,) = (tmp_path / "data").glob("*_w_qa.jsonl")
-    (example,) = read_examples(converted)
-    assert (example.gold_answer, example.gold_docs) == ("Arlen trades in copper.", (documents[0],))
-    assert train("train_swr", train_file=converted, max_steps=1, per_device_train_batch_size=1).is_dir()
 
 
 def test_a_script_in_an_answer_or_a_passage_is_text(page: Browser) -> None:
