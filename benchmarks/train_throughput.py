@@ -161,20 +161,17 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[st
 
     from rqa.runtime.distributed import has_bf16
 
-    rates = {name: matmul_rate(dtype) for name, dtype in (("bf16", torch.bfloat16), ("float32", torch.float32))}
-    lengths = [len(ids) for ids, _ in prepared(arguments)]
+    dtype = torch.bfloat16 if arguments.precision == "bf16" and has_bf16() else torch.float32
+    rate, lengths = matmul_rate(dtype), [len(ids) for ids, _ in prepared(arguments)]
     ours = next((row for row in rows if row["system"] == "rqa"), None)
     compare(rows, lambda _: ours)
-    more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rates}
     print_rates(["", "allocator", "tokens/s"], rows, digits=0)
-    print(f"matrix products: bf16 {rates['bf16']:.0f} GFLOP/s, float32 {rates['float32']:.0f} GFLOP/s")
+    more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rate}
     if ours:
-        used = "bf16" if arguments.precision == "bf16" and has_bf16() else "float32"
         config = AutoConfig.from_pretrained(arguments.model_name_or_path)
         per_token = training_flops(config, lengths) / sum(lengths)  # without the output layer
-        share = ours["rate"] * per_token / 1e9 / rates[used]
-        more["share_of_matmul_rate"] = share
-        print(f"rqa computes in {used} and reaches {share:.0%} of that rate")
+        more["share_of_matmul_rate"] = share = ours["rate"] * per_token / 1e9 / rate
+        print(f"matrix products in {str(dtype)[6:]}: {rate:.0f} GFLOP/s; rqa reaches {share:.0%} of that")
     return more
 
 
