@@ -22,7 +22,7 @@ PASSAGES = ("gold_docs", "hard_neg_docs", "ctxs")  # fields of an example that h
 class DocumentArguments(Arguments):
     """The document database."""
 
-    document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.", also="full_dataset_file_path")
+    document_path: str = flag(help="Document database: .jsonl(.gz), or LocalRQA's .pkl.")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from rqa.prompts import Prompter
 from rqa.retrieval.retriever import Retriever
 from rqa.runtime.cli import as_words
 from rqa.runtime.errors import UserError
-from rqa.runtime.flags import parse
+from rqa.runtime.flags import aliases, parse
 
 README = (BIN.parent / "README.md").read_text(encoding="utf-8")
 
@@ -354,11 +354,11 @@ NEEDED = {"train_dca": "--with_score true", "mine_negatives": "--retriever dense
 
 @pytest.mark.parametrize("name", EXECUTABLES)
 def test_one_thing_has_one_name_and_every_other_name_that_it_has_means_the_same(name: str) -> None:
-    others = {flag.name: {other[2:] for other in flag.metadata["aliases"]} for flag in fields(flags_of(name)[0])}
+    others = {flag.name: {other[2:] for other in aliases(flag)} for flag in fields(flags_of(name)[0])}
     assert not others.keys() & set().union(*NAMES.values())
-    for main, aliases in others.items():
-        assert name == "chunk_documents" or aliases >= NAMES.get(main, set()), main
-        for alias in aliases:
+    for main, names in others.items():
+        assert name == "chunk_documents" or names >= NAMES.get(main, set()), main
+        for alias in names:
             line = [*NEEDED.get(name, "").split(), VALUES.get(alias, "V")]
             ours, theirs = (parsed(name, [*line[:-1], f"--{flag}", line[-1]]) for flag in (main, alias))
             assert ours == theirs, alias
@@ -399,6 +399,6 @@ def test_every_flag_in_an_example_and_in_a_users_shell_history_is_known() -> Non
     trainers = [name for name in EXECUTABLES if name.startswith("train_") and name != "train_rounds"]  # it runs them
     named += [(name, ALL_TRAINERS.split()) for name in trainers]
     for name, flags in named:
-        known = {option[2:] for flag in fields(flags_of(name)[0]) for option in flag.metadata["aliases"]}
+        known = {option[2:] for flag in fields(flags_of(name)[0]) for option in aliases(flag)}
         unknown = {*flags} - known - {flag.name for flag in fields(flags_of(name)[0])} - {"nproc_per_node"}
         assert not unknown, f"{name}: {unknown}"

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from rqa.runtime.flags import Arguments, parse
+from rqa.runtime.flags import Arguments, aliases, parse
 from rqa.training.checkpoint import checkpoints
 
 Train = Callable[..., Path]
@@ -36,7 +36,7 @@ def flags_of(name: str) -> tuple[type[Arguments], str]:
 def required(name: str) -> dict[str, set[str]]:
     """The flags that an executable cannot do without, each with all that the command line calls it."""
     lacks_default = (f for f in fields(flags_of(name)[0]) if f.default is MISSING and f.default_factory is MISSING)
-    return {flag.name: {f"--{flag.name}", *flag.metadata["aliases"]} for flag in lacks_default}
+    return {flag.name: {f"--{flag.name}", *aliases(flag)} for flag in lacks_default}
 
 
 def parsed(name: str, line: list[str]) -> Any:

@@ -26,7 +26,6 @@ class EvaluationDataArguments(DocumentArguments):
 
     embedding_model: str = flag(
         help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
-        also="embedding_model_name_or_path eval_embedding_model",
     )
     eval_data_path: str = flag(
         help="Examples (JSONL) with gold passages; readers also need answers.", also="eval_file test_file"

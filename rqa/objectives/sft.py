@@ -33,7 +33,6 @@ class SFTArguments(DecoderArguments):
 
     embedding_model: str | None = flag(
         None, "Retriever for evaluation: a directory or a hub name. Default: evaluate the loss on gold passages.",
-        also="eval_embedding_model embedding_model_name_or_path",
     )  # fmt: skip
 
 

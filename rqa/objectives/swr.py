@@ -14,10 +14,7 @@ from rqa.runtime.flags import Arguments, flag
 class SwRArguments(Arguments):
     """How gold and retrieved passages are mixed in training."""
 
-    embedding_model: str = flag(
-        help="Frozen retriever: a directory or a hub name; bm25 needs no model.",
-        also="embedding_model_name_or_path eval_embedding_model",
-    )
+    embedding_model: str = flag(help="Frozen retriever: a directory or a hub name; bm25 needs no model.")
     gold_position: str = flag(
         "ranked", "Place of gold passages in the prompt; ranked: where the retriever finds them, else anywhere.",
         ["ranked", "random", "first"],

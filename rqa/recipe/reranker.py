@@ -38,10 +38,7 @@ class RerankerTraining(RerankArguments, TeacherArguments, TrainingArguments, Ret
     """Flags of runs that train a reranker."""
 
     retriever: str = flag("bm25", "First stage of --negatives_from file.", ["dense", "bm25", "hybrid"], rare=True)
-    embedding_model: str | None = flag(
-        None, "Encoder of the first stage: a directory or a hub name.",
-        also="embedding_model_name_or_path eval_embedding_model",
-    )  # fmt: skip
+    embedding_model: str | None = flag(None, "Encoder of the first stage: a directory or a hub name.")
 
     def __post_init__(self) -> None:
         first = {"file": self.retriever, "both": "hybrid"}.get(self.negatives_from, self.negatives_from)

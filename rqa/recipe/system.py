@@ -72,7 +72,6 @@ class SystemArguments(DocumentArguments, ReaderArguments, RetrieverArguments):
 
     embedding_model: str = flag(
         help="Encoder of the retriever: a directory or a hub name; bm25 names BM25, which needs no encoder.",
-        also="embedding_model_name_or_path eval_embedding_model",
     )
     qa_model_name_or_path: str | None = flag(
         None, "Reader: a directory, a hub name, or openai::http://host:port/v1. Default: none, only passages are shown."

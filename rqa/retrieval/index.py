@@ -23,7 +23,7 @@ class IndexArguments(Arguments):
 
     index_path: str | None = flag(
         None, "Index to load, or to build if absent or stale: a directory, milvus::URL/collection or "
-        "milvus::file.db/collection. Default: in memory.", also="full_dataset_index_path",
+        "milvus::file.db/collection. Default: in memory."
     )  # fmt: skip
     index_factory: str = flag(
         "auto",

@@ -7,7 +7,7 @@ import logging
 import os
 import re
 import sys
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, Field, asdict, dataclass, field, fields
 from functools import partial
 from glob import escape, glob
 from inspect import get_annotations
@@ -28,6 +28,11 @@ Flags = TypeVar("Flags", bound="Arguments")
 
 RESULTS = ("score*.json", "*_args.json", "*-predictions.jsonl", "*.trec", "report.html", "log.jsonl")  # a run's files
 METAVARS = {int: "N", float: "X", str: "TEXT", string_to_bool: "true|false"}
+ALSO = {  # other names that LocalRQA has for flags of several executables
+    "embedding_model": ["--embedding_model_name_or_path", "--eval_embedding_model"],
+    "document_path": ["--full_dataset_file_path"],
+    "index_path": ["--full_dataset_index_path"],
+}
 REFUSED = {
     "deepspeed": "not supported; rqa shards with PyTorch's FSDP2: use --fsdp full_shard",
     "load_in_4bit": "not supported, as it needs bitsandbytes; use --use_lora true --bf16 true",
@@ -47,6 +52,11 @@ def flag(
     if isinstance(default, list):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata, repr=not secret)
+
+
+def aliases(member: Field[Any]) -> list[str]:
+    """All other names of a flag."""
+    return [*member.metadata["aliases"], *ALSO.get(member.name, [])]
 
 
 @dataclass(kw_only=True)
@@ -132,6 +142,7 @@ class _Parser(HfArgumentParser):
             metadata = dict(member.metadata)
             if metadata.pop("rare") and not self.full:
                 metadata["help"] = argparse.SUPPRESS
+            metadata["aliases"] = aliases(member)
             member.metadata, member.type = metadata, hints[member.name]
             self._parse_dataclass_field(groups[titles[member.name]], member)
             if self._actions[-1].nargs == 0:  # --no_x, which transformers adds for an x that is true by default
