@@ -316,11 +316,6 @@ def test_what_is_malformed_is_named_by_its_place_and_nothing_is_written(
 
 def test_flags_that_say_too_little_are_refused(refused: Callable[..., None]) -> None:
     for line, message in {
-        "": "give one of --from_format, --to_format and --validate true",
-        "--from_format dpr --validate true": "give one of",
-        "--from_format dpr --output_dir x": "--input_path",
-        "--from_format dpr --input_path x": "--output_dir",
-        "--to_format dpr --output_dir x": "--train_file, --eval_file, --test_file",
         "--to_format beir --output_dir x --train_file /nowhere": "--document_path: missing; beir needs",
         "--from_format dpr --input_path /a/x.json /b/x.json --output_dir x": "two files are called x",
     }.items():

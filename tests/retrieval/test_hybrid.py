@@ -196,13 +196,6 @@ def test_the_weight_is_chosen_on_file_or_given_examples(opened: Open, examples: 
     [
         ({"model": "bm25", "retriever": "hybrid"}, "--retriever hybrid: needs an encoder besides BM25"),
         ({"model": None}, "--retriever dense: needs an encoder; give"),
-        ({"fusion_weight": 1.5}, "--fusion_weight 1.5"),
-        (
-            {"fusion": "rrf", "fusion_weight": 0.5, "retriever": "hybrid"},
-            "--fusion_weight: has no effect with --fusion rrf",
-        ),
-        ({"fusion": "rrf"}, "--fusion rrf: has no effect without fusion; add --retriever hybrid"),
-        ({"fusion_weight": 0.5}, "--fusion_weight 0.5: has no effect without fusion; add --retriever hybrid"),
     ],
 )
 def test_what_cannot_be_opened_says_why(flags: dict[str, Any], message: str, opened: Open, tmp_path: Path) -> None:
