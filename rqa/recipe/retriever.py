@@ -58,11 +58,11 @@ class RetrieverRun(Run):
         self.refresher = refresher
         frozen = self.encoder.passage_encoder is not None
         if frozen and self.flags.use_lora:
-            raise UserError("--train_query_encoder_only true: trains the whole query encoder; leave out --use_lora")
-        whole = {"refresh_async": refresher and refresher.flags.refresh_async, "train_query_encoder_only": frozen}
-        for name, is_set in whole.items():
+            raise UserError("--use_lora true: a query encoder beside a frozen one is trained whole; remove it")
+        in_background = refresher and refresher.flags.refresh_async
+        for name, is_set in (("--refresh_async true", in_background), ("a frozen passage encoder", frozen)):
             if is_set and self.flags.fsdp != "no":
-                raise UserError(f"--{name} true: needs the whole encoder on every process; leave out --fsdp")
+                raise UserError(f"--fsdp: {name} needs the whole encoder on every process; leave out --fsdp")
         if refresher and self.flags.index_path and not self.checkpoint:
             self.retriever.open(self.flags.index_path)  # index of the initial weights; training writes no other there
         with closing(refresher) if refresher else nullcontext():
