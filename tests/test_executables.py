@@ -313,7 +313,7 @@ NOWHERE = "model /nowhere: cannot be loaded: no such directory"
         ("ctl", {"train_query_encoder_only": "true", "use_lora": "true"}, "--use_lora true: a query encoder"),
         ("rpg", {"train_file": _lines(ROW, {"question": "a"})}, "bad.jsonl:2: field 'gold_answer' must be a string"),
         ("rpg", {"lm_model_path": "/nowhere"}, NOWHERE),
-        ("rpg", {"refresh_async": "true", "fsdp": "full_shard"}, "--fsdp: --refresh_async true needs the whole encoder"),
+        ("rpg", {"refresh_async": "true", "fsdp": "full_shard"}, "--fsdp: --refresh_async true needs"),
         ("rpg", {"train_query_encoder_only": "true", "fsdp": "full_shard"}, "--fsdp: a frozen passage encoder needs"),
         ("dca", {"reader_model_path": "/nowhere"}, NOWHERE),
         ("dca", {"train_file": _lines(ROW | {"ctxs": GOLD}), "with_score": "true", "reader_model_path": None},
