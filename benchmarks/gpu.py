@@ -179,7 +179,7 @@ def ctl_ours(section: Section, path: str, size: int, chunk: int = 0, **options: 
         return collate(indices)
 
     loss = train_ours(objective, counting, len(examples), size, watch, **options)
-    work = [training_flops(encoder.backbone.config, one, 0) for one in seen]
+    work = [training_flops(encoder.backbone.config, one, None) for one in seen]
     units = {"pairs": [size] * len(seen), "tokens": [sum(one) for one in seen]}
     return {**watch.result(units, work), "loss": loss}
 

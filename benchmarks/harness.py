@@ -317,13 +317,16 @@ def print_rates(first: Sequence[str], rows: Sequence[Row], digits: int = 2, **mo
     print_table([*first, "median", "spread", "peak GiB", *titles, "rqa is"], cells)
 
 
-def training_flops(config: Any, lengths: Sequence[int], outputs: int = 0) -> float:
-    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens."""
-    width, layers, decoder = config.hidden_size, config.num_hidden_layers, config.model_type != "bert"
+def training_flops(config: Any, lengths: Sequence[int], outputs: int | None) -> float:
+    """Operations of forward and backward: layers, attention (half in a decoder), output layer at predicted tokens.
+
+    `outputs` is the number of these tokens; None: an encoder.
+    """
+    width, layers, decoder = config.hidden_size, config.num_hidden_layers, outputs is not None
     keys = width * getattr(config, "num_key_value_heads", config.num_attention_heads) // config.num_attention_heads
     weights = 2 * width * width + 2 * width * keys + (3 if decoder else 2) * width * config.intermediate_size
     attention = (6 if decoder else 12) * layers * width * sum(length**2 for length in lengths)
-    return 6 * layers * weights * sum(lengths) + attention + 6 * outputs * width * config.vocab_size
+    return 6 * layers * weights * sum(lengths) + attention + 6 * (outputs or 0) * width * config.vocab_size
 
 
 def matmul_rate(dtype: torch.dtype) -> float:

@@ -169,7 +169,7 @@ def report(arguments: argparse.Namespace, rows: list[dict[str, Any]]) -> dict[st
     more = {"mean_length": statistics.mean(lengths), "matmul_gflops": rate}
     if ours:
         config = AutoConfig.from_pretrained(arguments.model_name_or_path)
-        per_token = training_flops(config, lengths) / sum(lengths)  # without the output layer
+        per_token = training_flops(config, lengths, 0) / sum(lengths)  # without the output layer
         more["share_of_matmul_rate"] = share = ours["rate"] * per_token / 1e9 / rate
         print(f"matrix products in {str(dtype)[6:]}: {rate:.0f} GFLOP/s; rqa reaches {share:.0%} of that")
     return more

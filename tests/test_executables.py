@@ -271,7 +271,8 @@ def test_the_flags_that_a_run_saves_start_the_same_run(line: str, tmp_path: Path
        for read in ("document_path score.json", "eval_file test-predictions.jsonl", "test_file d.jsonl"))],
 )  # fmt: skip
 def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "m/index-5").mkdir(parents=True)
+    for name in ("index-5", "index-ctl"):
+        (tmp_path / "m" / name).mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "m")
     Path("d.jsonl").touch()
     Path("link").symlink_to("d.jsonl")
@@ -281,6 +282,7 @@ def test_no_output_is_one_of_the_inputs(line: str, tmp_path: Path, monkeypatch: 
     name, *flags = line.split()
     with pytest.raises(UserError, match=r"would overwrite|holds the input d"):
         parsed(name, flags)
+    parsed("train_ctl", ["--index_path", "index-ctl", "--output_dir", "."])  # which no run deletes
 
 
 def _lines(*rows: object) -> str:

@@ -143,4 +143,4 @@ class LoopArguments(OptimizerArguments, DeviceArguments, LoraArguments, JournalA
             raise UserError('--optim adamw_8bit: torchao is not installed; pip install "rqa[8bit]"')
         if self.max_steps == -1 and self.num_train_epochs <= 0:
             raise UserError("--num_train_epochs: must be positive when --max_steps is not given")
-        self.refuse_input_as("output_dir", ("", *RESULTS, "checkpoint-*", "index-*"))  # a run deletes old ones
+        self.refuse_input_as("output_dir", ("", *RESULTS, "checkpoint-[0-9]*", "index-[0-9]*"))  # it deletes old ones
